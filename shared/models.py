@@ -1,0 +1,437 @@
+"""The registry: all that is known of a model type and of a backend, as data.
+
+Nothing else in the code asks for a type by name. Reading this file answers which types there are, what
+each needs and takes, which features it has and, where it has none, why. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+
+def _refusals(*groups: Mapping[str, str]) -> Mapping[str, str]:
+    merged: dict[str, str] = {}
+    for group in groups:
+        merged.update(group)
+    return MappingProxyType(merged)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What is known of one model type.
+
+    `fields` are the request fields it takes beyond the common ones; `refuses` maps a launch flag to the
+    reason why this type has no such thing, whatever the backend.
+    """
+
+    name: str
+    title: str
+    pipeline: str  # diffusers class names are strings, resolved by shared.loading
+    denoiser: Literal["unet", "transformer"]
+    output: Literal["image", "video"]
+    width: int
+    height: int
+    steps: int
+    cfg: float
+    cfg_field: str = "guidance_scale"
+    size_multiple: int = 8
+    size_scale: int = 1  # output pixels per pixel of the size that the pipeline is given (x4 upscaler: 4)
+    frames: int | None = None
+    fps: int = 8
+    text_encoders: tuple[str, ...] = ()
+    tokenizers: tuple[str, ...] = ()
+    image: Literal["none", "needed"] = "none"
+    pooled_embeds: bool = False
+    scheduler_family: Literal["discrete", "video", "flow", "flow_flux"] = "discrete"
+    fields: frozenset[str] = frozenset()
+    control_net_class: str | None = None
+    control_net_pipeline: str | None = None
+    ip_adapter_encoder: Literal["clip", "siglip"] | None = None
+    lora_loader: Literal["pipeline", "peft"] = "pipeline"
+    single_file_config: str | None = None  # folder under shared/configs for offline single-file loading
+    pipeline_defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    refuses: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """What one host serves: its types, and per type the flags that its method refuses, with reasons."""
+
+    name: str
+    title: str
+    types: tuple[str, ...]
+    refuses: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}))
+
+
+PROMPTS = frozenset({"positive", "negative"})
+EMBEDS = frozenset({"positive_embeds", "negative_embeds"})
+CONTROL = frozenset({"control_image", "control_image_scale", "controlnet_scale"})
+IP = frozenset({"ip_image", "ip_image_scale", "ip_adapter_scale"})
+IMAGE = frozenset({"image", "image_scale"})
+SIZE = frozenset({"width", "height"})
+SCHEDULE = frozenset({"sigmas", "timesteps"})
+PARTIAL = frozenset({"denoise", "denoising_start", "denoising_end"})
+VIDEO = frozenset({"frames", "decode_chunk_size", "fps"})
+LORA = frozenset({"lora_scales"})
+
+SD_FIELDS = PROMPTS | EMBEDS | CONTROL | IP | SIZE | SCHEDULE | PARTIAL | LORA | {"clip_skip", "latent"}
+
+_NO_MOTION = {
+    flag: "only AnimateDiff (type ad) has motion modules"
+    for flag in ("motion_module", "motion_adapter", "motion_adapter_lora")
+}
+_NO_GGUF = "there is no GGUF loader in diffusers for this denoiser; types with one: flux, sd1, sd2, sd3, sdxl"
+_NO_CONTROL = "diffusers has no ControlNet pipeline for it; types with one: ad, flux, hy, sd1, sd2, sd3, sdxl"
+_NO_IP = "there is no IP-Adapter for it in diffusers; types with one: ad, flux, sd1, sd2, sd3, sdxl"
+_NO_COMPEL = "compel has no support for its text encoders; types with it: ad, flux, sd1, sd2, sdup, sdxl"
+
+MODELS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for spec in (
+        ModelSpec(
+            name="ad",
+            title="AnimateDiff (Stable Diffusion 1.5 with a motion module)",
+            pipeline="AnimateDiffPipeline",
+            denoiser="unet",
+            output="video",
+            width=512,
+            height=512,
+            steps=25,
+            cfg=7.5,
+            frames=16,
+            text_encoders=("text_encoder",),
+            tokenizers=("tokenizer",),
+            fields=SD_FIELDS - SCHEDULE - PARTIAL | VIDEO,
+            control_net_class="ControlNetModel",
+            control_net_pipeline="AnimateDiffControlNetPipeline",
+            ip_adapter_encoder="clip",
+            single_file_config="sd1",
+            refuses=_refusals({"gguf_model": _NO_GGUF}),
+        ),
+        ModelSpec(
+            name="sd1",
+            title="Stable Diffusion 1.x",
+            pipeline="StableDiffusionPipeline",
+            denoiser="unet",
+            output="image",
+            width=512,
+            height=512,
+            steps=30,
+            cfg=7.5,
+            text_encoders=("text_encoder",),
+            tokenizers=("tokenizer",),
+            fields=SD_FIELDS,
+            control_net_class="ControlNetModel",
+            control_net_pipeline="StableDiffusionControlNetPipeline",
+            ip_adapter_encoder="clip",
+            single_file_config="sd1",
+            refuses=_refusals(_NO_MOTION),
+        ),
+        ModelSpec(
+            name="sd2",
+            title="Stable Diffusion 2.x",
+            pipeline="StableDiffusionPipeline",
+            denoiser="unet",
+            output="image",
+            width=768,
+            height=768,
+            steps=30,
+            cfg=7.5,
+            text_encoders=("text_encoder",),
+            tokenizers=("tokenizer",),
+            fields=SD_FIELDS,
+            control_net_class="ControlNetModel",
+            control_net_pipeline="StableDiffusionControlNetPipeline",
+            ip_adapter_encoder="clip",
+            single_file_config="sd2",
+            refuses=_refusals(_NO_MOTION),
+        ),
+        ModelSpec(
+            name="sdxl",
+            title="Stable Diffusion XL",
+            pipeline="StableDiffusionXLPipeline",
+            denoiser="unet",
+            output="image",
+            width=1024,
+            height=1024,
+            steps=30,
+            cfg=5.0,
+            text_encoders=("text_encoder", "text_encoder_2"),
+            tokenizers=("tokenizer", "tokenizer_2"),
+            pooled_embeds=True,
+            fields=SD_FIELDS,
+            control_net_class="ControlNetModel",
+            control_net_pipeline="StableDiffusionXLControlNetPipeline",
+            ip_adapter_encoder="clip",
+            single_file_config="sdxl",
+            refuses=_refusals(_NO_MOTION),
+        ),
+        ModelSpec(
+            name="sd3",
+            title="Stable Diffusion 3",
+            pipeline="StableDiffusion3Pipeline",
+            denoiser="transformer",
+            output="image",
+            width=1024,
+            height=1024,
+            steps=28,
+            cfg=7.0,
+            size_multiple=16,
+            text_encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
+            tokenizers=("tokenizer", "tokenizer_2", "tokenizer_3"),
+            pooled_embeds=True,
+            scheduler_family="flow",
+            fields=PROMPTS
+            | EMBEDS
+            | CONTROL
+            | IP
+            | SIZE
+            | LORA
+            | {"sigmas", "denoise", "denoising_start", "denoising_end", "clip_skip", "latent"},
+            control_net_class="SD3ControlNetModel",
+            control_net_pipeline="StableDiffusion3ControlNetPipeline",
+            ip_adapter_encoder="siglip",
+            single_file_config="sd3",
+            refuses=_refusals(_NO_MOTION, {"compel": _NO_COMPEL}),
+        ),
+        ModelSpec(
+            name="sdup",
+            title="Stable Diffusion x4 upscaler",
+            pipeline="StableDiffusionUpscalePipeline",
+            denoiser="unet",
+            output="image",
+            width=512,
+            height=512,
+            steps=30,
+            cfg=9.0,
+            size_scale=4,
+            text_encoders=("text_encoder",),
+            tokenizers=("tokenizer",),
+            image="needed",
+            fields=PROMPTS | EMBEDS | IMAGE | LORA | {"clip_skip", "latent"},
+            refuses=_refusals(
+                _NO_MOTION, {"control_net": _NO_CONTROL, "ip_adapter": _NO_IP, "gguf_model": _NO_GGUF}
+            ),
+        ),
+        ModelSpec(
+            name="svd",
+            title="Stable Video Diffusion",
+            pipeline="StableVideoDiffusionPipeline",
+            denoiser="unet",
+            output="video",
+            width=1024,
+            height=576,
+            steps=25,
+            cfg=3.0,
+            cfg_field="max_guidance_scale",
+            frames=14,
+            fps=7,
+            image="needed",
+            scheduler_family="video",
+            fields=IMAGE
+            | SIZE
+            | VIDEO
+            | LORA
+            | {"sigmas", "latent", "motion_bucket_id", "noise_aug_strength"},
+            lora_loader="peft",
+            refuses=_refusals(
+                _NO_MOTION,
+                {
+                    "control_net": _NO_CONTROL,
+                    "ip_adapter": _NO_IP,
+                    "gguf_model": _NO_GGUF,
+                    "compel": "it takes a picture, not a prompt",
+                    "compile_text_encoder": "it has no text encoder",
+                    "enable_vae_tiling": "its VAE decoder cannot tile; decode_chunk_size bounds its memory",
+                    "enable_vae_slicing": "its VAE decoder cannot slice; decode_chunk_size bounds its memory",
+                },
+            ),
+        ),
+        ModelSpec(
+            name="flux",
+            title="FLUX.1",
+            pipeline="FluxPipeline",
+            denoiser="transformer",
+            output="image",
+            width=1024,
+            height=1024,
+            steps=28,
+            cfg=3.5,
+            size_multiple=16,
+            text_encoders=("text_encoder", "text_encoder_2"),
+            tokenizers=("tokenizer", "tokenizer_2"),
+            pooled_embeds=True,
+            scheduler_family="flow_flux",
+            fields=PROMPTS | EMBEDS | CONTROL | IP | SIZE | LORA | {"sigmas", "latent", "true_cfg_scale"},
+            control_net_class="FluxControlNetModel",
+            control_net_pipeline="FluxControlNetPipeline",
+            ip_adapter_encoder="clip",
+            single_file_config="flux",
+            refuses=_refusals(_NO_MOTION),
+        ),
+        ModelSpec(
+            name="hy",
+            title="HunyuanDiT",
+            pipeline="HunyuanDiTPipeline",
+            denoiser="transformer",
+            output="image",
+            width=1024,
+            height=1024,
+            steps=25,
+            cfg=5.0,
+            size_multiple=16,
+            text_encoders=("text_encoder", "text_encoder_2"),
+            tokenizers=("tokenizer", "tokenizer_2"),
+            fields=PROMPTS | CONTROL | SIZE | LORA | {"latent"},
+            control_net_class="HunyuanDiT2DControlNetModel",
+            control_net_pipeline="HunyuanDiTControlNetPipeline",
+            lora_loader="peft",
+            pipeline_defaults=MappingProxyType({"use_resolution_binning": False}),
+            refuses=_refusals(
+                _NO_MOTION,
+                {
+                    "ip_adapter": _NO_IP,
+                    "gguf_model": _NO_GGUF,
+                    "compel": _NO_COMPEL,
+                    "enable_group_offload": "diffusers has no group offloading for HunyuanDiT2DModel",
+                },
+            ),
+        ),
+        *(
+            ModelSpec(
+                name=name,
+                title=title,
+                pipeline=pipeline,
+                denoiser="transformer",
+                output="image",
+                width=1024,
+                height=1024,
+                steps=20,
+                cfg=4.5,
+                size_multiple=16,
+                text_encoders=("text_encoder",),
+                tokenizers=("tokenizer",),
+                fields=PROMPTS | EMBEDS | SIZE | SCHEDULE | LORA | {"latent"},
+                lora_loader="peft",
+                pipeline_defaults=MappingProxyType({"use_resolution_binning": False, "clean_caption": False}),
+                refuses=_refusals(
+                    _NO_MOTION,
+                    {
+                        "control_net": _NO_CONTROL,
+                        "ip_adapter": _NO_IP,
+                        "gguf_model": _NO_GGUF,
+                        "compel": _NO_COMPEL,
+                    },
+                ),
+            )
+            for name, title, pipeline in (
+                ("pixa", "PixArt-alpha", "PixArtAlphaPipeline"),
+                ("pixs", "PixArt-Sigma", "PixArtSigmaPipeline"),
+            )
+        ),
+    )
+}
+
+BACKENDS: dict[str, BackendSpec] = {
+    "asyncdiff": BackendSpec(
+        name="asyncdiff",
+        title="AsyncDiff: asynchronous model parallelism (arXiv 2406.06911)",
+        types=("ad", "sd1", "sd2", "sd3", "sdup", "sdxl", "svd"),
+    ),
+    "distrifuser": BackendSpec(
+        name="distrifuser",
+        title="DistriFusion: displaced patch parallelism (arXiv 2402.19481)",
+        types=("sd1", "sd2", "sdxl"),
+    ),
+    "xdit": BackendSpec(
+        name="xdit",
+        title="xDiT: sequence, pipeline and guidance parallelism through xfuser",
+        types=("flux", "hy", "pixa", "pixs", "sd3"),
+    ),
+}
+
+# Launch flags that are features of a model, in the order in which the compatibility tables show them.
+FEATURES: dict[str, str] = {
+    "lora": "LoRA",
+    "control_net": "ControlNet",
+    "ip_adapter": "IP-Adapter",
+    "quantize_to": "quantization",
+    "gguf_model": "GGUF",
+    "compile_unet": "compile (denoiser)",
+    "compile_vae": "compile (VAE)",
+    "compile_text_encoder": "compile (text encoders)",
+    "enable_model_cpu_offload": "model CPU offload",
+    "enable_sequential_cpu_offload": "sequential CPU offload",
+    "enable_group_offload": "group offload",
+    "enable_vae_tiling": "VAE tiling",
+    "enable_vae_slicing": "VAE slicing",
+    "compel": "compel",
+    "motion_module": "motion module",
+    "motion_adapter": "motion adapter",
+    "motion_adapter_lora": "motion LoRA",
+}
+
+
+@dataclass(frozen=True)
+class SchedulerSpec:
+    """A scheduler's short name: the diffusers class and the settings that make it what the name says."""
+
+    name: str
+    cls: str
+    settings: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    families: frozenset[str] = frozenset({"discrete"})
+    karras: bool = False  # whether it takes Karras sigmas (`k_` in front of the name)
+
+
+def _scheduler(
+    name: str, cls: str, *families: str, karras: bool = False, **settings: object
+) -> SchedulerSpec:
+    return SchedulerSpec(name, cls, MappingProxyType(settings), frozenset(families), karras)
+
+
+_FLOW: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+SCHEDULERS: dict[str, SchedulerSpec] = {
+    s.name: s
+    for s in (
+        _scheduler("ddim", "DDIMScheduler", "discrete", "video"),
+        _scheduler("ddpm", "DDPMScheduler", "discrete"),
+        _scheduler("dpm_2", "KDPM2DiscreteScheduler", "discrete", karras=True),
+        _scheduler("dpm_2_a", "KDPM2AncestralDiscreteScheduler", "discrete", karras=True),
+        _scheduler("dpmpp_2m", "DPMSolverMultistepScheduler", "discrete", karras=True),
+        _scheduler(
+            "dpmpp_2m_sde",
+            "DPMSolverMultistepScheduler",
+            "discrete",
+            karras=True,
+            algorithm_type="sde-dpmsolver++",
+        ),
+        _scheduler("dpmpp_sde", "DPMSolverSDEScheduler", "discrete", karras=True),
+        _scheduler("euler", "EulerDiscreteScheduler", "discrete", "video", karras=True),
+        _scheduler("euler_a", "EulerAncestralDiscreteScheduler", "discrete", "video"),
+        _scheduler("heun", "HeunDiscreteScheduler", "discrete", karras=True),
+        _scheduler("lms", "LMSDiscreteScheduler", "discrete", karras=True),
+        _scheduler("pndm", "PNDMScheduler", "discrete"),
+        _scheduler("unipc", "UniPCMultistepScheduler", "discrete", karras=True),
+        _scheduler("flow_euler", "FlowMatchEulerDiscreteScheduler", "flow", "flow_flux"),
+        _scheduler("flow_heun", "FlowMatchHeunDiscreteScheduler", "flow"),
+        _scheduler("flow_lcm", "FlowMatchLCMScheduler", "flow_flux"),
+        _scheduler("flow_dpmpp_2m", "DPMSolverMultistepScheduler", "flow_flux", **_FLOW),
+        _scheduler("flow_unipc", "UniPCMultistepScheduler", "flow_flux", **_FLOW),
+    )
+}
+
+
+def schedulers_for(spec: ModelSpec) -> list[str]:
+    """Short names that the type may use, `k_` variants included, sorted."""
+    names = [s.name for s in SCHEDULERS.values() if spec.scheduler_family in s.families]
+    names += [f"k_{s.name}" for s in SCHEDULERS.values() if s.karras and spec.scheduler_family in s.families]
+    return sorted(names)
+
+
+def refusal(backend: BackendSpec, spec: ModelSpec, flag: str) -> str | None:
+    """Why this backend and type refuse a launch flag, or None when they serve it."""
+    return spec.refuses.get(flag) or backend.refuses.get(spec.name, MappingProxyType({})).get(flag)
