@@ -1,0 +1,189 @@
+"""Requests on their way: the bounded queue between the HTTP threads and rank 0's loop, and the host's state.
+
+Imports no torch: the server answers from the first second, before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shared.requests import GenerateRequest, Reply
+
+State = Literal["loading", "ready", "busy", "broken", "stopping"]
+
+
+class JobError(RuntimeError):
+    """Why a job has no reply. `status` is the HTTP status it is answered with."""
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+class QueueFullError(RuntimeError):
+    """The queue holds as many requests as may wait."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One request from its acceptance to its answer. Written by rank 0's loop, read by HTTP threads."""
+
+    request: GenerateRequest
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    step: int = 0
+    steps: int = 0
+    progress: float = 0.0  # 0 to 100, never falling
+    started: float | None = None  # time.monotonic()
+    reply: Reply | None = None
+    error: JobError | None = None
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+    _done: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Ask for the job to end at the next step boundary; harmless when it is done."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the job is done, at most `timeout` seconds; whether it is done."""
+        return self._done.wait(timeout)
+
+    def at_step(self, step: int, steps: int) -> None:
+        """Denoising step `step` of `steps` is done."""
+        self.step, self.steps = step, steps
+        self.progress = max(self.progress, 99.0 * min(step / max(steps, 1), 1.0))
+
+    def finish(self, reply: Reply | None = None, error: JobError | None = None) -> None:
+        """End the job with its reply or its error; the first end counts."""
+        if self._done.is_set():
+            return
+        self.reply, self.error = reply, error
+        if error is None:
+            self.progress = 100.0
+        self._done.set()
+
+
+class JobQueue:
+    """First in, first out, one running at a time; `limit` jobs may wait behind the running one."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.running: Job | None = None
+        self.last: Job | None = None
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closed: JobError | None = None
+
+    def __len__(self) -> int:
+        """Number of jobs that wait."""
+        return len(self._waiting)
+
+    def submit(self, job: Job) -> None:
+        """Add a job.
+
+        Raises:
+            QueueFullError: when `limit` jobs wait and one runs.
+            JobError: 503, when the queue was closed.
+        """
+        with self._changed:
+            if self._closed is not None:
+                raise self._closed
+            ahead = len(self._waiting) + (self.running is not None)
+            if ahead > self.limit:
+                raise QueueFullError(f"{len(self._waiting)} requests wait; at most {self.limit} may")
+            self._waiting.append(job)
+            self._changed.notify_all()
+
+    def take(self, timeout: float) -> Job | None:
+        """The next job, which is then the running one; None after `timeout` seconds without any.
+
+        Jobs cancelled while they waited are ended here and passed over.
+        """
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                while self._waiting:
+                    job = self._waiting.popleft()
+                    if job.cancelled:
+                        job.finish(error=JobError(499, "cancelled"))
+                        continue
+                    job.started = time.monotonic()
+                    self.running = self.last = job
+                    return job
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    return None
+
+    def release(self) -> None:
+        """The running job is over."""
+        with self._changed:
+            self.running = None
+            self._changed.notify_all()
+
+    def drop(self, job: Job) -> None:
+        """Cancel a job; one that still waits is ended at once."""
+        job.cancel()
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                job.finish(error=JobError(499, "cancelled"))
+
+    def cancel_running(self) -> bool:
+        """Cancel the running job; whether there was one."""
+        job = self.running
+        if job is None:
+            return False
+        job.cancel()
+        return True
+
+    def close(self, error: JobError) -> None:
+        """End every job with `error` and refuse new ones with 503."""
+        with self._changed:
+            self._closed = JobError(503, str(error))
+            jobs = [*([self.running] if self.running else []), *self._waiting]
+            self._waiting.clear()
+            self._changed.notify_all()
+        for job in jobs:
+            job.finish(error=error)
+
+
+@dataclass
+class HostStatus:
+    """What /health and /initialize tell. Written by rank 0's main thread, read by HTTP threads."""
+
+    backend: str
+    type: str
+    world_size: int
+    state: State = "loading"
+    message: str = ""  # why the host is broken, or what it is loading
+    plan: dict[str, Any] = field(default_factory=dict)
+    ranks: list[dict[str, Any]] = field(default_factory=list)  # device and memory of each rank
+    versions: dict[str, str] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+
+    def health(self, queue: JobQueue) -> dict[str, Any]:
+        """The JSON of GET /health."""
+        return {
+            "state": self.state,
+            "message": self.message,
+            "backend": self.backend,
+            "type": self.type,
+            "plan": self.plan,
+            "world_size": self.world_size,
+            "queue_length": len(queue),
+            "ranks": self.ranks,
+            "versions": self.versions,
+            "uptime_seconds": round(time.time() - self.started, 1),
+        }

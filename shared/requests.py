@@ -1,0 +1,403 @@
+"""What a client asks and what it gets: the request and reply models and the image and tensor codecs.
+
+Imports no torch: images stay encoded bytes and tensors stay safetensors bytes until they reach the ranks.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+import secrets
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import ValidationError as PydanticError
+from pydantic_core import PydanticCustomError, from_json
+
+from shared.config import HostConfig, scheduler_problem
+
+MAX_SIDE = 8192  # pixels
+MAX_IMAGE_PIXELS = MAX_SIDE * MAX_SIDE
+IMAGE_INPUTS = ("PNG", "JPEG", "WEBP", "BMP")
+IMAGE_FORMATS = ("png", "jpeg", "webp", "latent")
+TENSOR_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
+VIDEO_FORMATS = ("png", "mp4", "gif", "webp", "latent")
+MIME_TYPES = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "gif": "image/gif",
+    "mp4": "video/mp4",
+}
+
+
+@dataclass(frozen=True)
+class FieldProblem:
+    """One fault of a request: `field` is its name, `problem` says what is allowed and what was given."""
+
+    field: str
+    problem: str
+
+
+class RequestError(ValueError):
+    """A refused request. `status` is 400 (bad request) or 422 (this model or launch cannot serve it)."""
+
+    def __init__(self, status: int, problems: list[FieldProblem]) -> None:
+        self.status = status
+        self.problems = problems
+        super().__init__("; ".join(f"{p.field}: {p.problem}" if p.field else p.problem for p in problems))
+
+
+def _problem(text: str) -> PydanticCustomError:
+    # The text goes through as an argument, because braces in a template would be read as placeholders.
+    return PydanticCustomError("problem", "{text}", {"text": text})
+
+
+def _decode_base64(value: Any) -> bytes:
+    if not isinstance(value, str):
+        raise _problem(f"must be base64 text, got {type(value).__name__}")
+    if value.startswith("data:"):
+        head, comma, value = value.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise _problem("must be base64, or a data: URI with ;base64")
+    try:
+        data = base64.b64decode("".join(value.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _problem(f"is not valid base64 ({error})") from None
+    if not data:
+        raise _problem("is empty")
+    return data
+
+
+def _check_image(value: Any) -> bytes:
+    """Base64 or bytes of a picture -> its bytes, after a full decode."""
+    from PIL import Image, UnidentifiedImageError
+
+    data = value if isinstance(value, bytes) else _decode_base64(value)
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_INPUTS) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise _problem(f"has {image.width}x{image.height} pixels, more than {MAX_SIDE}x{MAX_SIDE}")
+            image.load()
+    except UnidentifiedImageError:
+        raise _problem("is no picture; allowed: PNG, JPEG, WebP, BMP") from None
+    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        raise _problem(f"is a broken picture ({error})") from None
+    return data
+
+
+def _tensor_of(*names: str, optional: tuple[str, ...] = ()) -> Any:
+    """Validator of base64 safetensors that hold floating-point tensors of these names."""
+    import safetensors
+
+    wanted = f"must be base64 of a safetensors file with {' and '.join(repr(n) for n in names)}"
+
+    def check(value: Any) -> bytes:
+        data = value if isinstance(value, bytes) else _decode_base64(value)
+        try:
+            tensors = dict(safetensors.deserialize(data))
+        except safetensors.SafetensorError as error:
+            raise _problem(f"{wanted}: {error}") from None
+        missing = [n for n in names if n not in tensors]
+        extra = [n for n in tensors if n not in (*names, *optional)]
+        if missing or extra:
+            raise _problem(f"{wanted}; got {', '.join(map(repr, tensors)) or 'nothing'}")
+        for name, tensor in tensors.items():
+            if tensor["dtype"] not in TENSOR_DTYPES:
+                raise _problem(f"{name!r} must be one of {', '.join(TENSOR_DTYPES)}, got {tensor['dtype']}")
+            if not math.prod(tensor["shape"]):
+                raise _problem(f"{name!r} is empty, shape {list(tensor['shape'])}")
+        return data
+
+    return check
+
+
+def _check_scheduler(value: Any) -> Any:
+    if value is None:
+        return None
+    name = value.get("scheduler") if isinstance(value, dict) else value
+    if not isinstance(name, str):
+        raise _problem('must be a name, or an object with the name under "scheduler"')
+    return value or None
+
+
+def _base64_schema(description: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "contentEncoding": "base64", "description": description})
+
+
+def _none_if_empty(value: str) -> str | None:
+    return value or None
+
+
+Picture = Annotated[
+    bytes,
+    BeforeValidator(_check_image),
+    _base64_schema("base64 (or a data: URI) of a PNG, JPEG, WebP or BMP"),
+]
+Embeds = Annotated[
+    bytes,
+    BeforeValidator(_tensor_of("embeds", optional=("pooled",))),
+    _base64_schema("base64 safetensors with `embeds` (and `pooled`)"),
+]
+Latent = Annotated[
+    bytes, BeforeValidator(_tensor_of("latent")), _base64_schema("base64 safetensors with `latent`")
+]
+Sigmas = Annotated[
+    bytes, BeforeValidator(_tensor_of("sigmas")), _base64_schema("base64 safetensors with `sigmas`")
+]
+Timesteps = Annotated[
+    bytes, BeforeValidator(_tensor_of("timesteps")), _base64_schema("base64 safetensors with `timesteps`")
+]
+Text = Annotated[str, Field(max_length=20_000), AfterValidator(_none_if_empty)]
+Percent = Annotated[float, Field(gt=0, le=800, description="percent")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Scale = Annotated[float, Field(ge=-100, le=100)]
+Side = Annotated[int, Field(ge=16, le=MAX_SIDE, multiple_of=8, description="pixels")]
+
+
+class GenerateRequest(BaseModel):
+    """Body of POST /generate. Absent and null mean the same; unknown fields are refused by name."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    positive: Text | None = None
+    negative: Text | None = None
+    positive_embeds: Embeds | None = None
+    negative_embeds: Embeds | None = None
+    image: Picture | None = None
+    ip_image: Picture | None = None
+    control_image: Picture | None = None
+    image_scale: Percent | None = None
+    ip_image_scale: Percent | None = None
+    control_image_scale: Percent | None = None
+    latent: Latent | None = None
+    sigmas: Sigmas | None = None
+    timesteps: Timesteps | None = None
+    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    cfg: Annotated[float, Field(ge=0, le=100)] | None = None
+    true_cfg_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64, description="negative: drawn")] | None = None
+    clip_skip: Annotated[int, Field(ge=0, le=12)] | None = None
+    width: Side | None = None
+    height: Side | None = None
+    denoise: Annotated[Fraction, Field(description="the same as denoising_start")] | None = None
+    denoising_start: Fraction | None = None
+    denoising_end: Fraction | None = None
+    controlnet_scale: Scale | None = None
+    ip_adapter_scale: Scale | None = None
+    lora_scales: Annotated[dict[str, Scale], Field(max_length=64)] | None = None
+    frames: Annotated[int, Field(ge=1, le=1024)] | None = None
+    decode_chunk_size: Annotated[int, Field(ge=1, le=1024)] | None = None
+    motion_bucket_id: Annotated[int, Field(ge=0, le=1023)] | None = None
+    noise_aug_strength: Annotated[float, Field(ge=0, le=10)] | None = None
+    fps: Annotated[int, Field(ge=1, le=120)] | None = None
+    scheduler: Annotated[str | dict[str, Any] | None, BeforeValidator(_check_scheduler)] = None
+    output_format: Literal["png", "jpeg", "webp", "mp4", "gif", "latent"] | None = None
+
+    def filled(self, config: HostConfig, output_format: str | None = None) -> GenerateRequest:
+        """The request with every default of the launch in its place: seed drawn, size, steps and cfg set."""
+        spec = config.spec
+        width, height = config.size
+        start = self.denoise if self.denoising_start is None else self.denoising_start
+        return self.model_copy(
+            update=dict(
+                seed=secrets.randbelow(2**32) if self.seed is None or self.seed < 0 else self.seed,
+                steps=self.steps or spec.steps,
+                cfg=spec.cfg if self.cfg is None else self.cfg,
+                width=self.width or width,
+                height=self.height or height,
+                frames=self.frames or spec.frames,
+                fps=self.fps or spec.fps,
+                denoise=None,
+                denoising_start=start or None,
+                output_format=self.output_format or output_format or "png",
+            )
+        )
+
+
+def parse_request(body: bytes, config: HostConfig, accept: str | None = None) -> GenerateRequest:
+    """Parse, check against the launch, and fill in defaults.
+
+    Args:
+        body: JSON text, UTF-8.
+        accept: output format asked for by the Accept header, if any.
+
+    Raises:
+        RequestError: 400 with all faults of form at once, else 422 with all that this launch cannot serve.
+    """
+    try:
+        data = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(400, [FieldProblem("", f"the body is not valid JSON: {error}")]) from None
+    if not isinstance(data, dict):
+        found = type(data).__name__
+        raise RequestError(400, [FieldProblem("", f"the body must be a JSON object, got {found}")])
+    return check_request(data, config, accept)
+
+
+def check_request(data: dict[str, Any], config: HostConfig, accept: str | None = None) -> GenerateRequest:
+    """`parse_request` for a JSON object that is parsed already. Raises RequestError."""
+    try:
+        request = GenerateRequest.model_validate(data)
+    except PydanticError as error:
+        raise RequestError(400, _problems_of(error)) from None
+    if problems := _bad_values(request, config):
+        raise RequestError(400, problems)
+    if problems := _not_served(request, config, accept):
+        raise RequestError(422, problems)
+    return request.filled(config, accept)
+
+
+def _problems_of(error: PydanticError) -> list[FieldProblem]:
+    problems: dict[str, str] = {}
+    for fault in error.errors(include_url=False, include_context=False):
+        name = ".".join(str(part) for part in fault["loc"] if part not in ("str", "dict[str,any]"))
+        if fault["type"] == "extra_forbidden":
+            text = f"unknown field; allowed: {', '.join(sorted(GenerateRequest.model_fields))}"
+        elif fault["type"] == "problem":
+            text = fault["msg"]
+        else:
+            text = f"{fault['msg'].replace('Input should', 'must')}, got {_shown(fault['input'])}"
+        problems[name] = f"{problems[name]}; or {text}" if name in problems else text
+    return [FieldProblem(name, text) for name, text in problems.items()]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProblem]:
+    problems = []
+    multiple = config.spec.size_multiple
+    for name in ("width", "height"):
+        value = getattr(request, name)
+        if value is not None and value % multiple:
+            problems.append(
+                FieldProblem(name, f"must be a multiple of {multiple} for {config.type}, got {value}")
+            )
+    both = {request.denoise, request.denoising_start} - {None}
+    if len(both) > 1:
+        problems.append(
+            FieldProblem(
+                "denoise",
+                f"is denoising_start too, and they differ: {request.denoise} and {request.denoising_start}",
+            )
+        )
+    start, end = next(iter(both), None), request.denoising_end
+    if start is not None and end is not None and start >= end:
+        problems.append(FieldProblem("denoising_end", f"must be above denoising_start {start}, got {end}"))
+    if request.sigmas is not None and request.timesteps is not None:
+        problems.append(FieldProblem("timesteps", "give sigmas or timesteps, not both"))
+    for name in ("positive", "negative"):
+        if getattr(request, name) is not None and getattr(request, f"{name}_embeds") is not None:
+            problems.append(FieldProblem(f"{name}_embeds", f"give {name} or {name}_embeds, not both"))
+    for scale, what in (
+        ("image_scale", "image"),
+        ("ip_image_scale", "ip_image"),
+        ("control_image_scale", "control_image"),
+    ):
+        if getattr(request, scale) is not None and getattr(request, what) is None:
+            problems.append(FieldProblem(scale, f"there is no {what} to scale"))
+    return problems
+
+
+_COMMON = frozenset({"steps", "cfg", "seed", "scheduler", "output_format"})
+
+# A field that needs a launch flag to mean anything.
+_NEEDS_FLAG = {
+    "ip_image": "ip_adapter",
+    "ip_adapter_scale": "ip_adapter",
+    "control_image": "control_net",
+    "controlnet_scale": "control_net",
+    "lora_scales": "lora",
+}
+
+
+def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None) -> list[FieldProblem]:
+    spec = config.spec
+    problems = []
+    for name in sorted(request.model_fields_set):
+        if getattr(request, name) is None:
+            continue
+        if name not in spec.fields | _COMMON:
+            problems.append(FieldProblem(name, f"type {spec.name} ({spec.title}) takes no {name}"))
+        elif (flag := _NEEDS_FLAG.get(name)) and not getattr(config, flag):
+            problems.append(FieldProblem(name, f"the host was started without --{flag}"))
+    if spec.image == "needed" and request.image is None:
+        problems.append(FieldProblem("image", f"type {spec.name} ({spec.title}) needs an input image"))
+    if config.control_net and request.control_image is None:
+        problems.append(FieldProblem("control_image", "needed: the host was started with --control_net"))
+    allowed = IMAGE_FORMATS if spec.output == "image" else VIDEO_FORMATS
+    wanted = request.output_format or accept
+    if wanted is not None and wanted not in allowed:
+        problems.append(
+            FieldProblem("output_format", f"type {spec.name} makes {', '.join(allowed)}; got {wanted!r}")
+        )
+    if request.scheduler is not None and (problem := scheduler_problem(spec, request.scheduler)):
+        problems.append(FieldProblem("scheduler", problem))
+    return problems
+
+
+class Seconds(BaseModel):
+    """Where the time of one request went, in seconds."""
+
+    total: float
+    denoise: float
+    decode: float
+
+
+class GenerateAnswer(BaseModel):
+    """Answer of POST /generate, status 200."""
+
+    message: str = "OK"
+    output: str | list[str]
+    format: str
+    is_image: bool
+    seed: int
+    width: int
+    height: int
+    steps: int
+    seconds: Seconds
+    latent: str | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """Answer of every route when something is wrong."""
+
+    message: str
+    output: None = None
+    is_image: bool = False
+    errors: list[dict[str, str]] = []
+
+
+@dataclass
+class Reply:
+    """What the ranks made. `output` holds one encoded file, or one a frame; all of it is bytes, no tensor."""
+
+    output: list[bytes]
+    format: str
+    seed: int
+    width: int
+    height: int
+    steps: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    latent: bytes | None = None  # safetensors with `latent`, where the launch asks for it
+
+    def answer(self) -> GenerateAnswer:
+        """The JSON form, base64."""
+        encoded = [base64.b64encode(data).decode() for data in self.output]
+        return GenerateAnswer(
+            output=encoded if len(encoded) > 1 else encoded[0],
+            format=self.format,
+            is_image=self.format != "latent" and self.format != "mp4",
+            seed=self.seed,
+            width=self.width,
+            height=self.height,
+            steps=self.steps,
+            seconds=Seconds(**self.seconds),
+            latent=None if self.latent is None else base64.b64encode(self.latent).decode(),
+        )
