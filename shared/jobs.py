@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shared.requests import GenerateRequest, Reply
+from shared.requests import GenerateRequest
 
 State = Literal["loading", "ready", "busy", "broken", "stopping"]
 
@@ -33,13 +33,14 @@ class QueueFullError(RuntimeError):
 class Job:
     """One request from its acceptance to its answer. Written by rank 0's loop, read by HTTP threads."""
 
-    request: GenerateRequest
+    request: GenerateRequest | None
+    call: tuple[str, dict[str, Any]] = ("", {})  # without a request: the engine's method, its arguments
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     step: int = 0
     steps: int = 0
     progress: float = 0.0  # 0 to 100, never falling
     started: float | None = None  # time.monotonic()
-    reply: Reply | None = None
+    reply: Any = None  # a Reply, or what the engine's method returned
     error: JobError | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _done: threading.Event = field(default_factory=threading.Event)
@@ -56,6 +57,10 @@ class Job:
     def done(self) -> bool:
         return self._done.is_set()
 
+    def seconds_running(self) -> float:
+        """Seconds since the job left the queue."""
+        return 0.0 if self.started is None else time.monotonic() - self.started
+
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the job is done, at most `timeout` seconds; whether it is done."""
         return self._done.wait(timeout)
@@ -65,7 +70,7 @@ class Job:
         self.step, self.steps = step, steps
         self.progress = max(self.progress, 99.0 * min(step / max(steps, 1), 1.0))
 
-    def finish(self, reply: Reply | None = None, error: JobError | None = None) -> None:
+    def finish(self, reply: Any = None, error: JobError | None = None) -> None:
         """End the job with its reply or its error; the first end counts."""
         if self._done.is_set():
             return

@@ -1,0 +1,282 @@
+"""Ranks talking to each other: process groups, and the channel of control messages.
+
+Two groups, never mixed. The **control** group is gloo on every machine: idle ranks wait on the CPU, without a
+spinning kernel, for as long as it takes. The **compute** group is NCCL on GPUs or gloo on CPUs and has a
+short timeout. Collectives of the parallel methods use the compute group alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shared.config import UsageError
+from shared.requests import GenerateRequest
+
+log = logging.getLogger("host")
+
+FOREVER = timedelta(days=365)
+
+# Called by an engine after denoising step `step` of `steps`; raises StoppedError on all ranks alike.
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class World:
+    """This rank's place among the others.
+
+    Raises nothing by itself; `init_world` builds it. `device` is the one device that this rank computes on.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup
+    compute: dist.ProcessGroup
+
+    @property
+    def backend(self) -> str:
+        """nccl or gloo, what the compute group runs on."""
+        return dist.get_backend(self.compute)
+
+
+def init_world(device: str, collective_timeout: float) -> World:
+    """Join the process group that torchrun's environment describes; alone without torchrun.
+
+    Args:
+        device: auto, cuda or cpu. auto takes CUDA when every rank of every machine has a GPU of its own.
+        collective_timeout: seconds that the compute group waits for a rank.
+
+    Raises:
+        UsageError: cuda was asked for and a rank has no GPU of its own.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    short = timedelta(seconds=collective_timeout)
+    if not dist.is_initialized():
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group("gloo", timeout=max(short, timedelta(seconds=60)))
+        else:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    have: list[Any] = [None] * size
+    dist.all_gather_object(have, gpus >= local_size)
+    if device == "cuda" and not all(have):
+        lacking = [r for r, ok in enumerate(have) if not ok]
+        raise UsageError(
+            f"--device: cuda needs a GPU for every rank; rank {lacking[0]} sees {gpus} GPUs for "
+            f"{local_size} ranks on its machine"
+        )
+    use_cuda = device != "cpu" and all(have)
+    if use_cuda:
+        torch.cuda.set_device(local_rank)
+        where = torch.device("cuda", local_rank)
+    else:
+        where = torch.device("cpu")
+    control = dist.new_group(backend="gloo", timeout=FOREVER)
+    compute = dist.new_group(backend="nccl" if use_cuda else "gloo", timeout=short)
+    if device == "auto" and not use_cuda and rank == 0:
+        log.info("computing on the CPU (gloo): not every rank has a GPU of its own")
+    return World(rank, size, local_rank, where, control, compute)
+
+
+class Verdict(IntEnum):
+    """What a rank votes at a step boundary; the highest vote counts for all."""
+
+    GO_ON = 0
+    FINISHED = 1
+    CANCELLED = 2
+    TIMED_OUT = 3
+    FAILED = 4
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Rank 0 to all: make this picture. Images and tensors inside the request are encoded bytes."""
+
+    job_id: str
+    request: GenerateRequest
+
+
+@dataclass(frozen=True)
+class Call:
+    """Rank 0 to all: call a method of the engine, between two generations (adding a LoRA, say)."""
+
+    job_id: str
+    method: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Rank 0 to all, while idle: a rank that died is noticed."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Rank 0 to all: leave the loop."""
+
+
+Message = Generate | Call | Ping | Stop
+
+
+@dataclass
+class Outcome:
+    """What one rank has to say when a message was carried out."""
+
+    rank: int
+    verdict: Verdict
+    error: str = ""
+    user_error: bool = False  # the request was at fault, not the host
+    in_sync: bool = True  # the compute group still works
+    result: Any = None
+    device: dict[str, Any] | None = None
+
+
+class BrokenJobError(RuntimeError):
+    """The ranks cannot go on together: one died or hangs, or a collective failed."""
+
+
+class StoppedError(RuntimeError):
+    """Raised at a step boundary on all ranks alike: the generation ends here."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+        super().__init__(verdict.name.lower())
+
+
+class Channel:
+    """Typed control messages over the control group.
+
+    Args:
+        world: this rank's place.
+        timeout: seconds to wait for another rank while a message is carried out.
+    """
+
+    def __init__(self, world: World, timeout: float) -> None:
+        self.world = world
+        self.timeout = timedelta(seconds=timeout)
+        self._ballot = torch.zeros(1, dtype=torch.int64)
+
+    def introduce(self, info: dict[str, Any]) -> list[dict[str, Any]]:
+        """Wait, without limit, until every rank is loaded; what each says of itself."""
+        infos: list[Any] = [info] * self.world.size
+        if self.world.size > 1:
+            dist.all_gather_object(infos, info, group=self.world.control)
+        return infos
+
+    def publish(self, message: Message | None) -> Message:
+        """Rank 0 gives the message, the others None; all return it. Workers wait without limit.
+
+        Raises:
+            BrokenJobError: a rank is gone.
+        """
+        if self.world.size == 1:
+            assert message is not None
+            return message
+        box = [message]
+        try:
+            dist.broadcast_object_list(box, src=0, group=self.world.control)
+        except RuntimeError as error:
+            raise BrokenJobError(f"a rank is gone: {_first_line(error)}") from error
+        assert box[0] is not None
+        return box[0]
+
+    def vote(self, verdict: Verdict) -> Verdict:
+        """Agree with all ranks at a step boundary, once a step; returns the highest verdict.
+
+        Raises:
+            BrokenJobError: a rank is gone, or did not come in time.
+        """
+        if self.world.size == 1:
+            return verdict
+        self._ballot[0] = int(verdict)
+        try:
+            work = dist.all_reduce(
+                self._ballot, op=dist.ReduceOp.MAX, group=self.world.control, async_op=True
+            )
+            work.wait(self.timeout)
+        except RuntimeError as error:
+            raise BrokenJobError(f"a rank did not come to the step boundary: {_first_line(error)}") from error
+        return Verdict(int(self._ballot[0]))
+
+    def settle(self, outcome: Outcome) -> list[Outcome]:
+        """Gather every rank's outcome on every rank. A result travels from its rank to rank 0 alone.
+
+        Raises:
+            BrokenJobError: a rank is gone, or did not come in time.
+        """
+        if self.world.size == 1:
+            return [outcome]
+        payload = b"" if outcome.result is None else pickle.dumps(outcome.result)
+        slim = Outcome(**{**vars(outcome), "result": len(payload)})
+        outcomes: list[Any] = [None] * self.world.size
+        try:
+            dist.all_gather_object(outcomes, slim, group=self.world.control)
+            for other in outcomes:
+                size, other.result = other.result, None
+                if other.rank == self.world.rank:
+                    other.result = outcome.result
+                elif self.world.rank == 0 and size:
+                    buffer = torch.empty(size, dtype=torch.uint8)
+                    dist.recv(buffer, group=self.world.control, group_src=other.rank)
+                    other.result = pickle.loads(buffer.numpy().tobytes())
+            if payload and self.world.rank != 0:
+                data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+                dist.send(data, group=self.world.control, group_dst=0)
+        except RuntimeError as error:
+            raise BrokenJobError(f"a rank is gone: {_first_line(error)}") from error
+        return outcomes
+
+    def compute_works(self) -> bool:
+        """After a failure: whether a collective over the compute group still comes out right."""
+        if self.world.size == 1:
+            return True
+        ones = torch.ones(1, device=self.world.device)
+        try:
+            work = dist.all_reduce(ones, group=self.world.compute, async_op=True)
+            work.wait(self.timeout)
+        except RuntimeError as error:
+            log.error("the compute group no longer works: %s", _first_line(error))
+            return False
+        return int(ones.item()) == self.world.size
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def rank_device_info(world: World) -> dict[str, Any]:
+    """Device and memory of this rank, for /health: memory in MiB."""
+    info: dict[str, Any] = {"rank": world.rank, "device": str(world.device)}
+    if world.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(world.device)
+        info |= {
+            "name": torch.cuda.get_device_name(world.device),
+            "memory_used_mib": (total - free) >> 20,
+            "memory_total_mib": total >> 20,
+            "memory_peak_mib": torch.cuda.max_memory_allocated(world.device) >> 20,
+        }
+    else:
+        info["memory_used_mib"] = _resident_mib()
+    return info
+
+
+def _resident_mib() -> int:
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+    except OSError:
+        return 0

@@ -1,0 +1,184 @@
+"""The engine protocol, and the loop that every rank runs."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+from shared.comm import (
+    BrokenJobError,
+    Call,
+    Channel,
+    Generate,
+    Message,
+    OnStep,
+    Outcome,
+    Ping,
+    Stop,
+    StoppedError,
+    Verdict,
+    rank_device_info,
+)
+from shared.jobs import HostStatus, Job, JobError, JobQueue
+from shared.requests import GenerateRequest, Reply, RequestError
+
+log = logging.getLogger("host")
+
+PING_SECONDS = 2.0
+
+
+class Engine(Protocol):
+    """A loaded pipeline made parallel. All ranks call the same methods with the same arguments."""
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What runs where, as JSON, for the log and /health."""
+        ...
+
+    def generate(self, request: GenerateRequest, on_step: OnStep) -> Reply | None:
+        """Make one picture or video; the rank that holds it returns the reply, the others None.
+
+        Raises:
+            RequestError: the request was at fault; raised on all ranks alike.
+            StoppedError: passed on from `on_step`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the pipeline back as it was before."""
+        ...
+
+
+class RankLoop:
+    """Receives messages and carries them out, the same on every rank, until Stop.
+
+    Args:
+        engine: what carries them out.
+        channel: the control messages.
+        queue, status: rank 0's side of the HTTP server; None on the other ranks.
+        request_timeout: seconds that one request may run.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        channel: Channel,
+        queue: JobQueue | None = None,
+        status: HostStatus | None = None,
+        request_timeout: float = 1800.0,
+    ) -> None:
+        self.engine = engine
+        self.channel = channel
+        self.queue = queue
+        self.status = status
+        self.request_timeout = request_timeout
+
+    def run(self) -> None:
+        """Serve until Stop arrives.
+
+        Raises:
+            BrokenJobError: the ranks cannot go on together; the process must end.
+        """
+        while True:
+            job = self._next_job()
+            message = self.channel.publish(self._message(job))
+            if isinstance(message, Stop):
+                return
+            if isinstance(message, Ping):
+                continue
+            self._set_state("busy")
+            try:
+                self._finish(job, self._carry_out(message, job))
+            finally:
+                if self.queue is not None:
+                    self.queue.release()
+            self._set_state("ready")
+
+    def _next_job(self) -> Job | None:
+        return None if self.queue is None else self.queue.take(PING_SECONDS)
+
+    def _message(self, job: Job | None) -> Message | None:
+        if self.queue is None:
+            return None
+        if job is None:
+            return Ping()
+        if job.request is None:
+            return Call(job.id, *job.call)
+        return Generate(job.id, job.request)
+
+    def _carry_out(self, message: Generate | Call, job: Job | None) -> list[Outcome]:
+        rank = self.channel.world.rank
+        outcome = Outcome(rank, Verdict.FINISHED)
+        try:
+            if isinstance(message, Generate):
+                outcome.result = self.engine.generate(message.request, self._step_boundary(job))
+            else:
+                outcome.result = getattr(self.engine, message.method)(**message.arguments)
+            self._agree(Verdict.FINISHED)
+        except StoppedError as stopped:
+            outcome.verdict = stopped.verdict
+        except BrokenJobError:
+            raise
+        except Exception as error:
+            outcome.error = str(error) or type(error).__name__
+            outcome.user_error = isinstance(error, RequestError)
+            if not outcome.user_error:
+                log.exception("request %s failed on rank %d", message.job_id, rank)
+            outcome.verdict = self.channel.vote(Verdict.FAILED)
+        if outcome.verdict is Verdict.FAILED:
+            outcome.result = None
+            outcome.in_sync = outcome.user_error or self.channel.compute_works()
+        outcome.device = rank_device_info(self.channel.world)
+        return self.channel.settle(outcome)
+
+    def _agree(self, verdict: Verdict) -> None:
+        agreed = self.channel.vote(verdict)
+        if agreed is not verdict:
+            raise StoppedError(agreed)
+
+    def _step_boundary(self, job: Job | None) -> OnStep:
+        def on_step(step: int, steps: int) -> None:
+            self._agree_to_go_on(job)
+            if job is not None:
+                job.at_step(step, steps)
+
+        return on_step
+
+    def _agree_to_go_on(self, job: Job | None) -> None:
+        mine = Verdict.GO_ON
+        if job is not None and job.cancelled:
+            mine = Verdict.CANCELLED
+        elif job is not None and job.seconds_running() > self.request_timeout:
+            mine = Verdict.TIMED_OUT
+        agreed = self.channel.vote(mine)
+        if agreed is not Verdict.GO_ON:
+            raise StoppedError(agreed)
+
+    def _finish(self, job: Job | None, outcomes: list[Outcome]) -> None:
+        """Answer the job from what all ranks said; every rank sees a broken compute group alike."""
+        if self.status is not None:
+            self.status.ranks = [o.device for o in outcomes if o.device is not None]
+        broken = [o for o in outcomes if not o.in_sync]
+        if job is not None:
+            verdict = max(o.verdict for o in outcomes)
+            if verdict is Verdict.FINISHED:
+                job.finish(reply=next((o.result for o in outcomes if o.result is not None), None))
+            elif not broken:
+                job.finish(error=self._job_error(verdict, outcomes))
+        if broken:
+            reasons = "; ".join(f"rank {o.rank}: {o.error}" for o in outcomes if o.error)
+            raise BrokenJobError(f"the ranks lost each other ({reasons or 'a collective failed'})")
+
+    def _job_error(self, verdict: Verdict, outcomes: list[Outcome]) -> JobError:
+        if verdict is Verdict.CANCELLED:
+            return JobError(499, "cancelled")
+        if verdict is Verdict.TIMED_OUT:
+            return JobError(504, f"timed out after {self.request_timeout:g} s")
+        failed = [o for o in outcomes if o.error]
+        if all(o.user_error for o in failed):
+            return JobError(422, failed[0].error)
+        return JobError(500, "; ".join(f"rank {o.rank}: {o.error}" for o in failed if not o.user_error))
+
+    def _set_state(self, state: Any) -> None:
+        if self.status is not None:
+            self.status.state = state

@@ -1,0 +1,230 @@
+"""The life of one rank's process: flags, server, signals, loading, the loop, the end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from shared.config import HostConfig, UsageError, exit_usage, parse_or_exit, world_from_environment
+from shared.jobs import HostStatus, JobError, JobQueue
+
+if TYPE_CHECKING:
+    from shared.comm import World
+    from shared.generate import PipelineEngine
+
+log = logging.getLogger("host")
+
+EXIT_FAILED = 1
+FLUSH_SECONDS = 0.5  # what the HTTP threads get to send their last answers
+
+BuildEngine = Callable[[HostConfig, "World"], "PipelineEngine"]
+
+
+def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
+    """Run one rank of a host until it is stopped; never returns.
+
+    Exit codes: 2 for a usage error, 1 when loading fails or the ranks lose each other, 130 after Ctrl-C, 143
+    after SIGTERM.
+
+    Args:
+        backend: name in shared.models.BACKENDS.
+        build_engine: loads the pipeline and makes it parallel; called on every rank.
+    """
+    config = parse_or_exit(backend)
+    rank, world_size = world_from_environment()
+    set_up_logging(config, rank)
+    lifeline = Lifeline(launched="TORCHELASTIC_RUN_ID" in os.environ)
+    status = HostStatus(config.backend, config.type, world_size)
+    queue = JobQueue(config.max_queue)
+    if rank == 0:
+        _start_server(config, status, queue, lifeline)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        _load_and_loop(config, build_engine, status, queue)
+    except UsageError as error:
+        exit_usage(backend, error)
+    except Exception as error:
+        _report_end(error, rank)
+        lifeline.end(EXIT_FAILED, f"broken: {_one_line(error)}")
+    lifeline.end(0, "stopped")
+
+
+def _start_server(config: HostConfig, status: HostStatus, queue: JobQueue, lifeline: Lifeline) -> None:
+    from shared.server import Server, create_app
+
+    try:
+        Server(create_app(config, status, queue), config.host, config.port, config.max_queue)
+    except OSError as error:
+        problem = f"--port: cannot serve on {config.host}:{config.port}: {error.strerror or error}"
+        exit_usage(config.backend, UsageError(problem))
+    log.info(
+        "serving http://%s:%d, loading %s from %s", config.host, config.port, config.type, config.checkpoint
+    )
+
+    def tell_clients(reason: str, failed: bool) -> None:
+        status.state, status.message = ("broken" if failed else "stopping"), reason
+        queue.close(JobError(500 if failed else 503, f"the host is ending: {reason}"))
+
+    lifeline.before_end(tell_clients)
+
+
+def _load_and_loop(
+    config: HostConfig, build_engine: BuildEngine, status: HostStatus, queue: JobQueue
+) -> None:
+    began = time.monotonic()
+    from shared.comm import Channel, init_world, rank_device_info
+    from shared.engine import RankLoop
+
+    world = init_world(config.device, config.collective_timeout)
+    limit_threads(world.device.type)
+    engine = build_engine(config, world)
+    engine.warm_up()
+    channel = Channel(world, config.collective_timeout)
+    status.ranks = channel.introduce(rank_device_info(world))
+    status.plan = engine.plan
+    status.versions = versions()
+    status.state = "ready"
+    log.info(
+        "ready after %.1f s: %s %s on %d ranks, %s",
+        time.monotonic() - began,
+        config.backend,
+        config.type,
+        world.size,
+        json.dumps(engine.plan),
+    )
+    on_server = world.rank == 0
+    RankLoop(
+        engine,
+        channel,
+        queue if on_server else None,
+        status if on_server else None,
+        config.request_timeout,
+    ).run()
+
+
+def limit_threads(device_type: str) -> None:
+    """On CPUs the ranks of a machine share its cores evenly."""
+    import torch
+
+    if device_type == "cpu":
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the answers depend on, for /health."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("torch", "diffusers", "transformers", "accelerate", "peft", "xfuser"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+class Lifeline:
+    """Ends the process when a signal comes or the launcher is gone, whatever the main thread is stuck in.
+
+    Signals are only noted by their C handler (`signal.set_wakeup_fd`); a thread reads them, because a Python
+    handler would wait for the main thread to come back from a collective.
+
+    Args:
+        launched: whether a launcher started this process, whose death must be ours.
+    """
+
+    def __init__(self, launched: bool) -> None:
+        self._callbacks: list[Callable[[str, bool], None]] = []
+        self._lock = threading.Lock()
+        self._parent = os.getppid() if launched else None
+        self._read, write = os.pipe()
+        os.set_blocking(write, False)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+
+    def before_end(self, callback: Callable[[str, bool], None]) -> None:
+        """Call `callback(reason, failed)` before the process ends."""
+        self._callbacks.append(callback)
+
+    def end(self, code: int, reason: str) -> NoReturn:
+        """Run the callbacks, give the HTTP threads a moment, end the process at once."""
+        with self._lock:
+            for callback in self._callbacks:
+                callback(reason, code != 128 + signal.SIGINT and code != 0)
+            if self._callbacks:
+                time.sleep(FLUSH_SECONDS)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def _watch(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._read], [], [], 0.5)
+            if ready:
+                number = os.read(self._read, 1)[0]
+                if number in (signal.SIGINT, signal.SIGTERM):
+                    log.info("%s, ending", signal.Signals(number).name)
+                    self.end(128 + number, f"{signal.Signals(number).name} was received")
+            if self._parent is not None and os.getppid() != self._parent:
+                self.end(EXIT_FAILED, "the launcher is gone")
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _report_end(error: Exception, rank: int) -> None:
+    """Expected endings take one line; a traceback is for what nobody foresaw."""
+    from shared.comm import BrokenJobError
+    from shared.loading import LoadError
+
+    if isinstance(error, LoadError):
+        if rank == 0:
+            log.error("cannot load: %s", error)
+    elif isinstance(error, BrokenJobError):
+        log.error("%s", error)
+    else:
+        log.exception("the host failed")
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "rank": world_from_environment()[0],
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def set_up_logging(config: HostConfig, rank: int) -> None:
+    """Rank 0 logs at --log_level; the others only what is wrong, unless the level is debug."""
+    handler = logging.StreamHandler()
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(
+        _JsonFormatter()
+        if config.log_json
+        else logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S")
+    )
+    level = config.log_level.upper()
+    logger = logging.getLogger("host")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(level if rank == 0 or level == "DEBUG" else "WARNING")
