@@ -1,0 +1,183 @@
+"""A pool of rank processes that stays up for a whole pytest session.
+
+``pool.run(fn, world_size, *args)`` calls one importable function on every rank of a fresh gloo job and gives
+back what each rank returned. The processes are forked from a server that has imported torch and diffusers
+once, so a call costs milliseconds instead of an import.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import multiprocessing
+import os
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "torch._dynamo",
+    "torch.utils.flop_counter",
+    "diffusers",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_upscale",
+    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
+    "diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion",
+    "diffusers.pipelines.animatediff.pipeline_animatediff",
+)
+GRACE = 5.0
+"""Seconds that the other ranks get to finish once one rank has failed."""
+
+
+class RankError(RuntimeError):
+    """A rank raised, died or did not answer in time; the message holds each such rank's traceback."""
+
+
+def _exit_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+    torch.set_num_threads(1)
+    joined: object = None
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        fn, world_size, store, timeout, args, kwargs = job
+        try:
+            if joined != store:
+                if dist.is_initialized():
+                    dist.destroy_process_group()
+                dist.init_process_group(
+                    "gloo",
+                    store=dist.FileStore(store, world_size),
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=datetime.timedelta(seconds=timeout),
+                )
+                joined = store
+            answer: tuple[bool, Any] = (True, fn(*args, **kwargs))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        try:
+            pipe.send(answer)
+        except Exception:
+            pipe.send((False, f"the result cannot be pickled\n{traceback.format_exc()}"))
+
+
+class RankPool:
+    """Rank processes on this machine, started when first needed.
+
+    Args:
+        timeout: seconds that one call may take before all ranks are killed.
+    """
+
+    def __init__(self, timeout: float = 120.0) -> None:
+        self.timeout = timeout
+        self._context = multiprocessing.get_context("forkserver")
+        self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+        self._stores = tempfile.TemporaryDirectory(prefix="ranks-")
+        self._numbers = itertools.count()
+        self._store: tuple[int, str] | None = None
+
+    def run(
+        self,
+        fn: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        timeout: float | None = None,
+        **kwargs: Any,
+    ) -> list[Any]:
+        """Call ``fn(*args, **kwargs)`` on ranks 0 to world_size - 1 and return their results in rank order.
+
+        ``fn`` must be importable (module level) and finds ``torch.distributed`` initialised with gloo for
+        exactly this world size.
+
+        Raises:
+            RankError: a rank raised, died, or was not done within the timeout.
+        """
+        limit = self.timeout if timeout is None else timeout
+        self._start(world_size)
+        if self._store is None or self._store[0] != world_size:
+            self._store = (world_size, str(Path(self._stores.name) / str(next(self._numbers))))
+        workers = self._workers[:world_size]
+        for _, pipe in workers:
+            pipe.send((fn, world_size, self._store[1], limit, args, kwargs))
+        results, problems = self._collect(workers, time.monotonic() + limit)
+        if problems:
+            self._store = None
+            if len(results) + len(problems) < world_size or any(not w.is_alive() for w, _ in workers):
+                missing = [r for r in range(world_size) if r not in results and r not in problems]
+                problems.update({r: "did not answer in time and was killed" for r in missing})
+                self._kill()
+            text = "\n".join(f"rank {rank}: {problem}" for rank, problem in sorted(problems.items()))
+            raise RankError(f"{len(problems)} of {world_size} ranks failed\n{text}")
+        return [results[rank] for rank in range(world_size)]
+
+    def close(self) -> None:
+        """End all rank processes; a later ``run`` starts new ones."""
+        self._kill()
+        self._stores.cleanup()
+
+    def _start(self, world_size: int) -> None:
+        if len(self._workers) >= world_size:
+            return
+        os.environ["OMP_NUM_THREADS"] = "1"
+        if not self._workers:
+            self._context.set_forkserver_preload(list(PRELOAD))
+        for rank in range(len(self._workers), world_size):
+            here, there = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(rank, there), daemon=True)
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+
+    def _collect(
+        self, workers: list[tuple[multiprocessing.process.BaseProcess, Connection]], deadline: float
+    ) -> tuple[dict[int, Any], dict[int, str]]:
+        results: dict[int, Any] = {}
+        problems: dict[int, str] = {}
+        pending = {pipe: rank for rank, (_, pipe) in enumerate(workers)}
+        while pending:
+            ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                if not problems:
+                    problems[min(pending.values())] = "did not answer in time and was killed"
+                break
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = pending.pop(pipe)
+                try:
+                    good, value = pipe.recv()
+                except EOFError:
+                    good, value = False, "died"
+                if good:
+                    results[rank] = value
+                else:
+                    problems[rank] = value
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        return results, problems
+
+    def _kill(self) -> None:
+        for process, pipe in self._workers:
+            process.kill()
+            process.join()
+            pipe.close()
+        self._workers.clear()
+        self._store = None

@@ -1,0 +1,74 @@
+"""shared.parallel.surgery: what is overridden is given back, repr and output alike."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from shared.parallel.surgery import Surgery
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 2)).eval()
+
+
+def doubled(original, args, kwargs):
+    return 2 * original(*args, **kwargs)
+
+
+def test_repr_and_output_come_back_twice():
+    module, x = net(), torch.randn(3, 4)
+    text, keys, output = repr(module), list(module.state_dict()), module(x)
+    for _ in range(2):
+        surgery = Surgery()
+        surgery.override(module[2], doubled)
+        assert torch.equal(module(x), 2 * output)
+        assert repr(module) == text and list(module.state_dict()) == keys
+        surgery.close()
+        surgery.close()
+        assert torch.equal(module(x), output)
+        assert repr(module) == text and "forward" not in module[2].__dict__
+
+
+def test_an_own_forward_of_the_instance_comes_back():
+    module, x = net()[0], torch.randn(3, 4)
+    class_forward = module.forward
+    module.forward = functools.update_wrapper(
+        functools.partial(lambda m, y: class_forward(y) + 1, module), class_forward
+    )
+    hooked, output = module.forward, module(x)
+    with Surgery() as surgery:
+        original = surgery.override(module, doubled)
+        assert original is hooked
+        assert torch.equal(module(x), 2 * output)
+    assert module.forward is hooked
+    assert torch.equal(module(x), output)
+
+
+def test_two_overrides_of_one_module_are_undone_last_first():
+    module, x = net()[0], torch.randn(3, 4)
+    output = module(x)
+    with Surgery() as surgery:
+        surgery.override(module, doubled)
+        surgery.override(module, lambda original, args, kwargs: original(*args) + 1)
+        assert torch.equal(module(x), 2 * output + 1)
+        assert len(surgery) == 2
+    assert torch.equal(module(x), output)
+
+
+def test_a_later_override_by_someone_else_is_reported_and_the_rest_given_back():
+    module, x = net(), torch.randn(3, 4)
+    output = module(x)
+    surgery = Surgery()
+    surgery.override(module[0], doubled)
+    surgery.override(module[2], doubled)
+    module[0].forward = functools.partial(module[0].forward)
+    with pytest.raises(RuntimeError, match="forward of Linear"):
+        surgery.close()
+    assert "forward" not in module[2].__dict__
+    del module[0].forward
+    assert torch.equal(module(x), output)
