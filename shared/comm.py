@@ -1,8 +1,9 @@
 """Ranks talking to each other: process groups, and the channel of control messages.
 
-Two groups, never mixed. The **control** group is gloo on every machine: idle ranks wait on the CPU, without a
-spinning kernel, for as long as it takes. The **compute** group is NCCL on GPUs or gloo on CPUs and has a
-short timeout. Collectives of the parallel methods use the compute group alone.
+Three groups, never mixed. **control** and **voting** are gloo on every machine: idle ranks wait for a message
+on the control group, on the CPU, without a spinning kernel, for as long as it takes; while a message is
+carried out they agree on the voting group, in bounded time. **compute** is NCCL on GPUs or gloo on CPUs, in
+bounded time too, and belongs to the parallel methods alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from shared.requests import GenerateRequest
 log = logging.getLogger("host")
 
 FOREVER = timedelta(days=365)
+VOTE_GRACE = 5.0  # seconds
 
 # Called by an engine after denoising step `step` of `steps`; raises StoppedError on all ranks alike.
 OnStep = Callable[[int, int], None]
@@ -42,6 +44,7 @@ class World:
     local_rank: int
     device: torch.device
     control: dist.ProcessGroup
+    voting: dist.ProcessGroup
     compute: dist.ProcessGroup
 
     @property
@@ -85,11 +88,21 @@ def init_world(device: str, collective_timeout: float) -> World:
         where = torch.device("cuda", local_rank)
     else:
         where = torch.device("cpu")
-    control = dist.new_group(backend="gloo", timeout=FOREVER)
-    compute = dist.new_group(backend="nccl" if use_cuda else "gloo", timeout=short)
+    groups = make_groups(collective_timeout, "nccl" if use_cuda else "gloo")
     if device == "auto" and not use_cuda and rank == 0:
         log.info("computing on the CPU (gloo): not every rank has a GPU of its own")
-    return World(rank, size, local_rank, where, control, compute)
+    return World(rank, size, local_rank, where, *groups)
+
+
+def make_groups(
+    collective_timeout: float, backend: str
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup]:
+    """The control, voting and compute groups over all ranks; `backend` is the compute group's."""
+    control = dist.new_group(backend="gloo", timeout=FOREVER)
+    # A vote outlasts a collective, so that a rank in a collective that fails still finds the others voting.
+    voting = dist.new_group(backend="gloo", timeout=timedelta(seconds=collective_timeout + VOTE_GRACE))
+    compute = dist.new_group(backend=backend, timeout=timedelta(seconds=collective_timeout))
+    return control, voting, compute
 
 
 class Verdict(IntEnum):
@@ -158,16 +171,10 @@ class StoppedError(RuntimeError):
 
 
 class Channel:
-    """Typed control messages over the control group.
+    """Typed control messages, votes and outcomes."""
 
-    Args:
-        world: this rank's place.
-        timeout: seconds to wait for another rank while a message is carried out.
-    """
-
-    def __init__(self, world: World, timeout: float) -> None:
+    def __init__(self, world: World) -> None:
         self.world = world
-        self.timeout = timedelta(seconds=timeout)
         self._ballot = torch.zeros(1, dtype=torch.int64)
 
     def introduce(self, info: dict[str, Any]) -> list[dict[str, Any]]:
@@ -204,10 +211,7 @@ class Channel:
             return verdict
         self._ballot[0] = int(verdict)
         try:
-            work = dist.all_reduce(
-                self._ballot, op=dist.ReduceOp.MAX, group=self.world.control, async_op=True
-            )
-            work.wait(self.timeout)
+            dist.all_reduce(self._ballot, op=dist.ReduceOp.MAX, group=self.world.voting)
         except RuntimeError as error:
             raise BrokenJobError(f"a rank did not come to the step boundary: {_first_line(error)}") from error
         return Verdict(int(self._ballot[0]))
@@ -224,18 +228,18 @@ class Channel:
         slim = Outcome(**{**vars(outcome), "result": len(payload)})
         outcomes: list[Any] = [None] * self.world.size
         try:
-            dist.all_gather_object(outcomes, slim, group=self.world.control)
+            dist.all_gather_object(outcomes, slim, group=self.world.voting)
             for other in outcomes:
                 size, other.result = other.result, None
                 if other.rank == self.world.rank:
                     other.result = outcome.result
                 elif self.world.rank == 0 and size:
                     buffer = torch.empty(size, dtype=torch.uint8)
-                    dist.recv(buffer, group=self.world.control, group_src=other.rank)
+                    dist.recv(buffer, group=self.world.voting, group_src=other.rank)
                     other.result = pickle.loads(buffer.numpy().tobytes())
             if payload and self.world.rank != 0:
                 data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-                dist.send(data, group=self.world.control, group_dst=0)
+                dist.send(data, group=self.world.voting, group_dst=0)
         except RuntimeError as error:
             raise BrokenJobError(f"a rank is gone: {_first_line(error)}") from error
         return outcomes
@@ -246,8 +250,7 @@ class Channel:
             return True
         ones = torch.ones(1, device=self.world.device)
         try:
-            work = dist.all_reduce(ones, group=self.world.compute, async_op=True)
-            work.wait(self.timeout)
+            dist.all_reduce(ones, group=self.world.compute)
         except RuntimeError as error:
             log.error("the compute group no longer works: %s", _first_line(error))
             return False

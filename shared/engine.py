@@ -101,7 +101,7 @@ class RankLoop:
         if self.queue is None:
             return None
         if job is None:
-            return Ping()
+            return Stop() if self.queue.closed else Ping()
         if job.request is None:
             return Call(job.id, *job.call)
         return Generate(job.id, job.request)

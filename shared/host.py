@@ -90,7 +90,7 @@ def _load_and_loop(
     limit_threads(world.device.type)
     engine = build_engine(config, world)
     engine.warm_up()
-    channel = Channel(world, config.collective_timeout)
+    channel = Channel(world)
     status.ranks = channel.introduce(rank_device_info(world))
     status.plan = engine.plan
     status.versions = versions()

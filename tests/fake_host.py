@@ -1,0 +1,86 @@
+"""A host whose engine draws nothing: it obeys orders in the prompt, so that failures can be had on demand.
+
+`positive` is JSON: {"sleep": seconds a step, "rank": who, "step": when, "do": what} with what = raise
+(between collectives), raise_in_step (while the others are in one), hang, exit, or bad_request.
+Under torchrun it is a whole host (shared.host.serve) without weights.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+if TYPE_CHECKING:
+    from shared.comm import OnStep, World
+    from shared.config import HostConfig
+    from shared.requests import GenerateRequest, Reply
+
+
+class FakeEngine:
+    """Steps through collectives on the compute group; the last rank holds the picture."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.plan: dict[str, Any] = {"method": "fake"}
+        self.done: list[str] = []
+
+    def generate(self, request: GenerateRequest, on_step: OnStep) -> Reply | None:
+        import torch
+        import torch.distributed as dist
+
+        from shared.requests import FieldProblem, Reply, RequestError
+
+        order = json.loads(request.positive) if request.positive else {}
+        if order.get("do") == "bad_request":
+            raise RequestError(422, [FieldProblem("positive", "the ranks refuse it")])
+        steps = request.steps or 1
+        for step in range(1, steps + 1):
+            mine = order.get("rank") == self.world.rank and order.get("step") == step
+            if mine and order["do"] == "raise_in_step":
+                raise RuntimeError("broken inside a step")
+            if mine and order["do"] == "hang":
+                time.sleep(3600)
+            if mine and order["do"] == "exit":
+                os._exit(9)
+            if self.world.size > 1:
+                dist.all_reduce(torch.ones(8, device=self.world.device), group=self.world.compute)
+            time.sleep(order.get("sleep", 0.0))
+            if mine and order["do"] == "raise":
+                raise RuntimeError("out of ideas")
+            on_step(step, steps)
+        self.done.append(str(request.seed))
+        if self.world.rank != self.world.size - 1:
+            return None
+        out = io.BytesIO()
+        Image.new("RGB", (request.width or 8, request.height or 8), "red").save(out, "PNG")
+        seconds = {"total": 0.1, "denoise": 0.1, "decode": 0.0}
+        return Reply(
+            output=[out.getvalue()],
+            format="png",
+            seed=request.seed or 0,
+            width=request.width or 8,
+            height=request.height or 8,
+            steps=steps,
+            seconds=seconds,
+        )
+
+    def warm_up(self) -> None:
+        """Nothing to warm."""
+
+    def close(self) -> None:
+        """Nothing to undo."""
+
+
+def build_engine(config: HostConfig, world: World) -> Any:
+    return FakeEngine(world)
+
+
+if __name__ == "__main__":
+    from shared.host import serve
+
+    serve("asyncdiff", build_engine)

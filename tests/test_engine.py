@@ -1,0 +1,160 @@
+"""shared.comm and shared.engine: messages, votes and outcomes over real ranks."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shared.comm import BrokenJobError, Channel, Verdict, World, make_groups
+from shared.engine import RankLoop
+from shared.jobs import HostStatus, Job, JobError, JobQueue
+from shared.requests import GenerateRequest
+from tests.fake_host import FakeEngine
+from tests.ranks import RankPool
+
+Told = dict[str, Any]
+
+
+def world_of_pool(collective_timeout: float = 20.0) -> World:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return World(rank, size, rank, torch.device("cpu"), *make_groups(collective_timeout, "gloo"))
+
+
+def a_job(steps: int = 3, seed: int = 1, **order: Any) -> Job:
+    return Job(
+        GenerateRequest(
+            positive=json.dumps(order) if order else None, steps=steps, seed=seed, width=64, height=64
+        )
+    )
+
+
+def told(job: Job) -> Told:
+    return {
+        "format": job.reply.format if job.reply else None,
+        "size": len(job.reply.output[0]) if job.reply else 0,
+        "error": (job.error.status, str(job.error)) if job.error else None,
+        "progress": job.progress,
+        "step": job.step,
+    }
+
+
+def serve_jobs(
+    orders: list[dict[str, Any]],
+    collective_timeout: float = 20.0,
+    request_timeout: float = 60.0,
+    cancel_after: float | None = None,
+) -> Told:
+    """Each rank's loop until rank 0's jobs are done: what clients were told, and what each rank did."""
+    world = world_of_pool(collective_timeout)
+    engine = FakeEngine(world)
+    channel = Channel(world)
+    result: Told = {"jobs": [], "broken": None}
+    if world.rank:
+        loop = RankLoop(engine, channel)
+    else:
+        queue, status = JobQueue(16), HostStatus("asyncdiff", "sd1", world.size)
+        loop = RankLoop(engine, channel, queue, status, request_timeout)
+        jobs = [a_job(**order) for order in orders]
+        for job in jobs:
+            queue.submit(job)
+
+        def wait_and_stop() -> None:
+            if cancel_after is not None:
+                time.sleep(cancel_after)
+                queue.cancel_running()
+            for job in jobs:
+                job.wait(60)
+            queue.close(JobError(503, "test is over"))
+
+        threading.Thread(target=wait_and_stop, daemon=True).start()
+    try:
+        loop.run()
+    except BrokenJobError as error:
+        result["broken"] = str(error)
+    if not world.rank:
+        result["jobs"] = [told(job) for job in jobs]
+        result["state"] = status.state
+    result["done"] = engine.done
+    return result
+
+
+def test_replies_come_from_the_rank_that_holds_them(pool: RankPool):
+    for size in (1, 2, 3):
+        ranks = pool.run(serve_jobs, size, [{"seed": 5}, {"seed": 6, "steps": 1}])
+        first, second = ranks[0]["jobs"]
+        assert first["format"] == "png" and first["size"] > 50 and first["progress"] == 100
+        assert (first["step"], second["step"]) == (3, 1)
+        assert all(r["done"] == ["5", "6"] and r["broken"] is None for r in ranks)
+
+
+def test_a_rank_that_fails_between_collectives_fails_one_request_only(pool: RankPool):
+    for rank in (0, 1):
+        ranks = pool.run(serve_jobs, 2, [{"do": "raise", "rank": rank, "step": 2}, {"seed": 7}])
+        failed, good = ranks[0]["jobs"]
+        assert failed["error"] == (500, f"rank {rank}: out of ideas") and failed["step"] < 3
+        assert good["format"] == "png"
+        assert all(r["done"] == ["7"] for r in ranks)
+
+
+def test_a_request_that_the_ranks_refuse_is_the_clients_fault(pool: RankPool):
+    ranks = pool.run(serve_jobs, 2, [{"do": "bad_request"}, {"seed": 7}])
+    assert ranks[0]["jobs"][0]["error"] == (422, "positive: the ranks refuse it")
+    assert all(r["done"] == ["7"] for r in ranks)
+
+
+def test_cancel_ends_within_a_step_on_all_ranks(pool: RankPool):
+    ranks = pool.run(serve_jobs, 2, [{"sleep": 0.1, "steps": 50}, {"seed": 8}], cancel_after=0.45)
+    cancelled = ranks[0]["jobs"][0]
+    assert cancelled["error"] == (499, "cancelled")
+    assert 2 <= cancelled["step"] <= 6
+    assert all(r["done"] == ["8"] for r in ranks)
+
+
+def test_a_request_that_takes_too_long_is_timed_out(pool: RankPool):
+    ranks = pool.run(serve_jobs, 2, [{"sleep": 0.1, "steps": 50}, {"seed": 9}], request_timeout=0.35)
+    assert ranks[0]["jobs"][0]["error"] == (504, "timed out after 0.35 s")
+    assert all(r["done"] == ["9"] for r in ranks)
+
+
+def test_an_error_inside_a_collective_breaks_the_job_in_time(pool: RankPool):
+    began = time.monotonic()
+    ranks = pool.run(serve_jobs, 2, [{"do": "raise_in_step", "rank": 1, "step": 2}], collective_timeout=2.0)
+    assert time.monotonic() - began < 15
+    assert ranks[0]["broken"] and ranks[1]["broken"]
+
+
+def votes() -> list[int]:
+    channel = Channel(world_of_pool())
+    rank = dist.get_rank()
+    return [
+        int(channel.vote(Verdict.GO_ON)),
+        int(channel.vote(Verdict.CANCELLED if rank == 0 else Verdict.GO_ON)),
+        int(channel.vote(Verdict.FAILED if rank == 1 else Verdict.FINISHED)),
+    ]
+
+
+def late_vote() -> str:
+    soon = dist.new_group(backend="gloo", timeout=timedelta(seconds=0.5))
+    channel = Channel(replace(world_of_pool(), voting=soon))
+    if dist.get_rank() == 1:
+        time.sleep(2.0)
+    try:
+        channel.vote(Verdict.GO_ON)
+    except BrokenJobError as error:
+        return str(error)
+    return ""
+
+
+def test_the_highest_vote_counts(pool: RankPool):
+    assert pool.run(votes, 3) == [[0, 2, 4]] * 3
+
+
+def test_a_rank_that_does_not_come_to_the_vote_is_noticed(pool: RankPool):
+    assert "step boundary" in pool.run(late_vote, 2)[0]
