@@ -44,6 +44,7 @@ class Job:
     error: JobError | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _done: threading.Event = field(default_factory=threading.Event)
+    _ending: threading.Lock = field(default_factory=threading.Lock)
 
     def cancel(self) -> None:
         """Ask for the job to end at the next step boundary; harmless when it is done."""
@@ -72,12 +73,13 @@ class Job:
 
     def finish(self, reply: Any = None, error: JobError | None = None) -> None:
         """End the job with its reply or its error; the first end counts."""
-        if self._done.is_set():
-            return
-        self.reply, self.error = reply, error
-        if error is None:
-            self.progress = 100.0
-        self._done.set()
+        with self._ending:
+            if self._done.is_set():
+                return
+            self.reply, self.error = reply, error
+            if error is None:
+                self.progress = 100.0
+            self._done.set()
 
 
 class JobQueue:
@@ -86,7 +88,7 @@ class JobQueue:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.running: Job | None = None
-        self.last: Job | None = None
+        self.last: Job | None = None  # the newest job with a request that left the queue
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed: JobError | None = None
@@ -94,6 +96,11 @@ class JobQueue:
     def __len__(self) -> int:
         """Number of jobs that wait."""
         return len(self._waiting)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the queue was closed: nothing is taken from it any more."""
+        return self._closed is not None
 
     def submit(self, job: Job) -> None:
         """Add a job.
@@ -104,7 +111,7 @@ class JobQueue:
         """
         with self._changed:
             if self._closed is not None:
-                raise self._closed
+                raise JobError(self._closed.status, str(self._closed))
             ahead = len(self._waiting) + (self.running is not None)
             if ahead > self.limit:
                 raise QueueFullError(f"{len(self._waiting)} requests wait; at most {self.limit} may")
@@ -125,9 +132,11 @@ class JobQueue:
                         job.finish(error=JobError(499, "cancelled"))
                         continue
                     job.started = time.monotonic()
-                    self.running = self.last = job
+                    self.running = job
+                    if job.request is not None:
+                        self.last = job
                     return job
-                left = deadline - time.monotonic()
+                left = 0.0 if self._closed else deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
                     return None
 
@@ -146,17 +155,25 @@ class JobQueue:
                 job.finish(error=JobError(499, "cancelled"))
 
     def cancel_running(self) -> bool:
-        """Cancel the running job; whether there was one."""
-        job = self.running
-        if job is None:
+        """Cancel the running job, or the next one where rank 0 is between two; whether there was one."""
+        with self._changed:
+            job = self.running or next(iter(self._waiting), None)
+        if job is None or job.done:
             return False
-        job.cancel()
+        self.drop(job)
         return True
+
+    def progress(self) -> float:
+        """0 to 100, of the running request, else of the last one; 0 before there was any."""
+        running = self.running
+        job = running if running is not None and running.request is not None else self.last
+        return 0.0 if job is None else job.progress
 
     def close(self, error: JobError) -> None:
         """End every job with `error` and refuse new ones with 503."""
         with self._changed:
-            self._closed = JobError(503, str(error))
+            if self._closed is None:
+                self._closed = JobError(503, str(error))
             jobs = [*([self.running] if self.running else []), *self._waiting]
             self._waiting.clear()
             self._changed.notify_all()

@@ -10,6 +10,8 @@ import binascii
 import io
 import math
 import secrets
+import struct
+import zlib
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -40,6 +42,7 @@ class FieldProblem:
 
     field: str
     problem: str
+    needs: frozenset[str] = frozenset()  # fields that must be sound for this fault to be told
 
 
 class RequestError(ValueError):
@@ -72,21 +75,40 @@ def _decode_base64(value: Any) -> bytes:
     return data
 
 
+# What Pillow's decoders raise on damaged files, DecompressionBombError aside.
+_BROKEN_PICTURE = (
+    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
+    *(struct.error, zlib.error),
+)
+
+
 def _check_image(value: Any) -> bytes:
     """Base64 or bytes of a picture -> its bytes, after a full decode."""
     from PIL import Image, UnidentifiedImageError
 
     data = value if isinstance(value, bytes) else _decode_base64(value)
+    too_large = ""
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_INPUTS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise _problem(f"has {image.width}x{image.height} pixels, more than {MAX_SIDE}x{MAX_SIDE}")
-            image.load()
+                too_large = f"has {image.width}x{image.height} pixels, more than {MAX_SIDE}x{MAX_SIDE}"
+            else:
+                image.load()
     except UnidentifiedImageError:
         raise _problem("is no picture; allowed: PNG, JPEG, WebP, BMP") from None
-    except (Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+    except (Image.DecompressionBombError, *_BROKEN_PICTURE) as error:
         raise _problem(f"is a broken picture ({error})") from None
+    if too_large:
+        raise _problem(too_large)
     return data
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels of a picture that was checked before; reads its header alone."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=IMAGE_INPUTS) as image:
+        return image.size
 
 
 def _tensor_of(*names: str, optional: tuple[str, ...] = ()) -> Any:
@@ -228,6 +250,11 @@ def parse_request(body: bytes, config: HostConfig, accept: str | None = None) ->
     Raises:
         RequestError: 400 with all faults of form at once, else 422 with all that this launch cannot serve.
     """
+    return check_request(parse_object(body), config, accept)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body. Raises RequestError with status 400."""
     try:
         data = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -235,77 +262,108 @@ def parse_request(body: bytes, config: HostConfig, accept: str | None = None) ->
     if not isinstance(data, dict):
         found = type(data).__name__
         raise RequestError(400, [FieldProblem("", f"the body must be a JSON object, got {found}")])
-    return check_request(data, config, accept)
+    return data
 
 
 def check_request(data: dict[str, Any], config: HostConfig, accept: str | None = None) -> GenerateRequest:
-    """`parse_request` for a JSON object that is parsed already. Raises RequestError."""
+    """`parse_request` for a JSON object that is parsed already. Raises RequestError.
+
+    A fault in one field hides none in another: with status 400 come the 422 faults of the other fields too.
+    """
+    bad: list[FieldProblem] = []
     try:
         request = GenerateRequest.model_validate(data)
     except PydanticError as error:
-        raise RequestError(400, _problems_of(error)) from None
-    if problems := _bad_values(request, config):
-        raise RequestError(400, problems)
-    if problems := _not_served(request, config, accept):
-        raise RequestError(422, problems)
+        bad = _problems_of(error)
+        faulty = {str(fault["loc"][0]) for fault in error.errors(include_url=False, include_input=False)}
+        request = GenerateRequest.model_validate({k: v for k, v in data.items() if k not in faulty})
+    else:
+        faulty = set()
+    bad += [p for p in _bad_values(request, config) if not p.needs & faulty]
+    unserved = [p for p in _not_served(request, config, accept) if p.field not in faulty]
+    if bad:
+        raise RequestError(400, bad + unserved)
+    if unserved:
+        raise RequestError(422, unserved)
     return request.filled(config, accept)
 
 
 def _problems_of(error: PydanticError) -> list[FieldProblem]:
     problems: dict[str, str] = {}
     for fault in error.errors(include_url=False, include_context=False):
-        name = ".".join(str(part) for part in fault["loc"] if part not in ("str", "dict[str,any]"))
+        name = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             text = f"unknown field; allowed: {', '.join(sorted(GenerateRequest.model_fields))}"
         elif fault["type"] == "problem":
             text = fault["msg"]
         else:
-            text = f"{fault['msg'].replace('Input should', 'must')}, got {_shown(fault['input'])}"
+            text = f"{_wording(fault['msg'])}, got {_shown(fault['input'])}"
         problems[name] = f"{problems[name]}; or {text}" if name in problems else text
     return [FieldProblem(name, text) for name, text in problems.items()]
 
 
+def _wording(message: str) -> str:
+    """Pydantic's message in this API's words: "must be at least 1"."""
+    for theirs, ours in (
+        ("Input should", "must"),
+        ("greater than or equal to", "at least"),
+        ("less than or equal to", "at most"),
+        ("greater than", "above"),
+        ("less than", "below"),
+    ):
+        message = message.replace(theirs, ours)
+    return message
+
+
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = repr(value[:60] if isinstance(value, str) else value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProblem]:
-    problems = []
+    problems: list[FieldProblem] = []
+
+    def add(name: str, problem: str, *needs: str) -> None:
+        problems.append(FieldProblem(name, problem, frozenset((name, *needs))))
+
     multiple = config.spec.size_multiple
     for name in ("width", "height"):
         value = getattr(request, name)
         if value is not None and value % multiple:
-            problems.append(
-                FieldProblem(name, f"must be a multiple of {multiple} for {config.type}, got {value}")
-            )
-    both = {request.denoise, request.denoising_start} - {None}
-    if len(both) > 1:
-        problems.append(
-            FieldProblem(
-                "denoise",
-                f"is denoising_start too, and they differ: {request.denoise} and {request.denoising_start}",
-            )
+            add(name, f"must be a multiple of {multiple} for {config.type}, got {value}")
+    starts = {n: getattr(request, n) for n in ("denoise", "denoising_start")}
+    given = {n: v for n, v in starts.items() if v is not None}
+    if len(set(given.values())) > 1:
+        add(
+            "denoise",
+            "is denoising_start too, and they differ: {denoise} and {denoising_start}".format(**given),
         )
-    start, end = next(iter(both), None), request.denoising_end
-    if start is not None and end is not None and start >= end:
-        problems.append(FieldProblem("denoising_end", f"must be above denoising_start {start}, got {end}"))
+    name, start = next(iter(given.items()), ("denoising_start", 0.0))
+    end = request.denoising_end
+    if end is not None and start >= end:
+        add("denoising_end", f"must be above denoising_start {start:g}, got {end:g}", *starts)
+    elif start >= 1:
+        add(name, "must be below 1, or no step is left to run; got 1")
     if request.sigmas is not None and request.timesteps is not None:
-        problems.append(FieldProblem("timesteps", "give sigmas or timesteps, not both"))
+        add("timesteps", "give sigmas or timesteps, not both")
     for name in ("positive", "negative"):
         if getattr(request, name) is not None and getattr(request, f"{name}_embeds") is not None:
-            problems.append(FieldProblem(f"{name}_embeds", f"give {name} or {name}_embeds, not both"))
-    for scale, what in (
-        ("image_scale", "image"),
-        ("ip_image_scale", "ip_image"),
-        ("control_image_scale", "control_image"),
-    ):
-        if getattr(request, scale) is not None and getattr(request, what) is None:
-            problems.append(FieldProblem(scale, f"there is no {what} to scale"))
+            add(f"{name}_embeds", f"give {name} or {name}_embeds, not both")
+    for name in ("image", "ip_image", "control_image"):
+        picture, percent = getattr(request, name), getattr(request, f"{name}_scale")
+        if percent is None:
+            continue
+        if picture is None:
+            add(f"{name}_scale", f"there is no {name} to scale", name)
+        elif max(sides := picture_size(picture)) * percent / 100 > MAX_SIDE:
+            add(
+                f"{name}_scale",
+                f"makes {sides[0]}x{sides[1]} pixels larger than {MAX_SIDE} a side; got {percent:g} percent",
+            )
     return problems
 
 
-_COMMON = frozenset({"steps", "cfg", "seed", "scheduler", "output_format"})
+COMMON_FIELDS = frozenset({"steps", "cfg", "seed", "scheduler", "output_format"})
 
 # A field that needs a launch flag to mean anything.
 _NEEDS_FLAG = {
@@ -323,7 +381,7 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
     for name in sorted(request.model_fields_set):
         if getattr(request, name) is None:
             continue
-        if name not in spec.fields | _COMMON:
+        if name not in spec.fields | COMMON_FIELDS:
             problems.append(FieldProblem(name, f"type {spec.name} ({spec.title}) takes no {name}"))
         elif (flag := _NEEDS_FLAG.get(name)) and not getattr(config, flag):
             problems.append(FieldProblem(name, f"the host was started without --{flag}"))

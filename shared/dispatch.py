@@ -1,0 +1,133 @@
+"""From an HTTP request to the ranks and back: what every way in to the host shares.
+
+A way in (the own API, OpenAI's, A1111's) turns its request into a `GenerateRequest`, gives it to
+`Dispatcher.run`, and words the reply or the `ApiError` in its own form.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flask import g
+from flask import request as http
+
+from shared.config import HostConfig
+from shared.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError
+from shared.requests import FieldProblem, GenerateRequest, Reply, RequestError
+from shared.wsgi import PARSING
+
+log = logging.getLogger("host")
+
+DISCONNECT_POLL = 0.1  # seconds between two looks whether the client is still there
+PARSED_AT_ONCE = 2  # a body, its text and its pictures may take some hundred MB while they are checked
+RETRY_AFTER = {"loading": 5, "full": 2, "broken": 30, "stopping": 30}  # seconds
+
+
+class ApiError(Exception):
+    """An answer other than success. `status` is the HTTP status; `problems` names each fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        problems: Iterable[FieldProblem] = (),
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        self.status = status
+        self.message = message
+        self.problems = list(problems)
+        self.headers = headers or {}
+        super().__init__(message)
+
+    @classmethod
+    def from_request(cls, error: RequestError) -> ApiError:
+        return cls(error.status, str(error), error.problems)
+
+    @classmethod
+    def unavailable(cls, why: str, message: str) -> ApiError:
+        """503; `why` is a key of RETRY_AFTER."""
+        return cls(503, message, headers={"Retry-After": str(RETRY_AFTER[why])})
+
+
+class Dispatcher:
+    """Checks, queues and awaits requests, from the threads of the HTTP server.
+
+    Args:
+        config: the launch.
+        status: what the host says of itself.
+        queue: the way to rank 0's loop.
+    """
+
+    def __init__(self, config: HostConfig, status: HostStatus, queue: JobQueue) -> None:
+        self.config = config
+        self.status = status
+        self.queue = queue
+        # Fewer than the server's threads, so that some are always left for the quick routes.
+        self._slots = threading.BoundedSemaphore(queue.limit + 1 + PARSING)
+        self._parsing = threading.BoundedSemaphore(PARSED_AT_ONCE)
+
+    def check_ready(self) -> None:
+        """Raise ApiError 503 where the host cannot take a request now."""
+        state, message = self.status.state, self.status.message
+        if state in ("loading", "broken", "stopping"):
+            raise ApiError.unavailable(state, f"the host is {state}" + (f": {message}" if message else ""))
+
+    def run(self, parse: Callable[[], GenerateRequest]) -> Reply:
+        """Parse a request, wait for its turn and for its reply. A client that leaves cancels it.
+
+        Raises:
+            ApiError: with the status of PROTOCOL's error table.
+        """
+        self.check_ready()
+        if not self._slots.acquire(blocking=False):
+            raise ApiError.unavailable("full", "too many requests at once")
+        try:
+            try:
+                with self._parsing:
+                    request = parse()
+            except RequestError as error:
+                raise ApiError.from_request(error) from None
+            reply = self._submit(Job(request, id=g.request_id))
+        finally:
+            self._slots.release()
+        if not isinstance(reply, Reply) or not reply.output:
+            raise TypeError(f"rank 0 gave {type(reply).__name__} instead of a reply with a picture")
+        return reply
+
+    def call(self, method: str, arguments: dict[str, Any]) -> Any:
+        """Call a method of the engine on all ranks, between two generations; what it returned.
+
+        Raises:
+            ApiError: with the status of PROTOCOL's error table.
+        """
+        self.check_ready()
+        return self._submit(Job(None, (method, arguments), id=g.request_id))
+
+    def _submit(self, job: Job) -> Any:
+        g.job = job
+        try:
+            self.queue.submit(job)
+        except QueueFullError as error:
+            raise ApiError.unavailable("full", f"the queue is full: {error}") from None
+        except JobError as error:
+            raise ApiError.unavailable("stopping", str(error)) from None
+        gone = http.environ.get("waitress.client_disconnected", lambda: False)
+        while not job.wait(DISCONNECT_POLL):
+            if not job.cancelled and gone():
+                self.queue.drop(job)
+        if job.error is not None:
+            raise _api_error(job.error)
+        return job.reply
+
+
+def _api_error(error: JobError) -> ApiError:
+    message = str(error)
+    if error.status == 500:
+        # A failure of torch may bring its own stack trace; the log has all of it.
+        message = message.strip().split("\n", 1)[0][:1000]
+    if error.status == 503:
+        return ApiError.unavailable("stopping", message)
+    return ApiError(error.status, message)

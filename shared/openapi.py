@@ -1,0 +1,211 @@
+"""GET /openapi.json: the API of one host as OpenAPI 3.1, made from the pydantic models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from shared.config import HostConfig
+from shared.negotiate import JSON, RAW_FORMATS
+from shared.requests import COMMON_FIELDS, MIME_TYPES, ErrorAnswer, GenerateAnswer, GenerateRequest
+
+ERRORS = {
+    400: "Bad request; all of its faults at once",
+    401: "No bearer token, or not this host's --api_key",
+    404: "No such route",
+    405: "No such method on this route",
+    413: "The body is larger than 64 MiB",
+    415: "The body is not JSON",
+    422: "A request that this model or this launch cannot serve",
+    499: "Cancelled, by POST /cancel or because the client left",
+    500: "The model failed at this request; the host goes on",
+    503: "Loading, queue full, or broken; see Retry-After",
+    504: "Timed out (--request_timeout)",
+}
+_GENERATE_ERRORS = (400, 413, 415, 422, 499, 500, 503, 504)
+_RETRIES = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
+
+_EXAMPLES: dict[str, Any] = {
+    "positive": "a red circle on a blue background",
+    "negative": "blurry",
+    "steps": 20,
+    "seed": 7,
+    "output_format": "png",
+}
+_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def openapi(config: HostConfig) -> dict[str, Any]:
+    """The document of one launch: defaults are its own, fields that its type refuses say so."""
+    _, schema = models_json_schema(
+        [
+            (GenerateRequest, "validation"),
+            (GenerateAnswer, "serialization"),
+            (ErrorAnswer, "serialization"),
+        ],
+        ref_template="#/components/schemas/{model}",
+    )
+    schemas = schema["$defs"]
+    _tell_launch(schemas["GenerateRequest"], config)
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": f"multigpu diffusion: {config.spec.title} on {config.backend}",
+            "version": "1",
+            "description": "One request at a time reaches the ranks, in order of arrival; the rest wait.",
+        },
+        "paths": _paths(config),
+        "components": {"schemas": schemas | _SCHEMAS, "responses": _responses()},
+    }
+    if config.api_key is not None:
+        document["components"]["securitySchemes"] = {"api_key": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"api_key": []}]
+        document["paths"]["/health"]["get"]["security"] = []
+    return document
+
+
+def example_request(config: HostConfig) -> dict[str, Any]:
+    """A request that the launch's type serves."""
+    spec = config.spec
+    request = {k: v for k, v in _EXAMPLES.items() if k in spec.fields | COMMON_FIELDS}
+    if spec.output == "video":
+        request["output_format"] = "mp4"
+    for name, needed in (("image", spec.image == "needed"), ("control_image", bool(config.control_net))):
+        if needed:
+            request[name] = _PIXEL
+    return request
+
+
+def _tell_launch(schema: dict[str, Any], config: HostConfig) -> None:
+    """Put the launch's defaults and refusals into the schema of GenerateRequest."""
+    spec, (width, height) = config.spec, config.size
+    defaults = {
+        "steps": spec.steps,
+        "cfg": spec.cfg,
+        "width": width,
+        "height": height,
+        "frames": spec.frames,
+        "fps": spec.fps if spec.output == "video" else None,
+        "output_format": "png",
+    }
+    schema["examples"] = [example_request(config)]
+    for name, field in schema["properties"].items():
+        field.pop("default", None)
+        if name not in spec.fields | COMMON_FIELDS:
+            field["description"] = f"type {spec.name} takes no {name}: answered 422"
+        elif defaults.get(name) is not None:
+            field["default"] = defaults[name]
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _text(description: str, example: str, **schema: Any) -> dict[str, Any]:
+    content = {"text/plain": {"schema": {"type": "string", **schema}, "example": example}}
+    return {"description": description, "content": content}
+
+
+def _json(description: str, name: str) -> dict[str, Any]:
+    return {"description": description, "content": {JSON: {"schema": _ref(name)}}}
+
+
+def _errors(*codes: int) -> dict[str, Any]:
+    return {str(code): {"$ref": f"#/components/responses/{code}"} for code in (401, *codes)}
+
+
+def _responses() -> dict[str, Any]:
+    responses: dict[str, Any] = {}
+    for code, description in ERRORS.items():
+        responses[str(code)] = _json(description, "ErrorAnswer")
+        if code == 503:
+            responses[str(code)]["headers"] = _RETRIES
+    return responses
+
+
+_SCHEMAS: dict[str, Any] = {
+    "Cancelled": {
+        "type": "object",
+        "required": ["message", "cancelled"],
+        "properties": {"message": {"type": "string"}, "cancelled": {"type": "boolean"}},
+    },
+    "Health": {
+        "type": "object",
+        "required": ["state", "backend", "type", "plan", "world_size", "queue_length", "ranks", "versions"],
+        "properties": {
+            "state": {"enum": ["loading", "ready", "busy", "broken", "stopping"]},
+            "message": {"type": "string", "description": "why the host is broken"},
+            "backend": {"type": "string"},
+            "type": {"type": "string"},
+            "plan": {"type": "object", "description": "how the work is divided over the ranks"},
+            "world_size": {"type": "integer"},
+            "queue_length": {"type": "integer", "description": "requests that wait"},
+            "ranks": {"type": "array", "items": {"type": "object"}, "description": "device, memory in MiB"},
+            "versions": {"type": "object", "additionalProperties": {"type": "string"}},
+            "uptime_seconds": {"type": "number"},
+        },
+    },
+}
+
+
+def _paths(config: HostConfig) -> dict[str, Any]:
+    raw = {
+        MIME_TYPES[f]: {"schema": {"type": "string", "contentMediaType": MIME_TYPES[f]}}
+        for f in RAW_FORMATS[config.spec.output]
+    }
+    made = _json("The picture or video", "GenerateAnswer")
+    made["content"] |= raw
+    made["headers"] = {
+        "X-Request-Id": {"schema": {"type": "string"}},
+        "X-Seed": {"schema": {"type": "integer"}, "description": "with the bytes themselves"},
+    }
+    return {
+        "/initialize": {
+            "get": {
+                "summary": "Whether the model is loaded",
+                "responses": {
+                    "200": _text("Ready", "OK"),
+                    "202": _text("Still loading", "WAIT"),
+                    **_errors(503),
+                },
+            }
+        },
+        "/progress": {
+            "get": {
+                "summary": "Progress of the running request, else of the last one",
+                "responses": {"200": _text("0 to 100", "42", pattern="^[0-9]+$"), **_errors()},
+            }
+        },
+        "/generate": {
+            "post": {
+                "summary": "Make a picture or a video",
+                "requestBody": {"required": True, "content": {JSON: {"schema": _ref("GenerateRequest")}}},
+                "responses": {"200": made, **_errors(*_GENERATE_ERRORS)},
+            }
+        },
+        "/cancel": {
+            "post": {
+                "summary": "Cancel the running request at the next step boundary",
+                "responses": {"200": _json("Whether there was one", "Cancelled"), **_errors()},
+            }
+        },
+        "/health": {
+            "get": {
+                "summary": "State of the host and its ranks",
+                "responses": {
+                    "200": _json("Alive and whole", "Health"),
+                    "503": _json("Broken", "Health"),
+                },
+            }
+        },
+        "/openapi.json": {
+            "get": {
+                "summary": "This document",
+                "responses": {
+                    "200": {"description": "OpenAPI 3.1", "content": {JSON: {"schema": {"type": "object"}}}},
+                    **_errors(),
+                },
+            }
+        },
+    }

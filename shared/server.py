@@ -1,0 +1,233 @@
+"""The HTTP side of a host, on rank 0: routes, the error table, the bearer token, the log line of a request.
+
+Imports no torch and answers from the first second, while the model is loading.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import secrets
+import time
+from typing import Any
+from urllib.parse import quote
+
+from flask import Flask, Response, g, jsonify
+from flask import request as http
+from werkzeug.exceptions import HTTPException
+from werkzeug.http import HTTP_STATUS_CODES
+
+from shared.config import HostConfig
+from shared.dispatch import ApiError, Dispatcher
+from shared.jobs import HostStatus, JobQueue
+from shared.negotiate import negotiate
+from shared.openapi import openapi
+from shared.requests import (
+    MIME_TYPES,
+    ErrorAnswer,
+    GenerateRequest,
+    Reply,
+    RequestError,
+    check_request,
+    parse_object,
+)
+from shared.wsgi import MAX_BODY, TOO_LARGE, Server
+
+__all__ = ["Server", "create_app"]
+
+log = logging.getLogger("host")
+
+REASONS = {499: "Client Closed Request"}
+OPEN_ROUTES = frozenset({"health"})  # endpoints that ask for no token
+
+
+def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> Flask:
+    """The WSGI application of one host; it shares no state with another one.
+
+    Args:
+        config: the launch.
+        status: what the host says of itself; written by rank 0's loop.
+        queue: where requests wait for rank 0's loop.
+    """
+    app = Flask("shared.server", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.url_map.merge_slashes = False  # a redirect would be an HTML page
+    dispatcher = Dispatcher(config, status, queue)
+    _add_frame(app, config)
+    _add_state_routes(app, dispatcher)
+    _add_generate(app, dispatcher)
+    document = openapi(config)
+    app.add_url_rule("/openapi.json", "openapi", lambda: jsonify(document))
+    return app
+
+
+def _add_frame(app: Flask, config: HostConfig) -> None:
+    """What surrounds every route: id, token, errors as JSON, headers and the log line."""
+
+    @app.before_request
+    def begin() -> None:
+        g.request_id, g.began = secrets.token_hex(8), time.monotonic()
+        if config.api_key is not None and http.endpoint not in OPEN_ROUTES:
+            _check_token(config.api_key)
+
+    @app.errorhandler(Exception)
+    def failed(error: Exception) -> Response:
+        return error_response(error)
+
+    @app.after_request
+    def end(response: Response) -> Response:
+        response.headers["X-Request-Id"] = g.request_id
+        response.headers.setdefault("Cache-Control", "no-store")
+        _log_outcome(response)
+        return response
+
+
+def _check_token(api_key: str) -> None:
+    scheme, _, token = http.headers.get("Authorization", "").partition(" ")
+    # WSGI hands header bytes over as latin-1.
+    given = token.strip().encode("latin-1", "replace")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given, api_key.encode()):
+        raise ApiError(401, "this host needs its --api_key as a bearer token", headers=_CHALLENGE)
+
+
+_CHALLENGE = {"WWW-Authenticate": 'Bearer realm="multigpu diffusion"'}
+
+
+def error_response(error: Exception) -> Response:
+    """Any exception as PROTOCOL's JSON; what nobody foresaw is logged with its stack and answered 500."""
+    api_error = as_api_error(error)
+    g.message = api_error.message
+    problems = [{"field": p.field, "problem": p.problem} for p in api_error.problems]
+    response = jsonify(ErrorAnswer(message=api_error.message, errors=problems).model_dump())
+    response.status = f"{api_error.status} {_reason(api_error.status)}"
+    response.headers.update(api_error.headers)
+    return response
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Any exception as the error it is answered with."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError):
+        return ApiError.from_request(error)
+    if isinstance(error, HTTPException):
+        code = error.code or 500
+        headers = {k: v for k, v in error.get_headers() if k in ("Allow", "Retry-After")}
+        if code == 404:
+            return ApiError(404, f"there is no {http.path!r} here; see /openapi.json")
+        if code == 405:
+            allowed = headers.get("Allow", "")
+            return ApiError(405, f"{http.path} takes {allowed}; got {http.method}", headers=headers)
+        if code == 413:
+            return ApiError(413, TOO_LARGE)
+        return ApiError(code, error.description or _reason(code), headers=headers)
+    log.error("id=%s failed in the server", g.request_id, exc_info=error)
+    return ApiError(500, "the server failed at this request; its log has the reason, under X-Request-Id")
+
+
+def _reason(status: int) -> str:
+    return REASONS.get(status) or HTTP_STATUS_CODES.get(status, "Error")
+
+
+def _log_outcome(response: Response) -> None:
+    """One line a request; requests that reached the queue tell their size, steps and seed."""
+    fields: dict[str, Any] = {
+        "id": g.request_id,
+        "status": response.status_code,
+        "seconds": round(time.monotonic() - g.began, 3),
+        "route": f"{http.method} {quote(http.path)}",
+    }
+    job = g.get("job")
+    if job is not None and job.request is not None:
+        made: Reply | GenerateRequest = job.reply or job.request
+        fields |= {"size": f"{made.width}x{made.height}", "steps": made.steps, "seed": made.seed}
+    text = " ".join(f"{k}={v}" for k, v in fields.items())
+    if message := g.get("message"):
+        fields["error"] = message
+        text += f" error={message!r}"
+    level = logging.DEBUG
+    if response.status_code >= 500:
+        level = logging.WARNING
+    elif http.endpoint == "generate" or response.status_code >= 400:
+        level = logging.INFO
+    log.log(level, "%s", text, extra={"fields": fields})
+
+
+def _add_state_routes(app: Flask, dispatcher: Dispatcher) -> None:
+    status, queue = dispatcher.status, dispatcher.queue
+
+    @app.get("/initialize")
+    def initialize() -> Response:
+        if status.state == "loading":
+            return _text("WAIT", 202)
+        dispatcher.check_ready()
+        return _text("OK")
+
+    @app.get("/progress")
+    def progress() -> Response:
+        return _text(str(int(queue.progress())))
+
+    @app.post("/cancel")
+    def cancel() -> Response:
+        cancelled = queue.cancel_running()
+        message = "OK" if cancelled else "no request is running"
+        return jsonify({"message": message, "cancelled": cancelled})
+
+    @app.get("/health")
+    def health() -> Response:
+        response = jsonify(status.health(queue))
+        response.status_code = 503 if status.state in ("broken", "stopping") else 200
+        return response
+
+
+def _text(text: str, status: int = 200) -> Response:
+    return Response(text, status, mimetype="text/plain")
+
+
+def _add_generate(app: Flask, dispatcher: Dispatcher) -> None:
+    config = dispatcher.config
+
+    @app.post("/generate")
+    def generate() -> Response:
+        check_json_type()
+        raw: str | None = None
+
+        def parse() -> GenerateRequest:
+            nonlocal raw
+            data = parse_object(http.get_data(cache=False))
+            raw, problem = negotiate(http.accept_mimetypes, config.spec, data.get("output_format"))
+            try:
+                request = check_request(data, config, raw)
+            except RequestError as error:
+                raise RequestError(error.status, error.problems + ([problem] if problem else [])) from None
+            if problem:
+                raise RequestError(422, [problem])
+            return request
+
+        reply = dispatcher.run(parse)
+        return jsonify(reply.answer().model_dump()) if raw is None else raw_response(reply)
+
+
+def check_json_type() -> None:
+    """Raise ApiError 415 unless the body says that it is JSON in UTF-8, uncompressed."""
+    charset = http.mimetype_params.get("charset", "utf-8").lower()
+    coding = http.headers.get("Content-Encoding", "identity").lower()
+    if http.mimetype != "application/json" or charset not in ("utf-8", "utf8", "us-ascii"):
+        given = http.headers.get("Content-Type") or "none"
+        raise ApiError(415, f"Content-Type must be application/json (UTF-8); got {given}")
+    if coding != "identity":
+        raise ApiError(415, f"Content-Encoding must be absent; got {coding}")
+
+
+def raw_response(reply: Reply) -> Response:
+    """The file itself, what is known of it in headers."""
+    response = Response(reply.output[0], mimetype=MIME_TYPES[reply.format])
+    response.headers["X-Seed"] = str(reply.seed)
+    response.headers["X-Steps"] = str(reply.steps)
+    response.headers["X-Size"] = f"{reply.width}x{reply.height}"
+    for name, seconds in reply.seconds.items():
+        response.headers.add("Server-Timing", f"{name};dur={1000 * seconds:.1f}")
+    response.headers["Content-Disposition"] = f'inline; filename="{g.request_id}.{reply.format}"'
+    response.headers["Vary"] = "Accept"
+    return response
