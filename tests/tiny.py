@@ -4,8 +4,8 @@
     picture = tiny.run(pipe, "sdxl", steps=4)       # float array, images or frames first
 
 Weights are random but seeded, nothing is fetched, a checkpoint is 1 to 11 MB. UNets have two levels of two
-layers, transformers four or more blocks, and transformers' attention has four heads, so that there is something
-to cut in four. Default size: 64 x 64 pixels (latents 8 x 8). LoRAs and other extras: `tiny_extras`.
+layers, transformers four or more blocks of four heads: enough to cut in four. Default size: 64 x 64 pixels
+(latents 8 x 8). LoRAs, ControlNets and the like: `tiny_extras`; single files and GGUF: `tiny_original`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def cached(name: str, make: Callable[[Path], None], suffix: str = "") -> Path:
     """The path `<cache>/<name><suffix>`, filled by `make(path)` when it is not there yet.
 
     Several processes may ask at once: each builds aside, the first to rename wins. The key holds the text of
-    this folder's tiny*.py and the library versions, so a change there makes new files.
+    tests/tiny*.py and the library versions, so a change there makes new files.
     """
     text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("tiny*.py")))
     versions = "".join(version(package) for package in ("torch", "diffusers", "transformers"))
@@ -193,17 +193,20 @@ def make_sdxl() -> Any:
 
 def make_sd3() -> Any:
     # joint_attention_dim is T5's width; the CLIP widths add up to at most that, the projections to pooled.
+    # Single files hold no projection for the first encoder: it is the identity, as in the real model.
+    first = clip_text(projection=32)
+    torch.nn.init.eye_(first.text_projection.weight)
     denoiser = seeded(6, lambda: diffusers.SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=8, out_channels=8, num_layers=4, attention_head_dim=8,
-        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=64, pooled_projection_dim=64,
+        num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=96, pooled_projection_dim=96,
         pos_embed_max_size=32,
     ))  # fmt: skip
     return diffusers.StableDiffusion3Pipeline(
         transformer=denoiser, vae=vae(8, scaling=1.5305, shift=0.0609),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=clip_text(projection=32), tokenizer=clip_tokenizer(),
-        text_encoder_2=clip_text(projection=32, act="gelu", seed=21), tokenizer_2=clip_tokenizer("!"),
-        text_encoder_3=t5_text(64), tokenizer_3=t5_tokenizer(), image_encoder=None, feature_extractor=None,
+        text_encoder=first, tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_text(64, projection=64, act="gelu", seed=21), tokenizer_2=clip_tokenizer("!"),
+        text_encoder_3=t5_text(96), tokenizer_3=t5_tokenizer(), image_encoder=None, feature_extractor=None,
     )  # fmt: skip
 
 
