@@ -279,7 +279,8 @@ def check_request(data: dict[str, Any], config: HostConfig, accept: str | None =
         request = GenerateRequest.model_validate({k: v for k, v in data.items() if k not in faulty})
     else:
         faulty = set()
-    bad += [p for p in _bad_values(request, config) if not p.needs & faulty]
+    taken = config.spec.fields | COMMON_FIELDS
+    bad += [p for p in _bad_values(request, config) if p.field in taken and not p.needs & faulty]
     unserved = [p for p in _not_served(request, config, accept) if p.field not in faulty]
     if bad:
         raise RequestError(400, bad + unserved)
