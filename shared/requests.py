@@ -1,4 +1,4 @@
-"""What a client asks and what it gets: the request and reply models and the image and tensor codecs.
+"""What a client asks and what it gets: the request and reply models, and the checks against a launch.
 
 Imports no torch: images stay encoded bytes and tensors stay safetensors bytes until they reach the ranks.
 """
@@ -6,26 +6,18 @@ Imports no torch: images stay encoded bytes and tensors stay safetensors bytes u
 from __future__ import annotations
 
 import base64
-import binascii
-import io
-import math
 import secrets
-import struct
-import zlib
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic import ValidationError as PydanticError
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import from_json
 
+from shared.codecs import MAX_SIDE, Embeds, Latent, Picture, Sigmas, Timesteps, picture_size, problem
 from shared.config import HostConfig, scheduler_problem
 
-MAX_SIDE = 8192  # pixels
-MAX_IMAGE_PIXELS = MAX_SIDE * MAX_SIDE
-IMAGE_INPUTS = ("PNG", "JPEG", "WEBP", "BMP")
 IMAGE_FORMATS = ("png", "jpeg", "webp", "latent")
-TENSOR_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
 VIDEO_FORMATS = ("png", "mp4", "gif", "webp", "latent")
 MIME_TYPES = {
     "png": "image/png",
@@ -54,125 +46,23 @@ class RequestError(ValueError):
         super().__init__("; ".join(f"{p.field}: {p.problem}" if p.field else p.problem for p in problems))
 
 
-def _problem(text: str) -> PydanticCustomError:
-    # The text goes through as an argument, because braces in a template would be read as placeholders.
-    return PydanticCustomError("problem", "{text}", {"text": text})
-
-
-def _decode_base64(value: Any) -> bytes:
-    if not isinstance(value, str):
-        raise _problem(f"must be base64 text, got {type(value).__name__}")
-    if value.startswith("data:"):
-        head, comma, value = value.partition(",")
-        if not comma or not head.endswith(";base64"):
-            raise _problem("must be base64, or a data: URI with ;base64")
-    try:
-        data = base64.b64decode("".join(value.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise _problem(f"is not valid base64 ({error})") from None
-    if not data:
-        raise _problem("is empty")
-    return data
-
-
-# What Pillow's decoders raise on damaged files, DecompressionBombError aside.
-_BROKEN_PICTURE = (
-    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
-    *(struct.error, zlib.error),
-)
-
-
-def _check_image(value: Any) -> bytes:
-    """Base64 or bytes of a picture -> its bytes, after a full decode."""
-    from PIL import Image, UnidentifiedImageError
-
-    data = value if isinstance(value, bytes) else _decode_base64(value)
-    too_large = ""
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_INPUTS) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                too_large = f"has {image.width}x{image.height} pixels, more than {MAX_SIDE}x{MAX_SIDE}"
-            else:
-                image.load()
-    except UnidentifiedImageError:
-        raise _problem("is no picture; allowed: PNG, JPEG, WebP, BMP") from None
-    except (Image.DecompressionBombError, *_BROKEN_PICTURE) as error:
-        raise _problem(f"is a broken picture ({error})") from None
-    if too_large:
-        raise _problem(too_large)
-    return data
-
-
-def picture_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels of a picture that was checked before; reads its header alone."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data), formats=IMAGE_INPUTS) as image:
-        return image.size
-
-
-def _tensor_of(*names: str, optional: tuple[str, ...] = ()) -> Any:
-    """Validator of base64 safetensors that hold floating-point tensors of these names."""
-    import safetensors
-
-    wanted = f"must be base64 of a safetensors file with {' and '.join(repr(n) for n in names)}"
-
-    def check(value: Any) -> bytes:
-        data = value if isinstance(value, bytes) else _decode_base64(value)
-        try:
-            tensors = dict(safetensors.deserialize(data))
-        except safetensors.SafetensorError as error:
-            raise _problem(f"{wanted}: {error}") from None
-        missing = [n for n in names if n not in tensors]
-        extra = [n for n in tensors if n not in (*names, *optional)]
-        if missing or extra:
-            raise _problem(f"{wanted}; got {', '.join(map(repr, tensors)) or 'nothing'}")
-        for name, tensor in tensors.items():
-            if tensor["dtype"] not in TENSOR_DTYPES:
-                raise _problem(f"{name!r} must be one of {', '.join(TENSOR_DTYPES)}, got {tensor['dtype']}")
-            if not math.prod(tensor["shape"]):
-                raise _problem(f"{name!r} is empty, shape {list(tensor['shape'])}")
-        return data
-
-    return check
-
-
 def _check_scheduler(value: Any) -> Any:
-    if value is None:
-        return None
+    """A name or an object; like the flag, the object may come as JSON text."""
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = from_json(value)
+        except ValueError as error:
+            raise problem(f"is not valid JSON: {error}") from None
     name = value.get("scheduler") if isinstance(value, dict) else value
-    if not isinstance(name, str):
-        raise _problem('must be a name, or an object with the name under "scheduler"')
+    if value is not None and not isinstance(name, str):
+        raise problem('must be a name, or an object with the name under "scheduler"')
     return value or None
-
-
-def _base64_schema(description: str) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string", "contentEncoding": "base64", "description": description})
 
 
 def _none_if_empty(value: str) -> str | None:
     return value or None
 
 
-Picture = Annotated[
-    bytes,
-    BeforeValidator(_check_image),
-    _base64_schema("base64 (or a data: URI) of a PNG, JPEG, WebP or BMP"),
-]
-Embeds = Annotated[
-    bytes,
-    BeforeValidator(_tensor_of("embeds", optional=("pooled",))),
-    _base64_schema("base64 safetensors with `embeds` (and `pooled`)"),
-]
-Latent = Annotated[
-    bytes, BeforeValidator(_tensor_of("latent")), _base64_schema("base64 safetensors with `latent`")
-]
-Sigmas = Annotated[
-    bytes, BeforeValidator(_tensor_of("sigmas")), _base64_schema("base64 safetensors with `sigmas`")
-]
-Timesteps = Annotated[
-    bytes, BeforeValidator(_tensor_of("timesteps")), _base64_schema("base64 safetensors with `timesteps`")
-]
 Text = Annotated[str, Field(max_length=20_000), AfterValidator(_none_if_empty)]
 Percent = Annotated[float, Field(gt=0, le=800, description="percent")]
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -11,6 +11,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.codecs import picture_size
 from shared.config import HostConfig
 from shared.models import MODELS
 from shared.requests import (
@@ -20,9 +21,8 @@ from shared.requests import (
     RequestError,
     check_request,
     parse_request,
-    picture_size,
 )
-from tests.fakehost import config_of, picture
+from tests.httphost import config_of, picture
 
 CONFIG = config_of()
 ANY_JSON = st.recursive(
@@ -177,6 +177,14 @@ def test_null_and_the_empty_prompt_are_absent() -> None:
     request = parse({"positive": "", "steps": None, "image": None, "scheduler": ""})
     assert request.positive is None and request.image is None and request.scheduler is None
     assert request.steps == 30
+
+
+def test_a_scheduler_may_come_as_json_text() -> None:
+    assert parse({"scheduler": '{"scheduler": "ddim", "eta": 0}'}).scheduler == {
+        "scheduler": "ddim",
+        "eta": 0,
+    }
+    assert "not valid JSON" in refused({"scheduler": "{ddim"})[1]["scheduler"]
 
 
 def test_a_drawn_seed_is_told_and_changes() -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 
 from shared.jobs import JobError
 from shared.wsgi import MAX_BODY, Server
-from tests.fakehost import FakeHost, config_of, picture, wait_for
+from tests.httphost import FakeHost, config_of, picture, wait_for
 
 ROOT = Path(__file__).parents[1]
 PNG = base64.b64encode(picture()).decode()

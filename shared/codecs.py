@@ -1,0 +1,127 @@
+"""Pictures and tensors in requests: base64 to checked bytes. Imports no torch; nothing here unpickles."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import math
+import struct
+import zlib
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+MAX_SIDE = 8192  # pixels
+MAX_IMAGE_PIXELS = MAX_SIDE * MAX_SIDE
+IMAGE_INPUTS = ("PNG", "JPEG", "WEBP", "BMP")
+TENSOR_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
+
+
+def problem(text: str) -> PydanticCustomError:
+    # The text goes through as an argument, because braces in a template would be read as placeholders.
+    return PydanticCustomError("problem", "{text}", {"text": text})
+
+
+def decode_base64(value: Any) -> bytes:
+    if not isinstance(value, str):
+        raise problem(f"must be base64 text, got {type(value).__name__}")
+    if value.startswith("data:"):
+        head, comma, value = value.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise problem("must be base64, or a data: URI with ;base64")
+    try:
+        data = base64.b64decode("".join(value.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise problem(f"is not valid base64 ({error})") from None
+    if not data:
+        raise problem("is empty")
+    return data
+
+
+# What Pillow's decoders raise on damaged files, DecompressionBombError aside.
+_BROKEN_PICTURE = (
+    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
+    *(struct.error, zlib.error),
+)
+
+
+def check_image(value: Any) -> bytes:
+    """Base64 or bytes of a picture -> its bytes, after a full decode."""
+    from PIL import Image, UnidentifiedImageError
+
+    data = value if isinstance(value, bytes) else decode_base64(value)
+    too_large = ""
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_INPUTS) as image:
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                too_large = f"has {image.width}x{image.height} pixels, more than {MAX_SIDE}x{MAX_SIDE}"
+            else:
+                image.load()
+    except UnidentifiedImageError:
+        raise problem("is no picture; allowed: PNG, JPEG, WebP, BMP") from None
+    except (Image.DecompressionBombError, *_BROKEN_PICTURE) as error:
+        raise problem(f"is a broken picture ({error})") from None
+    if too_large:
+        raise problem(too_large)
+    return data
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in pixels of a picture that was checked before; reads its header alone."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=IMAGE_INPUTS) as image:
+        return image.size
+
+
+def tensor_of(*names: str, optional: tuple[str, ...] = ()) -> Any:
+    """Validator of base64 safetensors that hold floating-point tensors of these names."""
+    import safetensors
+
+    wanted = f"must be base64 of a safetensors file with {' and '.join(repr(n) for n in names)}"
+
+    def check(value: Any) -> bytes:
+        data = value if isinstance(value, bytes) else decode_base64(value)
+        try:
+            tensors = dict(safetensors.deserialize(data))
+        except safetensors.SafetensorError as error:
+            raise problem(f"{wanted}: {error}") from None
+        missing = [n for n in names if n not in tensors]
+        extra = [n for n in tensors if n not in (*names, *optional)]
+        if missing or extra:
+            raise problem(f"{wanted}; got {', '.join(map(repr, tensors)) or 'nothing'}")
+        for name, tensor in tensors.items():
+            if tensor["dtype"] not in TENSOR_DTYPES:
+                raise problem(f"{name!r} must be one of {', '.join(TENSOR_DTYPES)}, got {tensor['dtype']}")
+            if not math.prod(tensor["shape"]):
+                raise problem(f"{name!r} is empty, shape {list(tensor['shape'])}")
+        return data
+
+    return check
+
+
+def _base64_schema(description: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "contentEncoding": "base64", "description": description})
+
+
+Picture = Annotated[
+    bytes,
+    BeforeValidator(check_image),
+    _base64_schema("base64 (or a data: URI) of a PNG, JPEG, WebP or BMP"),
+]
+Embeds = Annotated[
+    bytes,
+    BeforeValidator(tensor_of("embeds", optional=("pooled",))),
+    _base64_schema("base64 safetensors with `embeds` (and `pooled`)"),
+]
+Latent = Annotated[
+    bytes, BeforeValidator(tensor_of("latent")), _base64_schema("base64 safetensors with `latent`")
+]
+Sigmas = Annotated[
+    bytes, BeforeValidator(tensor_of("sigmas")), _base64_schema("base64 safetensors with `sigmas`")
+]
+Timesteps = Annotated[
+    bytes, BeforeValidator(tensor_of("timesteps")), _base64_schema("base64 safetensors with `timesteps`")
+]
