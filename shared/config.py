@@ -25,6 +25,10 @@ class UsageError(ValueError):
     """A launch that cannot work; one line names the flag, what was given and what is allowed."""
 
 
+class LoadError(RuntimeError):
+    """Files that cannot be loaded or do not fit each other; one line says which, and what was expected."""
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("a text that is not empty")

@@ -87,11 +87,10 @@ class RankLoop:
             if isinstance(message, Ping):
                 continue
             self._set_state("busy")
-            try:
-                self._finish(job, self._carry_out(message, job))
-            finally:
-                if self.queue is not None:
-                    self.queue.release()
+            # When the ranks break apart the job stays the running one: whoever ends the host answers it.
+            self._finish(job, self._carry_out(message, job))
+            if self.queue is not None:
+                self.queue.release()
             self._set_state("ready")
 
     def _next_job(self) -> Job | None:

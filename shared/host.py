@@ -15,17 +15,20 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shared.config import HostConfig, UsageError, exit_usage, parse_or_exit, world_from_environment
-from shared.jobs import HostStatus, JobError, JobQueue
+from shared.config import HostConfig, LoadError, UsageError, exit_usage, parse_or_exit, world_from_environment
 
 if TYPE_CHECKING:
     from shared.comm import World
     from shared.generate import PipelineEngine
+    from shared.jobs import HostStatus, JobQueue
 
 log = logging.getLogger("host")
 
 EXIT_FAILED = 1
 FLUSH_SECONDS = 0.5  # what the HTTP threads get to send their last answers
+LINGER_SECONDS = (
+    0.2  # how long a signalled worker stays, so that its peers hear the signal before its absence
+)
 
 BuildEngine = Callable[[HostConfig, "World"], "PipelineEngine"]
 
@@ -43,6 +46,8 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
     config = parse_or_exit(backend)
     rank, world_size = world_from_environment()
     set_up_logging(config, rank)
+    from shared.jobs import HostStatus, JobQueue
+
     lifeline = Lifeline(launched="TORCHELASTIC_RUN_ID" in os.environ)
     status = HostStatus(config.backend, config.type, world_size)
     queue = JobQueue(config.max_queue)
@@ -61,6 +66,7 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
 
 
 def _start_server(config: HostConfig, status: HostStatus, queue: JobQueue, lifeline: Lifeline) -> None:
+    from shared.jobs import JobError
     from shared.server import Server, create_app
 
     try:
@@ -163,8 +169,8 @@ class Lifeline:
         with self._lock:
             for callback in self._callbacks:
                 callback(reason, code != 128 + signal.SIGINT and code != 0)
-            if self._callbacks:
-                time.sleep(FLUSH_SECONDS)
+            log.disabled = True  # what the main thread meets from here on is the end itself
+            time.sleep(FLUSH_SECONDS if self._callbacks else LINGER_SECONDS)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -189,7 +195,6 @@ def _one_line(error: BaseException) -> str:
 def _report_end(error: Exception, rank: int) -> None:
     """Expected endings take one line; a traceback is for what nobody foresaw."""
     from shared.comm import BrokenJobError
-    from shared.loading import LoadError
 
     if isinstance(error, LoadError):
         if rank == 0:

@@ -1,0 +1,210 @@
+"""shared.host: whole processes under torchrun, with an engine that obeys orders; how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+ROOT = Path(__file__).resolve().parent.parent
+FAKE = "tests/fake_host.py"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def children(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(p) for p in listed.split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(condition: Callable[[], bool], seconds: float) -> float:
+    """Wait for a condition; how long it took. Fails the test when it does not come true in time."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"not so after {seconds} s"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+class Launch:
+    """A host under torchrun (or plain python with ranks=0), its output in a file."""
+
+    def __init__(self, folder: Path, ranks: int, *flags: str, script: str = FAKE) -> None:
+        (folder / "model_index.json").write_text("{}")
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = folder / "log"
+        launcher = [sys.executable]
+        if ranks:
+            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+            launcher += ["--master_port", str(free_port())]
+        command = [*launcher, script, "--type=sd1", f"--checkpoint={folder}", f"--port={self.port}", *flags]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def ready(self) -> Launch:
+        def initialized() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                return requests.get(f"{self.url}/initialize", timeout=5).status_code == 200
+            except requests.ConnectionError:
+                return False
+
+        until(initialized, 90)
+        return self
+
+    def post(self, timeout: float = 60.0, **order: Any) -> requests.Response:
+        body = {"positive": json.dumps(order), "steps": order.pop("steps", 3)}
+        return requests.post(f"{self.url}/generate", json=body, timeout=timeout)
+
+    def post_later(self, **order: Any) -> tuple[threading.Thread, list[requests.Response]]:
+        answers: list[requests.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(self.post(**order)))
+        thread.start()
+        until(lambda: requests.get(f"{self.url}/progress", timeout=5).text not in ("0", "0.0"), 10)
+        return thread, answers
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
+    made: list[Launch] = []
+
+    def start(ranks: int, *flags: str, script: str = FAKE) -> Launch:
+        made.append(Launch(tmp_path, ranks, *flags, script=script))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.end()
+
+
+def own_traceback(log: str) -> bool:
+    """Whether a traceback goes through the project's own files; torchrun prints one of its own on Ctrl-C."""
+    return any("/shared/" in part or "fake_host" in part for part in log.split("Traceback")[1:])
+
+
+def test_a_worker_killed_in_a_generation(launch: Callable[..., Launch]):
+    host = launch(2).ready()
+    assert host.post(sleep=0.01).status_code == 200
+    workers = children(host.process.pid)
+    _, answers = host.post_later(sleep=0.2, steps=100)
+    os.kill(workers[1], signal.SIGKILL)
+    until(lambda: bool(answers), 10)
+    assert answers[0].status_code == 500
+    assert answers[0].json()["output"] is None and answers[0].headers["X-Request-Id"]
+    until(lambda: host.process.poll() is not None, 15)
+    assert host.process.returncode != 0
+    assert not any(map(alive, workers))
+
+
+def test_the_launcher_killed_leaves_no_orphans(launch: Callable[..., Launch]):
+    host = launch(2).ready()
+    workers = children(host.process.pid)
+    assert len(workers) == 2
+    os.kill(host.process.pid, signal.SIGKILL)
+    host.process.wait()
+    until(lambda: not any(map(alive, workers)), 5)
+
+
+def test_ctrl_c_ends_all_ranks_in_time_and_without_a_traceback(launch: Callable[..., Launch]):
+    host = launch(2).ready()
+    workers = children(host.process.pid)
+    _, answers = host.post_later(sleep=0.2, steps=100)
+    os.killpg(host.process.pid, signal.SIGINT)
+    assert until(lambda: not any(map(alive, workers)), 5) < 5
+    until(lambda: bool(answers), 5)
+    assert answers[0].status_code == 503
+    host.process.wait(20)
+    assert not own_traceback(host.log.read_text())
+
+
+def test_ctrl_c_without_torchrun_exits_130(launch: Callable[..., Launch]):
+    host = launch(0).ready()
+    assert host.post(sleep=0.01).status_code == 200
+    os.kill(host.process.pid, signal.SIGINT)
+    assert host.process.wait(5) == 130
+    assert "Traceback" not in host.log.read_text()
+
+
+def test_a_rank_that_hangs_breaks_the_host_in_time(launch: Callable[..., Launch]):
+    host = launch(2, "--collective_timeout=2").ready()
+    answer = host.post(rank=1, step=2, do="hang")
+    assert answer.status_code == 500
+    until(lambda: host.process.poll() is not None, 30)
+    assert host.process.returncode != 0
+
+
+def test_an_error_inside_a_collective_breaks_the_host_in_time(launch: Callable[..., Launch]):
+    host = launch(2, "--collective_timeout=2").ready()
+    answer = host.post(rank=1, step=2, do="raise_in_step")
+    assert answer.status_code == 500 and "broken inside a step" in answer.json()["message"]
+    until(lambda: host.process.poll() is not None, 30)
+    assert host.process.returncode != 0
+
+
+def test_a_usage_error_ends_every_rank_with_one_line(launch: Callable[..., Launch]):
+    host = launch(2, "--stride=3")
+    host.process.wait(30)
+    lines = [line for line in host.log.read_text().splitlines() if "error: --stride" in line]
+    assert lines == ["asyncdiff_host.py: error: --stride: must be at most 2; got '3'"]
+    assert host.process.returncode == 1  # torchrun's own
+    assert re.search(r"exitcode *: 2", host.log.read_text())
+
+
+def test_a_port_in_use_is_a_usage_error(launch: Callable[..., Launch]):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        host = launch(0, f"--port={taken.getsockname()[1]}")
+        assert host.process.wait(10) == 2
+    assert "--port: cannot serve" in host.log.read_text()
+
+
+@pytest.mark.parametrize("backend", ["asyncdiff", "distrifuser", "xdit"])
+def test_help_and_usage_errors_are_instant(backend: str):
+    script = str(ROOT / f"{backend}_host.py")
+    for arguments, code in ((["--help"], 0), (["--bogus"], 2), (["--type=sd1"], 2)):
+        best = 9.0
+        for _ in range(3):
+            began = time.monotonic()
+            done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+            best = min(best, time.monotonic() - began)
+            assert done.returncode == code
+        assert best < 0.5, f"{arguments} took {best:.2f} s"
+        if code:
+            assert done.stderr.count("\n") == 1 and "error: --" in done.stderr
