@@ -23,7 +23,8 @@ log = logging.getLogger("host")
 class Parallel(Protocol):
     """A parallel method that has taken hold of a pipeline (shared.parallel)."""
 
-    plan: dict[str, Any]
+    @property
+    def plan(self) -> dict[str, Any]: ...
 
     def begin(self, steps: int) -> None:
         """A new generation of `steps` denoiser calls starts."""

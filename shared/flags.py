@@ -1,0 +1,307 @@
+"""The flags: every one with its default, its help and its bounds, as fields of one frozen dataclass.
+
+`HostConfig` owns the defaults; the parser in shared.config quotes them. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shared.models import MODELS, ModelSpec
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text that is not empty")
+    return value
+
+
+def _integer(value: Any) -> int:
+    try:
+        return int(str(value))
+    except ValueError:
+        raise ValueError("a whole number") from None
+
+
+def _seconds(value: Any) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        raise ValueError("a number of seconds") from None
+    if not 0 < seconds < 1e9:
+        raise ValueError("a number of seconds above 0")
+    return seconds
+
+
+def _scales(value: Any) -> dict[str, float]:
+    """JSON `{"path": scale, ...}`."""
+    wanted = 'JSON such as {"path": 1.0}'
+    try:
+        data = json.loads(value) if isinstance(value, str) else value
+        scales = {str(path): float(scale) for path, scale in data.items() if not isinstance(scale, bool)}
+        if len(scales) != len(data) or not scales:
+            raise ValueError
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(wanted) from None
+    return scales
+
+
+def _scales_or_path(value: Any) -> dict[str, float]:
+    if isinstance(value, str) and not value.lstrip().startswith("{"):
+        return {_text(value): 1.0}
+    return _scales(value)
+
+
+def _json_object(value: Any) -> dict[str, Any]:
+    try:
+        data = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise ValueError("a JSON object")
+    return data
+
+
+def _scheduler(value: Any) -> str | dict[str, Any]:
+    if isinstance(value, dict) or str(value).lstrip().startswith("{"):
+        data = _json_object(value)
+        if not isinstance(data.get("scheduler"), str):
+            raise ValueError('a name, or JSON with the name under "scheduler"')
+        return data
+    return _text(value)
+
+
+def _weights(value: Any) -> tuple[float, ...]:
+    try:
+        data = value if isinstance(value, list | tuple) else str(value).strip("[]").split(",")
+        weights = tuple(float(w) for w in data)
+    except ValueError:
+        weights = ()
+    if not weights or min(weights) <= 0:
+        raise ValueError("numbers above 0 with commas between, such as 1,1,0.5")
+    return weights
+
+
+def _flag(
+    default: Any,
+    group: str,
+    help: str,
+    parse: Callable[[Any], Any] | None = None,
+    *,
+    choices: Sequence[str] = (),
+    least: int | None = None,
+    most: int | None = None,
+    aliases: Sequence[str] = (),
+    backend: str | None = None,
+    path: bool = False,
+) -> Any:
+    """A dataclass field with all that the parser and the checks need. `parse=None` makes a bare switch."""
+    meta = dict(
+        group=group,
+        help=help,
+        parse=parse,
+        choices=tuple(choices),
+        least=least,
+        most=most,
+        aliases=tuple(aliases),
+        backend=backend,
+        path=path,
+    )
+    return field(default=default, metadata=meta)
+
+
+_HOST, _MODEL, _FEATURES, _COMPILE, _MEMORY, _PARALLEL = (
+    "serving",
+    "model",
+    "features",
+    "compile",
+    "memory",
+    "parallel",
+)
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """One launch. Field names are flag names (PROTOCOL: command line); None means "not given"."""
+
+    backend: str = field(default="", metadata={})
+
+    type: str = _flag("", _MODEL, "model type", _text)
+    checkpoint: str = _flag("", _MODEL, "diffusers folder or single .safetensors file", _text, path=True)
+    variant: str | None = _flag(
+        None,
+        _MODEL,
+        "dtype of weights and computation (default: fp16 on GPUs, fp32 on CPUs)",
+        _text,
+        choices=("fp16", "bf16", "fp32"),
+    )
+    height: int | None = _flag(
+        None, _MODEL, "default height, pixels (default: the type's)", _integer, least=16, most=8192
+    )
+    width: int | None = _flag(
+        None, _MODEL, "default width, pixels (default: the type's)", _integer, least=16, most=8192
+    )
+    scheduler: str | dict[str, Any] | None = _flag(
+        None, _MODEL, "short name, diffusers class or JSON (default: the checkpoint's)", _scheduler
+    )
+    vae: str | None = _flag(None, _MODEL, "VAE to use instead of the checkpoint's", _text, path=True)
+    gguf_model: str | None = _flag(None, _MODEL, "GGUF file for the denoiser", _text, path=True)
+    quantize_to: str | None = _flag(
+        None,
+        _MODEL,
+        "quantize denoiser and text encoders",
+        _text,
+        choices=("float8", "int8", "int4", "int2"),
+    )
+
+    lora: dict[str, float] | None = _flag(None, _FEATURES, 'LoRAs, {"path": scale}', _scales, path=True)
+    control_net: dict[str, float] | None = _flag(
+        None, _FEATURES, 'ControlNets, path or {"path": scale}', _scales_or_path, path=True
+    )
+    ip_adapter: dict[str, float] | None = _flag(
+        None, _FEATURES, 'IP-Adapter, {"path": scale}', _scales, path=True
+    )
+    motion_module: str | None = _flag(
+        None, _FEATURES, "AnimateDiff motion module, a single file", _text, path=True
+    )
+    motion_adapter: str | None = _flag(
+        None, _FEATURES, "AnimateDiff motion adapter, a diffusers folder", _text, path=True
+    )
+    motion_adapter_lora: dict[str, float] | None = _flag(
+        None, _FEATURES, 'motion LoRAs, {"path": scale}', _scales, path=True
+    )
+    compel: bool = _flag(False, _FEATURES, "prompt weighting and long prompts through compel")
+
+    compile_unet: bool = _flag(False, _COMPILE, "compile the denoiser, whatever its kind")
+    compile_vae: bool = _flag(False, _COMPILE, "compile the VAE")
+    compile_text_encoder: bool = _flag(False, _COMPILE, "compile the text encoders")
+    compile_backend: str | None = _flag(None, _COMPILE, "torch.compile's backend (default: inductor)", _text)
+    compile_mode: str | None = _flag(
+        None,
+        _COMPILE,
+        "torch.compile's mode",
+        _text,
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
+    compile_options: dict[str, Any] | None = _flag(
+        None, _COMPILE, "torch.compile's options, JSON", _json_object
+    )
+    compile_fullgraph_off: bool = _flag(False, _COMPILE, "allow graph breaks")
+
+    enable_vae_tiling: bool = _flag(False, _MEMORY, "decode in tiles")
+    enable_vae_slicing: bool = _flag(False, _MEMORY, "decode pictures of a batch one by one")
+    xformers_efficient: bool = _flag(False, _MEMORY, "attention of the xformers package (GPU)")
+    enable_model_cpu_offload: bool = _flag(False, _MEMORY, "keep idle models on the CPU (GPU)")
+    enable_sequential_cpu_offload: bool = _flag(False, _MEMORY, "keep idle layers on the CPU (GPU)")
+    enable_group_offload: bool = _flag(False, _MEMORY, "keep idle groups of layers on the CPU (GPU)")
+
+    warm_up_steps: int = _flag(
+        3,
+        _PARALLEL,
+        "synchronous steps before stale activations are used",
+        _integer,
+        least=0,
+        most=1000,
+        aliases=("warm_up", "warmup_steps"),
+    )
+    device: str = _flag("auto", _PARALLEL, "where to compute", _text, choices=("auto", "cuda", "cpu"))
+    model_n: int | None = _flag(
+        None,
+        _PARALLEL,
+        "stages of the denoiser (default: from the world size)",
+        _integer,
+        least=1,
+        most=4,
+        backend="asyncdiff",
+    )
+    stride: int = _flag(
+        1, _PARALLEL, "steps served by one parallel batch", _integer, least=1, most=2, backend="asyncdiff"
+    )
+    time_shift: bool = _flag(
+        False, _PARALLEL, "use the time embedding of the step before", backend="asyncdiff"
+    )
+    stage_weights: tuple[float, ...] | None = _flag(
+        None, _PARALLEL, "relative speed of each stage's GPU, 1,1,0.5", _weights, backend="asyncdiff"
+    )
+    auto_balance: bool = _flag(
+        False, _PARALLEL, "measure each GPU's speed at start and cut by it", backend="asyncdiff"
+    )
+    parallelism: str = _flag(
+        "patch",
+        _PARALLEL,
+        "how the work is divided",
+        _text,
+        choices=("patch", "tensor", "naive_patch"),
+        backend="distrifuser",
+    )
+    split_scheme: str = _flag(
+        "row",
+        _PARALLEL,
+        "how naive patches are cut",
+        _text,
+        choices=("row", "col", "alternate"),
+        backend="distrifuser",
+    )
+    sync_mode: str = _flag(
+        "corrected_async_gn",
+        _PARALLEL,
+        "what is exchanged after warm-up",
+        _text,
+        choices=("corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "full_sync", "no_sync"),
+        backend="distrifuser",
+    )
+    no_split_batch: bool = _flag(
+        False, _PARALLEL, "do not put the guidance branches on different ranks", backend="distrifuser"
+    )
+    use_cfg_parallel: bool = _flag(
+        False, _PARALLEL, "guidance branches on two halves of the ranks", backend="asyncdiff xdit"
+    )
+    no_cuda_graph: bool = _flag(False, _PARALLEL, "do not capture steps", backend="asyncdiff distrifuser")
+    ulysses_degree: int | None = _flag(
+        None, _PARALLEL, "Ulysses sequence parallelism", _integer, least=1, most=8, backend="xdit"
+    )
+    ring_degree: int | None = _flag(
+        None, _PARALLEL, "ring sequence parallelism", _integer, least=1, most=8, backend="xdit"
+    )
+    pipefusion_parallel_degree: int | None = _flag(
+        None, _PARALLEL, "PipeFusion stages", _integer, least=1, most=8, backend="xdit"
+    )
+    tensor_parallel_degree: int | None = _flag(
+        None, _PARALLEL, "tensor parallelism (flux)", _integer, least=1, most=8, backend="xdit"
+    )
+    data_parallel_degree: int | None = _flag(
+        None, _PARALLEL, "several pictures of one request at once", _integer, least=1, most=8, backend="xdit"
+    )
+    num_pipeline_patch: int | None = _flag(
+        None, _PARALLEL, "patches of PipeFusion", _integer, least=1, most=64, backend="xdit"
+    )
+    attn_layer_num_for_pp: tuple[float, ...] | None = _flag(
+        None, _PARALLEL, "blocks of each PipeFusion stage, 10,9", _weights, backend="xdit"
+    )
+    use_parallel_vae: bool = _flag(False, _PARALLEL, "decode on all ranks", backend="xdit")
+    use_teacache: bool = _flag(False, _PARALLEL, "TeaCache (flux)", backend="xdit")
+    use_fbcache: bool = _flag(False, _PARALLEL, "first-block cache (flux)", backend="xdit")
+
+    port: int = _flag(6000, _HOST, "port that rank 0 serves", _integer, least=1, most=65535)
+    host: str = _flag("127.0.0.1", _HOST, "address that rank 0 serves", _text)
+    max_queue: int = _flag(16, _HOST, "requests that may wait, then 503", _integer, least=0, most=1024)
+    request_timeout: float = _flag(1800.0, _HOST, "seconds that one request may run, then 504", _seconds)
+    collective_timeout: float = _flag(
+        300.0, _HOST, "seconds that a rank waits for another before the job is broken", _seconds
+    )
+    log_level: str = _flag("info", _HOST, "log detail", _text, choices=("debug", "info", "warning", "error"))
+    log_json: bool = _flag(False, _HOST, "log as JSON lines")
+    api_key: str | None = _flag(None, _HOST, "bearer token asked of every route but /health", _text)
+    legacy_pickle: bool = _flag(False, _HOST, "base64(pickle) for the original project's clients")
+
+    @property
+    def spec(self) -> ModelSpec:
+        return MODELS[self.type]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Default (width, height) of a picture, pixels."""
+        return self.width or self.spec.width, self.height or self.spec.height
