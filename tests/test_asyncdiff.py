@@ -1,9 +1,10 @@
-"""shared.parallel.asyncdiff on CPU ranks: exact where it must be, and in steady state the paper's schedule."""
+"""shared.parallel.asyncdiff on CPU ranks: exact in warm-up, then the paper's schedule."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,9 +14,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from optimum.quanto import freeze, qint8, quantize
+from peft import LoraConfig
 from torch.utils._pytree import tree_leaves
 
 from shared.parallel.asyncdiff import AsyncDiff
+from shared.parallel.exchange import Exchange
 from shared.parallel.partition import Partition
 from tests import tiny
 from tests.ranks import RankPool
@@ -146,9 +151,9 @@ def exact_and_steady(name: str, plans: tuple[tuple[int, int], ...], simulate: bo
                 "mine": division.names(parallel.stage),
                 "units": [division.trace.calls[i].label for i in division.trace.units],
             }
-        if simulate and dist.get_rank() == 0:
-            expected = simulation(name, division, stride, 3)
-            found[model_n, stride, 3]["simulation"] = psnr(first, expected)
+            if simulate and warm_up == 3 and dist.get_rank() == 0:
+                expected = simulation(name, division, stride, warm_up)
+                found[model_n, stride, warm_up]["simulation"] = psnr(first, expected)
     found["given back"] = repr(denoiser(pipe)) == text and np.array_equal(picture(name), plain)
     return found
 
@@ -157,6 +162,7 @@ def exact_and_steady(name: str, plans: tuple[tuple[int, int], ...], simulate: bo
 @pytest.mark.parametrize("name", TYPES)
 def test_exact_at_full_warm_up_and_on_schedule_in_steady_state(pool: RankPool, name: str, world_size: int):
     plans = PLANS[world_size]
+    tiny.checkpoint(name)
     found = pool.run(exact_and_steady, world_size, name, plans, world_size < 5)
     assert all(rank["given back"] for rank in found)
     for model_n, stride in plans:
@@ -175,3 +181,160 @@ def test_exact_at_full_warm_up_and_on_schedule_in_steady_state(pool: RankPool, n
             assert s["ran"] == dict.fromkeys(s["mine"], calls)
         batches = (STEPS + (name == "sd1") - 3 + stride - 1) // stride
         assert calls == batches
+
+
+def many_shapes(name: str) -> dict[Any, list]:
+    pipe = pipeline(name)
+    found: dict[Any, list] = {}
+    requests: list[dict[str, Any]] = [
+        {"steps": 6}, {"size": 32, "steps": 5}, {"seed": 3, "steps": 7}, {"size": 96, "steps": 4},
+        {"guidance_scale": 1.0, "steps": 5}, {"steps": 6},
+    ]  # fmt: skip
+    plain = [picture(name, **request) for request in requests]
+    for kept in (4, 1):
+        with AsyncDiff(pipe, 2, warm_up_steps=1000, max_shapes=kept) as parallel:
+            made = [picture(name, parallel, **request) for request in requests]
+            found["exact", kept] = [psnr(a, b) for a, b in zip(made, plain, strict=True)]
+        with AsyncDiff(pipe, 2, warm_up_steps=2, max_shapes=kept) as parallel:
+            made = [picture(name, parallel, **request) for request in requests]
+            found["steady", kept] = [psnr(a, b) for a, b in zip(made, plain, strict=True)]
+            found["bytes", kept] = [picture.tobytes() for picture in made]
+    return found
+
+
+@pytest.mark.parametrize("name", ["sdxl"])
+def test_other_sizes_steps_and_batches_and_back(pool: RankPool, name: str):
+    tiny.checkpoint(name)
+    for rank in pool.run(many_shapes, 2, name):
+        assert min(rank["exact", 4] + rank["exact", 1]) >= 80
+        assert min(rank["steady", 4]) >= FLOOR and max(rank["steady", 4]) < 100
+        assert rank["bytes", 4][0] == rank["bytes", 4][-1] == rank["bytes", 1][0]
+        assert rank["bytes", 4] == rank["bytes", 1]
+
+
+def variations() -> dict[Any, Any]:
+    """Time shift, weights, warm-up of one step, late transfers, and the two refusals of a wrong use."""
+    name = "sd1"
+    found: dict[Any, Any] = {}
+    pipe = pipeline(name)
+    made: dict[str, bytes] = {}
+    settings: dict[str, dict[str, Any]] = {
+        "base": {}, "shift": {"time_shift": True}, "weights": {"stage_weights": [1.0, 3.0]},
+        "one": {"warm_up_steps": 1},
+    }  # fmt: skip
+    stride = dist.get_world_size() - 1
+    for key, setting in settings.items():
+        with AsyncDiff(pipe, 2, stride, **({"warm_up_steps": 2} | setting)) as parallel:
+            result = picture(name, parallel)
+            division = parallel.partition
+        made[key] = result.tobytes()
+        assert division is not None
+        found["loads", key] = [sum(division.trace.flops[u] for u in units) for units in division.stages]
+        if dist.get_rank() == 0:
+            expected = simulation(name, division, stride, parallel.warm_up_steps, parallel.time_shift)
+            found["simulation", key] = psnr(result, expected)
+    found["different"] = len(set(made.values())) == len(made)
+    with AsyncDiff(pipe, 2, stride, 2) as parallel, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shared.parallel.asyncdiff.Exchange", lambda group, early: Exchange(group, early=False))
+        found["late"] = picture(name, parallel).tobytes() == made["base"]
+        with pytest.raises(RuntimeError, match="call begin before each generation"):
+            tiny.run(pipe, name, steps=STEPS)
+    with AsyncDiff(pipe, 2, stride, 2), pytest.raises(RuntimeError, match="must be called before"):
+        tiny.run(pipe, name, steps=STEPS)
+    return found
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_time_shift_stage_weights_and_short_warm_up(pool: RankPool, stride: int):
+    tiny.checkpoint("sd1")
+    found = pool.run(variations, 1 + stride)
+    for rank in found:
+        assert rank["different"] and rank["late"]
+        slow, fast = rank["loads", "weights"]
+        assert fast / slow == pytest.approx(3, rel=0.25)
+        slow, fast = rank["loads", "base"]
+        assert fast / slow == pytest.approx(1, rel=0.15)
+    assert min(v for k, v in found[0].items() if k[0] == "simulation") >= 60
+
+
+def dressed() -> dict[str, tuple[float, float, bool]]:
+    """LoRA, a hook that replaced the forward, compiled blocks, quantized weights: exact, and steady."""
+    found = {}
+
+    def check(key: str, pipe: Any) -> None:
+        plain, text = tiny.run(pipe, "sd1", steps=5), repr(pipe.unet)
+        with AsyncDiff(pipe, 2, 1, 1000) as parallel:
+            parallel.begin(5)
+            exact = psnr(tiny.run(pipe, "sd1", steps=5), plain)
+        with AsyncDiff(pipe, 2, 1, 2) as parallel:
+            parallel.begin(5)
+            steady = psnr(tiny.run(pipe, "sd1", steps=5), plain)
+        found[key] = exact, steady, repr(pipe.unet) == text
+
+    pipe = tiny.load("sd1")
+    pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False))
+    check("lora", pipe)
+    for module in (pipe.unet, pipe.unet.mid_block.resnets[0], pipe.unet.conv_out):
+        add_hook_to_module(module, ModelHook())
+    check("lora and hooks", pipe)
+    remove_hook_from_module(pipe.unet, recurse=True)
+    for module in pipe.unet.modules():
+        if type(module).__name__ in ("BasicTransformerBlock", "Transformer2DModel"):
+            module.forward = torch.compile(module.forward, backend="eager")
+    check("lora and compiled blocks", pipe)
+    pipe = tiny.load("sd1")
+    quantize(pipe.unet, weights=qint8)
+    freeze(pipe.unet)
+    check("quantized", pipe)
+    return found
+
+
+def test_adapters_hooks_compiled_and_quantized_modules(pool: RankPool):
+    tiny.checkpoint("sd1")
+    for rank in pool.run(dressed, 2):
+        assert set(rank) == {"lora", "lora and hooks", "lora and compiled blocks", "quantized"}
+        for key, (exact, steady, same) in rank.items():
+            assert same and exact >= 80 and FLOOR <= steady < 100, (key, exact, steady)
+
+
+def in_halves() -> tuple[bytes, list[str]]:
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    group = groups[dist.get_rank() // 2]
+    with AsyncDiff(pipeline("sd1"), 2, 1, 2, group=group) as parallel:
+        made = picture("sd1", parallel, seed=dist.get_rank() // 2)
+        assert parallel.partition is not None
+        return made.tobytes(), parallel.partition.names(parallel.stage)
+
+
+def test_two_groups_work_side_by_side(pool: RankPool):
+    tiny.checkpoint("sd1")
+    found = pool.run(in_halves, 4)
+    assert found[0][0] == found[1][0] != found[2][0] == found[3][0]
+    assert found[0][1] == found[2][1] != found[1][1] == found[3][1]
+
+
+def test_one_rank_is_the_plain_pipeline():
+    pipe = tiny.load("sdxl")
+    plain, text = tiny.run(pipe, "sdxl", steps=3), repr(pipe.unet)
+    with AsyncDiff(pipe, 1) as parallel:
+        parallel.begin(3)
+        assert np.array_equal(tiny.run(pipe, "sdxl", steps=3), plain)
+        assert len(parallel.plan["stages"]) == 1 and parallel.plan["bytes"] == 0
+        json.dumps(parallel.plan)
+    parallel.close()
+    assert repr(pipe.unet) == text and not any("forward" in m.__dict__ for m in pipe.unet.modules())
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"model_n": 2}, "model_n 2 with stride 1 takes 2 ranks"),
+        ({"model_n": 0}, "model_n 0"),
+        ({"model_n": 1, "stride": 3}, "stride 3"),
+        ({"model_n": 1, "warm_up_steps": 0}, "warm_up_steps 0"),
+        ({"model_n": 1, "stage_weights": [1, 1]}, "2 stage weights for 1 stages"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str):
+    with pytest.raises(ValueError, match=problem):
+        AsyncDiff(SimpleNamespace(unet=torch.nn.Linear(1, 1), scheduler=None), **settings)

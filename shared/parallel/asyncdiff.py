@@ -3,7 +3,7 @@
 Source: Chen et al., "AsyncDiff: Parallelizing Diffusion Models by Asynchronous Denoising", arXiv 2406.06911:
 section 3.2 (asynchronous denoising), 3.3 (stride denoising); the time shift is a variant of its code.
 
-Warm-up steps run the whole denoiser on every rank and are exact. After them rank ``s`` runs stage ``s`` alone,
+Warm-up steps run the whole denoiser on every rank and are exact. After them rank ``s`` runs stage ``s`` only,
 with the outputs of other stages from the step before in place of theirs. With stride 2 one parallel batch
 serves two steps: ranks 0 to n - 1 work with the timestep of the next step and rank n repeats the last stage
 with the current one; the following step computes nothing.
@@ -12,144 +12,21 @@ with the current one; the following step computes nothing.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
+from shared.parallel.exchange import Exchange
 from shared.parallel.graphs import Graphs, signature
 from shared.parallel.partition import Partition, partition
+from shared.parallel.stage import Run, Stage
 from shared.parallel.surgery import Forward, Surgery
-from shared.parallel.trace import Call, Value, candidates, parameter_names, trace
-
-Key = tuple[str, int]
-"""Qualified name of a module and which of its calls in this forward."""
-
-
-class Exchange:
-    """The transfers of one step, between pairs of ranks, joined at its end.
-
-    On the CPU each transfer starts as soon as it is asked for. On CUDA all are launched together at the end of
-    the step, as one NCCL group: a receive that waits for its sender would hold multiprocessors that the stage
-    needs, and a group cannot deadlock whatever the order.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        self.group = group
-        self.early = device.type == "cpu"
-        self._ops: list[tuple[int, Any, torch.Tensor, int]] = []
-        self._pending: list[tuple[Any, torch.Tensor]] = []
-
-    def send(self, tensor: torch.Tensor, peer: int, tag: int, stride: Sequence[int]) -> None:
-        """Send ``tensor`` to a rank of the group, in a memory layout that the receiver knows."""
-        if tuple(tensor.stride()) != tuple(stride):
-            dense = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
-            tensor = dense.copy_(tensor)
-        self._add(dist.isend, tensor, peer, tag)
-
-    def receive(self, buffer: torch.Tensor, peer: int, tag: int) -> None:
-        """Receive into ``buffer``, which fills its memory without gaps."""
-        self._add(dist.irecv, buffer, peer, tag)
-
-    def _add(self, op: Any, tensor: torch.Tensor, peer: int, tag: int) -> None:
-        flat = tensor.as_strided((tensor.numel(),), (1,))
-        if self.early:
-            work = op(flat, self._global(peer), group=self.group, tag=tag)
-            self._pending.append((work, flat))
-        else:
-            self._ops.append((tag, op, flat, peer))
-
-    def _global(self, peer: int) -> int:
-        return peer if self.group is None else dist.get_global_rank(self.group, peer)
-
-    def finish(self) -> None:
-        """Wait until all transfers are done (on CUDA: make the current stream wait)."""
-        if self._ops:
-            # Sorted by tag, so that both sides of a pair name their transfers in the same order.
-            ops = [
-                dist.P2POp(op, flat, self._global(peer), group=self.group, tag=tag)
-                for tag, op, flat, peer in sorted(self._ops, key=lambda entry: (entry[0], entry[3]))
-            ]
-            self._pending = [(work, ops[0].tensor) for work in dist.batch_isend_irecv(ops)]
-        for work, _ in self._pending:
-            work.wait()
-        self._ops, self._pending = [], []
-
-
-@dataclass
-class _Answer:
-    """What a call that is not run here returns."""
-
-    call: Call
-    leaves: list[Any]
-    skipped: Counter[str]
-    """How often modules inside it would have been called."""
-
-    def __call__(self, args: tuple, kwargs: dict) -> Any:
-        leaves, given = list(self.leaves), None
-        for i, leaf in enumerate(self.call.outputs):
-            if leaf.kind == "argument":
-                given = tree_leaves((args, kwargs)) if given is None else given
-                leaves[i] = given[leaf.item]
-        assert self.call.spec is not None
-        return tree_unflatten(leaves, self.call.spec)
-
-
-class _Shape:
-    """Everything that belongs to one signature of the denoiser's arguments: partition, buffers, graphs."""
-
-    def __init__(self, plan: Partition, stage: int, device: torch.device, graphs: Graphs, last: bool) -> None:
-        self.partition, self.graphs, self.device = plan, graphs, device
-        self.calls = 0
-        """Calls of the denoiser since the generation began."""
-        self.start = 0
-        """Position in the schedule of the first of them."""
-        recorded, self.view = plan.trace, plan.views[stage]
-        self.current = {v: self._buffer(recorded.values[v]) for v in self.view.needs}
-        self.inbox = {v: self._buffer(recorded.values[v]) for v in self.view.needs}
-        self.keys: dict[Key, bool] = {(c.name, c.occurrence): c.unit for c in recorded.calls}
-        self.records = self._sources(self.view.needs)
-        self.sends = self._sources(() if last else self.view.gives)
-        self.answers = {
-            (recorded.calls[i].name, recorded.calls[i].occurrence): self._answer(recorded.calls[i])
-            for i in self.view.replaced
-        }
-        root = recorded.calls[0]
-        self.predicted = [i for i, leaf in enumerate(root.outputs) if leaf.kind == "value"]
-        self.now, self.next = (
-            [self._buffer(recorded.values[root.outputs[i].item]) for i in self.predicted] for _ in range(2)
-        )
-
-    def _buffer(self, value: Value) -> torch.Tensor:
-        with torch.inference_mode(False):
-            return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=self.device)
-
-    def _sources(self, values: Any) -> dict[Key, list[tuple[int, int]]]:
-        """Per call, which of its output leaves are these values."""
-        found: dict[Key, list[tuple[int, int]]] = {}
-        for value in values:
-            call = self.partition.trace.calls[self.partition.trace.values[value].call]
-            leaf = next(i for i, x in enumerate(call.outputs) if x.kind == "value" and x.item == value)
-            found.setdefault((call.name, call.occurrence), []).append((leaf, value))
-        return found
-
-    def _answer(self, call: Call) -> _Answer:
-        leaves: list[Any] = []
-        for leaf in call.outputs:
-            if leaf.kind == "value" and leaf.item not in self.current:
-                # Right in shape and dtype for what lies between units, but one element of memory.
-                value = self.partition.trace.values[leaf.item]
-                with torch.inference_mode(False):
-                    leaves.append(torch.zeros(1, dtype=value.dtype, device=self.device).expand(value.shape))
-            else:
-                leaves.append(self.current[leaf.item] if leaf.kind == "value" else leaf.item)
-        skipped = Counter(self.partition.trace.calls[i].name for i in call.inside)
-        return _Answer(call, leaves, skipped)
+from shared.parallel.trace import candidates, parameter_names, trace
 
 
 class AsyncDiff:
@@ -214,12 +91,12 @@ class AsyncDiff:
         self.extra = self.rank == model_n
         """Whether this rank repeats the last stage for the current step (stride 2)."""
         self.executions: Counter[str] = Counter()
-        """How often each unit ran here in asynchronous steps of this generation (graph replays not counted)."""
+        """How often each unit ran here in this generation's asynchronous steps, graph replays not counted."""
         self._cuda_graph, self._max_shapes = cuda_graph, max_shapes
-        self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
+        self._stages: OrderedDict[Hashable, Stage] = OrderedDict()
         self._steps: int | None = None
         self._names = parameter_names(found)
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._surgery = Surgery()
         self._surgery.override(found, self._forward)
         for name, module, _ in candidates(found):
@@ -229,15 +106,19 @@ class AsyncDiff:
         """A new generation of ``steps`` steps starts: its first ``warm_up_steps`` are exact again."""
         self._steps = steps
         self.executions.clear()
-        for shape in self._shapes.values():
-            shape.calls = 0
+        for stage in self._stages.values():
+            stage.calls = 0
+
+    def reset(self) -> None:
+        """Forget all traces, partitions, buffers and graphs: after adapters or weights have changed."""
+        for stage in self._stages.values():
+            stage.graphs.close()
+        self._stages.clear()
 
     def close(self) -> None:
         """Give the denoiser back as it was. May be called any number of times."""
         self._surgery.close()
-        for shape in self._shapes.values():
-            shape.graphs.close()
-        self._shapes.clear()
+        self.reset()
 
     def __enter__(self) -> AsyncDiff:
         return self
@@ -250,7 +131,7 @@ class AsyncDiff:
     @property
     def partition(self) -> Partition | None:
         """The division in use for the latest signature; None before the first step."""
-        return next(reversed(self._shapes.values())).partition if self._shapes else None
+        return next(reversed(self._stages.values())).partition if self._stages else None
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -265,7 +146,7 @@ class AsyncDiff:
         }
         return plan | (self.partition.as_dict() if self.partition else {})
 
-    def _part(self, name: str) -> Any:
+    def _part(self, name: str) -> Callable[[Forward, tuple, dict], Any]:
         def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
             if self._run is None:
                 return original(*args, **kwargs)
@@ -282,34 +163,34 @@ class AsyncDiff:
             kwargs["timestep"] = t = torch.tensor(
                 t, dtype=torch.float64 if isinstance(t, float) else torch.int64, device=sample.device
             )
-        shape = self._shape(original, kwargs, sample.device)
-        step, shape.calls = shape.calls, shape.calls + 1
+        stage = self._stage_for(original, kwargs, sample.device)
+        step, stage.calls = stage.calls, stage.calls + 1
         if step == 0:
-            shape.start = self._position(t)
+            stage.start = self._position(t)
         if step >= max(self._steps, len(self.pipeline.scheduler.timesteps)):
             raise RuntimeError(
                 f"the denoiser was called {step + 1} times since begin(steps={self._steps}): "
                 "call begin before each generation"
             )
         if step < self.warm_up_steps or self.ranks == 1:
-            return shape.graphs.run(
-                "synchronous", lambda **k: self._synchronous(shape, original, k), **kwargs
+            return stage.graphs.run(
+                "synchronous", lambda **k: self._synchronous(stage, original, k), **kwargs
             )
         if (step - self.warm_up_steps) % self.stride:
-            return self._result(shape, [tensor.clone() for tensor in shape.next])
-        kwargs["timestep"] = self._timestep(t, shape.start + step)
-        return shape.graphs.run("asynchronous", lambda **k: self._asynchronous(shape, original, k), **kwargs)
+            return stage.result(stage.next)
+        kwargs["timestep"] = self._timestep(t, stage.start + step)
+        return stage.graphs.run("asynchronous", lambda **k: self._asynchronous(stage, original, k), **kwargs)
 
-    def _shape(self, original: Forward, kwargs: dict[str, Any], device: torch.device) -> _Shape:
+    def _stage_for(self, original: Forward, kwargs: dict[str, Any], device: torch.device) -> Stage:
         key = signature(kwargs)
-        if key not in self._shapes:
+        if key not in self._stages:
             traced, _ = trace(self.denoiser, kwargs, original)
             plan = partition(traced, self.model_n, self.stage_weights)
-            while len(self._shapes) >= self._max_shapes:
-                self._shapes.popitem(last=False)[1].graphs.close()
-            self._shapes[key] = _Shape(plan, self.stage, device, Graphs(self._cuda_graph), self.extra)
-        self._shapes.move_to_end(key)
-        return self._shapes[key]
+            while len(self._stages) >= self._max_shapes:
+                self._stages.popitem(last=False)[1].graphs.close()
+            self._stages[key] = Stage(plan, self.stage, device, Graphs(self._cuda_graph))
+        self._stages.move_to_end(key)
+        return self._stages[key]
 
     def _position(self, t: torch.Tensor) -> int:
         if self.stride == 1 and not self.time_shift:
@@ -331,94 +212,48 @@ class AsyncDiff:
             return t
         return schedule[chosen].to(device=t.device, dtype=t.dtype).expand(t.shape).clone()
 
-    def _synchronous(self, shape: _Shape, original: Forward, kwargs: dict[str, Any]) -> Any:
+    def _synchronous(self, stage: Stage, original: Forward, kwargs: dict[str, Any]) -> Any:
         """The whole denoiser, recording what this stage will take from others."""
+        record = Run(stage.takes, lambda value, x: stage.inbox[value].copy_(x), {}, {}, self.executions)
+        return self._under(record, original, kwargs)
 
-        def record(value: int, tensor: torch.Tensor) -> None:
-            shape.inbox[value].copy_(tensor)
-
-        with _Run(self, shape, shape.records, record):
-            return original(**kwargs)
-
-    def _asynchronous(self, shape: _Shape, original: Forward, kwargs: dict[str, Any]) -> Any:
+    def _asynchronous(self, stage: Stage, original: Forward, kwargs: dict[str, Any]) -> Any:
         """This rank's stage on the others' outputs of the step before, and the exchange for the next step."""
-        values, view = shape.partition.trace.values, shape.view
-        for value, buffer in shape.current.items():
-            buffer.copy_(shape.inbox[value])
-        exchange = Exchange(self.group, shape.device)
-        for value, owner in view.needs.items():
-            exchange.receive(shape.inbox[value], owner, value)
-        predictions = [(shape.now, self.ranks - 1)]
+        values = stage.partition.trace.values
+        for value, buffer in stage.current.items():
+            buffer.copy_(stage.inbox[value])
+        exchange = Exchange(self.group, early=stage.device.type == "cpu")
+        for value, owner in stage.view.needs.items():
+            exchange.receive(stage.inbox[value], owner, value)
+        # The last rank predicts for this step; with stride 2 the last stage's own rank does so for the next.
+        made = [(self.ranks - 1, stage.now)]
         if self.stride == 2:
-            predictions.append((shape.next, self.model_n - 1))
-        tags = iter(range(len(values), len(values) + len(predictions) * len(shape.predicted)))
-        tagged = [(buffer, i, source, next(tags)) for b, source in predictions for i, buffer in enumerate(b)]
-        for buffer, _, source, tag in tagged:
+            made.append((self.model_n - 1, stage.next))
+        predictions = [(source, i, buffer) for source, b in made for i, buffer in enumerate(b)]
+        for tag, (source, _, buffer) in enumerate(predictions, len(values)):
             if source != self.rank:
                 exchange.receive(buffer, source, tag)
 
         def send(value: int, tensor: torch.Tensor) -> None:
-            for stage in view.gives[value]:
-                for rank in self._ranks_of(stage):
+            for taker in stage.view.gives[value]:
+                for rank in range(taker, self.ranks if taker == self.model_n - 1 else taker + 1):
                     exchange.send(tensor, rank, value, values[value].stride)
 
-        with _Run(self, shape, shape.sends, send, shape.answers):
-            leaves = tree_leaves(original(**kwargs))
-        for buffer, i, source, tag in tagged:
+        gives = {} if self.extra else stage.gives
+        run = Run(gives, send, stage.answers, stage.units, self.executions)
+        leaves = tree_leaves(self._under(run, original, kwargs))
+        for tag, (source, i, buffer) in enumerate(predictions, len(values)):
             if source == self.rank:
-                buffer.copy_(leaves[shape.predicted[i]])
+                buffer.copy_(leaves[stage.predicted[i]])
                 for rank in range(self.ranks):
                     if rank != self.rank:
                         exchange.send(buffer, rank, tag, buffer.stride())
         exchange.finish()
-        return self._result(shape, [tensor.clone() for tensor in shape.now])
+        return stage.result(stage.now)
 
-    def _ranks_of(self, stage: int) -> range:
-        return range(stage, self.ranks if stage == self.model_n - 1 else stage + 1)
-
-    def _result(self, shape: _Shape, predictions: list[torch.Tensor]) -> Any:
-        root = shape.partition.trace.calls[0]
-        leaves = [leaf.item for leaf in root.outputs]
-        for i, tensor in zip(shape.predicted, predictions, strict=True):
-            leaves[i] = tensor
-        assert root.spec is not None
-        return tree_unflatten(leaves, root.spec)
-
-
-class _Run:
-    """One forward under way: answers foreign calls and hands the wanted outputs of the others on."""
-
-    def __init__(
-        self,
-        owner: AsyncDiff,
-        shape: _Shape,
-        wanted: dict[Key, list[tuple[int, int]]],
-        take: Any,
-        answers: dict[Key, _Answer] | None = None,
-    ) -> None:
-        self.owner, self.shape, self.wanted, self.take = owner, shape, wanted, take
-        self.answers = answers
-        self.occurrences: Counter[str] = Counter()
-
-    def __enter__(self) -> None:
-        self.owner._run = self
-
-    def __exit__(self, *_: object) -> None:
-        self.owner._run = None
-
-    def call(self, name: str, original: Forward, args: tuple, kwargs: dict) -> Any:
-        key = (name, self.occurrences[name])
-        self.occurrences[name] += 1
-        if self.answers is not None:
-            answer = self.answers.get(key)
-            if answer is not None:
-                self.occurrences.update(answer.skipped)
-                return answer(args, kwargs)
-            if self.shape.keys.get(key, False):
-                self.owner.executions[name] += 1
-        out = original(*args, **kwargs)
-        if key in self.wanted:
-            leaves = tree_leaves(out)
-            for leaf, value in self.wanted[key]:
-                self.take(value, leaves[leaf])
-        return out
+    def _under(self, run: Run, original: Forward, kwargs: dict[str, Any]) -> Any:
+        self._run = run
+        try:
+            return original(**kwargs)
+        finally:
+            self._run = None

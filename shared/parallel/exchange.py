@@ -1,0 +1,65 @@
+"""Point-to-point transfers between the ranks of a group, joined at the end of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Exchange:
+    """The transfers of one step, between pairs of ranks, each tensor on its own.
+
+    Early, each transfer starts as soon as it is asked for. Otherwise all are launched together at the end of
+    the step, as one group: on NCCL a receive that waits for its sender would hold multiprocessors that the
+    stage needs, and what is launched as a group cannot deadlock whatever the order.
+
+    Args:
+        group: the ranks; None for all. Peers are ranks within it.
+        early: whether to start transfers at once; right for gloo, whose transfers run in the background.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, early: bool) -> None:
+        self.group, self.early = group, early
+        self._later: list[tuple[int, int, Any, torch.Tensor]] = []
+        self._pending: list[tuple[Any, torch.Tensor | None]] = []
+
+    def send(self, tensor: torch.Tensor, peer: int, tag: int, stride: Sequence[int]) -> None:
+        """Send ``tensor`` in the memory layout ``stride``, which has no gaps and which the receiver knows.
+
+        It must not change until ``finish``. A pair of ranks uses each tag once a step and direction.
+        """
+        if tuple(tensor.stride()) != tuple(stride):
+            dense = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=tensor.device)
+            tensor = dense.copy_(tensor)
+        self._add(dist.isend, tensor, peer, tag)
+
+    def receive(self, buffer: torch.Tensor, peer: int, tag: int) -> None:
+        """Receive into ``buffer``, whose memory has no gaps; it is filled after ``finish``."""
+        self._add(dist.irecv, buffer, peer, tag)
+
+    def finish(self) -> None:
+        """Wait until all transfers are done (on CUDA: make the current stream wait)."""
+        if self._later:
+            # Sorted by tag, so that both sides of a pair name their transfers in the same order.
+            ops = [
+                dist.P2POp(op, flat, self._global(peer), group=self.group, tag=tag)
+                for tag, peer, op, flat in sorted(self._later, key=lambda entry: entry[:2])
+            ]
+            self._pending += [(work, None) for work in dist.batch_isend_irecv(ops)]
+        for work, _ in self._pending:
+            work.wait()
+        self._later, self._pending = [], []
+
+    def _add(self, op: Any, tensor: torch.Tensor, peer: int, tag: int) -> None:
+        flat = tensor.as_strided((tensor.numel(),), (1,))
+        if self.early:
+            # The tensor is kept with its transfer: gloo does not hold on to it.
+            self._pending.append((op(flat, self._global(peer), group=self.group, tag=tag), flat))
+        else:
+            self._later.append((tag, peer, op, flat))
+
+    def _global(self, peer: int) -> int:
+        return peer if self.group is None else dist.get_global_rank(self.group, peer)
