@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from flask import request as http
 
 from shared.config import HostConfig
 from shared.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError
+from shared.metrics import Metrics
 from shared.requests import FieldProblem, GenerateRequest, Reply, RequestError
 from shared.wsgi import PARSING
 
@@ -65,6 +67,7 @@ class Dispatcher:
         self.config = config
         self.status = status
         self.queue = queue
+        self.metrics = Metrics(status, queue)
         # Fewer than the server's threads, so that some are always left for the quick routes.
         self._slots = threading.BoundedSemaphore(queue.limit + 1 + PARSING)
         self._parsing = threading.BoundedSemaphore(PARSED_AT_ONCE)
@@ -81,6 +84,13 @@ class Dispatcher:
         Raises:
             ApiError: with the status of PROTOCOL's error table.
         """
+        return self.run_many(parse, lambda: 1)[0]
+
+    def run_many(self, parse: Callable[[], GenerateRequest], count: Callable[[], int]) -> list[Reply]:
+        """As `run`, for `count()` pictures one after the other, their seeds in a row.
+
+        `count` is called after `parse`. Other clients' requests get their turn in between.
+        """
         self.check_ready()
         if not self._slots.acquire(blocking=False):
             raise ApiError.unavailable("full", "too many requests at once")
@@ -90,11 +100,18 @@ class Dispatcher:
                     request = parse()
             except RequestError as error:
                 raise ApiError.from_request(error) from None
-            reply = self._submit(Job(request, id=g.request_id))
+            return [self._picture(request, index) for index in range(count())]
         finally:
             self._slots.release()
+
+    def _picture(self, request: GenerateRequest, index: int) -> Reply:
+        began = time.monotonic()
+        if index:
+            request = request.model_copy(update={"seed": ((request.seed or 0) + index) % 2**64})
+        reply = self._submit(Job(request, id=g.request_id))
         if not isinstance(reply, Reply) or not reply.output:
             raise TypeError(f"rank 0 gave {type(reply).__name__} instead of a reply with a picture")
+        self.metrics.made(reply, time.monotonic() - began)
         return reply
 
     def call(self, method: str, arguments: dict[str, Any]) -> Any:
@@ -131,3 +148,14 @@ def _api_error(error: JobError) -> ApiError:
     if error.status == 503:
         return ApiError.unavailable("stopping", message)
     return ApiError(error.status, message)
+
+
+def check_json_type() -> None:
+    """Raise ApiError 415 unless the body says that it is JSON in UTF-8, uncompressed."""
+    charset = http.mimetype_params.get("charset", "utf-8").lower()
+    coding = http.headers.get("Content-Encoding", "identity").lower()
+    if http.mimetype != "application/json" or charset not in ("utf-8", "utf8", "us-ascii"):
+        given = http.headers.get("Content-Type") or "none"
+        raise ApiError(415, f"Content-Type must be application/json (UTF-8); got {given}")
+    if coding != "identity":
+        raise ApiError(415, f"Content-Encoding must be absent; got {coding}")

@@ -17,8 +17,9 @@ from flask import request as http
 from werkzeug.exceptions import HTTPException
 from werkzeug.http import HTTP_STATUS_CODES
 
+from shared import a1111_api, metrics, openai_api
 from shared.config import HostConfig
-from shared.dispatch import ApiError, Dispatcher
+from shared.dispatch import ApiError, Dispatcher, check_json_type
 from shared.jobs import HostStatus, JobQueue
 from shared.negotiate import negotiate
 from shared.openapi import openapi
@@ -39,6 +40,10 @@ log = logging.getLogger("host")
 
 REASONS = {499: "Client Closed Request"}
 OPEN_ROUTES = frozenset({"health"})  # endpoints that ask for no token
+PICTURE_ROUTES = frozenset(
+    {"generate", "openai_generations", "openai_edits", "a1111_txt2img", "a1111_img2img"}
+)
+ERROR_FORMS = {openai_api.PREFIX: openai_api.error_body, a1111_api.PREFIX: a1111_api.error_body}
 
 
 def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> Flask:
@@ -50,26 +55,30 @@ def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> Flask
         queue: where requests wait for rank 0's loop.
     """
     app = Flask("shared.server", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
+    app.config["MAX_CONTENT_LENGTH"] = app.config["MAX_FORM_MEMORY_SIZE"] = MAX_BODY
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.merge_slashes = False  # a redirect would be an HTML page
     dispatcher = Dispatcher(config, status, queue)
-    _add_frame(app, config)
+    _add_frame(app, dispatcher)
     _add_state_routes(app, dispatcher)
     _add_generate(app, dispatcher)
+    metrics.add_routes(app, dispatcher.metrics)
+    openai_api.add_routes(app, dispatcher)
+    a1111_api.add_routes(app, dispatcher)
     document = openapi(config)
     app.add_url_rule("/openapi.json", "openapi", lambda: jsonify(document))
     return app
 
 
-def _add_frame(app: Flask, config: HostConfig) -> None:
-    """What surrounds every route: id, token, errors as JSON, headers and the log line."""
+def _add_frame(app: Flask, dispatcher: Dispatcher) -> None:
+    """What surrounds every route: id, token, errors as JSON, headers, count and log line."""
+    api_key = dispatcher.config.api_key
 
     @app.before_request
     def begin() -> None:
         g.request_id, g.began = secrets.token_hex(8), time.monotonic()
-        if config.api_key is not None and http.endpoint not in OPEN_ROUTES:
-            _check_token(config.api_key)
+        if api_key is not None and http.endpoint not in OPEN_ROUTES:
+            _check_token(api_key)
 
     @app.errorhandler(Exception)
     def failed(error: Exception) -> Response:
@@ -79,14 +88,19 @@ def _add_frame(app: Flask, config: HostConfig) -> None:
     def end(response: Response) -> Response:
         response.headers["X-Request-Id"] = g.request_id
         response.headers.setdefault("Cache-Control", "no-store")
+        if http.endpoint in PICTURE_ROUTES and http.method == "POST":
+            dispatcher.metrics.answered(response.status_code)
         _log_outcome(response)
         return response
 
 
 def _check_token(api_key: str) -> None:
+    """Raise ApiError 401 without the bearer token; on A1111's routes it may be the password of Basic."""
     scheme, _, token = http.headers.get("Authorization", "").partition(" ")
     # WSGI hands header bytes over as latin-1.
     given = token.strip().encode("latin-1", "replace")
+    if scheme.lower() == "basic" and http.path.startswith(a1111_api.PREFIX) and http.authorization:
+        given, scheme = (http.authorization.password or "").encode(), "bearer"
     if scheme.lower() != "bearer" or not hmac.compare_digest(given, api_key.encode()):
         raise ApiError(401, "this host needs its --api_key as a bearer token", headers=_CHALLENGE)
 
@@ -95,18 +109,25 @@ _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="multigpu diffusion"'}
 
 
 def error_response(error: Exception) -> Response:
-    """Any exception as PROTOCOL's JSON; what nobody foresaw is logged with its stack and answered 500."""
+    """Any exception as JSON, in the form of the route's own API (PROTOCOL's but for OpenAI's and A1111's)."""
     api_error = as_api_error(error)
     g.message = api_error.message
-    problems = [{"field": p.field, "problem": p.problem} for p in api_error.problems]
-    response = jsonify(ErrorAnswer(message=api_error.message, errors=problems).model_dump())
+    for prefix, body in ERROR_FORMS.items():
+        if http.path.startswith(prefix):
+            response = jsonify(body(api_error))
+            break
+    else:
+        problems = [{"field": p.field, "problem": p.problem} for p in api_error.problems]
+        response = jsonify(ErrorAnswer(message=api_error.message, errors=problems).model_dump())
+    if api_error.status in (500, 504):
+        response.headers["X-Should-Retry"] = "false"  # the openai SDK would ask for the same failure again
     response.status = f"{api_error.status} {_reason(api_error.status)}"
     response.headers.update(api_error.headers)
     return response
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Any exception as the error it is answered with."""
+    """Any exception as the error it is answered with; what nobody foresaw is logged with its stack: 500."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
@@ -149,7 +170,7 @@ def _log_outcome(response: Response) -> None:
     level = logging.DEBUG
     if response.status_code >= 500:
         level = logging.WARNING
-    elif http.endpoint == "generate" or response.status_code >= 400:
+    elif http.endpoint in PICTURE_ROUTES or response.status_code >= 400:
         level = logging.INFO
     log.log(level, "%s", text, extra={"fields": fields})
 
@@ -207,17 +228,6 @@ def _add_generate(app: Flask, dispatcher: Dispatcher) -> None:
 
         reply = dispatcher.run(parse)
         return jsonify(reply.answer().model_dump()) if raw is None else raw_response(reply)
-
-
-def check_json_type() -> None:
-    """Raise ApiError 415 unless the body says that it is JSON in UTF-8, uncompressed."""
-    charset = http.mimetype_params.get("charset", "utf-8").lower()
-    coding = http.headers.get("Content-Encoding", "identity").lower()
-    if http.mimetype != "application/json" or charset not in ("utf-8", "utf8", "us-ascii"):
-        given = http.headers.get("Content-Type") or "none"
-        raise ApiError(415, f"Content-Type must be application/json (UTF-8); got {given}")
-    if coding != "identity":
-        raise ApiError(415, f"Content-Encoding must be absent; got {coding}")
 
 
 def raw_response(reply: Reply) -> Response:

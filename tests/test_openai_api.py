@@ -1,0 +1,153 @@
+"""OpenAI's image API, through the openai SDK where that can say it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+import requests
+
+from tests.httphost import FakeHost, config_of, picture, wait_for
+
+
+@pytest.fixture
+def host() -> Iterator[FakeHost]:
+    with FakeHost(config_of(checkpoint="/models/demo.safetensors")) as host:
+        yield host
+
+
+def client(host: FakeHost, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{host.url}/v1", api_key=key, max_retries=0, timeout=20)
+
+
+def test_generate_with_the_sdk(host: FakeHost) -> None:
+    answer = client(host).images.generate(
+        prompt="a red circle", model="dall-e-3", size="64x32", quality="hd", user="me", style="vivid"
+    )
+    assert answer.data is not None and answer.created > 1e9
+    assert base64.b64decode(answer.data[0].b64_json or "") == picture()
+    [seen] = host.seen
+    assert (seen.positive, seen.width, seen.height, seen.output_format) == ("a red circle", 64, 32, "png")
+
+
+def test_own_fields_through_extra_body_and_several_pictures(host: FakeHost) -> None:
+    answer = client(host).images.generate(
+        prompt="x",
+        n=3,
+        size="auto",
+        output_format="jpeg",
+        extra_body={"steps": 4, "seed": 2**64 - 2, "cfg": 2},
+    )
+    assert answer.data is not None
+    assert [base64.b64decode(d.b64_json or "") for d in answer.data] == [picture("JPEG")] * 3
+    assert [r.seed for r in host.seen] == [2**64 - 2, 2**64 - 1, 0]
+    assert [d.model_dump()["seed"] for d in answer.data] == [r.seed for r in host.seen]
+    assert {(r.steps, r.cfg, r.width) for r in host.seen} == {(4, 2, 512)}
+
+
+def test_edit_with_the_sdk() -> None:
+    with FakeHost(config_of("sdup")) as host:
+        answer = client(host).images.edit(
+            image=picture(size=(16, 16)), prompt="sharper", extra_body={"steps": 2, "seed": 5}
+        )
+        assert answer.data is not None and answer.data[0].b64_json
+        [seen] = host.seen
+        assert (seen.image, seen.positive, seen.steps, seen.seed) == (picture(size=(16, 16)), "sharper", 2, 5)
+
+
+def test_edit_of_a_type_without_a_prompt_makes_a_video() -> None:
+    with FakeHost(config_of("svd")) as host:
+        answer = client(host).images.edit(image=[picture()], prompt="ignored", extra_body={"frames": 4})
+        assert answer.data is not None
+        assert base64.b64decode(answer.data[0].b64_json or "") == picture("WEBP", frames=2)
+        assert host.seen[0].positive is None and host.seen[0].frames == 4
+
+
+def test_models(host: FakeHost) -> None:
+    [model] = client(host).models.list().data
+    assert (model.id, model.owned_by) == ("demo", "asyncdiff")
+    assert client(host).models.retrieve("demo").id == "demo"
+    with pytest.raises(openai.NotFoundError, match="there is 'demo'"):
+        client(host).models.retrieve("other")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "fields", "words"),
+    [
+        ({"prompt": 5}, 400, {"prompt"}, "string"),
+        ({"prompt": "a", "n": 0, "size": "big", "steps": -1}, 400, {"n", "size", "steps"}, "1 to 10, got 0"),
+        ({"prompt": "a", "n": True}, 400, {"n"}, "got True"),
+        ({"prompt": "a", "size": "70x64"}, 400, {"size"}, "multiple of 8"),
+        ({"prompt": "a", "response_format": "url"}, 400, {"response_format"}, "b64_json"),
+        ({"prompt": "a", "stream": True, "mask": "x"}, 400, {"stream", "mask"}, "false"),
+        ({"prompt": "a", "background": "transparent"}, 400, {"background"}, "auto or opaque"),
+        ({"prompt": "a", "nonsense": 1}, 400, {"nonsense"}, "unknown field"),
+        ({"prompt": "a", "frames": 3}, 422, {"frames"}, "takes no frames"),
+        ({"prompt": "a", "output_format": "gif"}, 422, {"output_format"}, "png, jpeg, webp"),
+    ],
+)
+def test_faults_in_openais_form(
+    host: FakeHost, body: dict[str, Any], status: int, fields: set[str], words: str
+) -> None:
+    answer = requests.post(f"{host.url}/v1/images/generations", json=body, timeout=20)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error" and error["param"] in fields and words in error["message"]
+    assert {e["field"] for e in answer.json()["errors"]} == fields
+    assert answer.headers["X-Request-Id"] and not host.seen
+
+
+def test_errors_become_the_sdks_own(host: FakeHost) -> None:
+    sdk = client(host)
+    with pytest.raises(openai.BadRequestError, match="multiple of 8"):
+        sdk.images.generate(prompt="a", size="70x70")
+    with pytest.raises(openai.UnprocessableEntityError, match="takes no image"):
+        sdk.images.edit(image=picture(), prompt="a")
+    with pytest.raises(openai.InternalServerError, match="out of memory"):
+        sdk.images.generate(prompt="fail")
+    host.status.state = "loading"
+    with pytest.raises(openai.InternalServerError, match="loading") as caught:
+        sdk.images.generate(prompt="a")
+    assert caught.value.status_code == 503 and caught.value.response.headers["Retry-After"]
+
+
+def test_the_sdk_does_not_repeat_a_failure(host: FakeHost) -> None:
+    with pytest.raises(openai.InternalServerError):
+        client(host).with_options(max_retries=2).images.generate(prompt="fail")
+    assert len(host.seen) == 1
+
+
+def test_the_key(host: FakeHost) -> None:
+    with FakeHost(config_of(api_key="secret")) as locked:
+        with pytest.raises(openai.AuthenticationError, match="api_key"):
+            client(locked, "wrong").images.generate(prompt="a")
+        assert client(locked, "secret").images.generate(prompt="a").data
+
+
+def test_other_faults_of_http(host: FakeHost) -> None:
+    base = f"{host.url}/v1/images"
+    for answer, status in (
+        (requests.post(f"{base}/generations", data="x=1", timeout=5), 415),
+        (requests.post(f"{base}/edits", json={}, timeout=5), 415),
+        (requests.post(f"{base}/variations", json={}, timeout=5), 404),
+        (requests.get(f"{base}/generations", timeout=5), 405),
+        (requests.post(f"{base}/generations", json=[], timeout=5), 400),
+        (requests.post(f"{base}/edits", files={"image": b"text"}, data={"n": "x"}, timeout=5), 400),
+    ):
+        assert answer.status_code == status, answer.text
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    files = [("image[]", ("a.png", picture())), ("image[]", ("b.png", picture()))]
+    answer = requests.post(f"{base}/edits", files=files, data={"prompt": "a"}, timeout=5)
+    assert answer.status_code == 400 and "one picture at a time, got 2" in answer.text
+
+
+def test_a_client_that_leaves_stops_all_of_its_pictures(host: FakeHost) -> None:
+    with pytest.raises(requests.Timeout):
+        body = {"prompt": "slow", "n": 5, "steps": 20}
+        requests.post(f"{host.url}/v1/images/generations", json=body, timeout=0.3)
+    wait_for(lambda: host.queue.running is None and len(host.queue) == 0)
+    assert len(host.seen) == 1
