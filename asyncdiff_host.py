@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shared.config import HostConfig, asyncdiff_model_n
 from shared.host import serve
@@ -14,25 +14,28 @@ if TYPE_CHECKING:
 
 def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     """Load the pipeline on this rank's device and cut its denoiser into stages."""
+    from shared.generate import PipelineEngine
     from shared.loading import load_pipeline
     from shared.parallel.asyncdiff import AsyncDiff
 
-    from shared.generate import PipelineEngine
-
     pipe = load_pipeline(config.spec, config, world.device, quiet=world.rank != 0)
     model_n = asyncdiff_model_n(config, world.size)
-    parallel = None
-    if world.size > 1:
-        parallel = AsyncDiff(
+
+    def make_parallel(pipe: Any) -> AsyncDiff | None:
+        if world.size == 1:
+            return None
+        return AsyncDiff(
             pipe,
+            model_n,
+            config.stride,
+            config.warm_up_steps,
+            config.time_shift,
             group=world.compute,
-            model_n=model_n,
-            stride=config.stride,
-            warm_up_steps=config.warm_up_steps,
-            time_shift=config.time_shift,
             stage_weights=config.stage_weights,
+            cuda_graph=not config.no_cuda_graph,
         )
-    return PipelineEngine(pipe, config, world, parallel)
+
+    return PipelineEngine(pipe, config, world, make_parallel)
 
 
 if __name__ == "__main__":

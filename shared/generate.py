@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import safetensors.torch
 import torch
 from PIL import Image
 
+from shared.arguments import call_arguments, part_of_schedule
 from shared.comm import OnStep, StoppedError, Verdict, World
 from shared.config import HostConfig
-from shared.media import decode_image, encode_image, encode_video
+from shared.lora import loras_of
+from shared.media import encode_image, encode_video
 from shared.models import ModelSpec
 from shared.requests import FieldProblem, GenerateRequest, Reply, RequestError
+from shared.schedulers import scheduler_for_request
 
 log = logging.getLogger("host")
 
@@ -24,10 +28,16 @@ class Parallel(Protocol):
     """A parallel method that has taken hold of a pipeline (shared.parallel)."""
 
     @property
-    def plan(self) -> dict[str, Any]: ...
+    def plan(self) -> dict[str, Any]:
+        """What runs where, as JSON."""
+        ...
 
     def begin(self, steps: int) -> None:
         """A new generation of `steps` denoiser calls starts."""
+        ...
+
+    def reset(self) -> None:
+        """Forget what was captured or recorded: scales of adapters have changed."""
         ...
 
     def close(self) -> None:
@@ -42,19 +52,26 @@ class PipelineEngine:
         pipe: the loaded pipeline, on this rank's device.
         config: the launch.
         world: this rank's place.
-        parallel: what makes the pipeline parallel; None runs it plain.
+        make_parallel: takes hold of the pipeline; None where it runs plain.
         output_rank: the rank that decodes and holds the picture; the others stop at the latents.
     """
 
     def __init__(
-        self, pipe: Any, config: HostConfig, world: World, parallel: Parallel | None, output_rank: int = 0
+        self,
+        pipe: Any,
+        config: HostConfig,
+        world: World,
+        make_parallel: Callable[[Any], Parallel | None] = lambda pipe: None,
+        output_rank: int = 0,
     ) -> None:
         self.pipe = pipe
         self.config = config
         self.spec: ModelSpec = config.spec
         self.world = world
-        self.parallel = parallel
         self.output_rank = output_rank
+        self._make_parallel = make_parallel
+        self.parallel = make_parallel(pipe)
+        self._adapter_state: Any = None
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -63,84 +80,69 @@ class PipelineEngine:
     def generate(self, request: GenerateRequest, on_step: OnStep) -> Reply | None:
         began = time.perf_counter()
         holds_picture = self.world.rank == self.output_rank
-        decode = holds_picture and request.output_format != "latent"
         # Some pipelines draw control latents from the global state: alike on all ranks then.
-        torch.manual_seed(_torch_seed(request.seed))
-        arguments = self.arguments(request)
+        torch.manual_seed(request.seed or 0)
+        watch = StepWatch(self.pipe, self.world.device, on_step)
+        try:
+            with scheduler_for_request(self.pipe, self.spec, request.scheduler):
+                output = self._call(request, watch, holds_picture)
+        except RequestError:
+            raise
+        except ValueError as error:
+            # What a feature or the pipeline refuses before the first step is the request's fault.
+            if watch.step:
+                raise
+            raise RequestError(422, [FieldProblem("", str(error))]) from error
+        return self._reply(request, output, watch, began) if holds_picture else None
+
+    def _call(self, request: GenerateRequest, watch: StepWatch, holds_picture: bool) -> Any:
+        if "lora_scales" in self.spec.fields:
+            loras_of(self.pipe, self.spec).set_scales(request.lora_scales or {})
+        arguments = call_arguments(self.pipe, self.config, request, self.world.device)
+        decode = holds_picture and request.output_format != "latent"
         arguments["output_type"] = "pil" if decode else "latent"
         if self.parallel is not None:
-            self.parallel.begin(request.steps or 0)
-        with StepWatch(self.pipe, self.world.device, on_step) as watch:
-            try:
-                output = self.pipe(**arguments)
-            except (ValueError, TypeError) as error:
-                raise self._blame(error, watch) from error
-        if not holds_picture:
-            return None
-        return self._reply(request, output, watch, began)
+            self._note_adapters(request)
+            self.parallel.begin(arguments["num_inference_steps"])
+        with part_of_schedule(self.pipe, request, arguments), watch:
+            return self.pipe(**arguments)
 
-    def arguments(self, request: GenerateRequest) -> dict[str, Any]:
-        """The pipeline's keyword arguments for a request, without output_type."""
-        spec = self.spec
-        arguments: dict[str, Any] = {
-            **spec.pipeline_defaults,
-            "num_inference_steps": request.steps,
-            spec.cfg_field: request.cfg,
-            "generator": torch.Generator("cpu").manual_seed(_torch_seed(request.seed)),
-        }
-        if "positive" in spec.fields:
-            arguments["prompt"] = request.positive or ""
-            arguments["negative_prompt"] = request.negative
-        if "width" in spec.fields:
-            arguments |= {"width": request.width, "height": request.height}
-        if "image" in spec.fields and request.image is not None:
-            arguments["image"] = decode_image(request.image, request.image_scale)
-        if request.latent is not None:
-            arguments["latents"] = self._tensor(request.latent, "latent")
-        return arguments
-
-    def _tensor(self, data: bytes, name: str) -> torch.Tensor:
-        tensor = safetensors.torch.load(data)[name]
-        return tensor.to(self.world.device, self.pipe.dtype if tensor.is_floating_point() else tensor.dtype)
-
-    def _blame(self, error: Exception, watch: StepWatch) -> Exception:
-        """An argument that the pipeline refuses before the first step is the request's fault."""
-        if watch.step == 0 and isinstance(error, ValueError):
-            return RequestError(422, [FieldProblem("", str(error))])
-        return error
+    def _note_adapters(self, request: GenerateRequest) -> None:
+        """Scales are numbers inside the modules, which a captured step would not see change."""
+        state = (request.lora_scales, request.ip_adapter_scale, request.ip_image is None)
+        if state != self._adapter_state and self._adapter_state is not None and self.parallel is not None:
+            self.parallel.reset()
+        self._adapter_state = state
 
     def _reply(self, request: GenerateRequest, output: Any, watch: StepWatch, began: float) -> Reply:
         made = output.images if hasattr(output, "images") else output.frames
+        format = request.output_format or "png"
+        video = self.spec.output == "video"
+        width, height = request.width or 0, request.height or 0
         latent = None
-        if request.output_format == "latent" or self.config.legacy_pickle:
+        if format == "latent" or self.config.legacy_pickle:
             assert watch.latents is not None
             latent = safetensors.torch.save({"latent": watch.latents.contiguous().cpu()})
-        width, height = request.width or 0, request.height or 0
-        if request.output_format == "latent":
+        if format == "latent":
             files = [latent or b""]
         else:
-            pictures = made[0] if self.spec.output == "video" else made
+            pictures = made[0] if video else made
             width, height = pictures[0].size
-            if request.output_format in ("mp4", "gif") or (
-                self.spec.output == "video" and request.output_format == "webp"
-            ):
-                files = [encode_video(pictures, request.output_format or "", request.fps or self.spec.fps)]
+            if video and format in ("mp4", "gif", "webp"):
+                files = [encode_video(pictures, format, request.fps or self.spec.fps)]
             else:
-                files = [encode_image(picture, request.output_format or "png") for picture in pictures]
+                files = [encode_image(picture, format) for picture in pictures]
         ended = time.perf_counter()
         denoised = watch.ended or ended
+        seconds = {"total": ended - began, "denoise": denoised - watch.began, "decode": ended - denoised}
         return Reply(
             output=files,
-            format=request.output_format or "png",
+            format=format,
             seed=request.seed or 0,
             width=width,
             height=height,
             steps=watch.step,
-            seconds={
-                "total": round(ended - began, 4),
-                "denoise": round(denoised - watch.began, 4),
-                "decode": round(ended - denoised, 4),
-            },
+            seconds={name: round(value, 4) for name, value in seconds.items()},
             latent=latent,
         )
 
@@ -167,14 +169,36 @@ class PipelineEngine:
         with contextlib.suppress(StoppedError):
             self.generate(request, on_step)
 
+    def list_loras(self) -> list[dict[str, Any]]:
+        """The LoRAs in use, with their scales and how many of their layers fit."""
+        return [
+            {"path": e.path, "scale": e.scale, "layers": e.matched, "layers_left_out": e.unmatched}
+            for e in loras_of(self.pipe, self.spec).loaded.values()
+        ]
+
+    def add_lora(self, path: str, scale: float) -> list[dict[str, Any]]:
+        """Add a LoRA to the running pipeline, on every rank. Raises RequestError 409."""
+        return self._change_loras(lambda loras: loras.add(path, scale))
+
+    def remove_lora(self, path: str) -> list[dict[str, Any]]:
+        """Take a LoRA off the running pipeline, on every rank. Raises RequestError 409."""
+        return self._change_loras(lambda loras: loras.remove(path))
+
+    def _change_loras(self, change: Callable[[Any], Any]) -> list[dict[str, Any]]:
+        """Layers are replaced, so the surgery is undone before and done again after."""
+        if self.parallel is not None:
+            self.parallel.close()
+        try:
+            change(loras_of(self.pipe, self.spec))
+        except ValueError as error:
+            raise RequestError(409, [FieldProblem("lora", str(error))]) from error
+        finally:
+            self.parallel = self._make_parallel(self.pipe)
+        return self.list_loras()
+
     def close(self) -> None:
         if self.parallel is not None:
             self.parallel.close()
-
-
-def _torch_seed(seed: int | None) -> int:
-    """The seed as torch.Generator takes it; 0 where none is given."""
-    return seed or 0
 
 
 class StepWatch:
@@ -200,16 +224,15 @@ class StepWatch:
         self._before: torch.cuda.Event | None = None
 
     def __enter__(self) -> StepWatch:
-        scheduler = self.pipe.scheduler
-        inner = scheduler.step
+        self._scheduler = self.pipe.scheduler
+        inner = self._scheduler.step
 
         def step(*args: Any, **kwargs: Any) -> Any:
             result = inner(*args, **kwargs)
-            self._after_step(result[0], len(scheduler.timesteps))
+            self._after_step(result[0], len(self._scheduler.timesteps))
             return result
 
-        scheduler.step = step
-        self._scheduler = scheduler
+        self._scheduler.step = step
         return self
 
     def __exit__(self, *exception: Any) -> None:

@@ -1,0 +1,197 @@
+"""From a request to the pipeline's keyword arguments, and to the part of the schedule that it asks for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from shared.adapters import control_arguments, ip_arguments
+from shared.config import HostConfig
+from shared.media import decode_image
+from shared.models import ModelSpec
+from shared.prompts import prompt_arguments
+from shared.requests import FieldProblem, GenerateRequest, RequestError
+
+
+def call_arguments(
+    pipe: Any, config: HostConfig, request: GenerateRequest, device: torch.device
+) -> dict[str, Any]:
+    """Keyword arguments of one pipeline call, without output_type. Sets the IP-Adapter's scale.
+
+    Args:
+        request: with its defaults filled in.
+        device: where given tensors go; the generator stays on the CPU, so that every rank and every machine
+            draws the same noise.
+
+    Raises:
+        RequestError: 422, tensors or embeddings that do not fit the model.
+        ValueError: of the features, in words.
+    """
+    spec = config.spec
+    seed = request.seed or 0
+    arguments: dict[str, Any] = {
+        **spec.pipeline_defaults,
+        "num_inference_steps": request.steps,
+        spec.cfg_field: request.cfg,
+        "generator": torch.Generator("cpu").manual_seed(seed),
+    }
+    arguments |= prompt_arguments(
+        pipe,
+        spec,
+        request.positive,
+        request.negative,
+        _tensors(request.positive_embeds, device),
+        _tensors(request.negative_embeds, device),
+        request.clip_skip,
+        config.compel,
+    )
+    if "width" in spec.fields:
+        arguments |= {"width": request.width, "height": request.height}
+    if request.image is not None:
+        arguments["image"] = decode_image(request.image, request.image_scale)
+    if config.control_net:
+        picture = _picture(request.control_image, request.control_image_scale)
+        arguments |= control_arguments(
+            spec,
+            config.control_net,
+            picture,
+            request.controlnet_scale,
+            (request.width or 0, request.height or 0),
+            request.frames or 1,
+        )
+    if config.ip_adapter:
+        picture = _picture(request.ip_image, request.ip_image_scale)
+        arguments |= ip_arguments(pipe, spec, config.ip_adapter, picture, request.ip_adapter_scale)
+    if spec.output == "video":
+        arguments |= _video_arguments(pipe, spec, request)
+    arguments |= _schedule_arguments(request, device)
+    if request.latent is not None:
+        arguments["latents"] = _latents(pipe, spec, request, device)
+    if request.true_cfg_scale is not None:
+        arguments["true_cfg_scale"] = request.true_cfg_scale
+    return arguments
+
+
+def _tensors(data: bytes | None, device: torch.device) -> dict[str, torch.Tensor] | None:
+    if data is None:
+        return None
+    return {name: tensor.to(device) for name, tensor in safetensors.torch.load(data).items()}
+
+
+def _picture(data: bytes | None, percent: float | None) -> Any:
+    return None if data is None else decode_image(data, percent)
+
+
+def _refuse(field: str, problem: str) -> RequestError:
+    return RequestError(422, [FieldProblem(field, problem)])
+
+
+def _video_arguments(pipe: Any, spec: ModelSpec, request: GenerateRequest) -> dict[str, Any]:
+    most = getattr(getattr(pipe, "motion_adapter", None), "config", {}).get("motion_max_seq_length")
+    if most is not None and (request.frames or 0) > most:
+        raise _refuse("frames", f"this motion module makes at most {most}; got {request.frames}")
+    arguments: dict[str, Any] = {"num_frames": request.frames}
+    if request.decode_chunk_size is not None:
+        arguments["decode_chunk_size"] = request.decode_chunk_size
+    for name in ("motion_bucket_id", "noise_aug_strength"):
+        if getattr(request, name) is not None:
+            arguments[name] = getattr(request, name)
+    if "motion_bucket_id" in spec.fields:
+        arguments["fps"] = request.fps  # a condition of the model, not only of the file
+    return arguments
+
+
+def _schedule_arguments(request: GenerateRequest, device: torch.device) -> dict[str, Any]:
+    for name in ("sigmas", "timesteps"):
+        data = getattr(request, name)
+        if data is not None:
+            tensor = safetensors.torch.load(data)[name]
+            if tensor.ndim != 1:
+                raise _refuse(name, f"must have one dimension, got shape {list(tensor.shape)}")
+            return {name: tensor.tolist(), "num_inference_steps": len(tensor)}
+    return {}
+
+
+def _latents(pipe: Any, spec: ModelSpec, request: GenerateRequest, device: torch.device) -> torch.Tensor:
+    """The request's latents, checked: their layout is the one that output_format latent gives."""
+    assert request.latent is not None
+    tensor = safetensors.torch.load(request.latent)["latent"]
+    if not tensor.is_floating_point():
+        raise _refuse("latent", f"must hold floating-point numbers, got {tensor.dtype}")
+    wanted = latent_shape(pipe, spec, request)
+    if tensor.shape != wanted:
+        raise _refuse("latent", f"must have shape {list(wanted)} here, got {list(tensor.shape)}")
+    return tensor.to(device, getattr(pipe, spec.denoiser).dtype)
+
+
+def latent_shape(pipe: Any, spec: ModelSpec, request: GenerateRequest) -> torch.Size:
+    """Shape of the latents of one picture or video of the request's size."""
+    channels = pipe.vae.config.latent_channels
+    if spec.size_scale != 1 and request.image is not None:
+        width, height = decode_image(request.image, request.image_scale).size
+    else:
+        factor = pipe.vae_scale_factor
+        width, height = (request.width or 0) // factor, (request.height or 0) // factor
+    frames = request.frames or 1
+    layouts = {
+        "nchw": (1, channels, height, width),
+        "ncfhw": (1, channels, frames, height, width),
+        "nfchw": (1, frames, channels, height, width),
+        "packed": (1, (height // 2) * (width // 2), channels * 4),
+    }
+    return torch.Size(layouts[spec.latent_layout])
+
+
+@contextlib.contextmanager
+def part_of_schedule(pipe: Any, request: GenerateRequest, arguments: dict[str, Any]) -> Iterator[None]:
+    """Run only the timesteps between denoising_start and denoising_end, fractions of the whole schedule.
+
+    The cut is where diffusers' SDXL pipelines make it, at the training timestep: what ends at 0.8 in one call
+    and starts at 0.8 in the next is what one call would have made. Starting late needs the latents that the
+    earlier call ended with.
+
+    Raises:
+        RequestError: 422, no latents to start from, or a scheduler whose steps come in pairs.
+    """
+    start, end = request.denoising_start, request.denoising_end
+    if not start and end in (None, 1.0):
+        yield
+        return
+    scheduler = pipe.scheduler
+    if start and "latents" not in arguments:
+        raise _refuse(
+            "denoising_start", "starts from the latents that an earlier request ended with; no latent"
+        )
+    if getattr(scheduler, "order", 1) != 1:
+        name = type(scheduler).__name__
+        raise _refuse("denoising_start" if start else "denoising_end", f"{name} cannot run in parts")
+    inner = scheduler.set_timesteps
+
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        inner(*args, **kwargs)
+        trained = scheduler.config.num_train_timesteps
+        whole = scheduler.timesteps
+        first = int((whole >= round(trained * (1 - start))).sum()) if start else 0
+        last = int((whole >= round(trained * (1 - end))).sum()) if end is not None else len(whole)
+        if first >= last:
+            raise _refuse(
+                "denoising_end", f"no step of {len(whole)} lies between {start or 0} and {end or 1}"
+            )
+        scheduler.timesteps = whole[first:last]
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(first)
+        if first and hasattr(scheduler, "init_noise_sigma"):
+            # Pipelines scale the latents they are given as if they were fresh noise.
+            arguments["latents"].div_(scheduler.init_noise_sigma)
+
+    scheduler.set_timesteps = set_timesteps
+    try:
+        yield
+    finally:
+        del scheduler.set_timesteps
+        if hasattr(scheduler, "_begin_index"):
+            scheduler._begin_index = None
