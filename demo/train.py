@@ -2,7 +2,9 @@
 
 First the autoencoder, then text encoder and UNet together (DDPM, epsilon prediction, arXiv 2006.11239, in the
 autoencoder's latents, arXiv 2112.10752; captions dropped for classifier-free guidance, arXiv 2207.12598).
-The pictures are those of draw.py, its held-out scenes left out of both. One GPU needs about 7 minutes.
+The pictures are those of draw.py, its held-out scenes left out of both. One GPU needs about 7 minutes, and
+3 more for --resume: the decoder alone is sharpened (the latents stay what they are), then text encoder and
+UNet go on, both with more small shapes, which are the last to come out well.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import argparse
 import copy
 import json
 import math
-import random
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +26,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from architecture import build_models, build_scheduler, build_tokenizer  # noqa: E402
 from diffusers import AutoencoderKL, StableDiffusionPipeline  # noqa: E402
-from draw import COLOURS, PIXELS, SHAPES, SIZES, Scene, draw, draw_mask, held_out_scenes, judge, scenes  # noqa: E402
+from draw import PIXELS, Scene, draw, held_out_scenes, judge  # noqa: E402
 from evaluate import count_right, paint  # noqa: E402
+from pictures import Pictures  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
@@ -41,65 +43,48 @@ CAPTION_DROP = 0.1
 SNR_CAP = 5.0  # min-SNR weighting, arXiv 2303.09556, section 3.4
 EMA_DECAY = 0.999
 
+# For --resume: weights that are good already want smaller steps, and a shorter run a shorter memory.
+DECODER_SHARE = 0.4
+DECODER_RATE, RESUMED_UNET_RATE = 4e-4, 4e-4
+RESUMED_WARM_UP = 100
+RESUMED_EDGE_WEIGHT = 1.0
+RESUMED_SNR_CAP = 15.0  # more weight on the last, least noisy denoising steps, which draw the edges
+RESUMED_EMA_DECAY = 0.995
+SMALL_TIMES = 3  # how often small shapes come for each large one
+
 
 def say(message: str) -> None:
     print(f"[{time.monotonic() - STARTED:6.1f} s] {message}", flush=True)
 
 
-class Pictures:
-    """Draws training pictures on the device: masks by Pillow, once; colours put in as they are asked for."""
-
-    def __init__(self, device: torch.device, seed: int, pixels: int, masks_each: int) -> None:
-        rng = random.Random(seed)
-        self.scenes = [scene for scene in scenes(held_out=False) if scene.size]
-        self.device, self.masks_each = device, masks_each
-        masks = [
-            np.asarray(draw_mask(shape, size, rng, pixels))
-            for shape in SHAPES
-            for size in SIZES
-            for _ in range(masks_each)
-        ]
-        self.masks = torch.from_numpy(np.stack(masks)).to(device)  # uint8 [shapes * sizes * masks_each, H, W]
-        self.palette = torch.tensor(list(COLOURS.values()), device=device).float() / 127.5 - 1  # [colours, 3]
-        names = list(COLOURS)
-        rows = [
-            (
-                SHAPES.index(s.shape) * len(SIZES) + SIZES.index(s.size or ""),
-                names.index(s.colour),
-                names.index(s.background),
-            )
-            for s in self.scenes
-        ]
-        self.rows = torch.tensor(rows, device=device)  # int64 [scenes, 3]: kind of mask, colour, background
-
-    def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """`count` random pictures, float32 [count, 3, H, W] from -1 to 1, and the indices of their scenes."""
-        index = torch.randint(len(self.scenes), (count,), device=self.device)
-        kind, colour, background = self.rows[index].unbind(1)
-        masks = self.masks[kind * self.masks_each + torch.randint_like(kind, self.masks_each)]
-        weight = masks.float().div_(255)[:, None]
-        front, back = self.palette[colour][..., None, None], self.palette[background][..., None, None]
-        return torch.lerp(back.expand(-1, -1, *weight.shape[2:]), front, weight), index
-
-
 class Average:
-    """An exponential moving average of parameters, used in place of them within `swapped`."""
+    """An exponential moving average of parameters, used in place of them within `swapped`.
 
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self.parameters = parameters
+    With `ramp` the first, untrained weights are forgotten fast.
+    """
+
+    def __init__(self, parameters: list[Tensor], decay: float, ramp: bool) -> None:
+        self.parameters, self.decay, self.ramp = parameters, decay, ramp
         self.averages = [p.detach().clone() for p in parameters]
         self.updates = 0
 
     def update(self) -> None:
         self.updates += 1
-        decay = min(EMA_DECAY, (1 + self.updates) / (10 + self.updates))
+        decay = self.decay
+        if self.ramp:
+            decay = min(decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Puts the averages into the parameters."""
+        torch._foreach_copy_(self.parameters, self.averages)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         kept = [p.detach().clone() for p in self.parameters]
         with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.averages)
+            self.apply()
             try:
                 yield
             finally:
@@ -114,22 +99,24 @@ def fit(
     until: float,
     rate: float,
     device: torch.device,
+    resumed: bool = False,
     half_time: Callable[[], None] | None = None,
-) -> Average:
+) -> None:
     """Trains until the clock says `until`: AdamW, a short warm-up, then a cosine over the time that there is.
 
-    Returns the moving average. Raises FloatingPointError when the loss is no number.
+    Leaves the moving average in the parameters. Raises FloatingPointError when the loss is no number.
     """
     optimizer = torch.optim.AdamW(
         parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
     )
-    average = Average(parameters)
+    average = Average(parameters, RESUMED_EMA_DECAY if resumed else EMA_DECAY, ramp=not resumed)
+    warm_up = RESUMED_WARM_UP if resumed else WARM_UP
     begun = said = time.monotonic()
     total, steps, since = torch.zeros((), device=device), 0, 0
     while (now := time.monotonic()) < until:
         progress = (now - begun) / (until - begun)
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (steps + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * progress))
+            group["lr"] = rate * min(1.0, (steps + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * progress))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = loss_of_batch()
         optimizer.zero_grad(set_to_none=True)
@@ -152,39 +139,60 @@ def fit(
             with average.swapped():
                 half_time()
             half_time = None
+    average.apply()
     say(f"{name}: {steps} steps")
-    return average
 
 
-def train_vae(vae: AutoencoderKL, pictures: Pictures, *, until: float, batch: int) -> None:
-    """L1, L1 of the differences of neighbours (crisp edges), and a little Kullback-Leibler divergence."""
+def reconstruction_loss(decoded: Tensor, images: Tensor, edge_weight: float) -> Tensor:
+    """L1, and L1 of the differences of neighbours, which makes edges crisp."""
 
     def edges(x: Tensor) -> tuple[Tensor, Tensor]:
         return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(images), strict=True))
+    return F.l1_loss(decoded, images) + edge_weight * edge
+
+
+def train_vae(vae: AutoencoderKL, pictures: Pictures, *, until: float, batch: int) -> None:
+    """Reconstruction and a little Kullback-Leibler divergence."""
 
     def loss_of_batch() -> Tensor:
         images, _ = pictures.draw(batch)
         latents = vae.encode(images).latent_dist
         decoded = vae.decode(latents.sample()).sample.float()
-        edge = sum(F.l1_loss(a, b) for a, b in zip(edges(decoded), edges(images), strict=True))
         mean, logvar = latents.mean.float(), latents.logvar.float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return F.l1_loss(decoded, images) + EDGE_WEIGHT * edge + KL_WEIGHT * divergence
+        return reconstruction_loss(decoded, images, EDGE_WEIGHT) + KL_WEIGHT * divergence
 
-    average = fit(
-        "vae", list(vae.parameters()), loss_of_batch, until=until, rate=VAE_RATE, device=pictures.device
+    fit("vae", list(vae.parameters()), loss_of_batch, until=until, rate=VAE_RATE, device=pictures.device)
+
+
+def train_decoder(vae: AutoencoderKL, pictures: Pictures, *, until: float, batch: int) -> None:
+    """Reconstruction by the decoder alone: latents, and so a UNet trained on them, stay valid."""
+
+    def loss_of_batch() -> Tensor:
+        images, _ = pictures.draw(batch)
+        with torch.no_grad():
+            latents = vae.encode(images).latent_dist.sample()
+        return reconstruction_loss(vae.decode(latents).sample.float(), images, RESUMED_EDGE_WEIGHT)
+
+    parameters = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
+    fit(
+        "decoder",
+        parameters,
+        loss_of_batch,
+        until=until,
+        rate=DECODER_RATE,
+        device=pictures.device,
+        resumed=True,
     )
-    torch._foreach_copy_([p.detach() for p in vae.parameters()], average.averages)
 
 
 @torch.no_grad()
 def encode_pool(
     vae: AutoencoderKL, pictures: Pictures, count: int, batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents of `count` pictures: mean and standard deviation, [count, 4, h, w], and scene indices.
-
-    Sets the autoencoder's scaling_factor, so that scaled latents have a standard deviation of 1.
-    """
+    """Latents of `count` pictures: mean and standard deviation, [count, 4, h, w], and scene indices."""
     parts = []
     for first in range(0, count, batch):
         images, index = pictures.draw(min(batch, count - first))
@@ -192,6 +200,11 @@ def encode_pool(
             latents = vae.encode(images).latent_dist
         parts.append((latents.mean.float(), latents.std.float(), index))
     means, stds, indices = (torch.cat(part) for part in zip(*parts, strict=True))
+    return means, stds, indices
+
+
+def set_scale(vae: AutoencoderKL, means: Tensor, stds: Tensor) -> None:
+    """Sets the autoencoder's scaling_factor, so that scaled latents have a standard deviation of 1."""
     # The UNet sees samples, so the spread of the posterior counts as well.
     scale = float((means.var() + stds.square().mean()).rsqrt())
     vae.register_to_config(scaling_factor=round(scale, 5))
@@ -200,7 +213,6 @@ def encode_pool(
         f"latents: scaling_factor {scale:.4f}, means {mean_of_channels}, "
         f"noise {float(stds.mean()) * scale:.3f}"
     )
-    return means, stds, indices
 
 
 @torch.no_grad()
@@ -226,7 +238,8 @@ def train_unet(
     *,
     until: float,
     batch: int,
-    half_time: Callable,
+    resumed: bool = False,
+    half_time: Callable[[], None] | None = None,
 ) -> None:
     """UNet and text encoder together, by the denoising loss with min-SNR weights."""
     unet, text_encoder, device = pipe.unet, pipe.text_encoder, pictures.device
@@ -238,6 +251,7 @@ def train_unet(
         device
     )
     products = pipe.scheduler.alphas_cumprod.to(device)
+    cap = RESUMED_SNR_CAP if resumed else SNR_CAP
 
     def loss_of_batch() -> Tensor:
         chosen = torch.randint(len(indices), (batch,), device=device)
@@ -252,14 +266,20 @@ def train_unet(
         states = text_encoder(tokens[caption])[0]
         guess = unet(noisy, time_steps, states).sample.float()
         ratio = product.flatten() / (1 - product.flatten())
-        weights = ratio.clamp(max=SNR_CAP) / ratio
+        weights = ratio.clamp(max=cap) / ratio
         return ((guess - noise).square().mean((1, 2, 3)) * weights).mean()
 
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    average = fit(
-        "unet", parameters, loss_of_batch, until=until, rate=UNET_RATE, device=device, half_time=half_time
+    fit(
+        "unet",
+        parameters,
+        loss_of_batch,
+        until=until,
+        rate=RESUMED_UNET_RATE if resumed else UNET_RATE,
+        device=device,
+        resumed=resumed,
+        half_time=half_time,
     )
-    torch._foreach_copy_([p.detach() for p in parameters], average.averages)
 
 
 def check(pipe: Any, count: int) -> None:
@@ -293,6 +313,7 @@ def save(pipe: Any, out: Path, tar: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on from this checkpoint")
     parser.add_argument("--tar", type=Path, help="also write the folder as one uncompressed tar")
     parser.add_argument("--minutes", type=float, default=7.0, help="wall clock of the whole run (default 7)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -310,33 +331,57 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark_limit = 3  # trying all algorithms costs half a minute
     end = STARTED + 60 * args.minutes - RESERVE
 
-    tokenizer = build_tokenizer()
-    vae, text_encoder, unet = (model.to(device).train() for model in build_models(tokenizer, args.pixels))
-    sizes = {m.__class__.__name__: sum(p.numel() for p in m.parameters()) for m in (vae, text_encoder, unet)}
-    say(f"parameters {sizes}, {len(tokenizer)} tokens, on {device}")
-    pictures = Pictures(device, args.seed, args.pixels, args.masks)
+    if args.resume:
+        pipe = StableDiffusionPipeline.from_pretrained(args.resume, dtype=torch.float32)
+    else:
+        tokenizer = build_tokenizer()
+        vae, text_encoder, unet = build_models(tokenizer, args.pixels)
+        pipe = StableDiffusionPipeline(
+            vae,
+            text_encoder,
+            tokenizer,
+            unet,
+            build_scheduler(),
+            None,
+            None,
+            None,
+            requires_safety_checker=False,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    models = [model.to(device).train() for model in (pipe.vae, pipe.text_encoder, pipe.unet)]
+    sizes = {m.__class__.__name__: sum(p.numel() for p in m.parameters()) for m in models}
+    say(f"parameters {sizes}, {len(pipe.tokenizer)} tokens, on {device}")
+    pictures = Pictures(device, args.seed, args.pixels, args.masks, SMALL_TIMES if args.resume else 1)
     say(f"{len(pictures.masks)} masks of {len(pictures.scenes)} scenes drawn")
 
-    now = time.monotonic()
-    train_vae(vae, pictures, until=now + VAE_SHARE * (end - now), batch=args.vae_batch)
-    vae.eval().requires_grad_(False)
-    check_vae(vae, args.pixels, device)
-    pool = encode_pool(vae, pictures, args.pool, 4 * args.vae_batch)
-
-    pipe = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, build_scheduler(), None, None, None, requires_safety_checker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-
-    def half_time() -> None:
+    def save_and_check() -> None:
         save(pipe, args.out, args.tar)
         check(pipe, args.check)
 
-    train_unet(pipe, pictures, pool, until=end, batch=args.batch, half_time=half_time)
-    save(pipe, args.out, args.tar)
-    check(pipe, args.check)
+    now = time.monotonic()
+    share = DECODER_SHARE if args.resume else VAE_SHARE
+    train_first = train_decoder if args.resume else train_vae
+    train_first(pipe.vae, pictures, until=now + share * (end - now), batch=args.vae_batch)
+    pipe.vae.eval().requires_grad_(False)
+    check_vae(pipe.vae, args.pixels, device)
+    pool = encode_pool(pipe.vae, pictures, args.pool, 4 * args.vae_batch)
+    if args.resume:
+        save_and_check()
+    else:
+        set_scale(pipe.vae, *pool[:2])
+    train_unet(
+        pipe,
+        pictures,
+        pool,
+        until=end,
+        batch=args.batch,
+        resumed=bool(args.resume),
+        half_time=None if args.resume else save_and_check,
+    )
+    save_and_check()
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def test_held_out_scenes_are_never_trained() -> None:
 
 def test_training_pictures_are_the_drawn_ones_and_hold_nothing_out() -> None:
     torch = pytest.importorskip("torch")
-    from train import Pictures
+    from pictures import Pictures
 
     pictures = Pictures(torch.device("cpu"), seed=0, pixels=128, masks_each=2)
     assert not any(scene.held_out for scene in pictures.scenes)
