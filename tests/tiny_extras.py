@@ -116,9 +116,11 @@ def control_net(name: str, seed: int = 0) -> Path:
         model = tiny.seeded(40 + seed, lambda: make_one(base, **CONTROL_SIZES.get(name, UNET_CONTROL)))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(40 + seed)
-            for parameter in model.parameters():
+            for name_, parameter in model.named_parameters():
                 if not parameter.any():
                     parameter.normal_(0, 0.1)
+                if "cond_embedding" in name_:  # else the control image is hardly seen
+                    parameter.normal_(0, parameter[0].numel() ** -0.5 * 2)
         model.save_pretrained(path)
 
     return tiny.cached(f"control-{name}-{seed}", make)

@@ -1,0 +1,257 @@
+"""A launch's configuration -> a diffusers pipeline on this rank's device, with every feature on it.
+
+Order matters: what renames keys or replaces layers (LoRA, IP-Adapter, quantization) comes before what holds
+on to a module's forward (compile, offload), and parallel surgery comes after all of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared import adapters, memory, quantize
+from shared.compile import compile_pipeline
+from shared.config import HostConfig, world_from_environment
+from shared.lora import LoraError, loras_of
+from shared.models import MODELS, ModelSpec
+from shared.schedulers import SchedulerError, set_scheduler
+from shared.single_file import CONFIGS, SingleFileError, load_single_file
+
+log = logging.getLogger("host")
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+WEIGHTS = (".safetensors", ".bin")
+OUR_ERRORS = (
+    adapters.AdapterError, LoraError, memory.MemoryFlagError, quantize.QuantizeError, SchedulerError,
+    SingleFileError,
+)  # fmt: skip
+BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError)
+# Whole blocks are compiled where the parallel method runs blocks, parts of them where it works inside them.
+RUNS_BLOCKS = ("asyncdiff",)
+
+
+class LoadError(ValueError):
+    """What the launch names cannot be loaded; one sentence says what and why."""
+
+
+def load_pipeline(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool = False) -> Any:
+    """Load the checkpoint and put every feature of the launch on it. Reads local files only.
+
+    Args:
+        device: this rank's; where the pipeline ends unless it is offloaded.
+        quiet: show no progress bars.
+
+    Returns:
+        a diffusers pipeline; its `lora_set` is the shared.lora.LoraSet.
+
+    Raises:
+        LoadError: whatever of it is broken, missing, made for another model, or impossible on this device.
+    """
+    try:
+        check_environment(config, device)
+        pipe = _load(spec, config, device, quiet)
+    except OUR_ERRORS as error:
+        raise LoadError(str(error)) from error
+    return pipe
+
+
+def check_environment(config: HostConfig, device: torch.device) -> None:
+    """What must hold before any weight is read, beyond shared.config's checks. Raises MemoryFlagError."""
+    memory.check_memory_flags(config, device)
+
+
+def compute_dtype(config: HostConfig, device: torch.device) -> torch.dtype:
+    """--variant's dtype; by default fp16 on GPUs and fp32 on CPUs."""
+    return DTYPES[config.variant or ("fp32" if device.type == "cpu" else "fp16")]
+
+
+def _load(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool) -> Any:
+    import diffusers
+    import transformers
+
+    if quiet:
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    parallel = world_from_environment()[1] > 1
+    dtype = compute_dtype(config, device)
+    pipe = _load_components(spec, config, dtype)
+    pipe.set_progress_bar_config(disable=quiet)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    if config.control_net:
+        adapters.check_control_nets(pipe, spec)
+    set_scheduler(pipe, spec, config.scheduler)
+    _load_loras(pipe, spec, config)
+    if config.ip_adapter:
+        for path, scale in config.ip_adapter.items():
+            adapters.load_ip_adapter(pipe, spec, path, scale, dtype)
+    if config.quantize_to:
+        stays = torch.device("cpu") if any(getattr(config, flag) for flag in memory.OFFLOADS) else device
+        quantize.quantize_pipeline(pipe, spec, config.quantize_to, stays)
+    memory.apply_xformers(pipe, config)
+    memory.apply_vae_flags(pipe, config)
+    compile_pipeline(pipe, spec, config, whole_blocks=not parallel or config.backend in RUNS_BLOCKS)
+    memory.place(pipe, spec, config, device, parallel)
+    used = memory.memory_report(device)
+    log.info("loaded %s in %s, %.1f MB in use on %s", spec.name, dtype, used["allocated"] / 1e6, device)
+    return pipe
+
+
+def _load_loras(pipe: Any, spec: ModelSpec, config: HostConfig) -> None:
+    loras = loras_of(pipe, spec)
+    for path, scale in {**(config.lora or {}), **(config.motion_adapter_lora or {})}.items():
+        loras.add(path, scale)
+    flags = ("quantize_to", "compile_unet", "compile_text_encoder")
+    reason = next((f"--{flag}" for flag in flags if getattr(config, flag)), None)
+    if reason and config.gguf_model:
+        loras.freeze(f"no LoRA can be added, removed or scaled under {reason}")
+    elif reason:
+        loras.fuse(reason)
+        loras.freeze(f"no LoRA can be added, removed or scaled: the weights are fixed by {reason}")
+
+
+def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) -> Any:
+    """The pipeline of the checkpoint and of what replaces or joins its components."""
+    import diffusers
+
+    cls = getattr(diffusers, (config.control_net and spec.control_net_pipeline) or spec.pipeline)
+    checkpoint = Path(config.checkpoint)
+    single = checkpoint.is_file()
+    folder = _configuration(spec, checkpoint) if single else checkpoint
+    index = _read_index(folder)
+    if not single:
+        _check_index(spec, index, folder)
+    parts: dict[str, Any] = {}
+    if config.vae:
+        parts["vae"] = load_vae(config.vae, index, folder, dtype)
+    if config.control_net:
+        parts["controlnet"] = adapters.load_control_nets(spec, config.control_net, dtype)
+    if config.gguf_model:
+        denoiser_class = getattr(diffusers, index[spec.denoiser][1])
+        parts[spec.denoiser] = quantize.load_gguf(config.gguf_model, spec, denoiser_class, folder, dtype)
+    motion = config.motion_adapter or config.motion_module
+    takes_motion = "motion_adapter" in inspect.signature(cls.__init__).parameters
+    if takes_motion and motion:
+        parts["motion_adapter"] = adapters.load_motion_adapter(motion, dtype)
+    elif takes_motion and not index.get("motion_adapter", [None])[0]:
+        raise LoadError(
+            f"type {spec.name} with a checkpoint that has no motion adapter of its own needs "
+            "--motion_adapter or --motion_module; got neither"
+        )
+    log.info("loading %s from %s", cls.__name__, config.checkpoint)
+    if single:
+        return load_single_file(cls, spec, checkpoint, folder, parts, dtype)
+    pipe = _from_folder(cls, checkpoint, parts, config, dtype)
+    if "motion_adapter" in parts and index[spec.denoiser][1] == type(pipe.unet).__name__:
+        adapters.put_motion_adapter(pipe, parts["motion_adapter"])
+    return pipe
+
+
+def _from_folder(
+    cls: Any, folder: Path, parts: dict[str, Any], config: HostConfig, dtype: torch.dtype
+) -> Any:
+    accepted = inspect.signature(cls.__init__).parameters
+    for name, value in (("safety_checker", None), ("requires_safety_checker", False)):
+        if name in accepted:
+            parts = {**parts, name: value}
+    variant = pick_variant([f.name for f in folder.glob("*/*")], config.variant)
+    try:
+        return cls.from_pretrained(folder, variant=variant, dtype=dtype, local_files_only=True, **parts)
+    except BROKEN as error:
+        raise LoadError(f"--checkpoint {str(folder)!r} cannot be loaded: {_line(error)}") from error
+
+
+def pick_variant(files: Iterable[str], wanted: str | None) -> str | None:
+    """The variant of weight files to ask diffusers for; None means the plain ones.
+
+    The wanted one where any component has it, else plain files, else whatever there is.
+    """
+    weights = [name for name in files if name.endswith(WEIGHTS)]
+    variants = {name.split(".")[1].split("-")[0] for name in weights if name.count(".") > 1}
+    plain = any(name.count(".") == 1 for name in weights)
+    if wanted in variants:
+        return wanted
+    return None if plain or not variants else sorted(variants)[0]
+
+
+def load_vae(path: str, index: dict[str, Any], config: Path, dtype: torch.dtype) -> Any:
+    """A VAE from a diffusers folder (with or without a `vae` folder inside) or a single file.
+
+    Args:
+        index: the checkpoint's model_index.json, which names the class.
+        config: folder with the VAE's configuration in `vae`, for a single file.
+
+    Raises:
+        LoadError: unreadable, or with another number of latent channels than the checkpoint's.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, index["vae"][1])
+    place = Path(path)
+    try:
+        if place.is_file():
+            settings = {"config": str(config), "subfolder": "vae"}
+            vae = cls.from_single_file(str(place), dtype=dtype, local_files_only=True, **settings)
+        else:
+            place = place / "vae" if (place / "vae" / "config.json").is_file() else place
+            variant = pick_variant([f.name for f in place.iterdir()], None)
+            vae = cls.from_pretrained(place, variant=variant, dtype=dtype, local_files_only=True)
+    except BROKEN as error:
+        raise LoadError(f"--vae {path!r} cannot be loaded as {cls.__name__}: {_line(error)}") from error
+    expected = json.loads((config / "vae" / "config.json").read_text()).get("latent_channels")
+    if vae.config.latent_channels != expected:
+        raise LoadError(
+            f"--vae {path!r} has {vae.config.latent_channels} latent channels, "
+            f"the checkpoint's has {expected}"
+        )
+    return vae
+
+
+def _configuration(spec: ModelSpec, file: Path) -> Path:
+    """A single file's configuration: a folder of its name beside it, else the one shipped for the type."""
+    beside = file.with_suffix("")
+    if (beside / "model_index.json").is_file():
+        return beside
+    if spec.single_file_config is None:
+        raise LoadError(f"type {spec.name} loads from a diffusers folder only; got the file {str(file)!r}")
+    return CONFIGS / spec.single_file_config
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError) as error:
+        raise LoadError(f"--checkpoint {str(folder)!r}: no model_index.json: {_line(error)}") from None
+    if not isinstance(index, dict):
+        raise LoadError(f"--checkpoint {str(folder)!r}: model_index.json must hold an object")
+    return index
+
+
+def _check_index(spec: ModelSpec, index: dict[str, Any], folder: Path) -> None:
+    """A checkpoint of another type loads in part and fails later, or not at all: say it now."""
+    name = index.get("_class_name")
+    owners = [s for s in MODELS.values() if s.pipeline == name]
+    kin = [s for s in owners if s.single_file_config == spec.single_file_config and s.output == "image"]
+    if owners and spec not in owners and not (kin and spec.single_file_config):
+        raise LoadError(
+            f"--checkpoint {str(folder)!r} is a {name}, so of type {' or '.join(s.name for s in owners)}; "
+            f"got --type={spec.name}"
+        )
+    present = {key for key, value in index.items() if isinstance(value, list) and value and value[0]}
+    encoders = {key for key in present if key.startswith("text_encoder")}
+    wrong = [spec.denoiser] if spec.denoiser not in present else sorted(encoders - set(spec.text_encoders))
+    if wrong:
+        has = ", ".join(sorted(present))
+        raise LoadError(f"--checkpoint {str(folder)!r} is not of type {spec.name} ({wrong[0]}); it has {has}")
+
+
+def _line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

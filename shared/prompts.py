@@ -1,0 +1,111 @@
+"""Prompts: plain, weighted and long (compel), or given as embeddings; and CLIP's skipped layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from shared.models import ModelSpec
+
+
+class PromptError(ValueError):
+    """A prompt that this type or launch cannot take; the sentence says why."""
+
+
+def prompt_arguments(
+    pipe: Any,
+    spec: ModelSpec,
+    positive: str | None = None,
+    negative: str | None = None,
+    positive_embeds: Mapping[str, torch.Tensor] | None = None,
+    negative_embeds: Mapping[str, torch.Tensor] | None = None,
+    clip_skip: int | None = None,
+    compel: bool = False,
+) -> dict[str, Any]:
+    """Keyword arguments of the pipeline for a prompt.
+
+    Args:
+        positive_embeds, negative_embeds: `embeds` [1, tokens, width] and, for types with pooled embeddings,
+            `pooled` [1, width]; instead of the prompt of the same side.
+        clip_skip: layers of the CLIP encoders to leave out at the end; 0 and None take the usual output.
+        compel: parse weights such as `(word)1.3` and let prompts be longer than 77 tokens.
+
+    Raises:
+        PromptError: embeddings without or with pooled ones where they (do not) belong, of a wrong shape;
+            clip_skip with compel or beyond the encoder's layers.
+    """
+    if "positive" not in spec.fields:
+        return {}
+    arguments: dict[str, Any] = {}
+    if clip_skip:
+        _check_clip_skip(pipe, clip_skip, compel)
+        arguments["clip_skip"] = clip_skip
+    if compel and positive_embeds is None and negative_embeds is None:
+        return arguments | _compel(pipe, spec, positive or "", negative or "")
+    arguments |= _side(pipe, spec, "", positive or "", positive_embeds)
+    arguments |= _side(pipe, spec, "negative_", negative, negative_embeds)
+    return arguments
+
+
+def _side(
+    pipe: Any, spec: ModelSpec, prefix: str, prompt: str | None, embeds: Mapping[str, torch.Tensor] | None
+) -> dict[str, Any]:
+    if embeds is None:
+        return {f"{prefix}prompt": prompt}
+    label = "negative_embeds" if prefix else "positive_embeds"
+    tensor, pooled = embeds["embeds"], embeds.get("pooled")
+    if tensor.ndim != 3 or tensor.shape[0] != 1:
+        raise PromptError(f"{label}: 'embeds' must be [1, tokens, width], got {list(tensor.shape)}")
+    width = _embeds_width(getattr(pipe, spec.denoiser).config)
+    if width is not None and tensor.shape[2] != width:
+        raise PromptError(
+            f"{label}: 'embeds' must be {width} wide for this checkpoint, got {tensor.shape[2]}"
+        )
+    if spec.pooled_embeds != (pooled is not None):
+        needs = "needs 'pooled' too" if spec.pooled_embeds else "takes no 'pooled'"
+        raise PromptError(f"{label}: type {spec.name} {needs}")
+    dtype = getattr(pipe, spec.denoiser).dtype
+    found: dict[str, Any] = {f"{prefix}prompt_embeds": tensor.to(dtype)}
+    if pooled is not None:
+        found[f"{prefix}pooled_prompt_embeds"] = pooled.to(dtype)
+    if spec.embeds_mask:
+        found[f"{prefix}prompt_attention_mask"] = torch.ones(tensor.shape[:2], device=tensor.device)
+    return found
+
+
+def _embeds_width(config: Any) -> int | None:
+    for key in ("caption_channels", "joint_attention_dim", "cross_attention_dim"):
+        if isinstance(config.get(key), int):
+            return config[key]
+    return None
+
+
+def _check_clip_skip(pipe: Any, clip_skip: int, compel: bool) -> None:
+    if compel:
+        raise PromptError("clip_skip: compel takes the text encoder's usual output; leave one of the two out")
+    layers = pipe.text_encoder.config.num_hidden_layers
+    if clip_skip >= layers:
+        raise PromptError(
+            f"clip_skip: the text encoder has {layers} layers, so at most {layers - 1}; got {clip_skip}"
+        )
+
+
+def _compel(pipe: Any, spec: ModelSpec, positive: str, negative: str) -> dict[str, Any]:
+    """Embeddings of both prompts, padded to one length."""
+    import compel
+
+    wrapper = getattr(compel, spec.compel_class or "")(pipe, device=str(pipe._execution_device))
+    with torch.no_grad():
+        made = wrapper(positive, negative_prompt=negative)
+    arguments = {"prompt_embeds": made.embeds, "negative_prompt_embeds": made.negative_embeds}
+    zeros = not negative and pipe.config.get("force_zeros_for_empty_prompt", False)
+    if spec.pooled_embeds:
+        arguments |= {
+            "pooled_prompt_embeds": made.pooled_embeds,
+            "negative_pooled_prompt_embeds": made.negative_pooled_embeds,
+        }
+    if zeros:  # what these pipelines do with an absent negative prompt
+        arguments |= {k: torch.zeros_like(v) for k, v in arguments.items() if k.startswith("negative_")}
+    return arguments

@@ -1,0 +1,80 @@
+"""Schedulers: from a short name, a diffusers class name or JSON to an instance, for a launch or a request."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from shared.config import scheduler_problem
+from shared.models import SCHEDULERS, ModelSpec, SchedulerSpec
+
+
+class SchedulerError(ValueError):
+    """A scheduler that this type or installation does not have; the sentence says what there is."""
+
+
+def make_scheduler(current: Any, spec: ModelSpec, wanted: str | Mapping[str, Any]) -> Any:
+    """A new scheduler with the settings of `current`, changed by what the name and the JSON say.
+
+    Args:
+        current: the checkpoint's scheduler: its betas, prediction type and so on stay.
+        wanted: `"k_euler"`, `"EulerDiscreteScheduler"`, or `{"scheduler": name, **settings}`.
+
+    Raises:
+        SchedulerError: not on the type's list, a setting that the class does not take, a package missing.
+    """
+    import diffusers
+
+    if problem := scheduler_problem(spec, dict(wanted) if isinstance(wanted, Mapping) else wanted):
+        raise SchedulerError(problem)
+    given = dict(wanted) if isinstance(wanted, Mapping) else {"scheduler": wanted}
+    name = given.pop("scheduler")
+    entry, settings = _entry(name, spec)
+    cls = getattr(diffusers, entry.cls)
+    allowed = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "kwargs")]
+    unknown = [key for key in given if key not in allowed]
+    if unknown:
+        raise SchedulerError(
+            f"{entry.cls} has no setting {unknown[0]!r}; it has {', '.join(sorted(allowed))}"
+        )
+    try:
+        return cls.from_config(current.config, **{**entry.settings, **settings, **given})
+    except ImportError as error:
+        raise SchedulerError(f"{name} needs a package that is not installed: {_last_line(error)}") from None
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise SchedulerError(f"{name} with {given or 'no settings'}: {_last_line(error)}") from None
+
+
+def set_scheduler(pipe: Any, spec: ModelSpec, wanted: str | Mapping[str, Any] | None) -> None:
+    """Make it the pipeline's scheduler; None leaves the checkpoint's. Raises SchedulerError."""
+    if wanted is not None:
+        pipe.register_modules(scheduler=make_scheduler(pipe.scheduler, spec, wanted))
+
+
+@contextlib.contextmanager
+def scheduler_for_request(
+    pipe: Any, spec: ModelSpec, wanted: str | Mapping[str, Any] | None
+) -> Iterator[None]:
+    """Another scheduler for one call; the launch's is back afterwards. Raises SchedulerError."""
+    launched = pipe.scheduler
+    try:
+        set_scheduler(pipe, spec, wanted)
+        yield
+    finally:
+        pipe.register_modules(scheduler=launched)
+
+
+def _entry(name: str, spec: ModelSpec) -> tuple[SchedulerSpec, dict[str, Any]]:
+    """What the table says of a short name, or of the first entry of a class that the type may use."""
+    if name in SCHEDULERS:
+        return SCHEDULERS[name], {}
+    if name.removeprefix("k_") in SCHEDULERS:
+        return SCHEDULERS[name.removeprefix("k_")], {"use_karras_sigmas": True}
+    fitting = (s for s in SCHEDULERS.values() if s.cls == name and spec.scheduler_family in s.families)
+    return next(fitting), {}
+
+
+def _last_line(error: Exception) -> str:
+    return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
