@@ -300,6 +300,10 @@ def save(pipe: Any, out: Path, tar: Path | None) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(out)
+    for part in ("vae", "unet"):  # diffusers notes where it loaded a model from: of no use elsewhere
+        config = out / part / "config.json"
+        kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+        config.write_text(json.dumps(kept, indent=2) + "\n")
     # Without a dtype asked for, transformers loads in the dtype noted here but diffusers in fp32: agree.
     config = out / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
@@ -334,10 +338,10 @@ def main() -> None:
     torch.backends.cudnn.benchmark_limit = 3  # trying all algorithms costs half a minute
     end = STARTED + 60 * args.minutes - RESERVE
 
+    tokenizer = build_tokenizer()
     if args.resume:
-        pipe = StableDiffusionPipeline.from_pretrained(args.resume, dtype=torch.float32)
+        pipe = StableDiffusionPipeline.from_pretrained(args.resume, tokenizer=tokenizer, dtype=torch.float32)
     else:
-        tokenizer = build_tokenizer()
         vae, text_encoder, unet = build_models(tokenizer, args.pixels)
         pipe = StableDiffusionPipeline(
             vae,
