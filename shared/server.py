@@ -17,7 +17,7 @@ from flask import request as http
 from werkzeug.exceptions import HTTPException
 from werkzeug.http import HTTP_STATUS_CODES
 
-from shared import a1111_api, metrics, openai_api
+from shared import a1111_api, legacy, metrics, openai_api
 from shared.config import HostConfig
 from shared.dispatch import ApiError, Dispatcher, check_json_type
 from shared.jobs import HostStatus, JobQueue
@@ -213,10 +213,14 @@ def _add_generate(app: Flask, dispatcher: Dispatcher) -> None:
     def generate() -> Response:
         check_json_type()
         raw: str | None = None
+        pickled = False
 
         def parse() -> GenerateRequest:
-            nonlocal raw
+            nonlocal raw, pickled
             data = parse_object(http.get_data(cache=False))
+            if config.legacy_pickle:
+                pickled = legacy.is_legacy(data, config)
+                data = legacy.translate(data, config)
             raw, problem = negotiate(http.accept_mimetypes, config.spec, data.get("output_format"))
             try:
                 request = check_request(data, config, raw)
@@ -227,7 +231,9 @@ def _add_generate(app: Flask, dispatcher: Dispatcher) -> None:
             return request
 
         reply = dispatcher.run(parse)
-        return jsonify(reply.answer().model_dump()) if raw is None else raw_response(reply)
+        if raw is not None:
+            return raw_response(reply)
+        return jsonify(legacy.answer(reply, config) if pickled else reply.answer().model_dump())
 
 
 def raw_response(reply: Reply) -> Response:
