@@ -1,0 +1,240 @@
+"""Full-size pipelines with random weights, built from their published configurations on the device itself.
+
+Speed does not depend on the values, so no checkpoint is needed. Text encoders are left out: prompts are given
+as embeddings of the right shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    MotionAdapter,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    StableVideoDiffusionPipeline,
+    UNet2DConditionModel,
+    UNetSpatioTemporalConditionModel,
+)
+from PIL import Image
+
+BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def on(device: torch.device, dtype: torch.dtype, make: Callable[[], Any]) -> Any:
+    """`make()` with every weight random, the same for the same device kind, in `dtype` on `device`."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = make()
+    finally:
+        torch.set_default_dtype(before)
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def sdxl_unet(in_channels: int = 4) -> Any:
+    return UNet2DConditionModel(
+        sample_size=128,
+        in_channels=in_channels,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        cross_attention_dim=2048,
+        transformer_layers_per_block=[1, 2, 10],
+        attention_head_dim=[5, 10, 20],
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+
+
+def sd1_unet() -> Any:
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+
+
+def sd3_transformer() -> Any:
+    return SD3Transformer2DModel(
+        sample_size=128,
+        num_layers=24,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        caption_projection_dim=1536,
+        pooled_projection_dim=2048,
+        out_channels=16,
+        pos_embed_max_size=192,
+    )
+
+
+def svd_unet() -> Any:
+    return UNetSpatioTemporalConditionModel(
+        sample_size=96, num_frames=25, num_attention_heads=(5, 10, 20, 20)
+    )
+
+
+def vae(latents: int = 4, scaling: float = 0.13025) -> Any:
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=latents,
+        sample_size=1024,
+        scaling_factor=scaling,
+        shift_factor=0.0609 if latents == 16 else None,
+    )
+
+
+def make_sdxl(device: torch.device, dtype: torch.dtype) -> Any:
+    return StableDiffusionXLPipeline(
+        vae=on(device, dtype, vae),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=on(device, dtype, sdxl_unet),
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **BETAS),
+        add_watermarker=False,
+    )
+
+
+def make_sd1(device: torch.device, dtype: torch.dtype) -> Any:
+    return StableDiffusionPipeline(
+        vae=on(device, dtype, vae),
+        text_encoder=None,
+        tokenizer=None,
+        unet=on(device, dtype, sd1_unet),
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **BETAS),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def make_sd3(device: torch.device, dtype: torch.dtype) -> Any:
+    return StableDiffusion3Pipeline(
+        transformer=on(device, dtype, sd3_transformer),
+        vae=on(device, dtype, lambda: vae(16, 1.5305)),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def make_svd(device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    encoder = CLIPVisionConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        projection_dim=1024,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=14,
+    )
+    return StableVideoDiffusionPipeline(
+        vae=on(device, dtype, svd_vae),
+        image_encoder=on(device, dtype, lambda: CLIPVisionModelWithProjection(encoder)),
+        unet=on(device, dtype, svd_unet),
+        scheduler=EulerDiscreteScheduler(
+            interpolation_type="linear",
+            prediction_type="v_prediction",
+            timestep_spacing="leading",
+            steps_offset=1,
+            timestep_type="continuous",
+            use_karras_sigmas=True,
+            sigma_min=0.002,
+            sigma_max=700.0,
+            **BETAS,
+        ),
+        feature_extractor=CLIPImageProcessor(),
+    )
+
+
+def svd_vae() -> Any:
+    return AutoencoderKLTemporalDecoder(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        layers_per_block=2,
+        sample_size=768,
+    )
+
+
+def make_ad(device: torch.device, dtype: torch.dtype) -> Any:
+    return AnimateDiffPipeline(
+        vae=on(device, dtype, vae),
+        text_encoder=None,
+        tokenizer=None,
+        unet=on(device, dtype, sd1_unet),
+        motion_adapter=on(device, dtype, MotionAdapter),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="linear", clip_sample=False, steps_offset=1
+        ),
+    ).to(device, dtype)
+
+
+def _embeds(
+    device: torch.device, dtype: torch.dtype, tokens: int, width: int, pooled: int = 0
+) -> dict[str, Any]:
+    generator = torch.Generator("cpu").manual_seed(7)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    found: dict[str, Any] = {
+        "prompt_embeds": draw(1, tokens, width),
+        "negative_prompt_embeds": draw(1, tokens, width),
+    }
+    if pooled:
+        found |= {
+            "pooled_prompt_embeds": draw(1, pooled),
+            "negative_pooled_prompt_embeds": draw(1, pooled),
+        }
+    return found
+
+
+def call_arguments(
+    name: str, device: torch.device, dtype: torch.dtype, size: int, steps: int
+) -> dict[str, Any]:
+    """Keyword arguments of one generation, latents as output, guidance on."""
+    common: dict[str, Any] = {"num_inference_steps": steps, "output_type": "latent"}
+    common["generator"] = torch.Generator("cpu").manual_seed(3)
+    if name == "svd":
+        return common | {
+            "image": Image.new("RGB", (1024, 576), (90, 120, 200)),
+            "width": 1024,
+            "height": 576,
+            "num_frames": 25,
+        }
+    common |= {"width": size, "height": size, "guidance_scale": 5.0}
+    shapes = {"sdxl": (77, 2048, 1280), "sd3": (333, 4096, 2048), "sd1": (77, 768), "ad": (77, 768)}
+    if name == "ad":
+        common["num_frames"] = 16
+    return common | _embeds(device, dtype, *shapes[name])
+
+
+MAKERS: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
+    "sdxl": make_sdxl,
+    "sd1": make_sd1,
+    "sd3": make_sd3,
+    "svd": make_svd,
+    "ad": make_ad,
+}

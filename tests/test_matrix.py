@@ -1,0 +1,183 @@
+"""Every cell of the compatibility tables that says yes, through a host's own build_engine on two ranks.
+
+For each backend, type and feature: at full warm-up the parallel engine makes what the plain pipeline makes,
+in steady state it stays close, the feature changes the picture, and close() gives the plain pipeline back.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+
+from shared.models import BACKENDS, FEATURES, MODELS, refusal
+from tests import tiny, tiny_extras
+from tests.ranks import RankPool
+
+STEPS = 4
+EXACT_DB = 45.0  # what the acceptance asks for in fp32; most are bit-identical
+
+Flags = dict[str, Any]
+
+# How a feature is switched on with the tiny files of a type. Flags that leave latents alone are seen by the
+# decoded picture.
+SETTINGS: dict[str, Callable[[str], Flags]] = {
+    "lora": lambda name: {"lora": {str(tiny_extras.lora(name)): 1.0}},
+    "control_net": lambda name: {"control_net": {str(tiny_extras.control_net(name)): 1.0}},
+    "ip_adapter": lambda name: {"ip_adapter": {str(tiny_extras.ip_adapter(name)): 1.0}},
+    "quantize_to": lambda name: {"quantize_to": "int8"},
+    "compile_unet": lambda name: {"compile_unet": True, "compile_backend": "eager"},
+    "compel": lambda name: {"compel": True},
+    "motion_adapter": lambda name: {"motion_adapter": str(tiny_extras.motion_adapter())},
+    "motion_module": lambda name: {"motion_module": str(tiny_extras.motion_adapter("file"))},
+    "motion_adapter_lora": lambda name: {"motion_adapter_lora": {str(tiny_extras.motion_lora()): 1.0}},
+}
+UNCHANGED = {"compile_unet"}  # same picture, made otherwise
+EVERYTHING = ("lora", "control_net", "ip_adapter", "quantize_to", "compile_unet")
+
+
+def body(name: str, flags: Flags) -> dict[str, Any]:
+    """A request of this type, with the inputs that the flags want."""
+
+    def picture(seed: int) -> str:
+        out = io.BytesIO()
+        tiny.picture(64 if MODELS[name].size_scale == 1 else 16, seed).save(out, "PNG")
+        return base64.b64encode(out.getvalue()).decode()
+
+    request: dict[str, Any] = {"steps": STEPS, "seed": 11, "output_format": "latent"}
+    if "positive" in MODELS[name].fields:
+        request |= {"positive": "a (small)1.5 red cat", "negative": "blur", "cfg": 5.0}
+    if MODELS[name].image == "needed":
+        request["image"] = picture(1)
+    if flags.get("control_net"):
+        request["control_image"] = picture(2)
+    if flags.get("ip_adapter"):
+        request["ip_image"] = picture(3)
+    if MODELS[name].output == "video":
+        request |= {"frames": 4, "decode_chunk_size": 2}
+    return request
+
+
+def run_cell(backend: str, name: str, flags: Flags, parallel_flags: Flags) -> dict[str, Any]:
+    """On one rank: the latents of the plain pipeline, exact, asynchronous, and plain again after close()."""
+    import torch
+
+    from shared.comm import World, make_groups
+    from shared.config import HostConfig, check_config
+    from shared.generate import PipelineEngine
+    from shared.requests import check_request
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
+    checkpoint = str(tiny.checkpoint(name))
+    common: Flags = {"backend": backend, "type": name, "checkpoint": checkpoint, "width": 64, "height": 64}
+    config = HostConfig(**common, **flags, **{"warm_up_steps": STEPS, **parallel_flags})
+    check_config(config, size)
+    request = check_request(body(name, flags), config)
+    host = importlib.import_module(f"{backend}_host")
+
+    def latents(engine: Any) -> np.ndarray | None:
+        reply = engine.generate(request, lambda step, steps: None)
+        if reply is None:
+            return None
+        import safetensors.torch
+
+        return safetensors.torch.load(reply.latent)["latent"].float().numpy()
+
+    engine = host.build_engine(config, world)
+    text = repr(getattr(engine.pipe, config.spec.denoiser))
+    exact = latents(engine)
+    again = latents(engine)
+    engine.close()
+    plain_engine = PipelineEngine(engine.pipe, config, world)
+    plain = latents(plain_engine)
+    assert repr(getattr(engine.pipe, config.spec.denoiser)) == text
+    fast = replace(config, warm_up_steps=1)
+    stale_engine = PipelineEngine(engine.pipe, fast, world, lambda pipe: host.attach(pipe, fast, world))
+    asynchronous = latents(stale_engine)
+    stale_engine.close()
+    return {
+        "exact": exact,
+        "again": again,
+        "plain": plain,
+        "asynchronous": asynchronous,
+        "restored": latents(plain_engine),
+    }
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """dB, with the range of `b` as the peak; infinite for equal arrays."""
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return float("inf") if error == 0 else 10 * np.log10(float(np.ptp(b)) ** 2 / error)
+
+
+def cells(backend: str) -> list[tuple[str, str]]:
+    """(type, feature) of every yes that has a setting above, and `everything` of each type."""
+    spec = BACKENDS[backend]
+    found = []
+    for name in spec.types:
+        found.append((name, "nothing"))
+        yes = [f for f in FEATURES if f in SETTINGS and refusal(spec, MODELS[name], f) is None]
+        found += [(name, feature) for feature in yes]
+        found.append((name, "everything"))
+    return found
+
+
+def flags_of(backend: str, name: str, feature: str) -> Flags:
+    if feature == "nothing":
+        return {}
+    features = [feature]
+    if feature == "everything":
+        features = [f for f in EVERYTHING if refusal(BACKENDS[backend], MODELS[name], f) is None]
+    flags: Flags = {}
+    for f in features:
+        flags |= SETTINGS[f](name)
+    return flags
+
+
+@pytest.fixture(scope="module")
+def plain_latents() -> dict[tuple[str, str], np.ndarray]:
+    """Latents of each type without any feature, kept for the question whether a feature changes anything."""
+    return {}
+
+
+@pytest.mark.parametrize(("name", "feature"), cells("asyncdiff"))
+def test_asyncdiff(pool: RankPool, plain_latents: dict[Any, Any], name: str, feature: str):
+    ranks = pool.run(run_cell, 2, "asyncdiff", name, flags_of("asyncdiff", name, feature), {})
+    check_cell(ranks, plain_latents, "asyncdiff", name, feature)
+
+
+def check_cell(
+    ranks: list[dict[str, Any]], plain_latents: dict[Any, Any], backend: str, name: str, feature: str
+) -> None:
+    holder = next(r for r in ranks if r["exact"] is not None)
+    assert psnr(holder["exact"], holder["plain"]) >= EXACT_DB
+    assert np.array_equal(holder["exact"], holder["again"]), "the same seed twice gives other latents"
+    assert np.array_equal(holder["plain"], holder["restored"]), "close() did not give the pipeline back"
+    stale = psnr(holder["asynchronous"], holder["plain"])
+    assert 10 < stale < float("inf"), f"steady state: {stale:.1f} dB"
+    if feature == "nothing":
+        plain_latents[backend, name] = holder["plain"]
+    elif (backend, name) in plain_latents:
+        same = psnr(holder["plain"], plain_latents[backend, name])
+        if feature in UNCHANGED:
+            assert same >= EXACT_DB, f"{feature} must not change the picture: {same:.1f} dB"
+        else:
+            assert same < 80, f"{feature} changes nothing"
+
+
+def test_the_setting_of_every_feature_of_a_request_is_known():
+    decoded_only = {"compile_vae", "compile_text_encoder", "enable_vae_tiling", "enable_vae_slicing"}
+    gpu_only = {f for f in FEATURES if f.endswith("offload")}
+    assert set(FEATURES) - decoded_only - gpu_only - {"gguf_model"} == set(SETTINGS)
