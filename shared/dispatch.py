@@ -121,7 +121,12 @@ class Dispatcher:
             ApiError: with the status of PROTOCOL's error table.
         """
         self.check_ready()
-        return self._submit(Job(None, (method, arguments), id=g.request_id))
+        if not self._slots.acquire(blocking=False):
+            raise ApiError.unavailable("full", "too many requests at once")
+        try:
+            return self._submit(Job(None, (method, arguments), id=g.request_id))
+        finally:
+            self._slots.release()
 
     def _submit(self, job: Job) -> Any:
         g.job = job

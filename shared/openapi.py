@@ -8,13 +8,22 @@ from pydantic.json_schema import models_json_schema
 
 from shared.config import HostConfig
 from shared.negotiate import JSON, RAW_FORMATS
-from shared.requests import COMMON_FIELDS, MIME_TYPES, ErrorAnswer, GenerateAnswer, GenerateRequest
+from shared.requests import (
+    COMMON_FIELDS,
+    MIME_TYPES,
+    ErrorAnswer,
+    GenerateAnswer,
+    GenerateRequest,
+    LoraAnswer,
+    LoraChange,
+)
 
 ERRORS = {
     400: "Bad request; all of its faults at once",
     401: "No bearer token, or not this host's --api_key",
     404: "No such route",
     405: "No such method on this route",
+    409: "Not in this state: the LoRA's weights were fused, quantized or compiled, or it is loaded already",
     413: "The body is larger than 64 MiB",
     415: "The body is not JSON",
     422: "A request that this model or this launch cannot serve",
@@ -43,6 +52,8 @@ def openapi(config: HostConfig) -> dict[str, Any]:
             (GenerateRequest, "validation"),
             (GenerateAnswer, "serialization"),
             (ErrorAnswer, "serialization"),
+            (LoraChange, "validation"),
+            (LoraAnswer, "serialization"),
         ],
         ref_template="#/components/schemas/{model}",
     )
@@ -55,7 +66,7 @@ def openapi(config: HostConfig) -> dict[str, Any]:
             "version": "1",
             "description": "One request at a time reaches the ranks, in order of arrival; the rest wait.",
         },
-        "paths": _paths(config),
+        "paths": _paths(config) | _guest_paths(),
         "components": {"schemas": schemas | _SCHEMAS, "responses": _responses()},
     }
     if config.api_key is not None:
@@ -190,6 +201,20 @@ def _paths(config: HostConfig) -> dict[str, Any]:
                 "responses": {"200": _json("Whether there was one", "Cancelled"), **_errors()},
             }
         },
+        "/lora": {
+            "get": {
+                "summary": "The LoRAs in use",
+                "responses": {"200": _json("All of them", "LoraAnswer"), **_errors(503)},
+            },
+            "post": _lora_change("Add a LoRA between two pictures"),
+            "delete": _lora_change("Remove a LoRA between two pictures"),
+        },
+        "/metrics": {
+            "get": {
+                "summary": "Prometheus metrics",
+                "responses": {"200": _text("Prometheus text", "diffusion_queue_length 0.0"), **_errors()},
+            }
+        },
         "/health": {
             "get": {
                 "summary": "State of the host and its ranks",
@@ -208,4 +233,39 @@ def _paths(config: HostConfig) -> dict[str, Any]:
                 },
             }
         },
+    }
+
+
+def _lora_change(summary: str) -> dict[str, Any]:
+    return {
+        "summary": summary,
+        "requestBody": {"required": True, "content": {JSON: {"schema": _ref("LoraChange")}}},
+        "responses": {
+            "200": _json("The LoRAs in use now", "LoraAnswer"),
+            **_errors(400, 409, 413, 415, 499, 500, 503),
+        },
+    }
+
+
+def _guest_paths() -> dict[str, Any]:
+    """The routes of other APIs, whose own documents say what goes in and out."""
+    routes = {
+        "/v1/models": ("get", "OpenAI: the one model here"),
+        "/v1/images/generations": ("post", "OpenAI: pictures from a prompt; /generate's fields may be added"),
+        "/v1/images/edits": ("post", "OpenAI: a picture from a picture, where the type takes one"),
+        "/sdapi/v1/txt2img": ("post", "A1111: pictures from a prompt"),
+        "/sdapi/v1/img2img": ("post", "A1111: a picture from a picture, where the type takes one"),
+        "/sdapi/v1/progress": ("get", "A1111: progress and jobs"),
+        "/sdapi/v1/interrupt": ("post", "A1111: cancel the running request"),
+        "/sdapi/v1/options": ("get", "A1111: the checkpoint"),
+        "/sdapi/v1/sd-models": ("get", "A1111: the checkpoint, as a list"),
+        "/sdapi/v1/samplers": ("get", "A1111: names of the type's schedulers"),
+    }
+    answer = {
+        "description": "As that API has it",
+        "content": {JSON: {"schema": {"type": ["object", "array"]}}},
+    }
+    return {
+        path: {method: {"summary": summary, "responses": {"200": answer, "default": answer}}}
+        for path, (method, summary) in routes.items()
     }

@@ -184,7 +184,8 @@ def _problems_of(error: PydanticError) -> list[FieldProblem]:
     for fault in error.errors(include_url=False, include_context=False):
         name = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            text = f"unknown field; allowed: {', '.join(sorted(GenerateRequest.model_fields))}"
+            allowed = LoraChange if error.title == LoraChange.__name__ else GenerateRequest
+            text = f"unknown field; allowed: {', '.join(sorted(allowed.model_fields))}"
         elif fault["type"] == "problem":
             text = fault["msg"]
         else:
@@ -262,7 +263,6 @@ _NEEDS_FLAG = {
     "ip_adapter_scale": "ip_adapter",
     "control_image": "control_net",
     "controlnet_scale": "control_net",
-    "lora_scales": "lora",
 }
 
 
@@ -289,6 +289,39 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
     if request.scheduler is not None and (problem := scheduler_problem(spec, request.scheduler)):
         problems.append(FieldProblem("scheduler", problem))
     return problems
+
+
+class LoraChange(BaseModel):
+    """Body of POST and DELETE /lora. `path` is a file on the host's machines."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    path: Annotated[str, Field(min_length=1, max_length=4096)]
+    scale: Scale = 1.0
+
+
+class LoraEntry(BaseModel):
+    """One LoRA in use. The numbers of layers are known once a LoRA was added or removed."""
+
+    path: str
+    scale: float
+    layers: int | None = None
+    layers_left_out: int | None = None
+
+
+class LoraAnswer(BaseModel):
+    """Answer of GET, POST and DELETE /lora: the LoRAs in use after the change."""
+
+    message: str = "OK"
+    loras: list[LoraEntry]
+
+
+def parse_lora_change(body: bytes) -> LoraChange:
+    """Parse the body of POST and DELETE /lora. Raises RequestError 400."""
+    try:
+        return LoraChange.model_validate(parse_object(body))
+    except PydanticError as error:
+        raise RequestError(400, _problems_of(error)) from None
 
 
 class Seconds(BaseModel):

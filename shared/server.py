@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
+import threading
 import time
 from typing import Any
 from urllib.parse import quote
@@ -27,9 +28,12 @@ from shared.requests import (
     MIME_TYPES,
     ErrorAnswer,
     GenerateRequest,
+    LoraAnswer,
+    LoraEntry,
     Reply,
     RequestError,
     check_request,
+    parse_lora_change,
     parse_object,
 )
 from shared.wsgi import MAX_BODY, TOO_LARGE, Server
@@ -62,6 +66,7 @@ def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> Flask
     _add_frame(app, dispatcher)
     _add_state_routes(app, dispatcher)
     _add_generate(app, dispatcher)
+    _add_lora(app, dispatcher)
     metrics.add_routes(app, dispatcher.metrics)
     openai_api.add_routes(app, dispatcher)
     a1111_api.add_routes(app, dispatcher)
@@ -234,6 +239,38 @@ def _add_generate(app: Flask, dispatcher: Dispatcher) -> None:
         if raw is not None:
             return raw_response(reply)
         return jsonify(legacy.answer(reply, config) if pickled else reply.answer().model_dump())
+
+
+def _add_lora(app: Flask, dispatcher: Dispatcher) -> None:
+    """LoRAs change between two pictures, so a change waits its turn in the queue; the list never waits."""
+    in_use = [LoraEntry(path=p, scale=s) for p, s in (dispatcher.config.lora or {}).items()]
+    one_at_a_time = threading.Lock()
+
+    @app.get("/lora")
+    def lora_list() -> Response:
+        dispatcher.check_ready()
+        return jsonify(LoraAnswer(loras=in_use).model_dump(exclude_none=True))
+
+    @app.route("/lora", methods=["POST", "DELETE"])
+    def lora_change() -> Response:
+        nonlocal in_use
+        check_json_type()
+        change = parse_lora_change(http.get_data(cache=False))
+        # Not awaited: who waits here would hold a thread that is not counted.
+        if not one_at_a_time.acquire(blocking=False):
+            raise ApiError.unavailable("full", "another LoRA is being changed")
+        try:
+            if http.method == "POST":
+                entries = dispatcher.call("add_lora", {"path": change.path, "scale": change.scale})
+            else:
+                entries = dispatcher.call("remove_lora", {"path": change.path})
+            in_use = [LoraEntry.model_validate(entry) for entry in entries]
+        except ApiError as error:
+            # What the engine refuses is refused for the state it is in: fused, compiled, loaded already.
+            raise ApiError(409, error.message) if error.status == 422 else error from None
+        finally:
+            one_at_a_time.release()
+        return jsonify(LoraAnswer(loras=in_use).model_dump(exclude_none=True))
 
 
 def raw_response(reply: Reply) -> Response:

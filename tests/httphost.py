@@ -52,6 +52,7 @@ class FakeHost:
         self.steps_run = 0
         self.go_on = threading.Event()
         self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.loras = dict(self.config.lora or {})
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
@@ -85,8 +86,7 @@ class FakeHost:
 
     def _carry_out(self, job: Job) -> Any:
         if job.request is None:
-            self.calls.append(job.call)
-            return {"done": job.call[0]}
+            return self._call(*job.call)
         request = job.request
         self.seen.append(request)
         prompt = request.positive or ""
@@ -107,6 +107,20 @@ class FakeHost:
             self.steps_run += 1
             job.at_step(step + 1, request.steps or 1)
         return self._reply(request)
+
+    def _call(self, method: str, arguments: dict[str, Any]) -> Any:
+        """Plays the engine's LoRA methods; the path "fused" is refused, "broken" fails."""
+        self.calls.append((method, arguments))
+        path = arguments["path"]
+        if path == "fused" or (method == "remove_lora" and path not in self.loras):
+            raise JobError(422, f"lora: {path} cannot be changed")
+        if path == "broken":
+            raise JobError(500, "rank 0: broken file")
+        if method == "add_lora":
+            self.loras[path] = arguments["scale"]
+        else:
+            del self.loras[path]
+        return [{"path": p, "scale": s, "layers": 4, "layers_left_out": 0} for p, s in self.loras.items()]
 
     def _reply(self, request: GenerateRequest) -> Reply:
         format = request.output_format or "png"

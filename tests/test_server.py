@@ -22,6 +22,7 @@ import pytest
 import requests
 from PIL import Image
 
+from shared.host import _JsonFormatter
 from shared.jobs import JobError
 from shared.wsgi import MAX_BODY, Server
 from tests.httphost import FakeHost, config_of, picture, wait_for
@@ -437,6 +438,54 @@ def test_eight_clients_forty_requests_half_with_faults(host: FakeHost) -> None:
     assert host.get("/health").json()["state"] == "ready"
 
 
+# LoRAs on a running host.
+
+
+def test_lora_list_add_remove() -> None:
+    with FakeHost(config_of(lora={"/a.safetensors": 0.5})) as host:
+        assert host.get("/lora").json() == {
+            "message": "OK",
+            "loras": [{"path": "/a.safetensors", "scale": 0.5}],
+        }
+        added = host.post("/lora", json={"path": "/b.safetensors"}).json()
+        assert [(e["path"], e["scale"], e["layers"]) for e in added["loras"]] == [
+            ("/a.safetensors", 0.5, 4),
+            ("/b.safetensors", 1.0, 4),
+        ]
+        assert host.get("/lora").json() == added
+        removed = requests.delete(f"{host.url}/lora", json={"path": "/a.safetensors"}, timeout=5).json()
+        assert [e["path"] for e in removed["loras"]] == ["/b.safetensors"]
+        assert host.get("/lora").json() == removed
+        assert host.get("/progress").text == "0"
+
+
+def test_lora_faults(host: FakeHost) -> None:
+    answer = host.post("/lora", json={"scale": "x", "weight": 1})
+    check_error(answer, 400, "allowed: path, scale")
+    assert fields_of(answer) == {"path", "scale", "weight"}
+    check_error(host.post("/lora", json={"path": "fused"}), 409, "cannot be changed")
+    check_error(requests.delete(f"{host.url}/lora", json={"path": "none"}, timeout=5), 409)
+    check_error(host.post("/lora", json={"path": "broken"}), 500, "broken file")
+    check_error(host.post("/lora", data="path=x"), 415)
+    assert host.get("/lora").json()["loras"] == []
+    host.status.state = "loading"
+    check_error(host.get("/lora"), 503)
+    check_error(host.post("/lora", json={"path": "a"}), 503)
+
+
+def test_a_lora_waits_its_turn_and_the_list_does_not(host: FakeHost) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        picture = pool.submit(host.generate, {"positive": "hold", "steps": 1})
+        wait_for(lambda: host.queue.running)
+        change = pool.submit(host.post, "/lora", json={"path": "a"})
+        wait_for(lambda: len(host.queue) == 1)
+        assert host.get("/lora").json()["loras"] == [] and not host.calls
+        check_error(host.post("/lora", json={"path": "b"}), 503, "another LoRA")
+        host.go_on.set()
+        assert picture.result().status_code == 200
+        assert change.result().json()["loras"][0]["path"] == "a"
+
+
 # Progress, cancel, disconnect.
 
 
@@ -546,6 +595,8 @@ def test_one_log_line_a_request(host: FakeHost, caplog: pytest.LogCaptureFixture
         "steps": 4,
         "seed": 3,
     }
+    entry = json.loads(_JsonFormatter().format(first))
+    assert entry["id"] == good.headers["X-Request-Id"] and entry["level"] == "info" and entry["seed"] == 3
     assert bad.headers["X-Request-Id"] in second.getMessage() and "status=400" in second.getMessage()
 
 
@@ -584,6 +635,8 @@ def test_openapi_is_valid_and_true(type: str) -> None:
         check(answer.json(), "GenerateAnswer")
         check(host.generate({"steps": 0, "x": 1}, headers=key).json(), "ErrorAnswer")
         check(host.get("/health").json(), "Health")
+        check({"path": "a", "scale": 1}, "LoraChange")
+        check(host.post("/lora", json={"path": "a"}, headers=key).json(), "LoraAnswer")
         check(host.post("/cancel", headers=key).json(), "Cancelled")
         with pytest.raises(jsonschema.ValidationError):
             check({"steps": 0}, "GenerateRequest")
