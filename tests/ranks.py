@@ -120,18 +120,22 @@ class RankPool:
         for _, pipe in workers:
             pipe.send((fn, world_size, self._store[1], limit, args, kwargs))
         results, problems = self._collect(workers, time.monotonic() + limit)
+        silent = [rank for rank in range(world_size) if rank not in results and rank not in problems]
+        problems.update({rank: "did not answer in time and was killed" for rank in silent})
         if problems:
             self._store = None
-            if len(results) + len(problems) < world_size or any(not w.is_alive() for w, _ in workers):
-                missing = [r for r in range(world_size) if r not in results and r not in problems]
-                problems.update({r: "did not answer in time and was killed" for r in missing})
+            if silent or not all(process.is_alive() for process, _ in workers):
                 self._kill()
             text = "\n".join(f"rank {rank}: {problem}" for rank, problem in sorted(problems.items()))
             raise RankError(f"{len(problems)} of {world_size} ranks failed\n{text}")
         return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:
-        """End all rank processes; a later ``run`` starts new ones."""
+        """End all rank processes and remove what the pool left on disk."""
+        for _, pipe in self._workers:
+            pipe.close()
+        for process, _ in self._workers:
+            process.join(GRACE)
         self._kill()
         self._stores.cleanup()
 
@@ -157,8 +161,6 @@ class RankPool:
         while pending:
             ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                if not problems:
-                    problems[min(pending.values())] = "did not answer in time and was killed"
                 break
             for pipe in ready:
                 assert isinstance(pipe, Connection)

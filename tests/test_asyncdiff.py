@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import ModelHook, add_hook_to_module
 from optimum.quanto import freeze, qint8, quantize
 from peft import LoraConfig
 from torch.utils._pytree import tree_leaves
@@ -25,18 +25,18 @@ from shared.parallel.partition import Partition
 from tests import tiny
 from tests.ranks import RankPool
 
-TYPES = ("sd1", "sdxl", "sd2", "sd3", "sdup", "svd", "ad")
 PLANS = {2: ((2, 1),), 3: ((3, 1), (2, 2)), 4: ((4, 1), (3, 2)), 5: ((4, 2),)}
 """World size -> the (model_n, stride) that take so many ranks."""
-STEPS = 7
-FLOOR = 20.0
-"""dB that a steady-state picture of a tiny random checkpoint (warm-up 3 of 7 steps) keeps at least."""
+STEPS, WARM_UP = 6, 2
+FLOORS = {"sd1": 38, "sd2": 26, "sdxl": 54, "sd3": 30, "sdup": 35, "svd": 25, "ad": 45}
+"""dB that a steady-state picture of each tiny random checkpoint keeps at least against the plain one."""
+SAME = 200.0
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of pictures in 0..1, in dB; 200 when equal."""
+    """Peak signal-to-noise ratio of pictures in 0..1, in dB; SAME when equal."""
     error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
-    return 200.0 if error == 0 else float(-10 * np.log10(error))
+    return SAME if error == 0 else float(-10 * np.log10(error))
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def denoiser(pipe: Any) -> torch.nn.Module:
 
 
 def picture(name: str, parallel: AsyncDiff | None = None, **changes: Any) -> np.ndarray:
-    changes = {"steps": STEPS} | changes
+    changes = {"steps": STEPS, "frames": 2} | changes
     if parallel is not None:
         parallel.begin(changes["steps"])
     return tiny.run(pipeline(name), name, **changes)
@@ -127,74 +127,71 @@ def simulated(pipe: Any, plan: Partition, stride: int, warm_up: int, shift: bool
 def simulation(name: str, plan: Partition, stride: int, warm_up: int, shift: bool = False) -> np.ndarray:
     pipe = tiny.load(name)
     denoiser(pipe).forward = simulated(pipe, plan, stride, warm_up, shift)
-    return tiny.run(pipe, name, steps=STEPS)
+    return tiny.run(pipe, name, steps=STEPS, frames=2)
 
 
-def exact_and_steady(name: str, plans: tuple[tuple[int, int], ...], simulate: bool) -> dict[Any, Any]:
-    """On each rank: what the tests below look at, for every plan."""
+def exact_and_steady(name: str, plans: tuple[tuple[int, int], ...]) -> dict[Any, Any]:
+    """On each rank: what the test below looks at, for every plan."""
     pipe = pipeline(name)
     text, plain = repr(denoiser(pipe)), picture(name)
     found: dict[Any, Any] = {}
     for model_n, stride in plans:
-        for warm_up in (STEPS + 2, 3):
-            with AsyncDiff(pipe, model_n, stride, warm_up) as parallel:
-                first = picture(name, parallel)
-                ran = dict(parallel.executions)
-                again = picture(name, parallel)
-                division = parallel.partition
-            assert division is not None
-            found[model_n, stride, warm_up] = {
-                "psnr": psnr(first, plain),
-                "bytes": first.tobytes(),
-                "again": first.tobytes() == again.tobytes(),
-                "ran": ran,
-                "mine": division.names(parallel.stage),
-                "units": [division.trace.calls[i].label for i in division.trace.units],
-            }
-            if simulate and warm_up == 3 and dist.get_rank() == 0:
-                expected = simulation(name, division, stride, warm_up)
-                found[model_n, stride, warm_up]["simulation"] = psnr(first, expected)
+        with AsyncDiff(pipe, model_n, stride, warm_up_steps=STEPS + 2) as parallel:
+            exact = psnr(picture(name, parallel), plain)
+            assert not parallel.executions
+            parallel.warm_up_steps = WARM_UP
+            first = picture(name, parallel)
+            ran = dict(parallel.executions)
+            again = picture(name, parallel)
+            division = parallel.partition
+        assert division is not None
+        found[model_n, stride] = {
+            "exact": exact,
+            "steady": psnr(first, plain),
+            "bytes": first.tobytes(),
+            "again": first.tobytes() == again.tobytes(),
+            "ran": ran,
+            "mine": division.names(parallel.stage),
+            "units": [division.trace.calls[i].label for i in division.trace.units],
+        }
+        if dist.get_rank() == 0:
+            found[model_n, stride]["simulation"] = psnr(first, simulation(name, division, stride, WARM_UP))
     found["given back"] = repr(denoiser(pipe)) == text and np.array_equal(picture(name), plain)
     return found
 
 
 @pytest.mark.parametrize("world_size", sorted(PLANS))
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", sorted(FLOORS))
 def test_exact_at_full_warm_up_and_on_schedule_in_steady_state(pool: RankPool, name: str, world_size: int):
     plans = PLANS[world_size]
-    tiny.checkpoint(name)
-    found = pool.run(exact_and_steady, world_size, name, plans, world_size < 5)
-    assert all(rank["given back"] for rank in found)
+    tiny.checkpoint(name)  # built here: transformers saves nothing on other ranks than 0
+    ranks = pool.run(exact_and_steady, world_size, name, plans)
+    assert all(rank["given back"] for rank in ranks)
     for model_n, stride in plans:
-        exact = [rank[model_n, stride, STEPS + 2] for rank in found]
-        assert all(e["psnr"] >= 80 and e["again"] and not e["ran"] for e in exact), [e["psnr"] for e in exact]
-        steady = [rank[model_n, stride, 3] for rank in found]
-        assert len({s["bytes"] for s in steady}) == 1 and all(s["again"] for s in steady)
-        assert FLOOR <= steady[0]["psnr"] < 80
-        if "simulation" in steady[0]:
-            assert steady[0]["simulation"] >= 60
-        # Every unit runs on exactly one stage, every rank runs its own stage only, once a parallel batch.
-        calls = max(sum(s["ran"].values()) // len(s["mine"]) for s in steady)
-        owners = Counter(unit for s in steady[:model_n] for unit in s["mine"])
-        assert owners == Counter(steady[0]["units"])
-        for s in steady:
-            assert s["ran"] == dict.fromkeys(s["mine"], calls)
-        batches = (STEPS + (name == "sd1") - 3 + stride - 1) // stride
-        assert calls == batches
+        found = [rank[model_n, stride] for rank in ranks]
+        assert min(f["exact"] for f in found) >= 80
+        assert all(f["again"] for f in found) and len({f["bytes"] for f in found}) == 1
+        assert FLOORS[name] <= found[0]["steady"] < SAME
+        assert found[0]["simulation"] >= 60
+        # Each unit belongs to one stage, and a rank runs its stage's units only, once a parallel batch.
+        assert Counter(unit for f in found[:model_n] for unit in f["mine"]) == Counter(found[0]["units"])
+        asynchronous = STEPS + (name == "sd1") - WARM_UP  # PNDM calls the UNet once more
+        for f in found:
+            assert f["ran"] == dict.fromkeys(f["mine"], -(-asynchronous // stride))
 
 
 def many_shapes(name: str) -> dict[Any, list]:
     pipe = pipeline(name)
     found: dict[Any, list] = {}
     requests: list[dict[str, Any]] = [
-        {"steps": 6}, {"size": 32, "steps": 5}, {"seed": 3, "steps": 7}, {"size": 96, "steps": 4},
-        {"guidance_scale": 1.0, "steps": 5}, {"steps": 6},
+        {"steps": 5}, {"size": 32, "steps": 4}, {"seed": 3, "steps": 6}, {"size": 96, "steps": 4},
+        {"guidance_scale": 1.0, "steps": 4}, {"steps": 5},
     ]  # fmt: skip
     plain = [picture(name, **request) for request in requests]
+    with AsyncDiff(pipe, 2, warm_up_steps=1000) as parallel:
+        made = [picture(name, parallel, **request) for request in requests]
+        found["exact"] = [psnr(a, b) for a, b in zip(made, plain, strict=True)]
     for kept in (4, 1):
-        with AsyncDiff(pipe, 2, warm_up_steps=1000, max_shapes=kept) as parallel:
-            made = [picture(name, parallel, **request) for request in requests]
-            found["exact", kept] = [psnr(a, b) for a, b in zip(made, plain, strict=True)]
         with AsyncDiff(pipe, 2, warm_up_steps=2, max_shapes=kept) as parallel:
             made = [picture(name, parallel, **request) for request in requests]
             found["steady", kept] = [psnr(a, b) for a, b in zip(made, plain, strict=True)]
@@ -206,8 +203,8 @@ def many_shapes(name: str) -> dict[Any, list]:
 def test_other_sizes_steps_and_batches_and_back(pool: RankPool, name: str):
     tiny.checkpoint(name)
     for rank in pool.run(many_shapes, 2, name):
-        assert min(rank["exact", 4] + rank["exact", 1]) >= 80
-        assert min(rank["steady", 4]) >= FLOOR and max(rank["steady", 4]) < 100
+        assert min(rank["exact"]) >= 80
+        assert min(rank["steady", 4]) >= FLOORS[name] - 10 and max(rank["steady", 4]) < SAME
         assert rank["bytes", 4][0] == rank["bytes", 4][-1] == rank["bytes", 1][0]
         assert rank["bytes", 4] == rank["bytes", 1]
 
@@ -262,26 +259,22 @@ def dressed() -> dict[str, tuple[float, float, bool]]:
     found = {}
 
     def check(key: str, pipe: Any) -> None:
-        plain, text = tiny.run(pipe, "sd1", steps=5), repr(pipe.unet)
+        plain, text = tiny.run(pipe, "sd1", steps=4), repr(pipe.unet)
         with AsyncDiff(pipe, 2, 1, 1000) as parallel:
-            parallel.begin(5)
-            exact = psnr(tiny.run(pipe, "sd1", steps=5), plain)
+            parallel.begin(4)
+            exact = psnr(tiny.run(pipe, "sd1", steps=4), plain)
         with AsyncDiff(pipe, 2, 1, 2) as parallel:
-            parallel.begin(5)
-            steady = psnr(tiny.run(pipe, "sd1", steps=5), plain)
+            parallel.begin(4)
+            steady = psnr(tiny.run(pipe, "sd1", steps=4), plain)
         found[key] = exact, steady, repr(pipe.unet) == text
 
     pipe = tiny.load("sd1")
     pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False))
-    check("lora", pipe)
     for module in (pipe.unet, pipe.unet.mid_block.resnets[0], pipe.unet.conv_out):
         add_hook_to_module(module, ModelHook())
-    check("lora and hooks", pipe)
-    remove_hook_from_module(pipe.unet, recurse=True)
-    for module in pipe.unet.modules():
-        if type(module).__name__ in ("BasicTransformerBlock", "Transformer2DModel"):
-            module.forward = torch.compile(module.forward, backend="eager")
-    check("lora and compiled blocks", pipe)
+    for module in pipe.unet.up_blocks[1].attentions:
+        module.forward = torch.compile(module.forward, backend="eager")
+    check("lora, hooks and compiled blocks", pipe)
     pipe = tiny.load("sd1")
     quantize(pipe.unet, weights=qint8)
     freeze(pipe.unet)
@@ -292,9 +285,9 @@ def dressed() -> dict[str, tuple[float, float, bool]]:
 def test_adapters_hooks_compiled_and_quantized_modules(pool: RankPool):
     tiny.checkpoint("sd1")
     for rank in pool.run(dressed, 2):
-        assert set(rank) == {"lora", "lora and hooks", "lora and compiled blocks", "quantized"}
+        assert set(rank) == {"lora, hooks and compiled blocks", "quantized"}
         for key, (exact, steady, same) in rank.items():
-            assert same and exact >= 80 and FLOOR <= steady < 100, (key, exact, steady)
+            assert same and exact >= 80 and FLOORS["sd1"] <= steady < SAME, (key, exact, steady)
 
 
 def in_halves() -> tuple[bytes, list[str]]:

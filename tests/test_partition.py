@@ -75,7 +75,7 @@ def test_trace_of_every_type(name: str):
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         denoiser(**kwargs)
-    assert 0.97 * counter.get_total_flops() <= sum(found.flops) <= counter.get_total_flops()
+    assert 0.95 * counter.get_total_flops() <= sum(found.flops) <= counter.get_total_flops()
     labels = list(found.as_dict())
     assert len(set(labels)) == len(labels)
     assert not any("time_embed" in label or "add_embed" in label or "context" in label for label in labels)
