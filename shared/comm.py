@@ -27,6 +27,8 @@ log = logging.getLogger("host")
 
 FOREVER = timedelta(days=365)
 VOTE_GRACE = 5.0  # seconds
+FRAME = 4096  # bytes that a message travels in when they suffice, so that it takes one collective
+LENGTH = 8  # of them tell how long it is
 
 # Called by an engine after denoising step `step` of `steps`; raises StoppedError on all ranks alike.
 OnStep = Callable[[int, int], None]
@@ -193,13 +195,17 @@ class Channel:
         if self.world.size == 1:
             assert message is not None
             return message
-        box = [message]
+        data = pickle.dumps(message) if self.world.rank == 0 else b""
+        frame = _framed(data)
         try:
-            dist.broadcast_object_list(box, src=0, group=self.world.control)
+            dist.broadcast(frame, group_src=0, group=self.world.control)
+            if (size := _length(frame)) > FRAME - LENGTH:
+                frame = _padded(data, LENGTH + size)
+                dist.broadcast(frame, group_src=0, group=self.world.control)
         except RuntimeError as error:
             raise BrokenJobError(f"a rank is gone: {_first_line(error)}") from error
-        assert box[0] is not None
-        return box[0]
+        received: Message = pickle.loads(_content(frame, size))
+        return received
 
     def vote(self, verdict: Verdict) -> Verdict:
         """Agree with all ranks at a step boundary, once a step; returns the highest verdict.
@@ -226,9 +232,17 @@ class Channel:
             return [outcome]
         payload = b"" if outcome.result is None else pickle.dumps(outcome.result)
         slim = Outcome(**{**vars(outcome), "result": len(payload)})
-        outcomes: list[Any] = [None] * self.world.size
+        data = pickle.dumps(slim)
+        frames = [_framed(b"") for _ in range(self.world.size)]
         try:
-            dist.all_gather_object(outcomes, slim, group=self.world.voting)
+            dist.all_gather(frames, _framed(data), group=self.world.voting)
+            sizes = [_length(frame) for frame in frames]
+            if max(sizes) > FRAME - LENGTH:
+                frames = [_padded(b"", LENGTH + max(sizes)) for _ in sizes]
+                dist.all_gather(frames, _padded(data, LENGTH + max(sizes)), group=self.world.voting)
+            outcomes: list[Outcome] = [
+                pickle.loads(_content(f, size)) for f, size in zip(frames, sizes, strict=True)
+            ]
             for other in outcomes:
                 size, other.result = other.result, None
                 if other.rank == self.world.rank:
@@ -255,6 +269,25 @@ class Channel:
             log.error("the compute group no longer works: %s", _first_line(error))
             return False
         return int(ones.item()) == self.world.size
+
+
+def _framed(data: bytes) -> torch.Tensor:
+    """The length of `data` and as much of it as FRAME bytes hold, uint8 [FRAME]."""
+    return _padded(data[: FRAME - LENGTH], FRAME, len(data))
+
+
+def _padded(data: bytes, size: int, length: int = 0) -> torch.Tensor:
+    """`length`, then `data`, then zeros: uint8 [size]."""
+    text = length.to_bytes(LENGTH, "little") + data
+    return torch.frombuffer(bytearray(text.ljust(size, b"\0")), dtype=torch.uint8)
+
+
+def _length(frame: torch.Tensor) -> int:
+    return int.from_bytes(frame[:LENGTH].numpy().tobytes(), "little")
+
+
+def _content(frame: torch.Tensor, size: int) -> bytes:
+    return bytes(frame[LENGTH : LENGTH + size].numpy().tobytes())
 
 
 def _first_line(error: BaseException) -> str:
