@@ -1,0 +1,97 @@
+"""The two guidance branches on two ranks: exact, and nothing but the predictions crosses the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from shared.parallel.surgery import Forward, Surgery
+
+BATCH = 2
+"""Guidance doubles the batch, without it there is one picture: [without prompt, with prompt]."""
+
+
+class CfgSplit:
+    """Makes modules compute one guidance branch only, and answer with both.
+
+    A call whose first argument has a batch of two is halved: of every tensor among its arguments whose first
+    dimension is a multiple of two (branch-major), the module gets this branch's half. Any other call goes
+    through as it is. Overrides must be put on after all others of these modules, and closed before them.
+
+    Args:
+        modules: denoisers; what they return is gathered from both ranks along the first dimension.
+        group: two ranks, that of branch 0 first.
+        branch: 0 or 1, which half is this rank's.
+        local: modules whose output is only used by the others here (ControlNets): it stays one branch's.
+
+    Raises:
+        ValueError: the group is not one of two ranks, or the branch is not this rank's place in it.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        group: dist.ProcessGroup | None,
+        branch: int,
+        local: Sequence[nn.Module] = (),
+    ) -> None:
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        if ranks != BATCH or branch != rank:
+            raise ValueError(
+                f"branch {branch} on rank {rank} of a group of {ranks}: it takes 2 ranks, in the branches' order"
+            )
+        self.group, self.branch = group, branch
+        self.active = False
+        """Whether a halved call is under way."""
+        self._surgery = Surgery()
+        for module in (*modules, *local):
+            self._surgery.override(module, self._gathering if module in modules else self._halved)
+
+    def close(self) -> None:
+        """Give the modules back as they were. May be called any number of times."""
+        self._surgery.close()
+
+    def __enter__(self) -> CfgSplit:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _gathering(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        output = self._halved(original, args, kwargs)
+        return tree_map(self._both, output) if _guided(args, kwargs) else output
+
+    def _halved(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        if not _guided(args, kwargs):
+            return original(*args, **kwargs)
+        self.active = True
+        try:
+            args, kwargs = tree_map(self._mine, (args, kwargs))
+            return original(*args, **kwargs)
+        finally:
+            self.active = False
+
+    def _mine(self, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0 or leaf.shape[0] % BATCH:
+            return leaf
+        return leaf.chunk(BATCH)[self.branch]
+
+    def _both(self, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        both = leaf.new_empty(BATCH * leaf.shape[0], *leaf.shape[1:])
+        dist.all_gather_into_tensor(both, leaf.contiguous(), group=self.group)
+        return both
+
+
+def _guided(args: tuple, kwargs: dict) -> bool:
+    first = args[0] if args else next(iter(kwargs.values()))
+    return isinstance(first, torch.Tensor) and first.ndim > 0 and first.shape[0] == BATCH

@@ -1,0 +1,379 @@
+"""What the ranks that share a picture tell each other: boundary rows, keys and values, moments.
+
+One object owns all buffers and handles of one model at one shape. A synchronous exchange is answered at once.
+A deferred one is read as it arrived in the step before; what this step makes is gathered into few large
+messages, which travel while the step goes on and are all in place when it ends. Source of the schedule: Li
+et al., "DistriFusion", arXiv 2402.19481, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+Kind = Literal["rows", "tokens", "moments"]
+Shape = tuple[int, ...]
+ALIGN = 256
+"""Bytes: every tensor in a message starts at a multiple of it."""
+MOST_MESSAGES = 16
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What one rank sends for one layer: shapes to the rank after it, to all others, to the rank before it."""
+
+    name: str
+    kind: Kind
+    parts: tuple[Shape | None, Shape | None, Shape | None]
+    dtype: torch.dtype
+    count: int
+    """How many numbers a moment was made of."""
+
+    def size(self, part: int) -> int:
+        shape = self.parts[part]
+        return 0 if shape is None else -(-prod(shape) * self.dtype.itemsize // ALIGN) * ALIGN
+
+
+@dataclass
+class _Slot:
+    offers: list[Offer]
+    """By rank."""
+    bundle: _Bundle | None = None
+    inbox: list[torch.Tensor | None] = field(default_factory=list)
+    """By rank: where a deferred tensor of that rank arrives; None for this rank and for who sends nothing."""
+    outbox: list[torch.Tensor | None] = field(default_factory=list)
+    """By part: where this rank's own tensor waits for its message."""
+    weights: torch.Tensor | None = None
+
+
+@dataclass
+class _Bundle:
+    """Slots that share one message to each other rank."""
+
+    number: int
+    slots: list[_Slot]
+    posted: int = 0
+    sends: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    receives: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    works: list[Any] = field(default_factory=list)
+
+
+class PatchExchange:
+    """Exchanges between the ranks of a group, each of which has one patch, in rank order.
+
+    The first forward only records what will be exchanged (``recording``): nothing travels and its result is
+    worthless. ``build`` ends it. Afterwards set ``synchronous`` before each step and call ``finish`` after it.
+
+    Args:
+        group: the ranks that share the picture; None for all.
+        device: where the tensors are.
+        deferred: the kinds that are read stale in asynchronous steps.
+        posting: False: deferred tensors are never sent again after the synchronous steps.
+        bundle_bytes: least size of a message.
+        sizes: the lengths of all patches, where every layer's are in proportion and nothing is deferred:
+            then there is nothing to record.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        deferred: Sequence[Kind] = (),
+        posting: bool = True,
+        bundle_bytes: int = 4 << 20,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        self.group, self.device = group, device
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.deferred, self.posting, self.bundle_bytes = frozenset(deferred), posting, bundle_bytes
+        self.sizes = sizes
+        self.recording, self.synchronous = sizes is None, True
+        self.messages = self.bytes = self.waits = 0
+        """Messages and bytes that this rank has sent, and how often a layer waited; graph replays not counted."""
+        self._mine: dict[str, Offer] = {}
+        self._slots: dict[str, _Slot] = {}
+        self._bundles: list[_Bundle] = []
+        self._peers = [p for p in range(self.ranks) if p != self.rank]
+        self._weights = self._shares(sizes or [1] * self.ranks)
+        self._to_global = [p if group is None else dist.get_global_rank(group, p) for p in range(self.ranks)]
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the buffers."""
+        flat = [t for b in self._bundles for _, t in b.receives]
+        stage = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._outboxes()}
+        return sum(t.numel() for t in flat) + sum(stage.values())
+
+    def rows(
+        self,
+        name: str,
+        first: torch.Tensor | None,
+        last: torch.Tensor | None,
+        use: Callable[[torch.Tensor | None, torch.Tensor | None], torch.Tensor],
+    ) -> torch.Tensor:
+        """``use(the last rows of the rank before, the first rows of the rank after)``, None at the border.
+
+        Args:
+            first: this rank's first rows, which the rank before needs; None where it needs none.
+            last: this rank's last rows, which the rank after needs.
+        """
+        above, below = self.rank > 0, self.rank < self.ranks - 1
+        own = (last if below else None, None, first if above else None)
+        if self.recording:
+            # What arrives has the shape of what is sent the other way.
+            self._record(name, "rows", own)
+            return use(last if above else None, first if below else None)
+        if self.sizes is not None:
+            self._slots[name] = self._alike("rows", first, last)
+        slot, before, after = self._slots[name], self.rank - 1, self.rank + 1
+
+        def read(inbox: Sequence[torch.Tensor | None]) -> torch.Tensor:
+            return use(inbox[before] if above else None, inbox[after] if below else None)
+
+        return self._exchange(slot, own, read)
+
+    def share(
+        self,
+        name: str,
+        kind: Kind,
+        own: torch.Tensor,
+        use: Callable[[list[torch.Tensor]], torch.Tensor],
+        count: int = 0,
+    ) -> torch.Tensor:
+        """``use(the tensors of all ranks, in rank order)``, where ``own`` is this rank's."""
+        if self.recording:
+            self._record(name, kind, (None, own, None), count)
+            return use([own] * self.ranks)
+        if self.sizes is not None:
+            self._slots[name] = self._alike(kind, own)
+
+        def read(inbox: Sequence[torch.Tensor | None]) -> torch.Tensor:
+            return use([own if tensor is None else tensor for tensor in inbox])
+
+        return self._exchange(self._slots[name], (None, own, None), read)
+
+    def weights(self, name: str) -> torch.Tensor:
+        """Shares of the ranks in what a moment is made of: float32 [ranks, 1, 1], adds up to 1."""
+        if self.recording or self.sizes is not None:
+            return self._weights
+        weights = self._slots[name].weights
+        assert weights is not None
+        return weights
+
+    def build(self) -> None:
+        """End the recording: agree with the other ranks on what is exchanged, and make the buffers.
+
+        Raises:
+            RuntimeError: the ranks do not run the same layers.
+        """
+        everyone: list[Any] = [None] * self.ranks
+        dist.all_gather_object(everyone, list(self._mine.values()), group=self.group)
+        for rank, offers in enumerate(everyone):
+            if [(o.name, o.kind) for o in offers] != [(o.name, o.kind) for o in everyone[0]]:
+                raise RuntimeError(
+                    f"rank {rank} runs other layers than rank 0: is the same model loaded there?"
+                )
+        for offers in zip(*everyone, strict=True):
+            slot = self._slots[offers[0].name] = _Slot(list(offers))
+            if offers[0].kind == "moments":
+                slot.weights = self._shares([o.count for o in offers])
+        self._make_bundles([s for s in self._slots.values() if s.offers[0].kind in self.deferred])
+        self.recording = False
+
+    def finish(self) -> None:
+        """Wait until everything of this step has arrived (on CUDA: make the current stream wait).
+
+        Raises:
+            RuntimeError: a layer that took part in the recording did not run in this step.
+        """
+        for bundle in self._bundles:
+            if bundle.posted:
+                raise RuntimeError("this step ran fewer layers than the first one")
+            self._wait(bundle)
+
+    def reset(self) -> None:
+        """Forget a step that was left half done."""
+        for bundle in self._bundles:
+            bundle.posted = 0
+            self._wait(bundle)
+
+    def _shares(self, counts: Sequence[int]) -> torch.Tensor:
+        shares = torch.tensor(counts, dtype=torch.float64) / sum(counts)
+        return shares.float().view(-1, 1, 1).to(self.device)
+
+    def _alike(self, kind: Kind, *own: torch.Tensor | None) -> _Slot:
+        """A slot whose other ranks' tensors have shapes in proportion to this rank's."""
+        assert self.sizes is not None
+        first, last = own[0], own[-1]
+        present = next((t for t in own if t is not None), None)
+        dtype = torch.uint8 if present is None else present.dtype
+        offers = []
+        for rank, size in enumerate(self.sizes):
+            parts: list[Shape | None] = [None, None, None]
+            if kind == "rows":
+                if last is not None and rank < self.ranks - 1:
+                    parts[0] = tuple(last.shape)
+                if first is not None and rank > 0:
+                    parts[2] = tuple(first.shape)
+            else:
+                assert first is not None
+                shape = list(first.shape)
+                if kind == "tokens":
+                    shape[1] = shape[1] * size // self.sizes[self.rank]
+                parts[1] = tuple(shape)
+            offers.append(Offer("", kind, (parts[0], parts[1], parts[2]), dtype, size))
+        return _Slot(offers)
+
+    def _record(self, name: str, kind: Kind, own: tuple[torch.Tensor | None, ...], count: int = 0) -> None:
+        if name in self._mine:
+            raise RuntimeError(f"{name} is called twice in one forward")
+        present = next((t for t in own if t is not None), None)
+        down, every, up = (None if t is None else tuple(t.shape) for t in own)
+        dtype = torch.uint8 if present is None else present.dtype
+        self._mine[name] = Offer(name, kind, (down, every, up), dtype, count)
+
+    def _exchange(
+        self,
+        slot: _Slot,
+        own: tuple[torch.Tensor | None, ...],
+        read: Callable[[Sequence[torch.Tensor | None]], torch.Tensor],
+    ) -> torch.Tensor:
+        bundle = slot.bundle
+        if self.synchronous or bundle is None:
+            return read(self._swap(slot, own))
+        # Read before posting: the last post of a bundle lets its next message overwrite the inbox.
+        result = read(slot.inbox)
+        if self.posting:
+            self._post(slot, bundle, own)
+        return result
+
+    def _swap(self, slot: _Slot, own: tuple[torch.Tensor | None, ...]) -> Sequence[torch.Tensor | None]:
+        inbox: list[torch.Tensor | None] = list(slot.inbox) or [
+            self._fresh(slot, p) for p in range(self.ranks)
+        ]
+        sends = [(p, own[self._part(self.rank, p, slot)]) for p in self._peers]
+        works = self._start(
+            [(p, t.contiguous()) for p, t in sends if t is not None],
+            [(p, t) for p, t in enumerate(inbox) if t is not None],
+            0,
+        )
+        for work in works:
+            work.wait()
+        self.waits += 1
+        return inbox
+
+    def _post(self, slot: _Slot, bundle: _Bundle, own: tuple[torch.Tensor | None, ...]) -> None:
+        if not bundle.posted and bundle.number >= 2:
+            self._wait(self._bundles[bundle.number - 2])  # which used the same memory for its own tensors
+        for waiting, tensor in zip(slot.outbox, own, strict=True):
+            if waiting is not None and tensor is not None:
+                waiting.copy_(tensor)
+        bundle.posted += 1
+        if bundle.posted == len(bundle.slots):
+            bundle.posted = 0
+            bundle.works = self._start(bundle.sends, bundle.receives, 1 + bundle.number)
+
+    def _wait(self, bundle: _Bundle) -> None:
+        for work in bundle.works:
+            work.wait()
+        bundle.works = []
+
+    def _start(
+        self, sends: list[tuple[int, torch.Tensor]], receives: list[tuple[int, torch.Tensor]], tag: int
+    ) -> list[Any]:
+        self.messages += len(sends)
+        self.bytes += sum(t.numel() * t.element_size() for _, t in sends)
+        ops = [dist.P2POp(dist.isend, t, self._to_global[p], self.group, tag) for p, t in sends]
+        ops += [dist.P2POp(dist.irecv, t, self._to_global[p], self.group, tag) for p, t in receives]
+        return dist.batch_isend_irecv(ops) if ops else []
+
+    @staticmethod
+    def _part(sender: int, receiver: int, slot: _Slot) -> int:
+        """Which part of its offer the sender has for the receiver: 0 after, 1 all, 2 before it."""
+        if slot.offers[0].kind != "rows":
+            return 1
+        return {1: 0, -1: 2}.get(receiver - sender, 1)
+
+    def _fresh(self, slot: _Slot, peer: int) -> torch.Tensor | None:
+        shape = slot.offers[peer].parts[self._part(peer, self.rank, slot)]
+        if peer == self.rank or shape is None:
+            return None
+        return torch.empty(shape, dtype=slot.offers[peer].dtype, device=self.device)
+
+    def _make_bundles(self, slots: list[_Slot]) -> None:
+        def size(slot: _Slot) -> int:
+            return max(sum(o.size(part) for part in range(3)) for o in slot.offers)
+
+        least = max(self.bundle_bytes, sum(map(size, slots)) // MOST_MESSAGES)
+        groups: list[list[_Slot]] = [[]]
+        filled = 0
+        for slot in slots:
+            groups[-1].append(slot)
+            filled += size(slot)
+            if filled >= least:
+                groups.append([])
+                filled = 0
+        self._bundles = [_Bundle(i, group) for i, group in enumerate(g for g in groups if g)]
+        places = [self._places(bundle.slots, self.rank) for bundle in self._bundles]
+        longest = max((ends[3] for _, ends in places), default=0)
+        # Two stages in turn: a message leaves one while the next is gathered in the other.
+        stages = [self._bytes(longest if i < len(places) else 0) for i in range(2)] if self.posting else []
+        for bundle, (offsets, ends) in zip(self._bundles, places, strict=True):
+            for slot, offset in zip(bundle.slots, offsets, strict=True):
+                slot.bundle = bundle
+                slot.inbox = [None] * self.ranks
+                if stages:
+                    offer, stage = slot.offers[self.rank], stages[bundle.number % 2]
+                    slot.outbox = [self._view(stage, offset[part], offer, part) for part in range(3)]
+            for peer in self._peers:
+                if stages:
+                    start, stop = self._range(ends, peer - self.rank)
+                    if stop > start:
+                        bundle.sends.append((peer, stages[bundle.number % 2][start:stop]))
+                self._make_inbox(bundle, peer)
+
+    def _make_inbox(self, bundle: _Bundle, peer: int) -> None:
+        offsets, ends = self._places(bundle.slots, peer)
+        start, stop = self._range(ends, self.rank - peer)
+        flat = self._bytes(stop - start)
+        if stop > start:
+            bundle.receives.append((peer, flat))
+        for slot, offset in zip(bundle.slots, offsets, strict=True):
+            part = self._part(peer, self.rank, slot)
+            slot.inbox[peer] = self._view(flat, offset[part] - start, slot.offers[peer], part)
+
+    @staticmethod
+    def _places(slots: list[_Slot], rank: int) -> tuple[list[list[int]], list[int]]:
+        """Offsets of each slot's three parts in a rank's stage (all first parts, then all second, then all
+        third), and where the three regions begin and end."""
+        offsets: list[list[int]] = [[] for _ in slots]
+        ends, at = [0], 0
+        for part in range(3):
+            for own, slot in zip(offsets, slots, strict=True):
+                own.append(at)
+                at += slot.offers[rank].size(part)
+            ends.append(at)
+        return offsets, ends
+
+    @staticmethod
+    def _range(ends: list[int], step: int) -> tuple[int, int]:
+        """The bytes of a stage that go to the rank ``step`` places further."""
+        return ends[0 if step == 1 else 1], ends[3 if step == -1 else 2]
+
+    def _bytes(self, size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=torch.uint8, device=self.device)
+
+    @staticmethod
+    def _view(flat: torch.Tensor, offset: int, offer: Offer, part: int) -> torch.Tensor | None:
+        shape = offer.parts[part]
+        if shape is None:
+            return None
+        return flat[offset : offset + prod(shape) * offer.dtype.itemsize].view(offer.dtype).view(shape)
+
+    def _outboxes(self) -> list[torch.Tensor]:
+        return [t for b in self._bundles for s in b.slots for t in s.outbox if t is not None]
