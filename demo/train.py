@@ -3,8 +3,7 @@
 First the autoencoder, then text encoder and UNet together (DDPM, epsilon prediction, arXiv 2006.11239, in the
 autoencoder's latents, arXiv 2112.10752; captions dropped for classifier-free guidance, arXiv 2207.12598).
 The pictures are those of draw.py, its held-out scenes left out of both. One GPU needs about 7 minutes, and
-3 more for --resume: the decoder alone is sharpened (the latents stay what they are), then text encoder and
-UNet go on, both with more small shapes, which are the last to come out well.
+3 more for --resume, which sharpens the decoder alone, so that small shapes, the last to come out well, do.
 """
 
 from __future__ import annotations
@@ -44,13 +43,11 @@ SNR_CAP = 5.0  # min-SNR weighting, arXiv 2303.09556, section 3.4
 EMA_DECAY = 0.999
 
 # For --resume: weights that are good already want smaller steps, and a shorter run a shorter memory.
-DECODER_SHARE = 0.4
-DECODER_RATE, RESUMED_UNET_RATE = 4e-4, 4e-4
+RESUMED_RATE = 5e-4
 RESUMED_WARM_UP = 100
 RESUMED_EDGE_WEIGHT = 1.0
-RESUMED_SNR_CAP = 15.0  # more weight on the last, least noisy denoising steps, which draw the edges
 RESUMED_EMA_DECAY = 0.995
-SMALL_TIMES = 3  # how often small shapes come for each large one
+SMALL_TIMES = 4  # how often small shapes come for each large one
 
 
 def say(message: str) -> None:
@@ -177,22 +174,18 @@ def train_decoder(vae: AutoencoderKL, pictures: Pictures, *, until: float, batch
         return reconstruction_loss(vae.decode(latents).sample.float(), images, RESUMED_EDGE_WEIGHT)
 
     parameters = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
-    fit(
-        "decoder",
-        parameters,
-        loss_of_batch,
-        until=until,
-        rate=DECODER_RATE,
-        device=pictures.device,
-        resumed=True,
-    )
+    device = pictures.device
+    fit("decoder", parameters, loss_of_batch, until=until, rate=RESUMED_RATE, device=device, resumed=True)
 
 
 @torch.no_grad()
 def encode_pool(
     vae: AutoencoderKL, pictures: Pictures, count: int, batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents of `count` pictures: mean and standard deviation, [count, 4, h, w], and scene indices."""
+    """Latents of `count` pictures: mean and standard deviation, [count, 4, h, w], and scene indices.
+
+    Sets the autoencoder's scaling_factor, so that scaled latents have a standard deviation of 1.
+    """
     parts = []
     for first in range(0, count, batch):
         images, index = pictures.draw(min(batch, count - first))
@@ -200,11 +193,6 @@ def encode_pool(
             latents = vae.encode(images).latent_dist
         parts.append((latents.mean.float(), latents.std.float(), index))
     means, stds, indices = (torch.cat(part) for part in zip(*parts, strict=True))
-    return means, stds, indices
-
-
-def set_scale(vae: AutoencoderKL, means: Tensor, stds: Tensor) -> None:
-    """Sets the autoencoder's scaling_factor, so that scaled latents have a standard deviation of 1."""
     # The UNet sees samples, so the spread of the posterior counts as well.
     scale = float((means.var() + stds.square().mean()).rsqrt())
     vae.register_to_config(scaling_factor=round(scale, 5))
@@ -213,6 +201,7 @@ def set_scale(vae: AutoencoderKL, means: Tensor, stds: Tensor) -> None:
         f"latents: scaling_factor {scale:.4f}, means {mean_of_channels}, "
         f"noise {float(stds.mean()) * scale:.3f}"
     )
+    return means, stds, indices
 
 
 @torch.no_grad()
@@ -238,8 +227,7 @@ def train_unet(
     *,
     until: float,
     batch: int,
-    resumed: bool = False,
-    half_time: Callable[[], None] | None = None,
+    half_time: Callable[[], None],
 ) -> None:
     """UNet and text encoder together, by the denoising loss with min-SNR weights."""
     unet, text_encoder, device = pipe.unet, pipe.text_encoder, pictures.device
@@ -251,7 +239,6 @@ def train_unet(
         device
     )
     products = pipe.scheduler.alphas_cumprod.to(device)
-    cap = RESUMED_SNR_CAP if resumed else SNR_CAP
 
     def loss_of_batch() -> Tensor:
         chosen = torch.randint(len(indices), (batch,), device=device)
@@ -266,20 +253,11 @@ def train_unet(
         states = text_encoder(tokens[caption])[0]
         guess = unet(noisy, time_steps, states).sample.float()
         ratio = product.flatten() / (1 - product.flatten())
-        weights = ratio.clamp(max=cap) / ratio
+        weights = ratio.clamp(max=SNR_CAP) / ratio
         return ((guess - noise).square().mean((1, 2, 3)) * weights).mean()
 
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    fit(
-        "unet",
-        parameters,
-        loss_of_batch,
-        until=until,
-        rate=RESUMED_UNET_RATE if resumed else UNET_RATE,
-        device=device,
-        resumed=resumed,
-        half_time=half_time,
-    )
+    fit("unet", parameters, loss_of_batch, until=until, rate=UNET_RATE, device=device, half_time=half_time)
 
 
 def check(pipe: Any, count: int) -> None:
@@ -317,7 +295,9 @@ def save(pipe: Any, out: Path, tar: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on from this checkpoint")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FOLDER", help="sharpen the decoder of this checkpoint"
+    )
     parser.add_argument("--tar", type=Path, help="also write the folder as one uncompressed tar")
     parser.add_argument("--minutes", type=float, default=7.0, help="wall clock of the whole run (default 7)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -366,25 +346,15 @@ def main() -> None:
         check(pipe, args.check)
 
     now = time.monotonic()
-    share = DECODER_SHARE if args.resume else VAE_SHARE
-    train_first = train_decoder if args.resume else train_vae
-    train_first(pipe.vae, pictures, until=now + share * (end - now), batch=args.vae_batch)
+    if args.resume:
+        train_decoder(pipe.vae, pictures, until=end, batch=args.vae_batch)
+    else:
+        train_vae(pipe.vae, pictures, until=now + VAE_SHARE * (end - now), batch=args.vae_batch)
     pipe.vae.eval().requires_grad_(False)
     check_vae(pipe.vae, args.pixels, device)
-    pool = encode_pool(pipe.vae, pictures, args.pool, 4 * args.vae_batch)
-    if args.resume:
-        save_and_check()
-    else:
-        set_scale(pipe.vae, *pool[:2])
-    train_unet(
-        pipe,
-        pictures,
-        pool,
-        until=end,
-        batch=args.batch,
-        resumed=bool(args.resume),
-        half_time=None if args.resume else save_and_check,
-    )
+    if not args.resume:
+        pool = encode_pool(pipe.vae, pictures, args.pool, 4 * args.vae_batch)
+        train_unet(pipe, pictures, pool, until=end, batch=args.batch, half_time=save_and_check)
     save_and_check()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,25 @@ def test_training_pictures_are_the_drawn_ones_and_hold_nothing_out() -> None:
     arrays = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     for array, k in zip(arrays, index.tolist(), strict=True):
         assert all(judge(Image.fromarray(array)).right(pictures.scenes[k]).values())
+
+
+def test_sharpening_changes_the_decoder_alone() -> None:
+    torch = pytest.importorskip("torch")
+    from architecture import build_models, build_tokenizer
+    from pictures import Pictures
+    from train import SMALL_TIMES, train_decoder
+
+    pictures = Pictures(torch.device("cpu"), seed=0, pixels=32, masks_each=1, small_times=SMALL_TIMES)
+    _, index = pictures.draw(2000)
+    small = sum(pictures.scenes[k].size == "small" for k in index.tolist()) / 2000
+    assert abs(small - SMALL_TIMES / (SMALL_TIMES + 1)) < 0.05
+    vae, _, _ = build_models(build_tokenizer(), 32)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    train_decoder(vae, pictures, until=time.monotonic() + 2, batch=2)
+    changed = {
+        name.split(".")[0] for name, value in vae.state_dict().items() if not value.equal(before[name])
+    }
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_each_word_is_one_token_and_the_tokenizer_reloads(tmp_path: Path) -> None:
