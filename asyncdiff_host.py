@@ -10,25 +10,52 @@ from shared.host import serve
 if TYPE_CHECKING:
     from shared.comm import World
     from shared.generate import PipelineEngine
+    from shared.parallel.together import Together
+
+
+def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
+    """Cut the denoiser and the ControlNets into stages, and put the guidance branches on halves of the ranks.
+
+    One rank alone runs the plain pipeline, on a GPU as CUDA graphs like the others.
+    """
+    from shared.comm import branch_groups, measured_speeds
     from shared.parallel.asyncdiff import AsyncDiff
+    from shared.parallel.cfg_split import CfgSplit
+    from shared.parallel.together import Together
 
-
-def attach(pipe: Any, config: HostConfig, world: World) -> AsyncDiff | None:
-    """Cut the pipeline's denoiser into stages; None where there is one rank alone."""
-    from shared.parallel.asyncdiff import AsyncDiff
-
-    if world.size == 1:
+    graphs = world.device.type == "cuda" and not config.no_cuda_graph
+    model_n = asyncdiff_model_n(config, world.size)
+    if world.size == 1 and not graphs:
         return None
-    return AsyncDiff(
-        pipe,
-        asyncdiff_model_n(config, world.size),
-        config.stride,
-        config.warm_up_steps,
-        config.time_shift,
-        group=world.compute,
-        stage_weights=config.stage_weights,
-        cuda_graph=not config.no_cuda_graph,
-    )
+    group = world.compute
+    if config.use_cfg_parallel:
+        group, pair, branch = branch_groups(world, config.collective_timeout)
+    weights = config.stage_weights
+    if config.auto_balance and model_n > 1:
+        # With stride 2 the last rank repeats the last stage: the slower of the two counts.
+        speeds = measured_speeds(world, group)
+        weights = (*speeds[: model_n - 1], min(speeds[model_n - 1 :]))
+    denoiser = getattr(pipe, config.spec.denoiser)
+    control = getattr(pipe, "controlnet", None)
+    nets = [] if control is None else list(getattr(control, "nets", [control]))
+    members: list[Any] = [
+        AsyncDiff(
+            pipe,
+            model_n,
+            config.stride,
+            config.warm_up_steps,
+            config.time_shift,
+            group=group,
+            stage_weights=weights,
+            cuda_graph=graphs,
+            denoiser=module,
+        )
+        for module in (denoiser, *nets)
+    ]
+    if config.use_cfg_parallel:
+        members.append(CfgSplit([denoiser], pair, branch, local=nets))
+    note = {"cfg_split": config.use_cfg_parallel, "control_nets": len(nets), "stage_weights": weights}
+    return Together(members, note)
 
 
 def build_engine(config: HostConfig, world: World) -> PipelineEngine:

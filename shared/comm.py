@@ -8,9 +8,11 @@ bounded time too, and belongs to the parallel methods alone.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import pickle
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -107,6 +109,48 @@ def make_groups(
     return control, voting, compute
 
 
+@functools.cache
+def branch_groups(
+    world: World, collective_timeout: float
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup, int]:
+    """The ranks in two halves, one for each guidance branch.
+
+    Returns:
+        the group of this rank's half, the group of the two ranks in the same place of both halves (branch 0
+        first), and this rank's branch. Made once; all ranks must ask at the same time.
+    """
+    half = world.size // 2
+    short = timedelta(seconds=collective_timeout)
+
+    def group(ranks: list[int]) -> dist.ProcessGroup:
+        return dist.new_group(ranks, backend=world.backend, timeout=short)
+
+    halves = [group(list(range(b * half, (b + 1) * half))) for b in (0, 1)]
+    pairs = [group([place, place + half]) for place in range(half)]
+    branch, place = divmod(world.rank, half)
+    return halves[branch], pairs[place], branch
+
+
+def measured_speeds(world: World, group: dist.ProcessGroup, size: int = 2048) -> list[float]:
+    """How fast each rank of the group multiplies matrices [size, size], relative to the fastest."""
+    dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
+    a = torch.randn(size, size, device=world.device, dtype=dtype)
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        for _ in range(3):
+            a @ a
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    mine = 1 / min(seconds() for _ in range(4))
+    speeds = [torch.zeros(1, device=world.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(speeds, torch.tensor([mine], device=world.device), group=group)
+    fastest = max(float(speed) for speed in speeds)
+    return [round(float(speed) / fastest, 2) for speed in speeds]
+
+
 class Verdict(IntEnum):
     """What a rank votes at a step boundary; the highest vote counts for all."""
 
@@ -154,7 +198,7 @@ class Outcome:
     rank: int
     verdict: Verdict
     error: str = ""
-    user_error: bool = False  # the request was at fault, not the host
+    status: int = 500  # HTTP status of the error; 500 is the host's fault, the others the request's
     in_sync: bool = True  # the compute group still works
     result: Any = None
     device: dict[str, Any] | None = None

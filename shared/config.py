@@ -331,6 +331,8 @@ def _check_asyncdiff(config: HostConfig, world_size: int) -> None:
     asyncdiff_model_n(config, world_size)
     if world_size > 1 and config.warm_up_steps < 1:
         raise UsageError("--warm_up_steps: must be at least 1 (the first step fills the activations); got 0")
+    if config.auto_balance and config.stage_weights:
+        raise UsageError("--auto_balance: measures what --stage_weights tells; give one of the two")
 
 
 PLANS: dict[str, Callable[[HostConfig, int], None]] = {"asyncdiff": _check_asyncdiff}

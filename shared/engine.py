@@ -120,13 +120,14 @@ class RankLoop:
             raise
         except Exception as error:
             outcome.error = str(error) or type(error).__name__
-            outcome.user_error = isinstance(error, RequestError)
-            if not outcome.user_error:
+            if isinstance(error, RequestError):
+                outcome.status = error.status
+            else:
                 log.exception("request %s failed on rank %d", message.job_id, rank)
             outcome.verdict = self.channel.vote(Verdict.FAILED)
         if outcome.verdict is Verdict.FAILED:
             outcome.result = None
-            outcome.in_sync = outcome.user_error or self.channel.compute_works()
+            outcome.in_sync = outcome.status != 500 or self.channel.compute_works()
         outcome.device = rank_device_info(self.channel.world)
         return self.channel.settle(outcome)
 
@@ -174,9 +175,10 @@ class RankLoop:
         if verdict is Verdict.TIMED_OUT:
             return JobError(504, f"timed out after {self.request_timeout:g} s")
         failed = [o for o in outcomes if o.error]
-        if all(o.user_error for o in failed):
-            return JobError(422, failed[0].error)
-        return JobError(500, "; ".join(f"rank {o.rank}: {o.error}" for o in failed if not o.user_error))
+        hosts_fault = [o for o in failed if o.status == 500]
+        if not hosts_fault:
+            return JobError(failed[0].status, failed[0].error)
+        return JobError(500, "; ".join(f"rank {o.rank}: {o.error}" for o in hosts_fault))
 
     def _set_state(self, state: Any) -> None:
         if self.status is not None:

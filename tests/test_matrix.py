@@ -181,3 +181,25 @@ def test_the_setting_of_every_feature_of_a_request_is_known():
     decoded_only = {"compile_vae", "compile_text_encoder", "enable_vae_tiling", "enable_vae_slicing"}
     gpu_only = {f for f in FEATURES if f.endswith("offload")}
     assert set(FEATURES) - decoded_only - gpu_only - {"gguf_model"} == set(SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("size", "flags"),
+    [
+        (2, {"use_cfg_parallel": True}),
+        (4, {"use_cfg_parallel": True}),
+        (3, {"stride": 2, "auto_balance": True}),
+        (3, {"stage_weights": (1.0, 2.0, 1.0), "time_shift": True}),
+    ],
+    ids=["cfg-2", "cfg-4", "stride-2", "weights"],
+)
+def test_asyncdiff_plans(pool: RankPool, size: int, flags: Flags):
+    features = flags_of("asyncdiff", "sd1", "control_net")
+    ranks = pool.run(run_cell, size, "asyncdiff", "sd1", features, flags)
+    holder = next(r for r in ranks if r["exact"] is not None)
+    assert psnr(holder["exact"], holder["plain"]) >= EXACT_DB
+    stale = psnr(holder["asynchronous"], holder["plain"])
+    if size == 2:
+        assert stale >= EXACT_DB, "the CFG split alone is exact whatever the warm-up"
+    else:
+        assert 10 < stale < float("inf")

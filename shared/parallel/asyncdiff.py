@@ -102,6 +102,12 @@ class AsyncDiff:
         for name, module, _ in candidates(found):
             self._surgery.override(module, self._part(name))
 
+    @property
+    def warm_up_calls(self) -> int:
+        """Denoiser calls after which every kind of step has run once and, on CUDA, been captured."""
+        captures = self._cuda_graph and next(self.denoiser.parameters()).is_cuda
+        return self.warm_up_steps + 2 * self.stride if captures else 1
+
     def begin(self, steps: int) -> None:
         """A new generation of ``steps`` steps starts: its first ``warm_up_steps`` are exact again."""
         self._steps = steps
