@@ -19,10 +19,20 @@ NEGATIVE = ""
 
 
 def paint(
-    pipe: Any, scenes: list[Scene], *, steps: int = STEPS, cfg: float = CFG, seed: int = 0, batch: int = 50
-) -> list[Image.Image]:
-    """One picture per scene by plain diffusers; picture k has start noise of its own from seed + k."""
-    pictures: list[Image.Image] = []
+    pipe: Any,
+    scenes: list[Scene],
+    *,
+    steps: int = STEPS,
+    cfg: float = CFG,
+    seed: int = 0,
+    batch: int = 50,
+    output_type: str = "pil",
+) -> list[Any]:
+    """One picture per scene by plain diffusers; picture k has start noise of its own from seed + k.
+
+    With `output_type` "latent" its latents instead, [4, h, w].
+    """
+    pictures: list[Any] = []
     for first in range(0, len(scenes), batch):
         part = scenes[first : first + batch]
         generators = [torch.Generator("cpu").manual_seed(seed + first + k) for k in range(len(part))]
@@ -32,6 +42,7 @@ def paint(
             num_inference_steps=steps,
             guidance_scale=cfg,
             generator=generators,
+            output_type=output_type,
         ).images
     return pictures
 

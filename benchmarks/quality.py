@@ -1,0 +1,183 @@
+"""How close parallel pictures come to those of plain diffusers, on the demo checkpoint, by warm-up.
+
+python benchmarks/quality.py [--prompts 8] [--strip docs/asyncdiff.png] [--only asyncdiff:2:1]
+
+Ranks are processes on this machine's CPU, in fp32. The same held-out prompts with the same seeds are drawn by
+plain diffusers and by every setting; a Markdown table tells the PSNR of the 8-bit pictures, over all of them
+and of the worst one, and how many still show what the prompt asks for by the rule of demo/draw.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+
+from draw import PIXELS, Scene, held_out_scenes, judge  # noqa: E402
+from evaluate import STEPS, count_right, paint  # noqa: E402
+
+from tests.ranks import RankPool  # noqa: E402
+
+WARM_UPS = (1, 3, 5, 10)
+STRIP_WARM_UP = 3
+STRIP_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table: a parallel method, how it is set, and its exact steps at the start."""
+
+    method: str
+    options: tuple[tuple[str, int], ...]
+    ranks: int
+    warm_up: int
+
+    @property
+    def label(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.options)
+
+    @property
+    def key(self) -> str:
+        return ":".join([self.method, *(str(value) for _, value in self.options)])
+
+    def parallel(self, pipe: Any) -> AbstractContextManager[Any]:
+        """The parallel object around `pipe`, with `begin(steps)`."""
+        if self.method == "asyncdiff":
+            from shared.parallel.asyncdiff import AsyncDiff
+
+            options: dict[str, Any] = dict(self.options)
+            return AsyncDiff(pipe, warm_up_steps=self.warm_up, **options)
+        raise ValueError(f"method must be asyncdiff, got {self.method!r}")
+
+
+def settings(steps: int) -> list[Setting]:
+    """All rows, by method and number of ranks; the last warm-up is the whole generation."""
+    return [
+        Setting("asyncdiff", (("model_n", n), ("stride", stride)), n + stride - 1, warm_up)
+        for stride, n in itertools.product((1, 2), (2, 3, 4))
+        for warm_up in (*(w for w in WARM_UPS if w < steps), steps)
+    ]
+
+
+@functools.cache
+def load(checkpoint: str) -> Any:
+    import torch
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    pipe = StableDiffusionPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw_on_rank(
+    checkpoint: str, scenes: list[Scene], steps: int, setting: Setting | None
+) -> list[Image.Image] | None:
+    """Runs on every rank; rank 0 has the pictures. Without a setting: plain diffusers."""
+    import torch.distributed as dist
+
+    pipe = load(checkpoint)
+    if setting is None:
+        return paint(pipe, scenes, steps=steps, batch=len(scenes))
+    first = dist.get_rank() == 0
+    with setting.parallel(pipe) as parallel:
+        parallel.begin(steps)
+        pictures = paint(
+            pipe, scenes, steps=steps, batch=len(scenes), output_type="pil" if first else "latent"
+        )
+    return pictures if first else None
+
+
+def psnr(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> float:
+    """Peak signal-to-noise ratio in dB over all the 8-bit pictures together; infinite when equal."""
+    first, second = (np.stack([np.asarray(p, dtype=np.float64) for p in pictures]) for pictures in (a, b))
+    error = np.mean((first - second) ** 2)
+    return float(10 * np.log10(255**2 / error)) if error else math.inf
+
+
+def decibels(value: float) -> str:
+    return "equal" if math.isinf(value) else f"{value:.1f}"
+
+
+def strip(scenes: list[Scene], columns: dict[str, list[Image.Image]]) -> Image.Image:
+    """A row per scene, a column per setting, named at the top; columns[name][row] is drawn."""
+    gap, head, caption = 6, 40, 18
+    font = ImageFont.load_default(size=12)
+    rows = min(STRIP_ROWS, len(scenes))
+    width, height = gap + len(columns) * (PIXELS + gap), head + rows * (PIXELS + caption + gap)
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, scene in enumerate(scenes[:rows]):
+        y = head + row * (PIXELS + caption + gap)
+        pen.text((gap, y), f'"{scene.caption}"', fill="black", font=font)
+        for column, pictures in enumerate(columns.values()):
+            sheet.paste(pictures[row], (gap + column * (PIXELS + gap), y + caption))
+    for column, name in enumerate(columns):
+        x = gap + column * (PIXELS + gap) + PIXELS / 2
+        pen.multiline_text((x, 4), name, fill="black", font=font, anchor="ma", align="center")
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo" / "checkpoint")
+    parser.add_argument("--prompts", type=int, default=8, help="held-out prompts (default 8)")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--only", action="append", help="settings to run, such as asyncdiff:2:1 (repeatable)")
+    parser.add_argument("--strip", type=Path, help="write pictures of all settings side by side here")
+    options = parser.parse_args()
+    scenes = held_out_scenes(200)[: options.prompts]  # the first ones that demo/evaluate.py draws
+    chosen = [s for s in settings(options.steps) if not options.only or s.key in options.only]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(s.key for s in settings(options.steps)))
+        parser.error(f"--only must be one of {known}; got {', '.join(options.only)}")
+
+    pool = RankPool(timeout=3600)
+    work = functools.partial(pool.run, draw_on_rank)
+    try:
+        plain = work(1, str(options.checkpoint), scenes, options.steps, None)[0]
+        columns = {"plain\ndiffusers": plain}
+        count, _ = count_right(scenes, [judge(p) for p in plain])
+        print("| method | setting | ranks | warm-up | PSNR dB | worst picture | right |")
+        print("|---|---|---:|---:|---:|---:|---:|")
+        print(f"| plain diffusers |  | 1 |  |  |  | {count} of {len(scenes)} |", flush=True)
+        for setting in chosen:
+            made = work(setting.ranks, str(options.checkpoint), scenes, options.steps, setting)[0]
+            count, _ = count_right(scenes, [judge(p) for p in made])
+            level = decibels(psnr(made, plain))
+            worst = decibels(min(psnr([a], [b]) for a, b in zip(made, plain, strict=True)))
+            warm_up = "all" if setting.warm_up >= options.steps else setting.warm_up
+            print(
+                f"| {setting.method} | {setting.label} | {setting.ranks} | {warm_up} | {level} | {worst} "
+                f"| {count} of {len(scenes)} |",
+                flush=True,
+            )
+            if setting.warm_up == STRIP_WARM_UP:
+                short = ", ".join(
+                    f"{name.removeprefix('model_')} = {value}" for name, value in setting.options
+                )
+                columns[f"{setting.method}\n{short}\n{level} dB"] = made
+    finally:
+        pool.close()
+    if options.strip:
+        strip(scenes, columns).save(options.strip, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
