@@ -84,7 +84,7 @@ def is_ready(url: str) -> bool:
 
 
 def timed(ask: Callable[[], requests.Response], count: int) -> list[float]:
-    """Milliseconds of each of `count` answers, after a tenth as many to warm up; raises unless all are 200."""
+    """Milliseconds of each of `count` answers after some to warm up. Raises HTTPError unless all are 200."""
     taken = []
     for _ in range(count // 10 + 1 + count):
         began = time.perf_counter()
