@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,10 +20,12 @@ from optimum.quanto import freeze, qint8, quantize
 from peft import LoraConfig
 from torch.utils._pytree import tree_leaves
 
+from shared.adapters import load_ip_adapter
+from shared.models import MODELS
 from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.exchange import Exchange
 from shared.parallel.partition import Partition
-from tests import tiny
+from tests import tiny, tiny_extras
 from tests.ranks import RankPool
 
 PLANS = {2: ((2, 1),), 3: ((3, 1), (2, 2)), 4: ((4, 1), (3, 2)), 5: ((4, 2),)}
@@ -288,6 +291,44 @@ def test_adapters_hooks_compiled_and_quantized_modules(pool: RankPool):
         assert set(rank) == {"lora, hooks and compiled blocks", "quantized"}
         for key, (exact, steady, same) in rank.items():
             assert same and exact >= 80 and FLOORS["sd1"] <= steady < SAME, (key, exact, steady)
+
+
+CONTROLLED = {
+    "sd1": (diffusers.StableDiffusionControlNetPipeline, diffusers.ControlNetModel, "image"),
+    "sdxl": (diffusers.StableDiffusionXLControlNetPipeline, diffusers.ControlNetModel, "image"),
+    "sd3": (diffusers.StableDiffusion3ControlNetPipeline, diffusers.SD3ControlNetModel, "control_image"),
+}
+
+
+def all_adapters(name: str) -> tuple[float, float, float]:
+    cls, control_class, field = CONTROLLED[name]
+    control = control_class.from_pretrained(tiny_extras.control_net(name))
+    pipe = cls.from_pipe(tiny.load(name), controlnet=control)
+    pipe.load_lora_weights(str(tiny_extras.lora(name)))
+    load_ip_adapter(pipe, MODELS[name], str(tiny_extras.ip_adapter(name)), 1.0, torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def made(parallel: AsyncDiff | None = None, seed: int = 5) -> np.ndarray:
+        if parallel is not None:
+            parallel.begin(4)
+        torch.manual_seed(0)  # sd3 draws its control latents from the global state
+        images = {field: tiny.picture(seed=seed), "ip_adapter_image": tiny.picture(32, seed)}
+        return tiny.run(pipe, name, steps=4, **images)
+
+    plain, other = made(), made(seed=6)
+    with AsyncDiff(pipe, 2, warm_up_steps=5) as parallel:
+        exact = psnr(made(parallel), plain)
+        parallel.warm_up_steps = 2
+        return exact, psnr(made(parallel), plain), psnr(other, plain)
+
+
+@pytest.mark.parametrize("name", sorted(CONTROLLED))
+def test_lora_control_net_and_ip_adapter_together(pool: RankPool, name: str):
+    for make in (tiny.checkpoint, tiny_extras.control_net, tiny_extras.lora, tiny_extras.ip_adapter):
+        make(name)
+    for exact, steady, other_image in pool.run(all_adapters, 2, name):
+        assert exact >= 80 and FLOORS[name] - 15 <= steady < SAME
+        assert other_image < 60  # else the adapters do nothing
 
 
 def in_halves() -> tuple[bytes, list[str]]:
