@@ -1,0 +1,137 @@
+"""A whole host with a full-size SDXL checkpoint of random weights, asked over HTTP, beside plain diffusers.
+
+python benchmarks/host.py --ranks 1,2 --size 1024 --steps 30 --folder /tmp/sdxl [-- --compile_unet ...]
+
+Prints, for each number of ranks, start to ready, the median of three requests (the wall clock of the client
+with the picture decoded and sent, and the denoising alone) and peak memory a rank; and plain diffusers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.models import make_sdxl, on
+from demo.ask import free_port, get, wait_until_ready
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def save_checkpoint(folder: Path, device: torch.device) -> None:
+    """A diffusers folder of SDXL's size, bf16."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from tests.tiny import clip_tokenizer
+
+    dtype = torch.bfloat16
+    pipe = make_sdxl(device, dtype)
+    common: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 513}
+    first = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **common
+    )
+    second = CLIPTextConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        projection_dim=1280,
+        hidden_act="gelu",
+        **common,
+    )
+    pipe.register_modules(
+        text_encoder=on(device, dtype, lambda: CLIPTextModel(first)),
+        text_encoder_2=on(device, dtype, lambda: CLIPTextModelWithProjection(second)),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+    )
+    pipe.save_pretrained(folder)
+
+
+def plain_diffusers(folder: Path, device: torch.device, size: int, steps: int) -> None:
+    """Plain diffusers from the same folder in this process, eager."""
+    from diffusers import StableDiffusionXLPipeline
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    pipe.set_progress_bar_config(disable=True)
+
+    def once() -> float:
+        began = time.perf_counter()
+        generator = torch.Generator("cpu").manual_seed(1)
+        pipe("a red cat", height=size, width=size, num_inference_steps=steps, generator=generator)
+        return time.perf_counter() - began
+
+    times = [once() for _ in range(4)][1:]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    print(f"| plain diffusers, eager | 1 | - | {statistics.median(times):.3f} | - | {peak:.1f} |", flush=True)
+
+
+def ask(url: str, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    """Wall-clock seconds of one request, and its answer."""
+    request = urllib.request.Request(
+        f"{url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    began = time.perf_counter()
+    with urllib.request.urlopen(request, timeout=600) as reply:
+        answer = json.loads(reply.read())
+    return time.perf_counter() - began, answer
+
+
+def host(folder: Path, ranks: int, size: int, steps: int, flags: list[str]) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    command += ["--master_port", str(free_port()), str(ROOT / "asyncdiff_host.py"), "--type=sdxl"]
+    command += [f"--checkpoint={folder}", "--variant=bf16", f"--width={size}", f"--height={size}"]
+    process = subprocess.Popen([*command, f"--port={port}", *flags])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        ready = wait_until_ready(url, process)
+        body = {"positive": "a red cat", "steps": steps, "seed": 1, "cfg": 5.0}
+        runs = [ask(url, body) for _ in range(4)][1:]
+        health = json.loads(get(f"{url}/health")[1])
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+    wall = statistics.median(seconds for seconds, _ in runs)
+    denoise = statistics.median(answer["seconds"]["denoise"] for _, answer in runs)
+    peak = max(rank.get("memory_peak_mib", 0) for rank in health["ranks"]) / 1024
+    name = "asyncdiff_host " + " ".join(flags)
+    print(f"| {name} | {ranks} | {ready:.0f} | {wall:.3f} | {denoise:.3f} | {peak:.1f} |", flush=True)
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("--ranks", default="1,2")
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/sdxl"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("flags", nargs="*", help="after --: more flags of the host")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if not (options.folder / "model_index.json").exists():
+        save_checkpoint(options.folder, device)
+    print("| system | ranks | s to ready | s a request | s denoising | peak GiB |\n|---|---|---|---|---|---|")
+    plain_diffusers(options.folder, device, options.size, options.steps)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    for ranks in options.ranks.split(","):
+        host(options.folder, int(ranks), options.size, options.steps, options.flags)
+
+
+if __name__ == "__main__":
+    main()
