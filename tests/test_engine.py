@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shared.comm import BrokenJobError, Channel, Verdict, World, make_groups
+from shared.comm import FRAME, LENGTH, BrokenJobError, Call, Channel, Outcome, Verdict, World, make_groups
 from shared.engine import RankLoop
 from shared.jobs import HostStatus, Job, JobError, JobQueue
 from shared.requests import GenerateRequest
@@ -158,3 +159,28 @@ def test_the_highest_vote_counts(pool: RankPool):
 
 def test_a_rank_that_does_not_come_to_the_vote_is_noticed(pool: RankPool):
     assert "step boundary" in pool.run(late_vote, 2)[0]
+
+
+def echoed(sizes: list[int]) -> list[tuple[bool, list[int]]]:
+    """Messages and outcomes of these sizes: whether each arrived, and how long each rank's error was."""
+    world = world_of_pool()
+    channel = Channel(world)
+    found = []
+    for size in sizes:
+        sent = Call("id", "method", {"data": bytes(range(256)) * (size // 256) + b"x" * (size % 256)})
+        received = channel.publish(sent if world.rank == 0 else None)
+        mine = "e" * size if world.rank == 1 else "short"
+        outcomes = channel.settle(Outcome(world.rank, Verdict.FAILED, mine))
+        assert [o.rank for o in outcomes] == list(range(world.size))
+        found.append((received == sent, [len(o.error) for o in outcomes]))
+    return found
+
+
+def test_messages_and_outcomes_of_any_size(pool: RankPool):
+    call = Call("id", "method", {"data": b"x" * FRAME})
+    outcome = Outcome(1, Verdict.FAILED, "e" * FRAME, result=0)
+    # The largest that fit into one frame, and one byte to either side of them.
+    limits = [FRAME - LENGTH - (len(pickle.dumps(made)) - FRAME) for made in (call, outcome)]
+    sizes = [0, *(limit + more for limit in limits for more in (-1, 0, 1)), FRAME, 300_000, 1]
+    expected = [(True, [5, size, 5]) for size in sizes]
+    assert pool.run(echoed, 3, sizes) == [expected] * 3
