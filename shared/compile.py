@@ -50,7 +50,8 @@ def compile_pipeline(
     if config.compile_text_encoder:
         for name in spec.text_encoders:
             if getattr(pipe, name, None) is not None:
-                counts[name] = _compile(blocks(getattr(pipe, name)), config)
+                _prime(getattr(pipe, name))
+                counts[name] = _compile([getattr(pipe, name)], config)
     for name, count in counts.items():
         if not count:
             raise ValueError(f"{name} has no block to compile")
@@ -90,7 +91,8 @@ def _composite(modules: nn.ModuleList) -> bool:
 
 
 def _compile(modules: Any, config: HostConfig) -> int:
-    arguments: dict[str, Any] = {"fullgraph": not config.compile_fullgraph_off}
+    # Shapes are fixed: blocks of several levels and batches share code, and a graph for all of them is slower.
+    arguments: dict[str, Any] = {"fullgraph": not config.compile_fullgraph_off, "dynamic": False}
     if config.compile_backend:
         arguments["backend"] = config.compile_backend
     if config.compile_mode:
@@ -102,6 +104,16 @@ def _compile(modules: Any, config: HostConfig) -> int:
         module.forward = torch.compile(module.forward, **arguments)
         count += 1
     return count
+
+
+def _prime(encoder: nn.Module) -> None:
+    """One call on one token, for transformers to put its hooks on the layers: under a lock, which no trace passes.
+
+    Encoders are compiled whole, because those hooks reach hidden states only in a trace from the top.
+    """
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(encoder.parameters()).device)
+    with torch.no_grad():
+        encoder(token, output_hidden_states=True)
 
 
 def _raise_limits() -> None:

@@ -256,10 +256,7 @@ def _converted(pipe: Any, spec: ModelSpec, tensors: dict[str, torch.Tensor]) -> 
 def _resolve(
     parts: dict[str, nn.Module], spec: ModelSpec, pairs: dict[str, Pair]
 ) -> tuple[dict[str, dict[str, Pair]], list[str]]:
-    layers = {
-        part: {name: m for name, m in module.named_modules() if _adaptable(m)}
-        for part, module in parts.items()
-    }
+    layers = {part: _adaptable(module) for part, module in parts.items()}
     flat = {part: {name.replace(".", "_"): name for name in known} for part, known in layers.items()}
     matched: dict[str, dict[str, Pair]] = {}
     unmatched = []
@@ -277,10 +274,17 @@ def _resolve(
     return matched, unmatched
 
 
-def _adaptable(module: nn.Module) -> bool:
+def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that an adapter can wrap: not those whose parent reads their weights past their forward."""
     from peft.tuners.lora import LoraLayer
 
-    return isinstance(module, nn.Linear | nn.Conv2d | LoraLayer)
+    found = {}
+    for name, module in model.named_modules():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        direct = isinstance(parent, nn.MultiheadAttention) or type(parent).__name__.endswith("AttentionPool")
+        if isinstance(module, nn.Linear | nn.Conv2d | LoraLayer) and not direct:
+            found[name] = module
+    return found
 
 
 def _fits(module: nn.Module, pair: Pair) -> bool:

@@ -52,8 +52,8 @@ def prompt_arguments(
 def _side(
     pipe: Any, spec: ModelSpec, prefix: str, prompt: str | None, embeds: Mapping[str, torch.Tensor] | None
 ) -> dict[str, Any]:
-    if embeds is None:
-        return {f"{prefix}prompt": prompt}
+    if embeds is None:  # an absent negative prompt is left to the pipeline's default
+        return {} if prompt is None else {f"{prefix}prompt": prompt}
     label = "negative_embeds" if prefix else "positive_embeds"
     tensor, pooled = embeds["embeds"], embeds.get("pooled")
     if tensor.ndim != 3 or tensor.shape[0] != 1:
@@ -67,7 +67,7 @@ def _side(
         needs = "needs 'pooled' too" if spec.pooled_embeds else "takes no 'pooled'"
         raise PromptError(f"{label}: type {spec.name} {needs}")
     dtype = getattr(pipe, spec.denoiser).dtype
-    found: dict[str, Any] = {f"{prefix}prompt_embeds": tensor.to(dtype)}
+    found: dict[str, Any] = {f"{prefix}prompt": None, f"{prefix}prompt_embeds": tensor.to(dtype)}
     if pooled is not None:
         found[f"{prefix}pooled_prompt_embeds"] = pooled.to(dtype)
     if spec.embeds_mask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from pathlib import Path
@@ -15,9 +16,7 @@ from shared.models import ModelSpec
 log = logging.getLogger("host")
 
 CONFIGS = Path(__file__).parent / "configs"
-# Published tokenizers that the Hugging Face cache of this machine may hold, by class.
-CACHED = {"CLIPTokenizer": "openai/clip-vit-large-patch14", "T5TokenizerFast": "google/t5-v1_1-xxl",
-          "T5Tokenizer": "google/t5-v1_1-xxl"}  # fmt: skip
+T5_TOKENIZER = "google/t5-v1_1-xxl"  # in the Hugging Face cache, where someone put it there
 T5_KEY = "text_encoders.t5xxl.transformer.shared.weight"
 BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
 
@@ -97,26 +96,41 @@ def _optional_t5(spec: ModelSpec, name: str, names: list[str], config: Path) -> 
 
 
 def _tokenizer(class_name: str, name: str, config: Path, file: Path) -> Any:
-    """From the configuration's folder, a folder beside the file, or the Hugging Face cache."""
+    """From the configuration's folder, a folder beside the file, CLIP's table here, or the cache (T5)."""
     import transformers
 
     cls = getattr(transformers, class_name)
     for folder in (config / name, file.with_suffix("") / name, file.parent / name):
         if (folder / "tokenizer_config.json").is_file() and len(list(folder.iterdir())) > 1:
             return cls.from_pretrained(folder, local_files_only=True)
+    settings = json.loads((config / name / "tokenizer_config.json").read_text())
+    if class_name == "CLIPTokenizer":
+        return clip_tokenizer(settings["pad_token"])
     try:
-        tokenizer = cls.from_pretrained(CACHED[class_name], local_files_only=True)
+        return cls.from_pretrained(T5_TOKENIZER, local_files_only=True)
     except (OSError, ValueError):
         raise SingleFileError(
-            f"--checkpoint {str(file)!r}: a single file holds no tokenizer; put one in "
-            f"{str(file.with_suffix('') / name)!r}, or {CACHED[class_name]} in the Hugging Face cache"
+            f"--checkpoint {str(file)!r}: a single file holds no tokenizer; put T5's in "
+            f"{str(file.with_suffix('') / name)!r}, or {T5_TOKENIZER} in the Hugging Face cache"
         ) from None
-    settings = config / name / "tokenizer_config.json"
-    if settings.is_file():
-        for key, value in json.loads(settings.read_text()).items():
-            if key in ("pad_token", "model_max_length"):
-                setattr(tokenizer, key, value)
-    return tokenizer
+
+
+def clip_tokenizer(pad_token: str) -> Any:
+    """CLIP's tokenizer: bytes, bytes that end a word, the merges in order, two marks; 49408 entries.
+
+    Source: Radford et al., arXiv 2103.00020, section 2.4; the merges are OpenAI's (configs/NOTICE).
+    """
+    from transformers import CLIPTokenizer
+
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+    lines = gzip.decompress((CONFIGS / "clip_merges.txt.gz").read_bytes()).decode().splitlines()
+    merges = [tuple(line.split()) for line in lines]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=77)
 
 
 def _in_own_naming(

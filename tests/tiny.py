@@ -19,6 +19,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -27,6 +28,10 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+
+from shared.config import HostConfig
+from shared.loading import load_pipeline
+from shared.models import BACKENDS, MODELS
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
@@ -53,7 +58,9 @@ def cached(name: str, make: Callable[[Path], None], suffix: str = "") -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=root))
         try:
-            make(aside / target.name)
+            # transformers writes nothing on ranks other than 0, and here any rank may be the first.
+            with mock.patch("torch.distributed.is_initialized", return_value=False):
+                make(aside / target.name)
             os.rename(aside / target.name, target)
         except OSError:
             if not target.exists():
@@ -327,6 +334,17 @@ def load(name: str, **components: Any) -> Any:
     pipe = diffusers.DiffusionPipeline.from_pretrained(checkpoint(name), local_files_only=True, **components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def config(name: str, **flags: Any) -> HostConfig:
+    """A launch of the tiny checkpoint of this type, on the first host that serves it."""
+    backend = next(key for key, spec in BACKENDS.items() if name in spec.types)
+    return HostConfig(backend=backend, type=name, **({"checkpoint": str(checkpoint(name))} | flags))
+
+
+def host(name: str, **flags: Any) -> Any:
+    """The pipeline that a host loads for these flags, on the CPU."""
+    return load_pipeline(MODELS[name], config(name, **flags), torch.device("cpu"), quiet=True)
 
 
 def picture(size: int = PIXELS, seed: int = 0) -> Image.Image:

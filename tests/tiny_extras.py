@@ -41,7 +41,7 @@ def adapted_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {
         name: layer
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and name.endswith(LORA_LAYERS)
+        if isinstance(layer, nn.Linear) and name.endswith(LORA_LAYERS) and ".pooler." not in name
     }
 
 

@@ -1,0 +1,204 @@
+"""LoRA on every type: formats, counts, scales, removal, fusing; and equal to diffusers' own loader."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shared.loading import LoadError
+from shared.lora import LoraError, LoraSet, loras_of, read_lora
+from shared.models import MODELS
+from tests import tiny, tiny_extras
+
+PIPELINE_LOADERS = ("sd1", "sdxl", "sd3", "flux")
+
+
+@cache
+def plain(name: str) -> np.ndarray:
+    return tiny.run(tiny.load(name), name)
+
+
+@cache
+def shared_pipe(name: str) -> Any:
+    return tiny.load(name)
+
+
+@pytest.fixture(params=tiny.BUILDERS)
+def loras(request):
+    """The LoRA set of each type's pipeline, empty before and after."""
+    found = loras_of(shared_pipe(request.param), MODELS[request.param])
+    yield found
+    for path in list(found.loaded):
+        found.remove(path)
+
+
+def change(loras: LoraSet) -> float:
+    name = loras.spec.name
+    return float(np.abs(tiny.run(loras.pipe, name) - plain(name)).max())
+
+
+def test_every_format_means_the_same(loras) -> None:
+    name = loras.spec.name
+    denoiser = getattr(loras.pipe, loras.spec.denoiser)
+    before, layers = repr(denoiser), len(tiny_extras.adapted_layers(denoiser))
+    pictures = {}
+    for form in ("diffusers", "kohya", "peft"):
+        path = str(tiny_extras.lora(name, form))
+        entry = loras.add(path)
+        assert entry.matched == layers > 10 and entry.unmatched == 0
+        pictures[form] = tiny.run(loras.pipe, name)
+        loras.set_scales({path: 0.0})
+        assert change(loras) == 0, "scale 0 is the plain picture"
+        loras.remove(path)
+        assert repr(denoiser) == before and change(loras) == 0
+    assert np.abs(pictures["diffusers"] - plain(name)).max() > 0.02
+    assert np.array_equal(pictures["diffusers"], pictures["kohya"])
+    assert np.array_equal(pictures["diffusers"], pictures["peft"])
+
+
+def test_several_at_their_scales_and_fused(loras) -> None:
+    name = loras.spec.name
+    first, second = (str(tiny_extras.lora(name, seed=seed)) for seed in (0, 1))
+    loras.add(first, 0.7)
+    one = tiny.run(loras.pipe, name)
+    loras.add(second, 0.4)
+    both = tiny.run(loras.pipe, name)
+    assert np.abs(both - one).max() > 1e-3
+    loras.set_scales({second: 0.0})
+    assert np.abs(tiny.run(loras.pipe, name) - one).max() < 1e-5
+    loras.set_scales({})
+    assert np.array_equal(tiny.run(loras.pipe, name), both)
+
+    fused = loras_of(tiny.load(name), loras.spec)
+    fused.add(first, 0.7)
+    fused.add(second, 0.4)
+    fused.fuse("a test")
+    assert "lora" not in repr(getattr(fused.pipe, loras.spec.denoiser)).lower()
+    assert np.abs(tiny.run(fused.pipe, name) - both).max() < 1e-3
+    for act in (lambda: fused.add(first), lambda: fused.remove(first), lambda: fused.set_scales({first: 1})):
+        with pytest.raises(LoraError, match="fused into the weights because of a test"):
+            act()
+
+
+@pytest.mark.parametrize("name", PIPELINE_LOADERS)
+@pytest.mark.parametrize("text", [False, True])
+def test_equals_diffusers_own_loader(name: str, text: bool) -> None:
+    path = tiny_extras.lora(name, text=text)
+    theirs = tiny.load(name)
+    theirs.load_lora_weights(load_file(path), adapter_name="x")
+    theirs.set_adapters(["x"], [0.6])
+    ours = loras_of(tiny.load(name), MODELS[name])
+    ours.add(str(path), 0.6)
+    assert np.abs(tiny.run(ours.pipe, name) - tiny.run(theirs, name)).max() < 1e-5
+    assert np.abs(tiny.run(ours.pipe, name) - plain(name)).max() > 0.02
+
+
+def test_alpha_scales_and_original_sdxl_names(tmp_path) -> None:
+    kohya = load_file(tiny_extras.lora("sdxl", "kohya", text=True))
+    halved = {key: value / 2 if key.endswith(".alpha") else value for key, value in kohya.items()}
+    save_file(halved, tmp_path / "half.safetensors")
+    pictures = []
+    for path, scale in (
+        (tmp_path / "half.safetensors", 1.0),
+        (tiny_extras.lora("sdxl", "kohya", text=True), 0.5),
+        (tiny_extras.lora("sdxl", "sgm", text=True), 0.5),
+    ):
+        loras = loras_of(shared_pipe("sdxl"), MODELS["sdxl"])
+        entry = loras.add(str(path), scale)
+        assert entry.unmatched == 0
+        pictures.append(tiny.run(loras.pipe, "sdxl"))
+        loras.remove(str(path))
+    assert np.abs(pictures[0] - pictures[1]).max() < 1e-5
+    assert np.array_equal(pictures[1], pictures[2])
+    theirs = tiny.load("sdxl")
+    theirs.load_lora_weights(halved)
+    assert np.abs(tiny.run(theirs, "sdxl") - pictures[0]).max() < 1e-5
+
+
+def test_convolutions_too(tmp_path) -> None:
+    tensors = {}
+    for name in ("down_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.2.conv_shortcut"):
+        conv = shared_pipe("sd1").unet.get_submodule(name)
+        flat = "lora_unet_" + name.replace(".", "_")
+        tensors[f"{flat}.lora_down.weight"] = torch.randn(4, conv.in_channels, *conv.kernel_size) * 0.2
+        tensors[f"{flat}.lora_up.weight"] = torch.randn(conv.out_channels, 4, 1, 1) * 0.2
+    save_file(tensors, tmp_path / "locon.safetensors")
+    loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
+    assert loras.add(str(tmp_path / "locon.safetensors")).matched == 2
+    assert change(loras) > 0.01
+    loras.remove("locon")
+    assert change(loras) == 0
+
+
+def test_partly_matched_is_told(caplog) -> None:
+    loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
+    path = str(tiny_extras.lora("sd1", "partial"))
+    with caplog.at_level("WARNING", "host"):
+        entry = loras.add(path)
+    assert entry.matched == entry.unmatched > 0
+    assert f"{entry.matched} of {2 * entry.matched} layers fit" in caplog.text
+    loras.remove(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda tmp: tiny_extras.lora("sd1", "alien"), "fits no layer of type sd1"),
+        (lambda tmp: tiny_extras.lora("sd3"), "fits no layer of type sd1"),
+        (lambda tmp: _file(tmp / "a.safetensors", b"not a tensor file"), "cannot be read"),
+        (lambda tmp: _file(tmp / "a.bin", b"x"), r"must be a \.safetensors file"),
+        (lambda tmp: tmp, r"must hold one \.safetensors file, got 0"),
+        (lambda tmp: _lokr(tmp / "lokr.safetensors"), "DoRA, LoHa, LoKr"),
+    ],
+)
+def test_refused(make, says, tmp_path) -> None:
+    loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
+    before = repr(loras.pipe.unet)
+    with pytest.raises(LoraError, match=says):
+        loras.add(str(make(tmp_path)))
+    assert not loras.loaded and repr(loras.pipe.unet) == before
+
+
+def test_names_of_loaded_ones() -> None:
+    loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
+    path = tiny_extras.lora("sd1")
+    loras.add(str(path))
+    assert loras.name_of(path.name) == loras.name_of(path.stem) == loras.name_of(str(path)) == str(path)
+    with pytest.raises(LoraError, match=r"'other' is not loaded; loaded: .*lora-sd1"):
+        loras.set_scales({"other": 1.0})
+    with pytest.raises(LoraError, match="loaded already"):
+        loras.add(str(path))
+    loras.remove(path.stem)
+
+
+def test_launch_flag_fuses_where_weights_are_fixed() -> None:
+    path = str(tiny_extras.lora("sd1"))
+    free, fixed = tiny.host("sd1", lora={path: 0.5}), tiny.host("sd1", lora={path: 0.5}, quantize_to="int8")
+    assert free.lora_set.frozen is None and "lora_A" in repr(free.unet)
+    assert "--quantize_to" in fixed.lora_set.frozen and "lora_A" not in repr(fixed.unet)
+    quantized = tiny.run(tiny.host("sd1", quantize_to="int8"), "sd1")
+    difference = np.abs(tiny.run(fixed, "sd1") - quantized).max()
+    assert difference > 0.02, "the LoRA is in the quantized weights"
+    assert np.abs(tiny.run(fixed, "sd1") - tiny.run(free, "sd1")).max() < difference / 2
+    with pytest.raises(LoadError, match="fits no layer"):
+        tiny.host("sd1", lora={str(tiny_extras.lora("sd1", "alien")): 1.0})
+
+
+def test_read_folder(tmp_path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    assert list(read_lora(str(tmp_path))) == ["x"]
+
+
+def _file(path, data: bytes):
+    path.write_bytes(data)
+    return path
+
+
+def _lokr(path):
+    save_file({"lora_unet_x.lokr_w1": torch.zeros(2, 2)}, path)
+    return path
