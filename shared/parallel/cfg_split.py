@@ -44,7 +44,7 @@ class CfgSplit:
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         if ranks != BATCH or branch != rank:
             raise ValueError(
-                f"branch {branch} on rank {rank} of a group of {ranks}: it takes 2 ranks, in the branches' order"
+                f"branch {branch} on rank {rank} of a group of {ranks}: 2 ranks are needed, in branch order"
             )
         self.group, self.branch = group, branch
         self.active = False

@@ -23,6 +23,8 @@ from shared.parallel.surgery import Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 
 Parallelism = Literal["patch", "tensor", "naive_patch"]
+STATE = ("active_adapters", "merged_adapters", "disable_adapters")
+"""Attributes of a LoRA layer of PEFT that say what it adds."""
 SplitScheme = Literal["row", "col", "alternate"]
 
 
@@ -33,8 +35,8 @@ class DistriFusion:
     called before each generation. Pictures of any size may follow each other.
 
     Args:
-        pipeline: has a ``unet``, and maybe a ``controlnet`` and a ``vae``; loaded with adapters, quantized and
-            compiled as wanted.
+        pipeline: has a ``unet``, and maybe a ``controlnet`` and a ``vae``; loaded with adapters,
+            quantized and compiled as wanted.
         parallelism: patch (DistriFusion); tensor (channels and heads are divided, always exact); naive_patch
             (after the warm-up every patch is a picture of its own).
         split_scheme: patches are rows or columns; alternate (naive_patch): rows and columns in turn.
@@ -77,8 +79,8 @@ class DistriFusion:
                 raise ValueError(f"{name} {value!r}: must be one of {', '.join(allowed)}")
         if split_scheme == "alternate" and parallelism == "patch":
             raise ValueError(
-                "split_scheme 'alternate' is for naive_patch: what patches exchange stays in place from step to "
-                "step; got parallelism 'patch'"
+                "split_scheme 'alternate' is for naive_patch: other patches stay in place from step to step; "
+                "got parallelism 'patch'"
             )
         if parallelism == "patch" and warm_up_steps < 1 and sync_mode != "full_sync":
             raise ValueError(f"warm_up_steps {warm_up_steps}: at least one step must be synchronous")
@@ -96,6 +98,10 @@ class DistriFusion:
         )
         """Whether all ranks must decode, as each decodes a patch."""
         self.models: list[Patched] = []
+        self._split: CfgSplit | None = None
+        self._decoder: PatchDecoder | None = None
+        self._tensor: TensorParallel | None = None
+        self._surgery = Surgery()
         self._install()
 
     def begin(self, steps: int) -> None:
@@ -109,7 +115,7 @@ class DistriFusion:
             model.begin()
 
     def reset(self) -> None:
-        """Take hold of the models anew and forget buffers and graphs: after weights or layers have changed."""
+        """Take hold of the models anew, without old buffers and graphs: after weights or layers changed."""
         self.close()
         self._install()
 
@@ -169,10 +175,6 @@ class DistriFusion:
         self.pair = make([ranks[place], ranks[half + place]], **options)
 
     def _install(self) -> None:
-        self._surgery = Surgery()
-        self._split: CfgSplit | None = None
-        self._decoder: PatchDecoder | None = None
-        self._tensor: TensorParallel | None = None
         self._adapters = adapters(self.pipeline)
         unet, nets = self.pipeline.unet, control_nets(self.pipeline)
         if self.parallelism == "tensor" and self.half.size > 1:
@@ -217,11 +219,8 @@ def adapters(pipeline: Any) -> Hashable:
     for model in models:
         for name, module in model.named_modules():
             if hasattr(module, "base_layer"):
-                state = (
-                    name, sorted(getattr(module, "scaling", {}).items()), getattr(module, "active_adapters", None),
-                    getattr(module, "merged_adapters", None), getattr(module, "disable_adapters", None),
-                )  # fmt: skip
-                found.append(repr(state))
+                state = [getattr(module, key, None) for key in ("scaling", *STATE)]
+                found.append((name, repr(state)))
             processor = getattr(module, "processor", None)
             if processor is not None and hasattr(processor, "scale"):
                 scale = processor.scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -50,7 +51,7 @@ class PatchDecoder:
         if self.ranks == 1 or rows < self.ranks:
             return original(**kwargs)
         ends = cuts(rows, 1, self.ranks)
-        sizes = [stop - start for start, stop in zip(ends, ends[1:], strict=False)]
+        sizes = [stop - start for start, stop in pairwise(ends)]
         start = ends[self.rank]
         patch = kwargs["sample"] = whole.narrow(2, start, sizes[self.rank])
         exchange = PatchExchange(self.group, whole.device, sizes=sizes)

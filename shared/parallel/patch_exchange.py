@@ -25,11 +25,12 @@ MOST_MESSAGES = 16
 
 @dataclass(frozen=True)
 class Offer:
-    """What one rank sends for one layer: shapes to the rank after it, to all others, to the rank before it."""
+    """What one rank sends for one layer."""
 
     name: str
     kind: Kind
     parts: tuple[Shape | None, Shape | None, Shape | None]
+    """Shapes of what goes to the rank after it, to all others, to the rank before it."""
     dtype: torch.dtype
     count: int
     """How many numbers a moment was made of."""
@@ -67,7 +68,7 @@ class PatchExchange:
     """Exchanges between the ranks of a group, each of which has one patch, in rank order.
 
     The first forward only records what will be exchanged (``recording``): nothing travels and its result is
-    worthless. ``build`` ends it. Afterwards set ``synchronous`` before each step and call ``finish`` after it.
+    worthless. ``build`` ends it. Then set ``synchronous`` before each step and call ``finish`` after it.
 
     Args:
         group: the ranks that share the picture; None for all.
@@ -94,7 +95,7 @@ class PatchExchange:
         self.sizes = sizes
         self.recording, self.synchronous = sizes is None, True
         self.messages = self.bytes = self.waits = 0
-        """Messages and bytes that this rank has sent, and how often a layer waited; graph replays not counted."""
+        """Messages and bytes that this rank has sent, how often a layer waited; replays are not counted."""
         self._mine: dict[str, Offer] = {}
         self._slots: dict[str, _Slot] = {}
         self._bundles: list[_Bundle] = []
@@ -145,7 +146,10 @@ class PatchExchange:
         use: Callable[[list[torch.Tensor]], torch.Tensor],
         count: int = 0,
     ) -> torch.Tensor:
-        """``use(the tensors of all ranks, in rank order)``, where ``own`` is this rank's."""
+        """``use(the tensors of all ranks, in rank order)``, where ``own`` is this rank's.
+
+        tokens: [2, batch, tokens, channels], keys and values; moments: [2, batch, groups].
+        """
         if self.recording:
             self._record(name, kind, (None, own, None), count)
             return use([own] * self.ranks)
@@ -224,7 +228,7 @@ class PatchExchange:
                 assert first is not None
                 shape = list(first.shape)
                 if kind == "tokens":
-                    shape[1] = shape[1] * size // self.sizes[self.rank]
+                    shape[2] = shape[2] * size // self.sizes[self.rank]
                 parts[1] = tuple(shape)
             offers.append(Offer("", kind, (parts[0], parts[1], parts[2]), dtype, size))
         return _Slot(offers)

@@ -58,10 +58,16 @@ class PatchLayers:
 
     def __init__(self, model: nn.Module, surgery: Surgery) -> None:
         self.run: PatchRun | None = None
-        for name, module, kind in _layers(model):
-            surgery.override(module, {
-                "convolution": self._convolution, "norm": self._norm, "key": self._key, "prompt": self._prompt,
-            }[kind](name, module))  # fmt: skip
+        for name, module in _layers(model):
+            if isinstance(module, nn.GroupNorm):
+                surgery.override(module, self._norm(name, module))
+            elif not isinstance(module, Attention):
+                surgery.override(module, self._convolution(name, module))
+            elif module.is_cross_attention:
+                surgery.override(module.to_k, self._prompt(f"{name}.to_k"))
+                surgery.override(module.to_v, self._prompt(f"{name}.to_v"))
+            else:
+                self._self_attention(name, module, surgery)
 
     @contextlib.contextmanager
     def running(self, run: PatchRun) -> Iterator[None]:
@@ -156,17 +162,29 @@ class PatchLayers:
                 run.moments[name] = own.clone()
         return moments
 
-    def _key(self, name: str, module: nn.Module) -> Answer:
-        def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
-            run, own = self.run, original(*args, **kwargs)
+    def _self_attention(self, name: str, module: Attention, surgery: Surgery) -> None:
+        """Keys and values of all ranks, exchanged together when the keys are asked for."""
+        values: list[torch.Tensor] = []
+
+        def answer_value(original: Forward, args: tuple, kwargs: dict) -> Any:
+            return values.pop() if values else original(*args, **kwargs)
+
+        value = surgery.override(module.to_v, answer_value)
+
+        def answer_key(original: Forward, args: tuple, kwargs: dict) -> Any:
+            run, key = self.run, original(*args, **kwargs)
+            values.clear()
             if run is None or run.exchange is None:
-                return own
+                return key
+            own = torch.stack([key, value(*args, **kwargs)])
             # Which way round the tokens come makes no difference to attention.
-            return run.exchange.share(name, "tokens", own, lambda all_: torch.cat(all_, 1))
+            keys, others = run.exchange.share(name, "tokens", own, lambda every: torch.cat(every, 2))
+            values.append(others)
+            return keys
 
-        return answer
+        surgery.override(module.to_k, answer_key)
 
-    def _prompt(self, name: str, module: nn.Module) -> Answer:
+    def _prompt(self, name: str) -> Answer:
         def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
             run = self.run
             if run is None:
@@ -184,7 +202,7 @@ class PatchLayers:
         return answer
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: set[int] = set()
     for name, module in model.named_modules():
         if id(module) in inside:
@@ -192,16 +210,14 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         if isinstance(module, Attention):
             if getattr(module, "fused_projections", False):
                 raise ValueError(f"{name}: fused projections; call unfuse_qkv_projections() first")
-            kind = "prompt" if module.is_cross_attention else "key"
-            yield f"{name}.to_k", module.to_k, kind
-            yield f"{name}.to_v", module.to_v, kind
+            yield name, module
         elif isinstance(module, nn.GroupNorm):
-            yield name, module, "norm"
+            yield name, module
         elif isinstance(getattr(module, "base_layer", module), nn.Conv2d):
             # A LoRA layer with its convolutions inside counts as one.
             inside |= {id(m) for m in module.modules()}
             if any(isinstance(m, nn.Conv2d) and any(_pad(m)) for m in module.modules()):
-                yield name, module, "convolution"
+                yield name, module
 
 
 def _pad(conv: nn.Conv2d) -> tuple[int, ...]:
@@ -241,7 +257,7 @@ def _unpadded(convs: list[nn.Conv2d], axis: int) -> Iterator[None]:
 
 
 class _GroupNormMode(TorchFunctionMode):
-    """Answers the one call of F.group_norm inside, so that the norm's weights are where its hooks put them."""
+    """Answers the one call of F.group_norm inside: the weights are then where their hooks put them."""
 
     def __init__(self, answer: Callable[[torch.Tensor, Any, Any], torch.Tensor]) -> None:
         super().__init__()

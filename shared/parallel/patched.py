@@ -6,6 +6,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,19 +22,22 @@ from shared.parallel.patch_layers import Norm, PatchLayers, PatchRun
 from shared.parallel.surgery import Forward, Surgery
 
 SyncMode = Literal["corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "full_sync", "no_sync"]
-"""After the warm-up, group norms take: the others' stale moments corrected by this patch's change; the others'
-stale ones; everyone's, waiting for them; this patch's alone. Convolutions and attention take the others'
-boundary rows, keys and values of the step before. full_sync: every step is a warm-up step. no_sync: nothing is
-sent any more; what came in the last warm-up step stays, and group norms take this patch's moments alone."""
+"""After the warm-up, group norms take: the others' stale moments corrected by this patch's change; the
+others' stale ones; everyone's, waiting for them; this patch's alone. Convolutions and attention take the
+others' boundary rows, keys and values of the step before. full_sync: every step is a warm-up step. no_sync:
+nothing is sent any more; what came in the last warm-up step stays, and group norms take this patch's moments
+alone."""
 
 NORMS: dict[str, Norm] = {
     "corrected_async_gn": "corrected", "stale_gn": "stale", "sync_gn": "joined", "separate_gn": "local",
     "full_sync": "joined", "no_sync": "local",
 }  # fmt: skip
 CUT = (
-    "down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals",
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
     "controlnet_cond",
-)  # fmt: skip
+)
 """Arguments besides the sample that are pictures."""
 
 
@@ -129,8 +133,8 @@ class _Layout:
             if size == stop - start:
                 return x
         raise ValueError(
-            f"a residual of {size} where the sample has {self.length} and its patch {self.stop - self.start}: a "
-            "ControlNet in guess mode needs split_batch off"
+            f"a residual of {size}, a sample of {self.length}, a patch of {self.stop - self.start} rows: "
+            "a ControlNet in guess mode needs split_batch off"
         )
 
 
@@ -266,7 +270,7 @@ class Patched:
         recording = layout.exchange is not None and layout.exchange.recording
         if self.is_control or layout.ranks.size == 1 or recording:
             return output
-        sizes = [b - a for a, b in zip(layout.cuts, layout.cuts[1:], strict=False)]
+        sizes = [stop - start for start, stop in pairwise(layout.cuts)]
         return (gather(output[0], dim, sizes, layout.ranks.group),)
 
 

@@ -1,8 +1,8 @@
 """Tensor parallelism of a UNet: heads, hidden features and channels are divided over the ranks; exact.
 
-Of two layers in a row the first computes this rank's share of the features and the second this rank's share
-of the sum, which an all-reduce completes (Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3). Divided
-are attention, feed-forward layers, residual blocks, and the convolutions that resample or come last.
+Of two layers in a row the first computes this rank's share of the features and the second this rank's
+share of the sum, which an all-reduce completes (Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3).
+Divided are attention, feed-forward layers, residual blocks, and the convolutions that resample or come last.
 """
 
 from __future__ import annotations

@@ -1,0 +1,494 @@
+"""shared.parallel.distrifusion on CPU ranks: exact in warm-up, then the paper's schedule."""
+
+from __future__ import annotations
+
+import functools
+import json
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers.models.attention_processor import Attention
+from optimum.quanto import freeze, qint8, quantize
+from torch import nn
+
+from shared.parallel.cfg_split import CfgSplit
+from shared.parallel.distrifusion import DistriFusion
+from shared.parallel.patch_decoder import PatchDecoder
+from shared.parallel.patch_layers import (
+    apply_moments,
+    corrected_moments,
+    group_moments,
+    join_moments,
+)
+from shared.parallel.patched import cuts
+from tests import tiny, tiny_extras
+from tests.ranks import RankPool
+
+STEPS = 3
+EXACT = 80.0
+"""dB in fp32 that count as equal to the plain pipeline; patches reach 120 and more."""
+SYNC_MODES = ("corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "full_sync", "no_sync")
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of pictures in 0..1, in dB; 200 when equal."""
+    error = float(np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2))
+    return 200.0 if error == 0 else float(-10 * np.log10(error))
+
+
+@functools.cache
+def pipeline(name: str) -> Any:
+    pipe = tiny.load(name)
+    # One call of the UNet a step, none of which the scheduler forgets.
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+def picture(pipe: Any, name: str, parallel: DistriFusion | None = None, **changes: Any) -> np.ndarray:
+    changes = {"steps": STEPS} | changes
+    if parallel is not None:
+        parallel.begin(changes["steps"])
+    return tiny.run(pipe, name, **changes)
+
+
+def exact(name: str, cases: list[dict[str, Any]], size: dict[str, Any]) -> dict[str, Any]:
+    """On each rank: how close every case is to the plain pipeline, and whether all is given back."""
+    pipe = pipeline(name)
+    parts = (pipe.unet, pipe.vae)
+    plain, text = picture(pipe, name, **size), [repr(part) for part in parts]
+    found = []
+    for case in cases:
+        with DistriFusion(pipe, **case) as parallel:
+            found.append(psnr(picture(pipe, name, parallel, **size), plain))
+            assert json.dumps(parallel.plan)
+            assert [repr(part) for part in parts] == text or case.get("parallelism") == "tensor"
+    untouched = not any("forward" in m.__dict__ for part in parts for m in part.modules())
+    again = picture(pipe, name, **size)
+    same = untouched and np.array_equal(again, plain) and [repr(part) for part in parts] == text
+    return {"psnr": found, "given back": same}
+
+
+WARM: dict[str, Any] = {"warm_up_steps": 99}
+WHOLE: dict[str, Any] = {"split_batch": False}
+EXACT_CASES: dict[tuple[str, int], tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    # Sizes in pixels; a patch boundary is a multiple of 16 of them here.
+    ("sdxl", 1): ({"height": 64, "width": 64}, [WARM, {"parallelism": "tensor"}]),
+    ("sd1", 2): (
+        {"height": 72, "width": 88},
+        [
+            WARM,
+            WARM | WHOLE,
+            {"parallelism": "tensor"} | WHOLE,
+            {"parallelism": "naive_patch", "split_scheme": "alternate"} | WARM | WHOLE,
+        ],
+    ),
+    ("sdxl", 3): (
+        {"height": 104, "width": 72},
+        [
+            {"sync_mode": "full_sync", "warm_up_steps": 0},
+            {"sync_mode": "full_sync", "split_scheme": "col"},
+            {"parallelism": "tensor"},
+            {"parallelism": "naive_patch", "sync_mode": "full_sync"},
+        ],
+    ),
+    ("sd2", 4): (
+        {"height": 88, "width": 64},
+        [WARM, WARM | WHOLE, {"parallelism": "tensor"}, {"parallelism": "naive_patch"} | WARM],
+    ),
+    ("sd2", 5): ({"height": 72, "width": 64}, [WARM]),
+}
+
+
+@pytest.mark.parametrize(("name", "world_size"), EXACT_CASES)
+def test_full_warm_up_equals_the_plain_pipeline(pool: RankPool, name: str, world_size: int):
+    tiny.checkpoint(name)
+    size, cases = EXACT_CASES[name, world_size]
+    for rank in pool.run(exact, world_size, name, cases, size):
+        assert rank["given back"]
+        assert min(rank["psnr"]) >= EXACT, dict(zip(map(str, cases), rank["psnr"], strict=True))
+
+
+def simulated(unet: nn.Module, ranks: int, warm_up: int, mode: str, units: int) -> Any:
+    """A UNet forward that plays the ranks one after the other.
+
+    Every layer sees its whole input as it was one step before, with this rank's rows of this step in it; it
+    computes the whole and keeps this rank's rows.
+    """
+    old: dict[str, torch.Tensor] = {}
+    new: dict[str, torch.Tensor] = {}
+    state = SimpleNamespace(rank=None, calls=0)
+    rows = cuts(units, 2, ranks)
+
+    def mine(whole: torch.Tensor, dim: int) -> slice:
+        length = whole.shape[dim]
+        return slice(rows[state.rank] * length // units, rows[state.rank + 1] * length // units)
+
+    def inserted(name: str, x: torch.Tensor, dim: int) -> tuple[torch.Tensor, slice]:
+        at = mine(old[name], dim)
+        new.setdefault(name, old[name].clone()).narrow(dim, at.start, at.stop - at.start).copy_(x)
+        whole = old[name].clone()
+        whole.narrow(dim, at.start, at.stop - at.start).copy_(x)
+        return whole, at
+
+    def norm(x: torch.Tensor, name: str, layer: nn.GroupNorm, original: Any) -> torch.Tensor:
+        whole, at = inserted(name, x, 2)
+        if mode == "separate_gn":
+            return original(x)
+        if mode == "stale_gn":
+            return original(whole)[:, :, at]
+
+        def moments(t: torch.Tensor) -> torch.Tensor:
+            t = t.reshape(t.shape[0], layer.num_groups, -1)
+            return torch.stack([t.mean(2), t.square().mean(2)])
+
+        mean, square = moments(old[name]) + moments(x) - moments(old[name][:, :, at])
+        own = moments(x)
+        variance = square - mean**2
+        variance = torch.where(variance < 0, own[1] - own[0] ** 2, variance)
+        return apply_moments(
+            x, torch.stack([mean, variance]), layer.num_groups, layer.weight, layer.bias, layer.eps
+        )
+
+    def override(name: str, module: nn.Module) -> None:
+        original = module.forward
+
+        def forward(x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            if state.rank is None:
+                new[name] = x
+                return original(x, **kwargs)
+            if isinstance(module, Attention):
+                return original(x, **(kwargs | {"encoder_hidden_states": inserted(name, x, 1)[0]}))
+            if isinstance(module, nn.GroupNorm):
+                return norm(x, name, module, original)
+            whole, at = inserted(name, x, 2)
+            stride = module.stride[0]
+            return original(whole)[:, :, at.start // stride : -(-at.stop // stride)]
+
+        module.forward = forward
+
+    for name, module in unet.named_modules():
+        if (isinstance(module, Attention) and not module.is_cross_attention) or isinstance(
+            module, nn.GroupNorm | nn.Conv2d
+        ):
+            override(name, module)
+    forward = unet.forward
+
+    def answer(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        step, state.calls = state.calls, state.calls + 1
+        new.clear()
+        if step < warm_up:
+            out = forward(sample, *args, **kwargs)
+        else:
+            # The first convolution always sees the whole sample of this step.
+            old["conv_in"] = sample
+            parts = []
+            for state.rank, (start, stop) in enumerate(pairwise(rows)):
+                parts.append(forward(sample[:, :, start:stop], *args, **kwargs)[0])
+            state.rank = None
+            out = (torch.cat(parts, 2),)
+        old.update(new)
+        return out
+
+    return answer
+
+
+def steady(name: str, modes: tuple[str, ...], steps: int, size: dict[str, Any]) -> dict[str, Any]:
+    pipe = pipeline(name)
+    plain = picture(pipe, name, steps=steps, **size)
+    found: dict[str, Any] = {}
+    ranks = dist.get_world_size()
+    for mode in modes:
+        settings: dict[str, Any] = {
+            "sync_mode": mode,
+            "warm_up_steps": 2,
+            "split_batch": False,
+            "bundle_bytes": 20_000,
+        }
+        with DistriFusion(pipe, **settings) as parallel:
+            first = picture(pipe, name, parallel, steps=steps, **size)
+            exchange = next(iter(parallel.models[0].layouts.values())).exchange
+            assert exchange is not None
+            counts = [exchange.messages, exchange.bytes, exchange.waits]
+            again = picture(pipe, name, parallel, steps=steps, **size)
+            held = parallel.plan["buffers_bytes"]
+        found[mode] = {
+            "psnr": psnr(first, plain), "bytes": first.tobytes(), "again": np.array_equal(first, again),
+            "counts": counts, "held": held,
+        }  # fmt: skip
+        if mode in ("corrected_async_gn", "stale_gn", "separate_gn") and dist.get_rank() == 0:
+            pretend = tiny.load(name)
+            pretend.scheduler = pipe.scheduler
+            pretend.unet.forward = simulated(pretend.unet, ranks, 2, mode, size["height"] // 8)
+            simulation = tiny.run(pretend, name, steps=steps, **size)
+            found[mode]["simulation"] = psnr(first, simulation)
+    return found
+
+
+@pytest.mark.parametrize(("name", "world_size", "height"), [("sd1", 2, 64), ("sdxl", 3, 104)])
+def test_steady_state_is_on_schedule_in_every_sync_mode(
+    pool: RankPool, name: str, world_size: int, height: int
+):
+    tiny.checkpoint(name)
+    steps = 5
+    found = pool.run(steady, world_size, name, SYNC_MODES, steps, {"height": height, "width": 64})
+    for mode in SYNC_MODES:
+        assert len({rank[mode]["bytes"] for rank in found}) == 1 and all(
+            rank[mode]["again"] for rank in found
+        )
+    mine = found[0]
+    assert mine["full_sync"]["psnr"] >= EXACT
+    for mode in SYNC_MODES:
+        if mode != "full_sync":
+            assert 20 <= mine[mode]["psnr"] < EXACT, (mode, mine[mode]["psnr"])
+    for mode in ("corrected_async_gn", "stale_gn", "separate_gn"):
+        assert mine[mode]["simulation"] >= 75, (mode, mine[mode]["simulation"])
+    assert mine["corrected_async_gn"]["psnr"] >= mine["stale_gn"]["psnr"]
+    assert len({mine[mode]["bytes"] for mode in SYNC_MODES}) >= 5
+
+    # What travels: [messages, bytes, times a layer waited], of this rank.
+    counts = {mode: mine[mode]["counts"] for mode in SYNC_MODES}
+    layers = counts["full_sync"][2] // steps
+    assert counts["full_sync"][2] == layers * steps
+    warm = 2 * layers
+    assert counts["no_sync"][2] == counts["stale_gn"][2] == counts["separate_gn"][2] == warm
+    assert warm < counts["sync_gn"][2] < counts["full_sync"][2]
+    assert counts["no_sync"][1] < counts["separate_gn"][1] < counts["stale_gn"][1]
+    assert counts["corrected_async_gn"][1] == counts["stale_gn"][1]
+    assert counts["no_sync"][0] < counts["stale_gn"][0] < counts["full_sync"][0] / 2
+    assert mine["full_sync"]["held"] == 0 < mine["no_sync"]["held"] < mine["separate_gn"]["held"]
+
+
+def shapes() -> dict[str, Any]:
+    name, pipe = "sd1", pipeline("sd1")
+    requests: list[dict[str, Any]] = [
+        {}, {"height": 88, "width": 40}, {"guidance_scale": 1.0, "seed": 3}, {"height": 32, "width": 48}, {},
+    ]  # fmt: skip
+    plain = [picture(pipe, name, **request) for request in requests]
+    found: dict[str, Any] = {}
+    for kept in (3, 1):
+        with DistriFusion(pipe, max_shapes=kept, **WARM) as parallel:
+            made = [picture(pipe, name, parallel, **request) for request in requests]
+            found[f"exact {kept}"] = [psnr(a, b) for a, b in zip(made, plain, strict=True)]
+        with DistriFusion(pipe, warm_up_steps=1, max_shapes=kept, **WHOLE) as parallel:
+            made = [picture(pipe, name, parallel, **request) for request in requests]
+            found[f"steady {kept}"] = [psnr(a, b) for a, b in zip(made, plain, strict=True)]
+            found[f"bytes {kept}"] = [image.tobytes() for image in made]
+            with pytest.raises(ValueError, match=r"16 pixels make 1 patches of 16.* 32 in equal patches"):
+                picture(pipe, name, parallel, height=16)
+    with DistriFusion(pipe), pytest.raises(RuntimeError, match="must be called before a generation"):
+        tiny.run(pipe, name)
+    return found
+
+
+def test_other_sizes_and_guidance_and_back(pool: RankPool):
+    tiny.checkpoint("sd1")
+    for rank in pool.run(shapes, 2):
+        assert min(rank["exact 3"] + rank["exact 1"]) >= EXACT
+        assert max(rank["steady 3"]) < EXACT
+        assert rank["bytes 3"] == rank["bytes 1"]
+        assert rank["bytes 3"][0] == rank["bytes 3"][-1]
+
+
+def dressed(name: str) -> dict[str, Any]:
+    """LoRA, IP-Adapter and ControlNet together on a quantized UNet; scales that change in between."""
+    base = tiny.load(name)
+    net = diffusers.ControlNetModel.from_pretrained(tiny_extras.control_net(name))
+    cls = {
+        "sd1": diffusers.StableDiffusionControlNetPipeline,
+        "sdxl": diffusers.StableDiffusionXLControlNetPipeline,
+    }[name]
+    pipe = cls.from_pipe(base, controlnet=[net, net])
+    pipe.set_progress_bar_config(disable=True)
+    weights = tiny_extras.ip_adapter(name)
+    pipe.load_ip_adapter(
+        str(weights.parent), subfolder="", weight_name=weights.name, image_encoder_folder="image_encoder"
+    )
+    lora = tiny_extras.lora(name)
+    pipe.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="one")
+    extra: dict[str, Any] = {
+        "image": [tiny.picture(), tiny.picture(seed=1)], "ip_adapter_image": tiny.picture(32, 2), "steps": 2,
+        "controlnet_conditioning_scale": [0.7, 0.4],
+    }  # fmt: skip
+    found: dict[str, Any] = {}
+
+    def check(key: str, **settings: Any) -> None:
+        text = repr(pipe.unet), repr(pipe.controlnet)
+        with DistriFusion(pipe, **settings) as parallel:
+            made = []
+            for scale in (1.0, 0.3):
+                pipe.set_ip_adapter_scale(scale)
+                pipe.set_adapters("one", scale)
+                made.append(picture(pipe, name, parallel, **extra))
+        plain = []
+        for scale in (1.0, 0.3):
+            pipe.set_ip_adapter_scale(scale)
+            pipe.set_adapters("one", scale)
+            plain.append(picture(pipe, name, **extra))
+        assert psnr(*plain) < 40
+        found[key] = [psnr(a, b) for a, b in zip(made, plain, strict=True)], (
+            repr(pipe.unet), repr(pipe.controlnet)
+        ) == text  # fmt: skip
+
+    check("all", **WARM | WHOLE)
+    check("all, branches", **WARM)
+    check("all, steady", warm_up_steps=1, **WHOLE)
+    with pytest.raises(ValueError, match="LoRA: fuse it first"):
+        DistriFusion(pipe, "tensor", split_batch=False)
+    assert not any("forward" in m.__dict__ for m in pipe.unet.modules())
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    with DistriFusion(pipe, "tensor", split_batch=False) as parallel:
+        made = picture(pipe, name, parallel, **extra)
+    found["tensor"] = [psnr(made, picture(pipe, name, **extra))], True
+    quantize(pipe.unet, weights=qint8)
+    freeze(pipe.unet)
+    with DistriFusion(pipe, **WARM | WHOLE) as parallel:
+        made = picture(pipe, name, parallel, **extra)
+    found["quantized"] = [psnr(made, picture(pipe, name, **extra))], True
+    with pytest.raises(ValueError, match=r"divides plain weights; this is a QLinear"):
+        DistriFusion(pipe, "tensor", split_batch=False)
+    return found
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_adapters_controlnets_and_quantized_weights(pool: RankPool, name: str):
+    tiny.checkpoint(name)
+    for rank in pool.run(dressed, 2, name):
+        for key, (values, same) in rank.items():
+            assert same, key
+            if key.endswith("steady"):
+                assert min(values) >= 15 and max(values) < EXACT, (key, values)
+            else:
+                assert min(values) >= (50 if key == "quantized" else EXACT), (key, values)
+
+
+def inpainting() -> list[float]:
+    """A UNet of nine channels: the pipeline joins latents, mask and masked picture."""
+    base = tiny.load("sd1", unet=tiny.unet(in_channels=9))
+    pipe = diffusers.StableDiffusionInpaintPipeline.from_pipe(base)
+    pipe.set_progress_bar_config(disable=True)
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48] = 255
+    extra: dict[str, Any] = {
+        "image": tiny.picture(), "mask_image": tiny.Image.fromarray(mask), "strength": 1.0, "steps": 2,
+    }  # fmt: skip
+    plain = picture(pipe, "sd1", **extra)
+    with DistriFusion(pipe, **WARM | WHOLE) as parallel:
+        made = picture(pipe, "sd1", parallel, **extra)
+    return [psnr(made, plain)]
+
+
+def test_an_inpainting_unet(pool: RankPool):
+    tiny.checkpoint("sd1")
+    assert all(min(rank) >= EXACT for rank in pool.run(inpainting, 3))
+
+
+def decoded() -> list[float]:
+    vae, found = pipeline("sdxl").vae, []
+    for shape in ((1, 4, 7, 5), (2, 4, 12, 9), (1, 4, 2, 3)):
+        z = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            plain = vae.decode(z).sample
+            with PatchDecoder(vae):
+                joint = vae.decode(z, return_dict=False)[0]
+        assert joint.shape == plain.shape
+        found.append(float((joint - plain).abs().max()))
+    return found
+
+
+def test_joint_decoding_is_exact(pool: RankPool):
+    tiny.checkpoint("sdxl")
+    for rank in pool.run(decoded, 3):
+        assert max(rank) < 1e-4
+
+
+class Adder(nn.Module):
+    """Answers with the sum of what it gets, as a tuple, and remembers the batch."""
+
+    def forward(self, sample: torch.Tensor, t: Any, more: list[torch.Tensor], one: Any = None) -> tuple:
+        self.batch = len(sample), len(more[0])
+        return sample + more[0][: len(sample)] * t, one
+
+
+def branches() -> dict[str, Any]:
+    model, other = Adder(), Adder()
+    sample, more = torch.arange(6.0).view(2, 3), [torch.ones(4, 3).cumsum(0)]
+    with CfgSplit([model], None, dist.get_rank(), local=[other]) as split:
+        both = model(sample, 2, more)
+        seen = model.batch
+        half = other(sample, t=2, more=more)[0]
+        single = model(sample[:1], 2, more)[0]
+        whole = model.batch
+        active = split.active
+    again = model(sample, 2, more)[0]
+    return {"both": both[0], "seen": seen, "half": half, "single": single, "whole": whole, "again": again,
+            "active": active}  # fmt: skip
+
+
+def test_guidance_branches_on_two_ranks(pool: RankPool):
+    for branch, rank in enumerate(pool.run(branches, 2)):
+        assert rank["seen"] == (1, 2) and rank["whole"] == (1, 4) and not rank["active"]
+        halves = torch.stack([torch.tensor([2.0, 3, 4]), torch.tensor([3.0, 4, 5]) + 6])
+        assert torch.equal(rank["both"], halves) and torch.equal(rank["half"], halves[branch : branch + 1])
+        assert torch.equal(rank["single"], torch.tensor([[2.0, 3, 4]]))
+        assert torch.equal(rank["again"][0], rank["single"][0])
+
+
+def test_moments_of_parts_make_the_norm_of_the_whole():
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, 10, 5) * torch.arange(1.0, 11).view(10, 1) + 20
+    norm = nn.GroupNorm(4, 12)
+    nn.init.normal_(norm.weight)
+    parts = x.split([2, 5, 3], 2)
+    weights = torch.tensor([0.2, 0.5, 0.3]).view(3, 1, 1)
+    moments = torch.stack([group_moments(part, 4) for part in parts])
+    made = apply_moments(x, join_moments(moments, weights), 4, norm.weight, norm.bias, norm.eps)
+    assert torch.allclose(made, norm(x), atol=1e-4)
+    # Nothing has changed since: the correction is none. Where it would make a variance negative: own moments.
+    still = corrected_moments(moments, weights, moments[1], moments[1])
+    assert torch.allclose(still, join_moments(moments, weights), rtol=1e-4)
+    own = torch.stack([moments[1][0], moments[1][1] * 1e-6])
+    shrunk = corrected_moments(moments, weights, moments[1] * torch.tensor([1.0, 50.0]).view(2, 1, 1), own)
+    assert torch.equal(shrunk[1], own[1])
+    half = group_moments(x.bfloat16(), 4)
+    assert half.dtype == torch.float32
+    assert torch.allclose(half, group_moments(x.bfloat16().float(), 4), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("length", "unit", "ranks", "expected"),
+    [
+        (128, 4, 2, [0, 64, 128]),
+        (64, 8, 3, [0, 16, 40, 64]),
+        (13, 2, 3, [0, 4, 8, 13]),
+        (65, 8, 8, [0, 8, 16, 24, 32, 40, 48, 56, 65]),
+        (9, 8, 2, [0, 8, 9]),
+    ],
+)
+def test_cuts(length: int, unit: int, ranks: int, expected: list[int]):
+    assert cuts(length, unit, ranks) == expected
+
+
+def test_too_small_a_picture_is_refused_with_what_fits():
+    with pytest.raises(ValueError, match=r"512 pixels make 8 patches of 64, too few for 9 .* 520 .*\(576"):
+        cuts(64, 8, 9, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"parallelism": "rows"}, "must be one of patch, tensor, naive_patch"),
+        ({"sync_mode": "none"}, "must be one of corrected_async_gn"),
+        ({"split_scheme": "alternate"}, "'alternate' is for naive_patch"),
+        ({"warm_up_steps": 0}, "at least one step must be synchronous"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str):
+    with pytest.raises(ValueError, match=problem):
+        DistriFusion(SimpleNamespace(unet=nn.Linear(1, 1)), **settings)
