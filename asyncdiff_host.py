@@ -48,6 +48,7 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
             group=group,
             stage_weights=weights,
             cuda_graph=graphs,
+            measure_units=config.auto_balance,
             denoiser=module,
         )
         for module in (denoiser, *nets)

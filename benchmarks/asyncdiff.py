@@ -1,7 +1,7 @@
 """AsyncDiff beside the plain pipeline, full-size random weights, latents out: seconds, error, memory.
 
 torchrun --nproc_per_node=2 benchmarks/asyncdiff.py sdxl:1024:30 sdxl:2048:10 sd1:512:30 sd3:1024:28
-    [--compile [--channels-last]] [--systems eager,graph,asyncdiff,cfg] [--warm-up 3] [--repeats 3]
+    [--compile [--channels-last]] [--systems eager,graph,asyncdiff,balanced,cfg] [--warm-up 3]
 
 Under one rank (plain python) only the plain systems run. Every system's time is the median of `--repeats`
 generations after one that warms it up; the error is ||a - b|| / ||b|| of the latents against plain eager.
@@ -88,7 +88,7 @@ class Bench:
 
     def _systems(self, pipe: Any, label: str, run: Any, steps: int, systems: list[str], prefix: str) -> None:
         for system in systems:
-            if self.size == 1 and system in ("asyncdiff", "cfg"):
+            if self.size == 1 and system in ("asyncdiff", "balanced", "cfg"):
                 continue
             began = time.perf_counter()
             held = self._attach(pipe, system)
@@ -116,7 +116,8 @@ class Bench:
 
             alone = AsyncDiff(pipe, 1, warm_up_steps=1, group=self.alone[self.rank])
             return [alone, CfgSplit([alone.denoiser], dist.group.WORLD, self.rank)]
-        return [AsyncDiff(pipe, self.size, warm_up_steps=self.options.warm_up)]
+        measured = system == "balanced"
+        return [AsyncDiff(pipe, self.size, warm_up_steps=self.options.warm_up, measure_units=measured)]
 
     def _row(self, label: str, system: str, seconds: float, peak: float, latents: torch.Tensor, spent: float):
         if self.reference is None:
@@ -138,7 +139,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("work", nargs="+", help="type:size:steps")
-    parser.add_argument("--systems", default="eager,graph,asyncdiff,cfg")
+    parser.add_argument("--systems", default="eager,graph,asyncdiff,balanced,cfg")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--channels-last", action="store_true", help="of the compiled denoiser")
     parser.add_argument("--warm-up", type=int, default=3)

@@ -65,7 +65,7 @@ def call_arguments(
         )
     if config.ip_adapter:
         picture = _picture(request.ip_image, request.ip_image_scale)
-        arguments |= ip_arguments(pipe, spec, config.ip_adapter, picture, request.ip_adapter_scale)
+        arguments |= ip_arguments(pipe, config.ip_adapter, picture, request.ip_adapter_scale)
     if spec.output == "video":
         arguments |= _video_arguments(pipe, spec, request)
     arguments |= _schedule_arguments(request, device)

@@ -227,7 +227,7 @@ class HostConfig:
         None, _PARALLEL, "relative speed of each stage's GPU, 1,1,0.5", _weights, backend="asyncdiff"
     )
     auto_balance: bool = _flag(
-        False, _PARALLEL, "measure each GPU's speed at start and cut by it", backend="asyncdiff"
+        False, _PARALLEL, "cut by the measured time of each part and speed of each GPU", backend="asyncdiff"
     )
     parallelism: str = _flag(
         "patch",

@@ -26,7 +26,8 @@ from shared.parallel.graphs import Graphs, signature
 from shared.parallel.partition import Partition, partition
 from shared.parallel.stage import Run, Stage
 from shared.parallel.surgery import Forward, Surgery
-from shared.parallel.trace import candidates, parameter_names, trace
+from shared.parallel.timing import UnitTimer
+from shared.parallel.trace import Trace, candidates, parameter_names, trace
 
 
 class AsyncDiff:
@@ -46,6 +47,7 @@ class AsyncDiff:
         group: ranks that take part, model_n + stride - 1 of them; None for all.
         stage_weights: relative speed of the stages' devices, model_n numbers.
         cuda_graph: capture and replay steps on CUDA.
+        measure_units: cut by each unit's measured time instead of its FLOPs; another run may cut otherwise.
         denoiser: the module to divide, when it is neither ``unet`` nor ``transformer``.
         max_shapes: signatures whose buffers and graphs are kept.
 
@@ -64,6 +66,7 @@ class AsyncDiff:
         group: dist.ProcessGroup | None = None,
         stage_weights: Sequence[float] | None = None,
         cuda_graph: bool = True,
+        measure_units: bool = False,
         denoiser: nn.Module | None = None,
         max_shapes: int = 4,
     ) -> None:
@@ -92,11 +95,12 @@ class AsyncDiff:
         """Whether this rank repeats the last stage for the current step (stride 2)."""
         self.executions: Counter[str] = Counter()
         """How often each unit ran here in this generation's asynchronous steps, graph replays not counted."""
+        self.measure_units = measure_units
         self._cuda_graph, self._max_shapes = cuda_graph, max_shapes
         self._stages: OrderedDict[Hashable, Stage] = OrderedDict()
         self._steps: int | None = None
         self._names = parameter_names(found)
-        self._run: Run | None = None
+        self._run: Run | UnitTimer | None = None
         self._surgery = Surgery()
         self._surgery.override(found, self._forward)
         for name, module, _ in candidates(found):
@@ -191,12 +195,23 @@ class AsyncDiff:
         key = signature(kwargs)
         if key not in self._stages:
             traced, _ = trace(self.denoiser, kwargs, original)
-            plan = partition(traced, self.model_n, self.stage_weights)
+            costs = self._unit_seconds(traced, original, kwargs) if self.measure_units else None
+            plan = partition(traced, self.model_n, self.stage_weights, costs)
             while len(self._stages) >= self._max_shapes:
                 self._stages.popitem(last=False)[1].graphs.close()
             self._stages[key] = Stage(plan, self.stage, device, Graphs(self._cuda_graph))
         self._stages.move_to_end(key)
         return self._stages[key]
+
+    def _unit_seconds(self, traced: Trace, original: Forward, kwargs: dict[str, Any]) -> list[float]:
+        """Mean over the group, so that all ranks cut alike."""
+        device = next(self.denoiser.parameters()).device
+        timer = UnitTimer(traced, device)
+        mine = timer.seconds(lambda: self._under(timer, original, kwargs))
+        total = torch.tensor(mine, dtype=torch.float32, device=device)
+        if self.ranks > 1:
+            dist.all_reduce(total, group=self.group)
+        return (total / self.ranks).tolist()
 
     def _position(self, t: torch.Tensor) -> int:
         if self.stride == 1 and not self.time_shift:
@@ -257,7 +272,7 @@ class AsyncDiff:
         exchange.finish()
         return stage.result(stage.now)
 
-    def _under(self, run: Run, original: Forward, kwargs: dict[str, Any]) -> Any:
+    def _under(self, run: Run | UnitTimer, original: Forward, kwargs: dict[str, Any]) -> Any:
         self._run = run
         try:
             return original(**kwargs)
