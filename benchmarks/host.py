@@ -1,6 +1,7 @@
 """A whole host with a full-size SDXL checkpoint of random weights, asked over HTTP, beside plain diffusers.
 
 python benchmarks/host.py --ranks 1,2 --size 1024 --steps 30 --folder /tmp/sdxl [-- --compile_unet ...]
+python benchmarks/host.py --features --ranks 2 --steps 6     every quantization and offload, and all together
 
 Prints, for each number of ranks, start to ready, the median of three requests (the wall clock of the client
 with the picture decoded and sent, and the denoising alone) and peak memory a rank; and plain diffusers.
@@ -9,7 +10,9 @@ with the picture decoded and sent, and the denoising alone) and peak memory a ra
 from __future__ import annotations
 
 import argparse
+import base64
 import gc
+import io
 import json
 import signal
 import statistics
@@ -21,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.models import make_sdxl, on
+from benchmarks.models import make_sdxl, on, sdxl_unet
 from demo.ask import free_port, get, wait_until_ready
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +64,24 @@ def save_checkpoint(folder: Path, device: torch.device) -> None:
     pipe.save_pretrained(folder)
 
 
+def save_adapters(folder: Path, device: torch.device) -> list[str]:
+    """A LoRA of rank 16 on all attention layers and a ControlNet, random, beside the checkpoint; their flags."""
+    from diffusers import ControlNetModel
+    from safetensors.torch import save_file
+
+    dtype = torch.bfloat16
+    lora, control = folder.parent / "sdxl_lora.safetensors", folder.parent / "sdxl_control"
+    unet = on(device, dtype, sdxl_unet)
+    tensors = {}
+    for name, module in unet.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".attn" in name:
+            tensors[f"unet.{name}.lora_A.weight"] = torch.randn(16, module.in_features, dtype=dtype) * 0.01
+            tensors[f"unet.{name}.lora_B.weight"] = torch.randn(module.out_features, 16, dtype=dtype) * 0.01
+    save_file(tensors, lora)
+    ControlNetModel.from_unet(unet).to(dtype).save_pretrained(control)
+    return [f"--lora={json.dumps({str(lora): 1.0})}", f"--control_net={control}"]
+
+
 def plain_diffusers(folder: Path, device: torch.device, size: int, steps: int) -> None:
     """Plain diffusers from the same folder in this process, eager."""
     from diffusers import StableDiffusionXLPipeline
@@ -78,6 +100,13 @@ def plain_diffusers(folder: Path, device: torch.device, size: int, steps: int) -
     print(f"| plain diffusers, eager | 1 | - | {statistics.median(times):.3f} | - | {peak:.1f} |", flush=True)
 
 
+def png(size: int) -> bytes:
+    """A picture to steer a ControlNet with."""
+    out = io.BytesIO()
+    Image.linear_gradient("L").resize((size, size)).convert("RGB").save(out, "PNG")
+    return out.getvalue()
+
+
 def ask(url: str, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     """Wall-clock seconds of one request, and its answer."""
     request = urllib.request.Request(
@@ -89,7 +118,8 @@ def ask(url: str, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     return time.perf_counter() - began, answer
 
 
-def host(folder: Path, ranks: int, size: int, steps: int, flags: list[str]) -> None:
+def host(folder: Path, ranks: int, size: int, steps: int, flags: list[str], name: str = "") -> None:
+    """Launch a host, ask it four times, print one row, end it."""
     port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     command += ["--master_port", str(free_port()), str(ROOT / "asyncdiff_host.py"), "--type=sdxl"]
@@ -99,6 +129,8 @@ def host(folder: Path, ranks: int, size: int, steps: int, flags: list[str]) -> N
     try:
         ready = wait_until_ready(url, process)
         body = {"positive": "a red cat", "steps": steps, "seed": 1, "cfg": 5.0}
+        if any(flag.startswith("--control_net") for flag in flags):
+            body["control_image"] = base64.b64encode(png(size)).decode()
         runs = [ask(url, body) for _ in range(4)][1:]
         health = json.loads(get(f"{url}/health")[1])
     finally:
@@ -107,8 +139,11 @@ def host(folder: Path, ranks: int, size: int, steps: int, flags: list[str]) -> N
     wall = statistics.median(seconds for seconds, _ in runs)
     denoise = statistics.median(answer["seconds"]["denoise"] for _, answer in runs)
     peak = max(rank.get("memory_peak_mib", 0) for rank in health["ranks"]) / 1024
-    name = "asyncdiff_host " + " ".join(flags)
-    print(f"| {name} | {ranks} | {ready:.0f} | {wall:.3f} | {denoise:.3f} | {peak:.1f} |", flush=True)
+    name = name or " ".join(flags)
+    print(
+        f"| asyncdiff_host {name} | {ranks} | {ready:.0f} | {wall:.3f} | {denoise:.3f} | {peak:.1f} |",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -118,6 +153,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/sdxl"))
+    parser.add_argument("--features", action="store_true", help="one launch for each feature")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("flags", nargs="*", help="after --: more flags of the host")
     options = parser.parse_args()
@@ -125,12 +161,28 @@ def main() -> None:
     if not (options.folder / "model_index.json").exists():
         save_checkpoint(options.folder, device)
     print("| system | ranks | s to ready | s a request | s denoising | peak GiB |\n|---|---|---|---|---|---|")
-    plain_diffusers(options.folder, device, options.size, options.steps)
+    if options.features:
+        adapters = save_adapters(options.folder, device)
+    else:
+        plain_diffusers(options.folder, device, options.size, options.steps)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    for ranks in options.ranks.split(","):
-        host(options.folder, int(ranks), options.size, options.steps, options.flags)
+    for ranks in map(int, options.ranks.split(",")):
+        if not options.features:
+            host(options.folder, ranks, options.size, options.steps, options.flags)
+            continue
+        all_together = [*adapters, "--quantize_to=int8", "--compile_unet"]
+        runs = {"LoRA + ControlNet + int8 + compile": all_together, "no feature": []}
+        runs |= {to: [f"--quantize_to={to}"] for to in ("float8", "int8", "int4", "int2")}
+        runs |= {
+            f"{how} offload": [f"--enable_{how}_offload"] for how in ("model_cpu", "sequential_cpu", "group")
+        }
+        for name, flags in runs.items():
+            try:
+                host(options.folder, ranks, options.size, options.steps, [*flags, *options.flags], name)
+            except (SystemExit, OSError) as error:
+                print(f"| asyncdiff_host {name} | {ranks} | failed: {error} |", flush=True)
 
 
 if __name__ == "__main__":
