@@ -65,7 +65,7 @@ def save_checkpoint(folder: Path, device: torch.device) -> None:
 
 
 def save_adapters(folder: Path, device: torch.device) -> list[str]:
-    """A LoRA of rank 16 on all attention layers and a ControlNet, random, beside the checkpoint; their flags."""
+    """A random LoRA (rank 16, all attention layers) and ControlNet beside the checkpoint; their flags."""
     from diffusers import ControlNetModel
     from safetensors.torch import save_file
 

@@ -302,6 +302,13 @@ class HostConfig:
         return MODELS[self.type]
 
     @property
+    def offloads(self) -> bool:
+        """Whether any kind of CPU offload is on."""
+        return (
+            self.enable_model_cpu_offload or self.enable_sequential_cpu_offload or self.enable_group_offload
+        )
+
+    @property
     def size(self) -> tuple[int, int]:
         """Default (width, height) of a picture, pixels."""
         return self.width or self.spec.width, self.height or self.spec.height
