@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.attention_processor import Attention
 from optimum.quanto import freeze, qint8, quantize
+from peft import LoraConfig
 from torch import nn
 
 from shared.parallel.cfg_split import CfgSplit
@@ -31,6 +34,7 @@ from tests import tiny, tiny_extras
 from tests.ranks import RankPool
 
 STEPS = 3
+DEMO = Path(__file__).parents[1] / "demo" / "checkpoint"
 EXACT = 80.0
 """dB in fp32 that count as equal to the plain pipeline; patches reach 120 and more."""
 SYNC_MODES = ("corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "full_sync", "no_sync")
@@ -230,7 +234,7 @@ def steady(name: str, modes: tuple[str, ...], steps: int, size: dict[str, Any]) 
     return found
 
 
-@pytest.mark.parametrize(("name", "world_size", "height"), [("sd1", 2, 64), ("sdxl", 3, 104)])
+@pytest.mark.parametrize(("name", "world_size", "height"), [("sd1", 2, 64), ("sdxl", 3, 80)])
 def test_steady_state_is_on_schedule_in_every_sync_mode(
     pool: RankPool, name: str, world_size: int, height: int
 ):
@@ -245,10 +249,9 @@ def test_steady_state_is_on_schedule_in_every_sync_mode(
     assert mine["full_sync"]["psnr"] >= EXACT
     for mode in SYNC_MODES:
         if mode != "full_sync":
-            assert 20 <= mine[mode]["psnr"] < EXACT, (mode, mine[mode]["psnr"])
+            assert 15 <= mine[mode]["psnr"] < EXACT, (mode, mine[mode]["psnr"])
     for mode in ("corrected_async_gn", "stale_gn", "separate_gn"):
         assert mine[mode]["simulation"] >= 75, (mode, mine[mode]["simulation"])
-    assert mine["corrected_async_gn"]["psnr"] >= mine["stale_gn"]["psnr"]
     assert len({mine[mode]["bytes"] for mode in SYNC_MODES}) >= 5
 
     # What travels: [messages, bytes, times a layer waited], of this rank.
@@ -262,6 +265,32 @@ def test_steady_state_is_on_schedule_in_every_sync_mode(
     assert counts["corrected_async_gn"][1] == counts["stale_gn"][1]
     assert counts["no_sync"][0] < counts["stale_gn"][0] < counts["full_sync"][0] / 2
     assert mine["full_sync"]["held"] == 0 < mine["no_sync"]["held"] < mine["separate_gn"]["held"]
+
+
+def on_the_demo() -> dict[str, list[float]]:
+    """PSNR of four held-out prompts after 12 steps, warm-up 2, for each of two modes."""
+    pipe = diffusers.DiffusionPipeline.from_pretrained(DEMO)
+    pipe.set_progress_bar_config(disable=True)
+
+    def paint() -> np.ndarray:
+        return pipe(
+            ["two small green circles", "a large red square", "three blue triangles", "a yellow circle"],
+            num_inference_steps=12, guidance_scale=4.0, generator=torch.Generator().manual_seed(3),
+            output_type="np",
+        ).images  # fmt: skip
+
+    plain, found = paint(), {}
+    for mode in ("corrected_async_gn", "stale_gn"):
+        with DistriFusion(pipe, sync_mode=mode, warm_up_steps=2, split_batch=False) as parallel:
+            parallel.begin(12)
+            found[mode] = [psnr(a, b) for a, b in zip(paint(), plain, strict=True)]
+    return found
+
+
+def test_corrected_moments_are_not_worse_than_stale_ones(pool: RankPool):
+    found = pool.run(on_the_demo, 2)[0]
+    mean = {mode: float(np.mean(values)) for mode, values in found.items()}
+    assert mean["corrected_async_gn"] >= mean["stale_gn"] >= 15, found
 
 
 def shapes() -> dict[str, Any]:
@@ -279,7 +308,7 @@ def shapes() -> dict[str, Any]:
             made = [picture(pipe, name, parallel, **request) for request in requests]
             found[f"steady {kept}"] = [psnr(a, b) for a, b in zip(made, plain, strict=True)]
             found[f"bytes {kept}"] = [image.tobytes() for image in made]
-            with pytest.raises(ValueError, match=r"16 pixels make 1 patches of 16.* 32 in equal patches"):
+            with pytest.raises(ValueError, match=r"16 pixels make 1 patches of 16.*\(32 in equal patches"):
                 picture(pipe, name, parallel, height=16)
     with DistriFusion(pipe), pytest.raises(RuntimeError, match="must be called before a generation"):
         tiny.run(pipe, name)
@@ -298,12 +327,12 @@ def test_other_sizes_and_guidance_and_back(pool: RankPool):
 def dressed(name: str) -> dict[str, Any]:
     """LoRA, IP-Adapter and ControlNet together on a quantized UNet; scales that change in between."""
     base = tiny.load(name)
-    net = diffusers.ControlNetModel.from_pretrained(tiny_extras.control_net(name))
+    nets = [diffusers.ControlNetModel.from_pretrained(tiny_extras.control_net(name, seed)) for seed in (0, 1)]
     cls = {
         "sd1": diffusers.StableDiffusionControlNetPipeline,
         "sdxl": diffusers.StableDiffusionXLControlNetPipeline,
     }[name]
-    pipe = cls.from_pipe(base, controlnet=[net, net])
+    pipe = cls.from_pipe(base, controlnet=nets)
     pipe.set_progress_bar_config(disable=True)
     weights = tiny_extras.ip_adapter(name)
     pipe.load_ip_adapter(
@@ -330,7 +359,7 @@ def dressed(name: str) -> dict[str, Any]:
             pipe.set_ip_adapter_scale(scale)
             pipe.set_adapters("one", scale)
             plain.append(picture(pipe, name, **extra))
-        assert psnr(*plain) < 40
+        assert psnr(*plain) < EXACT - 20
         found[key] = [psnr(a, b) for a, b in zip(made, plain, strict=True)], (
             repr(pipe.unet), repr(pipe.controlnet)
         ) == text  # fmt: skip
@@ -351,7 +380,7 @@ def dressed(name: str) -> dict[str, Any]:
     with DistriFusion(pipe, **WARM | WHOLE) as parallel:
         made = picture(pipe, name, parallel, **extra)
     found["quantized"] = [psnr(made, picture(pipe, name, **extra))], True
-    with pytest.raises(ValueError, match=r"divides plain weights; this is a QLinear"):
+    with pytest.raises(ValueError, match=r"divides plain weights; this is a Q"):
         DistriFusion(pipe, "tensor", split_batch=False)
     return found
 
@@ -369,8 +398,13 @@ def test_adapters_controlnets_and_quantized_weights(pool: RankPool, name: str):
 
 
 def inpainting() -> list[float]:
-    """A UNet of nine channels: the pipeline joins latents, mask and masked picture."""
-    base = tiny.load("sd1", unet=tiny.unet(in_channels=9))
+    """A UNet of nine channels with a LoRA on convolutions, and forwards that hooks have replaced."""
+    unet = tiny.unet(in_channels=9)
+    layers = ["to_q", "to_v", "conv1", "conv"]
+    unet.add_adapter(LoraConfig(r=4, target_modules=layers, init_lora_weights=False))
+    for module in (unet, unet.mid_block.resnets[0].norm1, unet.conv_out, unet.mid_block.resnets[0].conv1):
+        add_hook_to_module(module, ModelHook())
+    base = tiny.load("sd1", unet=unet)
     pipe = diffusers.StableDiffusionInpaintPipeline.from_pipe(base)
     pipe.set_progress_bar_config(disable=True)
     mask = np.zeros((64, 64), np.uint8)
@@ -384,7 +418,7 @@ def inpainting() -> list[float]:
     return [psnr(made, plain)]
 
 
-def test_an_inpainting_unet(pool: RankPool):
+def test_an_inpainting_unet_with_lora_on_convolutions_and_hooks(pool: RankPool):
     tiny.checkpoint("sd1")
     assert all(min(rank) >= EXACT for rank in pool.run(inpainting, 3))
 

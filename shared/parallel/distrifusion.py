@@ -205,11 +205,16 @@ class DistriFusion:
 
 
 def control_nets(pipeline: Any) -> list[nn.Module]:
-    """The ControlNets of a pipeline, one by one."""
+    """The ControlNets of a pipeline, one by one.
+
+    Raises:
+        ValueError: one of them is there twice: it would be called twice a step.
+    """
     net = getattr(pipeline, "controlnet", None)
-    if net is None:
-        return []
-    return list(getattr(net, "nets", [net]))
+    nets = [] if net is None else list(getattr(net, "nets", [net]))
+    if len({id(n) for n in nets}) < len(nets):
+        raise ValueError("the same ControlNet object is given twice; load it twice")
+    return nets
 
 
 def adapters(pipeline: Any) -> Hashable:
