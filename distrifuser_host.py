@@ -1,9 +1,58 @@
-"""Host for DistriFusion: displaced patch parallelism. Not built yet."""
+"""Host for DistriFusion: displaced patch parallelism. Start it under torchrun, one rank a GPU."""
 
 from __future__ import annotations
 
-from shared.config import UsageError, exit_usage, parse_or_exit
+from typing import TYPE_CHECKING, Any
+
+from shared.config import HostConfig
+from shared.host import serve
+
+if TYPE_CHECKING:
+    from shared.comm import World
+    from shared.generate import PipelineEngine
+    from shared.parallel.distrifusion import DistriFusion
+
+
+def attach(pipe: Any, config: HostConfig, world: World, branches: Any = None) -> DistriFusion | None:
+    """Divide the UNet, the ControlNets and the VAE's decoder over the ranks.
+
+    One rank alone runs the plain pipeline, on a GPU as CUDA graphs like the others.
+
+    Args:
+        branches: shared.comm.branch_groups where the guidance branches are split, else None.
+    """
+    from shared.parallel.distrifusion import DistriFusion
+
+    # A captured step holds on to the weights' addresses, which offloading changes.
+    graphs = world.device.type == "cuda" and not config.no_cuda_graph and not config.offloads
+    if world.size == 1 and not graphs:
+        return None
+    return DistriFusion(
+        pipe,
+        config.parallelism,  # type: ignore[arg-type]
+        config.split_scheme,  # type: ignore[arg-type]
+        config.sync_mode,  # type: ignore[arg-type]
+        config.warm_up_steps if world.size > 1 else max(config.warm_up_steps, 1),
+        split_batch=branches is not None,
+        group=world.compute,
+        branches=branches,
+        cuda_graph=graphs,
+        # A compiled decoder is one piece.
+        split_decode=not config.compile_vae,
+    )
+
+
+def build_engine(config: HostConfig, world: World) -> PipelineEngine:
+    """Load the pipeline on this rank's device and make it parallel."""
+    from shared.comm import branch_groups
+    from shared.generate import PipelineEngine
+    from shared.loading import load_pipeline
+
+    pipe = load_pipeline(config.spec, config, world.device, quiet=world.rank != 0)
+    split = world.size % 2 == 0 and not config.no_split_batch
+    branches = branch_groups(world, config.collective_timeout) if split else None
+    return PipelineEngine(pipe, config, world, lambda pipe: attach(pipe, config, world, branches))
+
 
 if __name__ == "__main__":
-    config = parse_or_exit("distrifuser")
-    exit_usage(config.backend, UsageError("this host is not built yet; asyncdiff_host.py is"))
+    serve("distrifuser", build_engine)

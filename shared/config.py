@@ -335,4 +335,29 @@ def _check_asyncdiff(config: HostConfig, world_size: int) -> None:
         raise UsageError("--auto_balance: measures what --stage_weights tells; give one of the two")
 
 
-PLANS: dict[str, Callable[[HostConfig, int], None]] = {"asyncdiff": _check_asyncdiff}
+def _check_distrifuser(config: HostConfig, world_size: int) -> None:
+    if world_size > 8:
+        raise UsageError(f"--parallelism: 1 to 8 ranks; the world size is {world_size}")
+    if config.split_scheme == "alternate" and config.parallelism == "patch":
+        raise UsageError(
+            "--split_scheme: alternate is for --parallelism=naive_patch; other patches stay in place from "
+            "step to step (row, col); got alternate with patch"
+        )
+    patched = config.parallelism == "patch" and config.sync_mode != "full_sync"
+    if patched and world_size > 1 and config.warm_up_steps < 1:
+        raise UsageError("--warm_up_steps: must be at least 1 (the first step fills the activations); got 0")
+    if config.parallelism == "tensor":
+        # A LoRA is fused when it is loaded.
+        flags = ("quantize_to", "gguf_model", "compile_unet")
+        given = next((f"--{flag}" for flag in flags if getattr(config, flag)), None)
+        if given or config.offloads:
+            raise UsageError(
+                f"--parallelism: tensor divides plain weights in memory, so not with "
+                f"{given or 'an --enable_..._offload flag'}; patch goes with all of them"
+            )
+
+
+PLANS: dict[str, Callable[[HostConfig, int], None]] = {
+    "asyncdiff": _check_asyncdiff,
+    "distrifuser": _check_distrifuser,
+}

@@ -99,7 +99,8 @@ class PipelineEngine:
         if "lora_scales" in self.spec.fields:
             loras_of(self.pipe, self.spec).set_scales(request.lora_scales or {})
         arguments = call_arguments(self.pipe, self.config, request, self.world.device)
-        decode = holds_picture and request.output_format != "latent"
+        joint = getattr(self.parallel, "decodes_together", False)
+        decode = (holds_picture or joint) and request.output_format != "latent"
         arguments["output_type"] = "pil" if decode else "latent"
         if self.parallel is not None:
             self._note_adapters(request)

@@ -8,7 +8,6 @@ own patch fresh and the others' as of the step before; what it makes travels whi
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -47,7 +46,8 @@ class DistriFusion:
         cuda_graph: capture and replay steps on CUDA. Not with offloaded weights, which move.
         split_decode: also decode in patches; every rank must then call the VAE's ``decode``.
         max_shapes: shapes whose buffers and graphs are kept.
-        timeout: of the process groups that are made; None for torch's default.
+        branches: this rank's half of the group, the pair of ranks with its place in both halves (branch 0
+            first), and its branch; None makes them where they are needed.
         bundle_bytes: least size of the messages of an asynchronous step.
 
     Raises:
@@ -67,7 +67,7 @@ class DistriFusion:
         cuda_graph: bool = True,
         split_decode: bool = True,
         max_shapes: int = 3,
-        timeout: timedelta | None = None,
+        branches: tuple[dist.ProcessGroup, dist.ProcessGroup, int] | None = None,
         bundle_bytes: int = 4 << 20,
     ) -> None:
         for name, value, allowed in (
@@ -92,7 +92,8 @@ class DistriFusion:
         self.all = Ranks.of(group)
         self.half, self.pair, self.branch = self.all, None, 0
         if split_batch and self.all.size % 2 == 0:
-            self._divide(timeout)
+            half, self.pair, self.branch = branches or self._make_branches()
+            self.half = Ranks.of(half)
         self.decodes_together = (
             split_decode and self.all.size > 1 and getattr(pipeline, "vae", None) is not None
         )
@@ -161,18 +162,15 @@ class DistriFusion:
             "buffers_bytes": sum(model.held_bytes for model in self.models),
         }
 
-    def _divide(self, timeout: timedelta | None) -> None:
-        """Two halves for the two branches, and pairs that hold the same patch of both."""
+    def _make_branches(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup, int]:
         ranks = [self.all.to_global(r) for r in range(self.all.size)]
         half = len(ranks) // 2
-        self.branch, place = divmod(self.all.rank, half)
-        make = dist.new_group
+        branch, place = divmod(self.all.rank, half)
         options: dict[str, Any] = {
-            "timeout": timeout, "use_local_synchronization": True, "backend": dist.get_backend(self.group),
+            "use_local_synchronization": True, "backend": dist.get_backend(self.group),
         }  # fmt: skip
-        mine = make(ranks[self.branch * half :][:half], **options)
-        self.half = Ranks.of(mine)
-        self.pair = make([ranks[place], ranks[half + place]], **options)
+        mine = dist.new_group(ranks[branch * half :][:half], **options)
+        return mine, dist.new_group([ranks[place], ranks[half + place]], **options), branch
 
     def _install(self) -> None:
         self._adapters = adapters(self.pipeline)
