@@ -8,6 +8,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from PIL import Image
 
 from shared.adapters import control_arguments, ip_arguments
 from shared.config import HostConfig
@@ -15,6 +16,8 @@ from shared.media import decode_image
 from shared.models import ModelSpec
 from shared.prompts import prompt_arguments
 from shared.requests import FieldProblem, GenerateRequest, RequestError
+
+INPAINT_CHANNELS = 9  # 4 of the latents, 4 of the masked picture, 1 of the mask
 
 
 def call_arguments(
@@ -53,6 +56,14 @@ def call_arguments(
         arguments |= {"width": request.width, "height": request.height}
     if request.image is not None:
         arguments["image"] = decode_image(request.image, request.image_scale)
+    if spec.inpaint_pipeline and getattr(pipe, spec.denoiser).config.in_channels == INPAINT_CHANNELS:
+        # An inpainting checkpoint paints the whole of an empty picture.
+        size = (request.width or 0, request.height or 0)
+        arguments |= {
+            "image": Image.new("RGB", size),
+            "mask_image": Image.new("L", size, 255),
+            "strength": 1.0,
+        }
     if config.control_net:
         picture = _picture(request.control_image, request.control_image_scale)
         arguments |= control_arguments(

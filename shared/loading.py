@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from shared import adapters, memory, quantize
+from shared.arguments import INPAINT_CHANNELS
 from shared.compile import compile_pipeline
-from shared.config import HostConfig, world_from_environment
+from shared.config import HostConfig, LoadError, world_from_environment
 from shared.lora import LoraError, loras_of
 from shared.models import MODELS, ModelSpec
 from shared.schedulers import SchedulerError, set_scheduler
-from shared.single_file import CONFIGS, SingleFileError, load_single_file
+from shared.single_file import BROKEN, CONFIGS, SingleFileError, load_single_file
 
 log = logging.getLogger("host")
 
@@ -31,13 +32,8 @@ OUR_ERRORS = (
     adapters.AdapterError, LoraError, memory.MemoryFlagError, quantize.QuantizeError, SchedulerError,
     SingleFileError,
 )  # fmt: skip
-BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError)
 # Whole blocks are compiled where the parallel method runs blocks, parts of them where it works inside them.
 RUNS_BLOCKS = ("asyncdiff",)
-
-
-class LoadError(ValueError):
-    """What the launch names cannot be loaded; one sentence says what and why."""
 
 
 def load_pipeline(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool = False) -> Any:
@@ -110,6 +106,8 @@ def _load_loras(pipe: Any, spec: ModelSpec, config: HostConfig) -> None:
         loras.add(path, scale)
     flags = ("quantize_to", "compile_unet", "compile_text_encoder")
     reason = next((f"--{flag}" for flag in flags if getattr(config, flag)), None)
+    if config.backend == "distrifuser" and config.parallelism == "tensor":
+        reason = reason or "--parallelism=tensor"
     if reason and config.gguf_model:
         loras.freeze(f"no LoRA can be added, removed or scaled under {reason}")
     elif reason:
@@ -128,6 +126,12 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
     index = _read_index(folder)
     if not single:
         _check_index(spec, index, folder)
+    if spec.inpaint_pipeline and _input_channels(folder / spec.denoiser) == INPAINT_CHANNELS:
+        if config.control_net:
+            raise LoadError(
+                "--control_net: not with an inpainting checkpoint, whose UNet has 9 input channels"
+            )
+        cls = getattr(diffusers, spec.inpaint_pipeline)
     parts: dict[str, Any] = {}
     if config.vae:
         parts["vae"] = load_vae(config.vae, index, folder, dtype)
@@ -234,10 +238,17 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def _input_channels(denoiser: Path) -> int | None:
+    try:
+        return json.loads((denoiser / "config.json").read_text()).get("in_channels")
+    except (OSError, ValueError):
+        return None
+
+
 def _check_index(spec: ModelSpec, index: dict[str, Any], folder: Path) -> None:
     """A checkpoint of another type loads in part and fails later, or not at all: say it now."""
     name = index.get("_class_name")
-    owners = [s for s in MODELS.values() if s.pipeline == name]
+    owners = [s for s in MODELS.values() if name in (s.pipeline, s.inpaint_pipeline)]
     kin = [s for s in owners if s.single_file_config == spec.single_file_config and s.output == "image"]
     if owners and spec not in owners and not (kin and spec.single_file_config):
         raise LoadError(

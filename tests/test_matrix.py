@@ -12,6 +12,7 @@ import io
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,8 +83,8 @@ def run_cell(
     torch.manual_seed(0)
     torch._dynamo.reset()
     world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
-    checkpoint = str(tiny.checkpoint(name))
-    common: Flags = {"backend": backend, "type": name, "checkpoint": checkpoint, "width": 64, "height": 64}
+    common: Flags = {"backend": backend, "type": name, "width": 64, "height": 64}
+    common["checkpoint"] = parallel_flags.pop("checkpoint", str(tiny.checkpoint(name)))
     config = HostConfig(**common, **flags, **{"warm_up_steps": STEPS, **parallel_flags})
     check_config(config, size)
     request = check_request(body(name, flags), config)
@@ -206,3 +207,23 @@ def test_asyncdiff_plans(pool: RankPool, size: int, flags: Flags):
         assert stale >= EXACT_DB, "the CFG split alone is exact whatever the warm-up"
     else:
         assert 10 < stale < float("inf")
+
+
+def inpainting_checkpoint(name: str) -> str:
+    """The tiny checkpoint of a type with a UNet of 9 input channels instead."""
+
+    def make(folder: Path) -> None:
+        pipe = tiny.load(name)
+        config = {**pipe.unet.config, "in_channels": 9}
+        pipe.register_modules(unet=tiny.seeded(9, lambda: type(pipe.unet).from_config(config)))
+        pipe.save_pretrained(folder)
+
+    return str(tiny.cached(f"inpaint_{name}", make))
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_inpainting_checkpoints_paint_the_whole_picture(pool: RankPool, name: str):
+    ranks = pool.run(run_cell, 2, "asyncdiff", name, {}, {"checkpoint": inpainting_checkpoint(name)})
+    holder = next(r for r in ranks if r["exact"] is not None)
+    assert psnr(holder["exact"], holder["plain"]) >= EXACT_DB
+    assert 10 < psnr(holder["asynchronous"], holder["plain"]) < float("inf")
