@@ -91,7 +91,7 @@ def _composite(modules: nn.ModuleList) -> bool:
 
 
 def _compile(modules: Any, config: HostConfig) -> int:
-    # Shapes are fixed: blocks of several levels and batches share code, and a graph for all of them is slower.
+    # Shapes are fixed: blocks of all levels and batches share code, and one graph for all is slower.
     arguments: dict[str, Any] = {"fullgraph": not config.compile_fullgraph_off, "dynamic": False}
     if config.compile_backend:
         arguments["backend"] = config.compile_backend
@@ -107,7 +107,7 @@ def _compile(modules: Any, config: HostConfig) -> int:
 
 
 def _prime(encoder: nn.Module) -> None:
-    """One call on one token, for transformers to put its hooks on the layers: under a lock, which no trace passes.
+    """One call on one token: transformers then hooks its layers, under a lock, which no trace passes.
 
     Encoders are compiled whole, because those hooks reach hidden states only in a trace from the top.
     """

@@ -288,10 +288,13 @@ def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _fits(module: nn.Module, pair: Pair) -> bool:
-    base = getattr(module, "base_layer", module)
+    base: Any = getattr(module, "base_layer", module)
     assert pair.down is not None and pair.up is not None
-    wanted = base.weight.shape
-    return pair.down.shape[1] == wanted[1] and pair.up.shape[0] == wanted[0] and pair.up.shape[1] == pair.rank
+    if isinstance(base, nn.Conv2d):
+        inputs, outputs = base.in_channels // base.groups, base.out_channels
+    else:  # not the weight's shape, which is that of packed bytes under GGUF
+        inputs, outputs = base.in_features, base.out_features
+    return pair.down.shape[1] == inputs and tuple(pair.up.shape[:2]) == (outputs, pair.rank)
 
 
 def _place(

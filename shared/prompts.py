@@ -42,6 +42,7 @@ def prompt_arguments(
     if clip_skip:
         _check_clip_skip(pipe, clip_skip, compel)
         arguments["clip_skip"] = clip_skip
+        _alias_text_model(pipe.text_encoder)
     if compel and positive_embeds is None and negative_embeds is None:
         return arguments | _compel(pipe, spec, positive or "", negative or "")
     arguments |= _side(pipe, spec, "", positive or "", positive_embeds)
@@ -90,6 +91,15 @@ def _check_clip_skip(pipe: Any, clip_skip: int, compel: bool) -> None:
         raise PromptError(
             f"clip_skip: the text encoder has {layers} layers, so at most {layers - 1}; got {clip_skip}"
         )
+
+
+def _alias_text_model(encoder: Any) -> None:
+    """Let `encoder.text_model` be the encoder itself, where transformers (since 5.6) has flattened the two.
+
+    Diffusers 0.42 looks for the final norm there when layers are skipped. Not registered as a submodule.
+    """
+    if not hasattr(encoder, "text_model"):
+        encoder.__dict__["text_model"] = encoder
 
 
 def _compel(pipe: Any, spec: ModelSpec, positive: str, negative: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
 from shared.models import ModelSpec
@@ -18,7 +19,10 @@ log = logging.getLogger("host")
 CONFIGS = Path(__file__).parent / "configs"
 T5_TOKENIZER = "google/t5-v1_1-xxl"  # in the Hugging Face cache, where someone put it there
 T5_KEY = "text_encoders.t5xxl.transformer.shared.weight"
-BROKEN = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
+BROKEN = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError,
+    SingleFileComponentError,
+)  # fmt: skip
 
 
 class SingleFileError(ValueError):

@@ -1,0 +1,126 @@
+"""Prompts: compel, embeddings and clip_skip."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shared.models import MODELS
+from shared.prompts import PromptError, prompt_arguments
+from tests import tiny
+
+COMPEL = [name for name, spec in MODELS.items() if spec.compel_class]
+EMBEDS = [name for name, spec in MODELS.items() if "positive_embeds" in spec.fields]
+TEXT = "a small red cat"
+
+
+@cache
+def pipe_of(name: str) -> Any:
+    return tiny.load(name)
+
+
+def made(name: str, changes: dict[str, Any] | None = None, **arguments: Any) -> np.ndarray:
+    """A picture for prompt_arguments(**arguments); tiny.run's own prompt is taken away."""
+    prompt = {"prompt": None} | prompt_arguments(pipe_of(name), MODELS[name], **arguments)
+    return tiny.run(pipe_of(name), name, **prompt, **(changes or {}))
+
+
+def apart(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one - other).max())
+
+
+@pytest.mark.parametrize("name", COMPEL)
+def test_compel(name: str) -> None:
+    # Flux: its T5 embeddings are compel's full length, and its negative prompt needs true guidance.
+    extra = {"max_sequence_length": 512, "true_cfg_scale": 2.0} if name == "flux" else {}
+    negative = "blue" if name == "flux" else None
+    plain = made(name, extra, positive=TEXT, negative=negative)
+    assert apart(made(name, extra, positive=TEXT, negative=negative, compel=True), plain) < 2e-3
+    weighted = made(name, extra, positive="a small (red)1.8 cat", negative=negative, compel=True)
+    assert apart(weighted, plain) > 1e-3
+
+
+@pytest.mark.parametrize("name", [n for n in COMPEL if n != "flux"])
+def test_compel_reads_past_77_tokens(name: str) -> None:
+    start = "word " * 20
+    one, other = (
+        made(name, positive=start + end, negative="short", compel=True) for end in ("cat", "dog on a hill")
+    )
+    assert apart(one, other) > 1e-4
+    cut, same = [made(name, positive=start + end, negative="short") for end in ("cat", "dog on a hill")]
+    assert np.array_equal(cut, same), "without compel the end is cut off"
+    arguments = prompt_arguments(pipe_of(name), MODELS[name], start, "short", compel=True)
+    assert arguments["prompt_embeds"].shape == arguments["negative_prompt_embeds"].shape
+
+
+def encoded(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The pipeline's own embeddings of TEXT and of the empty prompt."""
+    pipe, spec = pipe_of(name), MODELS[name]
+    others = {f"prompt_{i + 1}": None for i in range(1, len(spec.tokenizers))}
+    short = {"max_sequence_length": 32} if name in ("sd3", "flux") else {}
+    sides = []
+    with torch.no_grad():
+        for prompt in (TEXT, ""):
+            base: dict[str, Any] = {"prompt": prompt, "device": torch.device("cpu"), **others, **short}
+            if name == "flux":
+                found, pooled, _ = pipe.encode_prompt(**base)
+            else:
+                count = "num_videos_per_prompt" if name == "svd" else "num_images_per_prompt"
+                result = pipe.encode_prompt(**base, **{count: 1}, do_classifier_free_guidance=False)
+                found, pooled = result[0], result[2] if spec.pooled_embeds else None
+            sides.append({"embeds": found} | ({"pooled": pooled} if pooled is not None else {}))
+    return sides[0], sides[1]
+
+
+@pytest.mark.parametrize("name", EMBEDS)
+def test_embeddings_instead_of_prompts(name: str) -> None:
+    spec = MODELS[name]
+    positive, negative = encoded(name)
+    extra = {"true_cfg_scale": 2.0} if name == "flux" else {}
+    from_text = made(name, extra, positive=TEXT, negative="")
+    from_embeds = made(name, extra, positive_embeds=positive, negative_embeds=negative)
+    if not spec.embeds_mask:  # with a mask, padding is attended to: embeddings come without padding
+        assert apart(from_embeds, from_text) < 1e-4
+    assert apart(made(name, extra, positive_embeds=negative, negative_embeds=negative), from_embeds) > 1e-4
+    mixed = made(name, extra, positive_embeds=positive, negative="")
+    assert apart(mixed, from_embeds) < 1e-3 or spec.embeds_mask
+
+
+@pytest.mark.parametrize(
+    ("name", "embeds", "says"),
+    [
+        ("sdxl", {"embeds": torch.zeros(1, 77, 96)}, "type sdxl needs 'pooled' too"),
+        (
+            "sd1",
+            {"embeds": torch.zeros(1, 77, 32), "pooled": torch.zeros(1, 32)},
+            "type sd1 takes no 'pooled'",
+        ),
+        ("sd1", {"embeds": torch.zeros(1, 77, 48)}, "must be 32 wide for this checkpoint, got 48"),
+        ("sd1", {"embeds": torch.zeros(77, 32)}, r"must be \[1, tokens, width\], got \[77, 32\]"),
+    ],
+)
+def test_embeddings_refused(name: str, embeds: dict[str, torch.Tensor], says: str) -> None:
+    with pytest.raises(PromptError, match=says):
+        prompt_arguments(pipe_of(name), MODELS[name], positive_embeds=embeds)
+
+
+@pytest.mark.parametrize("name", [n for n, s in MODELS.items() if "clip_skip" in s.fields])
+def test_clip_skip(name: str) -> None:
+    plain = made(name, positive=TEXT)
+    assert np.array_equal(made(name, positive=TEXT, clip_skip=0), plain)
+    assert apart(made(name, positive=TEXT, clip_skip=1), plain) > 1e-4
+
+
+def test_clip_skip_refused() -> None:
+    with pytest.raises(PromptError, match="has 2 layers, so at most 1; got 2"):
+        prompt_arguments(pipe_of("sd1"), MODELS["sd1"], TEXT, clip_skip=2)
+    with pytest.raises(PromptError, match="clip_skip: compel"):
+        prompt_arguments(pipe_of("sd1"), MODELS["sd1"], TEXT, clip_skip=1, compel=True)
+
+
+def test_types_without_prompts() -> None:
+    assert prompt_arguments(pipe_of("svd"), MODELS["svd"]) == {}

@@ -1,0 +1,89 @@
+"""Schedulers: every name on a type's list runs, changes the picture, and is gone after a request."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from shared.loading import LoadError
+from shared.models import MODELS, SCHEDULERS, schedulers_for
+from shared.schedulers import SchedulerError, make_scheduler, scheduler_for_request
+from tests import tiny
+
+FAMILIES = {"discrete": "sd1", "video": "svd", "flow": "sd3", "flow_flux": "flux"}
+
+
+@cache
+def pipe_of(name: str) -> Any:
+    return tiny.load(name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_name_of_a_family_runs(family: str) -> None:
+    name = FAMILIES[family]
+    pipe, spec = pipe_of(name), MODELS[name]
+    launched = pipe.scheduler
+    before = tiny.run(pipe, name, steps=4)
+    pictures = {}
+    for wanted in schedulers_for(spec):
+        with scheduler_for_request(pipe, spec, wanted):
+            assert type(pipe.scheduler).__name__ == SCHEDULERS[wanted.removeprefix("k_")].cls
+            pictures[wanted] = tiny.run(pipe, name, steps=4)
+        assert np.isfinite(pictures[wanted]).all(), wanted
+        assert pipe.scheduler is launched
+    assert np.array_equal(tiny.run(pipe, name, steps=4), before)
+    assert len({picture.tobytes() for picture in pictures.values()}) >= len(pictures) - 2, "they differ"
+    for wanted in pictures:
+        if wanted.startswith("k_") and not launched.config.get("use_karras_sigmas"):
+            assert not np.array_equal(pictures[wanted], pictures[wanted[2:]]), wanted
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_type_takes_another_scheduler(name: str) -> None:
+    pipe, spec = pipe_of(name), MODELS[name]
+    current = type(pipe.scheduler).__name__
+    wanted = next(w for w in schedulers_for(spec) if w in SCHEDULERS and SCHEDULERS[w].cls != current)
+    with scheduler_for_request(pipe, spec, wanted):
+        changed = tiny.run(pipe, name, steps=4)
+    assert not np.array_equal(changed, tiny.run(pipe, name, steps=4))
+
+
+def test_class_names_and_json() -> None:
+    spec, current = MODELS["sd1"], pipe_of("sd1").scheduler
+    made = make_scheduler(
+        current, spec, {"scheduler": "ddim", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    )
+    assert made.config.timestep_spacing == "trailing" and made.config.rescale_betas_zero_snr
+    assert made.config.beta_end == current.config.beta_end, "the checkpoint's settings stay"
+    assert type(make_scheduler(current, spec, "EulerDiscreteScheduler")).__name__ == "EulerDiscreteScheduler"
+    assert make_scheduler(current, spec, "k_euler").config.use_karras_sigmas
+    flux = make_scheduler(pipe_of("flux").scheduler, MODELS["flux"], "DPMSolverMultistepScheduler")
+    assert flux.config.use_flow_sigmas and flux.config.prediction_type == "flow_prediction"
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "says"),
+    [
+        ("sd3", "ddim", "type sd3 takes flow_euler"),
+        ("sd1", "flow_euler", "type sd1 takes ddim"),
+        ("svd", "UniPCMultistepScheduler", "type svd takes"),
+        ("sd1", "k_ddim", "got 'k_ddim'"),
+        (
+            "sd1",
+            {"scheduler": "ddim", "spacing": "trailing"},
+            "DDIMScheduler has no setting 'spacing'; it has beta",
+        ),
+    ],
+)
+def test_refused(name: str, wanted: Any, says: str) -> None:
+    with pytest.raises(SchedulerError, match=says):
+        make_scheduler(pipe_of(name).scheduler, MODELS[name], wanted)
+
+
+def test_launch_flag() -> None:
+    assert type(tiny.host("sd1", scheduler="k_dpmpp_2m").scheduler).__name__ == "DPMSolverMultistepScheduler"
+    with pytest.raises(LoadError, match="type sd1 takes"):
+        tiny.host("sd1", scheduler="flow_euler")
