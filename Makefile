@@ -1,5 +1,6 @@
 # make demo   a picture made by two ranks on this machine, in demo.png
 # make test   the whole test suite      make check   format, lint and types
+# make matrix the README's tables from the registry and a run of every cell
 # Each sets up .venv first where it is missing or the requirements have changed.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red circle on a blue background
 RANKS ?= 2
 
-.PHONY: demo test check format clean
+.PHONY: demo test check matrix format clean
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] or 0)'
@@ -26,6 +27,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy .
+
+matrix: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_matrix.py
+	$(BIN)/python -m tests.tables --write
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

@@ -1,0 +1,105 @@
+"""README.md, generated parts: compatibility tables from the registry and the last test run, and the files.
+
+python -m tests.tables            print them
+python -m tests.tables --write    put them between the markers in README.md (`make matrix` tests first)
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "build" / "matrix.json"
+BUILT = ("asyncdiff",)
+COLUMNS = {
+    "LoRA": ("lora",),
+    "ControlNet": ("control_net",),
+    "IP-Adapter": ("ip_adapter",),
+    "quantization": ("quantize_to",),
+    "compile": ("compile_unet",),
+    "CPU offload": ("enable_model_cpu_offload", "enable_sequential_cpu_offload"),
+}
+
+
+def compatibility(results: dict[str, str]) -> str:
+    """One table a backend. `results` maps "backend/type/feature" to passed or failed."""
+    from shared.models import BACKENDS, MODELS, refusal
+
+    parts = []
+    for backend in BACKENDS.values():
+        parts.append(f"**{backend.name}_host.py**, {backend.title}\n")
+        if backend.name not in BUILT:
+            parts.append(f"Not built yet; its types will be {', '.join(backend.types)}.\n")
+            continue
+        notes: list[str] = []
+        parts.append("| type | model | " + " | ".join(COLUMNS) + " |")
+        parts.append("|---" * (len(COLUMNS) + 2) + "|")
+        for name in backend.types:
+            cells = []
+            for flags in COLUMNS.values():
+                reason = refusal(backend, MODELS[name], flags[0])
+                if reason is not None:
+                    if reason not in notes:
+                        notes.append(reason)
+                    cells.append(f"no ({notes.index(reason) + 1})")
+                elif flags[0].endswith("offload"):
+                    cells.append("GPU only")
+                else:
+                    outcome = results.get(f"{backend.name}/{name}/{flags[0]}", "untested")
+                    cells.append("yes" if outcome == "passed" else outcome)
+            parts.append(f"| {name} | {MODELS[name].title} | " + " | ".join(cells) + " |")
+        parts.append("")
+        parts += [f"({i}) {note}.  " for i, note in enumerate(notes, 1)]
+        parts.append("")
+    return "\n".join(parts).strip()
+
+
+def first_line(path: Path) -> str:
+    """The first line of a Python file's docstring, without its full stop."""
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return text.split("\n\n")[0].replace("\n", " ").rstrip(".")
+
+
+def file_tree() -> str:
+    """Every Python file outside of tests, with what it says of itself."""
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    lines = ["| file | what it is |", "|---|---|"]
+    for name in sorted(listed, key=lambda n: (n.count("/"), n)):
+        if not name.startswith("tests/") and (line := first_line(ROOT / name)):
+            lines.append(f"| `{name}` | {line} |")
+    return "\n".join(lines)
+
+
+def results() -> dict[str, str]:
+    """What the last run of tests/test_matrix.py said, cell by cell."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def put(text: str, name: str, content: str) -> str:
+    """`text` with what stands between the markers `name` replaced."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    assert pattern.search(text), f"README.md has no markers {name}"
+    return pattern.sub(lambda found: f"{found.group(1)}{content}\n{found.group(2)}", text)
+
+
+def main() -> None:
+    generated = {"compatibility": compatibility(results()), "files": file_tree()}
+    if "--write" not in sys.argv:
+        print("\n\n".join(generated.values()))
+        return
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, content in generated.items():
+        text = put(text, name, content)
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
