@@ -6,6 +6,7 @@ python demo/ask.py --ranks 2 --prompt "a red circle on a blue background" --out 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -90,6 +91,19 @@ def ask(url: str, body: dict[str, object], out: Path) -> dict[str, str]:
     return answer
 
 
+def stop(host: subprocess.Popen[bytes]) -> None:
+    """End the ranks, which exit with 0 at SIGTERM; torchrun, were it sent one, would complain."""
+    ranks = Path(f"/proc/{host.pid}/task/{host.pid}/children")
+    children = ranks.read_text().split() if ranks.exists() else []
+    for pid in children or [str(host.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGTERM)
+    try:
+        host.wait(15)
+    except subprocess.TimeoutExpired:
+        host.kill()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -111,8 +125,9 @@ def main() -> None:
         *("--width=128", "--height=128", "--warm_up_steps=3", f"--port={port}"),
     ]
     print("$ torchrun", *command[3:], flush=True)
-    # torchrun warns unless the number of threads is set; the host divides the cores among the ranks itself.
-    host = subprocess.Popen(command, env={"OMP_NUM_THREADS": "1", **os.environ})
+    # torchrun warns unless the number of threads is set (the host divides the cores among the ranks itself),
+    # and the progress bar here is the only one.
+    host = subprocess.Popen(command, env={"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **os.environ})
     url = f"http://127.0.0.1:{port}"
     try:
         started = wait_until_ready(url, host)
@@ -127,12 +142,9 @@ def main() -> None:
         seconds = time.monotonic() - began
         plan = json.loads(get(f"{url}/health")[1])["plan"]
     finally:
-        host.send_signal(signal.SIGTERM)
-        try:
-            host.wait(15)
-        except subprocess.TimeoutExpired:
-            host.kill()
-    print(f"ready after {started:.1f} s; plan: {json.dumps(plan)}")
+        stop(host)
+    shares = ", ".join(f"{stage['share']:.1%}" for stage in plan.get("stages", []))
+    print(f"{options.ranks} ranks shared the denoiser as {shares}; ready after {started:.1f} s")
     print(f'"{options.prompt}", seed {answer.get("X-Seed")}, {options.steps} steps: {seconds:.1f} s')
     print(f"wrote {options.out}")
 

@@ -167,8 +167,11 @@ class PipelineEngine:
                 raise StoppedError(Verdict.FINISHED)
 
         log.info("warming up at %sx%s", request.width, request.height)
+        shown = getattr(self.pipe, "_progress_bar_config", {})
+        self.pipe.set_progress_bar_config(disable=True)
         with contextlib.suppress(StoppedError):
             self.generate(request, on_step)
+        self.pipe.set_progress_bar_config(**shown)
 
     def list_loras(self) -> list[dict[str, Any]]:
         """The LoRAs in use, with their scales and how many of their layers fit."""

@@ -36,8 +36,8 @@ BuildEngine = Callable[[HostConfig, "World"], "PipelineEngine"]
 def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
     """Run one rank of a host until it is stopped; never returns.
 
-    Exit codes: 2 for a usage error, 1 when loading fails or the ranks lose each other, 130 after Ctrl-C, 143
-    after SIGTERM.
+    Exit codes: 2 for a usage error, 1 when loading fails or the ranks lose each other, 130 after Ctrl-C,
+    0 after SIGTERM (torchrun ends in peace when its ranks end with 0).
 
     Args:
         backend: name in shared.models.BACKENDS.
@@ -55,6 +55,8 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
         _start_server(config, status, queue, lifeline)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
         _load_and_loop(config, build_engine, status, queue)
     except UsageError as error:
@@ -62,7 +64,7 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
     except Exception as error:
         _report_end(error, rank)
         lifeline.end(EXIT_FAILED, f"broken: {_one_line(error)}")
-    lifeline.end(0, "stopped")
+    lifeline.end(0, "stopped", failed=False)
 
 
 def _start_server(config: HostConfig, status: HostStatus, queue: JobQueue, lifeline: Lifeline) -> None:
@@ -102,13 +104,15 @@ def _load_and_loop(
     status.versions = versions()
     status.state = "ready"
     log.info(
-        "ready after %.1f s: %s %s on %d ranks, %s",
+        "ready after %.1f s: %s %s on %d x %s",
         time.monotonic() - began,
         config.backend,
         config.type,
         world.size,
-        json.dumps(engine.plan),
+        world.device.type,
     )
+    for line in plan_lines(engine.plan):
+        log.info("%s", line)
     on_server = world.rank == 0
     RankLoop(
         engine,
@@ -117,6 +121,18 @@ def _load_and_loop(
         status if on_server else None,
         config.request_timeout,
     ).run()
+
+
+def plan_lines(plan: dict[str, Any]) -> list[str]:
+    """The plan for people: its settings in one line, then one line a stage."""
+    settings = [f"{name} {value}" for name, value in plan.items() if isinstance(value, str | int | float)]
+    lines = ["plan: " + ", ".join(settings)]
+    for number, stage in enumerate(plan.get("stages", [])):
+        runs = ", ".join(first if first == last else f"{first} .. {last}" for first, last in stage["runs"])
+        lines.append(
+            f"stage {number}: {stage['share']:.1%} of the arithmetic, {stage['units']} units: {runs}"
+        )
+    return lines
 
 
 def limit_threads(device_type: str) -> None:
@@ -164,11 +180,11 @@ class Lifeline:
         """Call `callback(reason, failed)` before the process ends."""
         self._callbacks.append(callback)
 
-    def end(self, code: int, reason: str) -> NoReturn:
+    def end(self, code: int, reason: str, failed: bool = True) -> NoReturn:
         """Run the callbacks, give the HTTP threads a moment, end the process at once."""
         with self._lock:
             for callback in self._callbacks:
-                callback(reason, code != 128 + signal.SIGINT and code != 0)
+                callback(reason, failed)
             log.disabled = True  # what the main thread meets from here on is the end itself
             time.sleep(FLUSH_SECONDS if self._callbacks else LINGER_SECONDS)
             sys.stdout.flush()
@@ -182,7 +198,9 @@ class Lifeline:
                 number = os.read(self._read, 1)[0]
                 if number in (signal.SIGINT, signal.SIGTERM):
                     log.info("%s, ending", signal.Signals(number).name)
-                    self.end(128 + number, f"{signal.Signals(number).name} was received")
+                    # The launcher sends SIGTERM when a rank has died, too: a running request has failed then.
+                    code = 0 if number == signal.SIGTERM else 128 + number
+                    self.end(code, f"{signal.Signals(number).name} was received", number == signal.SIGTERM)
             if self._parent is not None and os.getppid() != self._parent:
                 self.end(EXIT_FAILED, "the launcher is gone")
 
