@@ -77,7 +77,8 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool
     parallel = world_from_environment()[1] > 1
     dtype = compute_dtype(config, device)
     pipe = _load_components(spec, config, dtype)
-    pipe.set_progress_bar_config(disable=quiet)
+    if quiet:
+        pipe.set_progress_bar_config(disable=True)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
