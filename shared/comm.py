@@ -14,7 +14,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any
@@ -204,6 +204,13 @@ class Outcome:
     device: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class _Separate:
+    """In place of a result that is sent by itself."""
+
+    size: int  # bytes
+
+
 class BrokenJobError(RuntimeError):
     """The ranks cannot go on together: one died or hangs, or a collective failed."""
 
@@ -267,16 +274,17 @@ class Channel:
         return Verdict(int(self._ballot[0]))
 
     def settle(self, outcome: Outcome) -> list[Outcome]:
-        """Gather every rank's outcome on every rank. A result travels from its rank to rank 0 alone.
+        """Gather every rank's outcome on every rank. A result that is not small travels to rank 0 alone.
 
         Raises:
             BrokenJobError: a rank is gone, or did not come in time.
         """
         if self.world.size == 1:
             return [outcome]
-        payload = b"" if outcome.result is None else pickle.dumps(outcome.result)
-        slim = Outcome(**{**vars(outcome), "result": len(payload)})
-        data = pickle.dumps(slim)
+        payload, data = b"", pickle.dumps(outcome)
+        if outcome.result is not None and len(data) > FRAME - LENGTH:
+            payload = pickle.dumps(outcome.result)
+            data = pickle.dumps(replace(outcome, result=_Separate(len(payload))))
         frames = [_framed(b"") for _ in range(self.world.size)]
         try:
             dist.all_gather(frames, _framed(data), group=self.world.voting)
@@ -288,16 +296,18 @@ class Channel:
                 pickle.loads(_content(f, size)) for f, size in zip(frames, sizes, strict=True)
             ]
             for other in outcomes:
-                size, other.result = other.result, None
+                if not isinstance(other.result, _Separate):
+                    continue
+                size, other.result = other.result.size, None
                 if other.rank == self.world.rank:
                     other.result = outcome.result
-                elif self.world.rank == 0 and size:
+                elif self.world.rank == 0:
                     buffer = torch.empty(size, dtype=torch.uint8)
                     dist.recv(buffer, group=self.world.voting, group_src=other.rank)
                     other.result = pickle.loads(buffer.numpy().tobytes())
             if payload and self.world.rank != 0:
-                data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-                dist.send(data, group=self.world.voting, group_dst=0)
+                parcel = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+                dist.send(parcel, group=self.world.voting, group_dst=0)
         except RuntimeError as error:
             raise BrokenJobError(f"a rank is gone: {_first_line(error)}") from error
         return outcomes

@@ -161,8 +161,8 @@ def test_a_rank_that_does_not_come_to_the_vote_is_noticed(pool: RankPool):
     assert "step boundary" in pool.run(late_vote, 2)[0]
 
 
-def echoed(sizes: list[int]) -> list[tuple[bool, list[int]]]:
-    """Messages and outcomes of these sizes: whether each arrived, and how long each rank's error was."""
+def echoed(sizes: list[int]) -> list[tuple[bool, list[int], Any]]:
+    """Messages, errors and results of these sizes: what arrived of them."""
     world = world_of_pool()
     channel = Channel(world)
     found = []
@@ -172,7 +172,10 @@ def echoed(sizes: list[int]) -> list[tuple[bool, list[int]]]:
         mine = "e" * size if world.rank == 1 else "short"
         outcomes = channel.settle(Outcome(world.rank, Verdict.FAILED, mine))
         assert [o.rank for o in outcomes] == list(range(world.size))
-        found.append((received == sent, [len(o.error) for o in outcomes]))
+        result = b"r" * size if world.rank == 1 else None
+        (_, came, _) = channel.settle(Outcome(world.rank, Verdict.FINISHED, result=result))
+        # None where it travelled to rank 0 alone.
+        found.append((received == sent, [len(o.error) for o in outcomes], came.result and len(came.result)))
     return found
 
 
@@ -182,5 +185,7 @@ def test_messages_and_outcomes_of_any_size(pool: RankPool):
     # The largest that fit into one frame, and one byte to either side of them.
     limits = [FRAME - LENGTH - (len(pickle.dumps(made)) - FRAME) for made in (call, outcome)]
     sizes = [0, *(limit + more for limit in limits for more in (-1, 0, 1)), FRAME, 300_000, 1]
-    expected = [(True, [5, size, 5]) for size in sizes]
-    assert pool.run(echoed, 3, sizes) == [expected] * 3
+    ranks = pool.run(echoed, 3, sizes)
+    assert ranks[0] == ranks[1] == [(True, [5, size, 5], size or b"") for size in sizes]
+    assert [found[:2] for found in ranks[2]] == [found[:2] for found in ranks[0]]
+    assert ranks[2][0][2] == b"" and ranks[2][-2][2] is None and ranks[2][-1][2] == 1
