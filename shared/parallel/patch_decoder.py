@@ -55,6 +55,7 @@ class PatchDecoder:
         start = ends[self.rank]
         patch = kwargs["sample"] = whole.narrow(2, start, sizes[self.rank])
         exchange = PatchExchange(self.group, whole.device, sizes=sizes)
+        exchange.start()
         with self._layers.running(PatchRun(exchange, 2, whole=whole, start=start, patch=patch)):
             decoded = original(**kwargs)
         ratio = decoded.shape[2] // patch.shape[2]

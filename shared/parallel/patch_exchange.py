@@ -27,7 +27,6 @@ MOST_MESSAGES = 16
 class Offer:
     """What one rank sends for one layer."""
 
-    name: str
     kind: Kind
     parts: tuple[Shape | None, Shape | None, Shape | None]
     """Shapes of what goes to the rank after it, to all others, to the rank before it."""
@@ -46,7 +45,7 @@ class _Slot:
     """By rank."""
     bundle: _Bundle | None = None
     inbox: list[torch.Tensor | None] = field(default_factory=list)
-    """By rank: where a deferred tensor of that rank arrives; None for this rank and for who sends nothing."""
+    """By rank: where its deferred tensor arrives; this rank's own moments of the step before; else None."""
     outbox: list[torch.Tensor | None] = field(default_factory=list)
     """By part: where this rank's own tensor waits for its message."""
     weights: torch.Tensor | None = None
@@ -67,8 +66,9 @@ class _Bundle:
 class PatchExchange:
     """Exchanges between the ranks of a group, each of which has one patch, in rank order.
 
+    Layers are known by their turn: those of one kind come in the same order in every forward, or not at all.
     The first forward only records what will be exchanged (``recording``): nothing travels and its result is
-    worthless. ``build`` ends it. Then set ``synchronous`` before each step and call ``finish`` after it.
+    worthless. ``build`` ends it. Each later forward is between ``start`` and ``finish``.
 
     Args:
         group: the ranks that share the picture; None for all.
@@ -96,8 +96,9 @@ class PatchExchange:
         self.recording, self.synchronous = sizes is None, True
         self.messages = self.bytes = self.waits = 0
         """Messages and bytes that this rank has sent, how often a layer waited; replays are not counted."""
-        self._mine: dict[str, Offer] = {}
-        self._slots: dict[str, _Slot] = {}
+        self._mine: list[Offer] = []
+        self._slots: dict[Kind, list[_Slot]] = {"rows": [], "tokens": [], "moments": []}
+        self._turn: dict[Kind, int] = {}
         self._bundles: list[_Bundle] = []
         self._peers = [p for p in range(self.ranks) if p != self.rank]
         self._weights = self._shares(sizes or [1] * self.ranks)
@@ -110,13 +111,17 @@ class PatchExchange:
         stage = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._outboxes()}
         return sum(t.numel() for t in flat) + sum(stage.values())
 
+    def start(self, synchronous: bool = True) -> None:
+        """A forward begins; in a synchronous one every layer waits for what the others make in it."""
+        self.synchronous = synchronous
+        self._turn = {"rows": 0, "tokens": 0, "moments": 0}
+
     def rows(
         self,
-        name: str,
         first: torch.Tensor | None,
         last: torch.Tensor | None,
-        use: Callable[[torch.Tensor | None, torch.Tensor | None], torch.Tensor],
-    ) -> torch.Tensor:
+        use: Callable[[torch.Tensor | None, torch.Tensor | None], Any],
+    ) -> Any:
         """``use(the last rows of the rank before, the first rows of the rank after)``, None at the border.
 
         Args:
@@ -127,47 +132,56 @@ class PatchExchange:
         own = (last if below else None, None, first if above else None)
         if self.recording:
             # What arrives has the shape of what is sent the other way.
-            self._record(name, "rows", own)
+            self._record("rows", own)
             return use(last if above else None, first if below else None)
-        if self.sizes is not None:
-            self._slots[name] = self._alike("rows", first, last)
-        slot, before, after = self._slots[name], self.rank - 1, self.rank + 1
+        slot = self._next("rows", first, last)
+        before, after = self.rank - 1, self.rank + 1
 
-        def read(inbox: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        def read(inbox: Sequence[torch.Tensor | None]) -> Any:
             return use(inbox[before] if above else None, inbox[after] if below else None)
 
         return self._exchange(slot, own, read)
 
-    def share(
-        self,
-        name: str,
-        kind: Kind,
-        own: torch.Tensor,
-        use: Callable[[list[torch.Tensor]], torch.Tensor],
-        count: int = 0,
-    ) -> torch.Tensor:
-        """``use(the tensors of all ranks, in rank order)``, where ``own`` is this rank's.
-
-        tokens: [2, batch, tokens, channels], keys and values; moments: [2, batch, groups].
-        """
+    def tokens(self, own: torch.Tensor) -> torch.Tensor:
+        """Keys and values of all ranks, in rank order; ``own`` are [2, batch, tokens, channels]."""
         if self.recording:
-            self._record(name, kind, (None, own, None), count)
-            return use([own] * self.ranks)
-        if self.sizes is not None:
-            self._slots[name] = self._alike(kind, own)
+            self._record("tokens", (None, own, None))
+            return torch.cat([own] * self.ranks, 2)
 
         def read(inbox: Sequence[torch.Tensor | None]) -> torch.Tensor:
-            return use([own if tensor is None else tensor for tensor in inbox])
+            return torch.cat([own if tensor is None else tensor for tensor in inbox], 2)
 
-        return self._exchange(self._slots[name], (None, own, None), read)
+        return self._exchange(self._next("tokens", own), (None, own, None), read)
 
-    def weights(self, name: str) -> torch.Tensor:
-        """Shares of the ranks in what a moment is made of: float32 [ranks, 1, 1], adds up to 1."""
-        if self.recording or self.sizes is not None:
-            return self._weights
-        weights = self._slots[name].weights
-        assert weights is not None
-        return weights
+    def moments(
+        self,
+        own: torch.Tensor,
+        count: int,
+        use: Callable[[list[torch.Tensor], torch.Tensor, torch.Tensor | None], torch.Tensor],
+    ) -> torch.Tensor:
+        """``use(all ranks' moments in rank order, their weights, own ones of the step before)``.
+
+        Args:
+            own: [2, batch, groups].
+            count: how many numbers a moment is made of. The weights, [ranks, 1, 1], are in proportion.
+            use: gets this rank's fresh moments in their place; those of the step before where they are kept.
+        """
+        if self.recording:
+            self._record("moments", (None, own, None), count)
+            return use([own] * self.ranks, self._weights, None)
+        slot = self._next("moments", own)
+        weights = self._weights if slot.weights is None else slot.weights
+
+        def read(inbox: Sequence[torch.Tensor | None]) -> torch.Tensor:
+            every = [own if tensor is None or p == self.rank else tensor for p, tensor in enumerate(inbox)]
+            return use(every, weights, inbox[self.rank])
+
+        joined = self._exchange(slot, (None, own, None), read)
+        if slot.bundle is not None:
+            kept = slot.inbox[self.rank]
+            assert kept is not None
+            kept.copy_(own)
+        return joined
 
     def build(self) -> None:
         """End the recording: agree with the other ranks on what is exchanged, and make the buffers.
@@ -176,18 +190,31 @@ class PatchExchange:
             RuntimeError: the ranks do not run the same layers.
         """
         everyone: list[Any] = [None] * self.ranks
-        dist.all_gather_object(everyone, list(self._mine.values()), group=self.group)
+        dist.all_gather_object(everyone, self._mine, group=self.group)
         for rank, offers in enumerate(everyone):
-            if [(o.name, o.kind) for o in offers] != [(o.name, o.kind) for o in everyone[0]]:
+            if [o.kind for o in offers] != [o.kind for o in everyone[0]]:
                 raise RuntimeError(
                     f"rank {rank} runs other layers than rank 0: is the same model loaded there?"
                 )
-        for offers in zip(*everyone, strict=True):
-            slot = self._slots[offers[0].name] = _Slot(list(offers))
-            if offers[0].kind == "moments":
-                slot.weights = self._shares([o.count for o in offers])
-        self._make_bundles([s for s in self._slots.values() if s.offers[0].kind in self.deferred])
+        order = [_Slot(list(offers)) for offers in zip(*everyone, strict=True)]
+        for slot in order:
+            kind = slot.offers[0].kind
+            self._slots[kind].append(slot)
+            if kind == "moments":
+                slot.weights = self._shares([o.count for o in slot.offers])
+        self._make_bundles([s for s in order if s.offers[0].kind in self.deferred])
+        for slot in self._slots["moments"]:
+            if slot.bundle is not None:
+                slot.inbox[self.rank] = torch.zeros(slot.offers[self.rank].parts[1] or (), device=self.device)
         self.recording = False
+
+    def totals(self) -> dict[int, int]:
+        """How many tokens all ranks have together where this rank has so many."""
+        found = {}
+        for slot in self._slots["tokens"]:
+            lengths = [(o.parts[1] or (0, 0, 0))[2] for o in slot.offers]
+            found[lengths[self.rank]] = sum(lengths)
+        return found
 
     def finish(self) -> None:
         """Wait until everything of this step has arrived (on CUDA: make the current stream wait).
@@ -195,9 +222,12 @@ class PatchExchange:
         Raises:
             RuntimeError: a layer that took part in the recording did not run in this step.
         """
+        for kind, slots in self._slots.items():
+            if self.sizes is None and self._turn[kind] not in (0, len(slots)):
+                raise RuntimeError(
+                    f"{self._turn[kind]} exchanges of {kind} in this step, {len(slots)} before"
+                )
         for bundle in self._bundles:
-            if bundle.posted:
-                raise RuntimeError("this step ran fewer layers than the first one")
             self._wait(bundle)
 
     def reset(self) -> None:
@@ -210,14 +240,22 @@ class PatchExchange:
         shares = torch.tensor(counts, dtype=torch.float64) / sum(counts)
         return shares.float().view(-1, 1, 1).to(self.device)
 
-    def _alike(self, kind: Kind, *own: torch.Tensor | None) -> _Slot:
+    def _next(self, kind: Kind, *own: torch.Tensor | None) -> _Slot:
+        if self.sizes is not None:
+            return self._alike(kind, self.sizes, own)
+        turn = self._turn[kind]
+        self._turn[kind] = turn + 1
+        if turn >= len(self._slots[kind]):
+            raise RuntimeError(f"more exchanges of {kind} in this step than the {turn} before")
+        return self._slots[kind][turn]
+
+    def _alike(self, kind: Kind, sizes: Sequence[int], own: tuple[torch.Tensor | None, ...]) -> _Slot:
         """A slot whose other ranks' tensors have shapes in proportion to this rank's."""
-        assert self.sizes is not None
         first, last = own[0], own[-1]
         present = next((t for t in own if t is not None), None)
         dtype = torch.uint8 if present is None else present.dtype
         offers = []
-        for rank, size in enumerate(self.sizes):
+        for rank, size in enumerate(sizes):
             parts: list[Shape | None] = [None, None, None]
             if kind == "rows":
                 if last is not None and rank < self.ranks - 1:
@@ -228,25 +266,23 @@ class PatchExchange:
                 assert first is not None
                 shape = list(first.shape)
                 if kind == "tokens":
-                    shape[2] = shape[2] * size // self.sizes[self.rank]
+                    shape[2] = shape[2] * size // sizes[self.rank]
                 parts[1] = tuple(shape)
-            offers.append(Offer("", kind, (parts[0], parts[1], parts[2]), dtype, size))
+            offers.append(Offer(kind, (parts[0], parts[1], parts[2]), dtype, size))
         return _Slot(offers)
 
-    def _record(self, name: str, kind: Kind, own: tuple[torch.Tensor | None, ...], count: int = 0) -> None:
-        if name in self._mine:
-            raise RuntimeError(f"{name} is called twice in one forward")
+    def _record(self, kind: Kind, own: tuple[torch.Tensor | None, ...], count: int = 0) -> None:
         present = next((t for t in own if t is not None), None)
         down, every, up = (None if t is None else tuple(t.shape) for t in own)
         dtype = torch.uint8 if present is None else present.dtype
-        self._mine[name] = Offer(name, kind, (down, every, up), dtype, count)
+        self._mine.append(Offer(kind, (down, every, up), dtype, count))
 
     def _exchange(
         self,
         slot: _Slot,
         own: tuple[torch.Tensor | None, ...],
-        read: Callable[[Sequence[torch.Tensor | None]], torch.Tensor],
-    ) -> torch.Tensor:
+        read: Callable[[Sequence[torch.Tensor | None]], Any],
+    ) -> Any:
         bundle = slot.bundle
         if self.synchronous or bundle is None:
             return read(self._swap(slot, own))
@@ -263,7 +299,7 @@ class PatchExchange:
         sends = [(p, own[self._part(self.rank, p, slot)]) for p in self._peers]
         works = self._start(
             [(p, t.contiguous()) for p, t in sends if t is not None],
-            [(p, t) for p, t in enumerate(inbox) if t is not None],
+            [(p, t) for p, t in enumerate(inbox) if t is not None and p != self.rank],
             0,
         )
         for work in works:

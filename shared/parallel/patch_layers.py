@@ -40,10 +40,17 @@ class PatchRun:
     norm: Norm = "joined"
     new_prompt: bool = True
     """Whether this is the first forward of a generation."""
-    prompt: dict[str, torch.Tensor] = field(default_factory=dict)
+    prompt: list[torch.Tensor | None] = field(default_factory=list)
     """Keys and values of the prompt, by layer."""
-    moments: dict[str, torch.Tensor] = field(default_factory=dict)
-    """This rank's own moments of the forward before, by layer: float32 [2, batch, groups]."""
+    totals: dict[int, int] = field(default_factory=dict)
+    """PatchExchange.totals of the exchange."""
+
+
+@dataclass
+class _Prompt:
+    """Keys or values that one layer made of the prompt."""
+
+    value: torch.Tensor | None = None
 
 
 class PatchLayers:
@@ -58,29 +65,38 @@ class PatchLayers:
 
     def __init__(self, model: nn.Module, surgery: Surgery) -> None:
         self.run: PatchRun | None = None
+        self._prompts: list[_Prompt] = []
+        self._loaded: PatchRun | None = None
         for name, module in _layers(model):
             if isinstance(module, nn.GroupNorm):
-                surgery.override(module, self._norm(name, module))
+                surgery.override(module, self._norm(module))
             elif not isinstance(module, Attention):
                 surgery.override(module, self._convolution(name, module))
             elif module.is_cross_attention:
-                surgery.override(module.to_k, self._prompt(f"{name}.to_k"))
-                surgery.override(module.to_v, self._prompt(f"{name}.to_v"))
+                surgery.override(module.to_k, self._prompt())
+                surgery.override(module.to_v, self._prompt())
             else:
-                self._self_attention(name, module, surgery)
+                self._self_attention(module, surgery)
 
     @contextlib.contextmanager
     def running(self, run: PatchRun) -> Iterator[None]:
         """Calls of the model inside are on patches."""
-        self.run = run
+        global _current
+        if run is not self._loaded:
+            if self._loaded is not None:
+                self._loaded.prompt = [prompt.value for prompt in self._prompts]
+            for i, prompt in enumerate(self._prompts):
+                prompt.value = run.prompt[i] if run.prompt else None
+            self._loaded = run
+        self.run = _current = run
         try:
             yield
         finally:
-            self.run = None
+            self.run = _current = None
 
     def _convolution(self, name: str, module: nn.Module) -> Answer:
         inner = [m for m in module.modules() if isinstance(m, nn.Conv2d) and any(_pad(m))]
-        base = inner[0]
+        base, very_first = inner[0], name == "conv_in"
         for conv in inner:
             if conv.padding_mode != "zeros":
                 raise ValueError(f"{name}: padding mode {conv.padding_mode!r}; patches need 'zeros'")
@@ -89,44 +105,35 @@ class PatchLayers:
             run = self.run
             if run is None or run.exchange is None:
                 return original(*args, **kwargs)
-            x, dim = args[0], run.dim
-            pad, size = _pad(base)[dim - 2], x.shape[dim]
+            x, axis = args[0], run.dim - 2
+            pad = base.padding[axis]
             if not pad:
                 return original(*args, **kwargs)
-            after = _reach(base, dim - 2) - pad - base.stride[dim - 2] + 1
-            if x is run.patch:
+            after = base.dilation[axis] * (base.kernel_size[axis] - 1) - pad - base.stride[axis] + 1
+            if very_first and x is run.patch:
                 strip = _strip(run, pad, after)
             else:
-                if size < max(pad, after):
-                    raise ValueError(f"{name}: a patch of {size} rows is too small; use fewer ranks")
-
-                def join(above: torch.Tensor | None, below: torch.Tensor | None) -> torch.Tensor:
-                    parts = [_border(x, dim, pad) if above is None else above, x]
-                    if run.exchange is not None and run.exchange.rank == run.exchange.ranks - 1:
-                        parts.append(_border(x, dim, pad))
-                    elif below is not None:
-                        parts.append(below)
-                    return torch.cat(parts, dim)
-
-                strip = run.exchange.rows(
-                    name,
-                    x.narrow(dim, 0, after) if after > 0 else None,
-                    x.narrow(dim, size - pad, pad),
-                    join,
-                )
-            with _unpadded(inner, dim - 2):
+                strip = _with_rows(run, x, pad, after)
+            # The convolutions do not pad along the cut: their input brings what is there.
+            before = [conv.padding for conv in inner]
+            try:
+                for conv in inner:
+                    conv.padding = (0, conv.padding[1]) if axis == 0 else (conv.padding[0], 0)
                 return original(strip, *args[1:], **kwargs)
+            finally:
+                for conv, padding in zip(inner, before, strict=True):
+                    conv.padding = padding
 
         return answer
 
-    def _norm(self, name: str, module: nn.Module) -> Answer:
-        assert isinstance(module, nn.GroupNorm)
-
+    def _norm(self, module: nn.GroupNorm) -> Answer:
         def normalise(run: PatchRun, x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
-            assert run.exchange is not None
             own = group_moments(x, module.num_groups)
             count = x.numel() // own[0].numel()
-            shared = self._shared_moments(run, name, own, count)
+            if torch.compiler.is_compiling():
+                shared = torch.ops.displaced_patches.moments(own, count)
+            else:
+                shared = _shared_moments(run, own, count)
             return apply_moments(x, shared, module.num_groups, weight, bias, module.eps)
 
         def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
@@ -141,28 +148,7 @@ class PatchLayers:
 
         return answer
 
-    @staticmethod
-    def _shared_moments(run: PatchRun, name: str, own: torch.Tensor, count: int) -> torch.Tensor:
-        exchange = run.exchange
-        assert exchange is not None
-        weights = exchange.weights(name)
-
-        def join(all_: list[torch.Tensor]) -> torch.Tensor:
-            if run.norm != "corrected" or exchange.recording:
-                return join_moments(torch.stack(all_), weights)
-            before = run.moments[name]
-            all_[exchange.rank] = before
-            return corrected_moments(torch.stack(all_), weights, before, own)
-
-        moments = exchange.share(name, "moments", own, join, count)
-        if not exchange.recording and "moments" in exchange.deferred:
-            if name in run.moments:
-                run.moments[name].copy_(own)
-            else:
-                run.moments[name] = own.clone()
-        return moments
-
-    def _self_attention(self, name: str, module: Attention, surgery: Surgery) -> None:
+    def _self_attention(self, module: Attention, surgery: Surgery) -> None:
         """Keys and values of all ranks, exchanged together when the keys are asked for."""
         values: list[torch.Tensor] = []
 
@@ -178,28 +164,114 @@ class PatchLayers:
                 return key
             own = torch.stack([key, value(*args, **kwargs)])
             # Which way round the tokens come makes no difference to attention.
-            keys, others = run.exchange.share(name, "tokens", own, lambda every: torch.cat(every, 2))
-            values.append(others)
-            return keys
+            if torch.compiler.is_compiling():
+                total = run.totals.get(own.shape[2], own.shape[2] * run.exchange.ranks)
+                every = torch.ops.displaced_patches.tokens(own, total)
+            else:
+                every = run.exchange.tokens(own)
+            values.append(every[1])
+            return every[0]
 
         surgery.override(module.to_k, answer_key)
 
-    def _prompt(self, name: str) -> Answer:
+    def _prompt(self) -> Answer:
+        known = _Prompt()
+        self._prompts.append(known)
+
         def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
             run = self.run
             if run is None:
                 return original(*args, **kwargs)
-            if run.new_prompt:
-                value = original(*args, **kwargs)
-                known = run.prompt.get(name)
-                if known is None or known.shape != value.shape or known.dtype != value.dtype:
-                    run.prompt[name] = value.clone()
-                else:
-                    known.copy_(value)
-                return value
-            return run.prompt[name]
+            if not run.new_prompt:
+                return known.value
+            value = original(*args, **kwargs)
+            if known.value is None:
+                known.value = value.clone()
+            else:
+                known.value.copy_(value)
+            return value
 
         return answer
+
+
+_current: PatchRun | None = None
+"""The run under way, for the operators below: a compiled layer is the same code for every layer like it."""
+
+
+def _exchange_of_run() -> PatchExchange:
+    assert _current is not None and _current.exchange is not None
+    return _current.exchange
+
+
+@torch.library.custom_op("displaced_patches::rows", mutates_args=())
+def _rows_operator(first: torch.Tensor, last: torch.Tensor, dim: int, border: bool) -> list[torch.Tensor]:
+    def use(above: torch.Tensor | None, below: torch.Tensor | None) -> list[torch.Tensor]:
+        under = (
+            torch.zeros_like(last) if border else torch.empty_like(first) if below is None else below.clone()
+        )
+        return [torch.zeros_like(last) if above is None else above.clone(), under]
+
+    return _exchange_of_run().rows(first if first.shape[dim] else None, last, use)
+
+
+@_rows_operator.register_fake
+def _(first: torch.Tensor, last: torch.Tensor, dim: int, border: bool) -> list[torch.Tensor]:
+    return [torch.empty_like(last), torch.empty_like(last if border else first)]
+
+
+@torch.library.custom_op("displaced_patches::tokens", mutates_args=())
+def _tokens_operator(own: torch.Tensor, total: int) -> torch.Tensor:
+    return _exchange_of_run().tokens(own)
+
+
+@_tokens_operator.register_fake
+def _(own: torch.Tensor, total: int) -> torch.Tensor:
+    return own.new_empty(2, own.shape[1], total, own.shape[3])
+
+
+@torch.library.custom_op("displaced_patches::moments", mutates_args=())
+def _moments_operator(own: torch.Tensor, count: int) -> torch.Tensor:
+    assert _current is not None
+    return _shared_moments(_current, own, count)
+
+
+@_moments_operator.register_fake
+def _(own: torch.Tensor, count: int) -> torch.Tensor:
+    return torch.empty_like(own)
+
+
+def _with_rows(run: PatchRun, x: torch.Tensor, pad: int, after: int) -> torch.Tensor:
+    """The patch with ``pad`` rows of the rank before and ``after`` of the rank after it; zeros at borders."""
+    dim, exchange = run.dim, run.exchange
+    assert exchange is not None
+    size, border = x.shape[dim], exchange.rank == exchange.ranks - 1
+    if size < max(pad, after):
+        raise ValueError(f"a patch of {size} rows is too small for a convolution; use fewer ranks")
+    first, last = x.narrow(dim, 0, after), x.narrow(dim, size - pad, pad)
+    if torch.compiler.is_compiling():
+        above, below = torch.ops.displaced_patches.rows(first, last, dim, border)
+        return torch.cat([above, x, below], dim)
+
+    def join(above: torch.Tensor | None, below: torch.Tensor | None) -> torch.Tensor:
+        parts = [torch.zeros_like(last) if above is None else above, x]
+        if border or below is not None:
+            parts.append(torch.zeros_like(last) if below is None else below)
+        return torch.cat(parts, dim)
+
+    return exchange.rows(first if after else None, last, join)
+
+
+def _shared_moments(run: PatchRun, own: torch.Tensor, count: int) -> torch.Tensor:
+    exchange = run.exchange
+    assert exchange is not None
+
+    def join(every: list[torch.Tensor], weights: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+        if run.norm != "corrected" or before is None:
+            return join_moments(torch.stack(every), weights)
+        every[exchange.rank] = before
+        return corrected_moments(torch.stack(every), weights, before, own)
+
+    return exchange.moments(own, count, join)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -226,14 +298,6 @@ def _pad(conv: nn.Conv2d) -> tuple[int, ...]:
     return conv.padding
 
 
-def _reach(conv: nn.Conv2d, axis: int) -> int:
-    return conv.dilation[axis] * (conv.kernel_size[axis] - 1)
-
-
-def _border(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    return torch.zeros_like(x.narrow(dim, 0, size))
-
-
 def _strip(run: PatchRun, before: int, after: int) -> torch.Tensor:
     assert run.whole is not None and run.patch is not None
     length, stop = run.whole.shape[run.dim], run.start + run.patch.shape[run.dim]
@@ -241,19 +305,6 @@ def _strip(run: PatchRun, before: int, after: int) -> torch.Tensor:
     part = run.whole.narrow(run.dim, max(low, 0), min(high, length) - max(low, 0))
     padding = (0, 0, max(-low, 0), max(high - length, 0))
     return F.pad(part, padding if run.dim == 2 else padding[2:])
-
-
-@contextlib.contextmanager
-def _unpadded(convs: list[nn.Conv2d], axis: int) -> Iterator[None]:
-    """The convolutions do not pad along the cut: their input brings what is there."""
-    before = [conv.padding for conv in convs]
-    for conv, padding in zip(convs, before, strict=True):
-        conv.__dict__["padding"] = (0, padding[1]) if axis == 0 else (padding[0], 0)
-    try:
-        yield
-    finally:
-        for conv, padding in zip(convs, before, strict=True):
-            conv.__dict__["padding"] = padding
 
 
 class _GroupNormMode(TorchFunctionMode):

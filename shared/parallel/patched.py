@@ -214,14 +214,9 @@ class Patched:
         run.norm = NORMS[self.schedule.sync_mode] if stale else "joined"
         run.new_prompt = not layout.prompted
         layout.prompted, layout.fresh = True, True
-        if layout.exchange is not None:
-            layout.exchange.synchronous = joined
 
         def compute(**arguments: Any) -> Any:
-            output = self._on_patch(layout, original, arguments)
-            if run.exchange is not None:
-                run.exchange.finish()
-            return output
+            return self._on_patch(layout, original, arguments, joined)
 
         output = layout.graphs.run((joined, stale, run.new_prompt), compute, **kwargs)
         if not return_dict:
@@ -255,8 +250,11 @@ class Patched:
         layout.run.norm, layout.run.new_prompt = "joined", True
         self._on_patch(layout, original, kwargs)
         layout.exchange.build()
+        layout.run.totals = layout.exchange.totals()
 
-    def _on_patch(self, layout: _Layout, original: Forward, kwargs: dict[str, Any]) -> Any:
+    def _on_patch(
+        self, layout: _Layout, original: Forward, kwargs: dict[str, Any], synchronous: bool = True
+    ) -> Any:
         run, dim, kwargs = layout.run, layout.dim, dict(kwargs)
         if layout.ranks.size > 1:
             run.whole = kwargs["sample"]
@@ -264,14 +262,19 @@ class Patched:
             for name in CUT:
                 if kwargs.get(name) is not None:
                     kwargs[name] = tree_map(layout.cut, kwargs[name])
+        if run.exchange is not None:
+            run.exchange.start(synchronous)
         with self.layers.running(run):
             output = original(**kwargs, return_dict=False)
         run.whole = run.patch = None
-        recording = layout.exchange is not None and layout.exchange.recording
-        if self.is_control or layout.ranks.size == 1 or recording:
+        if run.exchange is not None and run.exchange.recording:
             return output
-        sizes = [stop - start for start, stop in pairwise(layout.cuts)]
-        return (gather(output[0], dim, sizes, layout.ranks.group),)
+        if layout.ranks.size > 1 and not self.is_control:
+            sizes = [stop - start for start, stop in pairwise(layout.cuts)]
+            output = (gather(output[0], dim, sizes, layout.ranks.group),)
+        if run.exchange is not None:
+            run.exchange.finish()
+        return output
 
 
 def gather(own: torch.Tensor, dim: int, sizes: list[int], group: dist.ProcessGroup | None) -> torch.Tensor:
