@@ -1,6 +1,6 @@
 """How close parallel pictures come to those of plain diffusers, on the demo checkpoint, by warm-up.
 
-python benchmarks/quality.py [--prompts 8] [--strip docs/asyncdiff.png] [--only asyncdiff:2:1]
+python benchmarks/quality.py [--prompts 8] [--strip docs/asyncdiff.png] [--only asyncdiff:2:1] [--warm-up 3]
 
 Ranks are processes on this machine's CPU, in fp32. The same held-out prompts with the same seeds are drawn by
 plain diffusers and by every setting; a Markdown table tells the PSNR of the 8-bit pictures, over all of them
@@ -115,7 +115,7 @@ def decibels(value: float) -> str:
 
 def strip(scenes: list[Scene], columns: dict[str, list[Image.Image]]) -> Image.Image:
     """A row per scene, a column per setting, named at the top; columns[name][row] is drawn."""
-    gap, head, caption = 6, 40, 18
+    gap, head, caption = 6, 60, 18
     font = ImageFont.load_default(size=12)
     rows = min(STRIP_ROWS, len(scenes))
     width, height = gap + len(columns) * (PIXELS + gap), head + rows * (PIXELS + caption + gap)
@@ -140,13 +140,25 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="held-out prompts (default 8)")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only", action="append", help="settings to run, such as asyncdiff:2:1 (repeatable)")
-    parser.add_argument("--strip", type=Path, help="write pictures of all settings side by side here")
+    parser.add_argument("--warm-up", type=int, action="append", help="warm-ups to run (repeatable)")
+    parser.add_argument(
+        "--strip", type=Path, help=f"write the pictures of warm-up {STRIP_WARM_UP} side by side here"
+    )
     options = parser.parse_args()
     scenes = held_out_scenes(200)[: options.prompts]  # the first ones that demo/evaluate.py draws
-    chosen = [s for s in settings(options.steps) if not options.only or s.key in options.only]
-    if not chosen:
-        known = ", ".join(dict.fromkeys(s.key for s in settings(options.steps)))
-        parser.error(f"--only must be one of {known}; got {', '.join(options.only)}")
+    known = settings(options.steps)
+    for flag, given, allowed in (
+        ("--only", options.only, list(dict.fromkeys(s.key for s in known))),
+        ("--warm-up", options.warm_up, list(dict.fromkeys(s.warm_up for s in known))),
+    ):
+        if wrong := [value for value in given or () if value not in allowed]:
+            parser.error(f"{flag} must be one of {', '.join(map(str, allowed))}; got {wrong[0]}")
+    chosen = [
+        s
+        for s in known
+        if (not options.only or s.key in options.only)
+        and (not options.warm_up or s.warm_up in options.warm_up)
+    ]
 
     pool = RankPool(timeout=3600)
     work = functools.partial(pool.run, draw_on_rank)
