@@ -100,8 +100,8 @@ def test_image_encoder_of_the_checkpoint(tmp_path) -> None:
     pipe = tiny.host("sd1", ip_adapter=bare, checkpoint=str(tmp_path / "sd1"))
     full = {str(tiny_extras.ip_adapter("sd1")): 0.7}
     expected = tiny.host("sd1", ip_adapter=full)
-    pictures = [tiny.run(p, "sd1", **ip_arguments(p, bare, tiny.picture(64, 1))) for p in (pipe, expected)]
-    assert np.array_equal(*pictures)
+    one, other = (tiny.run(p, "sd1", **ip_arguments(p, bare, tiny.picture(64, 1))) for p in (pipe, expected))
+    assert np.array_equal(one, other)
 
 
 def test_motion_adapters() -> None:

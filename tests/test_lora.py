@@ -46,19 +46,22 @@ def test_every_format_means_the_same(loras) -> None:
     name = loras.spec.name
     denoiser = getattr(loras.pipe, loras.spec.denoiser)
     before, layers = repr(denoiser), len(tiny_extras.adapted_layers(denoiser))
-    pictures = {}
+    weights = {}
     for form in ("diffusers", "kohya", "peft"):
         path = str(tiny_extras.lora(name, form))
         entry = loras.add(path)
         assert entry.matched == layers > 10 and entry.unmatched == 0
-        pictures[form] = tiny.run(loras.pipe, name)
-        loras.set_scales({path: 0.0})
-        assert change(loras) == 0, "scale 0 is the plain picture"
+        weights[form] = {key: value for key, value in denoiser.state_dict().items() if "lora_" in key}
+        if form == "diffusers":
+            assert change(loras) > 0.02
+            loras.set_scales({path: 0.0})
+            assert change(loras) == 0, "scale 0 is the plain picture"
         loras.remove(path)
-        assert repr(denoiser) == before and change(loras) == 0
-    assert np.abs(pictures["diffusers"] - plain(name)).max() > 0.02
-    assert np.array_equal(pictures["diffusers"], pictures["kohya"])
-    assert np.array_equal(pictures["diffusers"], pictures["peft"])
+        assert repr(denoiser) == before
+    assert change(loras) == 0
+    matrices = {form: [w.numpy().tobytes() for w in found.values()] for form, found in weights.items()}
+    assert len(matrices["diffusers"]) == 2 * layers
+    assert matrices["diffusers"] == matrices["kohya"] == matrices["peft"]
 
 
 def test_several_at_their_scales_and_fused(loras) -> None:
@@ -115,9 +118,14 @@ def test_alpha_scales_and_original_sdxl_names(tmp_path) -> None:
         loras.remove(str(path))
     assert np.abs(pictures[0] - pictures[1]).max() < 1e-5
     assert np.array_equal(pictures[1], pictures[2])
+    # Diffusers cannot read the text encoders' part of this file (0.42.1), so the denoiser's part is compared.
+    alone = {key: value for key, value in halved.items() if key.startswith("lora_unet_")}
+    save_file(alone, tmp_path / "alone.safetensors")
     theirs = tiny.load("sdxl")
-    theirs.load_lora_weights(halved)
-    assert np.abs(tiny.run(theirs, "sdxl") - pictures[0]).max() < 1e-5
+    theirs.load_lora_weights(dict(alone))
+    loras.add(str(tmp_path / "alone.safetensors"))
+    assert np.abs(tiny.run(theirs, "sdxl") - tiny.run(loras.pipe, "sdxl")).max() < 1e-5
+    loras.remove("alone")
 
 
 def test_convolutions_too(tmp_path) -> None:
