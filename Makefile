@@ -29,7 +29,7 @@ check: $(VENV)/.installed
 	$(BIN)/mypy .
 
 matrix: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_matrix.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_matrix.py -m 'slow or not slow'
 	$(BIN)/python -m tests.tables --write
 
 format: $(VENV)/.installed

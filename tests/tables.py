@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "build" / "matrix.json"
-BUILT = ("asyncdiff",)
+BUILT = ("asyncdiff", "distrifuser")
 COLUMNS = {
     "LoRA": ("lora",),
     "ControlNet": ("control_net",),

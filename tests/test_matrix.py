@@ -125,14 +125,20 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float("inf") if error == 0 else 10 * np.log10(float(np.ptp(b)) ** 2 / error)
 
 
-def cells(backend: str) -> list[tuple[str, str]]:
+# Types whose compiled cells run in every test run, and not in `make matrix` alone: tracing takes long.
+COMPILED = {"asyncdiff": ("sd1", "sdxl"), "distrifuser": ()}
+
+
+def cells(backend: str) -> list[Any]:
     """(type, feature) of every yes that has a setting above, and `everything` of each type."""
     spec = BACKENDS[backend]
-    found = []
+    found: list[Any] = []
     for name in spec.types:
         found.append((name, "nothing"))
         yes = [f for f in FEATURES if f in SETTINGS and refusal(spec, MODELS[name], f) is None]
-        found += [(name, feature) for feature in yes]
+        for feature in yes:
+            slow = feature == "compile_unet" and name not in COMPILED[backend]
+            found.append(pytest.param(name, feature, marks=[pytest.mark.slow] if slow else []))
         found.append((name, "everything"))
     return found
 
@@ -142,7 +148,9 @@ def flags_of(backend: str, name: str, feature: str) -> Flags:
         return {}
     features = [feature]
     if feature == "everything":
-        features = [f for f in EVERYTHING if refusal(BACKENDS[backend], MODELS[name], f) is None]
+        left_out = () if name in COMPILED[backend] else ("compile_unet",)
+        yes = [f for f in EVERYTHING if refusal(BACKENDS[backend], MODELS[name], f) is None]
+        features = [f for f in yes if f not in left_out]
     flags: Flags = {}
     for f in features:
         flags |= SETTINGS[f](name)
@@ -157,9 +165,20 @@ def plain_latents() -> dict[tuple[str, str], np.ndarray]:
 
 @pytest.mark.parametrize(("name", "feature"), cells("asyncdiff"))
 def test_asyncdiff(pool: RankPool, plain_latents: dict[Any, Any], name: str, feature: str):
+    run_and_check(pool, plain_latents, "asyncdiff", name, feature)
+
+
+@pytest.mark.parametrize(("name", "feature"), cells("distrifuser"))
+def test_distrifuser(pool: RankPool, plain_latents: dict[Any, Any], name: str, feature: str):
+    run_and_check(pool, plain_latents, "distrifuser", name, feature)
+
+
+def run_and_check(
+    pool: RankPool, plain_latents: dict[Any, Any], backend: str, name: str, feature: str
+) -> None:
     twice = feature in ("nothing", "everything")
-    ranks = pool.run(run_cell, 2, "asyncdiff", name, flags_of("asyncdiff", name, feature), {}, twice)
-    check_cell(ranks, plain_latents, "asyncdiff", name, feature)
+    ranks = pool.run(run_cell, 2, backend, name, flags_of(backend, name, feature), {}, twice)
+    check_cell(ranks, plain_latents, backend, name, feature)
 
 
 def check_cell(
