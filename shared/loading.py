@@ -33,7 +33,7 @@ OUR_ERRORS = (
     SingleFileError,
 )  # fmt: skip
 # Whole blocks are compiled where the parallel method runs blocks, parts of them where it works inside them.
-RUNS_BLOCKS = ("asyncdiff",)
+RUNS_BLOCKS = ("asyncdiff", "distrifuser")
 
 
 def load_pipeline(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool = False) -> Any:

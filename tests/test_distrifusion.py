@@ -20,6 +20,8 @@ from optimum.quanto import freeze, qint8, quantize
 from peft import LoraConfig
 from torch import nn
 
+from shared.compile import blocks
+from shared.config import PLANS, HostConfig, UsageError
 from shared.parallel.cfg_split import CfgSplit
 from shared.parallel.distrifusion import DistriFusion
 from shared.parallel.patch_decoder import PatchDecoder
@@ -394,9 +396,38 @@ def test_adapters_controlnets_and_quantized_weights(pool: RankPool, name: str):
         for key, (values, same) in rank.items():
             assert same, key
             if key.endswith("steady"):
-                assert min(values) >= 15 and max(values) < EXACT, (key, values)
+                # One stale step of two.
+                assert min(values) >= 15 and max(values) < 105, (key, values)
             else:
                 assert min(values) >= (50 if key == "quantized" else EXACT), (key, values)
+
+
+def compiled() -> dict[str, Any]:
+    """Whole blocks compiled in one piece, exchanges and all."""
+    torch._dynamo.reset()
+    pipe = tiny.load("sd1")
+    settings: dict[str, Any] = {"warm_up_steps": 2, "split_batch": False}
+    with DistriFusion(pipe, **settings) as parallel:
+        eager = picture(pipe, "sd1", parallel)
+    for block in blocks(pipe.unet):
+        block.forward = torch.compile(block.forward, backend="eager", fullgraph=True, dynamic=False)
+    torch._dynamo.utils.counters.clear()
+    limits = torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=4096)
+    with limits, DistriFusion(pipe, **settings) as parallel:
+        made = [picture(pipe, "sd1", parallel) for _ in range(2)]
+    return {
+        "psnr": [psnr(one, eager) for one in made],
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        "blocks": len(list(blocks(pipe.unet))),
+    }
+
+
+def test_compiled_blocks_exchange_too(pool: RankPool):
+    tiny.checkpoint("sd1")
+    for rank in pool.run(compiled, 2):
+        assert min(rank["psnr"]) >= 100
+        # Blocks alike share their graphs: fewer than one a block and kind of step.
+        assert rank["blocks"] <= rank["graphs"] < 2 * rank["blocks"]
 
 
 def inpainting() -> list[float]:
@@ -528,3 +559,30 @@ def test_too_small_a_picture_is_refused_with_what_fits():
 def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str):
     with pytest.raises(ValueError, match=problem):
         DistriFusion(SimpleNamespace(unet=nn.Linear(1, 1)), **settings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "problem"),
+    [
+        ({}, 9, "1 to 8 ranks"),
+        ({"split_scheme": "alternate"}, 2, "alternate is for --parallelism=naive_patch"),
+        ({"warm_up_steps": 0}, 2, "must be at least 1"),
+        ({"parallelism": "tensor", "quantize_to": "int8"}, 2, "not with --quantize_to"),
+        ({"parallelism": "tensor", "enable_model_cpu_offload": True}, 2, "not with an --enable_"),
+    ],
+)
+def test_impossible_launches_are_refused(flags: dict[str, Any], ranks: int, problem: str):
+    with pytest.raises(UsageError, match=problem):
+        PLANS["distrifuser"](HostConfig(backend="distrifuser", type="sd1", checkpoint="x", **flags), ranks)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"warm_up_steps": 0, "sync_mode": "full_sync"},
+        {"warm_up_steps": 0, "parallelism": "naive_patch", "split_scheme": "alternate"},
+        {"warm_up_steps": 0, "parallelism": "tensor"},
+    ],
+)
+def test_possible_launches_are_not(flags: dict[str, Any]):
+    PLANS["distrifuser"](HostConfig(backend="distrifuser", type="sd1", checkpoint="x", **flags), 7)

@@ -323,13 +323,15 @@ class _GroupNormMode(TorchFunctionMode):
 
 def group_moments(x: torch.Tensor, groups: int) -> torch.Tensor:
     """Mean and variance of each group of channels of [batch, channels, ...]: float32 [2, batch, groups]."""
-    x = x.reshape(x.shape[0], groups, -1)
+    x = x.unflatten(1, (groups, -1))
+    rest = tuple(range(2, x.ndim))
     if x.dtype in (torch.float32, torch.float64):
-        variance, mean = torch.var_mean(x, dim=2, correction=0)
+        variance, mean = torch.var_mean(x, dim=rest, correction=0)
         return torch.stack([mean, variance]).float()
     # Reductions that read 16 bits and add in 32, without a copy of x in 32.
-    mean = x.mean(dim=2, dtype=torch.float32)
-    square = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).square() / x.shape[2]
+    mean = x.mean(dim=rest, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=rest, dtype=torch.float32)
+    square = norm.square() * (mean.numel() / x.numel())
     return torch.stack([mean, (square - mean.square()).clamp_min(0)])
 
 
