@@ -24,13 +24,13 @@ from shared.compile import blocks
 from shared.config import PLANS, HostConfig, UsageError
 from shared.parallel.cfg_split import CfgSplit
 from shared.parallel.distrifusion import DistriFusion
-from shared.parallel.patch_decoder import PatchDecoder
-from shared.parallel.patch_layers import (
+from shared.parallel.moments import (
     apply_moments,
     corrected_moments,
     group_moments,
     join_moments,
 )
+from shared.parallel.patch_decoder import PatchDecoder
 from shared.parallel.patched import cuts
 from tests import tiny, tiny_extras
 from tests.ranks import RankPool

@@ -9,58 +9,12 @@ et al., "DistriFusion", arXiv 2402.19481, section 4.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-Kind = Literal["rows", "tokens", "moments"]
-Shape = tuple[int, ...]
-ALIGN = 256
-"""Bytes: every tensor in a message starts at a multiple of it."""
-MOST_MESSAGES = 16
-
-
-@dataclass(frozen=True)
-class Offer:
-    """What one rank sends for one layer."""
-
-    kind: Kind
-    parts: tuple[Shape | None, Shape | None, Shape | None]
-    """Shapes of what goes to the rank after it, to all others, to the rank before it."""
-    dtype: torch.dtype
-    count: int
-    """How many numbers a moment was made of."""
-
-    def size(self, part: int) -> int:
-        shape = self.parts[part]
-        return 0 if shape is None else -(-prod(shape) * self.dtype.itemsize // ALIGN) * ALIGN
-
-
-@dataclass
-class _Slot:
-    offers: list[Offer]
-    """By rank."""
-    bundle: _Bundle | None = None
-    inbox: list[torch.Tensor | None] = field(default_factory=list)
-    """By rank: where its deferred tensor arrives; this rank's own moments of the step before; else None."""
-    outbox: list[torch.Tensor | None] = field(default_factory=list)
-    """By part: where this rank's own tensor waits for its message."""
-    weights: torch.Tensor | None = None
-
-
-@dataclass
-class _Bundle:
-    """Slots that share one message to each other rank."""
-
-    number: int
-    slots: list[_Slot]
-    posted: int = 0
-    sends: list[tuple[int, torch.Tensor]] = field(default_factory=list)
-    receives: list[tuple[int, torch.Tensor]] = field(default_factory=list)
-    works: list[Any] = field(default_factory=list)
+from shared.parallel.patch_buffers import Bundle, Kind, Offer, Shape, Slot, make_bundles, part_for
 
 
 class PatchExchange:
@@ -97,9 +51,9 @@ class PatchExchange:
         self.messages = self.bytes = self.waits = 0
         """Messages and bytes that this rank has sent, how often a layer waited; replays are not counted."""
         self._mine: list[Offer] = []
-        self._slots: dict[Kind, list[_Slot]] = {"rows": [], "tokens": [], "moments": []}
+        self._slots: dict[Kind, list[Slot]] = {"rows": [], "tokens": [], "moments": []}
         self._turn: dict[Kind, int] = {}
-        self._bundles: list[_Bundle] = []
+        self._bundles: list[Bundle] = []
         self._peers = [p for p in range(self.ranks) if p != self.rank]
         self._weights = self._shares(sizes or [1] * self.ranks)
         self._to_global = [p if group is None else dist.get_global_rank(group, p) for p in range(self.ranks)]
@@ -196,13 +150,16 @@ class PatchExchange:
                 raise RuntimeError(
                     f"rank {rank} runs other layers than rank 0: is the same model loaded there?"
                 )
-        order = [_Slot(list(offers)) for offers in zip(*everyone, strict=True)]
+        order = [Slot(list(offers)) for offers in zip(*everyone, strict=True)]
         for slot in order:
             kind = slot.offers[0].kind
             self._slots[kind].append(slot)
             if kind == "moments":
                 slot.weights = self._shares([o.count for o in slot.offers])
-        self._make_bundles([s for s in order if s.offers[0].kind in self.deferred])
+        late = [s for s in order if s.offers[0].kind in self.deferred]
+        self._bundles = make_bundles(
+            late, self.rank, self.ranks, self.device, self.bundle_bytes, self.posting
+        )
         for slot in self._slots["moments"]:
             if slot.bundle is not None:
                 slot.inbox[self.rank] = torch.zeros(slot.offers[self.rank].parts[1] or (), device=self.device)
@@ -240,7 +197,7 @@ class PatchExchange:
         shares = torch.tensor(counts, dtype=torch.float64) / sum(counts)
         return shares.float().view(-1, 1, 1).to(self.device)
 
-    def _next(self, kind: Kind, *own: torch.Tensor | None) -> _Slot:
+    def _next(self, kind: Kind, *own: torch.Tensor | None) -> Slot:
         if self.sizes is not None:
             return self._alike(kind, self.sizes, own)
         turn = self._turn[kind]
@@ -249,7 +206,7 @@ class PatchExchange:
             raise RuntimeError(f"more exchanges of {kind} in this step than the {turn} before")
         return self._slots[kind][turn]
 
-    def _alike(self, kind: Kind, sizes: Sequence[int], own: tuple[torch.Tensor | None, ...]) -> _Slot:
+    def _alike(self, kind: Kind, sizes: Sequence[int], own: tuple[torch.Tensor | None, ...]) -> Slot:
         """A slot whose other ranks' tensors have shapes in proportion to this rank's."""
         first, last = own[0], own[-1]
         present = next((t for t in own if t is not None), None)
@@ -269,7 +226,7 @@ class PatchExchange:
                     shape[2] = shape[2] * size // sizes[self.rank]
                 parts[1] = tuple(shape)
             offers.append(Offer(kind, (parts[0], parts[1], parts[2]), dtype, size))
-        return _Slot(offers)
+        return Slot(offers)
 
     def _record(self, kind: Kind, own: tuple[torch.Tensor | None, ...], count: int = 0) -> None:
         present = next((t for t in own if t is not None), None)
@@ -279,7 +236,7 @@ class PatchExchange:
 
     def _exchange(
         self,
-        slot: _Slot,
+        slot: Slot,
         own: tuple[torch.Tensor | None, ...],
         read: Callable[[Sequence[torch.Tensor | None]], Any],
     ) -> Any:
@@ -292,11 +249,11 @@ class PatchExchange:
             self._post(slot, bundle, own)
         return result
 
-    def _swap(self, slot: _Slot, own: tuple[torch.Tensor | None, ...]) -> Sequence[torch.Tensor | None]:
+    def _swap(self, slot: Slot, own: tuple[torch.Tensor | None, ...]) -> Sequence[torch.Tensor | None]:
         inbox: list[torch.Tensor | None] = list(slot.inbox) or [
             self._fresh(slot, p) for p in range(self.ranks)
         ]
-        sends = [(p, own[self._part(self.rank, p, slot)]) for p in self._peers]
+        sends = [(p, own[part_for(self.rank, p, slot.offers)]) for p in self._peers]
         works = self._start(
             [(p, t.contiguous()) for p, t in sends if t is not None],
             [(p, t) for p, t in enumerate(inbox) if t is not None and p != self.rank],
@@ -307,7 +264,7 @@ class PatchExchange:
         self.waits += 1
         return inbox
 
-    def _post(self, slot: _Slot, bundle: _Bundle, own: tuple[torch.Tensor | None, ...]) -> None:
+    def _post(self, slot: Slot, bundle: Bundle, own: tuple[torch.Tensor | None, ...]) -> None:
         if not bundle.posted and bundle.number >= 2:
             self._wait(self._bundles[bundle.number - 2])  # which used the same memory for its own tensors
         for waiting, tensor in zip(slot.outbox, own, strict=True):
@@ -318,7 +275,7 @@ class PatchExchange:
             bundle.posted = 0
             bundle.works = self._start(bundle.sends, bundle.receives, 1 + bundle.number)
 
-    def _wait(self, bundle: _Bundle) -> None:
+    def _wait(self, bundle: Bundle) -> None:
         for work in bundle.works:
             work.wait()
         bundle.works = []
@@ -332,88 +289,11 @@ class PatchExchange:
         ops += [dist.P2POp(dist.irecv, t, self._to_global[p], self.group, tag) for p, t in receives]
         return dist.batch_isend_irecv(ops) if ops else []
 
-    @staticmethod
-    def _part(sender: int, receiver: int, slot: _Slot) -> int:
-        """Which part of its offer the sender has for the receiver: 0 after, 1 all, 2 before it."""
-        if slot.offers[0].kind != "rows":
-            return 1
-        return {1: 0, -1: 2}.get(receiver - sender, 1)
-
-    def _fresh(self, slot: _Slot, peer: int) -> torch.Tensor | None:
-        shape = slot.offers[peer].parts[self._part(peer, self.rank, slot)]
+    def _fresh(self, slot: Slot, peer: int) -> torch.Tensor | None:
+        shape = slot.offers[peer].parts[part_for(peer, self.rank, slot.offers)]
         if peer == self.rank or shape is None:
             return None
         return torch.empty(shape, dtype=slot.offers[peer].dtype, device=self.device)
-
-    def _make_bundles(self, slots: list[_Slot]) -> None:
-        def size(slot: _Slot) -> int:
-            return max(sum(o.size(part) for part in range(3)) for o in slot.offers)
-
-        least = max(self.bundle_bytes, sum(map(size, slots)) // MOST_MESSAGES)
-        groups: list[list[_Slot]] = [[]]
-        filled = 0
-        for slot in slots:
-            groups[-1].append(slot)
-            filled += size(slot)
-            if filled >= least:
-                groups.append([])
-                filled = 0
-        self._bundles = [_Bundle(i, group) for i, group in enumerate(g for g in groups if g)]
-        places = [self._places(bundle.slots, self.rank) for bundle in self._bundles]
-        longest = max((ends[3] for _, ends in places), default=0)
-        # Two stages in turn: a message leaves one while the next is gathered in the other.
-        stages = [self._bytes(longest if i < len(places) else 0) for i in range(2)] if self.posting else []
-        for bundle, (offsets, ends) in zip(self._bundles, places, strict=True):
-            for slot, offset in zip(bundle.slots, offsets, strict=True):
-                slot.bundle = bundle
-                slot.inbox = [None] * self.ranks
-                if stages:
-                    offer, stage = slot.offers[self.rank], stages[bundle.number % 2]
-                    slot.outbox = [self._view(stage, offset[part], offer, part) for part in range(3)]
-            for peer in self._peers:
-                if stages:
-                    start, stop = self._range(ends, peer - self.rank)
-                    if stop > start:
-                        bundle.sends.append((peer, stages[bundle.number % 2][start:stop]))
-                self._make_inbox(bundle, peer)
-
-    def _make_inbox(self, bundle: _Bundle, peer: int) -> None:
-        offsets, ends = self._places(bundle.slots, peer)
-        start, stop = self._range(ends, self.rank - peer)
-        flat = self._bytes(stop - start)
-        if stop > start:
-            bundle.receives.append((peer, flat))
-        for slot, offset in zip(bundle.slots, offsets, strict=True):
-            part = self._part(peer, self.rank, slot)
-            slot.inbox[peer] = self._view(flat, offset[part] - start, slot.offers[peer], part)
-
-    @staticmethod
-    def _places(slots: list[_Slot], rank: int) -> tuple[list[list[int]], list[int]]:
-        """Offsets of each slot's three parts in a rank's stage (all first parts, then all second, then all
-        third), and where the three regions begin and end."""
-        offsets: list[list[int]] = [[] for _ in slots]
-        ends, at = [0], 0
-        for part in range(3):
-            for own, slot in zip(offsets, slots, strict=True):
-                own.append(at)
-                at += slot.offers[rank].size(part)
-            ends.append(at)
-        return offsets, ends
-
-    @staticmethod
-    def _range(ends: list[int], step: int) -> tuple[int, int]:
-        """The bytes of a stage that go to the rank ``step`` places further."""
-        return ends[0 if step == 1 else 1], ends[3 if step == -1 else 2]
-
-    def _bytes(self, size: int) -> torch.Tensor:
-        return torch.zeros(size, dtype=torch.uint8, device=self.device)
-
-    @staticmethod
-    def _view(flat: torch.Tensor, offset: int, offer: Offer, part: int) -> torch.Tensor | None:
-        shape = offer.parts[part]
-        if shape is None:
-            return None
-        return flat[offset : offset + prod(shape) * offer.dtype.itemsize].view(offer.dtype).view(shape)
 
     def _outboxes(self) -> list[torch.Tensor]:
         return [t for b in self._bundles for s in b.slots for t in s.outbox if t is not None]
