@@ -35,7 +35,7 @@ def compiled(name: str, **flags: Any) -> Any:
     return tiny.host(name, **({"compile_backend": "eager"} | flags))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"sd2", "sdup", "pixs"}))  # other types' classes
 def test_denoiser(name: str) -> None:
     pipe = compiled(name, compile_unet=True)
     denoiser = getattr(pipe, MODELS[name].denoiser)

@@ -168,7 +168,7 @@ def test_everything_at_once() -> None:
             arguments |= control_arguments(MODELS["sdxl"], given["control_net"], image)
         if "ip_adapter" in given:
             arguments |= ip_arguments(pipe, given["ip_adapter"], image)
-        return tiny.run(pipe, "sdxl", size=128, **arguments)
+        return tiny.run(pipe, "sdxl", size=96, **arguments)
 
     whole = made(None)
     assert np.isfinite(whole).all()
