@@ -90,7 +90,7 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool
         for path, scale in config.ip_adapter.items():
             adapters.load_ip_adapter(pipe, spec, path, scale, dtype)
     if config.quantize_to:
-        stays = torch.device("cpu") if any(getattr(config, flag) for flag in memory.OFFLOADS) else device
+        stays = torch.device("cpu") if config.offloads else device
         quantize.quantize_pipeline(pipe, spec, config.quantize_to, stays)
     memory.apply_xformers(pipe, config)
     memory.apply_vae_flags(pipe, config)
