@@ -10,6 +10,7 @@ import pytest
 
 from tests.ranks import RankPool
 from tests.tables import RESULTS, results
+from tests.test_host import DEMO_CHECKPOINT, DEMO_STEPS, Launch
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +19,21 @@ def pool() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def demo_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    """A real host on the demo checkpoint: two ranks under torchrun, 128x128, exact up to DEMO_STEPS steps.
+
+    Shared by all tests that leave it as it was; a test that ends a host starts its own.
+    """
+    flags = [f"--checkpoint={DEMO_CHECKPOINT}", "--variant=fp32", "--width=128", "--height=128"]
+    folder = tmp_path_factory.mktemp("demo_host")
+    launch = Launch(folder, 2, *flags, f"--warm_up_steps={DEMO_STEPS}", script="asyncdiff_host.py")
+    try:
+        yield launch.ready()
+    finally:
+        launch.end()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -7,7 +7,6 @@ import io
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +16,25 @@ import requests
 import torch
 from PIL import Image
 
-from tests.test_host import ROOT, Launch, until
+from tests.test_host import DEMO_CHECKPOINT, DEMO_STEPS, ROOT, Launch, until
 from tests.test_matrix import psnr
 
-CHECKPOINT = ROOT / "demo" / "checkpoint"
-STEPS = 6
+STEPS = DEMO_STEPS
 BODY = {"positive": "a red circle on a blue background", "seed": 7, "cfg": 4.0, "steps": STEPS}
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
-    flags = [f"--checkpoint={CHECKPOINT}", "--variant=fp32", "--width=128", "--height=128"]
-    launch = Launch(
-        tmp_path_factory.mktemp("host"), 2, *flags, f"--warm_up_steps={STEPS}", script="asyncdiff_host.py"
-    )
-    try:
-        yield launch.ready()
-    finally:
-        launch.end()
 
 
 @pytest.fixture(scope="module")
 def plain() -> Any:
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(DEMO_CHECKPOINT, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def host(demo_host: Launch) -> Launch:
+    return demo_host
 
 
 def post(host: Launch, accept: str | None = None, **changes: Any) -> requests.Response:

@@ -20,6 +20,8 @@ import requests
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = "tests/fake_host.py"
+DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint"
+DEMO_STEPS = 6  # of the shared host (conftest.demo_host), all of them exact
 
 
 def free_port() -> int:
