@@ -18,7 +18,7 @@ import torch
 from shared import adapters, memory, quantize
 from shared.arguments import INPAINT_CHANNELS
 from shared.compile import compile_pipeline
-from shared.config import HostConfig, LoadError, world_from_environment
+from shared.config import HostConfig, LoadError, UsageError, world_from_environment
 from shared.lora import LoraError, loras_of
 from shared.models import MODELS, ModelSpec
 from shared.schedulers import SchedulerError, set_scheduler
@@ -47,10 +47,11 @@ def load_pipeline(spec: ModelSpec, config: HostConfig, device: torch.device, qui
         a diffusers pipeline; its `lora_set` is the shared.lora.LoraSet.
 
     Raises:
-        LoadError: whatever of it is broken, missing, made for another model, or impossible on this device.
+        UsageError: what this device cannot do, before any weight is read.
+        LoadError: whatever of it is broken, missing, or made for another model.
     """
+    check_environment(config, device)
     try:
-        check_environment(config, device)
         pipe = _load(spec, config, device, quiet)
     except OUR_ERRORS as error:
         raise LoadError(str(error)) from error
@@ -58,8 +59,11 @@ def load_pipeline(spec: ModelSpec, config: HostConfig, device: torch.device, qui
 
 
 def check_environment(config: HostConfig, device: torch.device) -> None:
-    """What must hold before any weight is read, beyond shared.config's checks. Raises MemoryFlagError."""
-    memory.check_memory_flags(config, device)
+    """What must hold before any weight is read, beyond shared.config's checks. Raises UsageError."""
+    try:
+        memory.check_memory_flags(config, device)
+    except memory.MemoryFlagError as error:
+        raise UsageError(str(error)) from None
 
 
 def compute_dtype(config: HostConfig, device: torch.device) -> torch.dtype:

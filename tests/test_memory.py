@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.loading import LoadError
+from shared.config import UsageError
 from shared.memory import MemoryFlagError, apply_vae_flags, check_memory_flags, memory_report, place
 from shared.models import MODELS
 from tests import tiny
@@ -73,7 +73,7 @@ def test_the_video_vae_says_no() -> None:
 )
 def test_refused_on_a_cpu_before_anything_is_read(flag: str, monkeypatch) -> None:
     monkeypatch.setattr("shared.loading._load", lambda *_: pytest.fail("weights were read"))
-    with pytest.raises(LoadError, match=f"--{flag}: .*CPU"):
+    with pytest.raises(UsageError, match=f"--{flag}: .*CPU"):
         tiny.host("sd1", **{flag: True})
 
 

@@ -1,0 +1,541 @@
+"""Every flag of every host has an effect, or is refused in words on a machine without a GPU.
+
+One entry a flag: `EFFECTS[flag](ground)` fails when the flag, once accepted, changes nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import json
+import logging
+import os
+import pickle
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from shared.comm import World, init_world, make_groups
+from shared.compile import graph_count
+from shared.config import UsageError, check_config, config_flags, parse_config
+from shared.generate import PipelineEngine
+from shared.host import set_up_logging
+from shared.loading import load_pipeline
+from shared.models import BACKENDS
+from shared.requests import check_request
+from tests import tiny, tiny_extras, tiny_original
+from tests.httphost import FakeHost, config_of
+from tests.ranks import RankPool
+from tests.test_matrix import body, psnr
+
+STEPS = 3
+CPU = torch.device("cpu")
+EXACT_DB = 80.0
+
+
+@dataclass
+class Ground:
+    """What an effect may stand on."""
+
+    pool: RankPool
+    folder: Path
+    patch: pytest.MonkeyPatch
+    capture: pytest.CaptureFixture[str]
+
+
+@dataclass
+class Made:
+    """What a launch with some flags made of the tiny checkpoint."""
+
+    pipe: Any
+    latents: np.ndarray
+    picture: np.ndarray
+    plan: dict[str, Any]
+
+
+def made(name: Any = "sd1", ask: Any = None, **flags: Any) -> Made:
+    """One request to a host of one rank, in this process."""
+    size = {"width": 64, "height": 64} | {k: flags.pop(k) for k in ("width", "height") if k in flags}
+    config = tiny.config(name, **size, **flags)
+    check_config(config, 1)
+    pipe = load_pipeline(config.spec, config, CPU, quiet=True)
+    world = World(0, 1, 0, CPU, *[None] * 3)
+    return answer(PipelineEngine(pipe, config, world), config, ask or {})
+
+
+def answer(engine: PipelineEngine, config: Any, ask: dict[str, Any]) -> Made:
+    given = {"lora": config.lora, "control_net": config.control_net, "ip_adapter": config.ip_adapter}
+    request = check_request(body(config.type, given) | {"output_format": None, "steps": STEPS} | ask, config)
+    latents: list[torch.Tensor] = []
+    step = engine.pipe.scheduler.step
+    engine.pipe.scheduler.step = lambda *a, **k: _noted(step(*a, **k), latents)
+    try:
+        reply = engine.generate(request, lambda *_: None)
+    finally:
+        engine.pipe.scheduler.__dict__.pop("step", None)
+    picture = np.zeros(())
+    if reply is not None and reply.format == "png" and config.spec.output == "image":
+        picture = np.asarray(Image.open(io.BytesIO(reply.output[0])), dtype=np.float32) / 255
+    return Made(engine.pipe, latents[-1].float().numpy(), picture, engine.plan)
+
+
+def _noted(result: Any, latents: list[torch.Tensor]) -> Any:
+    latents.append(result[0].detach().clone())
+    return result
+
+
+@cache
+def plain(name: str = "sd1") -> Made:
+    return made(name)
+
+
+def differs(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape != b.shape or psnr(a, b) < EXACT_DB
+
+
+def rank_made(backend: str, name: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """Runs on every rank: latents, the plan, and how far the latents are from the plain pipeline's."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    world = World(rank, size, rank, CPU, *make_groups(60, "gloo"))
+    launch: dict[str, Any] = {"backend": backend, "width": 64, "height": 64, "warm_up_steps": 1}
+    config = replace(tiny.config(name), **launch | flags)
+    check_config(config, size)
+    engine = importlib.import_module(f"{backend}_host").build_engine(config, world)
+    found = answer(engine, config, {"output_format": "latent"})
+    engine.close()
+    return {"latents": found.latents, "plan": found.plan}
+
+
+def parallel(ground: Ground, ranks: int, backend: str = "asyncdiff", name: str = "sd1", **flags: Any) -> Any:
+    """(latents, plan) of rank 0; every rank must hold the same latents."""
+    found = ground.pool.run(rank_made, ranks, backend, name, flags)
+    return found[0]["latents"], found[0]["plan"]
+
+
+Effect = Callable[[Ground], None]
+EFFECTS: dict[str, Effect] = {}
+
+
+def shows(*flags: str) -> Callable[[Effect], Effect]:
+    def add(effect: Effect) -> Effect:
+        EFFECTS.update({flag: effect for flag in flags})
+        return effect
+
+    return add
+
+
+# The model
+
+
+@shows("type")
+def _(ground: Ground) -> None:
+    assert type(made("pixa").pipe).__name__ == "PixArtAlphaPipeline"
+    assert type(plain().pipe).__name__ == "StableDiffusionPipeline"
+
+
+@shows("checkpoint")
+def _(ground: Ground) -> None:
+    other = ground.folder / "other"
+    pipe = tiny.load("sd1")
+    pipe.unet.conv_out.weight.data += 0.1
+    pipe.save_pretrained(other)
+    assert differs(made(checkpoint=str(other)).latents, plain().latents)
+
+
+@shows("variant")
+def _(ground: Ground) -> None:
+    half = made(variant="bf16")
+    assert half.pipe.unet.dtype == half.pipe.vae.dtype == torch.bfloat16
+    assert plain().pipe.unet.dtype == torch.float32 and 15 < psnr(half.latents, plain().latents) < 60
+
+
+@shows("width", "height")
+def _(ground: Ground) -> None:
+    assert made(width=96, height=80).picture.shape == (80, 96, 3)
+
+
+@shows("scheduler")
+def _(ground: Ground) -> None:
+    found = made(scheduler="k_euler")
+    assert type(found.pipe.scheduler).__name__ == "EulerDiscreteScheduler"
+    assert found.pipe.scheduler.config.use_karras_sigmas and differs(found.latents, plain().latents)
+
+
+@shows("vae")
+def _(ground: Ground) -> None:
+    found = made(vae=str(tiny_extras.vae("sd1")))
+    assert not differs(found.latents, plain().latents) and differs(found.picture, plain().picture)
+
+
+@shows("gguf_model")
+def _(ground: Ground) -> None:
+    found = made(gguf_model=str(tiny_original.gguf("sd1")))
+    kinds = {type(p).__name__ for p in found.pipe.unet.parameters()}
+    assert "GGUFParameter" in kinds and differs(found.latents, plain().latents)
+
+
+@shows("quantize_to")
+def _(ground: Ground) -> None:
+    found = made(quantize_to="int8")
+    assert any("QLinear" in type(m).__name__ for m in found.pipe.unet.modules())
+    assert any("QLinear" in type(m).__name__ for m in found.pipe.text_encoder.modules())
+    assert differs(found.latents, plain().latents)
+
+
+# Features
+
+
+@shows("lora")
+def _(ground: Ground) -> None:
+    path = str(tiny_extras.lora("sd1"))
+    assert differs(made(lora={path: 1.0}).latents, plain().latents)
+    assert not differs(made(lora={path: 0.0}).latents, plain().latents)
+
+
+@shows("control_net")
+def _(ground: Ground) -> None:
+    path = str(tiny_extras.control_net("sd1"))
+    assert differs(made(control_net={path: 1.0}).latents, plain().latents)
+    assert not differs(made(control_net={path: 0.0}).latents, plain().latents)
+
+
+@shows("ip_adapter")
+def _(ground: Ground) -> None:
+    path = str(tiny_extras.ip_adapter("sd1"))
+    assert differs(made(ip_adapter={path: 1.0}).latents, plain().latents)
+
+
+@shows("motion_module", "motion_adapter", "motion_adapter_lora")
+def _(ground: Ground) -> None:
+    base = plain("ad").latents
+    assert differs(made("ad", motion_adapter=str(tiny_extras.motion_adapter())).latents, base)
+    assert differs(made("ad", motion_module=str(tiny_extras.motion_adapter("file"))).latents, base)
+    assert differs(made("ad", motion_adapter_lora={str(tiny_extras.motion_lora()): 1.0}).latents, base)
+
+
+@shows("compel")
+def _(ground: Ground) -> None:
+    """A weight in the prompt is a weight with compel, and plain text without."""
+
+    def apart(**flags: Any) -> float:
+        light, heavy = ({"positive": f"a (small){weight} cat"} for weight in ("0.2", "1.8"))
+        return psnr(made(ask=light, **flags).latents, made(ask=heavy, **flags).latents)
+
+    assert abs(apart(compel=True) - apart()) > 0.1
+
+
+# Compiling
+
+
+def compiled(ground: Ground, part: str, **flags: Any) -> tuple[int, Made]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = torch._dynamo.config
+    kept = config.recompile_limit, config.accumulated_recompile_limit, config.fail_on_recompile_limit_hit
+    try:
+        found = made(**{part: True, "compile_backend": "eager"} | flags)
+        return graph_count(), found
+    finally:
+        torch._dynamo.reset()
+        config.recompile_limit, config.accumulated_recompile_limit, config.fail_on_recompile_limit_hit = kept
+
+
+@shows("compile_unet", "compile_vae", "compile_text_encoder", "compile_backend")
+def _(ground: Ground) -> None:
+    """Each compiles a part of its own, through the backend that was named, and changes no picture."""
+    seen: list[int] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        seen.append(len(graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.register_backend(counting, "counting")
+    for part in ("compile_unet", "compile_vae", "compile_text_encoder"):
+        seen.clear()
+        count, found = compiled(ground, part, compile_backend="counting")
+        assert len(seen) == count > 0
+        assert not differs(found.latents, plain().latents) and not differs(found.picture, plain().picture)
+
+
+@shows("compile_mode", "compile_options", "compile_fullgraph_off")
+def _(ground: Ground) -> None:
+    given: list[dict[str, Any]] = []
+
+    def noting(forward: Any, **named: Any) -> Any:
+        given.append(named)
+        return forward
+
+    ground.patch.setattr(torch, "compile", noting)
+    made(compile_vae=True, compile_mode="max-autotune", compile_fullgraph_off=True)
+    assert given[0] == {"mode": "max-autotune", "fullgraph": False, "dynamic": False}
+    given.clear()
+    made(compile_vae=True, compile_options={"max_autotune": True})
+    assert given[0] == {"options": {"max_autotune": True}, "fullgraph": True, "dynamic": False}
+
+
+# Memory
+
+
+@shows("enable_vae_tiling", "enable_vae_slicing")
+def _(ground: Ground) -> None:
+    tiled, sliced = made(enable_vae_tiling=True), made(enable_vae_slicing=True)
+    assert tiled.pipe.vae.use_tiling and not plain().pipe.vae.use_tiling
+    assert sliced.pipe.vae.use_slicing and not plain().pipe.vae.use_slicing
+    big: dict[str, Any] = {"width": 128, "height": 128}
+    assert differs(made(enable_vae_tiling=True, **big).picture, made(**big).picture)
+
+
+@shows(
+    "xformers_efficient",
+    "enable_model_cpu_offload",
+    "enable_sequential_cpu_offload",
+    "enable_group_offload",
+)
+def _(ground: Ground) -> None:
+    """Not on a CPU, and said before a weight is read; what they do on a GPU: tests/test_memory.py."""
+    ground.patch.setattr("shared.loading._load", lambda *_: pytest.fail("weights were read"))
+    flags = [flag for flag in EFFECTS if "offload" in flag or flag == "xformers_efficient"]
+    for flag in flags:
+        with pytest.raises(UsageError, match=f"--{flag}: .*CPU"):
+            made(**{flag: True})
+
+
+# Plans
+
+
+@shows("warm_up_steps")
+def _(ground: Ground) -> None:
+    exact, _ = parallel(ground, 2, warm_up_steps=STEPS)
+    stale, plan = parallel(ground, 2, warm_up_steps=1)
+    assert not differs(exact, plain().latents) and differs(stale, plain().latents)
+    assert plan["warm_up_steps"] == 1
+
+
+@shows("device")
+def _(ground: Ground) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="--device: cuda needs a GPU for every rank"):
+            ground.patch.setenv("RANK", "0")
+            ground.patch.setenv("WORLD_SIZE", "1")
+            init_world("cuda", 5)
+    assert ground.pool.run(rank_device, 1, "cpu") == ["cpu"]
+
+
+def rank_device(device: str) -> str:
+    os.environ.update(RANK="0", WORLD_SIZE="1")
+    return init_world(device, 5).device.type
+
+
+@shows("model_n", "stride")
+def _(ground: Ground) -> None:
+    three, plan = parallel(ground, 3, model_n=3)
+    assert len(plan["stages"]) == 3
+    strided, plan = parallel(ground, 3, model_n=2, stride=2)
+    assert len(plan["stages"]) == 2 and differs(strided, three)
+
+
+@shows("time_shift")
+def _(ground: Ground) -> None:
+    shifted, _ = parallel(ground, 2, time_shift=True)
+    assert differs(shifted, parallel(ground, 2)[0])
+
+
+@shows("stage_weights")
+def _(ground: Ground) -> None:
+    _, plan = parallel(ground, 2, stage_weights=(4.0, 1.0))
+    first, second = (stage["share"] for stage in plan["stages"])
+    assert first > 2 * second
+
+
+@shows("auto_balance")
+def _(ground: Ground) -> None:
+    """Measured speeds of the ranks take the place of equal ones."""
+    _, plan = parallel(ground, 2, auto_balance=True)
+    assert len(plan["stage_weights"]) == 2 and all(0 < w <= 1 for w in plan["stage_weights"])
+    assert parallel(ground, 2, stage_weights=(1.0, 1.0))[1]["stage_weights"] == (1.0, 1.0)
+
+
+@shows("use_cfg_parallel")
+def _(ground: Ground) -> None:
+    exact, plan = parallel(ground, 2, use_cfg_parallel=True)
+    assert plan["cfg_split"] and not differs(exact, plain().latents)
+
+
+@shows("no_cuda_graph")
+def _(ground: Ground) -> None:
+    """On a GPU, where one rank captures its steps too; its pipeline is not touched at all without."""
+    world = World(0, 1, 0, torch.device("cuda"), *[None] * 3)
+    captured: list[bool] = []
+
+    def note(*args: Any, **named: Any) -> Any:
+        captured.append(named["cuda_graph"])
+        return SimplePlan()
+
+    ground.patch.setattr("shared.parallel.asyncdiff.AsyncDiff", note)
+    ground.patch.setattr("shared.parallel.distrifusion.DistriFusion", note)
+    for backend in ("asyncdiff", "distrifuser"):
+        attach = importlib.import_module(f"{backend}_host").attach
+        assert attach(plain().pipe, replace(tiny.config("sd1"), backend=backend), world) is not None
+        assert (
+            attach(plain().pipe, replace(tiny.config("sd1"), backend=backend, no_cuda_graph=True), world)
+            is None
+        )
+    assert captured == [True, True]
+
+
+class SimplePlan:
+    plan = property(lambda self: {})
+
+
+@shows("parallelism")
+def _(ground: Ground) -> None:
+    patch, _ = parallel(ground, 2, "distrifuser", no_split_batch=True)
+    naive, _ = parallel(ground, 2, "distrifuser", no_split_batch=True, parallelism="naive_patch")
+    tensor, plan = parallel(ground, 2, "distrifuser", no_split_batch=True, parallelism="tensor")
+    assert differs(patch, naive) and differs(patch, plain().latents)
+    assert not differs(tensor, plain().latents) and "channels" in plan["ranks"][0]
+
+
+@shows("split_scheme", "sync_mode")
+def _(ground: Ground) -> None:
+    row, _ = parallel(ground, 2, "distrifuser", no_split_batch=True)
+    column, _ = parallel(ground, 2, "distrifuser", no_split_batch=True, split_scheme="col")
+    alone, _ = parallel(ground, 2, "distrifuser", no_split_batch=True, sync_mode="no_sync")
+    exact, _ = parallel(ground, 2, "distrifuser", no_split_batch=True, sync_mode="full_sync")
+    assert differs(row, column) and differs(row, alone)
+    assert not differs(exact, plain().latents)
+
+
+@shows("no_split_batch")
+def _(ground: Ground) -> None:
+    split, plan = parallel(ground, 2, "distrifuser")
+    assert plan["split_batch"] and not differs(split, plain().latents)
+    whole, plan = parallel(ground, 2, "distrifuser", no_split_batch=True)
+    assert not plan["split_batch"] and differs(whole, plain().latents)
+
+
+# Serving
+
+
+@shows("port", "host")
+def _(ground: Ground) -> None:
+    with FakeHost() as first:
+        port = first.server.port
+    with FakeHost(config_of(port=port, host="127.0.0.2")) as host:
+        assert requests.get(f"http://127.0.0.2:{port}/initialize", timeout=5).status_code == 200
+        with pytest.raises(requests.ConnectionError):
+            requests.get(f"http://127.0.0.1:{port}/initialize", timeout=5)
+        assert host.server.port == port
+
+
+@shows("max_queue")
+def _(ground: Ground) -> None:
+    with FakeHost(config_of(max_queue=0)) as host:
+        held = threading.Thread(target=host.generate, args=({"positive": "hold"},))
+        held.start()
+        while host.queue.running is None:
+            time.sleep(0.005)
+        refused = host.generate()
+        assert refused.status_code == 503 and refused.headers["Retry-After"]
+        host.go_on.set()
+        held.join()
+
+
+@shows("request_timeout")
+def _(ground: Ground) -> None:
+    with FakeHost(config_of(request_timeout=0.2)) as host:
+        assert host.generate({"positive": "slow", "steps": 20}).status_code == 504
+
+
+@shows("collective_timeout")
+def _(ground: Ground) -> None:
+    first, _ = ground.pool.run(left_alone, 2)
+    assert 0.5 < first < 3
+
+
+def left_alone() -> float:
+    """Seconds until rank 0 gives up on a rank that does not come."""
+    *_, compute = make_groups(1.0, "gloo")
+    began = time.monotonic()
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError):
+            dist.all_reduce(torch.ones(1), group=compute)
+    else:
+        time.sleep(2.5)
+    return time.monotonic() - began
+
+
+@shows("log_level", "log_json")
+def _(ground: Ground) -> None:
+    log = logging.getLogger("host")
+    kept = log.handlers, log.propagate, log.level
+    try:
+        set_up_logging(config_of(log_level="error"), 0)
+        log.info("not told")
+        set_up_logging(config_of(log_level="info", log_json=True), 0)
+        log.info("told")
+    finally:
+        log.handlers, log.propagate = kept[:2]
+        log.setLevel(kept[2])
+    lines = ground.capture.readouterr().err.splitlines()
+    assert len(lines) == 1
+    entry = json.loads(lines[0])
+    assert entry["message"] == "told" and entry["level"] == "info"
+
+
+@shows("api_key")
+def _(ground: Ground) -> None:
+    with FakeHost(config_of(api_key="secret")) as host:
+        assert host.generate().status_code == 401
+        assert host.generate(headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert host.get("/health").status_code == 200
+
+
+@shows("legacy_pickle")
+def _(ground: Ground) -> None:
+    """Without the flag the answer is a PNG, with it the pickle that the original clients read."""
+    with FakeHost() as host:
+        assert base64.b64decode(host.generate().json()["output"]).startswith(b"\x89PNG")
+    with FakeHost(config_of(legacy_pickle=True)) as host:
+        found = pickle.loads(base64.b64decode(host.generate().json()["output"]))
+        assert isinstance(found, Image.Image)
+
+
+@shows("config")
+def _(ground: Ground) -> None:
+    path = ground.folder / "host.yaml"
+    path.write_text(f"type: sd1\ncheckpoint: {tiny.checkpoint('sd1')}\nport: 7777\nwidth: 128\n")
+    config = parse_config("asyncdiff", [f"--config={path}", "--width=96"])
+    assert (config.type, config.port, config.width) == ("sd1", 7777, 96)
+
+
+@pytest.mark.parametrize("flag", sorted(EFFECTS))
+def test_the_flag_has_its_effect(
+    flag: str,
+    pool: RankPool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = next(name for name, effect in EFFECTS.items() if effect is EFFECTS[flag])
+    if flag != first:
+        pytest.skip(f"shown together with --{first}")
+    EFFECTS[flag](Ground(pool, tmp_path, monkeypatch, capsys))
+
+
+def test_no_flag_is_left_out() -> None:
+    flags = {f.name for backend in BACKENDS for f in config_flags(backend)} | {"config"}
+    assert set(EFFECTS) == flags
