@@ -44,6 +44,10 @@ class Engine(Protocol):
         """
         ...
 
+    def preview_to(self, queue: JobQueue) -> None:
+        """Show pictures to those who watch the queue, as they form; called on rank 0 alone."""
+        ...
+
     def close(self) -> None:
         """Give the pipeline back as it was before."""
         ...

@@ -15,9 +15,11 @@ from PIL import Image
 from shared.arguments import call_arguments, part_of_schedule
 from shared.comm import OnStep, StoppedError, Verdict, World
 from shared.config import HostConfig
+from shared.jobs import JobQueue
 from shared.lora import loras_of
 from shared.media import encode_image, encode_video
 from shared.models import ModelSpec
+from shared.preview import Previewer
 from shared.requests import FieldProblem, GenerateRequest, Reply, RequestError
 from shared.schedulers import scheduler_for_request
 
@@ -72,6 +74,7 @@ class PipelineEngine:
         self._make_parallel = make_parallel
         self.parallel = make_parallel(pipe)
         self._adapter_state: Any = None
+        self._previewer: Previewer | None = None
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -82,7 +85,9 @@ class PipelineEngine:
         holds_picture = self.world.rank == self.output_rank
         # Some pipelines draw control latents from the global state: alike on all ranks then.
         torch.manual_seed(request.seed or 0)
-        watch = StepWatch(self.pipe, self.world.device, on_step)
+        watch = StepWatch(self.pipe, self.world.device, on_step, self._previewer)
+        if self._previewer is not None:
+            self._previewer.begin(request)
         try:
             with scheduler_for_request(self.pipe, self.spec, request.scheduler):
                 output = self._call(request, watch, holds_picture)
@@ -121,7 +126,7 @@ class PipelineEngine:
         video = self.spec.output == "video"
         width, height = request.width or 0, request.height or 0
         latent = None
-        if format == "latent" or self.config.legacy_pickle:
+        if format == "latent" or request.return_latent or self.config.legacy_pickle:
             assert watch.latents is not None
             latent = safetensors.torch.save({"latent": watch.latents.contiguous().cpu()})
         if format == "latent":
@@ -173,6 +178,13 @@ class PipelineEngine:
             self.generate(request, on_step)
         self.pipe.set_progress_bar_config(**shown)
 
+    def preview_to(self, queue: JobQueue) -> None:
+        """Show pictures to those who watch the queue, as they form; on rank 0 alone."""
+        try:
+            self._previewer = Previewer(self.pipe, self.spec, queue, self.world.device)
+        except (RuntimeError, ValueError, AttributeError) as error:
+            log.warning("the page shows no previews: %s", error)
+
     def list_loras(self) -> list[dict[str, Any]]:
         """The LoRAs in use, with their scales and how many of their layers fit."""
         return [
@@ -215,12 +227,16 @@ class StepWatch:
         pipe: its `scheduler.step` is overridden while the watch is entered.
         device: where it computes.
         on_step: called after each step with (step, steps).
+        previewer: sees each step's latents after that.
     """
 
-    def __init__(self, pipe: Any, device: torch.device, on_step: OnStep) -> None:
+    def __init__(
+        self, pipe: Any, device: torch.device, on_step: OnStep, previewer: Previewer | None = None
+    ) -> None:
         self.pipe = pipe
         self.device = device
         self.on_step = on_step
+        self.previewer = previewer
         self.step = 0
         self.began = time.perf_counter()
         self.ended: float | None = None
@@ -234,6 +250,8 @@ class StepWatch:
         def step(*args: Any, **kwargs: Any) -> Any:
             result = inner(*args, **kwargs)
             self._after_step(result[0], len(self._scheduler.timesteps))
+            if self.previewer is not None:
+                self.previewer.after_step(self.step, result, args[0])
             return result
 
         self._scheduler.step = step

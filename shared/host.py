@@ -98,6 +98,9 @@ def _load_and_loop(
     limit_threads(world.device.type)
     engine = build_engine(config, world)
     engine.warm_up()
+    on_server = world.rank == 0
+    if on_server:
+        engine.preview_to(queue)
     channel = Channel(world)
     status.ranks = channel.introduce(rank_device_info(world))
     status.plan = engine.plan
@@ -113,7 +116,6 @@ def _load_and_loop(
     )
     for line in plan_lines(engine.plan):
         log.info("%s", line)
-    on_server = world.rank == 0
     RankLoop(
         engine,
         channel,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from shared.requests import GenerateRequest
 
 State = Literal["loading", "ready", "busy", "broken", "stopping"]
+PREVIEW_SECONDS = 0.25  # between two previews of a picture that forms
 
 
 class JobError(RuntimeError):
@@ -29,6 +30,16 @@ class QueueFullError(RuntimeError):
     """The queue holds as many requests as may wait."""
 
 
+@dataclass(frozen=True)
+class Preview:
+    """What a picture looks like after `step`: RGB bytes, `height` rows of `width` pixels."""
+
+    step: int
+    width: int
+    height: int
+    rgb: bytes
+
+
 @dataclass(eq=False)
 class Job:
     """One request from its acceptance to its answer. Written by rank 0's loop, read by HTTP threads."""
@@ -40,6 +51,7 @@ class Job:
     steps: int = 0
     progress: float = 0.0  # 0 to 100, never falling
     started: float | None = None  # time.monotonic()
+    preview: Preview | None = None  # the newest, while somebody watches
     reply: Any = None  # a Reply, or what the engine's method returned
     error: JobError | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event)
@@ -89,6 +101,8 @@ class JobQueue:
         self.limit = limit
         self.running: Job | None = None
         self.last: Job | None = None  # the newest job with a request that left the queue
+        self.watchers = 0  # who would see a preview; written by the HTTP threads
+        self._previewed = 0.0  # time.monotonic()
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closed: JobError | None = None
@@ -96,6 +110,11 @@ class JobQueue:
     def __len__(self) -> int:
         """Number of jobs that wait."""
         return len(self._waiting)
+
+    def waiting(self) -> list[Job]:
+        """The jobs that wait, the next one first."""
+        with self._changed:
+            return list(self._waiting)
 
     @property
     def closed(self) -> bool:
@@ -162,6 +181,25 @@ class JobQueue:
             return False
         self.drop(job)
         return True
+
+    def cancel(self, id: str) -> bool:
+        """Cancel the job of this id, where it runs or waits; whether there was one."""
+        with self._changed:
+            jobs = [*([self.running] if self.running else []), *self._waiting]
+        found = [job for job in jobs if job.id == id and not job.done]
+        for job in found:
+            self.drop(job)
+        return bool(found)
+
+    def wants_preview(self) -> bool:
+        """Whether somebody watches and the last preview is old enough."""
+        return self.watchers > 0 and time.monotonic() - self._previewed >= PREVIEW_SECONDS
+
+    def show_preview(self, step: int, width: int, height: int, rgb: bytes) -> None:
+        """What the running job's picture looks like after `step`."""
+        self._previewed = time.monotonic()
+        if self.running is not None:
+            self.running.preview = Preview(step, width, height, rgb)
 
     def progress(self) -> float:
         """0 to 100, of the running request, else of the last one; 0 before there was any."""

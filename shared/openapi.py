@@ -135,11 +135,39 @@ def _responses() -> dict[str, Any]:
     return responses
 
 
+_EVENTS: dict[str, Any] = {
+    "description": "Without end; each event's data is JSON",
+    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+}
+_PAGE: dict[str, Any] = {"description": "The file", "content": {"*/*": {"schema": {"type": "string"}}}}
+_CANCEL_ID: dict[str, Any] = {
+    "name": "id",
+    "in": "query",
+    "schema": {"type": "string"},
+    "description": "X-Request-Id of one request, which may still wait; absent: the running one",
+}
+
 _SCHEMAS: dict[str, Any] = {
     "Cancelled": {
         "type": "object",
         "required": ["message", "cancelled"],
         "properties": {"message": {"type": "string"}, "cancelled": {"type": "boolean"}},
+    },
+    "Launch": {
+        "type": "object",
+        "required": ["backend", "type", "title", "output", "fields", "needs", "defaults", "size_multiple"],
+        "properties": {
+            "backend": {"type": "string"},
+            "type": {"type": "string"},
+            "title": {"type": "string"},
+            "output": {"enum": ["image", "video"]},
+            "fields": {"type": "array", "items": {"type": "string"}, "description": "of POST /generate"},
+            "needs": {"type": "array", "items": {"type": "string"}},
+            "defaults": {"type": "object"},
+            "size_multiple": {"type": "integer", "description": "pixels"},
+            "schedulers": {"type": "array", "items": {"type": "string"}},
+            "formats": {"type": "array", "items": {"type": "string"}},
+        },
     },
     "Health": {
         "type": "object",
@@ -198,7 +226,31 @@ def _paths(config: HostConfig) -> dict[str, Any]:
         "/cancel": {
             "post": {
                 "summary": "Cancel the running request at the next step boundary",
+                "parameters": [_CANCEL_ID],
                 "responses": {"200": _json("Whether there was one", "Cancelled"), **_errors()},
+            }
+        },
+        "/events": {
+            "get": {
+                "summary": "What happens, as server-sent events: host, jobs, preview (a JPEG), end, beat",
+                "responses": {"200": _EVENTS, **_errors(503)},
+            }
+        },
+        "/launch": {
+            "get": {
+                "summary": "What this launch takes: fields, defaults, schedulers, formats",
+                "responses": {"200": _json("All that a form for it needs", "Launch"), **_errors()},
+            }
+        },
+        "/": {"get": {"summary": "The web page", "responses": {"200": _PAGE}, "security": []}},
+        "/web/{name}": {
+            "get": {
+                "summary": "The page's style, script and icon",
+                "parameters": [
+                    {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+                ],
+                "responses": {"200": _PAGE, "404": {"$ref": "#/components/responses/404"}},
+                "security": [],
             }
         },
         "/lora": {

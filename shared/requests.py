@@ -98,6 +98,10 @@ class GenerateRequest(BaseModel):
     denoise: Annotated[Fraction, Field(description="the same as denoising_start")] | None = None
     denoising_start: Fraction | None = None
     denoising_end: Fraction | None = None
+    add_noise: (
+        Annotated[bool, Field(description="the seed's noise on `latent`, as strong as denoising_start asks")]
+        | None
+    ) = None
     controlnet_scale: Scale | None = None
     ip_adapter_scale: Scale | None = None
     lora_scales: Annotated[dict[str, Scale], Field(max_length=64)] | None = None
@@ -108,6 +112,7 @@ class GenerateRequest(BaseModel):
     fps: Annotated[int, Field(ge=1, le=120)] | None = None
     scheduler: Annotated[str | dict[str, Any] | None, BeforeValidator(_check_scheduler)] = None
     output_format: Literal["png", "jpeg", "webp", "mp4", "gif", "latent"] | None = None
+    return_latent: Annotated[bool, Field(description="the answer has `latent` too")] | None = None
 
     def filled(self, config: HostConfig, output_format: str | None = None) -> GenerateRequest:
         """The request with every default of the launch in its place: seed drawn, size, steps and cfg set."""
@@ -236,6 +241,8 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
         add("denoising_end", f"must be above denoising_start {start:g}, got {end:g}", *starts)
     elif start >= 1:
         add(name, "must be below 1, or no step is left to run; got 1")
+    if request.add_noise and (request.latent is None or not start):
+        add("add_noise", "needs latent, and denoising_start above 0", "latent", *starts)
     if request.sigmas is not None and request.timesteps is not None:
         add("timesteps", "give sigmas or timesteps, not both")
     for name in ("positive", "negative"):
@@ -255,10 +262,10 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
     return problems
 
 
-COMMON_FIELDS = frozenset({"steps", "cfg", "seed", "scheduler", "output_format"})
+COMMON_FIELDS = frozenset({"steps", "cfg", "seed", "scheduler", "output_format", "return_latent"})
 
 # A field that needs a launch flag to mean anything.
-_NEEDS_FLAG = {
+NEEDS_FLAG = {
     "ip_image": "ip_adapter",
     "ip_adapter_scale": "ip_adapter",
     "control_image": "control_net",
@@ -274,7 +281,7 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
             continue
         if name not in spec.fields | COMMON_FIELDS:
             problems.append(FieldProblem(name, f"type {spec.name} ({spec.title}) takes no {name}"))
-        elif (flag := _NEEDS_FLAG.get(name)) and not getattr(config, flag):
+        elif (flag := NEEDS_FLAG.get(name)) and not getattr(config, flag):
             problems.append(FieldProblem(name, f"the host was started without --{flag}"))
     if spec.image == "needed" and request.image is None:
         problems.append(FieldProblem("image", f"type {spec.name} ({spec.title}) needs an input image"))

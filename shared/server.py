@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import re
 import secrets
 import threading
 import time
@@ -18,7 +19,7 @@ from flask import request as http
 from werkzeug.exceptions import HTTPException
 from werkzeug.http import HTTP_STATUS_CODES
 
-from shared import a1111_api, legacy, metrics, openai_api
+from shared import a1111_api, legacy, metrics, openai_api, pages
 from shared.config import HostConfig
 from shared.dispatch import ApiError, Dispatcher, check_json_type
 from shared.jobs import HostStatus, JobQueue
@@ -42,8 +43,9 @@ __all__ = ["Server", "create_app"]
 
 log = logging.getLogger("host")
 
+REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{8,64}")  # what a client may call its request
 REASONS = {499: "Client Closed Request"}
-OPEN_ROUTES = frozenset({"health"})  # endpoints that ask for no token
+OPEN_ROUTES = pages.OPEN_ROUTES | {"health"}  # endpoints that ask for no token
 PICTURE_ROUTES = frozenset(
     {"generate", "openai_generations", "openai_edits", "a1111_txt2img", "a1111_img2img"}
 )
@@ -70,6 +72,7 @@ def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> Flask
     metrics.add_routes(app, dispatcher.metrics)
     openai_api.add_routes(app, dispatcher)
     a1111_api.add_routes(app, dispatcher)
+    pages.add_routes(app, dispatcher)
     document = openapi(config)
     app.add_url_rule("/openapi.json", "openapi", lambda: jsonify(document))
     return app
@@ -81,7 +84,9 @@ def _add_frame(app: Flask, dispatcher: Dispatcher) -> None:
 
     @app.before_request
     def begin() -> None:
-        g.request_id, g.began = secrets.token_hex(8), time.monotonic()
+        given = http.headers.get("X-Request-Id", "")
+        g.request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        g.began = time.monotonic()
         if api_key is not None and http.endpoint not in OPEN_ROUTES:
             _check_token(api_key)
 
@@ -196,8 +201,15 @@ def _add_state_routes(app: Flask, dispatcher: Dispatcher) -> None:
 
     @app.post("/cancel")
     def cancel() -> Response:
-        cancelled = queue.cancel_running()
-        message = "OK" if cancelled else "no request is running"
+        id = http.args.get("id")
+        cancelled = queue.cancel_running() if id is None else queue.cancel(id)
+        message = (
+            "OK"
+            if cancelled
+            else "no request is running"
+            if id is None
+            else f"no request {id!r} runs or waits"
+        )
         return jsonify({"message": message, "cancelled": cancelled})
 
     @app.get("/health")
@@ -265,9 +277,6 @@ def _add_lora(app: Flask, dispatcher: Dispatcher) -> None:
             else:
                 entries = dispatcher.call("remove_lora", {"path": change.path})
             in_use = [LoraEntry.model_validate(entry) for entry in entries]
-        except ApiError as error:
-            # What the engine refuses is refused for the state it is in: fused, compiled, loaded already.
-            raise ApiError(409, error.message) if error.status == 422 else error from None
         finally:
             one_at_a_time.release()
         return jsonify(LoraAnswer(loras=in_use).model_dump(exclude_none=True))

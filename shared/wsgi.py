@@ -16,7 +16,7 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
 from waitress.server import BaseWSGIServer, create_server
-from waitress.task import ErrorTask
+from waitress.task import ErrorTask, WSGITask
 from waitress.utilities import RequestEntityTooLarge
 
 from shared.requests import ErrorAnswer
@@ -25,6 +25,7 @@ MAX_BODY = 64 << 20  # bytes
 MAX_DRAIN = 1 << 30  # bytes of a body that is too large which are read and thrown away, before the answer
 PARSING = 4  # requests that may be read and checked beside those that wait or run
 SPARE_THREADS = 4  # for /health, /progress and /cancel, whatever /generate does
+MAX_WATCHERS = 16  # open streams of GET /events; each holds a thread
 TOO_LARGE = f"the body is larger than {MAX_BODY >> 20} MiB"
 
 # `localhost` often names an IPv6 address that a container does not have.
@@ -91,8 +92,19 @@ class _JsonErrorTask(ErrorTask):
         self.write(body)
 
 
+class _Task(WSGITask):
+    """Tells the application how many bytes of its answer the client has not taken yet."""
+
+    def get_environment(self) -> dict[str, Any]:
+        if self.environ is None:
+            super().get_environment()["host.unsent"] = lambda: self.channel.total_outbufs_len
+        environ: dict[str, Any] = self.environ
+        return environ
+
+
 class _Channel(HTTPChannel):
     parser_class = _Parser
+    task_class = _Task
     error_task_class = _JsonErrorTask
 
 
@@ -112,7 +124,7 @@ class Server:
         self._sockets = _bind(host, port)
         self.host = host
         self.port: int = self._sockets[0].getsockname()[1]
-        threads = max_queue + 1 + PARSING + SPARE_THREADS
+        threads = max_queue + 1 + PARSING + SPARE_THREADS + MAX_WATCHERS
         # A full queue is answered 503; that waitress has tasks waiting for a thread says nothing more.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self._map: dict[int, Any] = {}

@@ -72,6 +72,9 @@ class FakeEngine:
     def warm_up(self) -> None:
         """Nothing to warm."""
 
+    def preview_to(self, queue: Any) -> None:
+        """Nothing to show."""
+
     def close(self) -> None:
         """Nothing to undo."""
 
