@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from shared.config import UsageError
+from shared.memory import memory_report
 from shared.requests import GenerateRequest
 
 log = logging.getLogger("host")
@@ -360,13 +361,5 @@ def rank_device_info(world: World) -> dict[str, Any]:
             "memory_peak_mib": torch.cuda.max_memory_allocated(world.device) >> 20,
         }
     else:
-        info["memory_used_mib"] = _resident_mib()
+        info["memory_used_mib"] = memory_report(world.device)["allocated"] >> 20
     return info
-
-
-def _resident_mib() -> int:
-    try:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
-    except OSError:
-        return 0

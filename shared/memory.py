@@ -7,6 +7,7 @@ import logging
 import resource
 from typing import Any
 
+import psutil
 import torch
 
 from shared.config import HostConfig
@@ -106,6 +107,4 @@ def memory_report(device: torch.device) -> dict[str, int]:
             "reserved": torch.cuda.memory_reserved(device),
         }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux gives KiB
-    with open("/proc/self/statm") as file:
-        pages = int(file.read().split()[1])
-    return {"allocated": pages * resource.getpagesize(), "peak": peak}
+    return {"allocated": psutil.Process().memory_info().rss, "peak": peak}

@@ -113,7 +113,7 @@ class FakeHost:
         self.calls.append((method, arguments))
         path = arguments["path"]
         if path == "fused" or (method == "remove_lora" and path not in self.loras):
-            raise JobError(422, f"lora: {path} cannot be changed")
+            raise JobError(409, f"lora: {path} cannot be changed")
         if path == "broken":
             raise JobError(500, "rank 0: broken file")
         if method == "add_lora":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,12 +24,12 @@ from shared.parallel.exchange import Exchange
 from shared.parallel.graphs import Graphs, signature
 from shared.parallel.partition import Partition, partition
 from shared.parallel.stage import Run, Stage
-from shared.parallel.surgery import Forward, Surgery
+from shared.parallel.surgery import Closing, Forward, Surgery
 from shared.parallel.timing import UnitTimer
 from shared.parallel.trace import Trace, candidates, parameter_names, trace
 
 
-class AsyncDiff:
+class AsyncDiff(Closing):
     """Makes the denoiser of a diffusers pipeline run in stages on the ranks of a process group.
 
     Every rank holds the whole pipeline and makes the same calls with the same arguments. ``begin`` must be
@@ -129,14 +128,6 @@ class AsyncDiff:
         """Give the denoiser back as it was. May be called any number of times."""
         self._surgery.close()
         self.reset()
-
-    def __enter__(self) -> AsyncDiff:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def partition(self) -> Partition | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -11,13 +10,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from shared.parallel.surgery import Forward, Surgery
+from shared.parallel.exchange import all_gather
+from shared.parallel.surgery import Closing, Forward, Surgery
 
 BATCH = 2
 """Guidance doubles the batch, without it there is one picture: [without prompt, with prompt]."""
 
 
-class CfgSplit:
+class CfgSplit(Closing):
     """Makes modules compute one guidance branch only, and answer with both.
 
     A call whose first argument has a batch of two is halved: of every tensor among its arguments whose first
@@ -57,14 +57,6 @@ class CfgSplit:
         """Give the modules back as they were. May be called any number of times."""
         self._surgery.close()
 
-    def __enter__(self) -> CfgSplit:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _gathering(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         output = self._halved(original, args, kwargs)
         return tree_map(self._both, output) if _guided(args, kwargs) else output
@@ -87,9 +79,7 @@ class CfgSplit:
     def _both(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        both = leaf.new_empty(BATCH * leaf.shape[0], *leaf.shape[1:])
-        dist.all_gather_into_tensor(both, leaf.contiguous(), group=self.group)
-        return both
+        return all_gather(leaf, self.group)
 
 
 def _guided(args: tuple, kwargs: dict) -> bool:

@@ -8,7 +8,6 @@ own patch fresh and the others' as of the step before; what it makes travels whi
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from types import TracebackType
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 from shared.parallel.cfg_split import CfgSplit
 from shared.parallel.patch_decoder import PatchDecoder
 from shared.parallel.patched import Patched, Ranks, Schedule, SyncMode
-from shared.parallel.surgery import Surgery
+from shared.parallel.surgery import Closing, Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 
 Parallelism = Literal["patch", "tensor", "naive_patch"]
@@ -27,7 +26,7 @@ STATE = ("active_adapters", "merged_adapters", "disable_adapters")
 SplitScheme = Literal["row", "col", "alternate"]
 
 
-class DistriFusion:
+class DistriFusion(Closing):
     """Makes a diffusers pipeline with a UNet run on all ranks of a process group.
 
     Every rank holds the whole pipeline and makes the same calls with the same arguments. ``begin`` must be
@@ -127,14 +126,6 @@ class DistriFusion:
                 part.close()
         self._split = self._decoder = self._tensor = None
         self.models = []
-
-    def __enter__(self) -> DistriFusion:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def warm_up_calls(self) -> int:

@@ -1,4 +1,4 @@
-"""Point-to-point transfers between the ranks of a group, joined at the end of a step."""
+"""What the ranks of a group send each other: all at once, or in pairs and joined at the end of a step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+# torch 2.13 gave it this name and warns, on every rank, at the one that older releases know.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def all_gather(own: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The tensors of all ranks, of one shape, joined along the first dimension in rank order."""
+    every = own.new_empty(dist.get_world_size(group) * own.shape[0], *own.shape[1:])
+    _all_gather(every, own.contiguous(), group=group)
+    return every
 
 
 class Exchange:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ import torch.distributed as dist
 from shared.parallel.patch_exchange import PatchExchange
 from shared.parallel.patch_layers import PatchLayers, PatchRun
 from shared.parallel.patched import cuts, gather
-from shared.parallel.surgery import Forward, Surgery
+from shared.parallel.surgery import Closing, Forward, Surgery
 
 
-class PatchDecoder:
+class PatchDecoder(Closing):
     """Makes ``vae.decode`` a joint work of all ranks, each of which gets the whole picture.
 
     Every rank must decode the same latents at the same time. Tiling and slicing go on working. Latents with
@@ -35,14 +34,6 @@ class PatchDecoder:
     def close(self) -> None:
         """Give the decoder back as it was. May be called any number of times."""
         self._surgery.close()
-
-    def __enter__(self) -> PatchDecoder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _forward(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         kwargs = dict(zip(("sample", "latent_embeds"), args, strict=False)) | kwargs

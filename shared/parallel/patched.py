@@ -16,6 +16,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from shared.parallel.exchange import all_gather
 from shared.parallel.graphs import Graphs
 from shared.parallel.patch_exchange import Kind, PatchExchange
 from shared.parallel.patch_layers import Norm, PatchLayers, PatchRun
@@ -283,8 +284,7 @@ def gather(own: torch.Tensor, dim: int, sizes: list[int], group: dist.ProcessGro
     padded = own.transpose(0, dim)
     if len(padded) < most:
         padded = torch.cat([padded, padded.new_zeros(most - len(padded), *padded.shape[1:])])
-    every = padded.new_empty(len(sizes) * most, *padded.shape[1:])
-    dist.all_gather_into_tensor(every, padded.contiguous(), group=group)
+    every = all_gather(padded, group)
     if any(size != most for size in sizes):
         every = torch.cat([part[:size] for part, size in zip(every.split(most), sizes, strict=True)])
     return every.transpose(0, dim).contiguous()

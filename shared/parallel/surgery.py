@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
@@ -16,11 +16,22 @@ from torch import nn
 Forward = Callable[..., Any]
 
 
-class Surgery:
+class Closing(AbstractContextManager[Any]):
+    """A `with` block around it ends in `close()`."""
+
+    def close(self) -> None:
+        """Undo what was done. May be called any number of times."""
+        raise NotImplementedError
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Surgery(Closing):
     """A list of overridden forwards that ``close`` takes back, last first.
 
     A module whose instance already has a ``forward`` of its own (accelerate's hooks and torch.compile leave
-    one) gets exactly that one back. Also a context manager.
+    one) gets exactly that one back.
     """
 
     def __init__(self) -> None:
@@ -70,11 +81,3 @@ class Surgery:
                 f"cannot give back the forward of {', '.join(foreign)}: it was overridden again after this "
                 "surgery; undo the later override first"
             )
-
-    def __enter__(self) -> Surgery:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
