@@ -1,6 +1,7 @@
 """How close parallel pictures come to those of plain diffusers, on the demo checkpoint, by warm-up.
 
-python benchmarks/quality.py [--prompts 8] [--strip docs/asyncdiff.png] [--only asyncdiff:2:1] [--warm-up 3]
+python benchmarks/quality.py asyncdiff [--prompts 8] [--strip docs/asyncdiff.png] [--only 2:1] [--warm-up 3]
+python benchmarks/quality.py distrifusion [--strip docs/distrifusion.png] [--only 2:row:stale_gn]
 
 Ranks are processes on this machine's CPU, in fp32. The same held-out prompts with the same seeds are drawn by
 plain diffusers and by every setting; a Markdown table tells the PSNR of the 8-bit pictures, over all of them
@@ -31,45 +32,83 @@ from evaluate import STEPS, count_right, paint  # noqa: E402
 
 from tests.ranks import RankPool  # noqa: E402
 
-WARM_UPS = (1, 3, 5, 10)
-STRIP_WARM_UP = 3
 STRIP_ROWS = 4
+SYNC_MODES = ("corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "full_sync")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table: a parallel method, how it is set, and its exact steps at the start."""
+    """One row of the table: how a parallel method is set, and its exact steps at the start."""
 
     method: str
-    options: tuple[tuple[str, int], ...]
+    options: tuple[tuple[str, Any], ...]
     ranks: int
     warm_up: int
+    pictured: bool = False
+    """Whether its pictures go into the strip."""
 
     @property
     def label(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self.options)
+        if self.method == "asyncdiff":
+            return ", ".join(f"{name} {value}" for name, value in self.options)
+        parallelism, scheme, mode = (value for _, value in self.options)
+        return f"{scheme}, {mode if parallelism == 'patch' else parallelism}"
 
     @property
     def key(self) -> str:
-        return ":".join([self.method, *(str(value) for _, value in self.options)])
+        values = [str(value) for _, value in self.options]
+        return ":".join(values if self.method == "asyncdiff" else [str(self.ranks), *values])
+
+    @property
+    def caption(self) -> str:
+        if self.method == "asyncdiff":
+            return ", ".join(f"{name.removeprefix('model_')} = {value}" for name, value in self.options)
+        return f"{self.ranks} ranks, {self.options[-1][1]}"
 
     def parallel(self, pipe: Any) -> AbstractContextManager[Any]:
         """The parallel object around `pipe`, with `begin(steps)`."""
+        options = dict(self.options)
         if self.method == "asyncdiff":
             from shared.parallel.asyncdiff import AsyncDiff
 
-            options: dict[str, Any] = dict(self.options)
             return AsyncDiff(pipe, warm_up_steps=self.warm_up, **options)
-        raise ValueError(f"method must be asyncdiff, got {self.method!r}")
+        from shared.parallel.distrifusion import DistriFusion
+
+        return DistriFusion(
+            pipe, warm_up_steps=self.warm_up, split_batch=False, split_decode=False, **options
+        )
 
 
-def settings(steps: int) -> list[Setting]:
-    """All rows, by method and number of ranks; the last warm-up is the whole generation."""
+def asyncdiff_settings(steps: int) -> list[Setting]:
+    """By plan and warm-up; the last warm-up is the whole generation."""
     return [
-        Setting("asyncdiff", (("model_n", n), ("stride", stride)), n + stride - 1, warm_up)
+        Setting("asyncdiff", (("model_n", n), ("stride", stride)), n + stride - 1, warm_up, warm_up == 3)
         for stride, n in itertools.product((1, 2), (2, 3, 4))
-        for warm_up in (*(w for w in WARM_UPS if w < steps), steps)
+        for warm_up in (*(w for w in (1, 3, 5, 10) if w < steps), steps)
     ]
+
+
+def distrifusion_settings(steps: int) -> list[Setting]:
+    """By ranks, split and what patches tell each other, after the paper's 4 exact steps."""
+
+    def setting(ranks: int, scheme: str, mode: str, parallelism: str = "patch") -> Setting:
+        options = (("parallelism", parallelism), ("split_scheme", scheme), ("sync_mode", mode))
+        pictured = (scheme, parallelism) == ("row", "patch") and (
+            mode == "corrected_async_gn" or (ranks, mode) == (4, "no_sync")
+        )
+        return Setting("distrifusion", options, ranks, min(4, steps), pictured)
+
+    rows = [
+        setting(ranks, scheme, mode)
+        for ranks in (2, 3, 4)
+        for scheme in ("row", "col")
+        for mode in SYNC_MODES
+        if scheme == "row" or mode in SYNC_MODES[:2]
+    ]
+    return rows + [setting(ranks, "alternate", SYNC_MODES[0], "naive_patch") for ranks in (2, 4)]
+
+
+METHODS = {"asyncdiff": asyncdiff_settings, "distrifusion": distrifusion_settings}
 
 
 @functools.cache
@@ -136,17 +175,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("method", choices=METHODS)
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo" / "checkpoint")
     parser.add_argument("--prompts", type=int, default=8, help="held-out prompts (default 8)")
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--only", action="append", help="settings to run, such as asyncdiff:2:1 (repeatable)")
+    parser.add_argument("--only", action="append", help="settings to run, such as 2:1 (repeatable)")
     parser.add_argument("--warm-up", type=int, action="append", help="warm-ups to run (repeatable)")
-    parser.add_argument(
-        "--strip", type=Path, help=f"write the pictures of warm-up {STRIP_WARM_UP} side by side here"
-    )
+    parser.add_argument("--strip", type=Path, help="write pictures of some settings side by side here")
     options = parser.parse_args()
     scenes = held_out_scenes(200)[: options.prompts]  # the first ones that demo/evaluate.py draws
-    known = settings(options.steps)
+    known = METHODS[options.method](options.steps)
     for flag, given, allowed in (
         ("--only", options.only, list(dict.fromkeys(s.key for s in known))),
         ("--warm-up", options.warm_up, list(dict.fromkeys(s.warm_up for s in known))),
@@ -180,11 +218,8 @@ def main() -> None:
                 f"| {count} of {len(scenes)} |",
                 flush=True,
             )
-            if setting.warm_up == STRIP_WARM_UP:
-                short = ", ".join(
-                    f"{name.removeprefix('model_')} = {value}" for name, value in setting.options
-                )
-                columns[f"{setting.method}\n{short}\n{level} dB"] = made
+            if setting.pictured:
+                columns[f"{setting.method}\n{setting.caption}\n{level} dB"] = made
     finally:
         pool.close()
     if options.strip:
