@@ -8,6 +8,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from shared.adapters import control_arguments, ip_arguments
@@ -157,6 +158,19 @@ def latent_shape(pipe: Any, spec: ModelSpec, request: GenerateRequest) -> torch.
     return torch.Size(layouts[spec.latent_layout])
 
 
+def _add_noise(scheduler: Any, arguments: dict[str, Any]) -> None:
+    """Noise from the request's generator on its latents, in place, of the schedule's first step (SDEdit)."""
+    latents = arguments["latents"]
+    noise = randn_tensor(
+        latents.shape, generator=arguments["generator"], device=latents.device, dtype=latents.dtype
+    )
+    first = scheduler.timesteps[:1]
+    if hasattr(scheduler, "scale_noise"):  # flow matching
+        latents.copy_(scheduler.scale_noise(latents, first, noise))
+    else:
+        latents.copy_(scheduler.add_noise(latents, noise, first))
+
+
 @contextlib.contextmanager
 def part_of_schedule(pipe: Any, request: GenerateRequest, arguments: dict[str, Any]) -> Iterator[None]:
     """Run only the timesteps between denoising_start and denoising_end, fractions of the whole schedule.
@@ -195,6 +209,8 @@ def part_of_schedule(pipe: Any, request: GenerateRequest, arguments: dict[str, A
         scheduler.timesteps = whole[first:last]
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(first)
+        if request.add_noise:
+            _add_noise(scheduler, arguments)
         if first and hasattr(scheduler, "init_noise_sigma"):
             # Pipelines scale the latents they are given as if they were fresh noise.
             arguments["latents"].div_(scheduler.init_noise_sigma)

@@ -78,7 +78,7 @@ IP = frozenset({"ip_image", "ip_image_scale", "ip_adapter_scale"})
 IMAGE = frozenset({"image", "image_scale"})
 SIZE = frozenset({"width", "height"})
 SCHEDULE = frozenset({"sigmas", "timesteps"})
-PARTIAL = frozenset({"denoise", "denoising_start", "denoising_end"})
+PARTIAL = frozenset({"denoise", "denoising_start", "denoising_end", "add_noise"})
 VIDEO = frozenset({"frames", "decode_chunk_size", "fps"})
 LORA = frozenset({"lora_scales"})
 
@@ -204,7 +204,8 @@ MODELS: dict[str, ModelSpec] = {
             | IP
             | SIZE
             | LORA
-            | {"sigmas", "denoise", "denoising_start", "denoising_end", "clip_skip", "latent"},
+            | PARTIAL
+            | {"sigmas", "clip_skip", "latent"},
             control_net_class="SD3ControlNetModel",
             control_net_pipeline="StableDiffusion3ControlNetPipeline",
             control_image_field="control_image",

@@ -94,6 +94,30 @@ def test_a_schedule_run_in_two_parts_is_the_whole(host: Launch):
     assert post(host, denoising_start=0.5).status_code == 422
 
 
+def test_noise_on_given_latents_is_image_to_image(host: Launch, plain: Any):
+    import safetensors.torch
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    made = post(host, seed=3, return_latent=True).json()
+    assert made["format"] == "png" and made["is_image"]
+    latent = safetensors.torch.load(base64.b64decode(made["latent"]))["latent"]
+    again = post(host, latent=made["latent"], denoise=0.5, add_noise=True)
+    assert again.json()["steps"] == STEPS // 2
+    pipe = StableDiffusionImg2ImgPipeline(**plain.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe(
+        BODY["positive"],
+        image=latent,
+        strength=0.5,
+        num_inference_steps=STEPS,
+        guidance_scale=BODY["cfg"],
+        generator=torch.Generator("cpu").manual_seed(7),
+    ).images[0]
+    assert psnr(picture(again), np.asarray(expected)) >= 45
+    refused = post(host, denoise=0.5, add_noise=True)
+    assert refused.status_code == 400 and "add_noise: needs latent" in refused.text
+
+
 def test_own_schedules_schedulers_and_start_latents(host: Launch):
     usual = picture(post(host))
     assert psnr(picture(post(host, scheduler="k_euler")), usual) < 60
