@@ -1,0 +1,191 @@
+"""What the benchmarks on GPUs share: one pipeline under several systems, timed side by side, one row each."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.models import MAKERS, call_arguments
+from shared.compile import compile_pipeline
+from shared.config import HostConfig
+from shared.models import MODELS
+from tests import tiny
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def measure(run: Any, device: torch.device, repeats: int) -> tuple[float, float, torch.Tensor]:
+    """(median seconds, peak GiB, what it made) of `run()`, after one call that plans, compiles, captures."""
+
+    def once() -> tuple[float, torch.Tensor]:
+        if dist.is_initialized():
+            dist.barrier()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        made = run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began, made
+
+    once()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    runs = [once() for _ in range(repeats)]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    return statistics.median(seconds for seconds, _ in runs), peak, runs[-1][1]
+
+
+class Bench(ABC):
+    """One pipeline measured under several systems.
+
+    Args:
+        options: of `parser`.
+    """
+
+    systems: Sequence[str] = ()
+    """All of them; the first is what the others are measured against."""
+    alone: Sequence[str] = ("eager", "graph")
+    """Those that one rank can run."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device("cpu")
+        if options.device == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.size = dist.get_world_size() if dist.is_initialized() else 1
+        groups = [dist.new_group([r]) for r in range(self.size)] if self.size > 1 else [None]
+        self.own_group = groups[self.rank]
+        self.rows: list[list[str]] = []
+        self._reference: torch.Tensor | None = None
+        self._base = 0.0
+
+    @abstractmethod
+    def attach(self, pipe: Any, system: str) -> list[Any]:
+        """What makes `pipe` run under `system`: objects with `close()`, and maybe `begin(steps)`."""
+
+    def run(self) -> None:
+        """All the work that was asked for, one row after the other."""
+        if self.rank == 0:
+            gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+            dtype, warm_up = self.options.dtype, self.options.warm_up
+            print(f"{self.size} x {gpu}, torch {torch.__version__}, {dtype}, warm-up {warm_up}\n")
+            print("| work | system | seconds | speed-up | error | peak GiB |")
+            print("|---|---|---|---|---|---|", flush=True)
+        with torch.inference_mode():
+            for work in self.options.work:
+                name, size, steps = work.split(":")
+                self._work(name, int(size), int(steps))
+                gc.collect()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        if self.rank == 0 and os.environ.get("OUT"):
+            Path(os.environ["OUT"], f"{type(self).__name__}.json").write_text(json.dumps(self.rows))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _work(self, name: str, size: int, steps: int) -> None:
+        dtype = DTYPES[self.options.dtype]
+        if self.options.tiny:
+            pipe = tiny.load(name).to(self.device, dtype)
+        else:
+            pipe = MAKERS[name](self.device, dtype)
+        pipe.set_progress_bar_config(disable=True)
+        what = ", decoded" if self.options.decode else ""
+        label = f"{name} {size}, {steps} steps{what}"
+
+        def generate() -> torch.Tensor:
+            if self.options.tiny:
+                arguments = tiny.call_args(name, steps, size=size)
+            else:
+                arguments = call_arguments(name, self.device, dtype, size, steps)
+            output = pipe(**arguments | {"output_type": "pt" if self.options.decode else "latent"})
+            return output.images if hasattr(output, "images") else output.frames
+
+        self._reference, self._base = None, 0.0
+        systems = self.options.systems.split(",")
+        self._measure(pipe, label, generate, steps, systems, "")
+        if self.options.compile:
+            if self.options.channels_last:
+                getattr(pipe, MODELS[name].denoiser).to(memory_format=torch.channels_last)
+            launch = HostConfig(backend="asyncdiff", type=name, compile_unet=True)
+            compile_pipeline(pipe, MODELS[name], launch)
+            self._measure(pipe, label, generate, steps, [s for s in systems if s != "eager"], "compiled ")
+
+    def _measure(
+        self, pipe: Any, label: str, generate: Any, steps: int, systems: Sequence[str], prefix: str
+    ) -> None:
+        for system in systems:
+            if self.size == 1 and system not in self.alone:
+                continue
+            began = time.perf_counter()
+            held = self.attach(pipe, system)
+
+            def generation(held: list[Any] = held) -> torch.Tensor:
+                for one in held:
+                    if hasattr(one, "begin"):
+                        one.begin(steps)
+                return generate()
+
+            try:
+                seconds, peak, made = measure(generation, self.device, self.options.repeats)
+                if self.options.profile:
+                    self._profile(generation, f"{label}, {prefix}{system}")
+            finally:
+                for one in reversed(held):
+                    one.close()
+            self._row(label, prefix + system, seconds, peak, made, time.perf_counter() - began)
+
+    def _profile(self, run: Any, label: str) -> None:
+        """Where one generation's time goes, by kernel, as rank 0 sees it."""
+        with torch.profiler.profile() as profiler:
+            run()
+        if self.rank == 0:
+            kind = "cuda" if self.device.type == "cuda" else "cpu"
+            print(label)
+            print(profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=15), flush=True)
+
+    def _row(
+        self, label: str, system: str, seconds: float, peak: float, made: torch.Tensor, spent: float
+    ) -> None:
+        made = made.float().cpu()
+        if self._reference is None:
+            self._reference, self._base = made, seconds
+        error = float((made - self._reference).norm() / self._reference.norm())
+        row = [label, system, f"{seconds:.3f}", f"{self._base / seconds:.2f}", f"{error:.4f}", f"{peak:.1f}"]
+        self.rows.append(row)
+        if self.rank == 0:
+            print("| " + " | ".join(row) + f" |  ({spent:.0f} s)", flush=True)
+
+
+def parser(text: str | None, systems: Sequence[str], warm_up: int) -> argparse.ArgumentParser:
+    """The flags that all of them take."""
+    made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("work", nargs="+", help="type:size:steps")
+    made.add_argument("--systems", default=",".join(systems))
+    made.add_argument("--compile", action="store_true", help="then all but eager again, compiled")
+    made.add_argument("--channels-last", action="store_true", help="of the compiled denoiser")
+    made.add_argument("--decode", action="store_true", help="whole pictures, not latents")
+    made.add_argument("--warm-up", type=int, default=warm_up)
+    made.add_argument("--repeats", type=int, default=3)
+    made.add_argument("--dtype", default="bf16", choices=DTYPES)
+    made.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    made.add_argument("--profile", action="store_true", help="print each system's kernels by time, too")
+    made.add_argument("--tiny", action="store_true", help="the tests' checkpoints: does it run at all?")
+    return made
