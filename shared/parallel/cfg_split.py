@@ -15,14 +15,16 @@ from shared.parallel.surgery import Closing, Forward, Surgery
 
 BATCH = 2
 """Guidance doubles the batch, without it there is one picture: [without prompt, with prompt]."""
+POSITIONS = frozenset({"image_rotary_emb", "img_ids", "txt_ids"})
+"""Keyword arguments whose first dimension is tokens, not pictures."""
 
 
 class CfgSplit(Closing):
     """Makes modules compute one guidance branch only, and answer with both.
 
     A call whose first argument has a batch of two is halved: of every tensor among its arguments whose first
-    dimension is a multiple of two (branch-major), the module gets this branch's half. Any other call goes
-    through as it is. Overrides must be put on after all others of these modules, and closed before them.
+    dimension is a multiple of two (branch-major), positions aside, the module gets this branch's half. Any
+    other call goes through as it is. Overrides must be put on after all others of these modules, and closed before them.
 
     Args:
         modules: denoisers; what they return is gathered from both ranks along the first dimension.
@@ -66,8 +68,9 @@ class CfgSplit(Closing):
             return original(*args, **kwargs)
         self.active = True
         try:
+            whole = {name: value for name, value in kwargs.items() if name in POSITIONS}
             args, kwargs = tree_map(self._mine, (args, kwargs))
-            return original(*args, **kwargs)
+            return original(*args, **(kwargs | whole))
         finally:
             self.active = False
 

@@ -1,0 +1,105 @@
+"""Into how many parts xDiT divides what: the arithmetic of a launch, without torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How many ranks share each dimension of the work; their product is the world size.
+
+    Ranks are numbered with tensor innermost, then ulysses, ring, pipefusion, cfg and data outermost.
+    """
+
+    data: int = 1  # pictures of one request
+    cfg: int = 1  # guidance branches, 1 or 2
+    pipefusion: int = 1  # stages of the transformer, on patches of the picture
+    ring: int = 1  # parts of the sequence, keys and values handed around
+    ulysses: int = 1  # parts of the sequence, exchanged for attention heads
+    tensor: int = 1  # parts of the feed-forward layers
+
+    @property
+    def world(self) -> int:
+        """Ranks of all of it."""
+        return math.prod(asdict(self).values())
+
+    @property
+    def sequence(self) -> int:
+        """Parts of the sequence of tokens."""
+        return self.ring * self.ulysses
+
+    @property
+    def exact(self) -> bool:
+        """Whether every step is computed afresh: all but PipeFusion."""
+        return self.pipefusion == 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        parts = [f"{name} {value}" for name, value in asdict(self).items() if value > 1]
+        return " x ".join(parts) or "one rank"
+
+
+FLAGS = {
+    "data": "data_parallel_degree",
+    "cfg": "use_cfg_parallel",
+    "pipefusion": "pipefusion_parallel_degree",
+    "ring": "ring_degree",
+    "ulysses": "ulysses_degree",
+    "tensor": "tensor_parallel_degree",
+}
+
+
+def choose_degrees(world: int, given: dict[str, int], branches: int, heads: int | None) -> Degrees:
+    """Fill in the degrees that were left out.
+
+    The rule: the guidance branches on two halves where the model has two in one batch, then Ulysses as far as
+    the attention heads divide, then ring. PipeFusion, tensor and data parallelism are never chosen.
+
+    Args:
+        world: number of ranks.
+        given: the degrees that were asked for, by field name of Degrees.
+        branches: guidance branches that the model computes in one batch, 1 or 2.
+        heads: attention heads of the model; None where unknown.
+
+    Raises:
+        ValueError: naming the flag, what was given and what fits.
+    """
+    product = math.prod(given.values())
+    asked = ", ".join(f"--{FLAGS[name]}={value}" for name, value in given.items()) or "no degree"
+    first = f"--{FLAGS[next(iter(given))]}" if given else "--ulysses_degree"
+    if world % product:
+        fits = [n for n in range(1, 9) if n % product == 0]
+        raise ValueError(
+            f"{first}: the product of all degrees must divide the world size {world}; got {asked}, "
+            f"product {product} (world sizes that fit: {', '.join(map(str, fits)) or 'more than 8'})"
+        )
+    if heads is not None and heads % given.get("ulysses", 1):
+        raise ValueError(
+            f"--ulysses_degree: must divide the model's {heads} attention heads; got {given['ulysses']} "
+            f"(fits: {', '.join(str(n) for n in range(1, 9) if heads % n == 0)})"
+        )
+    chosen, rest = dict(given), world // product
+    if "cfg" not in chosen and branches == 2 and rest % 2 == 0:
+        chosen["cfg"], rest = 2, rest // 2
+    if "ulysses" not in chosen:
+        chosen["ulysses"] = max(n for n in range(1, rest + 1) if rest % n == 0 and (heads or n) % n == 0)
+        rest //= chosen["ulysses"]
+    if "ring" not in chosen:
+        chosen["ring"], rest = rest, 1
+    if rest != 1:
+        raise ValueError(
+            f"{first}: the product of all degrees must be the world size {world}; got {asked}, product "
+            f"{world // rest}"
+        )
+    return Degrees(**chosen)
+
+
+def fitting_sizes(size: int, multiple: int) -> str:
+    """The nearest sizes that are a multiple: "96 and 128"."""
+    low = size // multiple * multiple
+    return f"{low} and {low + multiple}" if low else str(multiple)

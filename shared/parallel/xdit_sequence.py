@@ -1,0 +1,278 @@
+"""Sequence parallelism of a diffusers transformer: each rank computes its tokens, attention sees all of them.
+
+Ulysses (Jacobs et al., arXiv 2309.14509) exchanges tokens for heads, ring attention (Liu et al., arXiv
+2310.01889) hands keys and values around; xfuser's USP does either and both. The pipeline stays diffusers'
+own: tokens are cut where the transformer embeds them and gathered behind its last layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from shared.parallel.surgery import Forward, Surgery
+
+BLOCKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
+"""Names of the lists of blocks of diffusers' transformers."""
+
+
+class Shares:
+    """How the tokens of a sequence are shared: in equal parts, and what is left over belongs to every rank."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
+
+    def cut(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """This rank's tokens of `x`, then the left-over ones."""
+        each, rest = divmod(x.shape[dim], self.ranks)
+        mine = x.narrow(dim, self.rank * each, each)
+        if not rest:
+            return mine
+        return torch.cat([mine, x.narrow(dim, self.ranks * each, rest)], dim)
+
+    def gather(self, x: torch.Tensor, total: int) -> torch.Tensor:
+        """All `total` tokens of x [batch, tokens of this rank, channels], in order."""
+        each, rest = divmod(total, self.ranks)
+        mine = x[:, :each].contiguous()
+        parts = mine.new_empty(self.ranks * mine.shape[0], *mine.shape[1:])
+        dist.all_gather_into_tensor(parts, mine, group=self.group)
+        parts = parts.unflatten(0, (self.ranks, -1)).transpose(0, 1).flatten(1, 2)
+        return torch.cat([parts, x[:, each:]], 1) if rest else parts
+
+
+@torch.library.custom_op("multigpu::usp", mutates_args=())
+def usp(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    common_query: torch.Tensor | None,
+    common_key: torch.Tensor | None,
+    common_value: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    """xfuser's attention over the sequence group, one operator for compiled blocks.
+
+    Args:
+        query, key, value: [batch, heads, tokens of this rank, channels].
+        common_query, common_key, common_value: tokens that every rank has, [batch, heads, tokens, channels].
+        backend: name of xfuser's attention backend.
+
+    Returns:
+        [batch, heads, tokens of this rank + common ones, channels].
+    """
+    return _usp(query, key, value, common_query, common_key, common_value, backend).contiguous()
+
+
+@usp.register_fake
+def _(query: Any, key: Any, value: Any, common_query: Any, *others: Any) -> torch.Tensor:
+    batch, heads, tokens, channels = query.shape
+    return query.new_empty(
+        batch, heads, tokens + (0 if common_query is None else common_query.shape[2]), channels
+    )
+
+
+def _usp(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    common_query: torch.Tensor | None,
+    common_key: torch.Tensor | None,
+    common_value: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+    from xfuser.model_executor.layers.usp import USP
+
+    common: dict[str, Any] = {}
+    if common_key is not None:
+        common = {
+            "joint_query": common_query,
+            "joint_key": common_key,
+            "joint_value": common_value,
+            "joint_strategy": "rear",
+        }
+    answer = USP(
+        query, key, value, backend=AttentionBackendType[backend], combine_qkv_a2a=not common, **common
+    )
+    return answer.to(query.dtype)
+
+
+class SequenceParallel:
+    """Makes a transformer, or a ControlNet made of such blocks, compute this rank's tokens only.
+
+    The output of a transformer is gathered; a ControlNet's residuals stay this rank's, which is what the
+    transformer adds. Any number of tokens works: what does not divide is computed by every rank.
+
+    Args:
+        model: FLUX, SD3, PixArt or HunyuanDiT of diffusers, or a ControlNet of theirs.
+        group: the ranks that share the sequence.
+        backend: name of xfuser's attention backend.
+        surgery: collects what is overridden.
+
+    Raises:
+        ValueError: a model of another kind.
+    """
+
+    def __init__(
+        self, model: nn.Module, group: dist.ProcessGroup | None, backend: str, surgery: Surgery
+    ) -> None:
+        self.shares, self.backend = Shares(group), backend
+        self.text = self.image = 0
+        """Tokens of the whole sequence in the call that is under way."""
+        self.ids = hasattr(model, "x_embedder")
+        """Whether positions come as ids, and text stands before the picture (FLUX)."""
+        self._inside = self._answered = False
+        self._embed(model, surgery)
+        attentions = [
+            module
+            for name in BLOCKS
+            for block in getattr(model, name, ())
+            for module in block.modules()
+            if hasattr(module, "processor") and not getattr(module, "is_cross_attention", False)
+        ]
+        if not attentions:
+            raise ValueError(f"{type(model).__name__} has no self-attention that can be shared")
+        for module in attentions:
+            surgery.override(module, self._attention)
+        surgery.override(model, self._model)
+
+    def _embed(self, model: nn.Module, surgery: Surgery) -> None:
+        """Cut tokens where they are embedded, gather them behind the last layer."""
+        if self.ids:
+            surgery.override(model.x_embedder, self._image_input)
+            surgery.override(model.pos_embed, self._positions)
+            if hasattr(model, "controlnet_x_embedder"):
+                surgery.override(model.controlnet_x_embedder, self._image_input)
+        else:
+            for name in ("pos_embed", "pos_embed_input"):
+                if getattr(model, name, None) is not None:
+                    surgery.override(getattr(model, name), self._image_output)
+        if getattr(model, "context_embedder", None) is not None:
+            surgery.override(model.context_embedder, self._text_input)
+        if hasattr(model, "proj_out"):
+            surgery.override(model.proj_out, self._output)
+
+    def _model(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        if kwargs.get("image_rotary_emb") is not None:
+            cut = [self.shares.cut(part, 0) for part in kwargs["image_rotary_emb"]]
+            kwargs = kwargs | {"image_rotary_emb": tuple(cut)}
+        plain, self.text, self._inside = F.scaled_dot_product_attention, 0, False
+        # Every processor of diffusers ends here; which calls are to see all tokens, self._inside tells.
+        F.scaled_dot_product_attention = self._attend(plain)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            F.scaled_dot_product_attention = plain
+
+    def _image_input(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        self.image = args[0].shape[1]
+        return original(self.shares.cut(args[0], 1))
+
+    def _image_output(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        tokens = original(*args, **kwargs)
+        self.image = tokens.shape[1]
+        return self.shares.cut(tokens, 1)
+
+    def _text_input(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        self.text = args[0].shape[1]
+        return original(self.shares.cut(args[0], 1))
+
+    def _positions(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        ids = args[0]
+        if len(ids) != self.text + self.image:
+            raise ValueError(
+                f"{len(ids)} positions for {self.text} text and {self.image} picture tokens: this ControlNet "
+                "adds tokens of its own and cannot share the sequence"
+            )
+        text, image = ids.split([self.text, self.image])
+        return original(torch.cat([self.shares.cut(text, 0), self.shares.cut(image, 0)]))
+
+    def _output(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        return self.shares.gather(original(*args, **kwargs), self.image)
+
+    def _attention(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        self._inside, self._answered = True, False
+        answer = original(*args, **kwargs)
+        self._inside = False
+        if not self._answered:
+            raise RuntimeError(
+                "attention did not go through torch's scaled_dot_product_attention, so its tokens were not "
+                "shared; use no other attention (xformers, DIFFUSERS_ATTN_BACKEND) with sequence parallelism"
+            )
+        return answer
+
+    def _attend(self, plain: Forward) -> Forward:
+        def attend(
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attn_mask: torch.Tensor | None = None,
+            dropout_p: float = 0.0,
+            is_causal: bool = False,
+            **others: Any,
+        ) -> torch.Tensor:
+            # In FLUX a further call in one attention is that of the IP-Adapter: picture tokens to its tokens.
+            if not self._inside or (self.ids and self._answered):
+                return plain(
+                    query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **others
+                )
+            self._answered = True
+            if attn_mask is not None:
+                raise ValueError("masked self-attention cannot share its tokens")
+            # xfuser's own attention may be torch's too.
+            self._inside = False
+            answer = self._shared(query, key, value)
+            self._inside = True
+            return answer
+
+        return attend
+
+    def _shared(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attention over all ranks' tokens; [batch, heads, tokens, channels]."""
+        compiling = torch.compiler.is_compiling()
+        function = usp if compiling else _usp
+        runs = self._runs(query.shape[2])
+        common = sum(length for length, own in runs if not own)
+        further = key.shape[2] - query.shape[2]
+        if not common and not further:
+            return function(query, key, value, None, None, None, self.backend)
+        # Keys behind the tokens (an IP-Adapter's in SD3) are the same on every rank.
+        parts = [_sort(query, runs)]
+        parts += [_sort(x, [*runs, (further, False)]) for x in (key, value)]
+        own, others = zip(*parts, strict=True)
+        answer = function(*own, *others, self.backend)
+        mine = own[0].shape[2]
+        pieces, at = [], {True: 0, False: mine}
+        for length, is_own in runs:
+            pieces.append(answer.narrow(2, at[is_own], length))
+            at[is_own] += length
+        return torch.cat(pieces, 2)
+
+    def _runs(self, tokens: int) -> list[tuple[int, bool]]:
+        """(length, whether they are this rank's own) of the runs of tokens in a sequence of this length."""
+        ranks = self.shares.ranks
+
+        def stream(total: int) -> list[tuple[int, bool]]:
+            return [(total // ranks, True), (total % ranks, False)]
+
+        image, text = stream(self.image), stream(self.text)
+        both = [*text, *image] if self.ids else [*image, *text]
+        for runs in (both, image):
+            if sum(length for length, _ in runs) == tokens:
+                return runs
+        raise ValueError(
+            f"attention over {tokens} tokens, where this rank has {sum(n for n, _ in image)} of the picture "
+            f"and {sum(n for n, _ in text)} of the text"
+        )
+
+
+def _sort(x: torch.Tensor, runs: Sequence[tuple[int, bool]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens of dimension 2 that are this rank's own, and the others."""
+    pieces = x.split([length for length, _ in runs], 2)
+    own = torch.cat([p for p, (_, mine) in zip(pieces, runs, strict=True) if mine], 2)
+    return own, torch.cat([p for p, (_, mine) in zip(pieces, runs, strict=True) if not mine], 2)
