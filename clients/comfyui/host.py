@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 
 END_SECONDS = 20.0  # what a host gets between Ctrl-C and SIGKILL
 QUICK_SECONDS = 10.0  # what a host gets to answer anything but /generate
+LORA_SECONDS = 600.0  # what it gets to add or remove a LoRA, which waits in its queue
 
 
 class HostError(RuntimeError):
@@ -82,10 +83,18 @@ class Host:
     def _no_answer(self, error: Exception) -> HostError:
         return HostError(f"no answer from the host at {self.url}: {str(error) or type(error).__name__}")
 
-    def call(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
-        """One quick call: (status, body). Raises HostError where there is no answer."""
-        with contextlib.closing(self._connection(QUICK_SECONDS)) as connection:
+    def call(
+        self, method: str, path: str, body: Any = None, timeout: float = QUICK_SECONDS
+    ) -> tuple[int, bytes]:
+        """One call: (status, body). Raises HostError where there is no answer in time."""
+        with contextlib.closing(self._connection(timeout)) as connection:
             return self._send(connection, method, path, body)
+
+    def change_lora(self, method: str, body: dict[str, Any]) -> None:
+        """POST or DELETE /lora. Raises HostError in the host's words; 409 where it cannot while it runs."""
+        status, data = self.call(method, "/lora", body, LORA_SECONDS)
+        if status != 200:
+            raise HostError(_message(data, status), status)
 
     def health(self) -> dict[str, Any]:
         """What the host says of itself: state, backend, type, plan, ... Raises HostError."""

@@ -1,0 +1,123 @@
+"""ComfyUI's tensors to and from what hosts take and give.
+
+IMAGE is float [N, height, width, 3] in 0..1. LATENT is {"samples": float [N, channels, height/8, width/8]} as
+a VAE encodes it; a host's latents are scaled as the denoiser sees them, so the two differ by the factors of
+the model family, the same that ComfyUI knows by heart.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+
+LATENT_FACTOR = 8  # pixels a latent
+# (scale, shift) of the VAE by type: the denoiser sees (samples - shift) * scale.
+FAMILIES = {
+    "sd1": (0.18215, 0.0),
+    "sd2": (0.18215, 0.0),
+    "pixa": (0.18215, 0.0),
+    "sdxl": (0.13025, 0.0),
+    "pixs": (0.13025, 0.0),
+    "hy": (0.13025, 0.0),
+    "sd3": (1.5305, 0.0609),
+    "flux": (0.3611, 0.1159),
+}
+POOLED = frozenset({"sdxl", "sd3", "flux"})  # types whose embeddings come with pooled ones
+_PLAIN_CONDITIONING = frozenset({"pooled_output"})
+
+
+def picture(image: torch.Tensor | None, name: str) -> str | None:
+    """An IMAGE of one picture as base64 PNG. Raises ValueError where there are more."""
+    if image is None:
+        return None
+    if image.ndim == 3:
+        image = image[None]
+    if image.shape[0] != 1:
+        raise ValueError(f"{name}: one picture, got a batch of {image.shape[0]}")
+    pixels = (image[0, ..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def images(output: str | list[str]) -> torch.Tensor:
+    """A host's `output`, one file or one a frame, as IMAGE."""
+    frames = []
+    for text in [output] if isinstance(output, str) else output:
+        with Image.open(io.BytesIO(base64.b64decode(text))) as file:
+            frames.append(torch.from_numpy(np.asarray(file.convert("RGB"), dtype=np.float32) / 255))
+    return torch.stack(frames)
+
+
+def samples_of(latent: dict[str, Any]) -> torch.Tensor:
+    """The samples of a LATENT, checked. Raises ValueError."""
+    samples = latent["samples"]
+    if samples.ndim != 4:
+        raise ValueError(f"latent: samples must be [N, channels, height, width], got {list(samples.shape)}")
+    if latent.get("noise_mask") is not None:
+        raise ValueError("latent: hosts paint whole pictures and take no noise mask")
+    return samples
+
+
+def _encoded(**tensors: torch.Tensor) -> str:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return base64.b64encode(safetensors.torch.save(plain)).decode()
+
+
+def latent_to_host(samples: torch.Tensor, type: str) -> str:
+    """Samples [1, channels, h, w] as a host's `latent`."""
+    scale, shift = FAMILIES[type]
+    latent = (samples.float() - shift) * scale
+    if type == "flux":  # 2x2 patches in a row: [1, h/2 * w/2, channels * 4]
+        n, c, h, w = latent.shape
+        latent = latent.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        latent = latent.reshape(n, (h // 2) * (w // 2), c * 4)
+    return _encoded(latent=latent)
+
+
+def latent_from_host(text: str, type: str, width: int, height: int) -> torch.Tensor:
+    """A host's `latent` of a picture of that size, pixels, as samples [1, channels, h, w]."""
+    scale, shift = FAMILIES[type]
+    latent = safetensors.torch.load(base64.b64decode(text))["latent"].float()
+    if type == "flux":
+        h, w = height // LATENT_FACTOR, width // LATENT_FACTOR
+        n, c = latent.shape[0], latent.shape[2] // 4
+        latent = latent.view(n, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
+    return latent / scale + shift
+
+
+def embeds(positive: Any, negative: Any, type: str) -> dict[str, str]:
+    """CONDITIONINGs (either may be None) as `positive_embeds` and `negative_embeds`.
+
+    The shorter of the two is repeated to the length of both, which attention does not notice.
+    Raises ValueError for what a host cannot be told: several prompts in one, areas, masks, hooks.
+    """
+    given = {"positive_embeds": positive, "negative_embeds": negative}
+    found = {
+        name: _one(conditioning, name) for name, conditioning in given.items() if conditioning is not None
+    }
+    tokens = math.lcm(*(tensor.shape[1] for tensor, _ in found.values()))
+    made = {}
+    for name, (tensor, pooled) in found.items():
+        tensors = {"embeds": tensor.float().repeat(1, tokens // tensor.shape[1], 1)}
+        if type in POOLED and pooled is not None:
+            tensors["pooled"] = pooled.float()
+        made[name] = _encoded(**tensors)
+    return made
+
+
+def _one(conditioning: Any, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if len(conditioning) != 1:
+        raise ValueError(f"{name}: one prompt at a time, got {len(conditioning)} combined")
+    tensor, settings = conditioning[0]
+    unknown = [key for key, value in settings.items() if key not in _PLAIN_CONDITIONING and value is not None]
+    if unknown:
+        raise ValueError(f"{name}: a host takes the plain prompt; it cannot be told {', '.join(unknown)}")
+    return tensor, settings.get("pooled_output")

@@ -1,0 +1,177 @@
+"""Hosts that this ComfyUI has launched: one for each launching node, kept between prompts."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import threading
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from .host import Host, HostError, HostProcess
+
+log = logging.getLogger(__name__)
+
+# With these a host keeps LoRAs fused into its weights, so that a new scale needs a new host.
+_FUSING = ("--quantize_to", "--compile_unet", "--compile_text_encoder", "--parallelism=tensor")
+_ADAPTER_SCALES = {"control_net": "controlnet_scale", "ip_adapter": "ip_adapter_scale"}
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What the host nodes give to the samplers.
+
+    `scales` are request fields: scales of LoRAs, ControlNet and IP-Adapter other than the host's own.
+    """
+
+    host: Host
+    type: str
+    scales: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launching node asks for. Two launches with the same `key` are served by one process."""
+
+    project: str
+    backend: str
+    type: str
+    checkpoint: str
+    ranks: int
+    python: str = ""
+    flags: tuple[str, ...] = ()
+    features: dict[str, Any] = field(default_factory=dict)
+
+    def command_flags(self) -> list[str]:
+        """All flags of the host; what the user wrote himself comes last and wins."""
+        flags = [f"--type={self.type}", f"--checkpoint={self.checkpoint}"]
+        for name, value in self.features.items():
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+        return [*flags, *self.flags]
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the host fuses its LoRAs, so that they cannot change while it runs."""
+        return any(flag.startswith(_FUSING) for flag in self.command_flags())
+
+    def live(self) -> dict[str, Any]:
+        """Scales that requests can set: not those of fused LoRAs, nor of several ControlNets."""
+        scales: dict[str, Any] = {}
+        if (loras := self.features.get("lora")) and not self.fuses:
+            scales["lora_scales"] = dict(loras)
+        for feature, name in _ADAPTER_SCALES.items():
+            given = self.features.get(feature, {})
+            if len(given) == 1:
+                scales[name] = next(iter(given.values()))
+        return scales
+
+    @property
+    def key(self) -> str:
+        """What needs another process when it changes."""
+        features = dict(self.features)
+        if not self.fuses:
+            features.pop("lora", None)
+        for feature in _ADAPTER_SCALES:
+            if len(features.get(feature, {})) == 1:
+                features[feature] = list(features[feature])
+        parts = (self.project, self.backend, self.type, self.checkpoint, self.ranks, self.python)
+        return json.dumps([*parts, self.flags, features], sort_keys=True)
+
+
+@dataclass
+class Running:
+    """A launched host: what it was launched with, and the scales that it has by itself now."""
+
+    launch: Launch
+    process: HostProcess
+    scales: dict[str, Any]
+
+    def adopt(self, launch: Launch) -> None:
+        """Add and remove LoRAs while it runs. Raises HostError where it refuses."""
+        wanted = launch.live().get("lora_scales", {})
+        loras = self.scales.setdefault("lora_scales", {})
+        for path in [p for p in loras if p not in wanted]:
+            self.process.host.change_lora("DELETE", {"path": path})
+            del loras[path]
+        for path in [p for p in wanted if p not in loras]:
+            self.process.host.change_lora("POST", {"path": path, "scale": wanted[path]})
+            loras[path] = wanted[path]
+
+    def handle(self, launch: Launch) -> Handle:
+        """For the samplers, with the scales that differ from the host's own."""
+        scales = {name: value for name, value in launch.live().items() if value != self.scales.get(name)}
+        return Handle(self.process.host, launch.type, scales)
+
+
+class LaunchedHosts:
+    """The processes, by the id of the node that launched them."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, Running] = {}
+        self._deaths = 0
+        self._lock = threading.RLock()
+
+    def deaths(self) -> int:
+        """How many hosts have ended by themselves; a node whose host is among them launches again."""
+        with self._lock:
+            for node, running in list(self._running.items()):
+                if not running.process.alive():
+                    del self._running[node]
+                    self._deaths += 1
+            return self._deaths
+
+    def pids(self) -> dict[str, int]:
+        """Process groups of the running hosts by node."""
+        with self._lock:
+            return {node: running.process.pid for node, running in self._running.items()}
+
+    def launch(self, node: str, launch: Launch, nodes: Collection[str], check: Callable[[], None]) -> Handle:
+        """The node's host: the running one where nothing has changed that needs another, else a new one.
+
+        Args:
+            nodes: ids of all nodes of the prompt; hosts of nodes that are gone are ended, they hold memory.
+            check: called while the host loads; what it raises ends the host.
+
+        Raises:
+            HostError: the host ended while loading; with its words.
+        """
+        with self._lock:
+            self.deaths()
+            for other in [n for n in self._running if n != node and n not in nodes]:
+                self.stop(other)
+            running = self._running.get(node)
+            if running is not None and running.launch.key == launch.key:
+                try:
+                    running.adopt(launch)
+                    return running.handle(launch)
+                except HostError as error:
+                    log.info(
+                        "the host cannot change its LoRAs while it runs, another one is started: %s", error
+                    )
+            self.stop(node)
+            flags = launch.command_flags()
+            process = HostProcess(launch.project, launch.backend, launch.ranks, flags, launch.python)
+            self._running[node] = Running(launch, process, launch.live())
+            try:
+                process.wait_until_ready(check)
+            except BaseException:
+                del self._running[node]
+                raise
+            return self._running[node].handle(launch)
+
+    def stop(self, node: str) -> None:
+        """End a node's host and wait for its end."""
+        with self._lock:
+            running = self._running.pop(node, None)
+            if running is not None:
+                running.process.stop()
+
+    def stop_all(self) -> None:
+        for node in list(self._running):
+            self.stop(node)
+
+
+HOSTS = LaunchedHosts()
+atexit.register(HOSTS.stop_all)

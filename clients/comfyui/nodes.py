@@ -1,0 +1,386 @@
+"""The nodes around a host: launching it, attaching to it, and what it is launched with."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from . import choices
+from .host import Host
+from .launched import HOSTS, Handle, Launch
+
+CATEGORY = "multigpu diffusion"
+HOST = io.Custom("MULTIGPU_HOST")
+PLAN = io.Custom("MULTIGPU_PLAN")
+FEATURES = io.Custom("MULTIGPU_FEATURES")
+SCHEDULER = io.Custom("MULTIGPU_SCHEDULER")
+
+AUTO = "automatic"
+
+
+class LaunchHost(io.ComfyNode):
+    """Keeps one host running for this node, from prompt to prompt."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MultiGPUDiffusionLaunchHost",
+            display_name="Launch Host (multi-GPU)",
+            category=CATEGORY,
+            description="Starts a host under torchrun and keeps it between prompts. Another one is started "
+            "only when something changes that needs it; scales, LoRAs, scheduler and size do not.",
+            inputs=[
+                io.Combo.Input("backend", options=choices.BACKENDS, tooltip="how the GPUs share the work"),
+                io.Combo.Input("type", options=choices.TYPES, tooltip="the model's type"),
+                io.Combo.Input(
+                    "checkpoint",
+                    options=list(choices.checkpoints()),
+                    tooltip="a folder of models/diffusers, or a .safetensors of models/checkpoints",
+                ),
+                io.Int.Input("ranks", default=2, min=1, max=8, tooltip="one GPU each"),
+                io.Combo.Input("variant", options=choices.VARIANTS, tooltip="precision"),
+                io.Int.Input(
+                    "warm_up_steps",
+                    default=3,
+                    min=0,
+                    max=1000,
+                    tooltip="exact steps at the start; as many as steps gives the plain picture",
+                ),
+                io.String.Input(
+                    "project",
+                    default=choices.project(),
+                    tooltip="folder of multigpu diffusion, with its hosts",
+                ),
+                io.String.Input(
+                    "flags",
+                    default="",
+                    multiline=True,
+                    tooltip="further flags, as on a command line: --enable_vae_tiling --vae=/models/v",
+                ),
+                PLAN.Input("plan", optional=True),
+                FEATURES.Input("features", optional=True),
+            ],
+            outputs=[HOST.Output(display_name="host")],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs: Any) -> int:
+        """The same while launched hosts live, so that nothing runs again; another when one has ended."""
+        return HOSTS.deaths()
+
+    @classmethod
+    def execute(
+        cls,
+        backend: str,
+        type: str,
+        checkpoint: str,
+        ranks: int,
+        variant: str,
+        warm_up_steps: int,
+        project: str,
+        flags: str,
+        plan: dict[str, Any] | None = None,
+        features: dict[str, Any] | None = None,
+    ) -> io.NodeOutput:
+        own = [f"--warm_up_steps={warm_up_steps}"]
+        if variant != choices.VARIANTS[0]:
+            own.append(f"--variant={variant}")
+        if plan is not None:
+            if plan["backend"] != backend:
+                raise ValueError(f"plan: it is one of {plan['backend']}, the host's backend is {backend}")
+            own += plan["flags"]
+        launch = Launch(
+            project=project,
+            backend=backend,
+            type=type,
+            checkpoint=choices.chosen(choices.checkpoints(), checkpoint, "checkpoint"),
+            ranks=ranks,
+            flags=(*own, *shlex.split(flags)),
+            features=features or {},
+        )
+        nodes = cls.hidden.prompt or {}
+        check = comfy.model_management.throw_exception_if_processing_interrupted
+        return io.NodeOutput(HOSTS.launch(str(cls.hidden.unique_id), launch, nodes, check))
+
+
+class AttachHost(io.ComfyNode):
+    """A host that somebody else runs."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MultiGPUDiffusionAttachHost",
+            display_name="Attach to Host (multi-GPU)",
+            category=CATEGORY,
+            description="Uses a host that runs already, on this machine or another one.",
+            inputs=[
+                io.String.Input("url", default="http://127.0.0.1:6000"),
+                io.String.Input("api_key", default="", tooltip="where the host was started with --api_key"),
+            ],
+            outputs=[HOST.Output(display_name="host")],
+        )
+
+    @classmethod
+    def execute(cls, url: str, api_key: str) -> io.NodeOutput:
+        host = Host(url, api_key)
+        return io.NodeOutput(Handle(host, str(host.health()["type"])))
+
+
+def _with(features: Mapping[str, Any] | None, name: str, value: Any) -> io.NodeOutput:
+    """Features and one more: of a kind that goes by path, another path; else the only one of its kind."""
+    made = dict(features or {})
+    if isinstance(value, dict):
+        value = {**made.get(name, {}), **value}
+    elif name in made:
+        raise ValueError(f"{name}: chosen twice, {made[name]!r} and {value!r}")
+    return io.NodeOutput(made | {name: value})
+
+
+def _strength(least: float) -> Any:
+    return io.Float.Input("strength", default=1.0, min=least, max=10.0, step=0.05)
+
+
+class Lora(io.ComfyNode):
+    """A LoRA; several in a row."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MultiGPUDiffusionLora",
+            display_name="LoRA (multi-GPU)",
+            category=CATEGORY,
+            inputs=[
+                io.Combo.Input("lora", options=list(choices.loras())),
+                _strength(-10.0),
+                FEATURES.Input("features", optional=True),
+            ],
+            outputs=[FEATURES.Output(display_name="features")],
+        )
+
+    @classmethod
+    def execute(cls, lora: str, strength: float, features: dict[str, Any] | None = None) -> io.NodeOutput:
+        return _with(features, "lora", {choices.chosen(choices.loras(), lora, "lora"): strength})
+
+
+class ControlNet(io.ComfyNode):
+    """A ControlNet; the sampler gets its picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MultiGPUDiffusionControlNet",
+            display_name="ControlNet (multi-GPU)",
+            category=CATEGORY,
+            description="A diffusers folder of models/controlnet. The sampler needs a control image then.",
+            inputs=[
+                io.Combo.Input("control_net", options=list(choices.control_nets())),
+                _strength(0.0),
+                FEATURES.Input("features", optional=True),
+            ],
+            outputs=[FEATURES.Output(display_name="features")],
+        )
+
+    @classmethod
+    def execute(
+        cls, control_net: str, strength: float, features: dict[str, Any] | None = None
+    ) -> io.NodeOutput:
+        path = choices.chosen(choices.control_nets(), control_net, "control_net")
+        return _with(features, "control_net", {path: strength})
+
+
+class IPAdapter(io.ComfyNode):
+    """An IP-Adapter; the sampler gets its picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MultiGPUDiffusionIPAdapter",
+            display_name="IP-Adapter (multi-GPU)",
+            category=CATEGORY,
+            description="A file of models/ipadapter, its image encoder beside it.",
+            inputs=[
+                io.Combo.Input("ip_adapter", options=list(choices.ip_adapters())),
+                _strength(0.0),
+                FEATURES.Input("features", optional=True),
+            ],
+            outputs=[FEATURES.Output(display_name="features")],
+        )
+
+    @classmethod
+    def execute(
+        cls, ip_adapter: str, strength: float, features: dict[str, Any] | None = None
+    ) -> io.NodeOutput:
+        path = choices.chosen(choices.ip_adapters(), ip_adapter, "ip_adapter")
+        return _with(features, "ip_adapter", {path: strength})
+
+
+class MotionModule(io.ComfyNode):
+    """AnimateDiff's motion module."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MultiGPUDiffusionMotionModule",
+            display_name="Motion Module (multi-GPU)",
+            category=CATEGORY,
+            description="A file or a diffusers folder of models/animatediff_models; type ad needs one.",
+            inputs=[
+                io.Combo.Input("motion_module", options=list(choices.motion_modules())),
+                FEATURES.Input("features", optional=True),
+            ],
+            outputs=[FEATURES.Output(display_name="features")],
+        )
+
+    @classmethod
+    def execute(cls, motion_module: str, features: dict[str, Any] | None = None) -> io.NodeOutput:
+        path = choices.chosen(choices.motion_modules(), motion_module, "motion_module")
+        flag = "motion_adapter" if motion_module.endswith("/") else "motion_module"
+        return _with(features, flag, path)
+
+
+class Quantization(io.ComfyNode):
+    """How the weights are quantized."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MultiGPUDiffusionQuantization",
+            display_name="Quantization (multi-GPU)",
+            category=CATEGORY,
+            description="Weights of the denoiser and the text encoders.",
+            inputs=[
+                io.Combo.Input("quantize_to", options=choices.QUANTIZATIONS, default="int8"),
+                FEATURES.Input("features", optional=True),
+            ],
+            outputs=[FEATURES.Output(display_name="features")],
+        )
+
+    @classmethod
+    def execute(cls, quantize_to: str, features: dict[str, Any] | None = None) -> io.NodeOutput:
+        return _with(features, "quantize_to", quantize_to)
+
+
+class Scheduler(io.ComfyNode):
+    """The scheduler of a request."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MultiGPUDiffusionScheduler",
+            display_name="Scheduler (multi-GPU)",
+            category=CATEGORY,
+            description="For one sampler; the host goes on as it is. Without one the checkpoint's is used.",
+            inputs=[
+                io.Combo.Input(
+                    "scheduler", options=choices.SCHEDULERS, default="ddim", tooltip="k_: Karras sigmas"
+                ),
+                io.String.Input("settings", default="", tooltip='JSON, {"timestep_spacing": "trailing"}'),
+            ],
+            outputs=[SCHEDULER.Output(display_name="scheduler")],
+        )
+
+    @classmethod
+    def execute(cls, scheduler: str, settings: str) -> io.NodeOutput:
+        if not settings.strip():
+            return io.NodeOutput(scheduler)
+        try:
+            given = json.loads(settings)
+        except ValueError as error:
+            raise ValueError(f"settings: not valid JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise ValueError(f"settings: a JSON object, got {settings!r}")
+        return io.NodeOutput({"scheduler": scheduler, **given})
+
+
+_DEGREES = [AUTO, "1", "2", "4", "8"]
+# A plan's widgets by backend: a list is a dropdown whose first entry leaves the flag out, a text a switch.
+PLANS: dict[str, tuple[str, dict[str, list[str] | str]]] = {
+    "asyncdiff": (
+        "AsyncDiff Plan (multi-GPU)",
+        {
+            "model_n": [AUTO, "1", "2", "3", "4"],
+            "stride": [AUTO, "1", "2"],
+            "use_cfg_parallel": "guidance branches on two halves of the ranks",
+            "auto_balance": "cut by measured time",
+            "time_shift": "use the time embedding of the step before",
+        },
+    ),
+    "distrifuser": (
+        "DistriFusion Plan (multi-GPU)",
+        {
+            "parallelism": [AUTO, "patch", "tensor", "naive_patch"],
+            "split_scheme": [AUTO, "row", "col", "alternate"],
+            "sync_mode": [
+                *(AUTO, "corrected_async_gn", "stale_gn", "sync_gn"),
+                *("separate_gn", "full_sync", "no_sync"),
+            ],
+            "no_split_batch": "keep the guidance branches together",
+        },
+    ),
+    "xdit": (
+        "xDiT Plan (multi-GPU)",
+        {
+            "ulysses_degree": _DEGREES,
+            "ring_degree": _DEGREES,
+            "pipefusion_parallel_degree": _DEGREES,
+            "tensor_parallel_degree": _DEGREES,
+            "use_cfg_parallel": "guidance branches on two halves of the ranks",
+            "use_parallel_vae": "decode on all ranks",
+        },
+    ),
+}
+
+
+class _Plan(io.ComfyNode):
+    """How one backend divides the work; `backend` is a key of PLANS."""
+
+    backend = ""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        title, widgets = PLANS[cls.backend]
+        return io.Schema(
+            node_id=f"MultiGPUDiffusion{title.split()[0]}Plan",
+            display_name=title,
+            category=CATEGORY,
+            inputs=[
+                io.Boolean.Input(name, default=False, tooltip=widget)
+                if isinstance(widget, str)
+                else io.Combo.Input(name, options=widget, default=widget[0])
+                for name, widget in widgets.items()
+            ],
+            outputs=[PLAN.Output(display_name="plan")],
+        )
+
+    @classmethod
+    def execute(cls, **chosen: Any) -> io.NodeOutput:
+        flags = [
+            f"--{name}" if value is True else f"--{name}={value}"
+            for name, value in chosen.items()
+            if value not in (False, AUTO)
+        ]
+        return io.NodeOutput({"backend": cls.backend, "flags": flags})
+
+
+class AsyncDiffPlan(_Plan):
+    backend = "asyncdiff"
+
+
+class DistriFusionPlan(_Plan):
+    backend = "distrifuser"
+
+
+class XDiTPlan(_Plan):
+    backend = "xdit"
+
+
+NODES: list[type[io.ComfyNode]] = [
+    *(LaunchHost, AttachHost, AsyncDiffPlan, DistriFusionPlan, XDiTPlan),
+    *(Lora, ControlNet, IPAdapter, MotionModule, Quantization, Scheduler),
+]

@@ -1,0 +1,334 @@
+"""The nodes that ask a host for pictures and videos, with ComfyUI's progress bar and Cancel button."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy_api.latest import io
+
+from . import convert
+from .launched import Handle
+from .nodes import CATEGORY, HOST, SCHEDULER
+
+MAX_SIDE = 8192
+
+
+def ask(handle: Handle, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """POST /generate for each body, in turn. Raises HostError in the host's words."""
+    bar = comfy.utils.ProgressBar(100)
+    answers = []
+    for index, body in enumerate(bodies):
+
+        def show(percent: float, index: int = index) -> None:
+            bar.update_absolute(int((100 * index + percent) / len(bodies)), 100)
+
+        check = comfy.model_management.throw_exception_if_processing_interrupted
+        answers.append(handle.host.generate(handle.scales | body, show, check))
+    return answers
+
+
+def _prompts(positive: str, negative: str) -> list[io.Input]:
+    return [
+        io.String.Input("positive", default=positive, multiline=True, dynamic_prompts=True),
+        io.String.Input("negative", default=negative, multiline=True, dynamic_prompts=True),
+    ]
+
+
+def _numbers(steps: int, cfg: float) -> list[io.Input]:
+    return [
+        io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True),
+        io.Int.Input("steps", default=steps, min=1, max=1000),
+        io.Float.Input("cfg", default=cfg, min=0.0, max=100.0, step=0.1),
+    ]
+
+
+def _size(width: int, height: int) -> list[io.Input]:
+    return [
+        io.Int.Input("width", default=width, min=16, max=MAX_SIDE, step=8, tooltip="pixels"),
+        io.Int.Input("height", default=height, min=16, max=MAX_SIDE, step=8, tooltip="pixels"),
+    ]
+
+
+def _conditioned() -> list[io.Input]:
+    return [
+        io.Conditioning.Input("positive_conditioning", optional=True, tooltip="instead of the positive text"),
+        io.Conditioning.Input("negative_conditioning", optional=True, tooltip="instead of the negative text"),
+        io.Image.Input("control_image", optional=True, tooltip="for the host's ControlNet"),
+        io.Image.Input("ip_image", optional=True, tooltip="for the host's IP-Adapter"),
+        SCHEDULER.Input("scheduler", optional=True),
+    ]
+
+
+def _conditions(
+    handle: Handle,
+    positive: str,
+    negative: str,
+    clip_skip: int,
+    positive_conditioning: Any,
+    negative_conditioning: Any,
+    control_image: torch.Tensor | None,
+    ip_image: torch.Tensor | None,
+    scheduler: Any,
+) -> dict[str, Any]:
+    body = {
+        "positive": positive or None,
+        "negative": negative or None,
+        "clip_skip": clip_skip or None,
+        "control_image": convert.picture(control_image, "control_image"),
+        "ip_image": convert.picture(ip_image, "ip_image"),
+        "scheduler": scheduler,
+    }
+    if positive_conditioning is not None or negative_conditioning is not None:
+        body |= convert.embeds(positive_conditioning, negative_conditioning, handle.type)
+    return body
+
+
+def _clip_skip() -> io.Input:
+    return io.Int.Input("clip_skip", default=0, min=0, max=12, tooltip="last layers of CLIP to leave out")
+
+
+class PictureSampler(io.ComfyNode):
+    """Pictures, from text, latents, or both."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MultiGPUDiffusionSampler",
+            display_name="Sampler (multi-GPU)",
+            category=CATEGORY,
+            description="Pictures of sd1, sd2, sdxl, sd3, flux, hy, pixa and pixs hosts.",
+            inputs=[
+                HOST.Input("host"),
+                *_prompts("a red circle on a blue background", ""),
+                *_numbers(30, 5.0),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="the part of the schedule to run; below 1 it starts from the latent",
+                ),
+                io.Float.Input(
+                    "stop_at",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="where in the schedule to stop; below 1 the latent keeps the rest of its noise, "
+                    "for a sampler with add_noise off and denoise = 1 - stop_at",
+                ),
+                io.Boolean.Input(
+                    "add_noise",
+                    default=True,
+                    tooltip="on: the seed's noise on the latent, as strong as denoise says. off: the latent "
+                    "is noisy already; with denoise 1 it is the noise itself",
+                ),
+                *_size(1024, 1024),
+                _clip_skip(),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="what to start from; it decides the size and the number of pictures",
+                ),
+                *_conditioned(),
+            ],
+            outputs=[io.Image.Output(display_name="image"), io.Latent.Output(display_name="latent")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        host: Handle,
+        positive: str,
+        negative: str,
+        seed: int,
+        steps: int,
+        cfg: float,
+        denoise: float,
+        stop_at: float,
+        add_noise: bool,
+        width: int,
+        height: int,
+        clip_skip: int,
+        latent: dict[str, Any] | None = None,
+        positive_conditioning: Any = None,
+        negative_conditioning: Any = None,
+        control_image: torch.Tensor | None = None,
+        ip_image: torch.Tensor | None = None,
+        scheduler: Any = None,
+    ) -> io.NodeOutput:
+        if host.type not in convert.FAMILIES:
+            raise ValueError(
+                f"host: this sampler is for {', '.join(convert.FAMILIES)}; the host's type is {host.type}"
+            )
+        body = _conditions(
+            *(host, positive, negative, clip_skip, positive_conditioning, negative_conditioning),
+            *(control_image, ip_image, scheduler),
+        )
+        samples = None
+        if latent is not None:
+            samples = convert.samples_of(latent)
+            height, width = (int(side) * convert.LATENT_FACTOR for side in samples.shape[2:])
+        elif denoise < 1 or not add_noise:
+            raise ValueError("latent: needed where denoise is below 1 or add_noise is off")
+        body |= {
+            "steps": steps,
+            "cfg": cfg,
+            "width": width,
+            "height": height,
+            "denoising_start": round(1 - denoise, 6) or None,
+            "denoising_end": stop_at if stop_at < 1 else None,
+            "output_format": "png",
+            "return_latent": True,
+        }
+        bodies = []
+        for index in range(1 if samples is None else samples.shape[0]):
+            one = body | {"seed": (seed + index) % 2**64}
+            if samples is not None and (denoise < 1 or not add_noise):
+                one["latent"] = convert.latent_to_host(samples[index : index + 1], host.type)
+                one["add_noise"] = add_noise or None
+            bodies.append(one)
+        answers = ask(host, bodies)
+        made = [convert.latent_from_host(a["latent"], host.type, width, height) for a in answers]
+        pictures = torch.cat([convert.images(a["output"]) for a in answers])
+        return io.NodeOutput(pictures, {"samples": torch.cat(made)})
+
+
+class AnimateDiffSampler(io.ComfyNode):
+    """Videos from text."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MultiGPUDiffusionAnimateDiffSampler",
+            display_name="AnimateDiff Sampler (multi-GPU)",
+            category=CATEGORY,
+            description="The frames of a video, of a host of type ad.",
+            inputs=[
+                HOST.Input("host"),
+                *_prompts("a red circle on a blue background", ""),
+                *_numbers(25, 7.5),
+                io.Int.Input("frames", default=16, min=1, max=1024),
+                *_size(512, 512),
+                _clip_skip(),
+                *_conditioned(),
+            ],
+            outputs=[io.Image.Output(display_name="frames")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        host: Handle,
+        positive: str,
+        negative: str,
+        seed: int,
+        steps: int,
+        cfg: float,
+        frames: int,
+        width: int,
+        height: int,
+        clip_skip: int,
+        positive_conditioning: Any = None,
+        negative_conditioning: Any = None,
+        control_image: torch.Tensor | None = None,
+        ip_image: torch.Tensor | None = None,
+        scheduler: Any = None,
+    ) -> io.NodeOutput:
+        body = _conditions(
+            *(host, positive, negative, clip_skip, positive_conditioning, negative_conditioning),
+            *(control_image, ip_image, scheduler),
+        )
+        body |= {"seed": seed, "steps": steps, "cfg": cfg, "frames": frames, "width": width, "height": height}
+        (answer,) = ask(host, [body | {"output_format": "png"}])
+        return io.NodeOutput(convert.images(answer["output"]))
+
+
+class VideoSampler(io.ComfyNode):
+    """Videos from a picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MultiGPUDiffusionSVDSampler",
+            display_name="Stable Video Diffusion Sampler (multi-GPU)",
+            category=CATEGORY,
+            description="The frames of a video that starts with a picture, of a host of type svd.",
+            inputs=[
+                HOST.Input("host"),
+                io.Image.Input("image"),
+                *_numbers(25, 3.0),
+                io.Int.Input("frames", default=14, min=1, max=1024),
+                *_size(1024, 576),
+                io.Int.Input("fps", default=7, min=1, max=120),
+                io.Int.Input("motion_bucket_id", default=127, min=0, max=1023, tooltip="how much moves"),
+                io.Float.Input("noise_aug_strength", default=0.02, min=0.0, max=10.0, step=0.01),
+                io.Int.Input(
+                    "decode_chunk_size", default=8, min=1, max=1024, tooltip="frames decoded at once"
+                ),
+                SCHEDULER.Input("scheduler", optional=True),
+            ],
+            outputs=[io.Image.Output(display_name="frames")],
+        )
+
+    @classmethod
+    def execute(
+        cls, host: Handle, image: torch.Tensor, scheduler: Any = None, **numbers: float
+    ) -> io.NodeOutput:
+        body = {**numbers, "image": convert.picture(image, "image"), "scheduler": scheduler}
+        (answer,) = ask(host, [body | {"output_format": "png"}])
+        return io.NodeOutput(convert.images(answer["output"]))
+
+
+class Upscaler(io.ComfyNode):
+    """Pictures four times as large."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MultiGPUDiffusionUpscaler",
+            display_name="Upscaler (multi-GPU)",
+            category=CATEGORY,
+            description="Each side four times as long, by a host of type sdup; picture after picture.",
+            inputs=[
+                HOST.Input("host"),
+                io.Image.Input("image"),
+                *_prompts("", ""),
+                *_numbers(30, 9.0),
+                _clip_skip(),
+                io.Conditioning.Input("positive_conditioning", optional=True),
+                io.Conditioning.Input("negative_conditioning", optional=True),
+                SCHEDULER.Input("scheduler", optional=True),
+            ],
+            outputs=[io.Image.Output(display_name="image")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        host: Handle,
+        image: torch.Tensor,
+        positive: str,
+        negative: str,
+        seed: int,
+        steps: int,
+        cfg: float,
+        clip_skip: int,
+        positive_conditioning: Any = None,
+        negative_conditioning: Any = None,
+        scheduler: Any = None,
+    ) -> io.NodeOutput:
+        body = _conditions(
+            *(host, positive, negative, clip_skip, positive_conditioning, negative_conditioning),
+            *(None, None, scheduler),
+        )
+        body |= {"seed": seed, "steps": steps, "cfg": cfg, "output_format": "png"}
+        answers = ask(host, [body | {"image": convert.picture(one, "image")} for one in image])
+        return io.NodeOutput(torch.cat([convert.images(answer["output"]) for answer in answers]))
+
+
+SAMPLERS: list[type[io.ComfyNode]] = [PictureSampler, AnimateDiffSampler, VideoSampler, Upscaler]
