@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from shared.loading import LoadError
-from shared.lora import LoraError, LoraSet, loras_of, read_lora
+from shared.lora import LoraError, LoraSet, loras_of, match_layers, read_lora
 from shared.models import MODELS
 from tests import tiny, tiny_extras
 
@@ -210,3 +211,56 @@ def _file(path, data: bytes):
 def _lokr(path):
     save_file({"lora_unet_x.lokr_w1": torch.zeros(2, 2)}, path)
     return path
+
+
+BFL_LAYERS = {
+    "double_blocks_0_img_attn_qkv": (3072, 9216),
+    "double_blocks_0_img_attn_proj": (3072, 3072),
+    "double_blocks_0_img_mlp_0": (3072, 12288),
+    "double_blocks_0_img_mlp_2": (12288, 3072),
+    "double_blocks_0_txt_attn_qkv": (3072, 9216),
+    "single_blocks_0_linear1": (3072, 21504),
+    "single_blocks_0_linear2": (15360, 3072),
+}
+
+
+def original_lora(layers: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, (inner, outer) in layers.items():
+        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.randn(4, inner, generator=generator)
+        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(outer, 4, generator=generator)
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(4.0)
+    return tensors
+
+
+def test_flux_in_the_names_of_its_authors() -> None:
+    """Joint projections are taken apart, at FLUX's real width, which the names rest on."""
+    with torch.device("meta"):
+        transformer = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"))
+    pipe = diffusers.FluxPipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **parts
+    )
+    tensors = original_lora(BFL_LAYERS)
+    matched, unmatched = match_layers(pipe, MODELS["flux"], tensors)
+    pairs = matched["transformer"]
+    assert not unmatched and len(pairs) == 3 + 1 + 2 + 3 + 4 + 1
+    delta = (
+        tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"]
+        @ (tensors["lora_unet_single_blocks_0_linear1.lora_down.weight"])
+    )
+    for name, start, size in (("attn.to_q", 0, 3072), ("attn.to_v", 6144, 3072), ("proj_mlp", 9216, 12288)):
+        pair = pairs[f"single_transformer_blocks.0.{name}"]
+        assert pair.up is not None and pair.down is not None
+        scale = 1.0 if pair.alpha is None else pair.alpha / pair.rank
+        assert torch.allclose(scale * pair.up @ pair.down, delta[start : start + size], atol=1e-3)
+
+
+def test_sd3_in_the_names_of_its_authors_is_refused(tmp_path) -> None:
+    path = tmp_path / "original.safetensors"
+    layers = {f"joint_blocks_{n}_x_block_attn_qkv": (32, 96) for n in range(2)}
+    save_file(original_lora(layers), path)
+    pipe = tiny.load("sd3")
+    with pytest.raises(LoraError, match="fits no layer of type sd3: 'lora_unet_joint_blocks_0_x_block"):
+        loras_of(pipe, MODELS["sd3"]).add(str(path))
