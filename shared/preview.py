@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FIT_SIDE = 256  # pixels of the picture that the projection is fitted on
-FIT_COLOURS = 12  # random colours a side in it
+FIT_COLOURS = 8  # random colours a side in it
 MAX_SIDE = 128  # pixels of a preview; larger latents are averaged down
 
 
@@ -100,13 +100,13 @@ class Previewer:
 def fit_projection(vae: Any, device: torch.device) -> torch.Tensor:
     """The matrix float32 [channels + 1, 3] on `device` from latents, and 1, to RGB in -1 to 1.
 
-    Least squares over one smooth random picture that the VAE encodes.
+    Least squares over one picture of random colours, in squares, that the VAE encodes.
 
     Raises:
         RuntimeError: what the VAE made of the picture is not finite.
     """
     colours = torch.rand(1, 3, FIT_COLOURS, FIT_COLOURS, generator=torch.Generator("cpu").manual_seed(0))
-    pixels = F.interpolate(colours * 2 - 1, size=FIT_SIDE, mode="bilinear")
+    pixels = F.interpolate(colours * 2 - 1, size=FIT_SIDE, mode="nearest")
     dtype = vae.dtype
     # SDXL's VAE overflows in half precision; bfloat16 has the range.
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.float16):
