@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import importlib
 import io
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -198,6 +199,37 @@ def check_cell(
             assert same >= EXACT_DB, f"{feature} must not change the picture: {same:.1f} dB"
         else:
             assert same < 80, f"{feature} changes nothing"
+
+
+def pairs() -> list[Any]:
+    """(backend, type, feature, feature) of all pairs that a type may combine.
+
+    Every pair runs in every test run, on one type of each host, a different one from pair to pair; on all
+    others in `make matrix`.
+    """
+    found: list[Any] = []
+    for number, (a, b) in enumerate(itertools.combinations((*EVERYTHING, "compel"), 2)):
+        for backend, spec in ((b, BACKENDS[b]) for b in ("asyncdiff", "distrifuser")):
+            able = [
+                name
+                for name in spec.types
+                if not refusal(spec, MODELS[name], a) and not refusal(spec, MODELS[name], b)
+            ]
+            chosen = able[number % len(able)]
+            for name in able:
+                slow = name != chosen or (backend != "asyncdiff" and "compile_unet" in (a, b))
+                marks = [pytest.mark.slow] if slow else []
+                found.append(pytest.param(backend, name, a, b, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("backend", "name", "a", "b"), pairs())
+def test_two_features_together(pool: RankPool, backend: str, name: str, a: str, b: str):
+    flags = SETTINGS[a](name) | SETTINGS[b](name)
+    ranks = pool.run(run_cell, 2, backend, name, flags, {}, False, timeout=240)
+    holder = next(r for r in ranks if r["exact"] is not None)
+    assert psnr(holder["exact"], holder["plain"]) >= EXACT_DB
+    assert 10 < psnr(holder["asynchronous"], holder["plain"]) < float("inf")
 
 
 def test_the_setting_of_every_feature_of_a_request_is_known():
