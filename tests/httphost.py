@@ -36,7 +36,7 @@ class FakeHost:
     """Serves on a free port. The prompt says what the loop does with a request:
 
     "slow": `step_seconds` a step; "fail": 500 at the second step; "user": 422 by the model; "hold": waits at
-    its first step until `go_on` is set. Anything else takes no time.
+    its first step until `go_on` is set. Anything else takes no time. Who watches sees a red preview, 4x2.
     """
 
     step_seconds = 0.05
@@ -106,6 +106,8 @@ class FakeHost:
                 raise JobError(504, f"timed out after {self.config.request_timeout:g} s")
             self.steps_run += 1
             job.at_step(step + 1, request.steps or 1)
+            if self.queue.wants_preview():
+                self.queue.show_preview(step + 1, 4, 2, b"\xff\0\0" * 8)
         return self._reply(request)
 
     def _call(self, method: str, arguments: dict[str, Any]) -> Any:

@@ -420,7 +420,7 @@ function showJobs() {
   byId("running").hidden = !running && !mine;
   byId("peek").hidden = isMine || !running || !byId("peek").src;
   byId("cancel").disabled = mine ? mine.stopped : !running;
-  byId("cancel").textContent = mine || !running ? "Cancel" : "Cancel the running request";
+  byId("cancel").textContent = mine || !running ? "Cancel" : "Cancel other";
   let doing = "Sent";
   let progress = 0;
   if (ahead >= 0) {
