@@ -12,6 +12,7 @@ import pytest
 
 from shared.parallel.xdit import XDiT
 from shared.parallel.xdit_degrees import Degrees
+from shared.parallel.xdit_pipefusion import XDiTPipeFusion
 from tests import tiny
 from tests.ranks import RankPool
 
@@ -68,3 +69,50 @@ def test_two_ranks_equal_the_plain_pipeline(pool: RankPool, name: str):
     more = [{"tensor": 2}] if name == "flux" else [{"cfg": 2}]
     for rank in pool.run(exact, 2, name, CASES_2 + more, SIZES):
         assert min(min(row) for row in rank) >= EXACT, rank
+
+
+def pipefused(name: str, degrees: Case, warm_ups: list[int], calls: list[Case]) -> list[list[float]]:
+    """On each rank: how close PipeFusion comes to the plain pipeline, by warm-up and call."""
+    pipe = pipeline(name)
+    whole = {"max_sequence_length": 256} if name == "sd3" else {}
+    plain, text = [picture(pipe, name, **call, **whole) for call in calls], repr(pipe.transformer)
+    state = {key: id(value) for key, value in pipe.transformer.state_dict(keep_vars=True).items()}
+    found = []
+    for warm_up in warm_ups:
+        with XDiTPipeFusion(pipe, Degrees(**degrees), warm_up_steps=warm_up) as parallel:
+            row = []
+            for call, wanted in zip(calls, plain, strict=True):
+                changes = {"steps": STEPS} | call
+                known = {key: changes.pop(key) for key in ("steps", "seed", "size") if key in changes}
+                arguments = tiny.call_args(name, **known) | changes
+                if name == "sd3":
+                    arguments["max_sequence_length"] = None  # 256 is what xfuser takes, and diffusers' default
+                parallel.begin(arguments["num_inference_steps"])
+                told: list[Any] = []
+                made = parallel.run(arguments, lambda *step: told.append(step)).images
+                assert [steps for _, steps in told] == [arguments["num_inference_steps"]] * len(told)
+                assert len(told) == arguments["num_inference_steps"] and told[-1][0] is not None
+                row.append(psnr(np.asarray(made), wanted))
+            found.append(row)
+        assert repr(pipe.transformer) == text
+        assert {k: id(v) for k, v in pipe.transformer.state_dict(keep_vars=True).items()} == state
+        assert np.array_equal(picture(pipe, name, **calls[0], **whole), plain[0])
+    return found
+
+
+PIPEFUSION_CALLS = [
+    {"steps": 4},
+    {"steps": 3, "height": 96, "width": 64, "prompt": "a"},
+    {"steps": 5, "prompt": "two large blue dogs on a hill"},
+    {"steps": 4, "height": 96},
+]
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_pipefusion(pool: RankPool, name: str):
+    tiny.checkpoint(name)
+    for rank in pool.run(pipefused, 2, name, {"pipefusion": 2}, [99, 1], PIPEFUSION_CALLS):
+        exact_ones, stale = rank
+        print(name, rank)
+        assert min(exact_ones) >= EXACT
+        assert min(stale) >= 30

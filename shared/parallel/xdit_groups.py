@@ -78,6 +78,11 @@ class XfuserGroups:
         return self._state.get_model_replica_group().device_group
 
     @property
+    def replica_on_cpu(self) -> dist.ProcessGroup:
+        """The same ranks over gloo."""
+        return self._state.get_model_replica_group().cpu_group
+
+    @property
     def picture(self) -> int:
         """Which picture of a request this rank works on: 0 to data - 1."""
         return dist.get_rank() // (self.degrees.world // self.degrees.data)

@@ -1,0 +1,422 @@
+"""PipeFusion: stages of the transformer on different ranks, patches of the picture under way between them.
+
+Source: Fang et al., "PipeFusion: Patch-level Pipeline Parallelism for Diffusion Transformers Inference", arXiv
+2405.14430. xfuser's own pipeline classes run it; what they leave to luck is settled here: buffers of the
+request before, the rank that has the result, arguments they would not hear, progress, and ending early.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shared.parallel.patch_decoder import PatchDecoder
+from shared.parallel.surgery import Closing, Forward, Surgery
+from shared.parallel.xdit import attention_backend, check_model, control_nets, plan
+from shared.parallel.xdit_degrees import Degrees, fitting_sizes
+from shared.parallel.xdit_groups import XfuserGroups
+from shared.parallel.xdit_sequence import BLOCKS
+
+STEPS_AHEAD = 2
+"""Steps that a rank may be ahead of the last one that all ranks have finished."""
+UNHEARD = ("sigmas", "timesteps", "true_cfg_scale", "ip_adapter_image", "ip_adapter_image_embeds")
+"""Arguments that xfuser's pipelines take and leave alone, or do not keep in step between the stages."""
+
+OnStep = Callable[[torch.Tensor | None, int], None]
+
+
+class XDiTPipeFusion(Closing):
+    """Runs a diffusers pipeline through xfuser's PipeFusion, alone or with the other degrees.
+
+    Generate with ``run`` instead of calling the pipeline, on all ranks alike, ``begin`` before it. The first
+    ``warm_up_steps`` steps are exact, those after them see the other patches as of the step before.
+
+    Args:
+        pipeline: FLUX, SD3, PixArt or HunyuanDiT without ControlNet and IP-Adapter; LoRAs fused.
+        degrees: how the ranks are divided; pipefusion is 2 or more.
+        groups: the process groups of these degrees; None makes them, and ends them in ``close``.
+        warm_up_steps: synchronous steps at the start of each generation, 1 or more.
+        patches: of the picture, under way at the same time; None: as many as stages.
+        stages: transformer blocks of each stage; None: equal numbers.
+        attention: name of xfuser's attention backend.
+        parallel_vae: decode in patches, one on each rank.
+        free_other_stages: keep other stages' blocks in host memory until ``close``.
+
+    Raises:
+        ValueError: what PipeFusion cannot do with this model.
+    """
+
+    decodes_together = False
+    warm_up_calls = 2
+
+    def __init__(
+        self,
+        pipeline: Any,
+        degrees: Degrees,
+        groups: XfuserGroups | None = None,
+        *,
+        warm_up_steps: int = 1,
+        patches: int | None = None,
+        stages: tuple[int, ...] | None = None,
+        attention: str | None = None,
+        parallel_vae: bool = False,
+        free_other_stages: bool = True,
+    ) -> None:
+        self.pipeline, self.degrees, self.warm_up_steps = pipeline, degrees, warm_up_steps
+        self.parallel_vae = parallel_vae
+        self.transformer: nn.Module = pipeline.transformer
+        check_model(pipeline, degrees)
+        self._check(stages)
+        weight = next(self.transformer.parameters())
+        self._own_groups = groups is None
+        self.groups = groups or XfuserGroups(degrees, getattr(pipeline, "_execution_device", weight.device))
+        # xfuser's layers ask for the log-sum-exp under ring only, but the stages must agree.
+        self.attention = attention or attention_backend(self.groups.device, weight.dtype, degrees)
+        self._before = _Snapshot(self.transformer)
+        self._surgery = Surgery()
+        self._watch: _Watch | None = None
+        self._decoder: PatchDecoder | None = None
+        self._freed: list[nn.Module] = []
+        try:
+            config = self.groups.engine_config(
+                self.transformer.dtype, self.attention, warm_up_steps, patches, stages
+            )
+            self.groups.start(pipeline, config)
+            self._install(config, free_other_stages)
+        except (ValueError, AssertionError):
+            self.close()
+            raise
+
+    def _check(self, stages: tuple[int, ...] | None) -> None:
+        d, blocks = self.degrees, sum(len(getattr(self.transformer, name, ())) for name in BLOCKS)
+        if d.pipefusion < 2:
+            raise ValueError(f"PipeFusion needs a degree of 2 or more; got {d.pipefusion}")
+        if self.warm_up_steps < 1:
+            raise ValueError(f"warm_up_steps {self.warm_up_steps}: the first step fills the buffers, so at least 1")
+        if control_nets(self.pipeline):
+            raise ValueError("PipeFusion: xfuser's stages take no ControlNet residuals")
+        if d.tensor > 1:
+            raise ValueError(f"tensor degree {d.tensor}: not with PipeFusion")
+        if stages is not None and (len(stages) != d.pipefusion or sum(stages) != blocks or min(stages) < 1):
+            raise ValueError(
+                f"stages {list(stages)}: must be {d.pipefusion} numbers above 0 with sum {blocks}, the blocks "
+                "of the transformer"
+            )
+        skips = hasattr(self.transformer, "blocks")
+        if skips and (stages is not None or d.pipefusion % 2 or blocks % d.pipefusion):
+            raise ValueError(
+                f"HunyuanDiT's skip connections need an even number of equal stages; got {d.pipefusion} for "
+                f"{blocks} blocks" + (f", stages {list(stages)}" if stages else "")
+            )
+        if blocks < d.pipefusion or (stages is None and -(-blocks // d.pipefusion) * (d.pipefusion - 1) >= blocks):
+            raise ValueError(f"PipeFusion degree {d.pipefusion} leaves a stage without any of {blocks} blocks")
+
+    def _install(self, config: Any, free: bool) -> None:
+        import xfuser.model_executor.layers.attention_processor as attentions
+        import xfuser.model_executor.pipelines as pipelines
+        from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
+
+        pipe = self.pipeline
+        self._usp, sequence = attentions.USP, self.degrees.sequence
+
+        def usp(*args: Any, attn_layer: Any = None, **kwargs: Any) -> Any:
+            # Without sequence parallelism SD3's layer has put keys and values into its cache already.
+            return self._usp(*args, attn_layer=attn_layer if sequence > 1 else None, **kwargs)
+
+        attentions.USP = usp
+        blocks = {b for name in BLOCKS for b in getattr(self.transformer, name, ())}
+        assert pipelines  # its import registers the pipelines
+        wrapper = xFuserPipelineWrapperRegister.get_class(pipe)
+        scheduler, transformer = pipe.scheduler, pipe.transformer
+        try:
+            self._wrapped = wrapper(pipe, config)
+            self._stages = pipe.transformer
+        finally:
+            # The pipeline keeps its own parts; xfuser's take their place during a call.
+            pipe.scheduler, pipe.transformer = scheduler, transformer
+        mine = {b for name in BLOCKS for b in getattr(self._stages, name, ())}
+        self._blocks = mine
+        for block in mine:
+            self._surgery.override(block, self._passable)
+        self._surgery.override(self._stages, self._counted)
+        if free and self.groups.device.type == "cuda":
+            self._freed = list(blocks - mine)
+            for block in self._freed:
+                block.to("cpu")
+            torch.cuda.empty_cache()
+        if self.parallel_vae:
+            self._decoder = PatchDecoder(pipe.vae, self.groups.replica)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """JSON-able: the degrees, and what each rank does."""
+        return plan(self.degrees, self.attention) | {
+            "method": "xdit",
+            "exact": False,
+            "warm_up_steps": self.warm_up_steps,
+            "parallel_vae": self.parallel_vae,
+            "blocks": len(self._blocks),
+        }
+
+    def begin(self, steps: int) -> None:
+        """A new generation starts: whatever the last one left in xfuser's buffers is forgotten."""
+        from xfuser.core.distributed import get_runtime_state
+
+        state = get_runtime_state()
+        state.ready = False
+        # xfuser lowers it for good where a request has fewer steps.
+        state.runtime_config.warmup_steps = min(self.warm_up_steps, steps)
+
+    def reset(self) -> None:
+        """Nothing is captured."""
+
+    def run(self, arguments: dict[str, Any], on_step: OnStep = lambda latents, steps: None) -> Any:
+        """What ``pipeline(**arguments)`` gives, on every rank; output_type is pil, np, pt or latent.
+
+        Args:
+            on_step: called with (None, steps) after each step that this rank has finished, in order, in a
+                thread of its own; after the last one with the latents. What it raises ends the generation on
+                this rank, which goes on passing messages without computing, and is raised here.
+
+        Raises:
+            ValueError: an argument that xfuser's pipeline would not hear, or a size that does not divide.
+        """
+        wanted = arguments.get("output_type", "pil")
+        arguments = self._heard(arguments) | {"output_type": "latent", "return_dict": True}
+        pipe = self.pipeline
+        plain = pipe.scheduler, pipe.transformer
+        self._watch = _Watch(self._steps, on_step, self.groups.device)
+        try:
+            pipe.scheduler, pipe.transformer = self._scheduler(pipe.scheduler), self._stages
+            with _noise_of_whole_pictures():
+                output = self._wrapped(**arguments)
+        finally:
+            pipe.scheduler, pipe.transformer = plain
+            failed = self._watch.finish()
+            watch, self._watch = self._watch, None
+        if failed is not None:
+            raise failed
+        latents = self._share(None if output is None else output.images)
+        on_step(latents, watch.steps)
+        return self._decoded(latents, arguments, wanted)
+
+    def close(self) -> None:
+        """Give the pipeline back as it was. May be called any number of times."""
+        import xfuser.core.cache_manager.cache_manager as caches
+        import xfuser.model_executor.layers.attention_processor as attentions
+
+        if self._decoder is not None:
+            self._decoder.close()
+        self._surgery.close()
+        self._before.restore()
+        if hasattr(self, "_usp"):
+            attentions.USP = self._usp
+            del self._usp
+        caches.get_cache_manager().cache.clear()
+        while self._freed:
+            self._freed.pop().to(self.groups.device)
+        self._wrapped = self._stages = None
+        if self._own_groups:
+            self.groups.close()
+
+    def _heard(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments for xfuser's pipeline. Raises ValueError where one would have no effect."""
+        names = {
+            name
+            for name, parameter in inspect.signature(type(self._wrapped).__call__).parameters.items()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        } - set(UNHEARD)
+        empty = [name for name, value in arguments.items() if value is None or value == ""]
+        lost = sorted(set(arguments) - names - set(empty))
+        if lost:
+            raise ValueError(f"PipeFusion cannot serve {', '.join(lost)}; the other degrees can")
+        if hasattr(self.transformer, "single_transformer_blocks"):
+            guided = True
+        else:
+            guided = arguments.get("guidance_scale", 2.0) > 1
+        if not guided:
+            raise ValueError("PipeFusion needs guidance: cfg must be above 1; the other degrees serve 1")
+        unit = 16 * self.degrees.sequence
+        height = arguments["height"]
+        if height % unit:
+            raise ValueError(
+                f"the height must be a multiple of {unit} with {self.degrees}; got {height} (nearest: "
+                f"{fitting_sizes(height, unit)})"
+            )
+        self._steps = arguments["num_inference_steps"]
+        return {name: value for name, value in arguments.items() if name in names}
+
+    def _scheduler(self, scheduler: Any) -> Any:
+        from xfuser.model_executor.schedulers.register import xFuserSchedulerWrappersRegister
+
+        wrapper = xFuserSchedulerWrappersRegister.get_wrapper(scheduler)
+        if wrapper is None:
+            raise ValueError(
+                f"PipeFusion runs FlowMatchEuler, DDIM, DDPM and DPMSolverMultistep schedulers, whose state is "
+                f"kept by patches; got {type(scheduler).__name__}"
+            )
+        return wrapper(scheduler)
+
+    def _counted(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        from xfuser.core.distributed import get_runtime_state
+
+        assert self._watch is not None
+        state = get_runtime_state()
+        self._watch.hold()
+        answer = original(*args, **kwargs)
+        self._watch.called(state.num_pipeline_patch if state.patch_mode else 1)
+        return answer
+
+    def _passable(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        """A block that hands its input on once the generation is to end: messages keep their shapes."""
+        if self._watch is None or self._watch.error is None:
+            return original(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hasattr(self.transformer, "context_embedder"):
+            return (args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]), hidden
+        return hidden
+
+    def _share(self, latents: torch.Tensor | None) -> torch.Tensor:
+        """The latents of the rank that has them, on every rank of the replica."""
+        replica = self.groups.replica
+        holders: list[Any] = [None] * dist.get_world_size(replica)
+        shape = None if latents is None else (tuple(latents.shape), latents.dtype)
+        dist.all_gather_object(holders, shape, group=self.groups.replica_on_cpu)
+        source = next(i for i, found in enumerate(holders) if found is not None)
+        if dist.get_rank(replica) != source or latents is None:
+            size, dtype = holders[source]
+            latents = torch.empty(size, dtype=dtype, device=self.groups.device)
+        latents = latents.contiguous()
+        dist.broadcast(latents, group=replica, group_src=source)
+        return latents
+
+    def _decoded(self, latents: torch.Tensor, arguments: dict[str, Any], wanted: str) -> Any:
+        from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+
+        if wanted == "latent":
+            return ImagePipelineOutput(images=latents)
+        pipe, config = self.pipeline, self.pipeline.vae.config
+        if hasattr(pipe, "_unpack_latents"):
+            size = arguments["height"], arguments["width"]
+            latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
+        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        with torch.no_grad():
+            decoded = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
+        pipe.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pipe.image_processor.postprocess(decoded, output_type=wanted))
+
+
+class _Watch:
+    """Tells of finished steps in a thread: stages finish a step one after the other, and must not wait there.
+
+    Args:
+        steps: of this generation.
+        on_step: see XDiTPipeFusion.run.
+        device: where steps are computed; on CUDA a step counts once the GPU has finished it.
+    """
+
+    def __init__(self, steps: int, on_step: OnStep, device: torch.device) -> None:
+        self.steps, self.on_step, self.device = steps, on_step, device
+        self.error: BaseException | None = None
+        self._calls, self._step = 0.0, 0
+        self._told = threading.Semaphore(STEPS_AHEAD)
+        self._finished: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._tell, name="steps", daemon=True)
+        self._thread.start()
+
+    def hold(self) -> None:
+        """Before a call of the transformer: wait while this rank is too far ahead."""
+        if self._calls == 0:
+            self._told.acquire()
+
+    def called(self, calls: int) -> None:
+        """The transformer was called; `calls` such calls make a step."""
+        self._calls += 1
+        if self._calls < calls:
+            return
+        self._calls, self._step = 0, self._step + 1
+        event = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        self._finished.put((self._step, event))
+
+    def finish(self) -> BaseException | None:
+        """Wait until all that was finished has been told; what ended the generation early."""
+        self._finished.put(None)
+        self._thread.join()
+        return self.error
+
+    def _tell(self) -> None:
+        for step, event in self._items():
+            try:
+                if event is not None:
+                    event.synchronize()
+                # The last step is told with its latents, when they are there.
+                if self.error is None and step < self.steps:
+                    self.on_step(None, self.steps)
+            except BaseException as error:  # raised in the thread that generates
+                self.error = error
+            self._told.release()
+
+    def _items(self) -> Iterator[Any]:
+        while (item := self._finished.get()) is not None:
+            yield item
+
+
+@contextlib.contextmanager
+def _noise_of_whole_pictures() -> Iterator[None]:
+    """Inside, schedulers that draw noise at each step draw what they would for the whole picture.
+
+    xfuser has them draw for the patch in hand, and alike for different parts of a sequence.
+    """
+    import diffusers.schedulers.scheduling_ddpm as ddpm
+    import xfuser.model_executor.schedulers.scheduling_dpmsolver_multistep as dpmsolver
+    from xfuser.core.distributed import get_runtime_state
+
+    draw, whole = ddpm.randn_tensor, torch.empty(0)
+
+    def randn(shape: Any, **settings: Any) -> torch.Tensor:
+        nonlocal whole
+        state = get_runtime_state()
+        if not state.patch_mode or state.pipeline_patch_idx == 0:
+            height = state.input_config.height // state.vae_scale_factor
+            whole = draw((*shape[:2], height, *shape[3:]), **settings)
+        rows = state.pp_patches_start_end_idx_global
+        rows = [rows[state.pipeline_patch_idx]] if state.patch_mode else rows
+        return torch.cat([whole[:, :, start:end] for start, end in rows], 2)
+
+    ddpm.randn_tensor = dpmsolver.randn_tensor = randn
+    try:
+        yield
+    finally:
+        ddpm.randn_tensor = dpmsolver.randn_tensor = draw
+
+
+class _Snapshot:
+    """The module tree as it is, to be put back: xfuser replaces blocks, layers and their attributes."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._state = [
+            (m, dict(m.__dict__), dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in root.modules()
+        ]
+
+    def restore(self) -> None:
+        for module, attributes, modules, parameters, buffers in self._state:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for own, kept in (
+                (module._modules, modules),
+                (module._parameters, parameters),
+                (module._buffers, buffers),
+            ):
+                own.clear()
+                own.update(kept)
