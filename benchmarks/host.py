@@ -1,7 +1,8 @@
 """A whole host with a full-size SDXL checkpoint of random weights, asked over HTTP, beside plain diffusers.
 
 python benchmarks/host.py --ranks 1,2 --size 1024 --steps 30 --folder /tmp/sdxl [-- --compile_unet ...]
-python benchmarks/host.py --features --ranks 2 --steps 6     every quantization and offload, and all together
+python benchmarks/host.py --backend distrifuser --ranks 2 --size 3840 --steps 6
+python benchmarks/host.py --features int8,int4,model_cpu_offload --ranks 2 --steps 6    (or: all)
 
 Prints, for each number of ranks, start to ready, the median of three requests (the wall clock of the client
 with the picture decoded and sent, and the denoising alone) and peak memory a rank; and plain diffusers.
@@ -13,6 +14,7 @@ import argparse
 import base64
 import gc
 import io
+import itertools
 import json
 import signal
 import statistics
@@ -32,6 +34,13 @@ from benchmarks.models import make_sdxl, on, sdxl_unet
 from demo.ask import free_port, get, wait_until_ready
 
 ROOT = Path(__file__).resolve().parent.parent
+FEATURES: dict[str, list[str]] = {
+    "none": [],
+    **{to: [f"--quantize_to={to}"] for to in ("float8", "int8", "int4", "int2")},
+    **{f"{how}_offload": [f"--enable_{how}_offload"] for how in ("model_cpu", "sequential_cpu", "group")},
+    # With a LoRA and a ControlNet made beside the checkpoint.
+    "together": ["--quantize_to=int8", "--compile_unet"],
+}
 
 
 def save_checkpoint(folder: Path, device: torch.device) -> None:
@@ -118,17 +127,18 @@ def ask(url: str, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     return time.perf_counter() - began, answer
 
 
-def host(folder: Path, ranks: int, size: int, steps: int, flags: list[str], name: str = "") -> None:
+def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = "") -> None:
     """Launch a host, ask it four times, print one row, end it."""
+    size, script = options.size, f"{options.backend}_host.py"
     port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    command += ["--master_port", str(free_port()), str(ROOT / "asyncdiff_host.py"), "--type=sdxl"]
-    command += [f"--checkpoint={folder}", "--variant=bf16", f"--width={size}", f"--height={size}"]
+    command += ["--master_port", str(free_port()), str(ROOT / script), "--type=sdxl"]
+    command += [f"--checkpoint={options.folder}", "--variant=bf16", f"--width={size}", f"--height={size}"]
     process = subprocess.Popen([*command, f"--port={port}", *flags])
     url = f"http://127.0.0.1:{port}"
     try:
         ready = wait_until_ready(url, process)
-        body = {"positive": "a red cat", "steps": steps, "seed": 1, "cfg": 5.0}
+        body = {"positive": "a red cat", "steps": options.steps, "seed": 1, "cfg": 5.0}
         if any(flag.startswith("--control_net") for flag in flags):
             body["control_image"] = base64.b64encode(png(size)).decode()
         runs = [ask(url, body) for _ in range(4)][1:]
@@ -141,7 +151,7 @@ def host(folder: Path, ranks: int, size: int, steps: int, flags: list[str], name
     peak = max(rank.get("memory_peak_mib", 0) for rank in health["ranks"]) / 1024
     name = name or " ".join(flags)
     print(
-        f"| asyncdiff_host {name} | {ranks} | {ready:.0f} | {wall:.3f} | {denoise:.3f} | {peak:.1f} |",
+        f"| {script} {name} | {ranks} | {ready:.0f} | {wall:.3f} | {denoise:.3f} | {peak:.1f} |",
         flush=True,
     )
 
@@ -153,36 +163,30 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/sdxl"))
-    parser.add_argument("--features", action="store_true", help="one launch for each feature")
+    parser.add_argument("--backend", default="asyncdiff", choices=("asyncdiff", "distrifuser"))
+    parser.add_argument("--features", help=f"one launch for each of {', '.join(FEATURES)}; or all")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("flags", nargs="*", help="after --: more flags of the host")
     options = parser.parse_args()
+    features = list(FEATURES) if options.features == "all" else (options.features or "").split(",")
+    if wrong := [name for name in features if name and name not in FEATURES]:
+        parser.error(f"--features: must be of {', '.join(FEATURES)}; got {wrong[0]}")
     device = torch.device(options.device)
     if not (options.folder / "model_index.json").exists():
         save_checkpoint(options.folder, device)
+    adapters = save_adapters(options.folder, device) if "together" in features else []
     print("| system | ranks | s to ready | s a request | s denoising | peak GiB |\n|---|---|---|---|---|---|")
-    if options.features:
-        adapters = save_adapters(options.folder, device)
-    else:
+    if not options.features:
         plain_diffusers(options.folder, device, options.size, options.steps)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    for ranks in map(int, options.ranks.split(",")):
-        if not options.features:
-            host(options.folder, ranks, options.size, options.steps, options.flags)
-            continue
-        all_together = [*adapters, "--quantize_to=int8", "--compile_unet"]
-        runs = {"LoRA + ControlNet + int8 + compile": all_together, "no feature": []}
-        runs |= {to: [f"--quantize_to={to}"] for to in ("float8", "int8", "int4", "int2")}
-        runs |= {
-            f"{how} offload": [f"--enable_{how}_offload"] for how in ("model_cpu", "sequential_cpu", "group")
-        }
-        for name, flags in runs.items():
-            try:
-                host(options.folder, ranks, options.size, options.steps, [*flags, *options.flags], name)
-            except (SystemExit, OSError) as error:
-                print(f"| asyncdiff_host {name} | {ranks} | failed: {error} |", flush=True)
+    for ranks, name in itertools.product(map(int, options.ranks.split(",")), features):
+        more = [*(adapters if name == "together" else []), *FEATURES.get(name, []), *options.flags]
+        try:
+            host(options, ranks, more, name)
+        except (SystemExit, OSError) as error:
+            print(f"| {options.backend}_host.py {name} | {ranks} | failed: {error} |", flush=True)
 
 
 if __name__ == "__main__":
