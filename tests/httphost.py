@@ -8,7 +8,9 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import requests
+import safetensors.numpy
 from PIL import Image
 
 from shared.config import HostConfig
@@ -40,6 +42,7 @@ class FakeHost:
     """
 
     step_seconds = 0.05
+    latent = np.zeros((1, 4, 1, 1), np.float32)  # of every picture whose request asks for it
 
     def __init__(self, config: HostConfig | None = None, state: Any = "ready") -> None:
         self.config = config or config_of()
@@ -145,6 +148,7 @@ class FakeHost:
             request.height or 0,
             request.steps or 0,
             {"total": 0.2, "denoise": 0.1, "decode": 0.1},
+            safetensors.numpy.save({"latent": self.latent}) if request.return_latent else None,
         )
 
     def generate(self, body: Any = None, **options: Any) -> requests.Response:

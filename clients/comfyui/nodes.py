@@ -96,7 +96,7 @@ class LaunchHost(io.ComfyNode):
                 raise ValueError(f"plan: it is one of {plan['backend']}, the host's backend is {backend}")
             own += plan["flags"]
         launch = Launch(
-            project=project,
+            project=project or choices.project(),
             backend=backend,
             type=type,
             checkpoint=choices.chosen(choices.checkpoints(), checkpoint, "checkpoint"),
