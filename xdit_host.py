@@ -1,9 +1,85 @@
-"""Host for xDiT: transformers through the package xfuser. Not built yet."""
+"""Host for xDiT: transformers through the package xfuser. Start it under torchrun, one rank a GPU."""
 
 from __future__ import annotations
 
-from shared.config import UsageError, exit_usage, parse_or_exit
+from typing import TYPE_CHECKING, Any
+
+from shared.config import HostConfig, LoadError
+from shared.host import serve
+from shared.xdit_plan import xdit_degrees
+
+if TYPE_CHECKING:
+    from shared.comm import World
+    from shared.generate import PipelineEngine
+    from shared.parallel.xdit import XDiT
+    from shared.parallel.xdit_groups import XfuserGroups
+    from shared.parallel.xdit_pipefusion import XDiTPipeFusion
+
+
+def make_groups(config: HostConfig, world: World) -> XfuserGroups | None:
+    """The process groups of the launch's degrees; None for one rank. All ranks must ask at the same time."""
+    from shared.parallel.xdit_groups import XfuserGroups
+
+    degrees = xdit_degrees(config, world.size)
+    if world.size == 1 and not (config.use_teacache or config.use_fbcache or world.device.type == "cuda"):
+        return None
+    return XfuserGroups(degrees, world.device, config.collective_timeout)
+
+
+def attach(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups | None) -> Any:
+    """Share the transformer among the ranks; one rank alone runs it plain, on a GPU as CUDA graphs."""
+    if groups is None:
+        return None
+    return _exact(pipe, config, world, groups) if groups.degrees.exact else _pipefusion(pipe, config, groups)
+
+
+def _exact(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups) -> XDiT:
+    from shared.parallel.xdit import XDiT
+
+    return XDiT(
+        pipe,
+        groups.degrees,
+        groups,
+        cache="teacache" if config.use_teacache else "fbcache" if config.use_fbcache else None,
+        parallel_vae=config.use_parallel_vae,
+        # A captured step holds on to the weights' addresses, which offloading changes.
+        cuda_graph=world.device.type == "cuda" and not config.offloads,
+    )
+
+
+def _pipefusion(pipe: Any, config: HostConfig, groups: XfuserGroups) -> XDiTPipeFusion:
+    from shared.parallel.xdit_pipefusion import XDiTPipeFusion
+
+    return XDiTPipeFusion(
+        pipe,
+        groups.degrees,
+        groups,
+        warm_up_steps=config.warm_up_steps,
+        patches=config.num_pipeline_patch,
+        stages=config.attn_layer_num_for_pp,
+        parallel_vae=config.use_parallel_vae,
+        free_other_stages=not config.offloads,
+    )
+
+
+def build_engine(config: HostConfig, world: World) -> PipelineEngine:
+    """Load the pipeline on this rank's device and share it among the ranks."""
+    from shared.generate import PipelineEngine
+    from shared.loading import load_pipeline
+
+    pipe = load_pipeline(config.spec, config, world.device, quiet=world.rank != 0)
+    groups = make_groups(config, world)
+    # Every rank ends with the picture of its replica; the first of each decodes it.
+    picture = groups.picture if groups else 0
+    replicas = groups.degrees.data if groups else 1
+    holder = picture * (world.size // replicas)
+    try:
+        return PipelineEngine(
+            pipe, config, world, lambda p: attach(p, config, world, groups), holder, picture
+        )
+    except ValueError as error:
+        raise LoadError(str(error)) from error
+
 
 if __name__ == "__main__":
-    config = parse_or_exit("xdit")
-    exit_usage(config.backend, UsageError("this host is not built yet; asyncdiff_host.py is"))
+    serve("xdit", build_engine)

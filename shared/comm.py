@@ -168,6 +168,7 @@ class Generate:
 
     job_id: str
     request: GenerateRequest
+    pictures: int = 1  # ranks that work on another picture than the first take the seeds after this one
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from shared.flags import HostConfig as HostConfig
 from shared.models import BACKENDS, FEATURES, MODELS, SCHEDULERS, ModelSpec, refusal, schedulers_for
+from shared.xdit_plan import check_xdit
 
 EXIT_USAGE = 2
 
@@ -357,7 +358,15 @@ def _check_distrifuser(config: HostConfig, world_size: int) -> None:
             )
 
 
+def _check_xdit(config: HostConfig, world_size: int) -> None:
+    try:
+        check_xdit(config, world_size)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
 PLANS: dict[str, Callable[[HostConfig, int], None]] = {
     "asyncdiff": _check_asyncdiff,
     "distrifuser": _check_distrifuser,
+    "xdit": _check_xdit,
 }

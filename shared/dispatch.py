@@ -87,7 +87,7 @@ class Dispatcher:
         return self.run_many(parse, lambda: 1)[0]
 
     def run_many(self, parse: Callable[[], GenerateRequest], count: Callable[[], int]) -> list[Reply]:
-        """As `run`, for `count()` pictures one after the other, their seeds in a row.
+        """As `run`, for `count()` pictures, their seeds in a row; --data_parallel_degree at the same time.
 
         `count` is called after `parse`. Other clients' requests get their turn in between.
         """
@@ -100,19 +100,27 @@ class Dispatcher:
                     request = parse()
             except RequestError as error:
                 raise ApiError.from_request(error) from None
-            return [self._picture(request, index) for index in range(count())]
+            pictures, at_once = count(), self.config.data_parallel_degree or 1
+            replies: list[Reply] = []
+            while len(replies) < pictures:
+                replies += self._pictures(
+                    request.numbered(len(replies)), min(at_once, pictures - len(replies))
+                )
+            return replies
         finally:
             self._slots.release()
 
-    def _picture(self, request: GenerateRequest, index: int) -> Reply:
+    def _pictures(self, request: GenerateRequest, count: int) -> list[Reply]:
         began = time.monotonic()
-        if index:
-            request = request.model_copy(update={"seed": ((request.seed or 0) + index) % 2**64})
-        reply = self._submit(Job(request, id=g.request_id))
-        if not isinstance(reply, Reply) or not reply.output:
-            raise TypeError(f"rank 0 gave {type(reply).__name__} instead of a reply with a picture")
-        self.metrics.made(reply, time.monotonic() - began)
-        return reply
+        made = self._submit(Job(request, pictures=count, id=g.request_id))
+        replies = made if isinstance(made, list) else [made]
+        for reply in replies:
+            if not isinstance(reply, Reply) or not reply.output:
+                raise TypeError(f"rank 0 gave {type(reply).__name__} instead of a reply with a picture")
+            self.metrics.made(reply, time.monotonic() - began)
+        if len(replies) != count:
+            raise TypeError(f"the ranks gave {len(replies)} pictures instead of {count}")
+        return replies
 
     def call(self, method: str, arguments: dict[str, Any]) -> Any:
         """Call a method of the engine on all ranks, between two generations; what it returned.

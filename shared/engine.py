@@ -107,14 +107,14 @@ class RankLoop:
             return Stop() if self.queue.closed else Ping()
         if job.request is None:
             return Call(job.id, *job.call)
-        return Generate(job.id, job.request)
+        return Generate(job.id, job.request, job.pictures)
 
     def _carry_out(self, message: Generate | Call, job: Job | None) -> list[Outcome]:
         rank = self.channel.world.rank
         outcome = Outcome(rank, Verdict.FINISHED)
         try:
             if isinstance(message, Generate):
-                outcome.result = self.engine.generate(message.request, self._step_boundary(job))
+                outcome.result = self._generate(message, job)
             else:
                 outcome.result = getattr(self.engine, message.method)(**message.arguments)
             self._agree(Verdict.FINISHED)
@@ -134,6 +134,12 @@ class RankLoop:
             outcome.in_sync = outcome.status != 500 or self.channel.compute_works()
         outcome.device = rank_device_info(self.channel.world)
         return self.channel.settle(outcome)
+
+    def _generate(self, message: Generate, job: Job | None) -> Reply | None:
+        """This rank's picture. A rank whose picture nobody asked for keeps step with the others."""
+        number = getattr(self.engine, "picture", 0)
+        reply = self.engine.generate(message.request.numbered(number), self._step_boundary(job))
+        return reply if number < message.pictures else None
 
     def _agree(self, verdict: Verdict) -> None:
         agreed = self.channel.vote(verdict)
@@ -166,7 +172,8 @@ class RankLoop:
         if job is not None:
             verdict = max(o.verdict for o in outcomes)
             if verdict is Verdict.FINISHED:
-                job.finish(reply=next((o.result for o in outcomes if o.result is not None), None))
+                results = [o.result for o in outcomes if o.result is not None]
+                job.finish(reply=results if job.pictures > 1 else next(iter(results), None))
             elif not broken:
                 job.finish(error=self._job_error(verdict, outcomes))
         if broken:

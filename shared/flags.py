@@ -113,6 +113,17 @@ def _flag(
     return field(default=default, metadata=meta)
 
 
+def _counts(value: Any) -> tuple[int, ...]:
+    try:
+        data = value if isinstance(value, list | tuple) else str(value).strip("[]").split(",")
+        counts = tuple(int(str(n)) for n in data)
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise ValueError("whole numbers above 0 with commas between, such as 10,9")
+    return counts
+
+
 _HOST, _MODEL, _FEATURES, _COMPILE, _MEMORY, _PARALLEL = (
     "serving",
     "model",
@@ -261,29 +272,75 @@ class HostConfig:
     )
     no_cuda_graph: bool = _flag(False, _PARALLEL, "do not capture steps", backend="asyncdiff distrifuser")
     ulysses_degree: int | None = _flag(
-        None, _PARALLEL, "Ulysses sequence parallelism", _integer, least=1, most=8, backend="xdit"
+        None,
+        _PARALLEL,
+        "parts of the sequence, exchanged for attention heads (default: what the heads divide)",
+        _integer,
+        least=1,
+        most=8,
+        backend="xdit",
     )
     ring_degree: int | None = _flag(
-        None, _PARALLEL, "ring sequence parallelism", _integer, least=1, most=8, backend="xdit"
+        None,
+        _PARALLEL,
+        "parts of the sequence, keys and values handed around (default: what is left)",
+        _integer,
+        least=1,
+        most=8,
+        backend="xdit",
     )
     pipefusion_parallel_degree: int | None = _flag(
-        None, _PARALLEL, "PipeFusion stages", _integer, least=1, most=8, backend="xdit"
+        None,
+        _PARALLEL,
+        "PipeFusion stages; asynchronous after --warm_up_steps (default: 1)",
+        _integer,
+        least=1,
+        most=8,
+        backend="xdit",
     )
     tensor_parallel_degree: int | None = _flag(
-        None, _PARALLEL, "tensor parallelism (flux)", _integer, least=1, most=8, backend="xdit"
+        None,
+        _PARALLEL,
+        "parts of the feed-forward layers, type flux (default: 1)",
+        _integer,
+        least=1,
+        most=8,
+        backend="xdit",
     )
     data_parallel_degree: int | None = _flag(
-        None, _PARALLEL, "several pictures of one request at once", _integer, least=1, most=8, backend="xdit"
+        None,
+        _PARALLEL,
+        "pictures of one request made at the same time (default: 1)",
+        _integer,
+        least=1,
+        most=8,
+        backend="xdit",
     )
     num_pipeline_patch: int | None = _flag(
-        None, _PARALLEL, "patches of PipeFusion", _integer, least=1, most=64, backend="xdit"
+        None,
+        _PARALLEL,
+        "patches of PipeFusion (default: as many as stages)",
+        _integer,
+        least=1,
+        most=64,
+        backend="xdit",
     )
-    attn_layer_num_for_pp: tuple[float, ...] | None = _flag(
-        None, _PARALLEL, "blocks of each PipeFusion stage, 10,9", _weights, backend="xdit"
+    attn_layer_num_for_pp: tuple[int, ...] | None = _flag(
+        None,
+        _PARALLEL,
+        "transformer blocks of each PipeFusion stage, 10,9 (default: equal)",
+        _counts,
+        backend="xdit",
     )
-    use_parallel_vae: bool = _flag(False, _PARALLEL, "decode on all ranks", backend="xdit")
-    use_teacache: bool = _flag(False, _PARALLEL, "TeaCache (flux)", backend="xdit")
-    use_fbcache: bool = _flag(False, _PARALLEL, "first-block cache (flux)", backend="xdit")
+    use_parallel_vae: bool = _flag(
+        False, _PARALLEL, "decode in patches, one on each rank that shares the picture", backend="xdit"
+    )
+    use_teacache: bool = _flag(
+        False, _PARALLEL, "leave out steps in which little changes, TeaCache (flux)", backend="xdit"
+    )
+    use_fbcache: bool = _flag(
+        False, _PARALLEL, "leave out steps in which little changes, first-block cache (flux)", backend="xdit"
+    )
 
     port: int = _flag(6000, _HOST, "port that rank 0 serves", _integer, least=1, most=65535)
     host: str = _flag("127.0.0.1", _HOST, "address that rank 0 serves", _text)

@@ -56,6 +56,7 @@ class PipelineEngine:
         world: this rank's place.
         make_parallel: takes hold of the pipeline; None where it runs plain.
         output_rank: the rank that decodes and holds the picture; the others stop at the latents.
+        picture: which of the pictures of one request this rank works on.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class PipelineEngine:
         world: World,
         make_parallel: Callable[[Any], Parallel | None] = lambda pipe: None,
         output_rank: int = 0,
+        picture: int = 0,
     ) -> None:
+        self.picture = picture
         self.pipe = pipe
         self.config = config
         self.spec: ModelSpec = config.spec
@@ -110,8 +113,12 @@ class PipelineEngine:
         if self.parallel is not None:
             self._note_adapters(request)
             self.parallel.begin(arguments["num_inference_steps"])
-        with part_of_schedule(self.pipe, request, arguments), watch:
-            return self.pipe(**arguments)
+        run = getattr(self.parallel, "run", None)
+        with part_of_schedule(self.pipe, request, arguments):
+            if run is not None:
+                return run(arguments, watch.after_step)
+            with watch:
+                return self.pipe(**arguments)
 
     def _note_adapters(self, request: GenerateRequest) -> None:
         """Scales are numbers inside the modules, which a captured step would not see change."""
@@ -249,7 +256,7 @@ class StepWatch:
 
         def step(*args: Any, **kwargs: Any) -> Any:
             result = inner(*args, **kwargs)
-            self._after_step(result[0], len(self._scheduler.timesteps))
+            self.after_step(result[0], len(self._scheduler.timesteps))
             if self.previewer is not None:
                 self.previewer.after_step(self.step, result, args[0])
             return result
@@ -260,7 +267,8 @@ class StepWatch:
     def __exit__(self, *exception: Any) -> None:
         del self._scheduler.step
 
-    def _after_step(self, latents: torch.Tensor, steps: int) -> None:
+    def after_step(self, latents: torch.Tensor | None, steps: int) -> None:
+        """A step of `steps` is done; None for latents that are not at hand."""
         self.step += 1
         self.latents = latents
         last = self.step >= steps

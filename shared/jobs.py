@@ -46,6 +46,7 @@ class Job:
 
     request: GenerateRequest | None
     call: tuple[str, dict[str, Any]] = ("", {})  # without a request: the engine's method, its arguments
+    pictures: int = 1  # made at the same time, their seeds in a row; the reply is a list then
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     step: int = 0
     steps: int = 0

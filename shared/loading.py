@@ -33,7 +33,7 @@ OUR_ERRORS = (
     SingleFileError,
 )  # fmt: skip
 # Whole blocks are compiled where the parallel method runs blocks, parts of them where it works inside them.
-RUNS_BLOCKS = ("asyncdiff", "distrifuser")
+RUNS_BLOCKS = ("asyncdiff", "distrifuser", "xdit")
 
 
 def load_pipeline(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool = False) -> Any:
@@ -101,8 +101,10 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool
     if config.compile_unet and device.type == "cuda" and not config.quantize_to:
         # Compiled convolutions are fastest in this layout: 15 % of an SDXL step on an H200.
         getattr(pipe, spec.denoiser).to(memory_format=torch.channels_last)
-    compile_pipeline(pipe, spec, config, whole_blocks=not parallel or config.backend in RUNS_BLOCKS)
-    memory.place(pipe, spec, config, device, parallel)
+    pipefused = (config.pipefusion_parallel_degree or 1) > 1
+    whole_blocks = not parallel or (config.backend in RUNS_BLOCKS and not pipefused)
+    compile_pipeline(pipe, spec, config, whole_blocks)
+    memory.place(pipe, spec, config, device, parallel and (config.backend != "xdit" or pipefused))
     used = memory.memory_report(device)
     log.info("loaded %s in %s, %.1f MB in use on %s", spec.name, dtype, used["allocated"] / 1e6, device)
     return pipe
@@ -116,6 +118,9 @@ def _load_loras(pipe: Any, spec: ModelSpec, config: HostConfig) -> None:
     reason = next((f"--{flag}" for flag in flags if getattr(config, flag)), None)
     if config.backend == "distrifuser" and config.parallelism == "tensor":
         reason = reason or "--parallelism=tensor"
+    for flag in ("pipefusion_parallel_degree", "tensor_parallel_degree"):
+        if (getattr(config, flag) or 1) > 1:
+            reason = reason or f"--{flag}"
     if reason and config.gguf_model:
         loras.freeze(f"no LoRA can be added, removed or scaled under {reason}")
     elif reason:

@@ -55,6 +55,7 @@ class ModelSpec:
     control_image_field: str = "image"  # the ControlNet pipeline's argument for the control image
     ip_adapter_encoder: Literal["clip", "siglip"] | None = None
     compel_class: str | None = None  # compel's wrapper for its text encoders
+    guidance_branches: int = 2  # that one call of the denoiser computes, with and without the prompt
     lora_loader: Literal["pipeline", "peft"] = "pipeline"
     single_file_config: str | None = None  # folder under shared/configs for offline single-file loading
     pipeline_defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
@@ -285,6 +286,7 @@ MODELS: dict[str, ModelSpec] = {
             pooled_embeds=True,
             scheduler_family="flow_flux",
             compel_class="CompelForFlux",
+            guidance_branches=1,
             fields=PROMPTS | EMBEDS | CONTROL | IP | SIZE | LORA | {"sigmas", "latent", "true_cfg_scale"},
             control_net_class="FluxControlNetModel",
             control_net_pipeline="FluxControlNetPipeline",
@@ -358,6 +360,14 @@ MODELS: dict[str, ModelSpec] = {
     )
 }
 
+_ONE_BRANCH = "its transformer computes guidance in one branch"
+_NOT_FLUX = {
+    "tensor_parallel_degree": "xDiT divides no layers of it; type with them: flux",
+    "use_teacache": "xfuser's caches know the blocks of flux alone",
+    "use_fbcache": "xfuser's caches know the blocks of flux alone",
+}
+_EQUAL_STAGES = "its skip connections need equal stages"
+
 BACKENDS: dict[str, BackendSpec] = {
     "asyncdiff": BackendSpec(
         name="asyncdiff",
@@ -371,8 +381,15 @@ BACKENDS: dict[str, BackendSpec] = {
     ),
     "xdit": BackendSpec(
         name="xdit",
-        title="xDiT: sequence, pipeline and guidance parallelism through xfuser",
+        title="xDiT: sequence, pipeline and guidance parallelism through xfuser (arXiv 2411.01738)",
         types=("flux", "hy", "pixa", "pixs", "sd3"),
+        refuses=MappingProxyType(
+            {
+                "flux": MappingProxyType({"use_cfg_parallel": _ONE_BRANCH}),
+                "hy": MappingProxyType(_NOT_FLUX | {"attn_layer_num_for_pp": _EQUAL_STAGES}),
+                **{name: MappingProxyType(_NOT_FLUX) for name in ("pixa", "pixs", "sd3")},
+            }
+        ),
     ),
 }
 

@@ -114,6 +114,12 @@ class GenerateRequest(BaseModel):
     output_format: Literal["png", "jpeg", "webp", "mp4", "gif", "latent"] | None = None
     return_latent: Annotated[bool, Field(description="the answer has `latent` too")] | None = None
 
+    def numbered(self, number: int) -> GenerateRequest:
+        """The request for picture `number` of several: its seed is so many further."""
+        if not number:
+            return self
+        return self.model_copy(update={"seed": ((self.seed or 0) + number) % 2**64})
+
     def filled(self, config: HostConfig, output_format: str | None = None) -> GenerateRequest:
         """The request with every default of the launch in its place: seed drawn, size, steps and cfg set."""
         spec = config.spec

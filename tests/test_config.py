@@ -28,13 +28,18 @@ def folder(tmp_path: Path) -> Path:
 
 
 def parse(
-    folder: Path, *flags: str, type: str = "sd1", backend: str = "asyncdiff", world: int = 1
+    folder: Path,
+    *flags: str,
+    type: str = "sd1",
+    backend: str = "asyncdiff",
+    world: int = 1,
+    beside: tuple[str, ...] = (),
 ) -> HostConfig:
-    """Parse as rank 0 of `world` ranks."""
+    """Parse as rank 0 of `world` ranks; `beside` are further flags."""
     import os
     from unittest import mock
 
-    argv = [f"--type={type}", f"--checkpoint={folder / 'model'}", *flags]
+    argv = [f"--type={type}", f"--checkpoint={folder / 'model'}", *flags, *beside]
     with mock.patch.dict(os.environ, {"WORLD_SIZE": str(world)}):
         return parse_config(backend, argv)
 
@@ -78,7 +83,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "tensor_parallel_degree": ("1", 1),
     "data_parallel_degree": ("1", 1),
     "num_pipeline_patch": ("2", 2),
-    "attn_layer_num_for_pp": ("10,9", (10.0, 9.0)),
+    "attn_layer_num_for_pp": ("10,9", (10, 9)),
     "port": ("7001", 7001),
     "host": ("0.0.0.0", "0.0.0.0"),
     "max_queue": ("0", 0),
@@ -98,6 +103,9 @@ COMPANY: dict[str, dict[str, Any]] = {
     "motion_adapter_lora": {"type": "ad"},
     "use_teacache": {"type": "flux"},
     "use_fbcache": {"type": "flux"},
+    "use_parallel_vae": {"world": 2},
+    "num_pipeline_patch": {"world": 2, "beside": ("--pipefusion_parallel_degree=2",)},
+    "attn_layer_num_for_pp": {"world": 2, "beside": ("--pipefusion_parallel_degree=2",)},
 }
 VALUES |= {
     "motion_module": ("{f}/file.ckpt", "{f}/file.ckpt"),

@@ -6,7 +6,6 @@ import functools
 import json
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 
@@ -86,10 +85,12 @@ def pipefused(name: str, degrees: Case, warm_ups: list[int], calls: list[Case]) 
                 known = {key: changes.pop(key) for key in ("steps", "seed", "size") if key in changes}
                 arguments = tiny.call_args(name, **known) | changes
                 if name == "sd3":
-                    arguments["max_sequence_length"] = None  # 256 is what xfuser takes, and diffusers' default
+                    arguments["max_sequence_length"] = (
+                        None  # 256 is what xfuser takes, and diffusers' default
+                    )
                 parallel.begin(arguments["num_inference_steps"])
                 told: list[Any] = []
-                made = parallel.run(arguments, lambda *step: told.append(step)).images
+                made = parallel.run(arguments, lambda *step, told=told: told.append(step)).images
                 assert [steps for _, steps in told] == [arguments["num_inference_steps"]] * len(told)
                 assert len(told) == arguments["num_inference_steps"] and told[-1][0] is not None
                 row.append(psnr(np.asarray(made), wanted))

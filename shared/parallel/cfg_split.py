@@ -24,7 +24,8 @@ class CfgSplit(Closing):
 
     A call whose first argument has a batch of two is halved: of every tensor among its arguments whose first
     dimension is a multiple of two (branch-major), positions aside, the module gets this branch's half. Any
-    other call goes through as it is. Overrides must be put on after all others of these modules, and closed before them.
+    other call goes through as it is. Overrides must be put on after all others of these modules, and closed
+    before them.
 
     Args:
         modules: denoisers; what they return is gathered from both ranks along the first dimension.

@@ -1,8 +1,8 @@
 """xDiT: a diffusers transformer on all ranks through the package xfuser, each degree for another dimension.
 
 Source: Fang et al., "xDiT: an Inference Engine for Diffusion Transformers with Massive Parallelism", arXiv
-2411.01738. Guidance branches, Ulysses, ring, tensor and data parallelism are exact: the plain pipeline runs on
-every rank, and only the transformer's inside is shared, so that every argument of the pipeline keeps its
+2411.01738. Guidance branches, Ulysses, ring, tensor and data parallelism are exact: the plain pipeline runs
+on every rank, and only the transformer's inside is shared, so that every argument of the pipeline keeps its
 meaning and every rank ends with the picture. PipeFusion is in shared.parallel.xdit_pipefusion.
 """
 
@@ -31,8 +31,9 @@ CACHE_THRESHOLD = {"teacache": 0.12, "fbcache": 0.12}
 class XDiT(Closing):
     """Makes a diffusers pipeline with a transformer run on all ranks, exactly.
 
-    Every rank holds the whole pipeline and makes the same calls with the same arguments; with data parallelism
-    each replica its own. ``begin`` must be called before each generation. Pictures of any size may follow.
+    Every rank holds the whole pipeline and makes the same calls with the same arguments; with data
+    parallelism each replica its own. ``begin`` must be called before each generation. Pictures of any size
+    may follow each other.
 
     Args:
         pipeline: FLUX, SD3, PixArt or HunyuanDiT, with or without ControlNet; loaded with adapters, quantized
@@ -91,7 +92,10 @@ class XDiT(Closing):
                 for model in models:
                     SequenceParallel(model, groups.sequence, self.attention, self._surgery)
             if self.cache is not None:
-                self._blocks = (self.transformer.transformer_blocks, self.transformer.single_transformer_blocks)
+                self._blocks = (
+                    self.transformer.transformer_blocks,
+                    self.transformer.single_transformer_blocks,
+                )
                 for block in (*self._blocks[0], *self._blocks[1]):
                     self._surgery.override(block, self._counted)
             if self._graphs.enabled:
@@ -146,7 +150,9 @@ class XDiT(Closing):
 
     def _captured(self, kind: int) -> Any:
         def forward(original: Forward, args: tuple, kwargs: dict) -> Any:
-            return self._graphs.run(kind, lambda args, kwargs: original(*args, **kwargs), args=args, kwargs=kwargs)
+            return self._graphs.run(
+                kind, lambda args, kwargs: original(*args, **kwargs), args=args, kwargs=kwargs
+            )
 
         return forward
 

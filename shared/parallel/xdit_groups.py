@@ -1,4 +1,4 @@
-"""xfuser's process groups and run-time state, which are globals of that package, made and unmade for a plan."""
+"""xfuser's process groups and run-time state: globals of that package, made and unmade for one plan."""
 
 from __future__ import annotations
 

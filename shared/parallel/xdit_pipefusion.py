@@ -1,8 +1,8 @@
 """PipeFusion: stages of the transformer on different ranks, patches of the picture under way between them.
 
-Source: Fang et al., "PipeFusion: Patch-level Pipeline Parallelism for Diffusion Transformers Inference", arXiv
-2405.14430. xfuser's own pipeline classes run it; what they leave to luck is settled here: buffers of the
-request before, the rank that has the result, arguments they would not hear, progress, and ending early.
+Source: Fang et al., "PipeFusion: Patch-level Pipeline Parallelism for Diffusion Transformers Inference",
+arXiv 2405.14430. xfuser's own pipeline classes run it; what they leave to luck is settled here: buffers of
+the request before, the rank that has the result, arguments they would not hear, progress, and ending early.
 """
 
 from __future__ import annotations
@@ -100,15 +100,17 @@ class XDiTPipeFusion(Closing):
         if d.pipefusion < 2:
             raise ValueError(f"PipeFusion needs a degree of 2 or more; got {d.pipefusion}")
         if self.warm_up_steps < 1:
-            raise ValueError(f"warm_up_steps {self.warm_up_steps}: the first step fills the buffers, so at least 1")
+            raise ValueError(
+                f"warm_up_steps {self.warm_up_steps}: the first step fills the buffers, so at least 1"
+            )
         if control_nets(self.pipeline):
             raise ValueError("PipeFusion: xfuser's stages take no ControlNet residuals")
         if d.tensor > 1:
             raise ValueError(f"tensor degree {d.tensor}: not with PipeFusion")
         if stages is not None and (len(stages) != d.pipefusion or sum(stages) != blocks or min(stages) < 1):
             raise ValueError(
-                f"stages {list(stages)}: must be {d.pipefusion} numbers above 0 with sum {blocks}, the blocks "
-                "of the transformer"
+                f"stages {list(stages)}: must be {d.pipefusion} numbers above 0 with sum {blocks}, "
+                "the blocks of the transformer"
             )
         skips = hasattr(self.transformer, "blocks")
         if skips and (stages is not None or d.pipefusion % 2 or blocks % d.pipefusion):
@@ -116,8 +118,12 @@ class XDiTPipeFusion(Closing):
                 f"HunyuanDiT's skip connections need an even number of equal stages; got {d.pipefusion} for "
                 f"{blocks} blocks" + (f", stages {list(stages)}" if stages else "")
             )
-        if blocks < d.pipefusion or (stages is None and -(-blocks // d.pipefusion) * (d.pipefusion - 1) >= blocks):
-            raise ValueError(f"PipeFusion degree {d.pipefusion} leaves a stage without any of {blocks} blocks")
+        if blocks < d.pipefusion or (
+            stages is None and -(-blocks // d.pipefusion) * (d.pipefusion - 1) >= blocks
+        ):
+            raise ValueError(
+                f"PipeFusion degree {d.pipefusion} leaves a stage without any of {blocks} blocks"
+            )
 
     def _install(self, config: Any, free: bool) -> None:
         import xfuser.model_executor.layers.attention_processor as attentions
@@ -260,8 +266,8 @@ class XDiTPipeFusion(Closing):
         wrapper = xFuserSchedulerWrappersRegister.get_wrapper(scheduler)
         if wrapper is None:
             raise ValueError(
-                f"PipeFusion runs FlowMatchEuler, DDIM, DDPM and DPMSolverMultistep schedulers, whose state is "
-                f"kept by patches; got {type(scheduler).__name__}"
+                f"PipeFusion runs FlowMatchEuler, DDIM, DDPM and DPMSolverMultistep schedulers, whose state "
+                f"is kept by patches; got {type(scheduler).__name__}"
             )
         return wrapper(scheduler)
 
@@ -406,7 +412,8 @@ class _Snapshot:
 
     def __init__(self, root: nn.Module) -> None:
         self._state = [
-            (m, dict(m.__dict__), dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in root.modules()
+            (m, dict(m.__dict__), dict(m._modules), dict(m._parameters), dict(m._buffers))
+            for m in root.modules()
         ]
 
     def restore(self) -> None:

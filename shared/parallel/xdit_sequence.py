@@ -22,7 +22,7 @@ BLOCKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 
 
 class Shares:
-    """How the tokens of a sequence are shared: in equal parts, and what is left over belongs to every rank."""
+    """How the tokens of a sequence are shared: in equal parts; what is left over belongs to every rank."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
@@ -244,9 +244,9 @@ class SequenceParallel:
         # Keys behind the tokens (an IP-Adapter's in SD3) are the same on every rank.
         parts = [_sort(query, runs)]
         parts += [_sort(x, [*runs, (further, False)]) for x in (key, value)]
-        own, others = zip(*parts, strict=True)
-        answer = function(*own, *others, self.backend)
-        mine = own[0].shape[2]
+        (q, common_q), (k, common_k), (v, common_v) = parts
+        answer = function(q, k, v, common_q, common_k, common_v, self.backend)
+        mine = q.shape[2]
         pieces, at = [], {True: 0, False: mine}
         for length, is_own in runs:
             pieces.append(answer.narrow(2, at[is_own], length))
