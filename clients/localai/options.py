@@ -1,0 +1,164 @@
+"""What a model's YAML asks for: from LoadModel's options to the host to start or to ask, and its defaults."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Options that are not flags of a host.
+OWN = ("project", "backend", "ranks", "python", "host_url", "api_key")
+BACKENDS = ("asyncdiff", "distrifuser", "xdit")
+# `type` where the options do not say it: what LocalAI calls the pipeline.
+PIPELINES = {
+    "StableDiffusionPipeline": "sd1",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "StableDiffusionUpscalePipeline": "sdup",
+    "StableVideoDiffusionPipeline": "svd",
+    "AnimateDiffPipeline": "ad",
+    "FluxPipeline": "flux",
+    "HunyuanDiTPipeline": "hy",
+    "PixArtAlphaPipeline": "pixa",
+    "PixArtSigmaPipeline": "pixs",
+}
+
+
+class OptionError(ValueError):
+    """A model that cannot be loaded as its YAML says; names the option."""
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """One model.
+
+    Attributes:
+        host_url: a running host to ask; empty where one is to be started.
+        flags: of the host to start.
+        defaults: request fields of every picture: cfg, clip_skip.
+    """
+
+    host_url: str = ""
+    api_key: str = ""
+    project: str = ""
+    backend: str = "asyncdiff"
+    ranks: int = 1
+    python: str = ""
+    flags: tuple[str, ...] = ()
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+def plan(request: Any) -> LoadPlan:
+    """From a ModelOptions message. Raises OptionError."""
+    given = _pairs(request.Options)
+    own = {name: given.pop(name) for name in OWN if name in given}
+    defaults: dict[str, Any] = {}
+    if request.CFGScale:
+        defaults["cfg"] = round(request.CFGScale, 6)
+    if request.CLIPSkip:
+        defaults["clip_skip"] = request.CLIPSkip
+    if request.IMG2IMG:
+        raise OptionError(
+            "img2img: a host takes a picture where its type needs one (sdup, svd) or for its ControlNet; "
+            "leave diffusers.img2img out"
+        )
+    if own.get("host_url"):
+        extra = sorted([*given, *(set(own) - {"host_url", "api_key"})])
+        if extra or request.LoraAdapters or request.ControlNet or request.SchedulerType or request.LowVRAM:
+            named = ", ".join(extra) or "LoRA, ControlNet, scheduler and low_vram"
+            raise OptionError(f"host_url: the host runs already, so it takes no {named}")
+        return LoadPlan(host_url=own["host_url"], api_key=own.get("api_key", ""), defaults=defaults)
+    backend = own.get("backend", "asyncdiff")
+    if backend not in BACKENDS:
+        raise OptionError(f"backend: must be one of {', '.join(BACKENDS)}; got {backend!r}")
+    if "api_key" in own:
+        given["api_key"] = own["api_key"]
+    flags = _flags(request, given)
+    return LoadPlan(
+        project=own.get("project") or _project(backend),
+        backend=backend,
+        ranks=_ranks(own, request.TensorParallelSize),
+        python=own.get("python", ""),
+        flags=tuple(f"--{name}" if value is None else f"--{name}={value}" for name, value in flags.items()),
+        defaults=defaults,
+    )
+
+
+def _pairs(options: Any) -> dict[str, Any]:
+    """`key:value`; a key alone is a switch, and so is key:true. Raises OptionError for a key given twice."""
+    found: dict[str, Any] = {}
+    for option in options:
+        key, colon, value = option.partition(":")
+        key = key.strip().lstrip("-")
+        if key in found:
+            raise OptionError(f"options: {key} is given twice")
+        found[key] = value.strip() if colon and value.strip().lower() != "true" else None
+        if value.strip().lower() == "false":
+            del found[key]
+    for key in OWN:
+        if key in found and not found[key]:
+            raise OptionError(f"options: {key} needs a value, as in {key}:...")
+    return found
+
+
+def _ranks(own: dict[str, Any], tensor_parallel_size: int) -> int:
+    text = own.get("ranks") or str(tensor_parallel_size or 1)
+    if not text.isdigit() or not 1 <= int(text) <= 64:
+        raise OptionError(f"ranks: a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _flags(request: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The host's flags by name, None for a switch; what the options say wins over LocalAI's own fields."""
+    flags: dict[str, Any] = {}
+    if request.PipelineType:
+        if request.PipelineType not in PIPELINES and "type" not in given:
+            known = ", ".join(PIPELINES)
+            raise OptionError(
+                f"pipeline_type: must be one of {known}, or give the option type:...; "
+                f"got {request.PipelineType!r}"
+            )
+        flags["type"] = PIPELINES.get(request.PipelineType)
+    flags["checkpoint"] = _checkpoint(request)
+    if request.SchedulerType:
+        flags["scheduler"] = request.SchedulerType
+    if request.CUDA:
+        flags["device"] = "cuda"
+    if request.LowVRAM:
+        flags["enable_model_cpu_offload"] = None
+    if request.ControlNet:
+        flags["control_net"] = _beside(request, request.ControlNet)
+    if request.LoraAdapters:
+        scales = list(request.LoraScales) or [1.0] * len(request.LoraAdapters)
+        if len(scales) != len(request.LoraAdapters):
+            raise OptionError(
+                f"lora_scales: one for each of {len(request.LoraAdapters)} lora_adapters, got {len(scales)}"
+            )
+        pairs = zip(request.LoraAdapters, scales, strict=True)
+        flags["lora"] = json.dumps({_beside(request, path): round(scale, 6) for path, scale in pairs})
+    flags |= given
+    if not flags.get("type"):
+        raise OptionError("type: needed, as the option type:sdxl or as diffusers.pipeline_type")
+    return flags
+
+
+def _checkpoint(request: Any) -> str:
+    if request.ModelFile and Path(request.ModelFile).exists():
+        return request.ModelFile
+    return _beside(request, request.Model)
+
+
+def _beside(request: Any, path: str) -> str:
+    """A path of the YAML: as it is, or in LocalAI's models folder."""
+    inside = Path(request.ModelPath) / path
+    return str(inside) if request.ModelPath and inside.exists() else path
+
+
+def _project(backend: str) -> str:
+    around = Path(__file__).resolve().parents[2]
+    found = os.environ.get("MULTIGPU_DIFFUSION") or str(around)
+    if not (Path(found) / f"{backend}_host.py").is_file():
+        raise OptionError(f"project: needed, the folder of {backend}_host.py, as the option project:/path")
+    return found
