@@ -22,7 +22,7 @@ from werkzeug.exceptions import NotFound
 
 from shared.config import HostConfig
 from shared.dispatch import ApiError, Dispatcher
-from shared.jobs import Job, Preview
+from shared.jobs import HostStatus, Job, JobQueue, Preview
 from shared.media import encode_image
 from shared.models import schedulers_for
 from shared.negotiate import RAW_FORMATS
@@ -62,7 +62,7 @@ MAX_UNSENT = 1 << 20  # bytes; a watcher that leaves more unread is let go and m
 def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
     """Add GET /, /web/..., /launch and /events."""
     files = {name: (FOLDER / name).read_bytes() for name in FILES}
-    watchers = Watchers(dispatcher)
+    watchers = Watchers(dispatcher.status, dispatcher.queue)
 
     @app.get("/", endpoint="page")
     def page() -> Response:
@@ -123,9 +123,9 @@ class Watchers:
     one. A stream holds a thread of the server, so there are at most MAX_WATCHERS.
     """
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        self.status = dispatcher.status
-        self.queue = dispatcher.queue
+    def __init__(self, status: HostStatus, queue: JobQueue) -> None:
+        self.status = status
+        self.queue = queue
         self._lock = threading.Lock()
 
     def stream(self) -> Response:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import shared.preview
+from shared.comm import World
 from shared.jobs import PREVIEW_SECONDS, Job, JobQueue
 from shared.models import MODELS
 from shared.preview import Previewer, fit_projection, picture_latents, project
-from shared.requests import GenerateRequest
-from tests.httphost import config_of
+from shared.requests import COMMON_FIELDS, GenerateRequest
+from tests.httphost import config_of, picture
+from tests.ranks import RankPool
 
 CPU = torch.device("cpu")
 
@@ -153,3 +156,49 @@ def test_a_part_of_a_picture_is_not_shown() -> None:
     part = torch.zeros(1, 4, 2, 8)
     made.after_step(1, (part,), part)
     assert job.preview is None
+
+
+# One type of each layout, of each family of schedulers, and the one whose size is its input's.
+TYPES = ("ad", "flux", "sd1", "sd3", "sdup", "svd")
+
+
+def previews_of_tiny_checkpoints() -> dict[str, Any]:
+    """On one rank: type -> (width, height) of each preview of a tiny checkpoint's picture."""
+    from shared.generate import PipelineEngine
+    from tests import tiny
+
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    world = World(0, 1, 0, CPU, group, group, group)
+    found: dict[str, Any] = {}
+    for name in TYPES:
+        config = tiny.config(name, width=64, height=64)
+        engine = PipelineEngine(tiny.load(name), config, world)
+        queue = JobQueue(1)
+        queue.watchers = 1
+        shown: list[tuple[int, int]] = []
+        queue.show_preview = lambda step, w, h, rgb, to=shown: to.append((w, h))  # type: ignore[method-assign,misc]
+        engine.preview_to(queue)
+        asked = {
+            "steps": 2,
+            "seed": 1,
+            "output_format": "latent",
+            "positive": "a",
+            "frames": 3,
+            "image": picture(),
+        }
+        taken: dict[str, Any] = {k: v for k, v in asked.items() if k in MODELS[name].fields | COMMON_FIELDS}
+        request = GenerateRequest.model_construct(None, **taken)
+        with mock.patch("shared.jobs.PREVIEW_SECONDS", 0.0):
+            engine.generate(request.filled(config), lambda step, steps: None)
+        found[name] = shown
+    return found
+
+
+def test_every_kind_of_type_shows_previews(pool: RankPool) -> None:
+    assert {MODELS[t].latent_layout for t in TYPES} == {spec.latent_layout for spec in MODELS.values()}
+    [shown] = pool.run(previews_of_tiny_checkpoints, 1)
+    assert set(shown) == set(TYPES)
+    for name, sizes in shown.items():
+        assert len(sizes) >= 2 and len(set(sizes)) == 1, f"{name}: {sizes}"
+        assert 1 <= sizes[0][0] == sizes[0][1] <= 64, f"{name}: {sizes}"
