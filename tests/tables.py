@@ -15,7 +15,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "build" / "matrix.json"
-BUILT = ("asyncdiff", "distrifuser")
 COLUMNS = {
     "LoRA": ("lora",),
     "ControlNet": ("control_net",),
@@ -33,9 +32,6 @@ def compatibility(results: dict[str, str]) -> str:
     parts = []
     for backend in BACKENDS.values():
         parts.append(f"**{backend.name}_host.py**, {backend.title}\n")
-        if backend.name not in BUILT:
-            parts.append(f"Not built yet; its types will be {', '.join(backend.types)}.\n")
-            continue
         notes: list[str] = []
         parts.append("| type | model | " + " | ".join(COLUMNS) + " |")
         parts.append("|---" * (len(COLUMNS) + 2) + "|")

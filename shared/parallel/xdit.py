@@ -24,8 +24,8 @@ from shared.parallel.xdit_groups import XfuserGroups
 from shared.parallel.xdit_sequence import SequenceParallel
 
 Cache = Literal["teacache", "fbcache"]
-CACHE_THRESHOLD = {"teacache": 0.12, "fbcache": 0.12}
-"""Relative change below which a step's blocks are left out; xfuser's own defaults."""
+CACHE_THRESHOLD = 0.12
+"""Relative change below which a step's blocks are left out; xfuser's own default for both caches."""
 
 
 class XDiT(Closing):
@@ -42,6 +42,7 @@ class XDiT(Closing):
         groups: the process groups of these degrees; None makes them, and ends them in ``close``.
         attention: name of xfuser's attention backend; None: cuDNN's on GPUs in half precision, else torch's.
         cache: leave out the blocks of steps in which little changes (FLUX): an approximation.
+        cache_threshold: relative change below which a step's blocks are left out; 0 computes all.
         parallel_vae: decode in patches, one on each rank; all ranks of a replica must then decode.
         cuda_graph: capture and replay the transformer on CUDA. Not with offloaded weights, which move.
 
@@ -57,10 +58,12 @@ class XDiT(Closing):
         *,
         attention: str | None = None,
         cache: Cache | None = None,
+        cache_threshold: float = CACHE_THRESHOLD,
         parallel_vae: bool = False,
         cuda_graph: bool = True,
     ) -> None:
-        self.pipeline, self.degrees, self.cache = pipeline, degrees, cache
+        self.pipeline, self.degrees = pipeline, degrees
+        self.cache, self.cache_threshold = cache, cache_threshold
         self.transformer: nn.Module = pipeline.transformer
         check_model(pipeline, degrees, cache)
         if degrees.pipefusion > 1:
@@ -167,7 +170,7 @@ class XDiT(Closing):
         self._stop_cache()
         assert self.cache is not None
         device = next(self.transformer.parameters()).device
-        preset = {"residual_diff_threshold": CACHE_THRESHOLD[self.cache]}
+        preset = {"residual_diff_threshold": self.cache_threshold}
         apply_cache(self.cache, steps, self.pipeline, self.transformer, preset)
         self.transformer.transformer_blocks[0].to(device)
 
@@ -238,4 +241,4 @@ def plan(degrees: Degrees, attention: str) -> dict[str, Any]:
             if sizes[name] > 1:
                 parts.append(f"{name} {place + 1} of {sizes[name]}")
         ranks.append(", ".join(reversed(parts)) or "all")
-    return {"degrees": sizes, "attention": attention.lower(), "ranks": ranks}
+    return {"divided": str(degrees), "degrees": sizes, "attention": attention.lower(), "ranks": ranks}

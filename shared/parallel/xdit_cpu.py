@@ -40,9 +40,10 @@ def load_xfuser(device_type: str) -> Any:
         if device_type == "cpu":
             _import_for_cpu()
         _loaded = device_type
-    import xfuser
+    import xfuser.logger
 
-    logging.getLogger("xfuser").setLevel(logging.ERROR)  # it tells every step of its own set-up
+    # It tells every step of its own set-up, with a level and this one handler in each of its loggers.
+    xfuser.logger._default_handler.setLevel(logging.ERROR)
     return xfuser
 
 

@@ -36,6 +36,7 @@ class XfuserGroups:
         import xfuser.core.distributed.parallel_state as state
 
         self._state = state
+        self._forget()
         # xfuser leaves the transport of some groups to the default group, which is gloo here on GPUs too.
         backend = "nccl" if device.type == "cuda" else "gloo"
         self._made: list[dist.ProcessGroup] = []
@@ -129,15 +130,18 @@ class XfuserGroups:
 
     def close(self) -> None:
         """Forget xfuser's globals and end its groups. May be called any number of times."""
+        self._forget()
+        while self._made:
+            with contextlib.suppress(ValueError):  # ended already, with the default group
+                dist.destroy_process_group(self._made.pop())
+
+    def _forget(self) -> None:
         import xfuser.core.distributed.runtime_state as runtime
 
         runtime._RUNTIME = None
         names = ("_MODEL_REPLICA", "_DP", "_CFG", "_SP", "_TP", "_PP", "_FS", "_VAE", "_DIT", "_WORLD")
         for name in names:
             setattr(self._state, name, None)
-        while self._made:
-            with contextlib.suppress(ValueError):  # ended already, with the default group
-                dist.destroy_process_group(self._made.pop())
 
     def _make_sequence_groups(self) -> None:
         """Ulysses and ring groups inside xfuser's sequence groups.

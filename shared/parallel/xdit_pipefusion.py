@@ -241,6 +241,9 @@ class XDiTPipeFusion(Closing):
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         } - set(UNHEARD)
         empty = [name for name, value in arguments.items() if value is None or value == ""]
+        if "negative_prompt" not in names and (arguments.get("true_cfg_scale") or 1.0) <= 1:
+            # FLUX has no use for these without true guidance, in diffusers either.
+            empty += ["true_cfg_scale", *(name for name in arguments if name.startswith("negative_"))]
         lost = sorted(set(arguments) - names - set(empty))
         if lost:
             raise ValueError(f"PipeFusion cannot serve {', '.join(lost)}; the other degrees can")

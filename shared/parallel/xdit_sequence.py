@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from shared.parallel.exchange import all_gather
 from shared.parallel.surgery import Forward, Surgery
 
 BLOCKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
@@ -38,9 +39,7 @@ class Shares:
     def gather(self, x: torch.Tensor, total: int) -> torch.Tensor:
         """All `total` tokens of x [batch, tokens of this rank, channels], in order."""
         each, rest = divmod(total, self.ranks)
-        mine = x[:, :each].contiguous()
-        parts = mine.new_empty(self.ranks * mine.shape[0], *mine.shape[1:])
-        dist.all_gather_into_tensor(parts, mine, group=self.group)
+        parts = all_gather(x[:, :each], self.group)
         parts = parts.unflatten(0, (self.ranks, -1)).transpose(0, 1).flatten(1, 2)
         return torch.cat([parts, x[:, each:]], 1) if rest else parts
 
@@ -65,15 +64,14 @@ def usp(
     Returns:
         [batch, heads, tokens of this rank + common ones, channels].
     """
-    return _usp(query, key, value, common_query, common_key, common_value, backend).contiguous()
+    return _usp(query, key, value, common_query, common_key, common_value, backend)
 
 
 @usp.register_fake
 def _(query: Any, key: Any, value: Any, common_query: Any, *others: Any) -> torch.Tensor:
     batch, heads, tokens, channels = query.shape
-    return query.new_empty(
-        batch, heads, tokens + (0 if common_query is None else common_query.shape[2]), channels
-    )
+    tokens += 0 if common_query is None else common_query.shape[2]
+    return query.new_empty(batch, tokens, heads, channels).transpose(1, 2)
 
 
 def _usp(
@@ -99,7 +97,12 @@ def _usp(
     answer = USP(
         query, key, value, backend=AttentionBackendType[backend], combine_qkv_a2a=not common, **common
     )
-    return answer.to(query.dtype)
+    return _token_major(answer.to(query.dtype))
+
+
+def _token_major(x: torch.Tensor) -> torch.Tensor:
+    """[batch, heads, tokens, channels], a token's heads beside each other: as torch's attention answers."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class SequenceParallel:
@@ -251,7 +254,7 @@ class SequenceParallel:
         for length, is_own in runs:
             pieces.append(answer.narrow(2, at[is_own], length))
             at[is_own] += length
-        return torch.cat(pieces, 2)
+        return _token_major(torch.cat(pieces, 2))
 
     def _runs(self, tokens: int) -> list[tuple[int, bool]]:
         """(length, whether they are this rank's own) of the runs of tokens in a sequence of this length."""
