@@ -61,7 +61,7 @@ class Previewer:
             self._shape = latent_shape(self.pipe, self.spec, self._request)
         latents = self._clean(result, noise)
         if latents.shape != self._shape:
-            return  # a part of the picture only: PipeFusion steps through its patches
+            return  # not one whole picture
         factor = self.pipe.vae_scale_factor
         grid = ((self._request.height or 0) // factor, (self._request.width or 0) // factor)
         pixels = project(picture_latents(latents, self.spec.latent_layout, grid), self.projection)

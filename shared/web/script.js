@@ -20,18 +20,18 @@ const CONTROLS = [
   ["cfg", "Guidance", "number", { min: 0, step: "any" }],
   ["seed", "Seed", "number", { step: 1, none: "drawn" }],
   ["pictures", "Pictures", "number", { min: 1, max: 64, own: true }],
-  ["scheduler", "Scheduler", "choice", { more: true, from: "schedulers", none: "the checkpoint's own" }],
+  ["scheduler", "Scheduler", "choice", { more: true, from: "schedulers", none: "default" }],
   ["output_format", "Format", "choice", { more: true, from: "formats" }],
   ["controlnet_scale", "ControlNet scale", "number", { more: true, step: "any" }],
   ["ip_adapter_scale", "IP-Adapter scale", "number", { more: true, step: "any" }],
-  ["image_scale", "Resize input image", "number", { more: true, min: 1, step: "any", unit: "%" }],
-  ["control_image_scale", "Resize ControlNet image", "number", { more: true, min: 1, step: "any", unit: "%", with: "control_image" }],
-  ["ip_image_scale", "Resize IP-Adapter image", "number", { more: true, min: 1, step: "any", unit: "%", with: "ip_image" }],
+  ["image_scale", "Input size", "number", { more: true, min: 1, step: "any", unit: "%" }],
+  ["control_image_scale", "ControlNet size", "number", { more: true, min: 1, step: "any", unit: "%", with: "control_image" }],
+  ["ip_image_scale", "IP-Adapter size", "number", { more: true, min: 1, step: "any", unit: "%", with: "ip_image" }],
   ["true_cfg_scale", "True guidance", "number", { more: true, min: 0, step: "any" }],
   ["clip_skip", "CLIP layers to skip", "number", { more: true, min: 0 }],
   ["motion_bucket_id", "Motion", "number", { more: true, min: 0 }],
-  ["noise_aug_strength", "Noise on the image", "number", { more: true, min: 0, step: "any" }],
-  ["decode_chunk_size", "Frames decoded at once", "number", { more: true, min: 1 }],
+  ["noise_aug_strength", "Added noise", "number", { more: true, min: 0, step: "any" }],
+  ["decode_chunk_size", "Decode chunk", "number", { more: true, min: 1 }],
 ];
 
 let launch = null; // GET /launch
@@ -482,6 +482,7 @@ function showHost(host) {
     return element("tr", {}, head, ...cells.map((text) => element("td", {}, inWords(text))));
   });
   byId("ranks").tBodies[0].replaceChildren(...rows);
+  byId("ranks").hidden = !rows.length;
   byId("versions").textContent = Object.entries(host.versions).map((pair) => pair.join(" ")).join(" · ");
 }
 
@@ -505,7 +506,8 @@ function inWords(value) {
   if (typeof value === "boolean") return value ? "yes" : "no";
   if (Array.isArray(value)) return value.map(inWords).join(", ");
   if (typeof value === "number") return value.toLocaleString("en");
-  return typeof value === "object" && value !== null ? JSON.stringify(value) : String(value);
+  if (typeof value !== "object" || value === null) return String(value);
+  return Object.entries(value).map(([name, part]) => `${name} ${inWords(part)}`).join(", ");
 }
 
 // The stream. A header carries the token, so it is read by fetch; EventSource can send none.
