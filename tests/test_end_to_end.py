@@ -84,6 +84,27 @@ def test_formats_and_raw_bytes(host: Launch):
     assert int(raw.headers["X-Seed"]) >= 0
 
 
+def test_the_openai_sdk(host: Launch):
+    import openai
+
+    client = openai.OpenAI(base_url=f"{host.url}/v1", api_key="none", max_retries=0, timeout=120)
+    (model,) = client.models.list().data
+    assert model.id == "checkpoint"
+    answer = client.images.generate(
+        model=model.id,
+        prompt=str(BODY["positive"]),
+        n=2,
+        size="128x128",
+        response_format="b64_json",
+        extra_body={"seed": 7, "cfg": BODY["cfg"], "steps": STEPS},
+    )
+    assert answer.data is not None and [getattr(made, "seed", None) for made in answer.data] == [7, 8]
+    assert answer.data[0].b64_json == post(host).json()["output"]
+    assert answer.data[1].b64_json == post(host, seed=8).json()["output"]
+    with pytest.raises(openai.BadRequestError, match="multiple of 8"):
+        client.images.generate(model=model.id, prompt="x", size="130x128")
+
+
 def test_a_schedule_run_in_two_parts_is_the_whole(host: Launch):
     whole = picture(post(host))
     first = post(host, denoising_end=0.5, output_format="latent").json()
