@@ -63,7 +63,7 @@ class Setting:
     def caption(self) -> str:
         if self.method == "asyncdiff":
             return ", ".join(f"{name.removeprefix('model_')} = {value}" for name, value in self.options)
-        return f"{self.ranks} ranks, {self.options[-1][1]}"
+        return f"{self.ranks} ranks" + ("" if self.options[-1][1] == SYNC_MODES[0] else ", no_sync")
 
     def parallel(self, pipe: Any) -> AbstractContextManager[Any]:
         """The parallel object around `pipe`, with `begin(steps)`."""
