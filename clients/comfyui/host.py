@@ -311,16 +311,17 @@ def default_python(project: Path) -> str:
 
 
 def guard(command: list[str]) -> int:
-    """Run a command until it ends, or until standard input closes; then nothing of it is left.
+    """Run a command until it ends, or until standard input closes or SIGTERM; then nothing of it is left.
 
     Returns the command's exit code; 0 where it was ended.
     """
+    asked_to_end = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked_to_end.set())
     # A handler, unlike SIG_IGN, is not inherited: the host hears Ctrl-C, the guard outlives it.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGINT, lambda *_: None)
     host = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     code: int | None = None
-    while code is None:
+    while code is None and not asked_to_end.is_set():
         if select.select([sys.stdin], [], [], 0.1)[0] and not os.read(sys.stdin.fileno(), 1):
             break
         code = host.poll()

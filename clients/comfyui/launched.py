@@ -153,6 +153,9 @@ class LaunchedHosts:
             self.stop(node)
             flags = launch.command_flags()
             process = HostProcess(launch.project, launch.backend, launch.ranks, flags, launch.python)
+            log.info(
+                "starting %s_host.py on %d ranks; its log: %s", launch.backend, launch.ranks, process.log
+            )
             self._running[node] = Running(launch, process, launch.live())
             try:
                 process.wait_until_ready(check)

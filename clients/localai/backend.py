@@ -106,6 +106,7 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
         else:
             flags = list(wanted.flags)
             self.process = HostProcess(wanted.project, wanted.backend, wanted.ranks, flags, wanted.python)
+            print(f"starting a host; its log: {self.process.log}", file=sys.stderr, flush=True)
             try:
                 self.process.wait_until_ready(check)
             except HostError as error:
