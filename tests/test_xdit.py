@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import threading
+from dataclasses import replace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load
 
+import xdit_host
+from shared.comm import Channel, World, make_groups
+from shared.compile import blocks, graph_count
+from shared.config import PLANS, check_config
+from shared.engine import RankLoop
+from shared.jobs import Job, JobError, JobQueue
 from shared.parallel.xdit import XDiT
-from shared.parallel.xdit_degrees import Degrees
+from shared.parallel.xdit_degrees import Degrees, choose_degrees
 from shared.parallel.xdit_pipefusion import XDiTPipeFusion
-from tests import tiny
+from shared.requests import GenerateRequest, check_request
+from tests import test_matrix, tiny
 from tests.ranks import RankPool
 
 STEPS = 2
@@ -47,7 +61,8 @@ def exact(name: str, cases: list[Case], sizes: list[Case]) -> list[list[float]]:
     plain, text = [picture(pipe, name, **size) for size in sizes], repr(pipe.transformer)
     found = []
     for case in cases:
-        with XDiT(pipe, Degrees(**case)) as parallel:
+        options: Any = {"parallel_vae": True} if "ring" in case else {}
+        with XDiT(pipe, Degrees(**case), **options) as parallel:
             assert json.dumps(parallel.plan)
             assert repr(pipe.transformer) == text
             made = [picture(pipe, name, parallel, **size) for size in sizes]
@@ -60,13 +75,24 @@ def exact(name: str, cases: list[Case], sizes: list[Case]) -> list[list[float]]:
 CASES_2 = [{"ulysses": 2}, {"ring": 2}]
 # 104 x 72 pixels make 13 x 9 latents, which no model takes; 80 x 48 make 5 x 3 tokens: one is left over.
 SIZES = [{}, {"height": 80, "width": 48, "steps": 3}]
+# What xfuser's own pipelines would not hear, or do wrong.
+MORE: dict[str, list[Case]] = {
+    "flux": [
+        {"true_cfg_scale": 3.0, "negative_prompt": "blur"},
+        {"sigmas": [1.0, 0.7, 0.2], "max_sequence_length": 17},
+    ],
+    "sd3": [{"guidance_scale": 1.0, "max_sequence_length": 40}, {"sigmas": [1.0, 0.7, 0.2]}],
+    "hy": [{"guidance_scale": 1.0}],
+    "pixa": [{"guidance_scale": 1.0}],
+    "pixs": [{"negative_prompt": "blur"}],
+}
 
 
 @pytest.mark.parametrize("name", TYPES)
 def test_two_ranks_equal_the_plain_pipeline(pool: RankPool, name: str):
     tiny.checkpoint(name)
     more = [{"tensor": 2}] if name == "flux" else [{"cfg": 2}]
-    for rank in pool.run(exact, 2, name, CASES_2 + more, SIZES):
+    for rank in pool.run(exact, 2, name, CASES_2 + more, SIZES + MORE[name]):
         assert min(min(row) for row in rank) >= EXACT, rank
 
 
@@ -78,7 +104,8 @@ def pipefused(name: str, degrees: Case, warm_ups: list[int], calls: list[Case]) 
     state = {key: id(value) for key, value in pipe.transformer.state_dict(keep_vars=True).items()}
     found = []
     for warm_up in warm_ups:
-        with XDiTPipeFusion(pipe, Degrees(**degrees), warm_up_steps=warm_up) as parallel:
+        options: Any = {"parallel_vae": warm_up > 1}
+        with XDiTPipeFusion(pipe, Degrees(**degrees), warm_up_steps=warm_up, **options) as parallel:
             row = []
             for call, wanted in zip(calls, plain, strict=True):
                 changes = {"steps": STEPS} | call
@@ -117,3 +144,295 @@ def test_pipefusion(pool: RankPool, name: str):
         print(name, rank)
         assert min(exact_ones) >= EXACT
         assert min(stale) >= 30
+
+
+# A sample in which every pair of methods comes up.
+HYBRIDS: dict[str, list[Case]] = {
+    "flux": [{"ulysses": 2, "ring": 2}, {"tensor": 2, "ulysses": 2}, {"tensor": 2, "ring": 2}],
+    "sd3": [{"cfg": 2, "ulysses": 2}, {"ulysses": 4}],
+    "pixs": [{"cfg": 2, "ring": 2}, {"data": 2, "ulysses": 2}],
+    "hy": [{"ulysses": 2, "ring": 2}, {"data": 2, "cfg": 2}],
+}
+PIPEFUSION_HYBRIDS: dict[str, Case] = {
+    "flux": {"pipefusion": 2, "ring": 2},
+    "sd3": {"pipefusion": 2, "ulysses": 2},
+    "hy": {"pipefusion": 2, "cfg": 2},
+    "pixa": {"pipefusion": 4},
+    "pixs": {"pipefusion": 2, "data": 2},
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_hybrids_on_four_ranks(pool: RankPool, name: str):
+    tiny.checkpoint(name)
+    for rank in pool.run(exact, 4, name, HYBRIDS[name], SIZES[1:]):
+        assert min(min(row) for row in rank) >= EXACT, rank
+
+
+@pytest.mark.parametrize("name", PIPEFUSION_HYBRIDS)
+def test_pipefusion_hybrids_on_four_ranks(pool: RankPool, name: str):
+    tiny.checkpoint(name)
+    calls: list[Case] = [{"steps": 2, "height": 64, "width": 48, "prompt": "a"}]
+    for rank in pool.run(pipefused, 4, name, PIPEFUSION_HYBRIDS[name], [99], calls):
+        assert min(min(row) for row in rank) >= EXACT, rank
+
+
+def cached(cache: str, thresholds: list[float], steps: int) -> list[tuple[int, float]]:
+    """On each rank: blocks that were computed, and how close the picture is, by threshold, twice each."""
+    pipe = pipeline("flux")
+    plain, found = picture(pipe, "flux", steps=steps), []
+    for threshold in thresholds:
+        kind: Any = cache
+        with XDiT(pipe, Degrees(ulysses=2), cache=kind, cache_threshold=threshold) as parallel:
+            for _ in range(2):
+                made = picture(pipe, "flux", parallel, steps=steps)
+                found.append((parallel.computed_blocks, psnr(made, plain)))
+    assert np.array_equal(picture(pipe, "flux", steps=steps), plain)
+    return found
+
+
+@pytest.mark.parametrize("cache", ["teacache", "fbcache"])
+def test_caches_leave_blocks_out(pool: RankPool, cache: str):
+    blocks_in_all = 4 * 6
+    for rank in pool.run(cached, 2, cache, [0.0, 100.0], 4):
+        (none, same), again, (some, close), once_more = rank
+        assert none == blocks_in_all and same >= EXACT
+        assert again == (none, same) and once_more == (some, close), "a generation depends on the one before"
+        assert some < blocks_in_all and close < EXACT
+
+
+def compiled(name: str) -> dict[str, Any]:
+    """On each rank: graphs that compiled blocks make under the surgery, and whether the picture stays."""
+    torch._dynamo.reset()
+    pipe = tiny.load(name)
+    plain = picture(pipe, name)
+    found: dict[str, Any] = {"blocks": 0}
+    for block in blocks(pipe.transformer):
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="eager")
+        found["blocks"] += 1
+    before = graph_count()
+    with XDiT(pipe, Degrees(ulysses=2)) as parallel:
+        found["psnr"] = psnr(picture(pipe, name, parallel), plain)
+        found["graphs"] = graph_count() - before
+        picture(pipe, name, parallel, seed=1)
+        found["more"] = graph_count() - before - found["graphs"]
+    return found
+
+
+@pytest.mark.parametrize("name", ["flux", "pixs"])
+def test_compiled_blocks_are_compiled_under_the_surgery(pool: RankPool, name: str):
+    for rank in pool.run(compiled, 2, name):
+        assert rank["psnr"] >= EXACT
+        # Blocks of one kind share a graph.
+        assert 1 <= rank["graphs"] < rank["blocks"], rank
+        assert rank["more"] == 0
+
+
+class EndedError(Exception):
+    """What ends a generation in a test."""
+
+
+def ended_early(name: str, at: int) -> list[float]:
+    """On each rank: generations that are to end after step `at`, each followed by a whole one."""
+    pipe = pipeline(name)
+    arguments = tiny.call_args(name, steps=6) | {"max_sequence_length": 256}
+    plain, found = np.asarray(pipe(**arguments).images), []
+    with XDiTPipeFusion(pipe, Degrees(pipefusion=2), warm_up_steps=2) as parallel:
+        for _ in range(2):
+            told: list[int] = []
+
+            def on_step(latents: Any, steps: int, told: list[int] = told) -> None:
+                told.append(steps)
+                if len(told) == at:
+                    raise EndedError
+
+            arguments["generator"].manual_seed(0)
+            parallel.begin(6)
+            with pytest.raises(EndedError):
+                parallel.run(arguments, on_step)
+            assert len(told) == at
+            parallel.begin(6)
+            arguments["generator"].manual_seed(0)
+            found.append(psnr(np.asarray(parallel.run(arguments).images), plain))
+    assert found[0] == found[1], "a generation depends on the one before"
+    return found
+
+
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_generation_of_pipefusion_ends_early_and_the_next_is_whole(pool: RankPool, at: int):
+    for rank in pool.run(ended_early, 2, "sd3", at):
+        assert min(rank) >= 30
+
+
+def end_after(job: Job, queue: JobQueue) -> None:
+    job.wait(60)
+    queue.close(JobError(503, "done"))
+
+
+def several(pictures: int) -> Any:
+    """On each rank of two replicas: seeds and files of a job for so many pictures, and of one for each."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
+    config = tiny.config("pixa", width=64, height=64, data_parallel_degree=2, warm_up_steps=1)
+    engine = xdit_host.build_engine(config, world)
+    request = GenerateRequest(positive="a cat", seed=2**64 - 1, steps=STEPS).filled(config)
+    jobs = [Job(request, pictures=pictures), Job(request), Job(request.numbered(1))]
+    queue = JobQueue(8) if rank == 0 else None
+    if queue is not None:
+        for job in jobs:
+            queue.submit(job)
+        threading.Thread(target=end_after, args=(jobs[-1], queue)).start()
+    RankLoop(engine, Channel(world), queue).run()
+    engine.close()
+    made = [job.reply if isinstance(job.reply, list) else [job.reply] for job in jobs]
+    return [[(reply.seed, reply.output) for reply in row] for row in made] if rank == 0 else None
+
+
+def test_several_pictures_are_made_at_the_same_time(pool: RankPool):
+    tiny.checkpoint("pixa")
+    both, first, second = pool.run(several, 2, 2)[0]
+    assert [seed for seed, _ in both] == [2**64 - 1, 0]
+    assert both == first + second
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "plan"),
+    [
+        ("flux", ("ip_adapter", "lora"), {"ring_degree": 2}),
+        ("flux", ("control_net", "quantize_to"), {"ulysses_degree": 2}),
+        ("sd3", ("ip_adapter", "control_net"), {"ulysses_degree": 2}),
+        ("hy", ("control_net", "lora"), {"ring_degree": 2}),
+        ("flux", ("lora",), {"tensor_parallel_degree": 2}),
+    ],
+)
+def test_features_in_pairs(pool: RankPool, name: str, features: tuple[str, ...], plan: Case):
+    flags: Case = {}
+    for feature in features:
+        flags |= test_matrix.SETTINGS[feature](name)
+    holder = pool.run(feature_cell, 2, name, flags, plan)[0]
+    assert test_matrix.psnr(holder["exact"], holder["plain"]) >= 60
+
+
+def feature_cell(name: str, flags: Case, plan: Case) -> dict[str, Any]:
+    """On each rank: latents of a host with these flags, and of the plain pipeline."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
+    config = replace(tiny.config(name, width=80, height=48, **flags, **plan), backend="xdit")
+    check_config(config, size)
+    request = check_request(test_matrix.body(name, flags), config)
+    engine = xdit_host.build_engine(config, world)
+
+    def latents() -> np.ndarray | None:
+        reply = engine.generate(request, lambda step, steps: None)
+        return None if reply is None else load(reply.latent or b"")["latent"].float().numpy()
+
+    exact = latents()
+    engine.close()
+    engine.parallel = None
+    return {"exact": exact, "plain": latents()}
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "world", "words"),
+    [
+        ("flux", {"use_cfg_parallel": True}, 2, "one branch"),
+        ("sd3", {"tensor_parallel_degree": 2}, 2, "type with them: flux"),
+        ("pixa", {"use_teacache": True}, 2, "flux alone"),
+        ("flux", {"use_teacache": True, "use_fbcache": True}, 2, "one cache"),
+        ("flux", {"use_fbcache": True, "control_net": {"x": 1.0}}, 2, "without --control_net"),
+        ("flux", {"control_net": {"x": 1.0}, "pipefusion_parallel_degree": 2}, 2, "not with PipeFusion"),
+        ("sd3", {"ip_adapter": {"x": 1.0}, "pipefusion_parallel_degree": 2}, 2, "not with PipeFusion"),
+        ("sd3", {"pipefusion_parallel_degree": 2, "warm_up_steps": 0}, 2, "at least 1"),
+        ("sd3", {"num_pipeline_patch": 2}, 2, "is for PipeFusion"),
+        ("sd3", {"pipefusion_parallel_degree": 2, "attn_layer_num_for_pp": (4,)}, 2, "got 1"),
+        ("hy", {"pipefusion_parallel_degree": 2, "attn_layer_num_for_pp": (4, 4)}, 2, "equal stages"),
+        ("sd3", {"pipefusion_parallel_degree": 2, "height": 80}, 4, "64 and 96"),
+        ("flux", {"tensor_parallel_degree": 2, "quantize_to": "int8"}, 2, "plain weights"),
+        ("sd3", {"ulysses_degree": 3}, 3, "4 attention heads"),
+        ("pixs", {"use_parallel_vae": True}, 1, "share a picture"),
+        ("flux", {"xformers_efficient": True}, 2, "attention of its own"),
+    ],
+)
+def test_launches_that_cannot_work_are_refused(name: str, flags: Case, world: int, words: str):
+    config = tiny.config(name, **({"width": 64, "height": 64, "ulysses_degree": None} | flags))
+    if name == "sd3" and "height" in flags:
+        config = replace(config, ulysses_degree=2)
+    with pytest.raises(ValueError, match=words):
+        PLANS["xdit"](replace(config, backend="xdit"), world)
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "options", "words"),
+    [
+        ("sd1", {}, {}, "no transformer"),
+        ("sd3", {"tensor": 2}, {}, "only FLUX"),
+        ("flux", {"cfg": 2}, {}, "one branch"),
+        ("sd3", {}, {"cache": "fbcache"}, "for FLUX"),
+        ("pixa", {"ulysses": 3}, {}, "4 attention heads"),
+    ],
+)
+def test_plans_that_a_model_cannot_have_are_refused(name: str, degrees: Case, options: Case, words: str):
+    with pytest.raises(ValueError, match=words):
+        XDiT(pipeline(name), Degrees(**degrees), **options)
+
+
+def unheard(name: str, calls: list[tuple[Case, str]]) -> None:
+    """On each rank: calls that PipeFusion refuses."""
+    pipe = pipeline(name)
+    with XDiTPipeFusion(pipe, Degrees(pipefusion=2)) as parallel:
+        for changes, words in calls:
+            with pytest.raises(ValueError, match=words):
+                parallel.run(tiny.call_args(name) | {"max_sequence_length": 256} | changes)
+        scheduler = pipe.scheduler
+        pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+        with pytest.raises(ValueError, match="FlowMatchHeun"):
+            parallel.run(tiny.call_args(name) | {"max_sequence_length": 256})
+        pipe.scheduler = scheduler
+
+
+def test_pipefusion_refuses_what_it_would_not_hear(pool: RankPool):
+    calls: list[tuple[Case, str]] = [
+        ({"sigmas": [1.0, 0.5]}, "sigmas"),
+        ({"max_sequence_length": 77}, "max_sequence_length"),
+        ({"guidance_scale": 1.0}, "above 1"),
+        ({"height": 72}, "64 and 80"),
+        ({"ip_adapter_image": tiny.picture()}, "ip_adapter_image"),
+    ]
+    pool.run(unheard, 2, "sd3", calls)
+
+
+@pytest.mark.parametrize(
+    ("world", "given", "branches", "heads", "expected"),
+    [
+        (1, {}, 2, 24, {}),
+        (2, {}, 2, 24, {"cfg": 2}),
+        (2, {}, 1, 24, {"ulysses": 2}),
+        (8, {}, 2, 24, {"cfg": 2, "ulysses": 4}),
+        (8, {}, 2, 18, {"cfg": 2, "ulysses": 2, "ring": 2}),
+        (5, {}, 2, 24, {"ring": 5}),
+        (6, {"ring": 2}, 2, 24, {"ring": 2, "ulysses": 3}),
+        (4, {"ulysses": 2}, 2, 16, {"ulysses": 2, "cfg": 2}),
+        (4, {"pipefusion": 2}, 1, None, {"pipefusion": 2, "ulysses": 2}),
+        (4, {"data": 4}, 2, 24, {"data": 4}),
+    ],
+)
+def test_degrees_are_chosen_by_the_rule(
+    world: int, given: dict[str, int], branches: int, heads: int | None, expected: dict[str, int]
+):
+    degrees = choose_degrees(world, given, branches, heads)
+    assert degrees == Degrees(**expected) and degrees.world == world
+
+
+@pytest.mark.parametrize(
+    ("world", "given", "words"),
+    [
+        (4, {"ring": 3}, "world size 4; got --ring_degree=3"),
+        (2, {"ulysses": 2, "ring": 2}, "product 4"),
+        (5, {"ulysses": 5}, "--ulysses_degree: must divide the model's 24"),
+        (4, {"ulysses": 2, "ring": 1, "cfg": 1}, "must be the world size 4"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused(world: int, given: dict[str, int], words: str):
+    with pytest.raises(ValueError, match=words):
+        choose_degrees(world, given, 2, 24)

@@ -62,10 +62,10 @@ class XDiT(Closing):
         parallel_vae: bool = False,
         cuda_graph: bool = True,
     ) -> None:
+        check_model(pipeline, degrees, cache)
         self.pipeline, self.degrees = pipeline, degrees
         self.cache, self.cache_threshold = cache, cache_threshold
         self.transformer: nn.Module = pipeline.transformer
-        check_model(pipeline, degrees, cache)
         if degrees.pipefusion > 1:
             raise ValueError("PipeFusion is XDiTPipeFusion's, not XDiT's")
         weight = next(self.transformer.parameters())

@@ -29,6 +29,8 @@ STEPS_AHEAD = 2
 """Steps that a rank may be ahead of the last one that all ranks have finished."""
 UNHEARD = ("sigmas", "timesteps", "true_cfg_scale", "ip_adapter_image", "ip_adapter_image_embeds")
 """Arguments that xfuser's pipelines take and leave alone, or do not keep in step between the stages."""
+NEUTRAL = {"max_sequence_length": 256}
+"""Arguments that some of xfuser's pipelines do not take, with the value that they take instead."""
 
 OnStep = Callable[[torch.Tensor | None, int], None]
 
@@ -70,10 +72,10 @@ class XDiTPipeFusion(Closing):
         parallel_vae: bool = False,
         free_other_stages: bool = True,
     ) -> None:
+        check_model(pipeline, degrees)
         self.pipeline, self.degrees, self.warm_up_steps = pipeline, degrees, warm_up_steps
         self.parallel_vae = parallel_vae
         self.transformer: nn.Module = pipeline.transformer
-        check_model(pipeline, degrees)
         self._check(stages)
         weight = next(self.transformer.parameters())
         self._own_groups = groups is None
@@ -244,6 +246,7 @@ class XDiTPipeFusion(Closing):
         if "negative_prompt" not in names and (arguments.get("true_cfg_scale") or 1.0) <= 1:
             # FLUX has no use for these without true guidance, in diffusers either.
             empty += ["true_cfg_scale", *(name for name in arguments if name.startswith("negative_"))]
+        empty += [name for name, value in NEUTRAL.items() if arguments.get(name) == value]
         lost = sorted(set(arguments) - names - set(empty))
         if lost:
             raise ValueError(f"PipeFusion cannot serve {', '.join(lost)}; the other degrees can")

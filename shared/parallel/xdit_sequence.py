@@ -164,7 +164,8 @@ class SequenceParallel:
         if kwargs.get("image_rotary_emb") is not None:
             cut = [self.shares.cut(part, 0) for part in kwargs["image_rotary_emb"]]
             kwargs = kwargs | {"image_rotary_emb": tuple(cut)}
-        plain, self.text, self._inside = F.scaled_dot_product_attention, 0, False
+        plain, self.text = F.scaled_dot_product_attention, 0
+        self._inside = self._answered = False
         # Every processor of diffusers ends here; which calls are to see all tokens, self._inside tells.
         F.scaled_dot_product_attention = self._attend(plain)
         try:
@@ -199,10 +200,10 @@ class SequenceParallel:
         return self.shares.gather(original(*args, **kwargs), self.image)
 
     def _attention(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        self._inside, self._answered = True, False
+        self._inside = True
         answer = original(*args, **kwargs)
-        self._inside = False
-        if not self._answered:
+        answered, self._inside, self._answered = self._answered, False, False
+        if not answered:
             raise RuntimeError(
                 "attention did not go through torch's scaled_dot_product_attention, so its tokens were not "
                 "shared; use no other attention (xformers, DIFFUSERS_ATTN_BACKEND) with sequence parallelism"
