@@ -108,9 +108,15 @@ def fit_projection(vae: Any, device: torch.device) -> torch.Tensor:
     colours = torch.rand(1, 3, FIT_COLOURS, FIT_COLOURS, generator=torch.Generator("cpu").manual_seed(0))
     pixels = F.interpolate(colours * 2 - 1, size=FIT_SIDE, mode="nearest")
     dtype = vae.dtype
-    # SDXL's VAE overflows in half precision; bfloat16 has the range.
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.float16):
-        encoded = vae.encode(pixels.to(device, dtype)).latent_dist.mode()
+    # Some VAEs overflow in half precision; their pipelines upcast them in the same way to decode.
+    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        encoded = vae.encode(pixels.to(device, torch.float32 if upcast else dtype)).latent_dist.mode()
+    finally:
+        if upcast:
+            vae.to(dtype)
     z = encoded.float().cpu()
     config = vae.config
     if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):

@@ -67,7 +67,24 @@ def test_the_projection_finds_the_colours_of_a_linear_vae(config: dict[str, Any]
     assert (shown.int() - wanted.int()).abs().max() <= 2
 
 
-def test_a_vae_that_overflows_is_refused() -> None:
+def test_a_vae_that_overflows_in_half_precision_is_upcast_for_it_alone() -> None:
+    vae = LinearVae(force_upcast=True)
+    latents = vae.latents(pixels_of())[0]
+    exact = project(latents, fit_projection(vae, CPU))
+    vae.dtype = torch.float16
+    seen = []
+
+    def to(dtype: torch.dtype) -> None:
+        vae.dtype = dtype
+        seen.append(dtype)
+
+    vae.to = to  # type: ignore[attr-defined]
+    shown = project(latents, fit_projection(vae, CPU))
+    assert (shown.int() - exact.int()).abs().max() <= 1
+    assert seen == [torch.float32, torch.float16]
+
+
+def test_a_vae_that_gives_no_numbers_is_refused() -> None:
     vae = LinearVae()
     vae.matrix[0, 0] = float("inf")
     with pytest.raises(RuntimeError, match="not finite"):
