@@ -17,7 +17,7 @@ from tests.comfy_stub import PACK, WIDGETS, ComfyUI, install
 
 FOLDER = PACK / "example_workflows"
 Node = tuple[str, tuple[int, int], dict[str, Any]]
-_SIZE = (340, 420)
+_LINE, _TEXT = 24, 100  # pixels of a socket or widget, and of a text of several lines
 _HOST = {"backend": "asyncdiff", "ranks": 2}
 
 
@@ -78,6 +78,7 @@ def workflow(comfy: ComfyUI, nodes: list[Node]) -> dict[str, Any]:
     made: list[dict[str, Any]] = []
     for number, (type, (column, row), given) in enumerate(nodes, 1):
         schema = comfy.nodes[type].define_schema()
+        lines = [_TEXT if one.given.get("multiline") else _LINE for one in schema.inputs]
         inputs: list[dict[str, Any]] = []
         values: list[Any] = []
         for one in schema.ordered():
@@ -102,8 +103,8 @@ def workflow(comfy: ComfyUI, nodes: list[Node]) -> dict[str, Any]:
             {
                 "id": number,
                 "type": type,
-                "pos": [60 + 400 * column, 60 + 460 * row],
-                "size": list(_SIZE),
+                "pos": [60 + 400 * column, 60 + 260 * row],
+                "size": [340, 60 + sum(lines)],
                 "flags": {},
                 "order": number - 1,
                 "mode": 0,
