@@ -369,10 +369,16 @@ def test_errors_in_words_beside_their_fields_on_a_phone_by_keyboard(host: FakeHo
     host.go_on.set()
     expect(page.locator("#status")).to_have_text("Done.")
     assert no_sideways_scroll(page)
+    host.status.state, host.status.message = "broken", "rank 1 died"
     host.close()
     expect(page.locator("#state")).to_have_text("unreachable")
+    expect(page.locator("#host-message")).to_contain_text("It said: rank 1 died.")
     page.locator("#generate").press("Enter")
     expect(page.locator("#error")).to_contain_text("cannot be reached")
+    again = config_of("sd1", port=host.server.port, width=256, height=256)
+    with FakeHost(again):
+        expect(page.locator("#error")).to_contain_text("reload this page")
+        expect(page.locator("#state")).to_have_text("ready")
 
 
 @needs_chromium

@@ -38,6 +38,7 @@ let launch = null; // GET /launch
 let jobs = { running: null, waiting: [] }; // the newest jobs event
 let mine = null; // { id, stopped, body } of the request that this page waits for
 let shownEntry = null;
+let lastWords = ""; // why the host said that it ends
 let stream = null; // AbortController of the open stream
 const images = {}; // request field -> { url: data URI, name }
 const entries = []; // the history, newest first
@@ -465,6 +466,7 @@ function setState(state, message) {
 
 function showHost(host) {
   setState(host.state, host.message);
+  lastWords = ["broken", "stopping"].includes(host.state) && host.message ? ` It said: ${host.message}.` : "";
   const { stages = [], ranks: parts = [], ...settings } = host.plan;
   const facts = Object.entries(settings).filter(([, value]) => value !== null && value !== "");
   const pairs = facts.map(([name, value]) =>
@@ -536,18 +538,27 @@ async function watch() {
   while (!control.signal.aborted) {
     try {
       const response = await call("events", { signal: control.signal });
+      if (wait > RETRY.first) await checkLaunch();
       wait = RETRY.first;
       await readEvents(response.body.getReader());
-      setState("unreachable", "The host has ended the connection.");
+      setState("unreachable", `The host has ended the connection.${lastWords}`);
     } catch (error) {
       if (control.signal.aborted) return;
       const taken = error.status === 503;
-      setState(taken ? "not live" : "unreachable", taken ? `No live view: ${error.message}.` : error.message);
+      if (taken) setState("not live", `No live view: ${error.message}.`);
+      else setState("unreachable", error.message + lastWords);
     }
     jobs = { running: null, waiting: [] };
     showJobs();
     await new Promise((resolve) => setTimeout(resolve, wait));
     wait = Math.min(2 * wait, RETRY.most);
+  }
+}
+
+async function checkLaunch() {
+  const now = await (await call("launch")).json();
+  if (JSON.stringify(now) !== JSON.stringify(launch)) {
+    byId("error").textContent = "The host was started again with other settings: reload this page.";
   }
 }
 
