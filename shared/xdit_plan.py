@@ -37,7 +37,8 @@ def _attention_heads(config: HostConfig) -> int | None:
 def check_xdit(config: HostConfig, world_size: int) -> None:
     """Refuse what xDiT cannot do with these flags. Raises ValueError, with the flag and what is allowed."""
     for flag, reason in BACKENDS["xdit"].refuses.get(config.type, {}).items():
-        if getattr(config, flag) not in (None, False, 1):
+        value = getattr(config, flag)
+        if value and (value is True or value != 1):  # a degree of 1 divides nothing
             raise ValueError(f"--{flag}: not for type {config.type} on xdit_host.py: {reason}")
     degrees = xdit_degrees(config, world_size)
     for flag, value, wrong in _xdit_conflicts(config, degrees):
