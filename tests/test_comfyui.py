@@ -141,7 +141,7 @@ def test_workflows_run_and_their_launches_parse(
             hosts.append(FakeHost(config_of(config.type)))
             hosts[-1].latent = np.zeros((1, 4, 128, 128), np.float32)
             self.host = comfy.pack["host"].Host(hosts[-1].url)
-            self.pid = 0
+            self.pid, self.log = 0, Path("none")
 
         def wait_until_ready(self, check: Any) -> None:
             check()
@@ -292,7 +292,7 @@ def test_a_launched_host_lives_until_something_needs_another(comfy: ComfyUI, pro
     assert run() == first and not comfy.executed, "an unchanged host was asked for again"
     second = run(warm_up_steps=5)
     assert second != first and not alive(first)
-    os.killpg(second, signal.SIGKILL)
+    os.kill(second, signal.SIGTERM)
     until(lambda: not alive(second), 5)
     third = run(warm_up_steps=5)
     assert third not in (first, second) and alive(third)
