@@ -80,6 +80,10 @@ class Bench(ABC):
     def attach(self, pipe: Any, system: str) -> list[Any]:
         """What makes `pipe` run under `system`: objects with `close()`, and maybe `begin(steps)`."""
 
+    def call(self, pipe: Any, arguments: dict[str, Any]) -> Any:
+        """One generation, under what `attach` put on last."""
+        return pipe(**arguments)
+
     def run(self) -> None:
         """All the work that was asked for, one row after the other."""
         if self.rank == 0:
@@ -115,7 +119,7 @@ class Bench(ABC):
                 arguments = tiny.call_args(name, steps, size=size)
             else:
                 arguments = call_arguments(name, self.device, dtype, size, steps)
-            output = pipe(**arguments | {"output_type": "pt" if self.options.decode else "latent"})
+            output = self.call(pipe, arguments | {"output_type": "pt" if self.options.decode else "latent"})
             return output.images if hasattr(output, "images") else output.frames
 
         self._reference, self._base = None, 0.0

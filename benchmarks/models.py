@@ -15,9 +15,17 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLTemporalDecoder,
     DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    HunyuanDiT2DModel,
+    HunyuanDiTPipeline,
     MotionAdapter,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -79,6 +87,40 @@ def sd3_transformer() -> Any:
     )
 
 
+def flux_transformer() -> Any:
+    """FLUX.1-dev: 19 blocks of two streams and 38 of one, 24 heads of 128."""
+    return FluxTransformer2DModel(guidance_embeds=True)
+
+
+def hunyuan_transformer() -> Any:
+    """HunyuanDiT 1.2."""
+    return HunyuanDiT2DModel(
+        num_attention_heads=16,
+        attention_head_dim=88,
+        in_channels=4,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        sample_size=128,
+        hidden_size=1408,
+        num_layers=40,
+        mlp_ratio=4.3637,
+        learn_sigma=True,
+        cross_attention_dim=1024,
+        cross_attention_dim_t5=2048,
+        pooled_projection_dim=1024,
+        text_len=77,
+        text_len_t5=256,
+        use_style_cond_and_image_meta_size=False,
+    )
+
+
+def pixart_transformer() -> Any:
+    """PixArt-Sigma XL/2, 1024 pixels."""
+    return PixArtTransformer2DModel(
+        sample_size=128, caption_channels=4096, interpolation_scale=2, use_additional_conditions=False
+    )
+
+
 def svd_unet() -> Any:
     return UNetSpatioTemporalConditionModel(
         sample_size=96, num_frames=25, num_attention_heads=(5, 10, 20, 20)
@@ -94,7 +136,7 @@ def vae(latents: int = 4, scaling: float = 0.13025) -> Any:
         latent_channels=latents,
         sample_size=1024,
         scaling_factor=scaling,
-        shift_factor=0.0609 if latents == 16 else None,
+        shift_factor=(0.1159 if scaling < 1 else 0.0609) if latents == 16 else None,
     )
 
 
@@ -135,6 +177,49 @@ def make_sd3(device: torch.device, dtype: torch.dtype) -> Any:
         tokenizer_2=None,
         text_encoder_3=None,
         tokenizer_3=None,
+    )
+
+
+def make_flux(device: torch.device, dtype: torch.dtype) -> Any:
+    return FluxPipeline(
+        transformer=on(device, dtype, flux_transformer),
+        vae=on(device, dtype, lambda: vae(16, 0.3611)),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+    )
+
+
+def make_hy(device: torch.device, dtype: torch.dtype) -> Any:
+    return HunyuanDiTPipeline(
+        transformer=on(device, dtype, hunyuan_transformer),
+        vae=on(device, dtype, vae),
+        scheduler=DDPMScheduler(
+            beta_start=0.00085,
+            beta_end=0.02,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            steps_offset=1,
+        ),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def make_pixs(device: torch.device, dtype: torch.dtype) -> Any:
+    return PixArtSigmaPipeline(
+        transformer=on(device, dtype, pixart_transformer),
+        vae=on(device, dtype, vae),
+        scheduler=DPMSolverMultistepScheduler(),
+        text_encoder=None,
+        tokenizer=None,
     )
 
 
@@ -225,16 +310,47 @@ def call_arguments(
             "num_frames": 25,
         }
     common |= {"width": size, "height": size, "guidance_scale": 5.0}
+    if name in ("hy", "pixs"):
+        common["use_resolution_binning"] = False
+    if name == "flux":
+        embeds = _embeds(device, dtype, 512, 4096, 768)
+        given = {key: value for key, value in embeds.items() if not key.startswith("negative")}
+        return common | given | {"guidance_scale": 3.5}
+    if name == "pixs":
+        return (
+            common
+            | _masked(_embeds(device, dtype, 300, 4096), device)
+            | {
+                "clean_caption": False,
+                "negative_prompt": None,
+            }
+        )
+    if name == "hy":
+        second = _masked(_embeds(device, dtype, 256, 2048), device)
+        first = _masked(_embeds(device, dtype, 77, 1024), device)
+        return common | first | {f"{key}_2": value for key, value in second.items()}
     shapes = {"sdxl": (77, 2048, 1280), "sd3": (333, 4096, 2048), "sd1": (77, 768), "ad": (77, 768)}
     if name == "ad":
         common["num_frames"] = 16
     return common | _embeds(device, dtype, *shapes[name])
 
 
+def _masked(embeds: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Embeddings with masks that leave no token out."""
+    masks = {}
+    for key, value in embeds.items():
+        mask = torch.ones(value.shape[:2], dtype=torch.long, device=device)
+        masks[key.replace("prompt_embeds", "prompt_attention_mask")] = mask
+    return embeds | masks
+
+
 MAKERS: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
     "sdxl": make_sdxl,
     "sd1": make_sd1,
     "sd3": make_sd3,
+    "flux": make_flux,
+    "hy": make_hy,
+    "pixs": make_pixs,
     "svd": make_svd,
     "ad": make_ad,
 }

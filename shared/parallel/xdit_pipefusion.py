@@ -82,7 +82,7 @@ class XDiTPipeFusion(Closing):
         self.groups = groups or XfuserGroups(degrees, getattr(pipeline, "_execution_device", weight.device))
         # xfuser's layers ask for the log-sum-exp under ring only, but the stages must agree.
         self.attention = attention or attention_backend(self.groups.device, weight.dtype, degrees)
-        self._before = _Snapshot(self.transformer)
+        self._before = Snapshot(self.transformer)
         self._surgery = Surgery()
         self._watch: _Watch | None = None
         self._decoder: PatchDecoder | None = None
@@ -413,7 +413,7 @@ def _noise_of_whole_pictures() -> Iterator[None]:
         ddpm.randn_tensor = dpmsolver.randn_tensor = draw
 
 
-class _Snapshot:
+class Snapshot:
     """The module tree as it is, to be put back: xfuser replaces blocks, layers and their attributes."""
 
     def __init__(self, root: nn.Module) -> None:

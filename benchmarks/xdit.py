@@ -1,0 +1,155 @@
+"""xDiT beside plain diffusers, bare xfuser and diffusers' own Ulysses, full-size random weights.
+
+torchrun --nproc_per_node=2 benchmarks/xdit.py flux:1024:14 flux:2048:6 --compile
+    --systems eager,graph,ulysses,ulysses-eager,ring,pipefusion,xfuser-ulysses,xfuser-ring,native
+torchrun --nproc_per_node=2 benchmarks/xdit.py sd3:1024:20 pixs:1024:20 hy:1024:25 --systems eager,graph,cfg
+
+Latents out. "graph" is one GPU with the transformer captured as a CUDA graph; "-eager" behind one of our own
+systems leaves the capture out. "xfuser-..." is xfuser's own pipeline class, called as its examples do. The
+seconds in brackets are from the plain pipeline to the end of the system: surgery, compilation, all repeats.
+--tiny --device cpu --dtype fp32 shows that all of it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.bench import Bench, parser
+from shared.parallel.graphs import Graphs
+from shared.parallel.surgery import Closing, Forward, Surgery
+from shared.parallel.xdit import XDiT, attention_backend
+from shared.parallel.xdit_degrees import Degrees
+from shared.parallel.xdit_groups import XfuserGroups
+from shared.parallel.xdit_pipefusion import Snapshot, XDiTPipeFusion
+
+SYSTEMS = ("eager", "graph", "cfg", "ulysses", "ring", "pipefusion", "xfuser-ulysses", "native")
+
+
+class Captured(Closing):
+    """The plain pipeline of one rank with its transformer as a CUDA graph."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._graphs, self._surgery = Graphs(), Surgery()
+        self._surgery.override(pipe.transformer, self._forward)
+
+    def _forward(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        return self._graphs.run(0, lambda args, kwargs: original(*args, **kwargs), args=args, kwargs=kwargs)
+
+    def close(self) -> None:
+        self._surgery.close()
+        self._graphs.close()
+
+
+class Bare(Closing):
+    """xfuser's own pipeline class around the pipeline, nothing of ours but the groups and the undoing."""
+
+    def __init__(self, pipe: Any, degrees: Degrees, device: torch.device, warm_up: int) -> None:
+        self.pipe, self.plain = pipe, (pipe.scheduler, pipe.transformer)
+        self._snapshot = Snapshot(pipe.transformer)
+        self.groups = XfuserGroups(degrees, device)
+        import xfuser.model_executor.pipelines  # its import registers the pipelines
+        from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
+
+        assert xfuser.model_executor.pipelines
+        dtype = pipe.transformer.dtype
+        config = self.groups.engine_config(dtype, attention_backend(device, dtype, degrees), warm_up)
+        self.groups.start(pipe, config)
+        self.wrapped = xFuserPipelineWrapperRegister.get_class(pipe)(pipe, config)
+
+    def run(self, arguments: dict[str, Any], reference: torch.Tensor) -> Any:
+        output = self.wrapped(**arguments)
+        latents = torch.empty_like(reference) if output is None else output.images.contiguous()
+        dist.broadcast(latents, src=dist.get_world_size() - 1)
+        return latents
+
+    def close(self) -> None:
+        from xfuser.core.cache_manager.cache_manager import get_cache_manager
+
+        self.pipe.scheduler, self.pipe.transformer = self.plain
+        self._snapshot.restore()
+        get_cache_manager().cache.clear()
+        self.groups.close()
+
+
+class Native(Closing):
+    """diffusers' own context parallelism."""
+
+    def __init__(self, pipe: Any, ranks: int) -> None:
+        from diffusers import ContextParallelConfig
+
+        self.transformer = pipe.transformer
+        # It divides by the number of accelerators, which is 0 on a CPU.
+        count = max(1, torch.accelerator.device_count())
+        with mock.patch.object(torch.accelerator, "device_count", lambda: count):
+            self.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=ranks))
+
+    def close(self) -> None:
+        from diffusers.hooks.context_parallel import remove_context_parallel
+
+        remove_context_parallel(self.transformer, self.transformer._cp_plan)
+        self.transformer._parallel_config = None
+        for module in self.transformer.modules():
+            if hasattr(getattr(module, "processor", None), "_parallel_config"):
+                module.processor._parallel_config = None
+
+
+class XDiTBench(Bench):
+    """Plain, captured, our degrees one by one, xfuser alone, and diffusers' own."""
+
+    held: Any = None
+    latents: torch.Tensor
+
+    def attach(self, pipe: Any, system: str) -> list[Any]:
+        held = self._attach(pipe, system)
+        self.held = held[-1] if held else None
+        return held
+
+    def _attach(self, pipe: Any, system: str) -> list[Any]:
+        if system == "eager":
+            return []
+        if system == "graph":
+            return [Captured(pipe)]
+        if system == "native":
+            return [Native(pipe, self.size)]
+        if system.startswith("xfuser-"):
+            degrees = self._degrees(system.removeprefix("xfuser-"))
+            return [Bare(pipe, degrees, self.device, self.options.warm_up)]
+        graph = not system.endswith("-eager")
+        degrees = self._degrees(system.removesuffix("-eager"))
+        # Made here, so that the device is this rank's whatever the pipeline says.
+        groups = XfuserGroups(degrees, self.device)
+        if degrees.pipefusion > 1:
+            fused = XDiTPipeFusion(pipe, degrees, groups, warm_up_steps=self.options.warm_up)
+            return [groups, fused]
+        return [groups, XDiT(pipe, degrees, groups, cuda_graph=graph and self.device.type == "cuda")]
+
+    def _degrees(self, name: str) -> Degrees:
+        return Degrees(**{name: 2 if name == "cfg" else self.size})
+
+    def call(self, pipe: Any, arguments: dict[str, Any]) -> Any:
+        if self.options.tiny:
+            arguments = {k: v for k, v in arguments.items() if k != "max_sequence_length"}
+        if isinstance(self.held, Bare):
+            return _Output(self.held.run(arguments, self.latents))
+        if isinstance(self.held, XDiTPipeFusion):
+            return self.held.run(arguments)
+        output = super().call(pipe, arguments)
+        self.latents = output.images
+        return output
+
+
+class _Output:
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+
+if __name__ == "__main__":
+    XDiTBench(parser(__doc__, SYSTEMS, warm_up=1).parse_args()).run()
