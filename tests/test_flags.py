@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -63,6 +64,7 @@ class Made:
     latents: np.ndarray
     picture: np.ndarray
     plan: dict[str, Any]
+    pictures: int
 
 
 def made(name: Any = "sd1", ask: Any = None, **flags: Any) -> Made:
@@ -76,24 +78,16 @@ def made(name: Any = "sd1", ask: Any = None, **flags: Any) -> Made:
 
 
 def answer(engine: PipelineEngine, config: Any, ask: dict[str, Any]) -> Made:
+    """What this rank holds of the picture: empty arrays where another one does."""
     given = {"lora": config.lora, "control_net": config.control_net, "ip_adapter": config.ip_adapter}
-    request = check_request(body(config.type, given) | {"output_format": None, "steps": STEPS} | ask, config)
-    latents: list[torch.Tensor] = []
-    step = engine.pipe.scheduler.step
-    engine.pipe.scheduler.step = lambda *a, **k: _noted(step(*a, **k), latents)
-    try:
-        reply = engine.generate(request, lambda *_: None)
-    finally:
-        engine.pipe.scheduler.__dict__.pop("step", None)
-    picture = np.zeros(())
-    if reply is not None and reply.format == "png" and config.spec.output == "image":
-        picture = np.asarray(Image.open(io.BytesIO(reply.output[0])), dtype=np.float32) / 255
-    return Made(engine.pipe, latents[-1].float().numpy(), picture, engine.plan)
-
-
-def _noted(result: Any, latents: list[torch.Tensor]) -> Any:
-    latents.append(result[0].detach().clone())
-    return result
+    asked = body(config.type, given) | {"output_format": None, "return_latent": True, "steps": STEPS} | ask
+    reply = engine.generate(check_request(asked, config), lambda *_: None)
+    latents = picture = np.zeros(())
+    if reply is not None:
+        latents = safetensors.torch.load(reply.latent or b"")["latent"].float().numpy()
+        if config.spec.output == "image":
+            picture = np.asarray(Image.open(io.BytesIO(reply.output[0])), dtype=np.float32) / 255
+    return Made(engine.pipe, latents, picture, engine.plan, len(reply.output) if reply else 0)
 
 
 @cache
@@ -101,12 +95,13 @@ def plain(name: str = "sd1") -> Made:
     return made(name)
 
 
-def differs(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape != b.shape or psnr(a, b) < EXACT_DB
+def differs(a: np.ndarray, b: np.ndarray, decibels: float = EXACT_DB) -> bool:
+    return a.shape != b.shape or psnr(a, b) < decibels
 
 
 def rank_made(backend: str, name: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """Runs on every rank: latents, the plan, and how far the latents are from the plain pipeline's."""
+    """Runs on every rank."""
+    ask = flags.pop("ask", {})
     rank, size = dist.get_rank(), dist.get_world_size()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     world = World(rank, size, rank, CPU, *make_groups(60, "gloo"))
@@ -114,15 +109,15 @@ def rank_made(backend: str, name: str, flags: dict[str, Any]) -> dict[str, Any]:
     config = replace(tiny.config(name), **launch | flags)
     check_config(config, size)
     engine = importlib.import_module(f"{backend}_host").build_engine(config, world)
-    found = answer(engine, config, {"output_format": "latent"})
+    found = answer(engine, config, ask)
     engine.close()
-    return {"latents": found.latents, "plan": found.plan}
+    return {"latents": found.latents, "picture": found.picture, "plan": found.plan}
 
 
 def parallel(ground: Ground, ranks: int, backend: str = "asyncdiff", name: str = "sd1", **flags: Any) -> Any:
-    """(latents, plan) of rank 0; every rank must hold the same latents."""
+    """(latents, plan) of the rank that holds the picture."""
     found = ground.pool.run(rank_made, ranks, backend, name, flags)
-    return found[0]["latents"], found[0]["plan"]
+    return next((f["latents"], f["plan"]) for f in found if f["latents"].ndim)
 
 
 Effect = Callable[[Ground], None]
@@ -425,6 +420,52 @@ def _(ground: Ground) -> None:
     assert plan["split_batch"] and not differs(split, plain().latents)
     whole, plan = parallel(ground, 2, "distrifuser", no_split_batch=True)
     assert not plan["split_batch"] and differs(whole, plain().latents)
+
+
+def xdit(ground: Ground, ranks: int, **flags: Any) -> Any:
+    return parallel(ground, ranks, "xdit", "flux", **flags)
+
+
+@shows("ulysses_degree", "ring_degree", "tensor_parallel_degree")
+def _(ground: Ground) -> None:
+    """Exact, and each in its own place of the plan."""
+    for flag, name in (("ulysses", "ulysses"), ("ring", "ring"), ("tensor_parallel", "tensor")):
+        latents, plan = xdit(ground, 2, **{f"{flag}_degree": 2})
+        assert plan["degrees"][name] == 2 and psnr(latents, plain("flux").latents) >= EXACT_DB
+
+
+@shows("pipefusion_parallel_degree", "num_pipeline_patch", "attn_layer_num_for_pp")
+def _(ground: Ground) -> None:
+    """Stale from the second step on, and otherwise so with other patches; the stages are as given."""
+    two, plan = xdit(ground, 2, pipefusion_parallel_degree=2)
+    assert plan["degrees"]["pipefusion"] == 2 and differs(two, plain("flux").latents, 100)
+    four, _ = xdit(ground, 2, pipefusion_parallel_degree=2, num_pipeline_patch=4)
+    assert differs(four, two, 100)
+    _, uneven = xdit(ground, 2, pipefusion_parallel_degree=2, attn_layer_num_for_pp=(2, 4))
+    assert (plan["blocks"], uneven["blocks"]) == (3, 2)
+
+
+@shows("data_parallel_degree")
+def _(ground: Ground) -> None:
+    _, plan = xdit(ground, 2, data_parallel_degree=2)
+    assert plan["degrees"]["data"] == 2
+
+
+@shows("use_parallel_vae")
+def _(ground: Ground) -> None:
+    _, plan = xdit(ground, 2, use_parallel_vae=True)
+    assert plan["parallel_vae"]
+
+
+@shows("use_teacache", "use_fbcache")
+def _(ground: Ground) -> None:
+    """Blocks are passed over where steps differ little, which the picture shows."""
+    sigmas = safetensors.torch.save({"sigmas": torch.linspace(1, 0.997, 4)})
+    alike = {"steps": 4, "sigmas": base64.b64encode(sigmas).decode()}
+    all_computed = made("flux", alike).latents
+    for flag in ("use_teacache", "use_fbcache"):
+        latents, plan = xdit(ground, 1, ask=alike, **{flag: True})
+        assert plan["cache"] in flag and differs(latents, all_computed, 130), flag
 
 
 # Serving
