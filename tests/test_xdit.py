@@ -26,7 +26,7 @@ from shared.parallel.xdit import XDiT
 from shared.parallel.xdit_degrees import Degrees, choose_degrees
 from shared.parallel.xdit_pipefusion import XDiTPipeFusion
 from shared.requests import GenerateRequest, check_request
-from tests import test_matrix, tiny
+from tests import test_matrix, tiny, tiny_original
 from tests.ranks import RankPool
 
 STEPS = 2
@@ -295,6 +295,9 @@ def test_several_pictures_are_made_at_the_same_time(pool: RankPool):
     assert both == first + second
 
 
+SETTINGS = test_matrix.SETTINGS | {"gguf_model": lambda name: {"gguf_model": str(tiny_original.gguf(name))}}
+
+
 @pytest.mark.parametrize(
     ("name", "features", "plan"),
     [
@@ -303,12 +306,15 @@ def test_several_pictures_are_made_at_the_same_time(pool: RankPool):
         ("sd3", ("ip_adapter", "control_net"), {"ulysses_degree": 2}),
         ("hy", ("control_net", "lora"), {"ring_degree": 2}),
         ("flux", ("lora",), {"tensor_parallel_degree": 2}),
+        ("flux", ("gguf_model",), {"ulysses_degree": 2}),
+        ("sd3", ("compile_unet", "lora"), {"pipefusion_parallel_degree": 2, "warm_up_steps": 99}),
+        ("pixs", ("quantize_to", "lora"), {"pipefusion_parallel_degree": 2, "warm_up_steps": 99}),
     ],
 )
 def test_features_in_pairs(pool: RankPool, name: str, features: tuple[str, ...], plan: Case):
     flags: Case = {}
     for feature in features:
-        flags |= test_matrix.SETTINGS[feature](name)
+        flags |= SETTINGS[feature](name)
     holder = pool.run(feature_cell, 2, name, flags, plan)[0]
     assert test_matrix.psnr(holder["exact"], holder["plain"]) >= 60
 
