@@ -7,6 +7,7 @@ once, so a call costs milliseconds instead of an import. Each call starts from i
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import multiprocessing
@@ -47,6 +48,17 @@ def _exit_with(parent: int) -> None:
     os._exit(1)
 
 
+def _end_groups() -> None:
+    """End the process groups that a call has made: each holds threads, and hundreds of calls come."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    for group in list(_world.pg_map):
+        if group is not dist.group.WORLD:
+            with contextlib.suppress(ValueError):  # ended with another one
+                dist.destroy_process_group(group)
+
+
 def _serve(rank: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
@@ -77,6 +89,7 @@ def _serve(rank: int, pipe: Connection) -> None:
             answer: tuple[bool, Any] = (True, fn(*args, **kwargs))
         except Exception:
             answer = (False, traceback.format_exc())
+        _end_groups()
         try:
             pipe.send(answer)
         except Exception:
