@@ -141,6 +141,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 # Types whose compiled cells run in every test run, and not in `make matrix` alone: tracing takes long.
 COMPILED = {"asyncdiff": ("sd1", "sdxl"), "distrifuser": (), "xdit": ()}
+# Types whose model is another type's with other weights: their features run in `make matrix` alone.
+ALIKE = {"asyncdiff": (), "distrifuser": (), "xdit": ("pixa",)}
 
 
 def cells(backend: str) -> list[Any]:
@@ -151,9 +153,10 @@ def cells(backend: str) -> list[Any]:
         found.append((name, "nothing"))
         yes = [f for f in FEATURES if f in SETTINGS and refusal(spec, MODELS[name], f) is None]
         for feature in yes:
-            slow = feature == "compile_unet" and name not in COMPILED[backend]
+            slow = (feature == "compile_unet" and name not in COMPILED[backend]) or name in ALIKE[backend]
             found.append(pytest.param(name, feature, marks=[pytest.mark.slow] if slow else []))
-        found.append((name, "everything"))
+        marks = [pytest.mark.slow] if name in ALIKE[backend] else []
+        found.append(pytest.param(name, "everything", marks=marks))
     return found
 
 

@@ -78,7 +78,7 @@ class XDiT(Closing):
         device = getattr(pipeline, "_execution_device", weight.device)
         self._own_groups = groups is None
         self.groups = groups or XfuserGroups(degrees, device)
-        self.attention = attention or attention_backend(self.groups.device, weight.dtype, degrees)
+        self.attention = attention or attention_backend(self.groups.device, self.transformer.dtype, degrees)
         # Which blocks a cache computes is decided by numbers, which a captured graph cannot do.
         self._graphs = Graphs(cuda_graph and cache is None)
         self.decodes_together = parallel_vae and degrees.world > degrees.data
@@ -175,10 +175,14 @@ class XDiT(Closing):
 
         self._stop_cache()
         assert self.cache is not None
-        device = next(self.transformer.parameters()).device
         preset = {"residual_diff_threshold": self.cache_threshold}
         apply_cache(self.cache, steps, self.pipeline, self.transformer, preset)
-        self.transformer.transformer_blocks[0].to(device)
+        cached = self.transformer.transformer_blocks[0]
+        blocks = {m for group in self._blocks or () for block in group for m in block.modules()}
+        for module in set(cached.modules()) - blocks:
+            # xfuser puts its numbers on the first GPU.
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self.groups.device)
 
     def _stop_cache(self) -> None:
         if self._blocks is not None:

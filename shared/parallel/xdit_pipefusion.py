@@ -81,7 +81,7 @@ class XDiTPipeFusion(Closing):
         self._own_groups = groups is None
         self.groups = groups or XfuserGroups(degrees, getattr(pipeline, "_execution_device", weight.device))
         # xfuser's layers ask for the log-sum-exp under ring only, but the stages must agree.
-        self.attention = attention or attention_backend(self.groups.device, weight.dtype, degrees)
+        self.attention = attention or attention_backend(self.groups.device, self.transformer.dtype, degrees)
         self._before = Snapshot(self.transformer)
         self._surgery = Surgery()
         self._watch: _Watch | None = None
@@ -256,6 +256,8 @@ class XDiTPipeFusion(Closing):
             guided = arguments.get("guidance_scale", 2.0) > 1
         if not guided:
             raise ValueError("PipeFusion needs guidance: cfg must be above 1; the other degrees serve 1")
+        if "set_timesteps" in vars(self.pipeline.scheduler):
+            raise ValueError("PipeFusion runs whole schedules, not parts of them; the other degrees can")
         unit = 16 * self.degrees.sequence
         height = arguments["height"]
         if height % unit:
