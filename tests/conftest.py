@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 
@@ -37,7 +38,9 @@ def demo_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Note what each cell of tests/test_matrix.py said, for `make matrix`."""
+    """Note what each cell of tests/test_matrix.py said, for `make matrix`; one process does, of several."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
     found = re.search(r"test_matrix\.py::test_(asyncdiff|distrifuser|xdit)\[(\w+)-(\w+)\]$", report.nodeid)
     if found and (report.when == "call" or report.failed):
         RESULTS.parent.mkdir(exist_ok=True)
