@@ -28,7 +28,8 @@ from shared.parallel.surgery import Closing, Forward, Surgery
 from shared.parallel.xdit import XDiT, attention_backend
 from shared.parallel.xdit_degrees import Degrees
 from shared.parallel.xdit_groups import XfuserGroups
-from shared.parallel.xdit_pipefusion import Snapshot, XDiTPipeFusion
+from shared.parallel.xdit_pipefusion import XDiTPipeFusion
+from shared.parallel.xdit_stages import Snapshot
 
 SYSTEMS = ("eager", "graph", "cfg", "ulysses", "ring", "pipefusion", "xfuser-ulysses", "native")
 

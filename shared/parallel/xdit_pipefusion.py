@@ -7,11 +7,7 @@ the request before, the rank that has the result, arguments they would not hear,
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import queue
-import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,15 +20,12 @@ from shared.parallel.xdit import attention_backend, check_model, control_nets, p
 from shared.parallel.xdit_degrees import Degrees, fitting_sizes
 from shared.parallel.xdit_groups import XfuserGroups
 from shared.parallel.xdit_sequence import BLOCKS
+from shared.parallel.xdit_stages import OnStep, Snapshot, StepTeller, noise_of_whole_pictures
 
-STEPS_AHEAD = 2
-"""Steps that a rank may be ahead of the last one that all ranks have finished."""
 UNHEARD = ("sigmas", "timesteps", "true_cfg_scale", "ip_adapter_image", "ip_adapter_image_embeds")
 """Arguments that xfuser's pipelines take and leave alone, or do not keep in step between the stages."""
 NEUTRAL = {"max_sequence_length": 256}
 """Arguments that some of xfuser's pipelines do not take, with the value that they take instead."""
-
-OnStep = Callable[[torch.Tensor | None, int], None]
 
 
 class XDiTPipeFusion(Closing):
@@ -84,7 +77,7 @@ class XDiTPipeFusion(Closing):
         self.attention = attention or attention_backend(self.groups.device, self.transformer.dtype, degrees)
         self._before = Snapshot(self.transformer)
         self._surgery = Surgery()
-        self._watch: _Watch | None = None
+        self._watch: StepTeller | None = None
         self._decoder: PatchDecoder | None = None
         self._freed: list[nn.Module] = []
         try:
@@ -201,10 +194,10 @@ class XDiTPipeFusion(Closing):
         arguments = self._heard(arguments) | {"output_type": "latent", "return_dict": True}
         pipe = self.pipeline
         plain = pipe.scheduler, pipe.transformer
-        self._watch = _Watch(self._steps, on_step, self.groups.device)
+        self._watch = StepTeller(self._steps, on_step, self.groups.device)
         try:
             pipe.scheduler, pipe.transformer = self._scheduler(pipe.scheduler), self._stages
-            with _noise_of_whole_pictures():
+            with noise_of_whole_pictures():
                 output = self._wrapped(**arguments)
         finally:
             pipe.scheduler, pipe.transformer = plain
@@ -326,112 +319,3 @@ class XDiTPipeFusion(Closing):
             decoded = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
         pipe.maybe_free_model_hooks()
         return ImagePipelineOutput(images=pipe.image_processor.postprocess(decoded, output_type=wanted))
-
-
-class _Watch:
-    """Tells of finished steps in a thread: stages finish a step one after the other, and must not wait there.
-
-    Args:
-        steps: of this generation.
-        on_step: see XDiTPipeFusion.run.
-        device: where steps are computed; on CUDA a step counts once the GPU has finished it.
-    """
-
-    def __init__(self, steps: int, on_step: OnStep, device: torch.device) -> None:
-        self.steps, self.on_step, self.device = steps, on_step, device
-        self.error: BaseException | None = None
-        self._calls, self._step = 0.0, 0
-        self._told = threading.Semaphore(STEPS_AHEAD)
-        self._finished: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._tell, name="steps", daemon=True)
-        self._thread.start()
-
-    def hold(self) -> None:
-        """Before a call of the transformer: wait while this rank is too far ahead."""
-        if self._calls == 0:
-            self._told.acquire()
-
-    def called(self, calls: int) -> None:
-        """The transformer was called; `calls` such calls make a step."""
-        self._calls += 1
-        if self._calls < calls:
-            return
-        self._calls, self._step = 0, self._step + 1
-        event = None
-        if self.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-        self._finished.put((self._step, event))
-
-    def finish(self) -> BaseException | None:
-        """Wait until all that was finished has been told; what ended the generation early."""
-        self._finished.put(None)
-        self._thread.join()
-        return self.error
-
-    def _tell(self) -> None:
-        for step, event in self._items():
-            try:
-                if event is not None:
-                    event.synchronize()
-                # The last step is told with its latents, when they are there.
-                if self.error is None and step < self.steps:
-                    self.on_step(None, self.steps)
-            except BaseException as error:  # raised in the thread that generates
-                self.error = error
-            self._told.release()
-
-    def _items(self) -> Iterator[Any]:
-        while (item := self._finished.get()) is not None:
-            yield item
-
-
-@contextlib.contextmanager
-def _noise_of_whole_pictures() -> Iterator[None]:
-    """Inside, schedulers that draw noise at each step draw what they would for the whole picture.
-
-    xfuser has them draw for the patch in hand, and alike for different parts of a sequence.
-    """
-    import diffusers.schedulers.scheduling_ddpm as ddpm
-    import xfuser.model_executor.schedulers.scheduling_dpmsolver_multistep as dpmsolver
-    from xfuser.core.distributed import get_runtime_state
-
-    draw, whole = ddpm.randn_tensor, torch.empty(0)
-
-    def randn(shape: Any, **settings: Any) -> torch.Tensor:
-        nonlocal whole
-        state = get_runtime_state()
-        if not state.patch_mode or state.pipeline_patch_idx == 0:
-            height = state.input_config.height // state.vae_scale_factor
-            whole = draw((*shape[:2], height, *shape[3:]), **settings)
-        rows = state.pp_patches_start_end_idx_global
-        rows = [rows[state.pipeline_patch_idx]] if state.patch_mode else rows
-        return torch.cat([whole[:, :, start:end] for start, end in rows], 2)
-
-    ddpm.randn_tensor = dpmsolver.randn_tensor = randn
-    try:
-        yield
-    finally:
-        ddpm.randn_tensor = dpmsolver.randn_tensor = draw
-
-
-class Snapshot:
-    """The module tree as it is, to be put back: xfuser replaces blocks, layers and their attributes."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self._state = [
-            (m, dict(m.__dict__), dict(m._modules), dict(m._parameters), dict(m._buffers))
-            for m in root.modules()
-        ]
-
-    def restore(self) -> None:
-        for module, attributes, modules, parameters, buffers in self._state:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for own, kept in (
-                (module._modules, modules),
-                (module._parameters, parameters),
-                (module._buffers, buffers),
-            ):
-                own.clear()
-                own.update(kept)

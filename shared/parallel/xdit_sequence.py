@@ -44,7 +44,12 @@ class Shares:
         return torch.cat([parts, x[:, each:]], 1) if rest else parts
 
 
-@torch.library.custom_op("multigpu::usp", mutates_args=())
+@torch.library.custom_op(
+    "multigpu::usp",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? common_query, Tensor? common_key, "
+    "Tensor? common_value, str backend) -> Tensor",
+)
 def usp(
     query: torch.Tensor,
     key: torch.Tensor,

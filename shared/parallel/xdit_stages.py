@@ -1,0 +1,127 @@
+"""Around PipeFusion's stages: steps told in a thread, noise of whole pictures, the model put back."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+STEPS_AHEAD = 2
+"""Steps that a rank may be ahead of the last one that all ranks have finished."""
+
+OnStep = Callable[[torch.Tensor | None, int], None]
+"""Called with (latents where they are at hand, steps) after each step."""
+
+
+class StepTeller:
+    """Tells of finished steps in a thread: stages finish a step one after the other, and must not wait there.
+
+    Args:
+        steps: of this generation.
+        on_step: see XDiTPipeFusion.run.
+        device: where steps are computed; on CUDA a step counts once the GPU has finished it.
+    """
+
+    def __init__(self, steps: int, on_step: OnStep, device: torch.device) -> None:
+        self.steps, self.on_step, self.device = steps, on_step, device
+        self.error: BaseException | None = None
+        self._calls, self._step = 0.0, 0
+        self._told = threading.Semaphore(STEPS_AHEAD)
+        self._finished: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._tell, name="steps", daemon=True)
+        self._thread.start()
+
+    def hold(self) -> None:
+        """Before a call of the transformer: wait while this rank is too far ahead."""
+        if self._calls == 0:
+            self._told.acquire()
+
+    def called(self, calls: int) -> None:
+        """The transformer was called; `calls` such calls make a step."""
+        self._calls += 1
+        if self._calls < calls:
+            return
+        self._calls, self._step = 0, self._step + 1
+        event = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        self._finished.put((self._step, event))
+
+    def finish(self) -> BaseException | None:
+        """Wait until all that was finished has been told; what ended the generation early."""
+        self._finished.put(None)
+        self._thread.join()
+        return self.error
+
+    def _tell(self) -> None:
+        for step, event in self._items():
+            try:
+                if event is not None:
+                    event.synchronize()
+                # The last step is told with its latents, when they are there.
+                if self.error is None and step < self.steps:
+                    self.on_step(None, self.steps)
+            except BaseException as error:  # raised in the thread that generates
+                self.error = error
+            self._told.release()
+
+    def _items(self) -> Iterator[Any]:
+        while (item := self._finished.get()) is not None:
+            yield item
+
+
+@contextlib.contextmanager
+def noise_of_whole_pictures() -> Iterator[None]:
+    """Inside, schedulers that draw noise at each step draw what they would for the whole picture.
+
+    xfuser has them draw for the patch in hand, and alike for different parts of a sequence.
+    """
+    import diffusers.schedulers.scheduling_ddpm as ddpm
+    import xfuser.model_executor.schedulers.scheduling_dpmsolver_multistep as dpmsolver
+    from xfuser.core.distributed import get_runtime_state
+
+    draw, whole = ddpm.randn_tensor, torch.empty(0)
+
+    def randn(shape: Any, **settings: Any) -> torch.Tensor:
+        nonlocal whole
+        state = get_runtime_state()
+        if not state.patch_mode or state.pipeline_patch_idx == 0:
+            height = state.input_config.height // state.vae_scale_factor
+            whole = draw((*shape[:2], height, *shape[3:]), **settings)
+        rows = state.pp_patches_start_end_idx_global
+        rows = [rows[state.pipeline_patch_idx]] if state.patch_mode else rows
+        return torch.cat([whole[:, :, start:end] for start, end in rows], 2)
+
+    ddpm.randn_tensor = dpmsolver.randn_tensor = randn
+    try:
+        yield
+    finally:
+        ddpm.randn_tensor = dpmsolver.randn_tensor = draw
+
+
+class Snapshot:
+    """The module tree as it is, to be put back: xfuser replaces blocks, layers and their attributes."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._state = [
+            (m, dict(m.__dict__), dict(m._modules), dict(m._parameters), dict(m._buffers))
+            for m in root.modules()
+        ]
+
+    def restore(self) -> None:
+        for module, attributes, modules, parameters, buffers in self._state:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for own, kept in (
+                (module._modules, modules),
+                (module._parameters, parameters),
+                (module._buffers, buffers),
+            ):
+                own.clear()
+                own.update(kept)
