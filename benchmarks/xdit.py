@@ -5,7 +5,8 @@ torchrun --nproc_per_node=2 benchmarks/xdit.py flux:1024:14 flux:2048:6 --compil
 torchrun --nproc_per_node=2 benchmarks/xdit.py sd3:1024:20 pixs:1024:20 hy:1024:25 --systems eager,graph,cfg
 
 Latents out. "graph" is one GPU with the transformer captured as a CUDA graph; "-eager" behind one of our own
-systems leaves the capture out. "xfuser-..." is xfuser's own pipeline class, called as its examples do. The
+systems leaves the capture out. "xfuser-..." is xfuser's own pipeline class, called as its examples do;
+xfuser-pipefusion fails in xfuser 0.7.0 itself for sd3. The
 seconds in brackets are from the plain pipeline to the end of the system: surgery, compilation, all repeats.
 --tiny --device cpu --dtype fp32 shows that all of it runs.
 """
