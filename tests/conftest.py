@@ -37,11 +37,20 @@ def demo_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
         launch.end()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `make test`: one process has the rank pool, which takes both cores, one the host, by file the rest."""
+    for item in items:
+        shared = [name for name in ("pool", "demo_host") if name in getattr(item, "fixturenames", ())]
+        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note what each cell of tests/test_matrix.py said, for `make matrix`; one process does, of several."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
-    found = re.search(r"test_matrix\.py::test_(asyncdiff|distrifuser|xdit)\[(\w+)-(\w+)\]$", report.nodeid)
+    found = re.search(
+        r"test_matrix\.py::test_(asyncdiff|distrifuser|xdit)\[(\w+)-(\w+)\](?:@pool)?$", report.nodeid
+    )
     if found and (report.when == "call" or report.failed):
         RESULTS.parent.mkdir(exist_ok=True)
         noted = results() | {"/".join(found.groups()): report.outcome}

@@ -13,6 +13,7 @@ import http.client
 import json
 import os
 import random
+import secrets
 import select
 import signal
 import socket
@@ -65,9 +66,9 @@ class Host:
         return kind(self._parts.hostname or "", self._parts.port, timeout=timeout)
 
     def _send(
-        self, connection: http.client.HTTPConnection, method: str, path: str, body: Any = None
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, name: str = ""
     ) -> tuple[int, bytes]:
-        headers = {"Accept": "application/json"}
+        headers = {"Accept": "application/json"} | ({"X-Request-Id": name} if name else {})
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         data = None
@@ -134,6 +135,7 @@ class Host:
         """
         answers: list[tuple[int, bytes]] = []
         failures: list[HostError] = []
+        name = secrets.token_hex(8)
         connection = self._connection(QUICK_SECONDS)
         try:
             connection.connect()  # here, so that there is a socket to hang up
@@ -144,7 +146,7 @@ class Host:
         def post() -> None:
             try:
                 given = {name: value for name, value in body.items() if value is not None}
-                answers.append(self._send(connection, "POST", "/generate", given))
+                answers.append(self._send(connection, "POST", "/generate", given, name))
             except HostError as error:
                 failures.append(error)
 
@@ -161,7 +163,9 @@ class Host:
                         told = percent
                         on_progress(percent)
         except BaseException:
-            # A client that leaves cancels its own request; POST /cancel would end whichever runs.
+            # By name, so that nobody else's request ends; where that fails, leaving cancels it too.
+            with contextlib.suppress(HostError):
+                self.call("POST", f"/cancel?id={name}")
             _hang_up(connection)
             worker.join(QUICK_SECONDS)
             raise
