@@ -38,7 +38,7 @@ def demo_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `make test`: one process has the rank pool, which takes both cores, one the host, by file the rest."""
+    """For `make test`: the tests of the rank pool stay in one process, those of the host, those of a file."""
     for item in items:
         shared = [name for name in ("pool", "demo_host") if name in getattr(item, "fixturenames", ())]
         item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
