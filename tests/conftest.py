@@ -13,6 +13,10 @@ from tests.ranks import RankPool
 from tests.tables import RESULTS, results
 from tests.test_host import DEMO_CHECKPOINT, DEMO_STEPS, Launch
 
+PROCESSES = {"pool", "demo_host", "launch"}
+LAUNCHING = {"test_comfyui", "test_demo", "test_host", "test_localai", "test_web"}
+"""Fixtures and modules that start processes of their own, which take both cores and have little time."""
+
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
@@ -37,11 +41,12 @@ def demo_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
         launch.end()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `make test`: the tests of the rank pool stay in one process, those of the host, those of a file."""
+    """For `make test`: whatever starts ranks runs in one process, one after the other; the rest by file."""
     for item in items:
-        shared = [name for name in ("pool", "demo_host") if name in getattr(item, "fixturenames", ())]
-        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
+        starts_ranks = PROCESSES & set(getattr(item, "fixturenames", ())) or item.path.stem in LAUNCHING
+        item.add_marker(pytest.mark.xdist_group("ranks" if starts_ranks else item.path.stem))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -49,7 +54,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     found = re.search(
-        r"test_matrix\.py::test_(asyncdiff|distrifuser|xdit)\[(\w+)-(\w+)\](?:@pool)?$", report.nodeid
+        r"test_matrix\.py::test_(asyncdiff|distrifuser|xdit)\[(\w+)-(\w+)\](?:@ranks)?$", report.nodeid
     )
     if found and (report.when == "call" or report.failed):
         RESULTS.parent.mkdir(exist_ok=True)
