@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo/ask.py --ranks $(RANKS) --prompt "$(PROMPT)" --out demo.png
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 
@@ -12,10 +11,6 @@ import pytest
 from tests.ranks import RankPool
 from tests.tables import RESULTS, results
 from tests.test_host import DEMO_CHECKPOINT, DEMO_STEPS, Launch
-
-PROCESSES = {"pool", "demo_host", "launch"}
-LAUNCHING = {"test_comfyui", "test_demo", "test_host", "test_localai", "test_web"}
-"""Fixtures and modules that start processes of their own, which take both cores and have little time."""
 
 
 @pytest.fixture(scope="session")
@@ -41,21 +36,9 @@ def demo_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
         launch.end()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `make test`: whatever starts ranks runs in one process, one after the other; the rest by file."""
-    for item in items:
-        starts_ranks = PROCESSES & set(getattr(item, "fixturenames", ())) or item.path.stem in LAUNCHING
-        item.add_marker(pytest.mark.xdist_group("ranks" if starts_ranks else item.path.stem))
-
-
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Note what each cell of tests/test_matrix.py said, for `make matrix`; one process does, of several."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return
-    found = re.search(
-        r"test_matrix\.py::test_(asyncdiff|distrifuser|xdit)\[(\w+)-(\w+)\](?:@ranks)?$", report.nodeid
-    )
+    """Note what each cell of tests/test_matrix.py said, for `make matrix`."""
+    found = re.search(r"test_matrix\.py::test_(asyncdiff|distrifuser|xdit)\[(\w+)-(\w+)\]$", report.nodeid)
     if found and (report.when == "call" or report.failed):
         RESULTS.parent.mkdir(exist_ok=True)
         noted = results() | {"/".join(found.groups()): report.outcome}

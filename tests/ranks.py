@@ -7,7 +7,6 @@ once, so a call costs milliseconds instead of an import. Each call starts from i
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import itertools
 import multiprocessing
@@ -48,24 +47,12 @@ def _exit_with(parent: int) -> None:
     os._exit(1)
 
 
-def _end_groups() -> None:
-    """End the process groups that a call has made: each holds threads, and hundreds of calls come."""
-    import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _world
-
-    for group in list(_world.pg_map):
-        if group is not dist.group.WORLD:
-            with contextlib.suppress(ValueError):  # ended with another one
-                dist.destroy_process_group(group)
-
-
 def _serve(rank: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
-    joined: object = None
     while True:
         try:
             job = pipe.recv()
@@ -73,23 +60,20 @@ def _serve(rank: int, pipe: Connection) -> None:
             return
         fn, world_size, store, timeout, args, kwargs = job
         try:
-            if joined != store:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
-                dist.init_process_group(
-                    "gloo",
-                    store=dist.FileStore(store, world_size),
-                    rank=rank,
-                    world_size=world_size,
-                    timeout=datetime.timedelta(seconds=timeout),
-                )
-                joined = store
+            dist.init_process_group(
+                "gloo",
+                store=dist.FileStore(store, world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=datetime.timedelta(seconds=timeout),
+            )
             # The global state differs from rank to rank, as it may in a host: nothing may rest on it.
             torch.manual_seed(1000 + rank)
             answer: tuple[bool, Any] = (True, fn(*args, **kwargs))
         except Exception:
             answer = (False, traceback.format_exc())
-        _end_groups()
+        if dist.is_initialized():
+            dist.destroy_process_group()  # each group holds threads, and hundreds of calls come
         try:
             pipe.send(answer)
         except Exception:
@@ -109,7 +93,6 @@ class RankPool:
         self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
         self._stores = tempfile.TemporaryDirectory(prefix="ranks-")
         self._numbers = itertools.count()
-        self._store: tuple[int, str] | None = None
 
     def run(
         self,
@@ -129,16 +112,14 @@ class RankPool:
         """
         limit = self.timeout if timeout is None else timeout
         self._start(world_size)
-        if self._store is None or self._store[0] != world_size:
-            self._store = (world_size, str(Path(self._stores.name) / str(next(self._numbers))))
+        store = str(Path(self._stores.name) / str(next(self._numbers)))
         workers = self._workers[:world_size]
         for _, pipe in workers:
-            pipe.send((fn, world_size, self._store[1], limit, args, kwargs))
+            pipe.send((fn, world_size, store, limit, args, kwargs))
         results, problems = self._collect(workers, time.monotonic() + limit)
         silent = [rank for rank in range(world_size) if rank not in results and rank not in problems]
         problems.update({rank: "did not answer in time and was killed" for rank in silent})
         if problems:
-            self._store = None
             if silent or not all(process.is_alive() for process, _ in workers):
                 self._kill()
             text = "\n".join(f"rank {rank}: {problem}" for rank, problem in sorted(problems.items()))
@@ -197,4 +178,3 @@ class RankPool:
             process.join()
             pipe.close()
         self._workers.clear()
-        self._store = None
