@@ -32,8 +32,6 @@ OUR_ERRORS = (
     adapters.AdapterError, LoraError, memory.MemoryFlagError, quantize.QuantizeError, SchedulerError,
     SingleFileError,
 )  # fmt: skip
-# Whole blocks are compiled where the parallel method runs blocks, parts of them where it works inside them.
-RUNS_BLOCKS = ("asyncdiff", "distrifuser", "xdit")
 
 
 def load_pipeline(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool = False) -> Any:
@@ -102,8 +100,8 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool
         # Compiled convolutions are fastest in this layout: 15 % of an SDXL step on an H200.
         getattr(pipe, spec.denoiser).to(memory_format=torch.channels_last)
     pipefused = (config.pipefusion_parallel_degree or 1) > 1
-    whole_blocks = not parallel or (config.backend in RUNS_BLOCKS and not pipefused)
-    compile_pipeline(pipe, spec, config, whole_blocks)
+    # PipeFusion works inside of blocks; every other method runs whole ones.
+    compile_pipeline(pipe, spec, config, whole_blocks=not (parallel and pipefused))
     memory.place(pipe, spec, config, device, parallel and (config.backend != "xdit" or pipefused))
     used = memory.memory_report(device)
     log.info("loaded %s in %s, %.1f MB in use on %s", spec.name, dtype, used["allocated"] / 1e6, device)
