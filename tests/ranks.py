@@ -8,6 +8,7 @@ once, so a call costs milliseconds instead of an import. Each call starts from i
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import itertools
 import multiprocessing
 import os
@@ -59,6 +60,7 @@ def _serve(rank: int, pipe: Connection) -> None:
         except EOFError:
             return
         fn, world_size, store, timeout, args, kwargs = job
+        faulthandler.dump_traceback_later(max(timeout - GRACE, 1), exit=False)  # where a silent rank is
         try:
             dist.init_process_group(
                 "gloo",
@@ -67,6 +69,7 @@ def _serve(rank: int, pipe: Connection) -> None:
                 world_size=world_size,
                 timeout=datetime.timedelta(seconds=timeout),
             )
+            pipe.send((None, "begun"))
             # The global state differs from rank to rank, as it may in a host: nothing may rest on it.
             torch.manual_seed(1000 + rank)
             answer: tuple[bool, Any] = (True, fn(*args, **kwargs))
@@ -74,6 +77,7 @@ def _serve(rank: int, pipe: Connection) -> None:
             answer = (False, traceback.format_exc())
         if dist.is_initialized():
             dist.destroy_process_group()  # each group holds threads, and hundreds of calls come
+        faulthandler.cancel_dump_traceback_later()
         try:
             pipe.send(answer)
         except Exception:
@@ -111,12 +115,17 @@ class RankPool:
             RankError: a rank raised, died, or was not done within the timeout.
         """
         limit = self.timeout if timeout is None else timeout
-        self._start(world_size)
-        store = str(Path(self._stores.name) / str(next(self._numbers)))
-        workers = self._workers[:world_size]
-        for _, pipe in workers:
-            pipe.send((fn, world_size, store, limit, args, kwargs))
-        results, problems = self._collect(workers, time.monotonic() + limit)
+        for attempt in (1, 2):
+            self._start(world_size)
+            store = str(Path(self._stores.name) / str(next(self._numbers)))
+            workers = self._workers[:world_size]
+            for _, pipe in workers:
+                pipe.send((fn, world_size, store, limit, args, kwargs))
+            results, problems, begun = self._collect(workers, time.monotonic() + limit)
+            if results or problems or begun or attempt == 2:
+                break
+            # The ranks have not found each other, which is gloo's doing and not that of what is tested.
+            self._kill()
         silent = [rank for rank in range(world_size) if rank not in results and rank not in problems]
         problems.update({rank: "did not answer in time and was killed" for rank in silent})
         if problems:
@@ -150,9 +159,10 @@ class RankPool:
 
     def _collect(
         self, workers: list[tuple[multiprocessing.process.BaseProcess, Connection]], deadline: float
-    ) -> tuple[dict[int, Any], dict[int, str]]:
+    ) -> tuple[dict[int, Any], dict[int, str], set[int]]:
         results: dict[int, Any] = {}
         problems: dict[int, str] = {}
+        begun: set[int] = set()
         pending = {pipe: rank for rank, (_, pipe) in enumerate(workers)}
         while pending:
             ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
@@ -160,17 +170,21 @@ class RankPool:
                 break
             for pipe in ready:
                 assert isinstance(pipe, Connection)
-                rank = pending.pop(pipe)
+                rank = pending[pipe]
                 try:
                     good, value = pipe.recv()
                 except EOFError:
                     good, value = False, "died"
+                if good is None:
+                    begun.add(rank)
+                    continue
+                del pending[pipe]
                 if good:
                     results[rank] = value
                 else:
                     problems[rank] = value
                     deadline = min(deadline, time.monotonic() + GRACE)
-        return results, problems
+        return results, problems, begun
 
     def _kill(self) -> None:
         for process, pipe in self._workers:
