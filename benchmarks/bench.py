@@ -8,8 +8,10 @@ import json
 import os
 import statistics
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from benchmarks.models import MAKERS, call_arguments
 from shared.compile import compile_pipeline
 from shared.config import HostConfig
 from shared.models import MODELS
+from shared.parallel.surgery import Closing
+from shared.schedulers import unhurried_step
 from tests import tiny
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -48,6 +52,17 @@ def measure(run: Any, device: torch.device, repeats: int) -> tuple[float, float,
     return statistics.median(seconds for seconds, _ in runs), peak, runs[-1][1]
 
 
+class Unhurried(Closing):
+    """The pipeline's scheduler as a host runs it."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        scheduler.step = unhurried_step(scheduler)
+
+    def close(self) -> None:
+        del self.scheduler.step
+
+
 class Bench(ABC):
     """One pipeline measured under several systems.
 
@@ -59,6 +74,8 @@ class Bench(ABC):
     """All of them; the first is what the others are measured against."""
     alone: Sequence[str] = ("eager", "graph")
     """Those that one rank can run."""
+    foreign: Sequence[str] = ("eager",)
+    """Those whose scheduler stays as it is."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -67,7 +84,8 @@ class Bench(ABC):
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=150))
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.size = dist.get_world_size() if dist.is_initialized() else 1
         groups = [dist.new_group([r]) for r in range(self.size)] if self.size > 1 else [None]
@@ -130,7 +148,8 @@ class Bench(ABC):
                 getattr(pipe, MODELS[name].denoiser).to(memory_format=torch.channels_last)
             launch = HostConfig(backend="asyncdiff", type=name, compile_unet=True)
             compile_pipeline(pipe, MODELS[name], launch)
-            self._measure(pipe, label, generate, steps, [s for s in systems if s != "eager"], "compiled ")
+            wanted = systems if self.options.compile == "all" else self.options.compile.split(",")
+            self._measure(pipe, label, generate, steps, [s for s in wanted if s != "eager"], "compiled ")
 
     def _measure(
         self, pipe: Any, label: str, generate: Any, steps: int, systems: Sequence[str], prefix: str
@@ -139,7 +158,7 @@ class Bench(ABC):
             if self.size == 1 and system not in self.alone:
                 continue
             began = time.perf_counter()
-            held = self.attach(pipe, system)
+            held: list[Any] = []
 
             def generation(held: list[Any] = held) -> torch.Tensor:
                 for one in held:
@@ -148,13 +167,19 @@ class Bench(ABC):
                 return generate()
 
             try:
+                held += self.attach(pipe, system)
+                if system not in self.foreign:
+                    held.append(Unhurried(pipe.scheduler))
                 seconds, peak, made = measure(generation, self.device, self.options.repeats)
+                self._row(label, prefix + system, seconds, peak, made, time.perf_counter() - began)
                 if self.options.profile:
                     self._profile(generation, f"{label}, {prefix}{system}")
+            except Exception:
+                # One system that fails, on all ranks alike, leaves the others to be measured.
+                print(f"{label}, {prefix}{system}, rank {self.rank}: {traceback.format_exc()}", flush=True)
             finally:
                 for one in reversed(held):
                     one.close()
-            self._row(label, prefix + system, seconds, peak, made, time.perf_counter() - began)
 
     def _profile(self, run: Any, label: str) -> None:
         """Where one generation's time goes, by kernel, as rank 0 sees it."""
@@ -183,7 +208,9 @@ def parser(text: str | None, systems: Sequence[str], warm_up: int) -> argparse.A
     made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("work", nargs="+", help="type:size:steps")
     made.add_argument("--systems", default=",".join(systems))
-    made.add_argument("--compile", action="store_true", help="then all but eager again, compiled")
+    made.add_argument(
+        "--compile", nargs="?", const="all", help="then these again, compiled: a,b; alone: all but eager"
+    )
     made.add_argument("--channels-last", action="store_true", help="of the compiled denoiser")
     made.add_argument("--decode", action="store_true", help="whole pictures, not latents")
     made.add_argument("--warm-up", type=int, default=warm_up)

@@ -106,6 +106,7 @@ class Native(Closing):
 class XDiTBench(Bench):
     """Plain, captured, our degrees one by one, xfuser alone, and diffusers' own."""
 
+    foreign = ("eager", "native", "pipefusion", "xfuser-ulysses", "xfuser-ring", "xfuser-pipefusion")
     held: Any = None
     latents: torch.Tensor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from shared.media import encode_image, encode_video
 from shared.models import ModelSpec
 from shared.preview import Previewer
 from shared.requests import FieldProblem, GenerateRequest, Reply, RequestError
-from shared.schedulers import scheduler_for_request
+from shared.schedulers import scheduler_for_request, unhurried_step
 
 log = logging.getLogger("host")
 
@@ -252,8 +253,10 @@ class StepWatch:
 
     def __enter__(self) -> StepWatch:
         self._scheduler = self.pipe.scheduler
-        inner = self._scheduler.step
+        inner = unhurried_step(self._scheduler)
 
+        # Pipelines look at its signature to know whether it takes their generator.
+        @functools.wraps(inner)
         def step(*args: Any, **kwargs: Any) -> Any:
             result = inner(*args, **kwargs)
             self.after_step(result[0], len(self._scheduler.timesteps))

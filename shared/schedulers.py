@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+import torch
 
 from shared.config import scheduler_problem
 from shared.models import SCHEDULERS, ModelSpec, SchedulerSpec
@@ -64,6 +67,41 @@ def scheduler_for_request(
         yield
     finally:
         pipe.register_modules(scheduler=launched)
+
+
+def unhurried_step(scheduler: Any) -> Callable[..., Any]:
+    """`scheduler.step`, given its timestep out of a copy on the CPU.
+
+    Some schedulers look their tables up by timestep (DDIM, DDPM, PNDM). From the GPU that waits, in every
+    step, until the GPU has done all that is queued, and then the GPU waits for the next step.
+    """
+    inner = scheduler.step
+    timesteps: torch.Tensor | None = None
+    on_host: torch.Tensor | None = None
+
+    @functools.wraps(inner)
+    def step(model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal timesteps, on_host
+        if timesteps is not scheduler.timesteps or on_host is None:
+            timesteps = scheduler.timesteps
+            on_host = timesteps.to("cpu", copy=True)
+        if _is_one_of(timestep, timesteps):
+            timestep = on_host[timestep.storage_offset() - timesteps.storage_offset()]
+        return inner(model_output, timestep, *args, **kwargs)
+
+    return step
+
+
+def _is_one_of(timestep: Any, timesteps: torch.Tensor) -> bool:
+    """Whether it is an element of them: a view, as pipelines get when they go through them."""
+    return (
+        isinstance(timestep, torch.Tensor)
+        and timestep.ndim == 0
+        and timesteps.stride() == (1,)
+        and timestep.dtype == timesteps.dtype
+        and timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+        and 0 <= timestep.storage_offset() - timesteps.storage_offset() < len(timesteps)
+    )
 
 
 def _entry(name: str, spec: ModelSpec) -> tuple[SchedulerSpec, dict[str, Any]]:

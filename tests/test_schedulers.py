@@ -5,12 +5,15 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
+import torch
 
+from shared.generate import StepWatch
 from shared.loading import LoadError
 from shared.models import MODELS, SCHEDULERS, schedulers_for
-from shared.schedulers import SchedulerError, make_scheduler, scheduler_for_request
+from shared.schedulers import SchedulerError, make_scheduler, scheduler_for_request, unhurried_step
 from tests import tiny
 
 FAMILIES = {"discrete": "sd1", "video": "svd", "flow": "sd3", "flow_flux": "flux"}
@@ -87,3 +90,30 @@ def test_launch_flag() -> None:
     assert type(tiny.host("sd1", scheduler="k_dpmpp_2m").scheduler).__name__ == "DPMSolverMultistepScheduler"
     with pytest.raises(LoadError, match="type sd1 takes"):
         tiny.host("sd1", scheduler="flow_euler")
+
+
+@pytest.mark.parametrize("cls", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_a_watched_scheduler_draws_from_the_generator_of_the_request(cls: str) -> None:
+    pipe = tiny.load("sd1")
+    pipe.scheduler = getattr(diffusers, cls).from_config(pipe.scheduler.config)
+    plain = tiny.run(pipe, "sd1")
+    torch.manual_seed(99)
+    with StepWatch(pipe, torch.device("cpu"), lambda step, steps: None):
+        watched = tiny.run(pipe, "sd1")
+    assert np.array_equal(watched, plain)
+
+
+def test_steps_get_their_timestep_from_a_copy() -> None:
+    scheduler = diffusers.DDIMScheduler()
+    seen: list[Any] = []
+    scheduler.step = lambda output, timestep, sample: seen.append(timestep)
+    step = unhurried_step(scheduler)
+    for steps in (4, 7):
+        scheduler.set_timesteps(steps)
+        for timestep in scheduler.timesteps[2:]:  # as image-to-image does
+            step(None, timestep, None)
+            assert seen[-1] == timestep
+            assert seen[-1].untyped_storage().data_ptr() != scheduler.timesteps.untyped_storage().data_ptr()
+    for other in (torch.tensor(5), 5, scheduler.timesteps[:2], scheduler.timesteps.clone()[1]):
+        step(None, other, sample=None)
+        assert seen[-1] is other
