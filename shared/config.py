@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -19,6 +21,7 @@ from shared.models import BACKENDS, FEATURES, MODELS, SCHEDULERS, ModelSpec, ref
 from shared.xdit_plan import check_xdit
 
 EXIT_USAGE = 2
+RANK_0_SECONDS = 5.0  # how long rank 0 may take to say what all ranks have met
 
 
 class UsageError(ValueError):
@@ -112,9 +115,17 @@ def parse_or_exit(backend: str, argv: Sequence[str] | None = None) -> HostConfig
 
 
 def exit_usage(backend: str, error: Exception) -> NoReturn:
-    """End this rank with exit code 2; rank 0 alone says why, in one line."""
-    if world_from_environment()[0] == 0:
-        print(f"{backend}_host.py: error: {error}", file=sys.stderr, flush=True)
+    """End this rank with exit code 2; rank 0 alone says why, in one line.
+
+    torchrun ends all ranks of a machine with the first one, so the others let rank 0 go first. One that is
+    still there after that has met what rank 0 has not (a file that this machine lacks), and says so itself.
+    """
+    rank = world_from_environment()[0]
+    if rank > 0:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_USAGE))
+        time.sleep(RANK_0_SECONDS)
+    who = f"[rank {rank}] " if rank > 0 else ""
+    print(f"{who}{backend}_host.py: error: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(EXIT_USAGE)
 
@@ -229,6 +240,21 @@ def _check_paths(config: HostConfig) -> None:
             )
 
 
+_UNTRACEABLE = "it moves every layer as it is called, which torch.compile cannot trace"
+_PACKED = "it takes apart every layer's weights, which must stay together when they are packed"
+_COMPILED = {flag: _UNTRACEABLE for flag in ("compile_unet", "compile_vae", "compile_text_encoder")}
+_LAYER_BY_LAYER: dict[str, dict[str, str]] = {
+    "enable_sequential_cpu_offload": {
+        **_COMPILED,
+        "quantize_to": _PACKED,
+        "gguf_model": _PACKED,
+        "compel": "compel works where the text encoder's weights are, and they are nowhere between calls",
+    },
+    "enable_group_offload": {**_COMPILED, "quantize_to": _PACKED},
+}
+"""What does not go with layers that come to the GPU one by one, and why."""
+
+
 def _check_features(config: HostConfig) -> None:
     backend, spec = BACKENDS[config.backend], config.spec
     for flag in FEATURES:
@@ -243,6 +269,12 @@ def _check_features(config: HostConfig) -> None:
         raise UsageError(f"--{offloads[1]}: one way to offload at a time; --{offloads[0]} is given too")
     if offloads and config.device == "cpu":
         raise UsageError(f"--{offloads[0]}: offloads from a GPU; with --device=cpu there is none")
+    for flag, others in _LAYER_BY_LAYER.items():
+        for other, why in others.items():
+            if getattr(config, flag) and getattr(config, other):
+                raise UsageError(
+                    f"--{flag}: not with --{other}: {why}; --enable_model_cpu_offload goes with it"
+                )
     if config.gguf_model and config.quantize_to:
         raise UsageError(
             "--quantize_to: the weights of --gguf_model are quantized already; give one of the two"

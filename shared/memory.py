@@ -9,12 +9,15 @@ from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 from shared.config import HostConfig
 from shared.models import ModelSpec
 
 log = logging.getLogger("host")
 
+WHOLE = ("MultiheadAttention", "HunyuanDiTAttentionPool")
+"""Classes that read the weights of layers inside them, without calling those: they come over in one piece."""
 OFFLOADS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
 
 
@@ -27,11 +30,6 @@ def check_memory_flags(config: HostConfig, device: torch.device) -> None:
     for flag in OFFLOADS:
         if getattr(config, flag) and device.type == "cpu":
             raise MemoryFlagError(f"--{flag}: offloads from a GPU, and this rank computes on the CPU")
-    if config.enable_sequential_cpu_offload and (config.compile_unet or config.compile_text_encoder):
-        raise MemoryFlagError(
-            "--enable_sequential_cpu_offload: moves every layer as it is called, which torch.compile "
-            "cannot trace; use --enable_model_cpu_offload with it"
-        )
     if config.xformers_efficient:
         if device.type == "cpu":
             raise MemoryFlagError(
@@ -86,16 +84,52 @@ def place(pipe: Any, spec: ModelSpec, config: HostConfig, device: torch.device, 
             log.info("model offload: %s stays on the device, because it runs in parts", spec.denoiser)
         pipe.enable_model_cpu_offload(gpu_id=device.index or 0, device=device.type)
     elif config.enable_sequential_cpu_offload:
-        pipe.enable_sequential_cpu_offload(gpu_id=device.index or 0, device=device.type)
+        _offload_layers(pipe, device)
     elif config.enable_group_offload:
         try:
-            pipe.enable_group_offload(
-                device, offload_type="leaf_level", use_stream=True, low_cpu_mem_usage=True
-            )
+            _offload_groups(pipe, spec, device)
         except ValueError as error:
             raise MemoryFlagError(f"--enable_group_offload: {str(error).splitlines()[0]}") from None
     else:
         pipe.to(device)
+
+
+def _offload_layers(pipe: Any, device: torch.device) -> None:
+    """Every layer of every model is brought over as it is called, and nothing of it stays.
+
+    As `pipe.enable_sequential_cpu_offload` does, but for WHOLE.
+    """
+    import accelerate
+
+    for module in _models(pipe).values():
+        buffers = bool(module._parameters)
+        accelerate.cpu_offload(module, device, offload_buffers=buffers, preload_module_classes=[*WHOLE])
+
+
+def _models(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device) -> None:
+    """Every layer of every model is brought over as it is called."""
+    from diffusers.hooks import apply_group_offloading
+
+    for name, module in _models(pipe).items():
+        if any(type(part).__name__ in WHOLE for part in module.modules()):
+            log.info("group offload: %s stays on the device, because it runs in one piece", name)
+            module.to(device)
+            continue
+        # Fetching ahead on a stream learns the order of layers in the first forward and then hooks them anew,
+        # which would throw out what a parallel method has put on the denoiser; nor does that keep an order.
+        ahead = device.type == "cuda" and name not in (spec.denoiser, "controlnet")
+        how: dict[str, Any] = {
+            "onload_device": device, "offload_type": "leaf_level",
+            "use_stream": ahead, "low_cpu_mem_usage": ahead,
+        }  # fmt: skip
+        if hasattr(module, "enable_group_offload"):
+            module.enable_group_offload(**how)
+        else:
+            apply_group_offloading(module, **how)
 
 
 def memory_report(device: torch.device) -> dict[str, int]:

@@ -214,6 +214,14 @@ def test_type_and_checkpoint(folder: Path) -> None:
     [
         (["--enable_model_cpu_offload", "--enable_group_offload"], "one way to offload"),
         (["--enable_model_cpu_offload", "--device=cpu"], "with --device=cpu there is none"),
+        *(
+            ([f"--enable_{how}_offload", flag], f"--enable_{how}_offload: not with {flag.split('=')[0]}")
+            for how, flags in (
+                ("sequential_cpu", ("--quantize_to=int4", "--gguf_model={f}/file.gguf", "--compel")),
+                ("group", ("--quantize_to=float8", "--compile_unet", "--compile_vae")),
+            )
+            for flag in flags
+        ),
         (["--gguf_model={f}/file.gguf", "--quantize_to=int8"], "--quantize_to: the weights"),
         (["--compile_mode=default", '--compile_options={{"a": 1}}'], "--compile_options"),
         (

@@ -188,6 +188,27 @@ def test_a_usage_error_ends_every_rank_with_one_line(launch: Callable[..., Launc
     assert re.search(r"exitcode *: 2", host.log.read_text())
 
 
+def test_other_ranks_let_rank_0_say_a_usage_error_first():
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "asyncdiff_host.py"), "--stride=3"],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    # torchrun ends it as soon as rank 0 has ended, and here nobody does.
+    ended, left = start(), start()
+    time.sleep(2)
+    assert ended.poll() is None
+    ended.terminate()
+    assert ended.communicate(timeout=5)[1] == "" and ended.returncode == 2
+    assert left.communicate(timeout=20)[1].startswith("[rank 1] asyncdiff_host.py: error: --stride")
+    assert left.returncode == 2
+
+
 def test_a_port_in_use_is_a_usage_error(launch: Callable[..., Launch]):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -76,28 +76,25 @@ def body(name: str, flags: Flags) -> dict[str, Any]:
     return request
 
 
-def run_cell(
-    backend: str, name: str, flags: Flags, parallel_flags: Flags, twice: bool = True
-) -> dict[str, Any]:
-    """On one rank: the latents of the plain pipeline, exact, asynchronous; and, with `twice`, again each."""
+def launch(
+    backend: str, name: str, flags: Flags, parallel_flags: Flags
+) -> tuple[Any, Any, Any, Callable[[Any], np.ndarray | None]]:
+    """On one rank: a checked HostConfig, its World, the host's module, and latents that an engine makes of
+    `body`; None on ranks that hold none."""
     import torch
 
     from shared.comm import World, make_groups
     from shared.config import HostConfig, check_config
-    from shared.generate import PipelineEngine
     from shared.requests import check_request
 
     rank, size = dist.get_rank(), dist.get_world_size()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
-    torch.manual_seed(0)
-    torch._dynamo.reset()
     world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
     common: Flags = {"backend": backend, "type": name, "width": 64, "height": 64}
     common["checkpoint"] = parallel_flags.pop("checkpoint", str(tiny.checkpoint(name)))
     config = HostConfig(**common, **flags, **{"warm_up_steps": STEPS, **parallel_flags})
     check_config(config, size)
     request = check_request(body(name, flags), config)
-    host = importlib.import_module(f"{backend}_host")
 
     def latents(engine: Any) -> np.ndarray | None:
         reply = engine.generate(request, lambda step, steps: None)
@@ -107,6 +104,20 @@ def run_cell(
 
         return safetensors.torch.load(reply.latent)["latent"].float().numpy()
 
+    return config, world, importlib.import_module(f"{backend}_host"), latents
+
+
+def run_cell(
+    backend: str, name: str, flags: Flags, parallel_flags: Flags, twice: bool = True
+) -> dict[str, Any]:
+    """On one rank: the latents of the plain pipeline, exact, asynchronous; and, with `twice`, again each."""
+    import torch
+
+    from shared.generate import PipelineEngine
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    config, world, host, latents = launch(backend, name, flags, parallel_flags)
     engine = host.build_engine(config, world)
     text = repr(getattr(engine.pipe, config.spec.denoiser))
     exact = latents(engine)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from shared.config import UsageError
+from shared.generate import PipelineEngine
+from shared.loading import load_pipeline
 from shared.memory import MemoryFlagError, apply_vae_flags, check_memory_flags, memory_report, place
 from shared.models import MODELS
 from tests import tiny
+from tests.ranks import RankPool
+from tests.test_matrix import SETTINGS, launch
 
 TILING = [name for name, spec in MODELS.items() if "enable_vae_tiling" not in spec.refuses]
 CUDA = torch.device("cuda", 0)
@@ -80,9 +86,6 @@ def test_refused_on_a_cpu_before_anything_is_read(flag: str, monkeypatch) -> Non
 def test_refused_on_a_gpu() -> None:
     with pytest.raises(MemoryFlagError, match="xformers package is not installed"):
         check_memory_flags(tiny.config("sd1", xformers_efficient=True), CUDA)
-    both = tiny.config("sd1", enable_sequential_cpu_offload=True, compile_unet=True)
-    with pytest.raises(MemoryFlagError, match=r"torch\.compile cannot trace"):
-        check_memory_flags(both, CUDA)
     check_memory_flags(tiny.config("sd1", enable_model_cpu_offload=True, compile_unet=True), CUDA)
 
 
@@ -98,26 +101,70 @@ class Recorder:
         return lambda *args, **kwargs: self.calls.append((name, args, kwargs))
 
 
-@pytest.mark.parametrize(
-    ("flag", "call"),
-    [
-        ("enable_model_cpu_offload", ("enable_model_cpu_offload", (), {"gpu_id": 3, "device": "cuda"})),
-        (
-            "enable_sequential_cpu_offload",
-            ("enable_sequential_cpu_offload", (), {"gpu_id": 3, "device": "cuda"}),
-        ),
-    ],
-)
-def test_offload_is_to_the_ranks_own_gpu(flag: str, call: Any) -> None:
-    pipe = Recorder()
-    place(pipe, MODELS["sd1"], tiny.config("sd1", **{flag: True}), torch.device("cuda", 3), parallel=False)
-    assert pipe.calls == [call]
+def test_model_offload_is_to_the_ranks_own_gpu() -> None:
+    pipe, config = Recorder(), tiny.config("sd1", enable_model_cpu_offload=True)
+    place(pipe, MODELS["sd1"], config, torch.device("cuda", 3), parallel=False)
+    assert pipe.calls == [("enable_model_cpu_offload", (), {"gpu_id": 3, "device": "cuda"})]
 
 
 def test_a_denoiser_in_parts_is_not_model_offloaded() -> None:
     pipe = Recorder()
     place(pipe, MODELS["sd1"], tiny.config("sd1", enable_model_cpu_offload=True), CUDA, parallel=True)
     assert pipe._exclude_from_cpu_offload == ["safety_checker", "unet"]
+
+
+def offloaded(backend: str, name: str, flags: dict[str, Any], how: str) -> list[float]:
+    """On each rank: how far latents of a host whose layers come and go are from the plain pipeline's."""
+    # A scheduler may call the denoiser more often than there are steps.
+    config, world, host, latents = launch(backend, name, flags, {"warm_up_steps": 99})
+    spec, cpu = MODELS[name], world.device
+    pipe = load_pipeline(spec, config, cpu, quiet=True)
+    plain = latents(PipelineEngine(pipe, config, world))
+    offload: dict[str, Any] = {f"enable_{how}_offload": True}
+    place(pipe, spec, replace(config, **offload), cpu, parallel=True)
+    groups = [host.make_groups(config, world)] if hasattr(host, "make_groups") else []
+    engine = PipelineEngine(pipe, config, world, lambda p: host.attach(p, config, world, *groups))
+    made = [latents(engine) for _ in range(2)]
+    engine.close()
+    return [float(np.abs(one - plain).max()) for one in made if one is not None and plain is not None]
+
+
+def offload_cells() -> list[Any]:
+    """Each method, each feature, by turns under one of the two; sequential leaves no weight to read."""
+    cells: list[tuple[str, str, tuple[str, ...], str]] = [
+        ("asyncdiff", "sd1", ("lora", "control_net"), "sequential_cpu"),
+        ("asyncdiff", "sd1", ("ip_adapter", "lora"), "group"),
+        ("asyncdiff", "sd3", ("ip_adapter",), "sequential_cpu"),
+        ("distrifuser", "sdxl", ("lora", "control_net", "ip_adapter"), "sequential_cpu"),
+        ("distrifuser", "sdxl", ("lora", "control_net", "ip_adapter"), "group"),
+        ("xdit", "flux", ("lora", "ip_adapter"), "sequential_cpu"),
+        ("xdit", "flux", ("control_net",), "group"),
+        ("xdit", "hy", ("lora",), "sequential_cpu"),
+    ]
+    return [pytest.param(*cell, id="-".join([*cell[:2], *cell[2], cell[3]])) for cell in cells]
+
+
+@pytest.mark.parametrize(("backend", "name", "features", "how"), offload_cells())
+def test_layers_come_and_go_under_every_method(
+    pool: RankPool, backend: str, name: str, features: tuple[str, ...], how: str
+) -> None:
+    """From a CPU to a CPU, as the hooks are the same ones."""
+    flags: dict[str, Any] = {}
+    for feature in features:
+        flags |= SETTINGS[feature](name)
+    far = pool.run(offloaded, 2, backend, name, flags, how)
+    assert 0 <= max(far[0]) < 1e-4, far
+
+
+def test_what_runs_in_one_piece_stays_under_group_offload() -> None:
+    pipe = tiny.load("sd1")
+    pipe.register_modules(image_encoder=nn.Sequential(nn.MultiheadAttention(8, 2)))
+    place(pipe, MODELS["sd1"], tiny.config("sd1", enable_group_offload=True), torch.device("cpu"), True)
+
+    def comes_and_goes(part: nn.Module) -> bool:
+        return any(hasattr(module, "_diffusers_hook") for module in part.modules())
+
+    assert comes_and_goes(pipe.unet) and not comes_and_goes(pipe.image_encoder)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
