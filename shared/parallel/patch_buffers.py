@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import torch
 
+from shared.parallel.moments import Shares, StaleMoments
+
 Kind = Literal["rows", "tokens", "moments"]
 Shape = tuple[int, ...]
 ALIGN = 256
@@ -43,10 +45,12 @@ class Slot:
     """By rank."""
     bundle: Bundle | None = None
     inbox: list[torch.Tensor | None] = field(default_factory=list)
-    """By rank: where its deferred tensor arrives; this rank's own moments of the step before; else None."""
+    """By rank: where its deferred tensor arrives; None for what is not deferred, and for this rank."""
     outbox: list[torch.Tensor | None] = field(default_factory=list)
     """By part: where this rank's own tensor waits for its message."""
-    weights: torch.Tensor | None = None
+    shares: Shares | None = None
+    stale: tuple[StaleMoments, int] | None = None
+    """Of deferred moments: what is known of them, and which norm of it this is."""
 
 
 @dataclass

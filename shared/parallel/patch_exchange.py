@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shared.parallel.moments import Shares, StaleMoments, join_moments, known_others
 from shared.parallel.patch_buffers import Bundle, Kind, Offer, Shape, Slot, make_bundles, part_for
 
 
@@ -29,6 +30,7 @@ class PatchExchange:
         device: where the tensors are.
         deferred: the kinds that are read stale in asynchronous steps.
         posting: False: deferred tensors are never sent again after the synchronous steps.
+        forecast: deferred moments are read as they are expected to be by now, not as they arrived.
         bundle_bytes: least size of a message.
         sizes: the lengths of all patches, where every layer's are in proportion and nothing is deferred:
             then there is nothing to record.
@@ -40,13 +42,14 @@ class PatchExchange:
         device: torch.device,
         deferred: Sequence[Kind] = (),
         posting: bool = True,
+        forecast: bool = False,
         bundle_bytes: int = 4 << 20,
         sizes: Sequence[int] | None = None,
     ) -> None:
         self.group, self.device = group, device
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.deferred, self.posting, self.bundle_bytes = frozenset(deferred), posting, bundle_bytes
-        self.sizes = sizes
+        self.sizes, self.forecast = sizes, forecast
         self.recording, self.synchronous = sizes is None, True
         self.messages = self.bytes = self.waits = 0
         """Messages and bytes that this rank has sent, how often a layer waited; replays are not counted."""
@@ -54,8 +57,9 @@ class PatchExchange:
         self._slots: dict[Kind, list[Slot]] = {"rows": [], "tokens": [], "moments": []}
         self._turn: dict[Kind, int] = {}
         self._bundles: list[Bundle] = []
+        self._stale: list[StaleMoments] = []
         self._peers = [p for p in range(self.ranks) if p != self.rank]
-        self._weights = self._shares(sizes or [1] * self.ranks)
+        self._shares = Shares.of(sizes or [1] * self.ranks, self.rank, device)
         self._to_global = [p if group is None else dist.get_global_rank(group, p) for p in range(self.ranks)]
 
     @property
@@ -63,7 +67,8 @@ class PatchExchange:
         """Memory of the buffers."""
         flat = [t for b in self._bundles for _, t in b.receives]
         stage = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._outboxes()}
-        return sum(t.numel() for t in flat) + sum(stage.values())
+        kept = sum(stale.held_bytes for stale in self._stale)
+        return sum(t.numel() for t in flat) + sum(stage.values()) + kept
 
     def start(self, synchronous: bool = True) -> None:
         """A forward begins; in a synchronous one every layer waits for what the others make in it."""
@@ -107,35 +112,31 @@ class PatchExchange:
 
         return self._exchange(self._next("tokens", own), (None, own, None), read)
 
-    def moments(
-        self,
-        own: torch.Tensor,
-        count: int,
-        use: Callable[[list[torch.Tensor], torch.Tensor, torch.Tensor | None], torch.Tensor],
-    ) -> torch.Tensor:
-        """``use(all ranks' moments in rank order, their weights, own ones of the step before)``.
+    def moments(self, own: torch.Tensor, count: int) -> torch.Tensor:
+        """What is known of the other ranks' moments, for ``moments.whole_moments``.
 
         Args:
-            own: [2, batch, groups].
-            count: how many numbers a moment is made of. The weights, [ranks, 1, 1], are in proportion.
-            use: gets this rank's fresh moments in their place; those of the step before where they are kept.
+            own: this rank's own, [2, batch, groups].
+            count: how many numbers each is made of; the ranks' shares are in proportion.
         """
         if self.recording:
             self._record("moments", (None, own, None), count)
-            return use([own] * self.ranks, self._weights, None)
+            return known_others(own, own.new_ones(()))
         slot = self._next("moments", own)
-        weights = self._weights if slot.weights is None else slot.weights
+        shares = slot.shares or self._shares
 
         def read(inbox: Sequence[torch.Tensor | None]) -> torch.Tensor:
-            every = [own if tensor is None or p == self.rank else tensor for p, tensor in enumerate(inbox)]
-            return use(every, weights, inbox[self.rank])
+            if slot.stale is not None and not self.synchronous:
+                stale, norm = slot.stale
+                return stale.known(norm)
+            others = torch.stack([tensor for tensor in inbox if tensor is not None])
+            return known_others(join_moments(others, shares.others), shares.own)
 
-        joined = self._exchange(slot, (None, own, None), read)
-        if slot.bundle is not None:
-            kept = slot.inbox[self.rank]
-            assert kept is not None
-            kept.copy_(own)
-        return joined
+        known = self._exchange(slot, (None, own, None), read)
+        if slot.stale is not None:
+            stale, norm = slot.stale
+            stale.keep(norm, own)
+        return known
 
     def build(self) -> None:
         """End the recording: agree with the other ranks on what is exchanged, and make the buffers.
@@ -155,14 +156,12 @@ class PatchExchange:
             kind = slot.offers[0].kind
             self._slots[kind].append(slot)
             if kind == "moments":
-                slot.weights = self._shares([o.count for o in slot.offers])
+                slot.shares = Shares.of([o.count for o in slot.offers], self.rank, self.device)
         late = [s for s in order if s.offers[0].kind in self.deferred]
         self._bundles = make_bundles(
             late, self.rank, self.ranks, self.device, self.bundle_bytes, self.posting
         )
-        for slot in self._slots["moments"]:
-            if slot.bundle is not None:
-                slot.inbox[self.rank] = torch.zeros(slot.offers[self.rank].parts[1] or (), device=self.device)
+        self._join_late_moments()
         self.recording = False
 
     def totals(self) -> dict[int, int]:
@@ -186,16 +185,29 @@ class PatchExchange:
                 )
         for bundle in self._bundles:
             self._wait(bundle)
+        for stale in self._stale:
+            stale.advance()
 
     def reset(self) -> None:
-        """Forget a step that was left half done."""
+        """A new generation starts; forget a step that was left half done."""
         for bundle in self._bundles:
             bundle.posted = 0
             self._wait(bundle)
+        for stale in self._stale:
+            stale.reset()
 
-    def _shares(self, counts: Sequence[int]) -> torch.Tensor:
-        shares = torch.tensor(counts, dtype=torch.float64) / sum(counts)
-        return shares.float().view(-1, 1, 1).to(self.device)
+    def _join_late_moments(self) -> None:
+        alike: dict[Shape | None, list[Slot]] = {}
+        for slot in self._slots["moments"]:
+            if slot.bundle is not None:
+                alike.setdefault(slot.offers[self.rank].parts[1], []).append(slot)
+        for slots in alike.values():
+            inboxes = [[t for t in slot.inbox if t is not None] for slot in slots]
+            shares = [slot.shares for slot in slots if slot.shares is not None]
+            stale = StaleMoments(inboxes, shares, self.forecast)
+            self._stale.append(stale)
+            for norm, slot in enumerate(slots):
+                slot.stale = stale, norm
 
     def _next(self, kind: Kind, *own: torch.Tensor | None) -> Slot:
         if self.sizes is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -18,11 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from shared.parallel.moments import apply_moments, corrected_moments, group_moments, join_moments
+from shared.parallel.moments import apply_moments, group_moments, whole_moments
 from shared.parallel.patch_exchange import PatchExchange
 from shared.parallel.surgery import Forward, Surgery
 
-Norm = Literal["joined", "stale", "corrected", "local"]
 Answer = Callable[[Forward, tuple, dict], Any]
 
 
@@ -38,9 +37,10 @@ class PatchRun:
     """The uncut input, and this rank's part of it: the first convolution needs no exchange."""
     start: int = 0
     patch: torch.Tensor | None = None
-    norm: Norm = "joined"
-    new_prompt: bool = True
-    """Whether this is the first forward of a generation."""
+    local_norms: bool = False
+    """Whether group norms take this patch's moments alone."""
+    recording: bool = False
+    """Whether this forward shows what the prompt's keys and values are; later ones are given them."""
     prompt: list[torch.Tensor | None] = field(default_factory=list)
     """Keys and values of the prompt, by layer."""
     totals: dict[int, int] = field(default_factory=dict)
@@ -49,8 +49,10 @@ class PatchRun:
 
 @dataclass
 class _Prompt:
-    """Keys or values that one layer made of the prompt."""
+    """Keys or values that one layer makes of the prompt."""
 
+    attention: Attention
+    make: Forward
     value: torch.Tensor | None = None
 
 
@@ -74,8 +76,10 @@ class PatchLayers:
             elif not isinstance(module, Attention):
                 surgery.override(module, self._convolution(name, module))
             elif module.is_cross_attention:
-                surgery.override(module.to_k, self._prompt())
-                surgery.override(module.to_v, self._prompt())
+                for layer in (module.to_k, module.to_v):
+                    known = _Prompt(module, layer.forward)
+                    self._prompts.append(known)
+                    surgery.override(layer, self._prompt(known))
             else:
                 self._self_attention(module, surgery)
 
@@ -94,6 +98,15 @@ class PatchLayers:
             yield
         finally:
             self.run = _current = None
+
+    def take_prompt(self, run: PatchRun, text: torch.Tensor) -> None:
+        """Make all keys and values of another prompt, [batch, tokens, channels] as before."""
+        with self.running(run):
+            for known in self._prompts:
+                assert known.value is not None
+                attention = known.attention
+                states = attention.norm_encoder_hidden_states(text) if attention.norm_cross else text
+                known.value.copy_(known.make(states))
 
     def _convolution(self, name: str, module: nn.Module) -> Answer:
         inner = [m for m in module.modules() if isinstance(m, nn.Conv2d) and any(_pad(m))]
@@ -129,17 +142,18 @@ class PatchLayers:
 
     def _norm(self, module: nn.GroupNorm) -> Answer:
         def normalise(run: PatchRun, x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
+            assert run.exchange is not None
             own = group_moments(x, module.num_groups)
             count = x.numel() // own[0].numel()
             if torch.compiler.is_compiling():
-                shared = torch.ops.displaced_patches.moments(own, count)
+                known = torch.ops.displaced_patches.moments(own, count)
             else:
-                shared = _shared_moments(run, own, count)
-            return apply_moments(x, shared, module.num_groups, weight, bias, module.eps)
+                known = run.exchange.moments(own, count)
+            return apply_moments(x, *whole_moments(own, known), weight, bias, module.eps)
 
         def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
             run = self.run
-            if run is None or run.exchange is None or run.norm == "local":
+            if run is None or run.exchange is None or run.local_norms:
                 return original(*args, **kwargs)
             if module.weight is None or module.weight.device == args[0].device:
                 return normalise(run, args[0], module.weight, module.bias)
@@ -175,22 +189,14 @@ class PatchLayers:
 
         surgery.override(module.to_k, answer_key)
 
-    def _prompt(self) -> Answer:
-        known = _Prompt()
-        self._prompts.append(known)
-
+    def _prompt(self, known: _Prompt) -> Answer:
         def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
             run = self.run
             if run is None:
                 return original(*args, **kwargs)
-            if not run.new_prompt:
-                return known.value
-            value = original(*args, **kwargs)
-            if known.value is None:
-                known.value = value.clone()
-            else:
-                known.value.copy_(value)
-            return value
+            if run.recording:
+                known.value = original(*args, **kwargs).clone()
+            return known.value
 
         return answer
 
@@ -206,18 +212,20 @@ def _exchange_of_run() -> PatchExchange:
 
 @torch.library.custom_op("displaced_patches::rows", mutates_args=())
 def _rows_operator(first: torch.Tensor, last: torch.Tensor, dim: int, border: bool) -> list[torch.Tensor]:
+    # Contiguous whatever the layout of what comes in: code is compiled for that, and rows arrive so.
     def use(above: torch.Tensor | None, below: torch.Tensor | None) -> list[torch.Tensor]:
-        under = (
-            torch.zeros_like(last) if border else torch.empty_like(first) if below is None else below.clone()
-        )
-        return [torch.zeros_like(last) if above is None else above.clone(), under]
+        def arrived(rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+            return like.new_zeros(like.shape) if rows is None else rows.clone()
+
+        return [arrived(above, last), arrived(below, last if border else first)]
 
     return _exchange_of_run().rows(first if first.shape[dim] else None, last, use)
 
 
 @_rows_operator.register_fake
 def _(first: torch.Tensor, last: torch.Tensor, dim: int, border: bool) -> list[torch.Tensor]:
-    return [torch.empty_like(last), torch.empty_like(last if border else first)]
+    below = last if border else first
+    return [last.new_empty(last.shape), below.new_empty(below.shape)]
 
 
 @torch.library.custom_op("displaced_patches::tokens", mutates_args=())
@@ -232,13 +240,13 @@ def _(own: torch.Tensor, total: int) -> torch.Tensor:
 
 @torch.library.custom_op("displaced_patches::moments", mutates_args=())
 def _moments_operator(own: torch.Tensor, count: int) -> torch.Tensor:
-    assert _current is not None
-    return _shared_moments(_current, own, count)
+    # A copy: compiled code may write into what it got.
+    return _exchange_of_run().moments(own, count).clone()
 
 
 @_moments_operator.register_fake
 def _(own: torch.Tensor, count: int) -> torch.Tensor:
-    return torch.empty_like(own)
+    return own.new_empty(6, *own.shape)
 
 
 def _with_rows(run: PatchRun, x: torch.Tensor, pad: int, after: int) -> torch.Tensor:
@@ -260,19 +268,6 @@ def _with_rows(run: PatchRun, x: torch.Tensor, pad: int, after: int) -> torch.Te
         return torch.cat(parts, dim)
 
     return exchange.rows(first if after else None, last, join)
-
-
-def _shared_moments(run: PatchRun, own: torch.Tensor, count: int) -> torch.Tensor:
-    exchange = run.exchange
-    assert exchange is not None
-
-    def join(every: list[torch.Tensor], weights: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
-        if run.norm != "corrected" or before is None:
-            return join_moments(torch.stack(every), weights)
-        every[exchange.rank] = before
-        return corrected_moments(torch.stack(every), weights, before, own)
-
-    return exchange.moments(own, count, join)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -19,20 +19,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from shared.parallel.exchange import all_gather
 from shared.parallel.graphs import Graphs
 from shared.parallel.patch_exchange import Kind, PatchExchange
-from shared.parallel.patch_layers import Norm, PatchLayers, PatchRun
+from shared.parallel.patch_layers import PatchLayers, PatchRun
 from shared.parallel.surgery import Forward, Surgery
 
 SyncMode = Literal["corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "full_sync", "no_sync"]
-"""After the warm-up, group norms take: the others' stale moments corrected by this patch's change; the
+"""After the warm-up, group norms take: the others' stale moments moved on by ``moments.StaleMoments``; the
 others' stale ones; everyone's, waiting for them; this patch's alone. Convolutions and attention take the
 others' boundary rows, keys and values of the step before. full_sync: every step is a warm-up step. no_sync:
 nothing is sent any more; what came in the last warm-up step stays, and group norms take this patch's moments
 alone."""
 
-NORMS: dict[str, Norm] = {
-    "corrected_async_gn": "corrected", "stale_gn": "stale", "sync_gn": "joined", "separate_gn": "local",
-    "full_sync": "joined", "no_sync": "local",
-}  # fmt: skip
+LOCAL_NORMS = ("separate_gn", "no_sync")
 CUT = (
     "down_block_additional_residuals",
     "mid_block_additional_residual",
@@ -115,6 +112,9 @@ class _Layout:
         self.levels = unit.bit_length()
         self.exchange: PatchExchange | None = None
         self.run = PatchRun(None, dim, start=self.start)
+        """Nothing in it changes from one kind of step to another that compiled code need not tell apart."""
+        self.recorded = False
+        """Whether it has run at all."""
         self.fresh = False
         """Whether its buffers hold something of this generation."""
         self.prompted = False
@@ -208,18 +208,19 @@ class Patched:
         several, naive = layout.ranks.size > 1, self.schedule.naive
         joined = several and (self.schedule.joined(step) or not (layout.fresh or naive))
         stale = several and not joined and not naive
-        run = layout.run
-        if (joined or stale) and layout.exchange is None:
-            self._record(layout, original, kwargs, sample.device)
-        run.exchange = layout.exchange if joined or stale else None
-        run.norm = NORMS[self.schedule.sync_mode] if stale else "joined"
-        run.new_prompt = not layout.prompted
+        run, exchanging = layout.run, joined or stale
+        if not layout.recorded or (exchanging and layout.exchange is None):
+            self._record(layout, original, kwargs, exchanging)
+        run.exchange = layout.exchange if exchanging else None
+        run.local_norms = stale and self.schedule.sync_mode in LOCAL_NORMS
+        if not layout.prompted:
+            self._take_prompt(layout, kwargs)
         layout.prompted, layout.fresh = True, True
 
         def compute(**arguments: Any) -> Any:
             return self._on_patch(layout, original, arguments, joined)
 
-        output = layout.graphs.run((joined, stale, run.new_prompt), compute, **kwargs)
+        output = layout.graphs.run((joined, stale), compute, **kwargs)
         if not return_dict:
             return output
         return ControlNetOutput(*output) if self.is_control else UNet2DConditionOutput(*output)
@@ -237,21 +238,37 @@ class Patched:
         self.layouts.move_to_end(key)
         return self.layouts[key]
 
-    def _record(
-        self, layout: _Layout, original: Forward, kwargs: dict[str, Any], device: torch.device
-    ) -> None:
-        """One forward without any exchange, to see what there will be to exchange."""
-        layout.exchange = layout.run.exchange = PatchExchange(
-            layout.ranks.group,
-            device,
-            self.schedule.deferred,
-            posting=self.schedule.sync_mode != "no_sync",
-            bundle_bytes=self.bundle_bytes,
-        )
-        layout.run.norm, layout.run.new_prompt = "joined", True
-        self._on_patch(layout, original, kwargs)
-        layout.exchange.build()
-        layout.run.totals = layout.exchange.totals()
+    def _record(self, layout: _Layout, original: Forward, kwargs: dict[str, Any], exchanging: bool) -> None:
+        """One forward whose answer is dropped: it shows what there will be to exchange, and makes room for
+        the prompt's keys. Not compiled, as no other forward is like it."""
+        if exchanging:
+            layout.exchange = PatchExchange(
+                layout.ranks.group,
+                kwargs["sample"].device,
+                self.schedule.deferred,
+                posting=self.schedule.sync_mode != "no_sync",
+                forecast=self.schedule.sync_mode == "corrected_async_gn",
+                bundle_bytes=self.bundle_bytes,
+            )
+        layout.run.exchange, layout.run.local_norms = layout.exchange, False
+        layout.run.recording = True
+        with torch.compiler.set_stance("force_eager"):
+            self._on_patch(layout, original, kwargs)
+        layout.run.recording, layout.recorded, layout.prompted = False, True, True
+        if layout.exchange is not None:
+            layout.exchange.build()
+            layout.run.totals = layout.exchange.totals()
+
+    def _take_prompt(self, layout: _Layout, kwargs: dict[str, Any]) -> None:
+        prepare = getattr(self.model, "process_encoder_hidden_states", None)
+
+        def take(text: torch.Tensor, added: Any) -> None:
+            # What the model makes of the prompt before its blocks get it; beside an IP-Adapter's tokens.
+            text = text if prepare is None else prepare(text, added)
+            self.layers.take_prompt(layout.run, text[0] if isinstance(text, tuple) else text)
+
+        text, added = kwargs["encoder_hidden_states"], kwargs.get("added_cond_kwargs")
+        layout.graphs.run("prompt", take, text=text, added=added)
 
     def _on_patch(
         self, layout: _Layout, original: Forward, kwargs: dict[str, Any], synchronous: bool = True
