@@ -58,6 +58,7 @@ def compile_pipeline(
         log.info("compiling %d regions of %s at their first use", count, name)
     if counts:
         _raise_limits()
+        _overlap_collectives()
     return counts
 
 
@@ -120,3 +121,11 @@ def _raise_limits() -> None:
     torch._dynamo.config.recompile_limit = LIMIT
     torch._dynamo.config.accumulated_recompile_limit = 8 * LIMIT
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def _overlap_collectives() -> None:
+    """Where a region sends to other ranks, compute what does not wait for them first (Ulysses in xDiT)."""
+    import torch._inductor.config as inductor
+
+    inductor.reorder_for_compute_comm_overlap = True
+    inductor.reorder_for_compute_comm_overlap_passes = ["sink_waits", "raise_comms"]

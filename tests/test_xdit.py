@@ -206,7 +206,7 @@ def test_caches_leave_blocks_out(pool: RankPool, cache: str):
         assert some < blocks_in_all and close < EXACT
 
 
-def compiled(name: str) -> dict[str, Any]:
+def compiled(name: str, degrees: dict[str, int]) -> dict[str, Any]:
     """On each rank: graphs that compiled blocks make under the surgery, and whether the picture stays."""
     torch._dynamo.reset()
     pipe = tiny.load(name)
@@ -216,7 +216,7 @@ def compiled(name: str) -> dict[str, Any]:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="eager")
         found["blocks"] += 1
     before = graph_count()
-    with XDiT(pipe, Degrees(ulysses=2)) as parallel:
+    with XDiT(pipe, Degrees(**degrees)) as parallel:
         found["psnr"] = psnr(picture(pipe, name, parallel), plain)
         found["graphs"] = graph_count() - before
         picture(pipe, name, parallel, seed=1)
@@ -224,8 +224,9 @@ def compiled(name: str) -> dict[str, Any]:
     return found
 
 
-def test_compiled_blocks_are_compiled_under_the_surgery(pool: RankPool):
-    for rank in pool.run(compiled, 2, "flux"):
+@pytest.mark.parametrize(("name", "method"), [("flux", "ulysses"), ("flux", "ring"), ("sd3", "ulysses")])
+def test_compiled_blocks_are_compiled_under_the_surgery(pool: RankPool, name: str, method: str):
+    for rank in pool.run(compiled, 2, name, {method: 2}):
         assert rank["psnr"] >= EXACT
         # Blocks of one kind share a graph.
         assert 1 <= rank["graphs"] < rank["blocks"], rank

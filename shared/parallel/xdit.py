@@ -25,9 +25,9 @@ from shared.parallel.xdit_sequence import SequenceParallel
 
 Cache = Literal["teacache", "fbcache"]
 CACHE_THRESHOLDS = {"teacache": 0.25, "fbcache": 0.12}
-"""What TeaCache's paper (arXiv 2411.19108, for 1.5 times the speed) and ParaAttention take. xfuser's own for
-TeaCache is 0.12, which its polynomial for FLUX never falls below: no step would be left out."""
-"""Relative change below which a step's blocks are left out; xfuser's own default for both caches."""
+"""Relative change below which a step's blocks are left out, as TeaCache's paper (arXiv 2411.19108, for 1.5
+times the speed) and ParaAttention take it. xfuser's own for TeaCache is 0.12, which its polynomial for FLUX
+never falls below: no step would be left out."""
 
 
 class XDiT(Closing):
@@ -99,7 +99,8 @@ class XDiT(Closing):
                 self._members.append(FeedForwardParallel(models, groups.tensor))
             if degrees.sequence > 1:
                 for model in models:
-                    SequenceParallel(model, groups.sequence, self.attention, self._surgery)
+                    ring = degrees.ring > 1
+                    SequenceParallel(model, groups.sequence, self.attention, self._surgery, ring)
             if self.cache is not None:
                 self._blocks = (
                     self.transformer.transformer_blocks,

@@ -59,7 +59,7 @@ def usp(
     common_value: torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor:
-    """xfuser's attention over the sequence group, one operator for compiled blocks.
+    """xfuser's attention over the sequence group, one operator where compiled code cannot look inside (ring).
 
     Args:
         query, key, value: [batch, heads, tokens of this rank, channels].
@@ -99,9 +99,10 @@ def _usp(
             "joint_value": common_value,
             "joint_strategy": "rear",
         }
-    answer = USP(
-        query, key, value, backend=AttentionBackendType[backend], combine_qkv_a2a=not common, **common
-    )
+    # One exchange for three tensors costs a copy of them, which compiled code does without.
+    combine = not common and not torch.compiler.is_compiling()
+    backend_type = AttentionBackendType[backend]
+    answer = USP(query, key, value, backend=backend_type, combine_qkv_a2a=combine, **common)
     return _token_major(answer.to(query.dtype))
 
 
@@ -121,15 +122,21 @@ class SequenceParallel:
         group: the ranks that share the sequence.
         backend: name of xfuser's attention backend.
         surgery: collects what is overridden.
+        ring: whether ring attention takes part.
 
     Raises:
         ValueError: a model of another kind.
     """
 
     def __init__(
-        self, model: nn.Module, group: dist.ProcessGroup | None, backend: str, surgery: Surgery
+        self,
+        model: nn.Module,
+        group: dist.ProcessGroup | None,
+        backend: str,
+        surgery: Surgery,
+        ring: bool = False,
     ) -> None:
-        self.shares, self.backend = Shares(group), backend
+        self.shares, self.backend, self.ring = Shares(group), backend, ring
         self.text = self.image = 0
         """Tokens of the whole sequence in the call that is under way."""
         self.ids = hasattr(model, "x_embedder")
@@ -243,8 +250,8 @@ class SequenceParallel:
 
     def _shared(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention over all ranks' tokens; [batch, heads, tokens, channels]."""
-        compiling = torch.compiler.is_compiling()
-        function = usp if compiling else _usp
+        # Traced through, Ulysses' copies melt into what is computed before and after it.
+        function = usp if self.ring and torch.compiler.is_compiling() else _usp
         runs = self._runs(query.shape[2])
         common = sum(length for length, own in runs if not own)
         further = key.shape[2] - query.shape[2]
