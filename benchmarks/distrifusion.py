@@ -1,7 +1,7 @@
 """DistriFusion beside the plain pipeline, full-size random weights: seconds, error, memory.
 
 torchrun --nproc_per_node=2 benchmarks/distrifusion.py sdxl:1024:30 sdxl:2048:10 sdxl:3840:6
-    [--compile [--channels-last]] [--systems eager,graph,patch,cfg,tensor] [--decode] [--warm-up 4]
+    [--compile[=patch] [--channels-last]] [--systems eager,graph,patch,cfg,tensor] [--decode] [--warm-up 4]
 
 Latents out, or whole pictures with --decode, where the VAE decodes in patches on all ranks as well. The rest
 is as in benchmarks/asyncdiff.py.

@@ -1,8 +1,12 @@
-"""A whole host with a full-size SDXL checkpoint of random weights, asked over HTTP, beside plain diffusers.
+"""A whole host with a full-size checkpoint of random weights, asked over HTTP, beside plain diffusers.
 
 python benchmarks/host.py --ranks 1,2 --size 1024 --steps 30 --folder /tmp/sdxl [-- --compile_unet ...]
 python benchmarks/host.py --backend distrifuser --ranks 2 --size 3840 --steps 6
+python benchmarks/host.py --backend xdit --type sd3 --folder /tmp/sd3 --ranks 2 --steps 20
 python benchmarks/host.py --features int8,int4,model_cpu_offload --ranks 2 --steps 6    (or: all)
+    [--at-once]    all these hosts side by side on the same GPUs: what they need of memory, no times
+
+--tiny --device cpu takes the tests' checkpoint of the type, to see that it runs.
 
 Prints, for each number of ranks, start to ready, the median of three requests (the wall clock of the client
 with the picture decoded and sent, and the denoising alone) and peak memory a rank; and plain diffusers.
@@ -22,6 +26,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +35,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.models import make_sdxl, on, sdxl_unet
+from benchmarks.models import MAKERS, on, sdxl_unet, text_modules
 from demo.ask import free_port, get, wait_until_ready
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES: dict[str, list[str]] = {
@@ -43,33 +49,11 @@ FEATURES: dict[str, list[str]] = {
 }
 
 
-def save_checkpoint(folder: Path, device: torch.device) -> None:
-    """A diffusers folder of SDXL's size, bf16."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from tests.tiny import clip_tokenizer
-
+def save_checkpoint(name: str, folder: Path, device: torch.device) -> None:
+    """A diffusers folder of this type in its published size, bf16."""
     dtype = torch.bfloat16
-    pipe = make_sdxl(device, dtype)
-    common: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 513}
-    first = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **common
-    )
-    second = CLIPTextConfig(
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        projection_dim=1280,
-        hidden_act="gelu",
-        **common,
-    )
-    pipe.register_modules(
-        text_encoder=on(device, dtype, lambda: CLIPTextModel(first)),
-        text_encoder_2=on(device, dtype, lambda: CLIPTextModelWithProjection(second)),
-        tokenizer=clip_tokenizer(),
-        tokenizer_2=clip_tokenizer(),
-    )
+    pipe = MAKERS[name](device, dtype)
+    pipe.register_modules(**text_modules(name, device, dtype))
     pipe.save_pretrained(folder)
 
 
@@ -93,9 +77,9 @@ def save_adapters(folder: Path, device: torch.device) -> list[str]:
 
 def plain_diffusers(folder: Path, device: torch.device, size: int, steps: int) -> None:
     """Plain diffusers from the same folder in this process, eager."""
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline
 
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16).to(device)
     pipe.set_progress_bar_config(disable=True)
 
     def once() -> float:
@@ -132,8 +116,9 @@ def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = 
     size, script = options.size, f"{options.backend}_host.py"
     port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    command += ["--master_port", str(free_port()), str(ROOT / script), "--type=sdxl"]
-    command += [f"--checkpoint={options.folder}", "--variant=bf16", f"--width={size}", f"--height={size}"]
+    command += ["--master_port", str(free_port()), str(ROOT / script), f"--type={options.type}"]
+    command += [f"--checkpoint={options.folder}", f"--variant={'fp32' if options.tiny else 'bf16'}"]
+    command += [f"--width={size}", f"--height={size}"]
     process = subprocess.Popen([*command, f"--port={port}", *flags])
     url = f"http://127.0.0.1:{port}"
     try:
@@ -149,11 +134,9 @@ def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = 
     wall = statistics.median(seconds for seconds, _ in runs)
     denoise = statistics.median(answer["seconds"]["denoise"] for _, answer in runs)
     peak = max(rank.get("memory_peak_mib", 0) for rank in health["ranks"]) / 1024
-    name = name or " ".join(flags)
-    print(
-        f"| {script} {name} | {ranks} | {ready:.0f} | {wall:.3f} | {denoise:.3f} | {peak:.1f} |",
-        flush=True,
-    )
+    times = [f"{ready:.0f}", f"{wall:.3f}", f"{denoise:.3f}"] if not options.at_once else ["-"] * 3
+    row = [f"{script} {name or ' '.join(flags)}", str(ranks), *times, f"{peak:.1f}"]
+    print(f"| {' | '.join(row)} |", flush=True)
 
 
 def main() -> None:
@@ -163,8 +146,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/sdxl"))
-    parser.add_argument("--backend", default="asyncdiff", choices=("asyncdiff", "distrifuser"))
+    parser.add_argument("--backend", default="asyncdiff", choices=("asyncdiff", "distrifuser", "xdit"))
+    parser.add_argument("--type", default="sdxl", choices=("sdxl", "sd3", "flux", "pixs", "hy"))
+    parser.add_argument("--tiny", action="store_true", help="the tests' checkpoint: does it run at all?")
     parser.add_argument("--features", help=f"one launch for each of {', '.join(FEATURES)}; or all")
+    parser.add_argument("--at-once", action="store_true", help="all features side by side: memory alone")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("flags", nargs="*", help="after --: more flags of the host")
     options = parser.parse_args()
@@ -172,8 +158,12 @@ def main() -> None:
     if wrong := [name for name in features if name and name not in FEATURES]:
         parser.error(f"--features: must be of {', '.join(FEATURES)}; got {wrong[0]}")
     device = torch.device(options.device)
-    if not (options.folder / "model_index.json").exists():
-        save_checkpoint(options.folder, device)
+    if "together" in features and options.type != "sdxl":
+        parser.error(f"--features together: its LoRA and ControlNet are for sdxl; got --type {options.type}")
+    if options.tiny:
+        options.folder = tiny.checkpoint(options.type)
+    elif not (options.folder / "model_index.json").exists():
+        save_checkpoint(options.type, options.folder, device)
     adapters = save_adapters(options.folder, device) if "together" in features else []
     print("| system | ranks | s to ready | s a request | s denoising | peak GiB |\n|---|---|---|---|---|---|")
     if not options.features:
@@ -181,12 +171,18 @@ def main() -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    for ranks, name in itertools.product(map(int, options.ranks.split(",")), features):
+
+    def measure(case: tuple[int, str]) -> None:
+        ranks, name = case
         more = [*(adapters if name == "together" else []), *FEATURES.get(name, []), *options.flags]
         try:
             host(options, ranks, more, name)
         except (SystemExit, OSError) as error:
             print(f"| {options.backend}_host.py {name} | {ranks} | failed: {error} |", flush=True)
+
+    cases = list(itertools.product(map(int, options.ranks.split(",")), features))
+    with ThreadPoolExecutor(len(cases) if options.at_once else 1) as pool:
+        list(pool.map(measure, cases))
 
 
 if __name__ == "__main__":

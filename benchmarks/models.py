@@ -1,12 +1,13 @@
 """Full-size pipelines with random weights, built from their published configurations on the device itself.
 
-Speed does not depend on the values, so no checkpoint is needed. Text encoders are left out: prompts are given
-as embeddings of the right shape.
+Speed does not depend on the values, so no checkpoint is needed. Text encoders are left out, as prompts are
+given as embeddings of the right shape; `text_modules` makes them for whole checkpoints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -274,6 +275,68 @@ def make_ad(device: torch.device, dtype: torch.dtype) -> Any:
             beta_start=0.00085, beta_end=0.012, beta_schedule="linear", clip_sample=False, steps_offset=1
         ),
     ).to(device, dtype)
+
+
+def text_modules(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Text encoders of the published sizes and small tokenizers, as components of the pipeline."""
+    import transformers as hf
+
+    from tests.tiny import bert_tokenizer, clip_tokenizer, t5_tokenizer
+
+    def clip(width: int, layers: int, projection: bool = False) -> Any:
+        config = hf.CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            hidden_act="quick_gelu" if width == 768 else "gelu",
+            projection_dim=width,
+            eos_token_id=513,  # the tokenizer's: the pooled output is read there
+        )
+        cls = hf.CLIPTextModelWithProjection if projection else hf.CLIPTextModel
+        return on(device, dtype, lambda: cls(config))
+
+    def t5(width: int, inner: int, heads: int, words: int = 32128) -> Any:
+        config = hf.T5Config(
+            vocab_size=words,
+            d_model=width,
+            d_ff=inner,
+            num_heads=heads,
+            num_layers=24,
+            feed_forward_proj="gated-gelu",
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+        return on(device, dtype, lambda: hf.T5EncoderModel(config))
+
+    def bert() -> Any:
+        config = hf.BertConfig(
+            vocab_size=47020,
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+        )
+        return on(device, dtype, lambda: hf.BertModel(config))
+
+    clip_l, clip_g = partial(clip, 768, 12), partial(clip, 1280, 32, projection=True)
+    t5_xxl, mt5_xl = partial(t5, 4096, 10240, 64), partial(t5, 2048, 5120, 32, 250112)
+    makers: dict[str, list[tuple[Callable[..., Any], Callable[[], Any]]]] = {
+        "sdxl": [(clip_l, clip_tokenizer), (clip_g, clip_tokenizer)],
+        "sd3": [
+            (partial(clip_l, projection=True), clip_tokenizer),
+            (clip_g, clip_tokenizer),
+            (t5_xxl, t5_tokenizer),
+        ],
+        "flux": [(clip_l, clip_tokenizer), (t5_xxl, t5_tokenizer)],
+        "pixs": [(t5_xxl, partial(t5_tokenizer, 300))],
+        "hy": [(bert, bert_tokenizer), (mt5_xl, partial(t5_tokenizer, 256))],
+    }
+    found: dict[str, Any] = {}
+    for number, (encoder, tokenizer) in enumerate(makers[name], 1):
+        suffix = f"_{number}" if number > 1 else ""
+        found |= {f"text_encoder{suffix}": encoder(), f"tokenizer{suffix}": tokenizer()}
+    return found
 
 
 def _embeds(
