@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,6 +86,8 @@ def call_arguments(
         arguments["latents"] = _latents(pipe, spec, request, device)
     if request.true_cfg_scale is not None:
         arguments["true_cfg_scale"] = request.true_cfg_scale
+        if request.true_cfg_scale > 1 and not any(name.startswith("negative_") for name in arguments):
+            arguments["negative_prompt"] = ""  # there is no true guidance without one
     return arguments
 
 
@@ -191,27 +194,35 @@ def part_of_schedule(pipe: Any, request: GenerateRequest, arguments: dict[str, A
         raise _refuse(
             "denoising_start", "starts from the latents that an earlier request ended with; no latent"
         )
-    if getattr(scheduler, "order", 1) != 1:
+    if getattr(scheduler, "order", 1) != 1 or not scheduler.config.get("skip_prk_steps", True):
         name = type(scheduler).__name__
         raise _refuse("denoising_start" if start else "denoising_end", f"{name} cannot run in parts")
     inner = scheduler.set_timesteps
 
+    # Pipelines look at its signature to know whether it takes their sigmas.
+    @functools.wraps(inner)
     def set_timesteps(*args: Any, **kwargs: Any) -> None:
         inner(*args, **kwargs)
         trained = scheduler.config.num_train_timesteps
+        # Linear multistep without Runge-Kutta (PNDM) takes its second timestep twice.
         whole = scheduler.timesteps
+        twice = len(whole) > 2 and bool(whole[1] == whole[2])
+        whole = torch.cat([whole[:1], whole[2:]]) if twice else whole
         first = int((whole >= round(trained * (1 - start))).sum()) if start else 0
         last = int((whole >= round(trained * (1 - end))).sum()) if end is not None else len(whole)
         if first >= last:
             raise _refuse(
                 "denoising_end", f"no step of {len(whole)} lies between {start or 0} and {end or 1}"
             )
-        scheduler.timesteps = whole[first:last]
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(first)
+        part = whole[first:last]
+        scheduler.timesteps = torch.cat([part[:2], part[1:]]) if twice else part
+        sigmas = getattr(scheduler, "sigmas", ())
+        if len(sigmas) == len(whole) + 1:
+            # Solvers of higher order end gently, at the last of as many steps as there are sigmas.
+            scheduler.sigmas = sigmas[first : last + 1]
         if request.add_noise:
             _add_noise(scheduler, arguments)
-        if first and hasattr(scheduler, "init_noise_sigma"):
+        if start and hasattr(scheduler, "init_noise_sigma"):
             # Pipelines scale the latents they are given as if they were fresh noise.
             arguments["latents"].div_(scheduler.init_noise_sigma)
 
@@ -220,5 +231,3 @@ def part_of_schedule(pipe: Any, request: GenerateRequest, arguments: dict[str, A
         yield
     finally:
         del scheduler.set_timesteps
-        if hasattr(scheduler, "_begin_index"):
-            scheduler._begin_index = None

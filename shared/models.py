@@ -112,7 +112,7 @@ MODELS: dict[str, ModelSpec] = {
             text_encoders=("text_encoder",),
             tokenizers=("tokenizer",),
             compel_class="CompelForSD",
-            fields=SD_FIELDS - SCHEDULE - PARTIAL | VIDEO,
+            fields=SD_FIELDS - SCHEDULE | VIDEO,
             control_net_class="ControlNetModel",
             control_net_pipeline="AnimateDiffControlNetPipeline",
             control_image_field="conditioning_frames",
@@ -229,7 +229,7 @@ MODELS: dict[str, ModelSpec] = {
             tokenizers=("tokenizer",),
             image="needed",
             compel_class="CompelForSD",
-            fields=PROMPTS | EMBEDS | IMAGE | LORA | {"clip_skip", "latent"},
+            fields=PROMPTS | EMBEDS | IMAGE | PARTIAL | LORA | {"clip_skip", "latent"},
             refuses=_refusals(
                 _NO_MOTION, {"control_net": _NO_CONTROL, "ip_adapter": _NO_IP, "gguf_model": _NO_GGUF}
             ),
@@ -287,7 +287,14 @@ MODELS: dict[str, ModelSpec] = {
             scheduler_family="flow_flux",
             compel_class="CompelForFlux",
             guidance_branches=1,
-            fields=PROMPTS | EMBEDS | CONTROL | IP | SIZE | LORA | {"sigmas", "latent", "true_cfg_scale"},
+            fields=PROMPTS
+            | EMBEDS
+            | CONTROL
+            | IP
+            | SIZE
+            | PARTIAL
+            | LORA
+            | {"sigmas", "latent", "true_cfg_scale"},
             control_net_class="FluxControlNetModel",
             control_net_pipeline="FluxControlNetPipeline",
             control_image_field="control_image",
@@ -308,7 +315,7 @@ MODELS: dict[str, ModelSpec] = {
             size_multiple=16,
             text_encoders=("text_encoder", "text_encoder_2"),
             tokenizers=("tokenizer", "tokenizer_2"),
-            fields=PROMPTS | CONTROL | SIZE | LORA | {"latent"},
+            fields=PROMPTS | CONTROL | SIZE | PARTIAL | LORA | {"latent"},
             control_net_class="HunyuanDiT2DControlNetModel",
             control_net_pipeline="HunyuanDiTControlNetPipeline",
             control_image_field="control_image",
@@ -339,7 +346,7 @@ MODELS: dict[str, ModelSpec] = {
                 text_encoders=("text_encoder",),
                 tokenizers=("tokenizer",),
                 embeds_mask=True,
-                fields=PROMPTS | EMBEDS | SIZE | SCHEDULE | LORA | {"latent"},
+                fields=PROMPTS | EMBEDS | SIZE | SCHEDULE | PARTIAL | LORA | {"latent"},
                 lora_loader="peft",
                 pipeline_defaults=MappingProxyType({"use_resolution_binning": False, "clean_caption": False}),
                 refuses=_refusals(

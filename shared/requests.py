@@ -90,7 +90,9 @@ class GenerateRequest(BaseModel):
     timesteps: Timesteps | None = None
     steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     cfg: Annotated[float, Field(ge=0, le=100)] | None = None
-    true_cfg_scale: Annotated[float, Field(ge=0, le=100)] | None = None
+    true_cfg_scale: (
+        Annotated[float, Field(ge=0, le=100, description="above 1: flux hears the negative prompt")] | None
+    ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64, description="negative: drawn")] | None = None
     clip_skip: Annotated[int, Field(ge=0, le=12)] | None = None
     width: Side | None = None
@@ -279,6 +281,11 @@ NEEDS_FLAG = {
 }
 
 
+def _truly_guided(request: GenerateRequest) -> bool:
+    """Whether guidance is computed with a negative prompt although the model has it distilled in."""
+    return (request.true_cfg_scale or 1.0) > 1
+
+
 def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None) -> list[FieldProblem]:
     spec = config.spec
     problems = []
@@ -289,6 +296,10 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
             problems.append(FieldProblem(name, f"type {spec.name} ({spec.title}) takes no {name}"))
         elif (flag := NEEDS_FLAG.get(name)) and not getattr(config, flag):
             problems.append(FieldProblem(name, f"the host was started without --{flag}"))
+        elif name.startswith("negative") and spec.guidance_branches == 1 and not _truly_guided(request):
+            given = request.true_cfg_scale or "none"
+            text = f"type {spec.name} hears it with true_cfg_scale above 1 alone, got {given}"
+            problems.append(FieldProblem(name, text))
     if spec.image == "needed" and request.image is None:
         problems.append(FieldProblem("image", f"type {spec.name} ({spec.title}) needs an input image"))
     if config.control_net and request.control_image is None:

@@ -64,7 +64,9 @@ def body(name: str, flags: Flags) -> dict[str, Any]:
 
     request: dict[str, Any] = {"steps": STEPS, "seed": 11, "output_format": "latent"}
     if "positive" in MODELS[name].fields:
-        request |= {"positive": "a (small)1.5 red cat", "negative": "blur", "cfg": 5.0}
+        request |= {"positive": "a (small)1.5 red cat", "cfg": 5.0}
+        if MODELS[name].guidance_branches == 2:
+            request["negative"] = "blur"
     if MODELS[name].image == "needed":
         request["image"] = picture(1)
     if flags.get("control_net"):

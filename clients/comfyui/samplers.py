@@ -135,6 +135,15 @@ class PictureSampler(io.ComfyNode):
                     tooltip="what to start from; it decides the size and the number of pictures",
                 ),
                 *_conditioned(),
+                io.Float.Input(
+                    "true_cfg_scale",
+                    default=1.0,
+                    min=1.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="flux alone: above 1 the negative prompt is heard, at twice the work",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image"), io.Latent.Output(display_name="latent")],
         )
@@ -160,6 +169,7 @@ class PictureSampler(io.ComfyNode):
         control_image: torch.Tensor | None = None,
         ip_image: torch.Tensor | None = None,
         scheduler: Any = None,
+        true_cfg_scale: float = 1.0,
     ) -> io.NodeOutput:
         if host.type not in convert.FAMILIES:
             raise ValueError(
@@ -178,6 +188,7 @@ class PictureSampler(io.ComfyNode):
         body |= {
             "steps": steps,
             "cfg": cfg,
+            "true_cfg_scale": true_cfg_scale if true_cfg_scale > 1 else None,
             "width": width,
             "height": height,
             "denoising_start": round(1 - denoise, 6) or None,
