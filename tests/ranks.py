@@ -122,9 +122,9 @@ class RankPool:
             for _, pipe in workers:
                 pipe.send((fn, world_size, store, limit, args, kwargs))
             results, problems, begun = self._collect(workers, time.monotonic() + limit)
-            if results or problems or begun or attempt == 2:
+            if len(begun) == world_size or attempt == 2:
                 break
-            # The ranks have not found each other, which is gloo's doing and not that of what is tested.
+            # Not all ranks have found each other, which is gloo's doing and not that of what is tested.
             self._kill()
         silent = [rank for rank in range(world_size) if rank not in results and rank not in problems]
         problems.update({rank: "did not answer in time and was killed" for rank in silent})
