@@ -115,11 +115,14 @@ class PipelineEngine:
             self._note_adapters(request)
             self.parallel.begin(arguments["num_inference_steps"])
         run = getattr(self.parallel, "run", None)
-        with part_of_schedule(self.pipe, request, arguments):
-            if run is not None:
-                return run(arguments, watch.after_step)
-            with watch:
-                return self.pipe(**arguments)
+        try:
+            with part_of_schedule(self.pipe, request, arguments):
+                if run is not None:
+                    return run(arguments, watch.after_step)
+                with watch:
+                    return self.pipe(**arguments)
+        finally:
+            self.pipe.maybe_free_model_hooks()  # which a pipeline that is cut short does not reach
 
     def _note_adapters(self, request: GenerateRequest) -> None:
         """Scales are numbers inside the modules, which a captured step would not see change."""

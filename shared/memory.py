@@ -79,10 +79,7 @@ def place(pipe: Any, spec: ModelSpec, config: HostConfig, device: torch.device, 
             model offload then keeps it on the device and offloads the rest.
     """
     if config.enable_model_cpu_offload:
-        if parallel:
-            pipe._exclude_from_cpu_offload = [*pipe._exclude_from_cpu_offload, spec.denoiser]
-            log.info("model offload: %s stays on the device, because it runs in parts", spec.denoiser)
-        pipe.enable_model_cpu_offload(gpu_id=device.index or 0, device=device.type)
+        _offload_models(pipe, device, (spec.denoiser, "controlnet") if parallel else ())
     elif config.enable_sequential_cpu_offload:
         _offload_layers(pipe, device)
     elif config.enable_group_offload:
@@ -92,6 +89,24 @@ def place(pipe: Any, spec: ModelSpec, config: HostConfig, device: torch.device, 
             raise MemoryFlagError(f"--enable_group_offload: {str(error).splitlines()[0]}") from None
     else:
         pipe.to(device)
+
+
+def _offload_models(pipe: Any, device: torch.device, stay: tuple[str, ...]) -> None:
+    """A model is brought over when it is called, and goes when the next one is or the pipeline ends."""
+    if stay:
+        log.info("model offload: %s stays on the device, because it runs in parts", stay[0])
+    order = [name for name in pipe.model_cpu_offload_seq.split("->") if name not in stay]
+    pipe.model_cpu_offload_seq = "->".join(order)
+    pipe._exclude_from_cpu_offload = [*pipe._exclude_from_cpu_offload, *stay]
+    pipe.enable_model_cpu_offload(gpu_id=device.index or 0, device=device.type)
+
+    def all_go() -> None:
+        for hook in pipe._all_hooks:
+            hook.offload()
+
+    # A pipeline's own ends every call by hooking all models anew, and with their forwards throws out what a
+    # parallel method has put there.
+    pipe.maybe_free_model_hooks = all_go
 
 
 def _offload_layers(pipe: Any, device: torch.device) -> None:

@@ -92,6 +92,7 @@ def test_refused_on_a_gpu() -> None:
 class Recorder:
     """A pipeline that notes what is asked of it: offload needs a GPU that this machine may lack."""
 
+    model_cpu_offload_seq = "text_encoder->unet->vae"
     _exclude_from_cpu_offload = ("safety_checker",)
 
     def __init__(self) -> None:
@@ -110,7 +111,8 @@ def test_model_offload_is_to_the_ranks_own_gpu() -> None:
 def test_a_denoiser_in_parts_is_not_model_offloaded() -> None:
     pipe = Recorder()
     place(pipe, MODELS["sd1"], tiny.config("sd1", enable_model_cpu_offload=True), CUDA, parallel=True)
-    assert pipe._exclude_from_cpu_offload == ["safety_checker", "unet"]
+    assert pipe.model_cpu_offload_seq == "text_encoder->vae"
+    assert pipe._exclude_from_cpu_offload == ["safety_checker", "unet", "controlnet"]
 
 
 def offloaded(backend: str, name: str, flags: dict[str, Any], how: str) -> list[float]:
@@ -121,7 +123,7 @@ def offloaded(backend: str, name: str, flags: dict[str, Any], how: str) -> list[
     pipe = load_pipeline(spec, config, cpu, quiet=True)
     plain = latents(PipelineEngine(pipe, config, world))
     offload: dict[str, Any] = {f"enable_{how}_offload": True}
-    place(pipe, spec, replace(config, **offload), cpu, parallel=True)
+    place(pipe, spec, replace(config, **offload), cpu, parallel=backend != "xdit")
     groups = [host.make_groups(config, world)] if hasattr(host, "make_groups") else []
     engine = PipelineEngine(pipe, config, world, lambda p: host.attach(p, config, world, *groups))
     made = [latents(engine) for _ in range(2)]
@@ -137,6 +139,9 @@ def offload_cells() -> list[Any]:
         ("asyncdiff", "sd3", ("ip_adapter",), "sequential_cpu"),
         ("distrifuser", "sdxl", ("lora", "control_net", "ip_adapter"), "sequential_cpu"),
         ("distrifuser", "sdxl", ("lora", "control_net", "ip_adapter"), "group"),
+        ("asyncdiff", "sd1", ("lora", "control_net"), "model_cpu"),
+        ("distrifuser", "sdxl", ("control_net",), "model_cpu"),
+        ("xdit", "sd3", ("lora",), "model_cpu"),
         ("xdit", "flux", ("lora", "ip_adapter"), "sequential_cpu"),
         ("xdit", "flux", ("control_net",), "group"),
         ("xdit", "hy", ("lora",), "sequential_cpu"),
