@@ -31,7 +31,7 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
     group = world.compute
     if config.use_cfg_parallel:
         group, pair, branch = branch_groups(world, config.collective_timeout)
-    weights = config.stage_weights
+    weights = config.stage_weights if model_n > 1 else None
     if config.auto_balance and model_n > 1:
         # With stride 2 the last rank repeats the last stage: the slower of the two counts.
         speeds = measured_speeds(world, group)
@@ -44,7 +44,7 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
             pipe,
             model_n,
             config.stride,
-            config.warm_up_steps,
+            max(config.warm_up_steps, 1),
             config.time_shift,
             group=group,
             stage_weights=weights,
@@ -55,7 +55,8 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
         for module in (denoiser, *nets)
     ]
     if config.use_cfg_parallel:
-        members.append(CfgSplit([denoiser], pair, branch, local=nets))
+        guided = (lambda: pipe.do_classifier_free_guidance) if nets else None
+        members.append(CfgSplit([denoiser], pair, branch, local=nets, guided=guided))
     note = {"cfg_split": config.use_cfg_parallel, "control_nets": len(nets), "stage_weights": weights}
     return Together(members, note)
 
@@ -65,7 +66,7 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     from shared.generate import PipelineEngine
     from shared.loading import load_pipeline
 
-    pipe = load_pipeline(config.spec, config, world.device, quiet=world.rank != 0)
+    pipe = load_pipeline(config.spec, config, world.device, quiet=not config.shows_progress(world.rank))
     return PipelineEngine(pipe, config, world, lambda pipe: attach(pipe, config, world))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import safetensors.torch
@@ -49,8 +51,8 @@ def call_arguments(
         spec,
         request.positive,
         request.negative,
-        _tensors(request.positive_embeds, device),
-        _tensors(request.negative_embeds, device),
+        _tensors("positive_embeds", request.positive_embeds, device),
+        _tensors("negative_embeds", request.negative_embeds, device),
         request.clip_skip,
         config.compel,
     )
@@ -81,7 +83,7 @@ def call_arguments(
         arguments |= ip_arguments(pipe, config.ip_adapter, picture, request.ip_adapter_scale)
     if spec.output == "video":
         arguments |= _video_arguments(pipe, spec, request)
-    arguments |= _schedule_arguments(request, device)
+    arguments |= _schedule_arguments(request, pipe.scheduler.config.num_train_timesteps)
     if request.latent is not None:
         arguments["latents"] = _latents(pipe, spec, request, device)
     if request.true_cfg_scale is not None:
@@ -91,10 +93,19 @@ def call_arguments(
     return arguments
 
 
-def _tensors(data: bytes | None, device: torch.device) -> dict[str, torch.Tensor] | None:
+def _tensors(field: str, data: bytes | None, device: torch.device) -> dict[str, torch.Tensor] | None:
     if data is None:
         return None
-    return {name: tensor.to(device) for name, tensor in safetensors.torch.load(data).items()}
+    tensors = safetensors.torch.load(data)
+    for tensor in tensors.values():
+        _check_finite(field, tensor)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def _check_finite(field: str, tensor: torch.Tensor) -> None:
+    wrong = tensor[~torch.isfinite(tensor)]
+    if len(wrong):
+        raise _refuse(field, f"must hold finite numbers, got {float(wrong[0])}")
 
 
 def _picture(data: bytes | None, percent: float | None) -> Any:
@@ -115,19 +126,30 @@ def _video_arguments(pipe: Any, spec: ModelSpec, request: GenerateRequest) -> di
     for name in ("motion_bucket_id", "noise_aug_strength"):
         if getattr(request, name) is not None:
             arguments[name] = getattr(request, name)
+    if request.frames == 1 and spec.cfg_field == "max_guidance_scale":
+        # Guidance grows from the first frame to the last, which are one.
+        arguments["min_guidance_scale"] = request.cfg
     if "motion_bucket_id" in spec.fields:
         arguments["fps"] = request.fps  # a condition of the model, not only of the file
     return arguments
 
 
-def _schedule_arguments(request: GenerateRequest, device: torch.device) -> dict[str, Any]:
-    for name in ("sigmas", "timesteps"):
+def _schedule_arguments(request: GenerateRequest, trained: int) -> dict[str, Any]:
+    """Own sigmas or timesteps; `trained` timesteps are there."""
+    for name, most in (("sigmas", math.inf), ("timesteps", trained - 1)):
         data = getattr(request, name)
-        if data is not None:
-            tensor = safetensors.torch.load(data)[name]
-            if tensor.ndim != 1:
-                raise _refuse(name, f"must have one dimension, got shape {list(tensor.shape)}")
-            return {name: tensor.tolist(), "num_inference_steps": len(tensor)}
+        if data is None:
+            continue
+        tensor = safetensors.torch.load(data)[name]
+        if tensor.ndim != 1:
+            raise _refuse(name, f"must have one dimension, got shape {list(tensor.shape)}")
+        _check_finite(name, tensor)
+        values = tensor.tolist()
+        if any(a <= b for a, b in pairwise(values)) or values[-1] < 0 or values[0] > most:
+            within = "0 and up" if most == math.inf else f"0 to {most}"
+            shown = ", ".join(f"{value:g}" for value in values[:8])
+            raise _refuse(name, f"must fall from value to value, within {within}; got {shown}")
+        return {name: values, "num_inference_steps": len(values)}
     return {}
 
 
@@ -137,6 +159,7 @@ def _latents(pipe: Any, spec: ModelSpec, request: GenerateRequest, device: torch
     tensor = safetensors.torch.load(request.latent)["latent"]
     if not tensor.is_floating_point():
         raise _refuse("latent", f"must hold floating-point numbers, got {tensor.dtype}")
+    _check_finite("latent", tensor)
     wanted = latent_shape(pipe, spec, request)
     if tensor.shape != wanted:
         raise _refuse("latent", f"must have shape {list(wanted)} here, got {list(tensor.shape)}")
@@ -146,10 +169,12 @@ def _latents(pipe: Any, spec: ModelSpec, request: GenerateRequest, device: torch
 def latent_shape(pipe: Any, spec: ModelSpec, request: GenerateRequest) -> torch.Size:
     """Shape of the latents of one picture or video of the request's size."""
     channels = pipe.vae.config.latent_channels
+    factor = pipe.vae_scale_factor
     if spec.size_scale != 1 and request.image is not None:
-        width, height = decode_image(request.image, request.image_scale).size
+        # The pipeline makes its picture's sides multiples of this.
+        size = decode_image(request.image, request.image_scale).size
+        width, height = (side // factor * factor for side in size)
     else:
-        factor = pipe.vae_scale_factor
         width, height = (request.width or 0) // factor, (request.height or 0) // factor
     frames = request.frames or 1
     layouts = {

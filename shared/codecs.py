@@ -27,9 +27,9 @@ def problem(text: str) -> PydanticCustomError:
 def decode_base64(value: Any) -> bytes:
     if not isinstance(value, str):
         raise problem(f"must be base64 text, got {type(value).__name__}")
-    if value.startswith("data:"):
+    if value[:5].lower() == "data:":
         head, comma, value = value.partition(",")
-        if not comma or not head.endswith(";base64"):
+        if not comma or not head.lower().endswith(";base64"):
             raise problem("must be base64, or a data: URI with ;base64")
     try:
         data = base64.b64decode("".join(value.split()), validate=True)

@@ -14,7 +14,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any
@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from shared.config import UsageError
 from shared.memory import memory_report
-from shared.requests import GenerateRequest
+from shared.requests import FieldProblem, GenerateRequest
 
 log = logging.getLogger("host")
 
@@ -201,6 +201,7 @@ class Outcome:
     verdict: Verdict
     error: str = ""
     status: int = 500  # HTTP status of the error; 500 is the host's fault, the others the request's
+    problems: list[FieldProblem] = field(default_factory=list)  # the request's faults, by field
     in_sync: bool = True  # the compute group still works
     result: Any = None
     device: dict[str, Any] | None = None

@@ -19,7 +19,7 @@ from shared.models import ModelSpec
 log = logging.getLogger("host")
 
 LIMIT = (
-    512  # graphs of one function: shapes x kinds of block; the default of 8 falls back to eager in silence
+    8192  # graphs of one function: shapes x kinds of block; the default of 8 falls back to eager in silence
 )
 
 

@@ -160,7 +160,7 @@ def _api_error(error: JobError) -> ApiError:
         message = message.strip().split("\n", 1)[0][:1000]
     if error.status == 503:
         return ApiError.unavailable("stopping", message)
-    return ApiError(error.status, message)
+    return ApiError(error.status, message, error.problems)
 
 
 def check_json_type() -> None:

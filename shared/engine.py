@@ -48,6 +48,10 @@ class Engine(Protocol):
         """Show pictures to those who watch the queue, as they form; called on rank 0 alone."""
         ...
 
+    def undo(self, method: str, arguments: dict[str, Any]) -> None:
+        """A call that went well on this rank has failed on another: take it back."""
+        ...
+
     def close(self) -> None:
         """Give the pipeline back as it was before."""
         ...
@@ -120,18 +124,23 @@ class RankLoop:
             self._agree(Verdict.FINISHED)
         except StoppedError as stopped:
             outcome.verdict = stopped.verdict
+            if isinstance(message, Call):
+                self.engine.undo(message.method, message.arguments)
         except BrokenJobError:
             raise
         except Exception as error:
             outcome.error = str(error) or type(error).__name__
             if isinstance(error, RequestError):
-                outcome.status = error.status
+                outcome.status, outcome.problems = error.status, error.problems
             else:
                 log.exception("request %s failed on rank %d", message.job_id, rank)
             outcome.verdict = self.channel.vote(Verdict.FAILED)
         if outcome.verdict is Verdict.FAILED:
             outcome.result = None
-            outcome.in_sync = outcome.status != 500 or self.channel.compute_works()
+            # All ranks try the compute group or none does: one that refuses a request has not broken it.
+            hosts_fault = bool(outcome.error) and outcome.status == 500
+            doubt = self.channel.vote(Verdict.FAILED if hosts_fault else Verdict.GO_ON)
+            outcome.in_sync = doubt is Verdict.GO_ON or self.channel.compute_works()
         outcome.device = rank_device_info(self.channel.world)
         return self.channel.settle(outcome)
 
@@ -188,7 +197,7 @@ class RankLoop:
         failed = [o for o in outcomes if o.error]
         hosts_fault = [o for o in failed if o.status == 500]
         if not hosts_fault:
-            return JobError(failed[0].status, failed[0].error)
+            return JobError(failed[0].status, failed[0].error, failed[0].problems)
         return JobError(500, "; ".join(f"rank {o.rank}: {o.error}" for o in hosts_fault))
 
     def _set_state(self, state: Any) -> None:

@@ -17,12 +17,12 @@ from shared.arguments import call_arguments, part_of_schedule
 from shared.comm import OnStep, StoppedError, Verdict, World
 from shared.config import HostConfig
 from shared.jobs import JobQueue
-from shared.lora import loras_of
+from shared.lora import LoraError, loras_of
 from shared.media import encode_image, encode_video
 from shared.models import ModelSpec
 from shared.preview import Previewer
 from shared.requests import FieldProblem, GenerateRequest, Reply, RequestError
-from shared.schedulers import scheduler_for_request, unhurried_step
+from shared.schedulers import SchedulerError, scheduler_for_request, unhurried_step
 
 log = logging.getLogger("host")
 
@@ -97,17 +97,21 @@ class PipelineEngine:
                 output = self._call(request, watch, holds_picture)
         except RequestError:
             raise
-        except ValueError as error:
-            # What a feature or the pipeline refuses before the first step is the request's fault.
-            if watch.step:
+        except Exception as error:
+            if watch.step or not _is_refusal(error, request):
                 raise
-            raise RequestError(422, [FieldProblem("", str(error))]) from error
+            log.info("refused before the first step: %s", error, exc_info=not isinstance(error, ValueError))
+            raise RequestError(422, [_problem(error)]) from error
+        if not watch.step:
+            field = "sigmas" if request.sigmas is not None else "timesteps"
+            raise RequestError(422, [FieldProblem(field, "no step is left to run")])
         return self._reply(request, output, watch, began) if holds_picture else None
 
     def _call(self, request: GenerateRequest, watch: StepWatch, holds_picture: bool) -> Any:
         if "lora_scales" in self.spec.fields:
             loras_of(self.pipe, self.spec).set_scales(request.lora_scales or {})
         arguments = call_arguments(self.pipe, self.config, request, self.world.device)
+        watch.asked = arguments["num_inference_steps"]
         joint = getattr(self.parallel, "decodes_together", False)
         decode = (holds_picture or joint) and request.output_format != "latent"
         arguments["output_type"] = "pil" if decode else "latent"
@@ -142,6 +146,8 @@ class PipelineEngine:
             latent = safetensors.torch.save({"latent": watch.latents.contiguous().cpu()})
         if format == "latent":
             files = [latent or b""]
+            if self.spec.size_scale != 1 and watch.latents is not None:
+                height, width = (side * self.pipe.vae_scale_factor for side in watch.latents.shape[-2:])
         else:
             pictures = made[0] if video else made
             width, height = pictures[0].size
@@ -158,7 +164,7 @@ class PipelineEngine:
             seed=request.seed or 0,
             width=width,
             height=height,
-            steps=watch.step,
+            steps=watch.steps,
             seconds={name: round(value, 4) for name, value in seconds.items()},
             latent=latent,
         )
@@ -211,6 +217,11 @@ class PipelineEngine:
         """Take a LoRA off the running pipeline, on every rank. Raises RequestError 409."""
         return self._change_loras(lambda loras: loras.remove(path))
 
+    def undo(self, method: str, arguments: dict[str, Any]) -> None:
+        """A call that went well on this rank has failed on another: take it back."""
+        if method == "add_lora":
+            self.remove_lora(arguments["path"])
+
     def _change_loras(self, change: Callable[[Any], Any]) -> list[dict[str, Any]]:
         """Layers are replaced, so the surgery is undone before and done again after."""
         if self.parallel is not None:
@@ -226,6 +237,35 @@ class PipelineEngine:
     def close(self) -> None:
         if self.parallel is not None:
             self.parallel.close()
+
+
+OWN = frozenset(
+    {"scheduler", "sigmas", "timesteps", "latent", "positive_embeds", "negative_embeds", "image"}
+)
+"""Fields whose content the models and schedulers may fail on, before the first step."""
+
+
+def _is_refusal(error: Exception, request: GenerateRequest) -> bool:
+    """Whether an error before the first step is the request's fault: what a feature or the pipeline refuses in
+    words, or what fails on tensors and settings that it brings."""
+    if isinstance(error, ValueError):
+        return True
+    brings = any(getattr(request, name) is not None for name in OWN)
+    hosts = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | torch.distributed.DistError)
+    kinds = RuntimeError | IndexError | TypeError | KeyError | AttributeError | AssertionError
+    return brings and isinstance(error, kinds) and not hosts
+
+
+def _problem(error: Exception) -> FieldProblem:
+    """An error in one line, with the field that it names at its start."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0][:300] if lines else type(error).__name__
+    if isinstance(error, SchedulerError | LoraError):
+        return FieldProblem("scheduler" if isinstance(error, SchedulerError) else "lora_scales", text)
+    name, colon, rest = text.partition(": ")
+    if colon and name in GenerateRequest.model_fields:
+        return FieldProblem(name, rest)
+    return FieldProblem("", text)
 
 
 class StepWatch:
@@ -248,7 +288,10 @@ class StepWatch:
         self.device = device
         self.on_step = on_step
         self.previewer = previewer
-        self.step = 0
+        self.step = self.asked = 0
+        """Calls of the scheduler so far; steps of the whole schedule."""
+        self.timesteps: int | None = None
+        """Different ones that were run: a scheduler may take some twice, a request ask for a part."""
         self.began = time.perf_counter()
         self.ended: float | None = None
         self.latents: torch.Tensor | None = None
@@ -272,6 +315,13 @@ class StepWatch:
 
     def __exit__(self, *exception: Any) -> None:
         del self._scheduler.step
+        if self._scheduler.timesteps is not None:
+            self.timesteps = len(set(self._scheduler.timesteps.tolist()))
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps that were run, as a client counts them."""
+        return min(self.step, self.asked, self.timesteps or self.step)
 
     def after_step(self, latents: torch.Tensor | None, steps: int) -> None:
         """A step of `steps` is done; None for latents that are not at hand."""

@@ -9,20 +9,22 @@ import secrets
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shared.requests import GenerateRequest
+from shared.requests import FieldProblem, GenerateRequest
 
 State = Literal["loading", "ready", "busy", "broken", "stopping"]
 PREVIEW_SECONDS = 0.25  # between two previews of a picture that forms
 
 
 class JobError(RuntimeError):
-    """Why a job has no reply. `status` is the HTTP status it is answered with."""
+    """Why a job has no reply. `status` is the HTTP status it is answered with, `problems` the faults by field."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, problems: Sequence[FieldProblem] = ()) -> None:
         self.status = status
+        self.problems = list(problems)
         super().__init__(message)
 
 
@@ -209,15 +211,16 @@ class JobQueue:
         return 0.0 if job is None else job.progress
 
     def close(self, error: JobError) -> None:
-        """End every job with `error` and refuse new ones with 503."""
+        """End the running job with `error`, those that wait and new ones with 503."""
         with self._changed:
-            if self._closed is None:
-                self._closed = JobError(503, str(error))
-            jobs = [*([self.running] if self.running else []), *self._waiting]
+            closed = self._closed = self._closed or JobError(503, str(error))
+            running, waiting = self.running, list(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
-        for job in jobs:
-            job.finish(error=error)
+        if running is not None:
+            running.finish(error=error)
+        for job in waiting:
+            job.finish(error=closed)
 
 
 @dataclass

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import io
+import struct
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 QUALITY = 95  # JPEG and lossy WebP
+SHORTEST_GIF = 20  # milliseconds a frame
 
 
 def decode_image(data: bytes, percent: float | None = None) -> Image.Image:
     """Encoded picture -> RGB, upright by its EXIF tag, resized to `percent` of its size where given."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    image = _eight_bits(_upright(Image.open(io.BytesIO(data)))).convert("RGB")
     if percent is None or percent == 100:
         return image
     size = tuple(max(1, round(side * percent / 100)) for side in image.size)
     return image.resize(size, Image.Resampling.LANCZOS)  # type: ignore[arg-type]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (SyntaxError, struct.error, ValueError, TypeError, KeyError, OSError):
+        return image  # its EXIF data cannot be read
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits (a depth map), which Pillow would cut off at 255."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
 
 
 def encode_image(image: Image.Image, format: str) -> bytes:
@@ -38,12 +55,14 @@ def encode_video(frames: Sequence[Image.Image], format: str, fps: int) -> bytes:
         return _encode_mp4(frames, fps)
     out = io.BytesIO()
     options = {"quality": QUALITY} if format == "webp" else {"optimize": False}
+    # Browsers show a gif's frame for a tenth of a second when it asks for less than a fiftieth.
+    shortest = SHORTEST_GIF if format == "gif" else 1
     frames[0].save(
         out,
         format=format.upper(),
         save_all=True,
         append_images=list(frames[1:]),
-        duration=round(1000 / fps),
+        duration=max(round(1000 / fps), shortest),
         loop=0,
         **options,
     )
@@ -52,7 +71,6 @@ def encode_video(frames: Sequence[Image.Image], format: str, fps: int) -> bytes:
 
 def _encode_mp4(frames: Sequence[Image.Image], fps: int) -> bytes:
     import imageio.v3 as iio
-    import numpy as np
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"

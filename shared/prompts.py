@@ -34,12 +34,17 @@ def prompt_arguments(
 
     Raises:
         PromptError: embeddings without or with pooled ones where they (do not) belong, of a wrong shape;
-            clip_skip with compel or beyond the encoder's layers.
+            clip_skip with compel, without a prompt, or beyond the encoder's layers; a prompt that compel
+            cannot parse.
     """
     if "positive" not in spec.fields:
         return {}
     arguments: dict[str, Any] = {}
+    if spec.embeds_mask and negative_embeds is not None and positive_embeds is None:
+        raise PromptError(f"negative_embeds: type {spec.name} takes it beside positive_embeds only")
     if clip_skip:
+        if positive_embeds is not None and negative_embeds is not None:
+            raise PromptError("clip_skip: there is no prompt to encode, both sides are given as embeddings")
         _check_clip_skip(pipe, clip_skip, compel)
         arguments["clip_skip"] = clip_skip
         _alias_text_model(pipe.text_encoder)
@@ -67,6 +72,10 @@ def _side(
     if spec.pooled_embeds != (pooled is not None):
         needs = "needs 'pooled' too" if spec.pooled_embeds else "takes no 'pooled'"
         raise PromptError(f"{label}: type {spec.name} {needs}")
+    if pooled is not None:
+        wanted = [1, _pooled_width(getattr(pipe, spec.denoiser).config)]
+        if list(pooled.shape) != wanted:
+            raise PromptError(f"{label}: 'pooled' must be {wanted}, got {list(pooled.shape)}")
     dtype = getattr(pipe, spec.denoiser).dtype
     found: dict[str, Any] = {f"{prefix}prompt": None, f"{prefix}prompt_embeds": tensor.to(dtype)}
     if pooled is not None:
@@ -81,6 +90,13 @@ def _embeds_width(config: Any) -> int | None:
         if isinstance(config.get(key), int):
             return config[key]
     return None
+
+
+def _pooled_width(config: Any) -> int:
+    if "pooled_projection_dim" in config:
+        return config["pooled_projection_dim"]
+    # Beside it the UNet is given six numbers of the picture's size.
+    return config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
 
 
 def _check_clip_skip(pipe: Any, clip_skip: int, compel: bool) -> None:
@@ -105,10 +121,19 @@ def _alias_text_model(encoder: Any) -> None:
 def _compel(pipe: Any, spec: ModelSpec, positive: str, negative: str) -> dict[str, Any]:
     """Embeddings of both prompts, padded to one length."""
     import compel
+    import pyparsing
+    from compel.prompt_parser import PromptParser
 
+    # Without it the time to parse brackets grows exponentially with their depth.
+    pyparsing.ParserElement.enable_packrat()
     wrapper = getattr(compel, spec.compel_class or "")(pipe, device=str(pipe._execution_device))
-    with torch.no_grad():
-        made = wrapper(positive, negative_prompt=negative)
+    try:
+        with torch.no_grad():
+            made = wrapper(positive, negative_prompt=negative)
+    except (PromptParser.ParsingException, pyparsing.ParseBaseException) as error:
+        raise PromptError(f"positive: compel cannot parse the prompt: {error}") from None
+    except RecursionError:
+        raise PromptError("positive: too many brackets in each other for compel") from None
     arguments = {"prompt_embeds": made.embeds, "negative_prompt_embeds": made.negative_embeds}
     zeros = not negative and pipe.config.get("force_zeros_for_empty_prompt", False)
     if spec.pooled_embeds:

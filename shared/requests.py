@@ -211,6 +211,8 @@ def _wording(message: str) -> str:
     """Pydantic's message in this API's words: "must be at least 1"."""
     for theirs, ours in (
         ("Input should", "must"),
+        ("String should", "must"),
+        ("Field required", "is needed"),
         ("greater than or equal to", "at least"),
         ("less than or equal to", "at most"),
         ("greater than", "above"),
@@ -310,6 +312,9 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
         problems.append(
             FieldProblem("output_format", f"type {spec.name} makes {', '.join(allowed)}; got {wanted!r}")
         )
+    if request.return_latent and accept is not None:
+        text = f"is part of the JSON answer, but Accept asks for {MIME_TYPES.get(accept, accept)} alone"
+        problems.append(FieldProblem("return_latent", text))
     if request.scheduler is not None and (problem := scheduler_problem(spec, request.scheduler)):
         problems.append(FieldProblem("scheduler", problem))
     return problems

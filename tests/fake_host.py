@@ -75,6 +75,19 @@ class FakeEngine:
     def preview_to(self, queue: Any) -> None:
         """Nothing to show."""
 
+    def add_lora(self, path: str, scale: float) -> list[str]:
+        """Notes it, and fails on one rank: {"path": "missing 1"}."""
+        from shared.requests import FieldProblem, RequestError
+
+        if path == f"missing {self.world.rank}":
+            raise RequestError(409, [FieldProblem("lora", "no such file")])
+        self.done.append(path)
+        return self.done
+
+    def undo(self, method: str, arguments: dict[str, Any]) -> None:
+        """Takes a LoRA off again."""
+        self.done.remove(arguments["path"])
+
     def close(self) -> None:
         """Nothing to undo."""
 

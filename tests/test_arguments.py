@@ -1,4 +1,4 @@
-"""shared.arguments: parts of a schedule, on one rank."""
+"""shared.arguments and shared.generate on one rank: parts of a schedule, what is refused, what is counted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.comm import World
 from shared.generate import PipelineEngine
 from shared.media import encode_image
 from shared.models import MODELS, schedulers_for
-from shared.requests import RequestError, check_request
+from shared.requests import Reply, RequestError, check_request
 from tests import tiny
 
 PAIRED = ("dpm_2", "heun", "dpmpp_sde")
@@ -32,22 +32,28 @@ def engine(name: str) -> PipelineEngine:
     return PipelineEngine(tiny.load(name), config, World(0, 1, 0, torch.device("cpu"), *groups))
 
 
-def latents(name: str, **fields: Any) -> torch.Tensor:
+def reply(name: str, **fields: Any) -> Reply:
     spec, on = MODELS[name], engine(name)
     body = {"seed": 3, "steps": 12, "cfg": 2.0, "output_format": "latent"} | fields
-    if "positive" in spec.fields:
+    if "positive" in spec.fields and "positive_embeds" not in body:
         body["positive"] = "a cat"
     if spec.image == "needed":
-        body["image"] = encode_image(tiny.picture(16), "png")
+        body.setdefault("image", encode_image(tiny.picture(16), "png"))
     if spec.output == "video":
-        body["frames"] = 2
-    reply = on.generate(check_request(body, on.config), lambda step, steps: None)
-    assert reply is not None and reply.latent is not None
-    return safetensors.torch.load(reply.latent)["latent"]
+        body.setdefault("frames", 2)
+    made = on.generate(check_request(body, on.config), lambda step, steps: None)
+    assert made is not None
+    return made
 
 
-def packed(tensor: torch.Tensor) -> bytes:
-    return safetensors.torch.save({"latent": tensor.contiguous()})
+def latents(name: str, **fields: Any) -> torch.Tensor:
+    made = reply(name, **fields).latent
+    assert made is not None
+    return safetensors.torch.load(made)["latent"]
+
+
+def packed(tensor: torch.Tensor, name: str = "latent") -> bytes:
+    return safetensors.torch.save({name: tensor.contiguous()})
 
 
 def distance(made: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -94,3 +100,60 @@ def test_true_guidance_hears_a_negative_prompt():
     for fields in ({}, {"true_cfg_scale": 1.0}):
         with pytest.raises(RequestError, match="type flux hears it with true_cfg_scale above 1 alone"):
             latents("flux", negative="blur", **fields)
+
+
+NAN = float("nan")
+EULER = {"scheduler": "euler"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "field", "words"),
+    [
+        ("sd1", {"latent": packed(torch.full((1, 4, 8, 8), NAN))}, "latent", "must hold finite numbers"),
+        ("sd1", {"latent": packed(torch.zeros(1, 4, 8, 9))}, "latent", "must have shape"),
+        ("sd1", EULER | {"sigmas": packed(torch.tensor([5.0]), "sigmas")}, "sigmas", "no step is left"),
+        ("sd1", EULER | {"sigmas": packed(torch.tensor([1.0, NAN]), "sigmas")}, "sigmas", "finite"),
+        ("sd1", EULER | {"sigmas": packed(torch.tensor([1.0, 5.0]), "sigmas")}, "sigmas", "must fall"),
+        ("sd3", {"sigmas": packed(torch.zeros(2), "sigmas")}, "sigmas", "must fall"),
+        ("sd1", {"timesteps": packed(torch.tensor([5000, 1]), "timesteps")}, "timesteps", "0 to 999"),
+        ("sd1", {"positive_embeds": packed(torch.zeros(1, 77, 5), "embeds")}, "positive_embeds", "wide"),
+        ("sd1", {"clip_skip": 5}, "clip_skip", "at most"),
+        ("sd1", {"lora_scales": {"x": 1.0}}, "lora_scales", "is not loaded"),
+        ("sd1", {"scheduler": {"scheduler": "ddim", "bogus": 1}}, "scheduler", "no setting 'bogus'"),
+        ("sd1", {"scheduler": {"scheduler": "unipc", "solver_p": "x"}}, "", "str"),
+        ("pixa", {"negative_embeds": packed(torch.zeros(1, 8, 32), "embeds")}, "negative_embeds", "beside"),
+    ],
+)  # fmt: skip
+def test_a_fault_that_the_ranks_find_names_its_field(name: str, fields: dict, field: str, words: str):
+    with pytest.raises(RequestError, match=words) as refused:
+        latents(name, **{"steps": 2} | fields)
+    assert refused.value.status == 422
+    assert [problem.field for problem in refused.value.problems] == [field]
+
+
+@pytest.mark.parametrize("shape", [(2, 64), (1, 65), (1, 1, 64)])
+def test_pooled_embeddings_of_another_shape_are_refused(shape: tuple[int, ...]):
+    both = safetensors.torch.save({"embeds": torch.zeros(1, 77, 96), "pooled": torch.zeros(shape)})
+    with pytest.raises(RequestError, match=r"'pooled' must be \[1, 64\]"):
+        latents("sdxl", positive_embeds=both)
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", "heun", "dpm_2", "ddim"])
+def test_steps_are_counted_as_clients_count_them(scheduler: str):
+    assert reply("sd1", scheduler=scheduler, steps=4).steps == 4
+    if scheduler in ("pndm", "ddim"):
+        assert reply("sd1", scheduler=scheduler, steps=4, denoising_end=0.5).steps == 2
+
+
+def test_guidance_of_a_single_frame_is_the_requests():
+    made = [latents("svd", frames=1, cfg=cfg, steps=2) for cfg in (1.0, 3.0)]
+    assert distance(*made) > 1e-3
+
+
+def test_an_upscaled_picture_of_any_size():
+    image = encode_image(tiny.picture().resize((18, 13)), "png")
+    made = reply("sdup", image=image, steps=2)
+    assert made.latent is not None
+    own = safetensors.torch.load(made.latent)["latent"]
+    assert (made.width, made.height) == (own.shape[3] * 4, own.shape[2] * 4) == (64, 48)
+    assert latents("sdup", image=image, steps=2, latent=packed(own)).shape == own.shape

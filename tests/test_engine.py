@@ -28,7 +28,9 @@ def world_of_pool(collective_timeout: float = 20.0) -> World:
     return World(rank, size, rank, torch.device("cpu"), *make_groups(collective_timeout, "gloo"))
 
 
-def a_job(steps: int = 3, seed: int = 1, **order: Any) -> Job:
+def a_job(steps: int = 3, seed: int = 1, lora: str = "", **order: Any) -> Job:
+    if lora:
+        return Job(None, ("add_lora", {"path": lora, "scale": 1.0}))
     return Job(
         GenerateRequest(
             positive=json.dumps(order) if order else None, steps=steps, seed=seed, width=64, height=64
@@ -38,9 +40,10 @@ def a_job(steps: int = 3, seed: int = 1, **order: Any) -> Job:
 
 def told(job: Job) -> Told:
     return {
-        "format": job.reply.format if job.reply else None,
-        "size": len(job.reply.output[0]) if job.reply else 0,
+        "format": job.reply.format if job.request and job.reply else None,
+        "size": len(job.reply.output[0]) if job.request and job.reply else 0,
         "error": (job.error.status, str(job.error)) if job.error else None,
+        "fields": [problem.field for problem in job.error.problems] if job.error else [],
         "progress": job.progress,
         "step": job.step,
     }
@@ -106,8 +109,18 @@ def test_a_rank_that_fails_between_collectives_fails_one_request_only(pool: Rank
 
 def test_a_request_that_the_ranks_refuse_is_the_clients_fault(pool: RankPool):
     ranks = pool.run(serve_jobs, 2, [{"do": "bad_request"}, {"seed": 7}])
-    assert ranks[0]["jobs"][0]["error"] == (422, "positive: the ranks refuse it")
+    refused = ranks[0]["jobs"][0]
+    assert refused["error"] == (422, "positive: the ranks refuse it") and refused["fields"] == ["positive"]
     assert all(r["done"] == ["7"] for r in ranks)
+
+
+def test_what_one_rank_refuses_is_undone_on_the_others(pool: RankPool):
+    orders: list[dict[str, Any]] = [{"lora": "missing 1"}, {"lora": "here"}, {"seed": 7}]
+    began = time.monotonic()
+    ranks = pool.run(serve_jobs, 2, orders, collective_timeout=15.0)
+    assert time.monotonic() - began < 12  # nobody waits in a collective for the one that refused
+    assert ranks[0]["jobs"][0]["error"] == (409, "lora: no such file")
+    assert all(r["done"] == ["here", "7"] and r["broken"] is None for r in ranks)
 
 
 def test_cancel_ends_within_a_step_on_all_ranks(pool: RankPool):

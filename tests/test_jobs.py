@@ -127,8 +127,8 @@ def test_close_ends_all_and_refuses_new_ones() -> None:
     queue.take(0)
     queue.close(JobError(500, "rank 1 died"))
     queue.close(JobError(503, "later"))
-    for j in (running, waiting):
-        assert j.error is not None and (j.error.status, str(j.error)) == (500, "rank 1 died")
+    for j, status in ((running, 500), (waiting, 503)):  # what has not begun has not failed
+        assert j.error is not None and (j.error.status, str(j.error)) == (status, "rank 1 died")
     with pytest.raises(JobError, match="rank 1 died") as caught:
         queue.submit(job())
     assert caught.value.status == 503

@@ -183,20 +183,23 @@ class AsyncDiff(Closing):
         return stage.graphs.run("asynchronous", lambda **k: self._asynchronous(stage, original, k), **kwargs)
 
     def _stage_for(self, original: Forward, kwargs: dict[str, Any], device: torch.device) -> Stage:
-        key = signature(kwargs)
+        # Numbers (a ControlNet's scale) make other graphs, not other stages.
+        key = signature({name: None if isinstance(x, float) else x for name, x in kwargs.items()})
         if key not in self._stages:
             traced, _ = trace(self.denoiser, kwargs, original)
-            costs = self._unit_seconds(traced, original, kwargs) if self.measure_units else None
+            costs = self._unit_seconds(traced, original, kwargs, device) if self.measure_units else None
             plan = partition(traced, self.model_n, self.stage_weights, costs)
             while len(self._stages) >= self._max_shapes:
                 self._stages.popitem(last=False)[1].graphs.close()
-            self._stages[key] = Stage(plan, self.stage, device, Graphs(self._cuda_graph))
+            predictions = 0 if self.ranks == 1 else self.stride
+            self._stages[key] = Stage(plan, self.stage, device, Graphs(self._cuda_graph), predictions)
         self._stages.move_to_end(key)
         return self._stages[key]
 
-    def _unit_seconds(self, traced: Trace, original: Forward, kwargs: dict[str, Any]) -> list[float]:
-        """Mean over the group, so that all ranks cut alike."""
-        device = next(self.denoiser.parameters()).device
+    def _unit_seconds(
+        self, traced: Trace, original: Forward, kwargs: dict[str, Any], device: torch.device
+    ) -> list[float]:
+        """Mean over the group, so that all ranks cut alike. Weights may be elsewhere between calls."""
         timer = UnitTimer(traced, device)
         mine = timer.seconds(lambda: self._under(timer, original, kwargs))
         total = torch.tensor(mine, dtype=torch.float32, device=device)

@@ -45,9 +45,12 @@ class Stage:
 
     ``current`` holds the outputs of other stages that this step uses, ``inbox`` those that it receives for
     the next step; ``now`` and ``next`` hold the predictions for this step and, with stride 2, the next one.
+    ``predictions`` is how many of the two there are.
     """
 
-    def __init__(self, plan: Partition, stage: int, device: torch.device, graphs: Graphs) -> None:
+    def __init__(
+        self, plan: Partition, stage: int, device: torch.device, graphs: Graphs, predictions: int = 2
+    ) -> None:
         self.partition, self.graphs, self.device = plan, graphs, device
         self.calls = 0
         """Calls of the denoiser since the generation began."""
@@ -65,8 +68,8 @@ class Stage:
         root = self._trace.calls[0]
         self.predicted = [i for i, leaf in enumerate(root.outputs) if leaf.kind == "value"]
         values = [self._trace.values[root.outputs[i].item] for i in self.predicted]
-        self.now = [self._buffer(value) for value in values]
-        self.next = [self._buffer(value) for value in values]
+        self.now = [self._buffer(value) for value in values] if predictions > 0 else []
+        self.next = [self._buffer(value) for value in values] if predictions > 1 else []
 
     def result(self, predictions: list[torch.Tensor]) -> Any:
         """What the denoiser returns: copies of the predictions in the structure of its output."""
