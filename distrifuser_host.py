@@ -48,7 +48,7 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     from shared.generate import PipelineEngine
     from shared.loading import load_pipeline
 
-    pipe = load_pipeline(config.spec, config, world.device, quiet=world.rank != 0)
+    pipe = load_pipeline(config.spec, config, world.device, quiet=not config.shows_progress(world.rank))
     split = world.size % 2 == 0 and not config.no_split_batch
     branches = branch_groups(world, config.collective_timeout) if split else None
     return PipelineEngine(pipe, config, world, lambda pipe: attach(pipe, config, world, branches))

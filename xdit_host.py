@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from shared.config import HostConfig, LoadError
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from shared.parallel.xdit import XDiT
     from shared.parallel.xdit_groups import XfuserGroups
     from shared.parallel.xdit_pipefusion import XDiTPipeFusion
+
+log = logging.getLogger("host")
 
 
 def make_groups(config: HostConfig, world: World) -> XfuserGroups | None:
@@ -67,11 +70,13 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     from shared.generate import PipelineEngine
     from shared.loading import load_pipeline
 
-    pipe = load_pipeline(config.spec, config, world.device, quiet=world.rank != 0)
+    pipe = load_pipeline(config.spec, config, world.device, quiet=not config.shows_progress(world.rank))
     groups = make_groups(config, world)
     # Every rank ends with the picture of its replica; the first of each decodes it.
     picture = groups.picture if groups else 0
     replicas = groups.degrees.data if groups else 1
+    if groups and not groups.degrees.exact:
+        log.info("the page shows no previews with PipeFusion: no rank has the whole picture during steps")
     holder = picture * (world.size // replicas)
     try:
         return PipelineEngine(

@@ -56,7 +56,12 @@ def load_control_nets(spec: ModelSpec, paths: Mapping[str, float], dtype: torch.
     for path in paths:
         if not (Path(path) / "config.json").is_file():
             raise AdapterError(f"ControlNet {path!r} must be a diffusers folder with a config.json")
-        found = json.loads((Path(path) / "config.json").read_text()).get("_class_name")
+        try:
+            found = json.loads((Path(path) / "config.json").read_text()).get("_class_name")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise AdapterError(
+                f"ControlNet {path!r}: config.json must hold a JSON object: {_first_line(error)}"
+            ) from None
         if found != spec.control_net_class:
             raise AdapterError(
                 f"ControlNet {path!r} is a {found}; type {spec.name} takes {spec.control_net_class}"

@@ -98,7 +98,7 @@ def parse_config(backend: str, argv: Sequence[str] | None = None) -> HostConfig:
         raise UsageError(_unknown(backend, unknown[0].split("=")[0]))
     given = vars(known)
     config_file = given.pop("config", None)
-    values = {**(_read_yaml(backend, config_file) if config_file else {}), **given}
+    values = {**({} if config_file is None else _read_yaml(backend, config_file)), **given}
     by_name = {f.name: f for f in config_flags(backend)}
     parsed = {name: _parse_value(by_name[name], value) for name, value in values.items()}
     config = HostConfig(backend=backend, **parsed)
@@ -150,8 +150,10 @@ def _read_yaml(backend: str, path: str) -> dict[str, Any]:
 
     try:
         data = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config: cannot read {path!r}: {str(error).splitlines()[0]}") from None
+    except (yaml.YAMLError, *_UNREADABLE) as error:
+        raise UsageError(f"--config: cannot read {path!r}: {_problem(error)}") from None
+    if data is None:  # an empty file
+        return {}
     if not isinstance(data, dict):
         raise UsageError(f"--config: {path!r} must hold `flag: value` lines, got {type(data).__name__}")
     flags = config_flags(backend)
@@ -165,6 +167,19 @@ def _read_yaml(backend: str, path: str) -> dict[str, Any]:
         if value is not None:
             values[name] = value
     return values
+
+
+_UNREADABLE = (OSError, ValueError, LookupError, AttributeError, RecursionError)
+"""What YAML's constructors let through, such as ValueError for the date 2024-13-13."""
+
+
+def _problem(error: Exception) -> str:
+    """What is wrong with a YAML file, in one line, and where."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    lines = str(getattr(error, "problem", None) or error).splitlines()
+    mark = getattr(error, "problem_mark", None)
+    return (f"line {mark.line + 1}: " if mark else "") + (lines[0] if lines else type(error).__name__)
 
 
 def _parse_value(f: Field[Any], value: Any) -> Any:
@@ -215,6 +230,11 @@ def _served_elsewhere(type_name: str) -> str:
     )
 
 
+_FOLDERS = ("control_net",)
+_FILES = ("gguf_model",)
+_LORAS = ("lora", "motion_adapter_lora")
+
+
 def _check_paths(config: HostConfig) -> None:
     for f in config_flags(config.backend):
         value = getattr(config, f.name)
@@ -223,6 +243,12 @@ def _check_paths(config: HostConfig) -> None:
         for path in value if isinstance(value, dict) else [value]:
             if not os.path.exists(path):
                 raise UsageError(f"--{f.name}: no such file or folder: {path!r}")
+            if f.name in _FOLDERS and not os.path.isdir(path):
+                raise UsageError(f"--{f.name}: must be a diffusers folder; got the file {path!r}")
+            if f.name in _FILES and os.path.isdir(path):
+                raise UsageError(f"--{f.name}: must be a file; got the folder {path!r}")
+            if f.name in _LORAS and os.path.isfile(path) and not path.endswith(".safetensors"):
+                raise UsageError(f"--{f.name}: a file must be .safetensors (no pickles); got {path!r}")
     checkpoint = Path(config.checkpoint)
     if checkpoint.is_dir() and not (checkpoint / "model_index.json").is_file():
         raise UsageError(
@@ -243,6 +269,7 @@ def _check_paths(config: HostConfig) -> None:
 _UNTRACEABLE = "it moves every layer as it is called, which torch.compile cannot trace"
 _PACKED = "it takes apart every layer's weights, which must stay together when they are packed"
 _COMPILED = {flag: _UNTRACEABLE for flag in ("compile_unet", "compile_vae", "compile_text_encoder")}
+_OF_COMPILE = ("compile_backend", "compile_mode", "compile_options", "compile_fullgraph_off")
 _LAYER_BY_LAYER: dict[str, dict[str, str]] = {
     "enable_sequential_cpu_offload": {
         **_COMPILED,
@@ -283,6 +310,9 @@ def _check_features(config: HostConfig) -> None:
         raise UsageError(
             "--compile_options: torch.compile takes a mode or options; --compile_mode is given too"
         )
+    idle = next((flag for flag in _OF_COMPILE if getattr(config, flag)), None)
+    if idle and not any(getattr(config, flag) for flag in _COMPILED):
+        raise UsageError(f"--{idle}: does nothing without {' or '.join(f'--{flag}' for flag in _COMPILED)}")
     if config.ip_adapter and len(config.ip_adapter) > 1:
         raise UsageError(f"--ip_adapter: one adapter at a time; got {len(config.ip_adapter)}")
     if config.motion_module and config.motion_adapter:
@@ -313,6 +343,26 @@ def scheduler_problem(spec: ModelSpec, scheduler: str | dict[str, Any]) -> str |
     if name in short or name in classes:
         return None
     return f"type {spec.name} takes {', '.join(short)} or {', '.join(classes)}; got {name!r}"
+
+
+def idle_flags(config: HostConfig, world_size: int) -> list[str]:
+    """A line for each flag that this launch takes and that changes nothing in it."""
+    defaults = {f.name: f.default for f in config_flags(config.backend)}
+
+    def given(*flags: str) -> list[str]:
+        return [flag for flag in flags if getattr(config, flag) != defaults[flag]]
+
+    idle: list[str] = []
+    reason = ""
+    if config.backend == "asyncdiff" and asyncdiff_model_n(config, world_size) == 1:
+        idle, reason = given("time_shift", "stage_weights", "auto_balance"), "there is one stage"
+    elif config.backend == "distrifuser" and config.parallelism == "tensor":
+        idle, reason = given("split_scheme", "sync_mode"), "--parallelism=tensor cuts no patches"
+    elif config.backend == "distrifuser" and config.parallelism == "naive_patch":
+        if config.sync_mode != "full_sync":
+            idle = given("sync_mode")
+        reason = "naive patches tell each other nothing, except under full_sync"
+    return [f"--{flag} has no effect: {reason}" for flag in idle]
 
 
 def _check_world(config: HostConfig, world_size: int) -> None:

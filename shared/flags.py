@@ -6,11 +6,30 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from shared.models import MODELS, ModelSpec
+
+NOT_NUMBERS = (ValueError, TypeError, OverflowError)
+
+
+def _number(value: Any) -> float:
+    """A finite number. Raises one of NOT_NUMBERS."""
+    number = float(value)
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _json(text: str) -> Any:
+    """Raises ValueError, for NaN (which JSON has not) and for what is nested too deeply as well."""
+    try:
+        return json.loads(text, parse_constant=_number)
+    except RecursionError:
+        raise ValueError from None
 
 
 def _text(value: Any) -> str:
@@ -28,9 +47,9 @@ def _integer(value: Any) -> int:
 
 def _seconds(value: Any) -> float:
     try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        raise ValueError("a number of seconds") from None
+        seconds = _number(value)
+    except NOT_NUMBERS:
+        seconds = 0.0
     if not 0 < seconds < 1e9:
         raise ValueError("a number of seconds above 0")
     return seconds
@@ -40,11 +59,11 @@ def _scales(value: Any) -> dict[str, float]:
     """JSON `{"path": scale, ...}`."""
     wanted = 'JSON such as {"path": 1.0}'
     try:
-        data = json.loads(value) if isinstance(value, str) else value
-        scales = {str(path): float(scale) for path, scale in data.items() if not isinstance(scale, bool)}
+        data = _json(value) if isinstance(value, str) else value
+        scales = {str(path): _number(scale) for path, scale in data.items()}
         if len(scales) != len(data) or not scales:
             raise ValueError
-    except (ValueError, TypeError, AttributeError):
+    except (*NOT_NUMBERS, AttributeError):
         raise ValueError(wanted) from None
     return scales
 
@@ -57,7 +76,7 @@ def _scales_or_path(value: Any) -> dict[str, float]:
 
 def _json_object(value: Any) -> dict[str, Any]:
     try:
-        data = json.loads(value) if isinstance(value, str) else value
+        data = _json(value) if isinstance(value, str) else value
     except ValueError:
         data = None
     if not isinstance(data, dict):
@@ -77,8 +96,8 @@ def _scheduler(value: Any) -> str | dict[str, Any]:
 def _weights(value: Any) -> tuple[float, ...]:
     try:
         data = value if isinstance(value, list | tuple) else str(value).strip("[]").split(",")
-        weights = tuple(float(w) for w in data)
-    except ValueError:
+        weights = tuple(_number(w) for w in data)
+    except NOT_NUMBERS:
         weights = ()
     if not weights or min(weights) <= 0:
         raise ValueError("numbers above 0 with commas between, such as 1,1,0.5")
@@ -251,7 +270,7 @@ class HostConfig:
     split_scheme: str = _flag(
         "row",
         _PARALLEL,
-        "how naive patches are cut",
+        "how pictures are cut into patches: rows, columns, or by turns (naive_patch)",
         _text,
         choices=("row", "col", "alternate"),
         backend="distrifuser",
@@ -364,6 +383,10 @@ class HostConfig:
         return (
             self.enable_model_cpu_offload or self.enable_sequential_cpu_offload or self.enable_group_offload
         )
+
+    def shows_progress(self, rank: int) -> bool:
+        """Whether this rank shows progress bars: they are no JSON lines, and no warnings."""
+        return rank == 0 and not self.log_json and self.log_level in ("info", "debug")
 
     @property
     def size(self) -> tuple[int, int]:

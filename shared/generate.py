@@ -239,15 +239,15 @@ class PipelineEngine:
             self.parallel.close()
 
 
-OWN = frozenset(
-    {"scheduler", "sigmas", "timesteps", "latent", "positive_embeds", "negative_embeds", "image"}
-)
+OWN = frozenset({"scheduler", "sigmas", "timesteps", "latent", "positive_embeds", "negative_embeds", "image"})
 """Fields whose content the models and schedulers may fail on, before the first step."""
 
 
 def _is_refusal(error: Exception, request: GenerateRequest) -> bool:
-    """Whether an error before the first step is the request's fault: what a feature or the pipeline refuses in
-    words, or what fails on tensors and settings that it brings."""
+    """Whether an error before the first step is the request's fault.
+
+    It is what a feature or the pipeline refuses in words, or what fails on tensors and settings that it brings.
+    """
     if isinstance(error, ValueError):
         return True
     brings = any(getattr(request, name) is not None for name in OWN)

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import platform
 import select
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shared.config import HostConfig, LoadError, UsageError, exit_usage, parse_or_exit, world_from_environment
+from shared.config import (
+    HostConfig,
+    LoadError,
+    UsageError,
+    exit_usage,
+    idle_flags,
+    parse_or_exit,
+    world_from_environment,
+)
 
 if TYPE_CHECKING:
     from shared.comm import World
@@ -53,6 +63,8 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
     queue = JobQueue(config.max_queue)
     if rank == 0:
         _start_server(config, status, queue, lifeline)
+        for line in idle_flags(config, world_size):
+            log.warning("%s", line)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for library in ("TRANSFORMERS", "DIFFUSERS"):
@@ -73,9 +85,8 @@ def _start_server(config: HostConfig, status: HostStatus, queue: JobQueue, lifel
 
     try:
         Server(create_app(config, status, queue), config.host, config.port, config.max_queue)
-    except OSError as error:
-        problem = f"--port: cannot serve on {config.host}:{config.port}: {error.strerror or error}"
-        exit_usage(config.backend, UsageError(problem))
+    except (OSError, UnicodeError) as error:
+        exit_usage(config.backend, UsageError(_cannot_serve(config, error)))
     log.info(
         "serving http://%s:%d, loading %s from %s", config.host, config.port, config.type, config.checkpoint
     )
@@ -85,6 +96,15 @@ def _start_server(config: HostConfig, status: HostStatus, queue: JobQueue, lifel
         queue.close(JobError(500 if failed else 503, f"the host is ending: {reason}"))
 
     lifeline.before_end(tell_clients)
+
+
+def _cannot_serve(config: HostConfig, error: OSError | UnicodeError) -> str:
+    if isinstance(error, UnicodeError):
+        return f"--host: must be a name or an address of this machine; got {config.host!r}"
+    why = error.strerror or error
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return f"--host: must be a name or an address of this machine; got {config.host!r}: {why}"
+    return f"--port: cannot serve on {config.host}:{config.port}: {why}"
 
 
 def _load_and_loop(
@@ -249,6 +269,11 @@ def set_up_logging(config: HostConfig, rank: int) -> None:
         else logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S")
     )
     level = config.log_level.upper()
+    if config.log_json:  # whatever else writes to the log must be JSON, too
+        logging.captureWarnings(True)
+        for name in ("py.warnings", "waitress"):
+            logging.getLogger(name).handlers = [handler]
+            logging.getLogger(name).propagate = False
     logger = logging.getLogger("host")
     logger.handlers = [handler]
     logger.propagate = False

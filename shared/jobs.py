@@ -20,7 +20,7 @@ PREVIEW_SECONDS = 0.25  # between two previews of a picture that forms
 
 
 class JobError(RuntimeError):
-    """Why a job has no reply. `status` is the HTTP status it is answered with, `problems` the faults by field."""
+    """Why a job has no reply: the HTTP `status` it is answered with, and `problems`, the faults by field."""
 
     def __init__(self, status: int, message: str, problems: Sequence[FieldProblem] = ()) -> None:
         self.status = status

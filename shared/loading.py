@@ -6,11 +6,13 @@ on to a module's forward (compile, offload), and parallel surgery comes after al
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from shared.compile import compile_pipeline
 from shared.config import HostConfig, LoadError, UsageError, world_from_environment
 from shared.lora import LoraError, loras_of
 from shared.models import MODELS, ModelSpec
-from shared.schedulers import SchedulerError, set_scheduler
+from shared.schedulers import SchedulerError, make_scheduler, set_scheduler
 from shared.single_file import BROKEN, CONFIGS, SingleFileError, load_single_file
 
 log = logging.getLogger("host")
@@ -62,6 +64,50 @@ def check_environment(config: HostConfig, device: torch.device) -> None:
         memory.check_memory_flags(config, device)
     except memory.MemoryFlagError as error:
         raise UsageError(str(error)) from None
+    _check_compile(config)
+    _check_scheduler(config)
+
+
+def _check_compile(config: HostConfig) -> None:
+    """What torch.compile would refuse at the first request, or not at all."""
+    if not (config.compile_unet or config.compile_vae or config.compile_text_encoder):
+        return
+    import torch._dynamo
+    import torch._inductor
+
+    backend, options = config.compile_backend or "inductor", config.compile_options or {}
+    backends = [name for name in torch._dynamo.list_backends(None) if "TESTING_ONLY" not in name]
+    if backend not in backends:
+        raise UsageError(f"--compile_backend: must be one of {', '.join(backends)}; got {backend!r}")
+    if backend != "inductor":
+        return
+    known = torch._inductor.list_options()
+    for key in options:
+        if key.replace("-", "_") not in known:
+            near = ", ".join(difflib.get_close_matches(key, known)) or "torch._inductor.list_options()"
+            raise UsageError(f"--compile_options: inductor has no option {key!r}; see {near}")
+    try:
+        torch._TorchCompileInductorWrapper(None, options, None)
+    except RuntimeError as error:
+        raise UsageError(f"--compile_options: {_line(error)}") from None
+
+
+def _check_scheduler(config: HostConfig) -> None:
+    """Make the scheduler that --scheduler asks for, out of the checkpoint's settings."""
+    if config.scheduler is None:
+        return
+    checkpoint = Path(config.checkpoint)
+    folder = _configuration(config.spec, checkpoint) if checkpoint.is_file() else checkpoint
+    try:
+        settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    except (OSError, ValueError):
+        settings = None
+    # What is wrong with the file itself, loading tells.
+    current = SimpleNamespace(config=settings if isinstance(settings, dict) else {})
+    try:
+        make_scheduler(current, config.spec, config.scheduler)
+    except SchedulerError as error:
+        raise UsageError(f"--scheduler: {error}") from None
 
 
 def compute_dtype(config: HostConfig, device: torch.device) -> torch.dtype:
@@ -79,6 +125,7 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool
     parallel = world_from_environment()[1] > 1
     dtype = compute_dtype(config, device)
     pipe = _load_components(spec, config, dtype)
+    _check_tokenizers(pipe, spec, config)
     if quiet:
         pipe.set_progress_bar_config(disable=True)
     for component in pipe.components.values():
@@ -124,6 +171,21 @@ def _load_loras(pipe: Any, spec: ModelSpec, config: HostConfig) -> None:
     elif reason:
         loras.fuse(reason)
         loras.freeze(f"no LoRA can be added, removed or scaled: the weights are fixed by {reason}")
+    for flag in ("enable_sequential_cpu_offload", "enable_group_offload"):
+        if getattr(config, flag):
+            loras.fixed = f"no LoRA can be added or removed: layers come and go one by one under --{flag}"
+
+
+def _check_tokenizers(pipe: Any, spec: ModelSpec, config: HostConfig) -> None:
+    """Transformers makes one that knows no word where the vocabulary is missing, and says nothing."""
+    for name in spec.tokenizers:
+        tokenizer = getattr(pipe, name, None)
+        # T5's empty one has one piece beside the special ones, for a space.
+        if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
+            raise LoadError(
+                f"--checkpoint {config.checkpoint!r}: {name} has no vocabulary; its folder must hold "
+                "tokenizer.json or what the tokenizer was made from"
+            )
 
 
 def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) -> Any:

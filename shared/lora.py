@@ -9,6 +9,7 @@ Source of the method: Hu et al., "LoRA", arXiv 2106.09685, section 4.1.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ class LoraSet:
     pipe: Any
     spec: ModelSpec
     frozen: str | None = None  # why none can be added, removed or scaled any more
+    fixed: str | None = None  # why none can be added or removed any more; scales still work
     loaded: dict[str, Loaded] = field(default_factory=dict)
     _count: int = 0
 
@@ -88,9 +90,9 @@ class LoraSet:
         """Load a LoRA and make it active beside the others.
 
         Raises:
-            LoraError: fused or compiled weights, an unreadable file, or a LoRA of which no key fits.
+            LoraError: fused, compiled or offloaded weights, an unreadable file, or a LoRA that fits nowhere.
         """
-        self._check_open()
+        self._check_open(self.fixed)
         if path in self.loaded:
             raise LoraError(f"LoRA {path!r} is loaded already")
         parts, unmatched = match_layers(self.pipe, self.spec, read_lora(path))
@@ -115,7 +117,7 @@ class LoraSet:
 
     def remove(self, path: str) -> None:
         """Take a LoRA off again; with the last one the layers are the original objects. Raises LoraError."""
-        self._check_open()
+        self._check_open(self.fixed)
         entry = self.loaded.pop(self.name_of(path))
         for module in _parts(self.pipe, self.spec).values():
             for _, layer in _lora_layers(module):
@@ -167,9 +169,9 @@ class LoraSet:
         """From now on none can be added, removed or scaled, for this reason."""
         self.frozen = why
 
-    def _check_open(self) -> None:
-        if self.frozen:
-            raise LoraError(self.frozen)
+    def _check_open(self, fixed: str | None = None) -> None:
+        if reason := self.frozen or fixed:
+            raise LoraError(reason)
 
 
 def loras_of(pipe: Any, spec: ModelSpec) -> LoraSet:
@@ -182,14 +184,14 @@ def loras_of(pipe: Any, spec: ModelSpec) -> LoraSet:
 def read_lora(path: str) -> dict[str, torch.Tensor]:
     """The tensors of a `.safetensors` file, or of the one in a folder. Raises LoraError."""
     file = Path(path)
-    if file.is_dir():
-        inside = sorted(file.glob("*.safetensors"))
-        if len(inside) != 1:
-            raise LoraError(f"LoRA folder {path!r} must hold one .safetensors file, got {len(inside)}")
-        file = inside[0]
-    if file.suffix != ".safetensors":
-        raise LoraError(f"LoRA {path!r} must be a .safetensors file (no pickles)")
     try:
+        if file.is_dir():
+            inside = sorted(file.glob("*.safetensors"))
+            if len(inside) != 1:
+                raise LoraError(f"LoRA folder {path!r} must hold one .safetensors file, got {len(inside)}")
+            file = inside[0]
+        if file.suffix != ".safetensors":
+            raise LoraError(f"LoRA {path!r} must be a .safetensors file (no pickles)")
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise LoraError(f"LoRA {path!r} cannot be read: {error}") from None
@@ -230,6 +232,8 @@ def _pairs(tensors: Mapping[str, torch.Tensor], alphas: Mapping[str, float] | No
             pair = pairs.setdefault(layer, Pair())
             setattr(pair, ROLES[found["role"]], value)
         elif found := ALPHA.match(key):
+            if value.numel() != 1:
+                raise LoraError(f"{key!r} must be one number, it has shape {list(value.shape)}")
             pairs.setdefault(found["layer"], Pair()).alpha = float(value)
         else:
             pairs.setdefault(key, Pair())
@@ -290,11 +294,19 @@ def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
 def _fits(module: nn.Module, pair: Pair) -> bool:
     base: Any = getattr(module, "base_layer", module)
     assert pair.down is not None and pair.up is not None
+    if min(pair.down.ndim, pair.up.ndim) < 2 or not pair.rank:
+        return False
+    kernel = 1
     if isinstance(base, nn.Conv2d):
         inputs, outputs = base.in_channels // base.groups, base.out_channels
+        kernel = math.prod(base.kernel_size)
     else:  # not the weight's shape, which is that of packed bytes under GGUF
         inputs, outputs = base.in_features, base.out_features
-    return pair.down.shape[1] == inputs and tuple(pair.up.shape[:2]) == (outputs, pair.rank)
+    return (
+        (pair.down.shape[1], pair.down.numel()) == (inputs, pair.rank * inputs * kernel)
+        and tuple(pair.up.shape[:2]) == (outputs, pair.rank)
+        and pair.up.numel() == outputs * pair.rank
+    )
 
 
 def _place(

@@ -107,9 +107,13 @@ def load_gguf(path: str, spec: ModelSpec, cls: Any, config: Path, dtype: torch.d
     """
     from diffusers import GGUFQuantizationConfig
 
-    with open(path, "rb") as file:
-        if file.read(4) != b"GGUF":
-            raise QuantizeError(f"--gguf_model: {path!r} is not a GGUF file")
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise QuantizeError(f"--gguf_model: {path!r} cannot be read: {error.strerror or error}") from None
+    if magic != b"GGUF":
+        raise QuantizeError(f"--gguf_model: {path!r} is not a GGUF file")
     try:
         model = cls.from_single_file(
             str(path),
@@ -119,6 +123,8 @@ def load_gguf(path: str, spec: ModelSpec, cls: Any, config: Path, dtype: torch.d
             dtype=dtype,
             local_files_only=True,
         )
+    except OSError:  # all that diffusers says of a reader that failed
+        raise QuantizeError(f"--gguf_model: {path!r} cannot be read: it is cut off or broken") from None
     except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise QuantizeError(f"--gguf_model: {path!r} does not fit type {spec.name}: {line}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,12 @@ import torch
 
 from shared.config import scheduler_problem
 from shared.models import SCHEDULERS, ModelSpec, SchedulerSpec
+
+BOUNDS = {"num_train_timesteps": (1, 10000), "solver_order": (1, 3)}
+CHOICES = {
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+    "prediction_type": ("epsilon", "sample", "v_prediction", "flow_prediction"),
+}  # of what the constructors take unseen
 
 
 class SchedulerError(ValueError):
@@ -42,11 +49,14 @@ def make_scheduler(current: Any, spec: ModelSpec, wanted: str | Mapping[str, Any
         raise SchedulerError(
             f"{entry.cls} has no setting {unknown[0]!r}; it has {', '.join(sorted(allowed))}"
         )
+    for key, value in given.items():
+        if problem := _senseless(key, value):
+            raise SchedulerError(f"{name}: {key} must be {problem}; got {value!r}")
     try:
         return cls.from_config(current.config, **{**entry.settings, **settings, **given})
     except ImportError as error:
         raise SchedulerError(f"{name} needs a package that is not installed: {_last_line(error)}") from None
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # whatever a setting of another type or size leads to
         raise SchedulerError(f"{name} with {given or 'no settings'}: {_last_line(error)}") from None
 
 
@@ -112,6 +122,19 @@ def _entry(name: str, spec: ModelSpec) -> tuple[SchedulerSpec, dict[str, Any]]:
         return SCHEDULERS[name.removeprefix("k_")], {"use_karras_sigmas": True}
     fitting = (s for s in SCHEDULERS.values() if s.cls == name and spec.scheduler_family in s.families)
     return next(fitting), {}
+
+
+def _senseless(key: str, value: Any) -> str | None:
+    """What a setting must be that constructors take as it comes, or None where it is that."""
+    if key in BOUNDS:
+        least, most = BOUNDS[key]
+        if type(value) is not int or not least <= value <= most:
+            return f"a whole number from {least} to {most}"
+    if key in CHOICES and value not in CHOICES[key]:
+        return f"one of {', '.join(CHOICES[key])}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    return None
 
 
 def _last_line(error: Exception) -> str:

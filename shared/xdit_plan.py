@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from shared.flags import HostConfig
-from shared.models import BACKENDS
-from shared.parallel.xdit_degrees import FLAGS, Degrees, choose_degrees, fitting_sizes
+from shared.models import BACKENDS, SCHEDULERS
+from shared.parallel.xdit_degrees import (
+    DUAL_ATTENTION,
+    FLAGS,
+    ONE_PATCH,
+    Degrees,
+    choose_degrees,
+    fitting_sizes,
+    patch_count,
+    scheduler_problem,
+    stages_problem,
+)
 
 SINGLE_FILE_CONFIGS = Path(__file__).parent / "configs"
+HEADS = "num_attention_heads"
 
 
 def xdit_degrees(config: HostConfig, world_size: int) -> Degrees:
@@ -19,19 +31,58 @@ def xdit_degrees(config: HostConfig, world_size: int) -> Degrees:
     given = {name: getattr(config, flag) for name, flag in FLAGS.items() if getattr(config, flag)}
     if "cfg" in given:
         given["cfg"] = 2
-    return choose_degrees(world_size, given, config.spec.guidance_branches, _attention_heads(config))
+    heads = _number(_denoiser(config), HEADS)
+    nets = {path: _number(_read(Path(path) / "config.json"), HEADS) for path in config.control_net or ()}
+    ulysses = given.get("ulysses", 1)
+    for path, found in nets.items():
+        if found and found % ulysses:
+            raise ValueError(
+                f"--ulysses_degree: must divide the {found} attention heads of --control_net {path!r}; got "
+                f"{ulysses}"
+            )
+    if heads and "ulysses" not in given:
+        heads = math.gcd(heads, *(found for found in nets.values() if found))
+    return choose_degrees(world_size, given, config.spec.guidance_branches, heads)
 
 
-def _attention_heads(config: HostConfig) -> int | None:
-    """Attention heads of the denoiser, from the checkpoint's configuration; None where it cannot be read."""
-    folder = Path(config.checkpoint)
-    if folder.is_file():
-        folder = SINGLE_FILE_CONFIGS / (config.spec.single_file_config or "")
+def _folder(config: HostConfig) -> Path:
+    """Where the checkpoint's configurations are, as shared.loading looks for them."""
+    checkpoint = Path(config.checkpoint)
+    if not checkpoint.is_file():
+        return checkpoint
+    beside = checkpoint.with_suffix("")
+    if (beside / "model_index.json").is_file():
+        return beside
+    return SINGLE_FILE_CONFIGS / (config.spec.single_file_config or "")
+
+
+def _denoiser(config: HostConfig) -> dict[str, Any]:
+    return _read(_folder(config) / config.spec.denoiser / "config.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A configuration; empty where it cannot be read, which the loader will tell."""
     try:
-        heads = json.loads((folder / config.spec.denoiser / "config.json").read_text())["num_attention_heads"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return heads if isinstance(heads, int) else None
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _number(settings: dict[str, Any], name: str) -> int | None:
+    value = settings.get(name)
+    return value if isinstance(value, int) else None
+
+
+def _scheduler(config: HostConfig) -> tuple[str, dict[str, Any]]:
+    """Class and settings of the launch's scheduler: the checkpoint's, changed by the flag."""
+    settings = _read(_folder(config) / "scheduler" / "scheduler_config.json")
+    if config.scheduler is None:
+        return str(settings.get("_class_name", "")), settings
+    given = dict(config.scheduler) if isinstance(config.scheduler, dict) else {"scheduler": config.scheduler}
+    name = given.pop("scheduler")
+    entry = SCHEDULERS.get(name) or SCHEDULERS.get(name.removeprefix("k_"))
+    return (entry.cls, settings | dict(entry.settings) | given) if entry else (name, settings | given)
 
 
 def check_xdit(config: HostConfig, world_size: int) -> None:
@@ -50,6 +101,18 @@ def check_xdit(config: HostConfig, world_size: int) -> None:
             f"--height: must be a multiple of {unit} with {degrees}; got {config.size[1]} "
             f"(nearest: {fitting_sizes(config.size[1], unit)})"
         )
+    if _needs_patches(config, degrees):
+        patches = config.num_pipeline_patch or degrees.pipefusion
+        if patch_count(config.size[1], patches, degrees.sequence) == 1:
+            raise ValueError(
+                f"--height: must be {2 * unit} or more with {degrees}; {config.size[1]} makes 1 patch: "
+                f"{ONE_PATCH}"
+            )
+
+
+def _needs_patches(config: HostConfig, degrees: Degrees) -> bool:
+    """Whether PipeFusion must not have the picture in one piece (FLUX over several ranks)."""
+    return degrees.pipefusion > 1 and degrees.sequence > 1 and config.spec.latent_layout == "packed"
 
 
 def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str, Any, str]]:
@@ -65,6 +128,8 @@ def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str,
         stages and len(stages) != degrees.pipefusion,
         f"one number for each of the {degrees.pipefusion} stages; got {len(stages or ())}",
     )
+    if pipefusion:
+        yield from _pipefusion_conflicts(config, degrees)
     yield (
         "warm_up_steps",
         pipefusion and config.warm_up_steps < 1,
@@ -111,3 +176,20 @@ def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str,
         config.xformers_efficient and degrees.world > 1,
         ("xDiT brings the attention of its own that all ranks share"),
     )
+
+
+def _pipefusion_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str, Any, str]]:
+    """What PipeFusion's stages cannot run, as far as the checkpoint's configurations tell."""
+    denoiser, stages = _denoiser(config), config.attn_layer_num_for_pp
+    blocks = (_number(denoiser, "num_layers") or 0) + (_number(denoiser, "num_single_layers") or 0)
+    if blocks:
+        equal = "attn_layer_num_for_pp" in BACKENDS["xdit"].refuses.get(config.type, {})
+        problem = stages_problem(degrees.pipefusion, blocks, stages, equal)
+        yield "attn_layer_num_for_pp" if stages else "pipefusion_parallel_degree", problem, str(problem)
+    dual = degrees.sequence > 1 and denoiser.get("dual_attention_layers")
+    yield "pipefusion_parallel_degree", dual, f"not with {degrees} on this checkpoint: {DUAL_ATTENTION}"
+    single = config.num_pipeline_patch == 1 and _needs_patches(config, degrees)
+    yield "num_pipeline_patch", single, f"must be 2 or more with {degrees}: {ONE_PATCH}"
+    name, settings = _scheduler(config)
+    problem = scheduler_problem(config.spec.scheduler_family.startswith("flow"), name, settings)
+    yield "scheduler", name and problem, str(problem)

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from shared.adapters import AdapterError, control_arguments, ip_arguments, read_tensors
+from shared.adapters import (
+    AdapterError,
+    control_arguments,
+    ip_arguments,
+    load_control_nets,
+    read_tensors,
+)
 from shared.loading import LoadError
 from shared.models import MODELS
 from tests import tiny, tiny_extras
@@ -146,6 +152,13 @@ def test_motion_lora() -> None:
 def test_refused(name: str, flags: Any, says: str) -> None:
     with pytest.raises(LoadError, match=says):
         tiny.host(name, **flags())
+
+
+@pytest.mark.parametrize("text", ["not JSON", "[1]", "\udcff"])
+def test_control_net_with_a_broken_config(text: str, tmp_path) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(AdapterError, match=r"config\.json must hold a JSON object"):
+        load_control_nets(MODELS["sd1"], {str(tmp_path): 1.0}, torch.float32)
 
 
 def test_pickles_with_code_are_refused(tmp_path) -> None:

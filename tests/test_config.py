@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shared.config import HostConfig, UsageError, build_parser, config_flags, parse_config
+from shared.config import HostConfig, UsageError, build_parser, config_flags, idle_flags, parse_config
 from shared.models import BACKENDS, FEATURES, MODELS, refusal, schedulers_for
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "gguf_model": ("{f}/file.gguf", "{f}/file.gguf"),
     "quantize_to": ("int8", "int8"),
     "lora": ('{{"{f}/file.safetensors": 0.5}}', {"{f}/file.safetensors": 0.5}),
-    "control_net": ("{f}/file.safetensors", {"{f}/file.safetensors": 1.0}),
+    "control_net": ("{f}/model", {"{f}/model": 1.0}),
     "ip_adapter": ('{{"{f}/file.safetensors": 1}}', {"{f}/file.safetensors": 1.0}),
     "compile_backend": ("eager", "eager"),
     "compile_mode": ("max-autotune", "max-autotune"),
@@ -98,6 +98,10 @@ COMPANY: dict[str, dict[str, Any]] = {
     "stride": {"world": 3},
     "stage_weights": {"world": 3},
     "use_cfg_parallel": {"world": 4},
+    **{
+        f"compile_{name}": {"beside": ("--compile_vae",)}
+        for name in ("backend", "mode", "options", "fullgraph_off")
+    },
     "motion_module": {"type": "ad"},
     "motion_adapter": {"type": "ad"},
     "motion_adapter_lora": {"type": "ad"},
@@ -118,6 +122,7 @@ def served_types(backend: str, flag: str) -> list[str]:
     return [t for t in BACKENDS[backend].types if not refusal(BACKENDS[backend], MODELS[t], flag)]
 
 
+DEEP = '{"a":' * 100_000
 CASES = [(b, f.name) for b in BACKENDS for f in config_flags(b) if served_types(b, f.name)]
 
 
@@ -166,13 +171,24 @@ def test_every_default_is_the_dataclass_default(folder: Path, backend: str, name
         ("--port=", "--port: must be a whole number; got ''"),
         ("--request_timeout=0", "--request_timeout: must be a number of seconds above 0; got '0'"),
         ("--request_timeout=nan", "--request_timeout: must be a number of seconds above 0"),
+        ("--request_timeout=soon", "--request_timeout: must be a number of seconds above 0"),
+        ("--stage_weights=[nan,1]", "--stage_weights: must be numbers above 0"),
+        ("--stage_weights=1,inf", "--stage_weights: must be numbers above 0"),
         ("--max_queue=-1", "--max_queue: must be at least 0; got '-1'"),
         ("--lora=x.safetensors", '--lora: must be JSON such as {"path": 1.0}'),
         ('--lora={"a": true}', "--lora: must be JSON"),
         ("--lora={}", "--lora: must be JSON"),
+        ('--lora={"a": NaN}', "--lora: must be JSON"),
+        ('--lora={"a": 1e999}', "--lora: must be JSON"),
+        pytest.param(f'--lora={{"a": 1{"0" * 400}}}', "--lora: must be JSON", id="too large"),
+        pytest.param("--lora=" + DEEP, "--lora: must be JSON", id="deep lora"),
         ('--lora={"nothing.safetensors": 1}', "--lora: no such file or folder: 'nothing.safetensors'"),
         ("--vae=/nothing", "--vae: no such file or folder: '/nothing'"),
         ("--compile_options=[1]", "--compile_options: must be a JSON object; got '[1]'"),
+        pytest.param(
+            "--compile_options=" + DEEP, "--compile_options: must be a JSON object", id="deep options"
+        ),
+        ('--scheduler={"scheduler": "ddim", "beta_end": NaN}', "--scheduler: must be a JSON object"),
         ("--scheduler=nonsense", "--scheduler: type sd1 takes ddim"),
         ('--scheduler={"name": "ddim"}', "--scheduler: must be a name, or JSON"),
         ("--stride=3", "--stride: must be at most 2; got '3'"),
@@ -184,6 +200,7 @@ def test_every_default_is_the_dataclass_default(folder: Path, backend: str, name
         ("stray", "'stray' is not a flag"),
         ("--vae", "--vae"),
         ("--config=/nothing.yaml", "--config: cannot read '/nothing.yaml'"),
+        ("--config=", "--config: cannot read ''"),
     ],
 )
 def test_a_wrong_value_names_flag_value_and_choices(folder: Path, flag: str, words: str) -> None:
@@ -224,6 +241,18 @@ def test_type_and_checkpoint(folder: Path) -> None:
         ),
         (["--gguf_model={f}/file.gguf", "--quantize_to=int8"], "--quantize_to: the weights"),
         (["--compile_mode=default", '--compile_options={{"a": 1}}'], "--compile_options"),
+        *(
+            ([flag], f"{flag.split('=')[0]}: does nothing without --compile_unet or --compile_vae")
+            for flag in (
+                "--compile_backend=eager",
+                "--compile_mode=default",
+                '--compile_options={{"a": 1}}',
+                "--compile_fullgraph_off",
+            )
+        ),
+        (["--gguf_model={f}/model"], "--gguf_model: must be a file; got the folder"),
+        (["--control_net={f}/file.safetensors"], "--control_net: must be a diffusers folder; got the file"),
+        (['--lora={{"{f}/file.ckpt": 1}}'], "--lora: a file must be .safetensors"),
         (
             ['--ip_adapter={{"{f}/file.safetensors": 1, "{f}/other.safetensors": 1}}'],
             "one adapter at a time; got 2",
@@ -278,6 +307,41 @@ def test_world_size_of_asyncdiff(folder: Path, world: int, flags: list[str], fit
         assert refused(folder, *flags, world=world).startswith("--")
 
 
+@pytest.mark.parametrize(
+    ("backend", "world", "flags", "idle"),
+    [
+        ("asyncdiff", 1, ["--time_shift", "--auto_balance"], ["time_shift", "auto_balance"]),
+        ("asyncdiff", 1, ["--stage_weights=1,1", "--warm_up_steps=0"], ["stage_weights"]),
+        ("asyncdiff", 2, ["--use_cfg_parallel", "--time_shift"], ["time_shift"]),
+        ("asyncdiff", 2, ["--time_shift", "--stage_weights=1,2"], []),
+        ("distrifuser", 2, ["--parallelism=tensor", "--split_scheme=row"], []),
+        ("distrifuser", 2, ["--parallelism=tensor", "--split_scheme=col"], ["split_scheme"]),
+        ("distrifuser", 2, ["--parallelism=tensor", "--sync_mode=full_sync"], ["sync_mode"]),
+        ("distrifuser", 2, ["--parallelism=naive_patch", "--sync_mode=full_sync"], []),
+        ("distrifuser", 2, ["--parallelism=naive_patch", "--sync_mode=no_sync"], ["sync_mode"]),
+        ("distrifuser", 2, ["--split_scheme=col", "--sync_mode=no_sync"], []),
+    ],
+)
+def test_flags_that_do_nothing_are_told(
+    folder: Path, backend: str, world: int, flags: list[str], idle: list[str]
+) -> None:
+    lines = idle_flags(parse(folder, *flags, backend=backend, world=world), world)
+    assert [line.split(" has no effect: ")[0] for line in lines] == [f"--{flag}" for flag in idle]
+    assert all(line.split(": ")[1] for line in lines)
+
+
+def test_bars_show_on_rank_0_of_a_log_for_people(folder: Path) -> None:
+    assert parse(folder).shows_progress(0) and parse(folder, "--log_level=debug").shows_progress(0)
+    assert not parse(folder).shows_progress(1)
+    for flag in ("--log_json", "--log_level=warning", "--log_level=error"):
+        assert not parse(folder, flag).shows_progress(0)
+
+
+def test_an_empty_yaml_file_has_no_flags(folder: Path) -> None:
+    (folder / "host.yaml").write_text("# nothing yet\n")
+    assert parse(folder, f"--config={folder / 'host.yaml'}") == parse(folder)
+
+
 def test_yaml_holds_the_same_flags_and_the_command_line_wins(folder: Path) -> None:
     yaml = folder / "host.yaml"
     lora = folder / "file.safetensors"
@@ -296,7 +360,14 @@ def test_yaml_holds_the_same_flags_and_the_command_line_wins(folder: Path) -> No
         ("height: tall", "--height: must be a whole number; got 'tall'"),
         ("compel: 1", "--compel: a switch, true or false; got 1"),
         ("- a", "must hold `flag: value` lines, got list"),
-        ("a: [", "cannot read"),
+        ("height: 64\nlora: {a\nwidth: }: 3", "host.yaml': line 3: expected ',' or '}', but got ':'"),
+        ("a: [", "line 1: "),
+        ("a: 2024-13-13", "month must be in 1..12"),
+        pytest.param("[" * 10_000, "nested too deeply", id="deep"),
+        ("request_timeout: true", "--request_timeout: must be a number of seconds above 0; got True"),
+        ("lora: {a: true}", "--lora: must be JSON"),
+        ("stage_weights: [null, 1]", "--stage_weights: must be numbers above 0"),
+        ("stage_weights: [[1], 1]", "--stage_weights: must be numbers above 0"),
         ("sync_mode: no_sync", "a flag of distrifuser_host.py"),
     ],
 )
@@ -337,12 +408,3 @@ parse_or_exit({backend!r})
     assert min(seconds) < 0.5
     if code == 2:
         assert len(done.stderr.strip().splitlines()) == 1 and argument.split("=")[0] in done.stderr
-
-
-def test_only_rank_0_speaks() -> None:
-    code = "from shared.config import parse_or_exit; parse_or_exit('asyncdiff', ['--nonsense'])"
-    environment = {"RANK": "1", "WORLD_SIZE": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "")

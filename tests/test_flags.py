@@ -14,6 +14,7 @@ import os
 import pickle
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -391,6 +392,20 @@ def _(ground: Ground) -> None:
     assert captured == [True, True]
 
 
+def test_one_stage_on_a_gpu_takes_the_flags_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def note(*args: Any, **named: Any) -> Any:
+        given.append((args[1], args[3], named["stage_weights"]))
+        return SimplePlan()
+
+    monkeypatch.setattr("shared.parallel.asyncdiff.AsyncDiff", note)
+    attach = importlib.import_module("asyncdiff_host").attach
+    config = tiny.config("sd1", warm_up_steps=0, stage_weights=(1.0, 1.0))
+    attach(plain().pipe, config, World(0, 1, 0, torch.device("cuda"), *[None] * 3))
+    assert given == [(1, 1, None)]
+
+
 class SimplePlan:
     plan = property(lambda self: {})
 
@@ -528,13 +543,15 @@ def _(ground: Ground) -> None:
         log.info("not told")
         set_up_logging(config_of(log_level="info", log_json=True), 0)
         log.info("told")
+        warnings.warn("by a library", stacklevel=1)
     finally:
+        logging.captureWarnings(False)
         log.handlers, log.propagate = kept[:2]
         log.setLevel(kept[2])
     lines = ground.capture.readouterr().err.splitlines()
-    assert len(lines) == 1
-    entry = json.loads(lines[0])
-    assert entry["message"] == "told" and entry["level"] == "info"
+    told, warned = map(json.loads, lines)
+    assert told["message"] == "told" and told["level"] == "info"
+    assert "by a library" in warned["message"] and warned["level"] == "warning"
 
 
 @shows("api_key")

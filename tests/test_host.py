@@ -218,6 +218,19 @@ def test_a_port_in_use_is_a_usage_error(launch: Callable[..., Launch]):
     assert "--port: cannot serve" in host.log.read_text()
 
 
+@pytest.mark.parametrize("name", ["a..b", "nobody.invalid", "203.0.113.5"])
+def test_a_host_that_is_not_here_is_a_usage_error(launch: Callable[..., Launch], name: str):
+    host = launch(0, f"--host={name}")
+    assert host.process.wait(20) == 2
+    [line] = host.log.read_text().splitlines()
+    assert f"error: --host: must be a name or an address of this machine; got '{name}'" in line
+
+
+def test_one_stage_leaves_flags_without_effect(launch: Callable[..., Launch]):
+    host = launch(0, "--time_shift").ready()
+    assert host.log.read_text().count("WARNING --time_shift has no effect: there is one stage") == 1
+
+
 @pytest.mark.parametrize("backend", ["asyncdiff", "distrifuser", "xdit"])
 def test_help_and_usage_errors_are_instant(backend: str):
     script = str(ROOT / f"{backend}_host.py")

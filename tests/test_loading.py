@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from shared.loading import LoadError, compute_dtype, pick_variant
+from shared.config import UsageError
+from shared.loading import LoadError, check_environment, compute_dtype, pick_variant
+from shared.lora import LoraError
 from shared.models import MODELS
 from tests import tiny, tiny_extras
 
@@ -124,6 +126,61 @@ def test_broken_checkpoints(tmp_path: Path) -> None:
         json.dumps(index | {"_class_name": "CommunityPipeline", "text_encoder_2": index["text_encoder"]})
     )
     says(renamed, r"is not of type sd1 \(text_encoder_2\)")
+
+
+@pytest.mark.parametrize(("name", "tokenizer"), [("sd1", "tokenizer"), ("hy", "tokenizer_2")])
+def test_tokenizers_without_a_vocabulary(name: str, tokenizer: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny.checkpoint(name), tmp_path / name))
+    for gone in (folder / tokenizer / "tokenizer.json", folder / tokenizer / "tokenizer_config.json"):
+        gone.unlink()
+        with pytest.raises(LoadError, match=f"{tokenizer} has no vocabulary"):
+            tiny.host(name, checkpoint=str(folder))
+    (folder / tokenizer).rmdir()
+    with pytest.raises(LoadError, match=f"{tokenizer} has no vocabulary"):
+        tiny.host(name, checkpoint=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"compile_backend": "nosuch"}, "--compile_backend: must be one of .*inductor.*; got 'nosuch'"),
+        ({"compile_options": {"max_autotun": True}}, "no option 'max_autotun'; see max_autotune"),
+        ({"compile_options": {"max_autotune": "yes"}}, "--compile_options: .*max_autotune"),
+    ],
+)
+def test_what_torch_compile_does_not_know(flags: dict[str, Any], says: str) -> None:
+    config = tiny.config("sd1", compile_vae=True, **flags)
+    with pytest.raises(UsageError, match=says) as caught:
+        check_environment(config, torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_torch_compile_knows() -> None:
+    for flags in ({}, {"compile_options": {"max-autotune": True}}, {"compile_backend": "eager"}):
+        check_environment(tiny.config("sd1", compile_vae=True, **flags), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"trained_betas": []}, {"num_train_timesteps": -5}, {"spacing": "trailing"}]
+)
+def test_schedulers_are_refused_before_weights_are_read(settings: dict[str, Any], monkeypatch) -> None:
+    monkeypatch.setattr("shared.loading._load", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(UsageError, match="--scheduler: .*" + next(iter(settings))):
+        tiny.host("sd1", scheduler={"scheduler": "ddim", **settings})
+
+
+def test_loras_stay_under_offload_by_layers(monkeypatch) -> None:
+    """They keep their scales, which a request may change."""
+    monkeypatch.setattr("shared.memory.check_memory_flags", lambda *_: None)
+    monkeypatch.setattr("shared.memory.place", lambda *_: None)
+    path = str(tiny_extras.lora("sd1"))
+    for flag in ("enable_sequential_cpu_offload", "enable_group_offload"):
+        loras = tiny.host("sd1", lora={path: 0.5}, **{flag: True}).lora_set
+        for change in (lambda: loras.remove(path), lambda: loras.add(path)):  # noqa: B023
+            with pytest.raises(LoraError, match=f"layers come and go one by one under --{flag}"):
+                change()
+        loras.set_scales({path: 0.2})
+        assert list(loras.loaded) == [path]
 
 
 def test_safety_checker_is_dropped(tmp_path: Path) -> None:

@@ -163,6 +163,13 @@ def test_partly_matched_is_told(caplog) -> None:
         (lambda tmp: _file(tmp / "a.bin", b"x"), r"must be a \.safetensors file"),
         (lambda tmp: tmp, r"must hold one \.safetensors file, got 0"),
         (lambda tmp: _lokr(tmp / "lokr.safetensors"), "DoRA, LoHa, LoKr"),
+        (lambda tmp: _linear(tmp / "flat.safetensors", down=(32,)), "fits no layer of type sd1"),
+        (lambda tmp: _linear(tmp / "flat.safetensors", up=(32,)), "fits no layer of type sd1"),
+        (lambda tmp: _linear(tmp / "rank0.safetensors", (0, 32), (32, 0)), "fits no layer of type sd1"),
+        (lambda tmp: _linear(tmp / "kernel.safetensors", (4, 32, 3, 3)), "fits no layer of type sd1"),
+        (lambda tmp: _linear(tmp / "alpha.safetensors", alpha=2), r"alpha' must be one number.*shape \[2\]"),
+        (lambda tmp: tmp / ("long" * 100 + ".safetensors"), "cannot be read: .*too long"),
+        (lambda tmp: tmp / "nul\0.safetensors", "cannot be read"),
     ],
 )
 def test_refused(make, says, tmp_path) -> None:
@@ -211,6 +218,20 @@ def _file(path, data: bytes):
 def _lokr(path):
     save_file({"lora_unet_x.lokr_w1": torch.zeros(2, 2)}, path)
     return path
+
+
+def _linear(path, down=(4, 32), up=(32, 4), alpha=1):
+    """A LoRA on one layer of 32 inputs and outputs."""
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {"lora_down.weight": torch.ones(down), "lora_up.weight": torch.ones(up)}
+    save_file({f"{name}.{key}": t for key, t in (tensors | {"alpha": torch.ones(alpha)}).items()}, path)
+    return path
+
+
+def test_the_layer_of_the_broken_ones_fits(tmp_path) -> None:
+    loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
+    assert loras.add(str(_linear(tmp_path / "whole.safetensors"))).matched == 1
+    loras.remove("whole")
 
 
 BFL_LAYERS = {

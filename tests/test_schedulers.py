@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from shared.config import UsageError
 from shared.generate import StepWatch
-from shared.loading import LoadError
 from shared.models import MODELS, SCHEDULERS, schedulers_for
 from shared.schedulers import SchedulerError, make_scheduler, scheduler_for_request, unhurried_step
 from tests import tiny
@@ -79,6 +79,17 @@ def test_class_names_and_json() -> None:
             {"scheduler": "ddim", "spacing": "trailing"},
             "DDIMScheduler has no setting 'spacing'; it has beta",
         ),
+        ("sd1", {"scheduler": "ddim", "num_train_timesteps": -5}, "whole number from 1 to 10000; got -5"),
+        ("sd1", {"scheduler": "ddim", "num_train_timesteps": True}, "whole number from 1 to 10000"),
+        (
+            "sd1",
+            {"scheduler": "dpmpp_2m", "solver_order": 9},
+            "solver_order must be a whole number from 1 to 3",
+        ),
+        ("sd1", {"scheduler": "ddim", "timestep_spacing": "trialing"}, "must be one of linspace, leading"),
+        ("sd1", {"scheduler": "euler", "beta_start": float("inf")}, "beta_start must be a finite number"),
+        ("sd1", {"scheduler": "ddim", "trained_betas": []}, "trained_betas"),  # IndexError
+        ("sd1", {"scheduler": "ddim", "trained_betas": "x"}, "trained_betas"),
     ],
 )
 def test_refused(name: str, wanted: Any, says: str) -> None:
@@ -88,7 +99,7 @@ def test_refused(name: str, wanted: Any, says: str) -> None:
 
 def test_launch_flag() -> None:
     assert type(tiny.host("sd1", scheduler="k_dpmpp_2m").scheduler).__name__ == "DPMSolverMultistepScheduler"
-    with pytest.raises(LoadError, match="type sd1 takes"):
+    with pytest.raises(UsageError, match="--scheduler: type sd1 takes"):
         tiny.host("sd1", scheduler="flow_euler")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors.torch import load
 
 import xdit_host
@@ -22,10 +25,13 @@ from shared.compile import blocks, graph_count
 from shared.config import PLANS, check_config
 from shared.engine import RankLoop
 from shared.jobs import Job, JobError, JobQueue
-from shared.parallel.xdit import XDiT
+from shared.parallel.xdit import XDiT, attention_backend
+from shared.parallel.xdit_cpu import trimmed
 from shared.parallel.xdit_degrees import Degrees, choose_degrees
 from shared.parallel.xdit_pipefusion import XDiTPipeFusion
+from shared.parallel.xdit_stages import StepTeller
 from shared.requests import GenerateRequest, check_request
+from shared.xdit_plan import xdit_degrees
 from tests import test_matrix, tiny, tiny_original
 from tests.ranks import RankPool
 
@@ -96,7 +102,9 @@ def test_two_ranks_equal_the_plain_pipeline(pool: RankPool, name: str):
         assert min(min(row) for row in rank) >= EXACT, rank
 
 
-def pipefused(name: str, degrees: Case, warm_ups: list[int], calls: list[Case]) -> list[list[float]]:
+def pipefused(
+    name: str, degrees: Case, warm_ups: list[int], calls: list[Case], refused: Case | None = None
+) -> list[list[float]]:
     """On each rank: how close PipeFusion comes to the plain pipeline, by warm-up and call."""
     pipe = pipeline(name)
     whole = {"max_sequence_length": 256} if name == "sd3" else {}
@@ -106,6 +114,8 @@ def pipefused(name: str, degrees: Case, warm_ups: list[int], calls: list[Case]) 
     for warm_up in warm_ups:
         options: Any = {"parallel_vae": warm_up > 1}
         with XDiTPipeFusion(pipe, Degrees(**degrees), warm_up_steps=warm_up, **options) as parallel:
+            from xfuser.core.distributed import get_runtime_state  # importable on CPUs from here on
+
             row = []
             for call, wanted in zip(calls, plain, strict=True):
                 changes = {"steps": STEPS} | call
@@ -121,7 +131,11 @@ def pipefused(name: str, degrees: Case, warm_ups: list[int], calls: list[Case]) 
                 assert [steps for _, steps in told] == [arguments["num_inference_steps"]] * len(told)
                 assert len(told) == arguments["num_inference_steps"] and told[-1][0] is not None
                 row.append(psnr(np.asarray(made), wanted))
+                assert parallel.plan["patches"] == get_runtime_state().num_pipeline_patch
             found.append(row)
+            if refused is not None:
+                with pytest.raises(ValueError, match="makes 1 patch"):
+                    parallel.run(tiny.call_args(name) | refused)
         assert repr(pipe.transformer) == text
         assert {k: id(v) for k, v in pipe.transformer.state_dict(keep_vars=True).items()} == state
         assert np.array_equal(picture(pipe, name, **calls[0], **whole), plain[0])
@@ -144,6 +158,9 @@ def test_pipefusion(pool: RankPool, name: str):
     if name in LATENTS:
         drawn = torch.randn(LATENTS[name], generator=torch.Generator().manual_seed(5))
         calls[1] = {**calls[1], "height": 64, "latents": drawn}
+    if name == "flux":  # embeddings whose length is not max_sequence_length
+        drawn = torch.randn((1, 33, 32), generator=torch.Generator().manual_seed(6))
+        calls.append({"prompt": None, "prompt_embeds": drawn, "pooled_prompt_embeds": drawn[:, 0]})
     for rank in pool.run(pipefused, 2, name, {"pipefusion": 2}, [99, 1], calls):
         exact_ones, stale = rank
         assert min(exact_ones) >= EXACT
@@ -178,7 +195,9 @@ def test_hybrids_on_four_ranks(pool: RankPool, name: str):
 def test_pipefusion_hybrids_on_four_ranks(pool: RankPool, name: str):
     tiny.checkpoint(name)
     calls: list[Case] = [{"steps": 2, "height": 64, "width": 48, "prompt": "a"}]
-    for rank in pool.run(pipefused, 4, name, PIPEFUSION_HYBRIDS[name], [99], calls):
+    # xfuser would count FLUX's text once a rank.
+    refused = {"height": 32} if name == "flux" else None
+    for rank in pool.run(pipefused, 4, name, PIPEFUSION_HYBRIDS[name], [99], calls, refused):
         assert min(min(row) for row in rank) >= EXACT, rank
 
 
@@ -186,12 +205,17 @@ def cached(cache: str, thresholds: list[float], steps: int) -> list[tuple[int, f
     """On each rank: blocks that were computed, and how close the picture is, by threshold, twice each."""
     pipe = pipeline("flux")
     plain, found = picture(pipe, "flux", steps=steps), []
+    true = {"steps": steps, "true_cfg_scale": 5.0, "negative_prompt": "blur"}
+    wanted = picture(pipe, "flux", **true)
+    kind: Any = cache
     for threshold in thresholds:
-        kind: Any = cache
         with XDiT(pipe, Degrees(ulysses=2), cache=kind, cache_threshold=threshold) as parallel:
             for _ in range(2):
                 made = picture(pipe, "flux", parallel, steps=steps)
                 found.append((parallel.computed_blocks, psnr(made, plain)))
+    with XDiT(pipe, Degrees(ulysses=2), cache=kind, cache_threshold=thresholds[-1]) as parallel:
+        found.append((0, psnr(picture(pipe, "flux", parallel, **true), wanted)))
+    assert "cache_context" not in vars(pipe.transformer)
     assert np.array_equal(picture(pipe, "flux", steps=steps), plain)
     return found
 
@@ -200,7 +224,8 @@ def cached(cache: str, thresholds: list[float], steps: int) -> list[tuple[int, f
 def test_caches_leave_blocks_out(pool: RankPool, cache: str):
     blocks_in_all = 4 * 6
     for rank in pool.run(cached, 2, cache, [0.0, 100.0], 4):
-        (none, same), again, (some, close), once_more = rank
+        (none, same), again, (some, close), once_more, (_, two_branches) = rank
+        assert two_branches >= 37, "both guidance branches in one cache come to 34"
         assert none == blocks_in_all and same >= EXACT
         assert again == (none, same) and once_more == (some, close), "a generation depends on the one before"
         assert some < blocks_in_all and close < EXACT
@@ -267,6 +292,35 @@ def ended_early(name: str, at: int) -> list[float]:
 def test_a_generation_of_pipefusion_ends_early_and_the_next_is_whole(pool: RankPool, at: int):
     for rank in pool.run(ended_early, 2, "sd3", at):
         assert min(rank) >= 30
+
+
+def decoded(name: str) -> list[float]:
+    """On each rank: how close pictures that all ranks of PipeFusion decode come to those of one rank."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
+    flags = {"pipefusion_parallel_degree": 2, "warm_up_steps": 9, "use_parallel_vae": True}
+    config = tiny.config(name, width=64, height=64, **flags)
+    engine = xdit_host.build_engine(config, world)
+    assert engine.plan["parallel_vae"] and engine.plan["previews"] is False
+
+    def pictures() -> list[np.ndarray]:
+        requests = [
+            GenerateRequest(positive="a cat", seed=seed, steps=STEPS).filled(config) for seed in (1, 2)
+        ]
+        replies = [engine.generate(request, lambda step, steps: None) for request in requests]
+        files = [reply.output[0] for reply in replies if reply is not None]
+        return [np.asarray(Image.open(io.BytesIO(file))) / 255 for file in files]
+
+    made = pictures()
+    engine.close()
+    engine.parallel = None
+    return [psnr(a, b) for a, b in zip(made, pictures(), strict=True)]
+
+
+def test_all_ranks_of_pipefusion_decode_a_picture_together(pool: RankPool):
+    tiny.checkpoint("flux")
+    close, none = pool.run(decoded, 2, "flux")
+    assert len(close) == 2 and min(close) >= 45 and none == []
 
 
 def end_after(job: Job, queue: JobQueue) -> None:
@@ -344,6 +398,10 @@ def feature_cell(name: str, flags: Case, plan: Case) -> dict[str, Any]:
     return {"exact": exact, "plain": latents()}
 
 
+ORDER_3 = {"scheduler": "dpmpp_2m", "solver_order": 3}
+STOCHASTIC = {"scheduler": "flow_euler", "stochastic_sampling": True}
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "world", "words"),
     [
@@ -363,6 +421,26 @@ def feature_cell(name: str, flags: Case, plan: Case) -> dict[str, Any]:
         ("sd3", {"ulysses_degree": 3}, 3, "4 attention heads"),
         ("pixs", {"use_parallel_vae": True}, 1, "share a picture"),
         ("flux", {"xformers_efficient": True}, 2, "attention of its own"),
+        (
+            "flux",
+            {"pipefusion_parallel_degree": 2, "attn_layer_num_for_pp": (2, 3)},
+            2,
+            "sum 6, .* got .2, 3",
+        ),
+        ("hy", {"pipefusion_parallel_degree": 3}, 3, "even number of equal stages"),
+        ("pixs", {"pipefusion_parallel_degree": 5}, 5, "without any of 4 blocks"),
+        (
+            "flux",
+            {"pipefusion_parallel_degree": 2, "num_pipeline_patch": 1},
+            4,
+            "num_pipeline_patch: .* 2 or",
+        ),
+        ("flux", {"pipefusion_parallel_degree": 2, "height": 32}, 4, "height: must be 64 or more"),
+        ("flux", {"pipefusion_parallel_degree": 2, "scheduler": "flow_dpmpp_2m"}, 2, "scheduler: .* got DPM"),
+        ("sd3", {"pipefusion_parallel_degree": 2, "scheduler": "flow_heun"}, 2, "got FlowMatchHeun"),
+        ("pixa", {"pipefusion_parallel_degree": 2, "scheduler": "k_euler"}, 2, "got EulerDiscrete"),
+        ("pixs", {"pipefusion_parallel_degree": 2, "scheduler": ORDER_3}, 2, "solver_order 2 only; got 3"),
+        ("sd3", {"pipefusion_parallel_degree": 2, "scheduler": STOCHASTIC}, 2, "stochastic_sampling False"),
     ],
 )
 def test_launches_that_cannot_work_are_refused(name: str, flags: Case, world: int, words: str):
@@ -371,6 +449,95 @@ def test_launches_that_cannot_work_are_refused(name: str, flags: Case, world: in
         config = replace(config, ulysses_degree=2)
     with pytest.raises(ValueError, match=words):
         PLANS["xdit"](replace(config, backend="xdit"), world)
+
+
+@pytest.mark.parametrize("name", ["pixa", "flux"])
+def test_schedulers_of_pipefusion_are_let_through(name: str):
+    mine = {
+        "flux": "FlowMatchEulerDiscreteScheduler",
+        "pixa": {"scheduler": "k_dpmpp_2m_sde", "solver_order": 2},
+    }
+    flags: Case = {"pipefusion_parallel_degree": 2, "width": 64, "height": 64}
+    for scheduler in (None, mine[name]):
+        PLANS["xdit"](replace(tiny.config(name, **flags, scheduler=scheduler), backend="xdit"), 2)
+
+
+def changed(root: Path, name: str, path: str, changes: Case) -> str:
+    """The checkpoint's configurations alone, with changes to one of them."""
+    for file in tiny.checkpoint(name).rglob("*.json"):
+        copy = root / file.relative_to(tiny.checkpoint(name))
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    settings = json.loads((root / path).read_text()) | changes
+    (root / path).write_text(json.dumps(settings))
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "changes", "words"),
+    [
+        ("sd3", "transformer/config.json", {"dual_attention_layers": [0, 1]}, "dual attention"),
+        ("pixa", "scheduler/scheduler_config.json", {"solver_order": 1}, "solver_order 2 only; got 1"),
+        ("hy", "scheduler/scheduler_config.json", {"_class_name": "PNDMScheduler"}, "got PNDMScheduler"),
+    ],
+)
+def test_checkpoints_that_pipefusion_cannot_run_are_refused(
+    tmp_path: Path, name: str, path: str, changes: Case, words: str
+):
+    config = tiny.config(
+        name,
+        checkpoint=changed(tmp_path, name, path, changes),
+        **{"width": 64, "height": 64, "pipefusion_parallel_degree": 2, "ulysses_degree": 2},
+    )
+    with pytest.raises(ValueError, match=words):
+        PLANS["xdit"](replace(config, backend="xdit"), 4)
+    plain = replace(config, backend="xdit", pipefusion_parallel_degree=None, warm_up_steps=1)
+    PLANS["xdit"](plain, 4)
+
+
+def test_the_heads_of_a_control_net_are_looked_at(tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 6}')
+    config = tiny.config("flux", width=64, height=64, control_net={str(tmp_path): 1.0})
+    assert xdit_degrees(config, 4) == Degrees(ulysses=2, ring=2)
+    with pytest.raises(ValueError, match="the 6 attention heads of --control_net"):
+        xdit_degrees(replace(config, ulysses_degree=4), 4)
+
+
+def test_stages_that_pipefusion_cannot_have_are_refused():
+    pipe, degrees = tiny.load("sd3"), Degrees(pipefusion=2, ulysses=2)
+    pipe.transformer.register_to_config(dual_attention_layers=(0, 1))
+    with pytest.raises(ValueError, match="dual attention"):
+        XDiTPipeFusion(pipe, degrees)
+    with pytest.raises(ValueError, match="1 patch"):
+        XDiTPipeFusion(pipeline("flux"), degrees, patches=1)
+    with pytest.raises(ValueError, match="sum 4, the blocks"):
+        XDiTPipeFusion(pipeline("pixa"), degrees, stages=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "expected"),
+    [(torch.float16, (7, 5), {"SDPA_EFFICIENT"}), (torch.bfloat16, (8, 0), {"CUDNN", "SDPA_FLASH"})],
+)
+def test_gpus_get_an_attention_that_they_have(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capability: tuple[int, int], expected: set[str]
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention_backend(torch.device("cuda", 1), dtype, Degrees()) in expected
+
+
+def test_log_sum_exps_are_of_the_rows_that_there_are():
+    query = torch.zeros(1, 2, 33, 4)
+    answer, log_sum_exp = trimmed(lambda q, k, v: (q, torch.zeros(1, 2, 64)))(query, query, query)
+    assert answer is query and log_sum_exp.shape == (1, 2, 33)
+
+
+def test_steps_are_told_on_the_gpu_that_computes_them(monkeypatch: pytest.MonkeyPatch):
+    chosen: list[tuple[str, torch.device]] = []
+    note = lambda device: chosen.append((threading.current_thread().name, device))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "set_device", note)
+    gpu = torch.device("cuda", 1)
+    assert StepTeller(1, lambda latents, steps: None, gpu).finish() is None
+    assert chosen == [("steps", gpu)]
 
 
 @pytest.mark.parametrize(
@@ -396,9 +563,15 @@ def unheard(name: str, calls: list[tuple[Case, str]]) -> None:
             with pytest.raises(ValueError, match=words):
                 parallel.run(tiny.call_args(name) | {"max_sequence_length": 256} | changes)
         scheduler = pipe.scheduler
-        pipe.scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
-        with pytest.raises(ValueError, match="FlowMatchHeun"):
-            parallel.run(tiny.call_args(name) | {"max_sequence_length": 256})
+        stochastic = diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+        for other, words in (
+            (diffusers.FlowMatchHeunDiscreteScheduler(), "FlowMatchHeun"),
+            (diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), "got DPMSolver"),
+            (stochastic, "stochastic_sampling"),
+        ):
+            pipe.scheduler = other
+            with pytest.raises(ValueError, match=words):
+                parallel.run(tiny.call_args(name) | {"max_sequence_length": 256})
         pipe.scheduler = scheduler
 
 

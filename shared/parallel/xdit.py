@@ -8,6 +8,8 @@ meaning and every rank ends with the picture. PipeFusion is in shared.parallel.x
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -24,6 +26,7 @@ from shared.parallel.xdit_groups import XfuserGroups
 from shared.parallel.xdit_sequence import SequenceParallel
 
 Cache = Literal["teacache", "fbcache"]
+Blocks = tuple[nn.ModuleList, nn.ModuleList]
 CACHE_THRESHOLDS = {"teacache": 0.25, "fbcache": 0.12}
 """Relative change below which a step's blocks are left out, as TeaCache's paper (arXiv 2411.19108, for 1.5
 times the speed) and ParaAttention take it. xfuser's own for TeaCache is 0.12, which its polynomial for FLUX
@@ -43,7 +46,8 @@ class XDiT(Closing):
         degrees: how the ranks are divided, without PipeFusion.
         groups: the process groups of these degrees; None makes them, and ends them in ``close``.
         attention: name of xfuser's attention backend; None: cuDNN's on GPUs in half precision, else torch's.
-        cache: leave out the blocks of steps in which little changes (FLUX): an approximation.
+        cache: leave out the blocks of steps in which little changes (FLUX): an approximation. Guidance
+            branches have caches of their own where the pipeline names them, as FluxPipeline does.
         cache_threshold: relative change below which a step's blocks are left out; 0 computes all,
             None takes CACHE_THRESHOLDS.
         parallel_vae: decode in patches, one on each rank; all ranks of a replica must then decode.
@@ -86,7 +90,9 @@ class XDiT(Closing):
         self.computed_blocks = 0
         """Transformer blocks that this rank has computed since ``begin``; counted under a cache only."""
         self._surgery, self._members = Surgery(), []  # type: ignore[var-annotated]
-        self._blocks: tuple[nn.ModuleList, nn.ModuleList] | None = None
+        self._blocks: Blocks | None = None
+        self._caches: dict[str, Blocks] = {}
+        self._steps = 0
         self._install(parallel_vae)
 
     def _install(self, parallel_vae: bool) -> None:
@@ -102,10 +108,9 @@ class XDiT(Closing):
                     ring = degrees.ring > 1
                     SequenceParallel(model, groups.sequence, self.attention, self._surgery, ring)
             if self.cache is not None:
-                self._blocks = (
-                    self.transformer.transformer_blocks,
-                    self.transformer.single_transformer_blocks,
-                )
+                self._blocks = self._take_blocks()
+                self._cache_context = self.transformer.cache_context
+                self.transformer.__dict__["cache_context"] = self._branch
                 for block in (*self._blocks[0], *self._blocks[1]):
                     self._surgery.override(block, self._counted)
             if self._graphs.enabled:
@@ -149,6 +154,7 @@ class XDiT(Closing):
     def close(self) -> None:
         """Give the pipeline back as it was. May be called any number of times."""
         self._stop_cache()
+        self.transformer.__dict__.pop("cache_context", None)
         self._graphs.close()
         while self._members and not isinstance(self._members[-1], FeedForwardParallel):
             self._members.pop().close()
@@ -171,23 +177,48 @@ class XDiT(Closing):
         return original(*args, **kwargs)
 
     def _start_cache(self, steps: int) -> None:
-        """A fresh cache: xfuser's keeps residuals, and counts steps, from one generation to the next."""
+        """Fresh caches: xfuser's keep residuals, and count steps, from one generation to the next."""
+        self._steps, self._caches = steps, {}
+        # For pipelines that do not tell their guidance branches apart.
+        self._put_blocks(self._new_cache())
+
+    def _new_cache(self) -> Blocks:
         from xfuser.model_executor.cache import apply_cache
 
         self._stop_cache()
         assert self.cache is not None
         preset = {"residual_diff_threshold": self.cache_threshold}
-        apply_cache(self.cache, steps, self.pipeline, self.transformer, preset)
+        apply_cache(self.cache, self._steps, self.pipeline, self.transformer, preset)
         cached = self.transformer.transformer_blocks[0]
         blocks = {m for group in self._blocks or () for block in group for m in block.modules()}
         for module in set(cached.modules()) - blocks:
             # xfuser puts its numbers on the first GPU.
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(self.groups.device)
+        return self._take_blocks()
+
+    @contextlib.contextmanager
+    def _branch(self, name: str, **settings: Any) -> Iterator[None]:
+        """What the pipeline enters around its calls of a guidance branch: each branch has its own cache."""
+        before = self._take_blocks()
+        if name not in self._caches:
+            self._caches[name] = self._new_cache()
+        self._put_blocks(self._caches[name])
+        try:
+            with self._cache_context(name, **settings):
+                yield
+        finally:
+            self._put_blocks(before)
 
     def _stop_cache(self) -> None:
         if self._blocks is not None:
-            self.transformer.transformer_blocks, self.transformer.single_transformer_blocks = self._blocks
+            self._put_blocks(self._blocks)
+
+    def _take_blocks(self) -> Blocks:
+        return self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
+
+    def _put_blocks(self, blocks: Blocks) -> None:
+        self.transformer.transformer_blocks, self.transformer.single_transformer_blocks = blocks
 
 
 class FeedForwardParallel(TensorParallel):
@@ -232,9 +263,11 @@ def control_nets(pipeline: Any) -> list[nn.Module]:
 def attention_backend(device: torch.device, dtype: torch.dtype, degrees: Degrees) -> str:
     """The name of the fastest of xfuser's attention backends that torch brings with it.
 
-    Ring needs one that gives the log-sum-exp of each row as well.
+    Ring needs one that gives the log-sum-exp of each row as well. xfuser calls cuDNN's and flash attention
+    without a way out, and GPUs before Ampere have neither.
     """
-    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0):
         return "CUDNN" if torch.backends.cudnn.is_available() else "SDPA_FLASH"
     if device.type == "cuda":
         return "SDPA_EFFICIENT"

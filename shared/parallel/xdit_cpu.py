@@ -1,4 +1,4 @@
-"""Imports xfuser: as it is on GPUs, and made to run on CPUs, where it was not meant to.
+"""Imports xfuser: nearly as it is on GPUs, and made to run on CPUs, where it was not meant to.
 
 What is exchanged on a CPU: xfuser's idea of the device (it reads torch.version.cuda), the kernels that need
 triton, torch.cuda's synchronize, an attention with log-sum-exp for ring, and the point-to-point messages of
@@ -39,6 +39,8 @@ def load_xfuser(device_type: str) -> Any:
             sys.modules.setdefault(MASKS, _without_triton())
         if device_type == "cpu":
             _import_for_cpu()
+        else:
+            _trim_attention()
         _loaded = device_type
     import xfuser.logger
 
@@ -96,6 +98,24 @@ def _replace(old: Any, new: Any) -> None:
         for name, value in list(vars(module).items()):
             if value is old:
                 setattr(module, name, new)
+
+
+def _trim_attention() -> None:
+    """Ring adds up log-sum-exps by row; torch's memory-efficient attention pads them to 32 rows."""
+    from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
+
+    efficient = AttentionBackendType.SDPA_EFFICIENT
+    ATTENTION_FUNCTION_REGISTRY[efficient] = trimmed(ATTENTION_FUNCTION_REGISTRY[efficient])
+
+
+def trimmed(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention of xfuser's, with log-sum-exps of the query's rows alone."""
+
+    def trim(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer, log_sum_exp = attention(query, *args, **kwargs)
+        return answer, log_sum_exp[..., : query.shape[2]]
+
+    return trim
 
 
 def _add_attention() -> None:

@@ -1,8 +1,9 @@
-"""Into how many parts xDiT divides what: the arithmetic of a launch, without torch."""
+"""Into how many parts xDiT divides what, and what PipeFusion can run: checks of a launch, without torch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,6 +53,65 @@ FLAGS = {
     "ulysses": "ulysses_degree",
     "tensor": "tensor_parallel_degree",
 }
+
+
+ONE_PATCH = "with one patch, xfuser counts FLUX's text once for every rank that shares the sequence"
+DUAL_ATTENTION = "xfuser's stages cannot share the dual attention of Stable Diffusion 3.5 medium"
+PIPEFUSION_SCHEDULERS: dict[bool, dict[str, dict[str, Any]]] = {
+    True: {"FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": False}},
+    False: {
+        "DDIMScheduler": {},
+        "DDPMScheduler": {},
+        "DPMSolverMultistepScheduler": {"solver_order": 2},
+    },
+}
+"""Whether the model predicts flow -> class -> the settings that xfuser's step by patches knows alone."""
+
+
+def scheduler_problem(flow: bool, name: str, settings: Mapping[str, Any]) -> str | None:
+    """Why PipeFusion cannot run this class with these settings, or None."""
+    fitting = PIPEFUSION_SCHEDULERS[flow]
+    if name not in fitting:
+        return f"PipeFusion runs {' and '.join(fitting)} on this model, patch by patch; got {name}"
+    for setting, wanted in fitting[name].items():
+        if settings.get(setting, wanted) != wanted:
+            return f"PipeFusion runs {name} with {setting} {wanted} only; got {settings[setting]}"
+    return None
+
+
+def stages_problem(degree: int, blocks: int, stages: tuple[int, ...] | None, equal: bool) -> str | None:
+    """Why so many blocks of a transformer cannot be cut into `degree` stages, or None.
+
+    Args:
+        stages: blocks of each stage; None: equal numbers, the last stage may have fewer.
+        equal: whether skip connections join the first blocks to the last ones.
+    """
+    if stages is not None and (len(stages) != degree or sum(stages) != blocks or min(stages) < 1):
+        return (
+            f"must be {degree} numbers above 0 with sum {blocks}, the blocks of the transformer; got "
+            f"{list(stages)}"
+        )
+    if equal and (stages is not None or degree % 2 or blocks % degree):
+        return (
+            f"HunyuanDiT's skip connections need an even number of equal stages; got {degree} for "
+            f"{blocks} blocks" + (f", stages {list(stages)}" if stages else "")
+        )
+    if stages is None and -(-blocks // degree) * (degree - 1) >= blocks:
+        return f"{degree} stages leave one without any of {blocks} blocks"
+    return None
+
+
+def patch_count(height: int, patches: int, sequence: int) -> int:
+    """Patches that xfuser makes of a picture: `patches` or fewer, each of whole rows for every rank.
+
+    Args:
+        height: of the picture, a multiple of 16 x sequence.
+        patches: that were asked for.
+        sequence: ranks that share a patch.
+    """
+    rows = height // 16
+    each = -(-rows // (patches * sequence)) * sequence
+    return -(-rows // each)
 
 
 def choose_degrees(world: int, given: dict[str, int], branches: int, heads: int | None) -> Degrees:

@@ -17,7 +17,15 @@ from torch import nn
 from shared.parallel.patch_decoder import PatchDecoder
 from shared.parallel.surgery import Closing, Forward, Surgery
 from shared.parallel.xdit import attention_backend, check_model, control_nets, plan
-from shared.parallel.xdit_degrees import Degrees, fitting_sizes
+from shared.parallel.xdit_degrees import (
+    DUAL_ATTENTION,
+    ONE_PATCH,
+    Degrees,
+    fitting_sizes,
+    patch_count,
+    scheduler_problem,
+    stages_problem,
+)
 from shared.parallel.xdit_groups import XfuserGroups
 from shared.parallel.xdit_sequence import BLOCKS
 from shared.parallel.xdit_stages import OnStep, Snapshot, StepTeller, noise_of_whole_pictures
@@ -49,7 +57,6 @@ class XDiTPipeFusion(Closing):
         ValueError: what PipeFusion cannot do with this model.
     """
 
-    decodes_together = False
     warm_up_calls = 2
 
     def __init__(
@@ -67,8 +74,11 @@ class XDiTPipeFusion(Closing):
     ) -> None:
         check_model(pipeline, degrees)
         self.pipeline, self.degrees, self.warm_up_steps = pipeline, degrees, warm_up_steps
-        self.parallel_vae = parallel_vae
+        self.decodes_together = parallel_vae
+        """Whether all ranks must decode, as each decodes a patch."""
+        self.patches = self._patches = patches or degrees.pipefusion
         self.transformer: nn.Module = pipeline.transformer
+        self.flux = hasattr(self.transformer, "single_transformer_blocks")
         self._check(stages)
         weight = next(self.transformer.parameters())
         self._own_groups = groups is None
@@ -102,23 +112,13 @@ class XDiTPipeFusion(Closing):
             raise ValueError("PipeFusion: xfuser's stages take no ControlNet residuals")
         if d.tensor > 1:
             raise ValueError(f"tensor degree {d.tensor}: not with PipeFusion")
-        if stages is not None and (len(stages) != d.pipefusion or sum(stages) != blocks or min(stages) < 1):
-            raise ValueError(
-                f"stages {list(stages)}: must be {d.pipefusion} numbers above 0 with sum {blocks}, "
-                "the blocks of the transformer"
-            )
         skips = hasattr(self.transformer, "blocks")
-        if skips and (stages is not None or d.pipefusion % 2 or blocks % d.pipefusion):
-            raise ValueError(
-                f"HunyuanDiT's skip connections need an even number of equal stages; got {d.pipefusion} for "
-                f"{blocks} blocks" + (f", stages {list(stages)}" if stages else "")
-            )
-        if blocks < d.pipefusion or (
-            stages is None and -(-blocks // d.pipefusion) * (d.pipefusion - 1) >= blocks
-        ):
-            raise ValueError(
-                f"PipeFusion degree {d.pipefusion} leaves a stage without any of {blocks} blocks"
-            )
+        if problem := stages_problem(d.pipefusion, blocks, stages, skips):
+            raise ValueError(f"PipeFusion's stages: {problem}")
+        if d.sequence > 1 and getattr(self.transformer.config, "dual_attention_layers", None):
+            raise ValueError(f"PipeFusion with {d}: {DUAL_ATTENTION}")
+        if d.sequence > 1 and self.flux and self.patches == 1:
+            raise ValueError(f"PipeFusion with {d}, 1 patch: {ONE_PATCH}")
 
     def _install(self, config: Any, free: bool) -> None:
         import xfuser.model_executor.layers.attention_processor as attentions
@@ -153,7 +153,7 @@ class XDiTPipeFusion(Closing):
             for block in self._freed:
                 block.to("cpu")
             torch.cuda.empty_cache()
-        if self.parallel_vae:
+        if self.decodes_together:
             self._decoder = PatchDecoder(pipe.vae, self.groups.replica)
 
     @property
@@ -163,7 +163,9 @@ class XDiTPipeFusion(Closing):
             "method": "xdit",
             "exact": False,
             "warm_up_steps": self.warm_up_steps,
-            "parallel_vae": self.parallel_vae,
+            "patches": self._patches,
+            "parallel_vae": self.decodes_together,
+            "previews": False,
             "blocks": len(self._blocks),
         }
 
@@ -243,11 +245,7 @@ class XDiTPipeFusion(Closing):
         lost = sorted(set(arguments) - names - set(empty))
         if lost:
             raise ValueError(f"PipeFusion cannot serve {', '.join(lost)}; the other degrees can")
-        if hasattr(self.transformer, "single_transformer_blocks"):
-            guided = True
-        else:
-            guided = arguments.get("guidance_scale", 2.0) > 1
-        if not guided:
+        if not self.flux and arguments.get("guidance_scale", 2.0) <= 1:
             raise ValueError("PipeFusion needs guidance: cfg must be above 1; the other degrees serve 1")
         if "set_timesteps" in vars(self.pipeline.scheduler):
             raise ValueError("PipeFusion runs whole schedules, not parts of them; the other degrees can")
@@ -258,19 +256,23 @@ class XDiTPipeFusion(Closing):
                 f"the height must be a multiple of {unit} with {self.degrees}; got {height} (nearest: "
                 f"{fitting_sizes(height, unit)})"
             )
-        self._steps = arguments["num_inference_steps"]
-        return {name: value for name, value in arguments.items() if name in names}
+        patches = patch_count(height, self.patches, self.degrees.sequence)
+        if patches == 1 and self.flux and self.degrees.sequence > 1:
+            raise ValueError(f"the height must be {2 * unit} or more; {height} makes 1 patch: {ONE_PATCH}")
+        self._steps, self._patches = arguments["num_inference_steps"], patches
+        heard = {name: value for name, value in arguments.items() if name in names}
+        if self.flux and heard.get("prompt_embeds") is not None:
+            # xfuser's stages send each other text of this length, whatever the embeddings have.
+            heard["max_sequence_length"] = heard["prompt_embeds"].shape[1]
+        return heard
 
     def _scheduler(self, scheduler: Any) -> Any:
         from xfuser.model_executor.schedulers.register import xFuserSchedulerWrappersRegister
 
-        wrapper = xFuserSchedulerWrappersRegister.get_wrapper(scheduler)
-        if wrapper is None:
-            raise ValueError(
-                f"PipeFusion runs FlowMatchEuler, DDIM, DDPM and DPMSolverMultistep schedulers, whose state "
-                f"is kept by patches; got {type(scheduler).__name__}"
-            )
-        return wrapper(scheduler)
+        flow = hasattr(self.transformer, "context_embedder")
+        if problem := scheduler_problem(flow, type(scheduler).__name__, scheduler.config):
+            raise ValueError(problem)
+        return xFuserSchedulerWrappersRegister.get_wrapper(scheduler)(scheduler)
 
     def _counted(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         from xfuser.core.distributed import get_runtime_state

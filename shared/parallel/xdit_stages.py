@@ -60,6 +60,9 @@ class StepTeller:
         return self.error
 
     def _tell(self) -> None:
+        if self.device.type == "cuda":
+            # A new thread starts on the first GPU.
+            torch.cuda.set_device(self.device)
         for step, event in self._items():
             try:
                 if event is not None:
