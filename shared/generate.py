@@ -246,7 +246,7 @@ OWN = frozenset({"scheduler", "sigmas", "timesteps", "latent", "positive_embeds"
 def _is_refusal(error: Exception, request: GenerateRequest) -> bool:
     """Whether an error before the first step is the request's fault.
 
-    It is what a feature or the pipeline refuses in words, or what fails on tensors and settings that it brings.
+    That is what a feature or the pipeline refuses in words, and what fails on tensors or settings of its own.
     """
     if isinstance(error, ValueError):
         return True
