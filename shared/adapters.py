@@ -57,7 +57,8 @@ def load_control_nets(spec: ModelSpec, paths: Mapping[str, float], dtype: torch.
         if not (Path(path) / "config.json").is_file():
             raise AdapterError(f"ControlNet {path!r} must be a diffusers folder with a config.json")
         try:
-            found = json.loads((Path(path) / "config.json").read_text()).get("_class_name")
+            settings = json.loads((Path(path) / "config.json").read_text())
+            found, modes = settings.get("_class_name"), settings.get("num_mode")
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise AdapterError(
                 f"ControlNet {path!r}: config.json must hold a JSON object: {_first_line(error)}"
@@ -65,6 +66,11 @@ def load_control_nets(spec: ModelSpec, paths: Mapping[str, float], dtype: torch.
         if found != spec.control_net_class:
             raise AdapterError(
                 f"ControlNet {path!r} is a {found}; type {spec.name} takes {spec.control_net_class}"
+            )
+        if modes:
+            raise AdapterError(
+                f"ControlNet {path!r} is a union of {modes} kinds of control, and no request can tell which "
+                "one it means; use one of a single kind"
             )
         try:
             nets.append(cls.from_pretrained(path, dtype=dtype, local_files_only=True).eval())

@@ -113,11 +113,15 @@ def _load_and_loop(
     began = time.monotonic()
     from shared.comm import Channel, init_world, rank_device_info
     from shared.engine import RankLoop
+    from shared.requests import RequestError
 
     world = init_world(config.device, config.collective_timeout)
     limit_threads(world.device.type)
     engine = build_engine(config, world)
-    engine.warm_up()
+    try:
+        engine.warm_up()
+    except RequestError as error:
+        raise LoadError(f"the launch's own picture is refused: {error}") from error
     on_server = world.rank == 0
     if on_server:
         engine.preview_to(queue)

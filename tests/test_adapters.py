@@ -161,6 +161,12 @@ def test_control_net_with_a_broken_config(text: str, tmp_path) -> None:
         load_control_nets(MODELS["sd1"], {str(tmp_path): 1.0}, torch.float32)
 
 
+def test_a_union_control_net_is_refused(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxControlNetModel", "num_mode": 10}')
+    with pytest.raises(AdapterError, match="a union of 10 kinds of control"):
+        load_control_nets(MODELS["flux"], {str(tmp_path): 1.0}, torch.float32)
+
+
 def test_pickles_with_code_are_refused(tmp_path) -> None:
     class Trap:
         def __reduce__(self):

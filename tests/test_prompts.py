@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import cache
 from typing import Any
 
@@ -124,3 +125,19 @@ def test_clip_skip_refused() -> None:
 
 def test_types_without_prompts() -> None:
     assert prompt_arguments(pipe_of("svd"), MODELS["svd"]) == {}
+
+
+@pytest.mark.parametrize(
+    "prompt", ["((((((((a cat))))))))", "((((((a", "((((masterpiece)))), ((((best quality))))"]
+)
+def test_compel_parses_brackets_in_time(prompt: str) -> None:
+    prompt_arguments(pipe_of("sd1"), MODELS["sd1"], "(imports)", compel=True)
+    began = time.monotonic()
+    assert "prompt_embeds" in prompt_arguments(pipe_of("sd1"), MODELS["sd1"], prompt, compel=True)
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("prompt", ['("a", "b").and(1,2,3)', "(" * 300 + "a" + ")" * 300])
+def test_what_compel_cannot_parse_is_refused(prompt: str) -> None:
+    with pytest.raises(PromptError, match="compel"):
+        prompt_arguments(pipe_of("sd1"), MODELS["sd1"], prompt, compel=True)

@@ -1,0 +1,45 @@
+"""shared.media: pictures and videos to and from bytes."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared.media import decode_image, encode_video
+
+
+def png(image: Image.Image, **settings: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG", **settings)
+    return out.getvalue()
+
+
+def test_grey_of_16_bits_keeps_its_shades():
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    deep = np.asarray(decode_image(png(Image.fromarray(ramp))))
+    assert np.array_equal(deep[:, :, 0], (ramp // 257).astype(np.uint8))
+    assert len(np.unique(deep)) == 256 and deep.shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0rubbish", b"Exif\0\0MM\0*\0\0\0\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"]
+)
+def test_exif_that_cannot_be_read_is_passed_over(exif: bytes):
+    assert decode_image(png(Image.new("RGB", (4, 6), "red"), exif=exif)).size == (4, 6)
+
+
+def test_exif_turns_a_picture_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(png(Image.new("RGB", (4, 6), "red"), exif=exif)).size == (6, 4)
+
+
+@pytest.mark.parametrize(("fps", "shown"), [(8, 120), (50, 20), (120, 20)])
+def test_a_gif_is_never_faster_than_browsers_show(fps: int, shown: int):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    made = Image.open(io.BytesIO(encode_video(frames, "gif", fps)))
+    assert made.info["duration"] == shown
