@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ log = logging.getLogger("host")
 LIMIT = (
     8192  # graphs of one function: shapes x kinds of block; the default of 8 falls back to eager in silence
 )
+WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+"""Modes less inductor's own CUDA graphs. Of a denoiser in many regions those would be captured again with the
+step, and a later region would write over what an earlier one has left for a skip connection."""
 
 
 def compile_pipeline(
@@ -38,12 +42,14 @@ def compile_pipeline(
     """
     counts: dict[str, int] = {}
     if config.compile_unet:
-        denoiser = getattr(pipe, spec.denoiser)
-        counts[spec.denoiser] = _compile(
-            blocks(denoiser) if whole_blocks else feed_forwards(denoiser), config
-        )
+        denoiser, given = getattr(pipe, spec.denoiser), config
+        if config.compile_mode in WITHOUT_GRAPHS:
+            mode = WITHOUT_GRAPHS[config.compile_mode]
+            given = replace(config, compile_mode=mode)
+            log.info("%s: compile mode %s, as the host captures whole steps", spec.denoiser, mode)
+        counts[spec.denoiser] = _compile(blocks(denoiser) if whole_blocks else feed_forwards(denoiser), given)
         if getattr(pipe, "controlnet", None) is not None:
-            counts["controlnet"] = _compile(blocks(pipe.controlnet), config)
+            counts["controlnet"] = _compile(blocks(pipe.controlnet), given)
     if config.compile_vae:
         # The pipeline calls vae.decode and vae.encode, which call these two: the VAE's own forward is unused.
         counts["vae"] = _compile([m for m in (pipe.vae.decoder, pipe.vae.encoder) if m is not None], config)

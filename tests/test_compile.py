@@ -96,6 +96,11 @@ def test_backend_options_and_fullgraph_reach_torch(monkeypatch) -> None:
     flags = tiny.config("pixa", compile_vae=True, compile_mode="max-autotune")
     assert compile_pipeline(tiny.load("pixa"), MODELS["pixa"], flags) == {"vae": 2}
     assert seen[0] == {"fullgraph": True, "dynamic": False, "mode": "max-autotune"}
+    # Steps are captured whole: inductor's own CUDA graphs of their regions are left out.
+    seen.clear()
+    flags = tiny.config("pixa", compile_unet=True, compile_mode="reduce-overhead")
+    compile_pipeline(tiny.load("pixa"), MODELS["pixa"], flags)
+    assert seen and {arguments["mode"] for arguments in seen} == {"default"}
 
 
 def test_parts_of_blocks_for_methods_that_work_inside_them() -> None:
