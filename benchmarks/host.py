@@ -5,6 +5,7 @@ python benchmarks/host.py --backend distrifuser --ranks 2 --size 3840 --steps 6
 python benchmarks/host.py --backend xdit --type sd3 --folder /tmp/sd3 --ranks 2 --steps 20
 python benchmarks/host.py --features int8,int4,model_cpu_offload --ranks 2 --steps 6    (or: all)
     [--at-once]    all these hosts side by side on the same GPUs: what they need of memory, no times
+    [--bare]       beside each host its engine without the host (benchmarks/bare.py)
 
 --tiny --device cpu takes the tests' checkpoint of the type, to see that it runs.
 
@@ -116,10 +117,15 @@ def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = 
     size, script = options.size, f"{options.backend}_host.py"
     port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-    command += ["--master_port", str(free_port()), str(ROOT / script), f"--type={options.type}"]
-    command += [f"--checkpoint={options.folder}", f"--variant={'fp32' if options.tiny else 'bf16'}"]
-    command += [f"--width={size}", f"--height={size}"]
-    process = subprocess.Popen([*command, f"--port={port}", *flags])
+    command += ["--master_port", str(free_port())]
+    flags = [
+        *(f"--type={options.type}", f"--checkpoint={options.folder}", f"--width={size}", f"--height={size}"),
+        *(f"--variant={'fp32' if options.tiny else 'bf16'}", *flags),
+    ]
+    if options.bare:
+        bare = [str(ROOT / "benchmarks" / "bare.py"), options.backend, f"--steps={options.steps}"]
+        subprocess.run([*command, *bare, *flags], check=False)
+    process = subprocess.Popen([*command, str(ROOT / script), f"--port={port}", *flags])
     url = f"http://127.0.0.1:{port}"
     try:
         ready = wait_until_ready(url, process)
@@ -135,7 +141,7 @@ def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = 
     denoise = statistics.median(answer["seconds"]["denoise"] for _, answer in runs)
     peak = max(rank.get("memory_peak_mib", 0) for rank in health["ranks"]) / 1024
     times = [f"{ready:.0f}", f"{wall:.3f}", f"{denoise:.3f}"] if not options.at_once else ["-"] * 3
-    row = [f"{script} {name or ' '.join(flags)}", str(ranks), *times, f"{peak:.1f}"]
+    row = [f"{script} {name or ' '.join(options.flags)}", str(ranks), *times, f"{peak:.1f}"]
     print(f"| {' | '.join(row)} |", flush=True)
 
 
@@ -151,6 +157,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the tests' checkpoint: does it run at all?")
     parser.add_argument("--features", help=f"one launch for each of {', '.join(FEATURES)}; or all")
     parser.add_argument("--at-once", action="store_true", help="all features side by side: memory alone")
+    parser.add_argument("--bare", action="store_true", help="beside each host its engine without the host")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("flags", nargs="*", help="after --: more flags of the host")
     options = parser.parse_args()

@@ -1,8 +1,9 @@
 """Sequence parallelism of a diffusers transformer: each rank computes its tokens, attention sees all of them.
 
 Ulysses (Jacobs et al., arXiv 2309.14509) exchanges tokens for heads, ring attention (Liu et al., arXiv
-2310.01889) hands keys and values around; xfuser's USP does either and both. The pipeline stays diffusers'
-own: tokens are cut where the transformer embeds them and gathered behind its last layer.
+2310.01889) hands keys and values around; xfuser's USP does either and both, and Ulysses alone goes by a
+shorter way here. The pipeline stays diffusers' own: tokens are cut where the transformer embeds them and
+gathered behind its last layer.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import _functional_collectives as functional
 from torch.nn import functional as F
 
 from shared.parallel.exchange import all_gather
@@ -25,7 +27,7 @@ BLOCKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 class Shares:
     """How the tokens of a sequence are shared: in equal parts; what is left over belongs to every rank."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
 
     def cut(self, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -99,11 +101,51 @@ def _usp(
             "joint_value": common_value,
             "joint_strategy": "rear",
         }
-    # One exchange for three tensors costs a copy of them, which compiled code does without.
-    combine = not common and not torch.compiler.is_compiling()
-    backend_type = AttentionBackendType[backend]
-    answer = USP(query, key, value, backend=backend_type, combine_qkv_a2a=combine, **common)
+    answer = USP(query, key, value, backend=AttentionBackendType[backend], **common)
     return _token_major(answer.to(query.dtype))
+
+
+def ulysses(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup, backend: str
+) -> torch.Tensor:
+    """Ulysses' exchange around one of xfuser's attentions: tokens for heads and back (arXiv 2309.14509, 3.1).
+
+    What xfuser's own does, with each tensor copied once on its way (twice where the batch is above 1): a
+    token's query, key and value travel side by side and are read where they arrive.
+
+    Args:
+        query, key, value: [batch, heads, tokens of this rank, channels], of one shape.
+        group: the ranks that share the sequence.
+        backend: name of xfuser's attention backend.
+
+    Returns:
+        [batch, heads, tokens of this rank, channels].
+    """
+    from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
+
+    ranks, tokens = dist.get_world_size(group), query.shape[2]
+    # Each: [rank that gets the heads, batch, tokens, its heads, channels].
+    parts = [x.unflatten(1, (ranks, -1)).permute(1, 0, 3, 2, 4) for x in (query, key, value)]
+    if torch.compiler.is_compiling():
+        packed = torch.stack(parts, 3)  # melts into what made the parts
+    else:
+        to, batch, _, heads, channels = parts[0].shape
+        packed = query.new_empty(to, batch, tokens, 3, heads, channels)
+        for index, part in enumerate(parts):
+            packed[:, :, :, index] = part
+    every = _all_to_all(packed, group).transpose(0, 1).flatten(1, 2)
+    q, k, v = every.permute(2, 0, 3, 1, 4).unbind()
+    answer, _ = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[backend]](
+        q, k, v, dropout_p=0.0, is_causal=False
+    )
+    answer = answer.to(query.dtype).transpose(1, 2).unflatten(1, (ranks, tokens)).transpose(0, 1)
+    back = _all_to_all(answer.contiguous(), group)
+    return back.permute(1, 2, 0, 3, 4).flatten(2, 3).transpose(1, 2)
+
+
+def _all_to_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """x[i] goes to rank i of the group; [i] of the answer comes from there. May be traced."""
+    return functional.wait_tensor(functional.all_to_all_single(x, None, None, group))
 
 
 def _token_major(x: torch.Tensor) -> torch.Tensor:
@@ -131,7 +173,7 @@ class SequenceParallel:
     def __init__(
         self,
         model: nn.Module,
-        group: dist.ProcessGroup | None,
+        group: dist.ProcessGroup,
         backend: str,
         surgery: Surgery,
         ring: bool = False,
@@ -250,12 +292,13 @@ class SequenceParallel:
 
     def _shared(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention over all ranks' tokens; [batch, heads, tokens, channels]."""
-        # Traced through, Ulysses' copies melt into what is computed before and after it.
         function = usp if self.ring and torch.compiler.is_compiling() else _usp
         runs = self._runs(query.shape[2])
         common = sum(length for length, own in runs if not own)
         further = key.shape[2] - query.shape[2]
         if not common and not further:
+            if not self.ring:
+                return ulysses(query, key, value, self.shares.group, self.backend)
             return function(query, key, value, None, None, None, self.backend)
         # Keys behind the tokens (an IP-Adapter's in SD3) are the same on every rank.
         parts = [_sort(query, runs)]

@@ -1,0 +1,73 @@
+"""The engine of a host without the host: pictures one after the other from its pipeline on its ranks.
+
+torchrun --nproc_per_node=2 benchmarks/bare.py xdit --steps 20 --type=sd3 --checkpoint=/tmp/sd3 --variant=bf16
+
+What benchmarks/host.py --bare puts beside the host. All other flags are the host's. No HTTP, queue, votes or
+previews: the pipeline is called as its user would, and rank 0 encodes the PNG.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from shared.arguments import call_arguments
+from shared.comm import init_world
+from shared.config import parse_or_exit
+from shared.media import encode_image
+from shared.requests import GenerateRequest
+from shared.schedulers import scheduler_for_request
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("backend", choices=("asyncdiff", "distrifuser", "xdit"))
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--cfg", type=float, default=5.0)
+    options, flags = parser.parse_known_args()
+    config = parse_or_exit(options.backend, flags)
+    world = init_world(config.device, config.collective_timeout)
+    engine = importlib.import_module(f"{options.backend}_host").build_engine(config, world)
+    engine.pipe.set_progress_bar_config(disable=True)
+    inputs = {"positive": "a red cat", "steps": options.steps, "seed": 1, "cfg": options.cfg}
+    request = GenerateRequest.model_construct(**inputs).filled(config)
+
+    decodes = world.rank == 0 or getattr(engine.parallel, "decodes_together", False)
+
+    def once(output: str) -> float:
+        dist.barrier(world.control)
+        began = time.perf_counter()
+        arguments = call_arguments(engine.pipe, config, request, world.device)
+        if engine.parallel is not None:
+            engine.parallel.begin(arguments["num_inference_steps"])
+        run = getattr(engine.parallel, "run", None) or (lambda given: engine.pipe(**given))
+        with scheduler_for_request(engine.pipe, engine.spec, request.scheduler):
+            made = run(arguments | {"output_type": output if decodes else "latent"}).images
+        if output == "pil" and world.rank == 0:
+            encode_image(made[0], "png")
+        elif world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    with torch.inference_mode():
+        times = {out: statistics.median([once(out) for _ in range(4)][1:]) for out in ("latent", "pil")}
+    peak = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
+    if world.rank == 0:
+        row = ["the engine alone", str(world.size), "-", f"{times['pil']:.3f}", f"{times['latent']:.3f}"]
+        print(f"| {' | '.join(row)} | {peak:.1f} |", flush=True)
+    engine.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
