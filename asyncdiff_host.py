@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from shared.config import HostConfig, asyncdiff_model_n
+from shared.config import HostConfig, asyncdiff_model_n, shares_branch
 from shared.host import serve
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
     """
     from shared.comm import branch_groups, measured_speeds
     from shared.parallel.asyncdiff import AsyncDiff
-    from shared.parallel.cfg_split import CfgSplit
+    from shared.parallel.cfg_split import CfgSplit, HybridSplit
     from shared.parallel.together import Together
 
     # A captured step holds on to the weights' addresses, which offloading changes.
@@ -28,8 +28,8 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
     model_n = asyncdiff_model_n(config, world.size)
     if world.size == 1 and not graphs:
         return None
-    group = world.compute
-    if config.use_cfg_parallel:
+    group, hybrid = world.compute, shares_branch(config, world.size)
+    if config.use_cfg_parallel and not hybrid:
         group, pair, branch = branch_groups(world, config.collective_timeout)
     weights = config.stage_weights if model_n > 1 else None
     if config.auto_balance and model_n > 1:
@@ -51,13 +51,22 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
             cuda_graph=graphs,
             measure_units=config.auto_balance,
             denoiser=module,
+            async_steps=config.async_steps,
         )
         for module in (denoiser, *nets)
     ]
-    if config.use_cfg_parallel:
-        guided = (lambda: pipe.do_classifier_free_guidance) if nets else None
+    guided = (lambda: pipe.do_classifier_free_guidance) if nets else None
+    if hybrid:
+        shared = members[0].asynchronous
+        members.append(HybridSplit([denoiser], group, world.rank, shared, local=nets, guided=guided))
+    elif config.use_cfg_parallel:
         members.append(CfgSplit([denoiser], pair, branch, local=nets, guided=guided))
-    note = {"cfg_split": config.use_cfg_parallel, "control_nets": len(nets), "stage_weights": weights}
+    note = {
+        "cfg_split": config.use_cfg_parallel,
+        "hybrid": hybrid,
+        "control_nets": len(nets),
+        "stage_weights": weights,
+    }
     return Together(members, note)
 
 

@@ -1,8 +1,9 @@
 """AsyncDiff beside the plain pipeline, full-size random weights, latents out: seconds, error, memory.
 
 torchrun --nproc_per_node=2 benchmarks/asyncdiff.py sdxl:1024:30 sdxl:2048:10 sd1:512:30 sd3:1024:28
-    [--compile [--channels-last]] [--systems eager,graph,asyncdiff,balanced,cfg] [--warm-up 3]
+    [--compile [--channels-last]] [--systems eager,graph,asyncdiff,balanced,cfg,hybrid-12-8] [--warm-up 3]
 
+"hybrid-12-8" divides the guidance branches, and after 12 steps shares one of them for 8 (two ranks).
 Under one rank (plain python) only the plain systems run. Every system's time is the median of `--repeats`
 generations after one that warms it up; the error is ||a - b|| / ||b|| against plain eager.
 """
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench import Bench, parser
 from shared.parallel.asyncdiff import AsyncDiff
-from shared.parallel.cfg_split import CfgSplit
+from shared.parallel.cfg_split import CfgSplit, HybridSplit
 
 SYSTEMS = ("eager", "graph", "asyncdiff", "balanced", "cfg")
 
@@ -35,6 +36,13 @@ class AsyncDiffBench(Bench):
             if system == "graph":
                 return [alone]
             return [alone, CfgSplit([alone.denoiser], dist.group.WORLD, self.rank)]
+        if system.startswith("hybrid-"):
+            exact, steps = map(int, system.split("-")[1:])
+            stages = AsyncDiff(pipe, 2, warm_up_steps=exact, async_steps=steps)
+            return [
+                stages,
+                HybridSplit([stages.denoiser], dist.group.WORLD, self.rank, stages.asynchronous),
+            ]
         measured = system == "balanced"
         return [AsyncDiff(pipe, self.size, warm_up_steps=self.options.warm_up, measure_units=measured)]
 

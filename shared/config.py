@@ -355,7 +355,8 @@ def idle_flags(config: HostConfig, world_size: int) -> list[str]:
     idle: list[str] = []
     reason = ""
     if config.backend == "asyncdiff" and asyncdiff_model_n(config, world_size) == 1:
-        idle, reason = given("time_shift", "stage_weights", "auto_balance"), "there is one stage"
+        idle = given("time_shift", "stage_weights", "auto_balance", "async_steps")
+        reason = "there is one stage"
     elif config.backend == "distrifuser" and config.parallelism == "tensor":
         idle, reason = given("split_scheme", "sync_mode"), "--parallelism=tensor cuts no patches"
     elif config.backend == "distrifuser" and config.parallelism == "naive_patch":
@@ -372,13 +373,18 @@ def _check_world(config: HostConfig, world_size: int) -> None:
         check(config, world_size)
 
 
+def shares_branch(config: HostConfig, world_size: int) -> bool:
+    """Whether two ranks divide the guidance branches in some steps and stages of one of them in others."""
+    return config.use_cfg_parallel and config.async_steps is not None and world_size == 2
+
+
 def asyncdiff_model_n(config: HostConfig, world_size: int) -> int:
     """Number of stages: world size = (model_n + stride - 1) x (2 with use_cfg_parallel).
 
     Raises:
         UsageError: where the world size and the flags do not fit each other.
     """
-    branches = 2 if config.use_cfg_parallel else 1
+    branches = 2 if config.use_cfg_parallel and not shares_branch(config, world_size) else 1
     if world_size == 1:
         if config.model_n not in (None, 1) or config.stride != 1 or config.use_cfg_parallel:
             raise UsageError(
@@ -387,7 +393,7 @@ def asyncdiff_model_n(config: HostConfig, world_size: int) -> int:
                 "(start it under torchrun --nproc_per_node=N)"
             )
         return 1
-    least, most = (1 if config.use_cfg_parallel else 2), 4
+    least, most = (1 if branches == 2 else 2), 4
     model_n = config.model_n
     if model_n is None:
         model_n = world_size // branches - config.stride + 1
@@ -401,7 +407,7 @@ def asyncdiff_model_n(config: HostConfig, world_size: int) -> int:
             + (f", model_n {config.model_n}" if config.model_n else "")
             + f" (world sizes that fit this stride: {', '.join(map(str, allowed))})"
         )
-    if config.use_cfg_parallel and model_n == 1 and config.stride == 2:
+    if model_n == 1 and config.stride == 2:
         raise UsageError("--stride: 2 needs model_n of 2 or more; got model_n 1")
     if config.stage_weights and len(config.stage_weights) != model_n:
         raise UsageError(

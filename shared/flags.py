@@ -250,6 +250,16 @@ class HostConfig:
     stride: int = _flag(
         1, _PARALLEL, "steps served by one parallel batch", _integer, least=1, most=2, backend="asyncdiff"
     )
+    async_steps: int | None = _flag(
+        None,
+        _PARALLEL,
+        "asynchronous steps after the warm-up, exact ones follow (default: all); under --use_cfg_parallel on 2 "
+        "ranks steps in which both share one guidance branch",
+        _integer,
+        least=1,
+        most=1000,
+        backend="asyncdiff",
+    )
     time_shift: bool = _flag(
         False, _PARALLEL, "use the time embedding of the step before", backend="asyncdiff"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -18,13 +19,15 @@ import torch.distributed as dist
 from accelerate.hooks import ModelHook, add_hook_to_module
 from optimum.quanto import freeze, qint8, quantize
 from peft import LoraConfig
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from shared.adapters import load_ip_adapter
 from shared.models import MODELS
 from shared.parallel.asyncdiff import AsyncDiff
+from shared.parallel.cfg_split import HybridSplit
 from shared.parallel.exchange import Exchange
 from shared.parallel.partition import Partition
+from shared.parallel.together import Together
 from tests import tiny, tiny_extras
 from tests.ranks import RankPool
 
@@ -58,7 +61,9 @@ def picture(name: str, parallel: AsyncDiff | None = None, **changes: Any) -> np.
     return tiny.run(pipeline(name), name, **changes)
 
 
-def simulated(pipe: Any, plan: Partition, stride: int, warm_up: int, shift: bool) -> Callable[..., Any]:
+def simulated(
+    pipe: Any, plan: Partition, stride: int, warm_up: int, shift: bool, steps: int | None = None
+) -> Callable[..., Any]:
     """A denoiser forward that plays the ranks one after the other, with forward hooks and nothing else.
 
     What belongs to another stage is computed and thrown away: a unit, or a module that returns one tensor,
@@ -108,9 +113,12 @@ def simulated(pipe: Any, plan: Partition, stride: int, warm_up: int, shift: bool
         def run(stage: int | None, position: int) -> Any:
             state.stage = stage
             time = timestep if stage is None else times[position - shift].to(timestep).expand(timestep.shape)
-            return original(**(given | {"timestep": time}))
+            try:
+                return original(**(given | {"timestep": time}))
+            finally:
+                state.stage = None
 
-        if step < warm_up:
+        if step < warm_up or (steps is not None and step >= warm_up + steps):
             out = run(None, step)
             old.update(new)
             return out
@@ -127,10 +135,46 @@ def simulated(pipe: Any, plan: Partition, stride: int, warm_up: int, shift: bool
     return forward
 
 
-def simulation(name: str, plan: Partition, stride: int, warm_up: int, shift: bool = False) -> np.ndarray:
+def simulation(
+    name: str,
+    plan: Partition,
+    stride: int,
+    warm_up: int,
+    shift: bool = False,
+    steps: int | None = None,
+    hybrid: bool = False,
+) -> np.ndarray:
     pipe = tiny.load(name)
-    denoiser(pipe).forward = simulated(pipe, plan, stride, warm_up, shift)
+    exact = denoiser(pipe).forward
+    forward = simulated(pipe, plan, stride, warm_up, shift, steps)
+    if hybrid:
+        assert steps is not None
+        forward = one_branch(exact, forward, range(warm_up, warm_up + steps))
+    denoiser(pipe).forward = forward
     return tiny.run(pipe, name, steps=STEPS, frames=2)
+
+
+def one_branch(exact: Callable[..., Any], prompted: Callable[..., Any], shared: range) -> Callable[..., Any]:
+    """Guidance whose other branch is, in the `shared` steps, the prompt's less what they differed by last."""
+    signature, step, difference = inspect.signature(exact), 0, torch.zeros(())
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal step, difference
+        given = signature.bind(*args, **kwargs).arguments
+
+        def half(function: Callable[..., Any], branch: int) -> torch.Tensor:
+            cut = tree_map(
+                lambda x: x.chunk(2)[branch] if isinstance(x, torch.Tensor) and x.ndim else x, dict(given)
+            )
+            return function(**(cut | {"return_dict": False}))[0]
+
+        other = None if step in shared else half(exact, 0)
+        mine = half(prompted, 1)
+        difference = difference if other is None else mine - other
+        step += 1
+        return (torch.cat([mine - difference, mine]),)
+
+    return forward
 
 
 def exact_and_steady(name: str, plans: tuple[tuple[int, int], ...]) -> dict[Any, Any]:
@@ -181,6 +225,52 @@ def test_exact_at_full_warm_up_and_on_schedule_in_steady_state(pool: RankPool, n
         asynchronous = STEPS + (name == "sd1") - WARM_UP  # PNDM calls the UNet once more
         for f in found:
             assert f["ran"] == dict.fromkeys(f["mine"], -(-asynchronous // stride))
+
+
+def limited(name: str, hybrid: bool) -> dict[str, Any]:
+    """Asynchronous steps in the middle only, of both branches or of one, and the same at full warm-up."""
+    pipe = pipeline(name)
+    text, plain = repr(denoiser(pipe)), picture(name)
+    found: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        parallel = stack.enter_context(AsyncDiff(pipe, 2, warm_up_steps=STEPS + 2, async_steps=2))
+        members: list[Any] = [parallel]
+        if hybrid:
+            world, rank = dist.group.WORLD, dist.get_rank()
+            split = HybridSplit([denoiser(pipe)], world, rank, parallel.asynchronous)
+            members.append(stack.enter_context(split))
+        both = Together(members)
+
+        def run() -> np.ndarray:
+            both.begin(STEPS)
+            return picture(name)
+
+        found["exact"] = psnr(run(), plain)
+        parallel.warm_up_steps = WARM_UP
+        first = run()
+        found["ran"], found["mine"] = dict(parallel.executions), parallel.partition.names(parallel.stage)
+        found["bytes"], found["again"] = first.tobytes(), np.array_equal(first, run())
+        division = parallel.partition
+    assert division is not None
+    found["steady"] = psnr(first, plain)
+    found["batch"] = division.trace.values[division.trace.calls[0].outputs[0].item].shape[0]
+    if dist.get_rank() == 0:
+        found["simulation"] = psnr(first, simulation(name, division, 1, WARM_UP, False, 2, hybrid))
+    found["given back"] = repr(denoiser(pipe)) == text and np.array_equal(picture(name), plain)
+    return found
+
+
+@pytest.mark.parametrize(("name", "hybrid"), [("sd1", False), ("sd1", True), ("sdxl", True), ("sd3", True)])
+def test_asynchronous_steps_in_the_middle_alone(pool: RankPool, name: str, hybrid: bool):
+    tiny.checkpoint(name)
+    ranks = pool.run(limited, 2, name, hybrid)
+    assert min(rank["exact"] for rank in ranks) >= 80
+    assert FLOORS[name] - 5 <= ranks[0]["steady"] < SAME and ranks[0]["simulation"] >= 60
+    assert len({rank["bytes"] for rank in ranks}) == 1
+    for rank in ranks:
+        assert rank["again"] and rank["given back"]
+        assert rank["ran"] == dict.fromkeys(rank["mine"], 2)
+        assert rank["batch"] == (1 if hybrid else 2)
 
 
 def many_shapes(name: str) -> dict[Any, list]:
@@ -367,6 +457,7 @@ def test_one_rank_is_the_plain_pipeline():
         ({"model_n": 0}, "model_n 0"),
         ({"model_n": 1, "stride": 3}, "stride 3"),
         ({"model_n": 1, "warm_up_steps": 0}, "warm_up_steps 0"),
+        ({"model_n": 1, "async_steps": 0}, "async_steps 0"),
         ({"model_n": 1, "stage_weights": [1, 1]}, "2 stage weights for 1 stages"),
     ],
 )

@@ -343,6 +343,15 @@ def _(ground: Ground) -> None:
     assert len(plan["stages"]) == 2 and differs(strided, three)
 
 
+@shows("async_steps")
+def _(ground: Ground) -> None:
+    every, _ = parallel(ground, 2)
+    one, plan = parallel(ground, 2, async_steps=1)
+    assert plan["async_steps"] == 1 and differs(one, every) and differs(one, plain().latents)
+    shared, plan = parallel(ground, 2, use_cfg_parallel=True, async_steps=1)
+    assert plan["hybrid"] and differs(shared, one) and differs(shared, plain().latents)
+
+
 @shows("time_shift")
 def _(ground: Ground) -> None:
     shifted, _ = parallel(ground, 2, time_shift=True)

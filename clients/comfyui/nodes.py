@@ -307,6 +307,7 @@ PLANS: dict[str, tuple[str, dict[str, list[str] | str]]] = {
             "model_n": [AUTO, "1", "2", "3", "4"],
             "stride": [AUTO, "1", "2"],
             "use_cfg_parallel": "guidance branches on two halves of the ranks",
+            "async_steps": [AUTO, "2", "4", "8", "12", "16"],
             "auto_balance": "cut by measured time",
             "time_shift": "use the time embedding of the step before",
         },

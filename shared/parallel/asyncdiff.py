@@ -49,6 +49,8 @@ class AsyncDiff(Closing):
         measure_units: cut by each unit's measured time instead of its FLOPs; another run may cut otherwise.
         denoiser: the module to divide, when it is neither ``unet`` nor ``transformer``.
         max_shapes: signatures whose buffers and graphs are kept.
+        async_steps: how many steps after the warm-up are asynchronous; those that follow are exact again.
+            None for all.
 
     Raises:
         ValueError: impossible values, or a group of the wrong size.
@@ -68,7 +70,10 @@ class AsyncDiff(Closing):
         measure_units: bool = False,
         denoiser: nn.Module | None = None,
         max_shapes: int = 4,
+        async_steps: int | None = None,
     ) -> None:
+        if async_steps is not None and async_steps < 1:
+            raise ValueError(f"async_steps {async_steps}: 1 or more, or None for all")
         if model_n < 1 or stride not in (1, 2):
             raise ValueError(f"model_n {model_n} with stride {stride}: model_n is 1 or more, stride 1 or 2")
         if warm_up_steps < 1:
@@ -86,7 +91,8 @@ class AsyncDiff(Closing):
             raise ValueError(f"{type(pipeline).__name__} has no unet or transformer: name its denoiser")
         self.pipeline, self.denoiser, self.group = pipeline, found, group
         self.model_n, self.stride, self.time_shift = model_n, stride, time_shift
-        self.warm_up_steps, self.stage_weights = warm_up_steps, stage_weights
+        self.warm_up_steps, self.async_steps = warm_up_steps, async_steps
+        self.stage_weights = stage_weights
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.ranks = ranks
         self.stage = min(self.rank, model_n - 1)
@@ -110,6 +116,11 @@ class AsyncDiff(Closing):
         """Denoiser calls after which every kind of step has run once and, on CUDA, been captured."""
         captures = self._cuda_graph and next(self.denoiser.parameters()).is_cuda
         return self.warm_up_steps + 2 * self.stride if captures else 1
+
+    def asynchronous(self, step: int) -> bool:
+        """Whether this step of a generation, counted from 0, is not exact."""
+        after = step - self.warm_up_steps
+        return self.ranks > 1 and after >= 0 and (self.async_steps is None or after < self.async_steps)
 
     def begin(self, steps: int) -> None:
         """A new generation of ``steps`` steps starts: its first ``warm_up_steps`` are exact again."""
@@ -142,6 +153,7 @@ class AsyncDiff(Closing):
             "model_n": self.model_n,
             "stride": self.stride,
             "warm_up_steps": self.warm_up_steps,
+            "async_steps": self.async_steps,
             "time_shift": self.time_shift,
             "ranks": [f"stage {min(r, self.model_n - 1)}" for r in range(self.ranks)],
         }
@@ -173,7 +185,7 @@ class AsyncDiff(Closing):
                 f"the denoiser was called {step + 1} times since begin(steps={self._steps}): "
                 "call begin before each generation"
             )
-        if step < self.warm_up_steps or self.ranks == 1:
+        if not self.asynchronous(step):
             return stage.graphs.run(
                 "synchronous", lambda **k: self._synchronous(stage, original, k), **kwargs
             )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from shared.parallel.exchange import all_gather
 from shared.parallel.surgery import Closing, Forward, Surgery
@@ -55,6 +55,8 @@ class CfgSplit(Closing):
                 f"branch {branch} on rank {rank} of a group of {ranks}: 2 ranks are needed, in branch order"
             )
         self.group, self.branch, self.guided = group, branch, guided
+        self.taken = branch
+        """The branch that this rank computes."""
         self._whole = POSITIONS | RESIDUALS if local else POSITIONS
         self.active = False
         """Whether a halved call is under way."""
@@ -87,12 +89,70 @@ class CfgSplit(Closing):
     def _mine(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0 or leaf.shape[0] % BATCH:
             return leaf
-        return leaf.chunk(BATCH)[self.branch]
+        return leaf.chunk(BATCH)[self.taken]
 
     def _both(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         return all_gather(leaf, self.group)
+
+
+class HybridSplit(CfgSplit):
+    """The guidance branches on two ranks, except in some steps, in which both ranks work on one branch.
+
+    In those, the ranks share the branch with the prompt (by AsyncDiff, underneath), and the other one is that
+    less the difference of the two in the last step that computed both. After Hybridiff (arXiv 2602.21760,
+    section 3), which pipelines while the branches agree as well, but lets each rank go on with stages of
+    different branches.
+
+    Args:
+        shared: whether the ranks share the branch with the prompt in a step of the generation, counted from 0;
+            not in the first one.
+        Others as in CfgSplit.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        group: dist.ProcessGroup | None,
+        branch: int,
+        shared: Callable[[int], bool],
+        local: Sequence[nn.Module] = (),
+        guided: Callable[[], bool] | None = None,
+    ) -> None:
+        super().__init__(modules, group, branch, local, guided)
+        self.shared, self._step = shared, 0
+        self._difference: list[torch.Tensor] | None = None
+
+    def begin(self, steps: int) -> None:
+        """A new generation starts."""
+        self._step, self._difference = 0, None
+        self._take()
+
+    def _gathering(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        try:
+            if not _guided(args, kwargs):
+                return original(*args, **kwargs)
+            if not self.shared(self._step):
+                return self._keep(tree_map(self._both, self._halved(original, args, kwargs)))
+            if self._difference is None:
+                raise RuntimeError("guidance begins in a step in which the ranks share one branch")
+            kept = iter(self._difference)
+            return tree_map(lambda leaf: self._completed(leaf, kept), self._halved(original, args, kwargs))
+        finally:
+            self._step += 1
+            self._take()
+
+    def _take(self) -> None:
+        self.taken = 1 if self.shared(self._step) else self.branch
+
+    def _keep(self, answer: Any) -> Any:
+        leaves = [leaf for leaf in tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
+        self._difference = [prompted - other for other, prompted in (x.chunk(BATCH) for x in leaves)]
+        return answer
+
+    def _completed(self, leaf: Any, kept: Iterator[torch.Tensor]) -> Any:
+        return torch.cat([leaf - next(kept), leaf]) if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _guided(args: tuple, kwargs: dict) -> bool:
