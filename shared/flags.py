@@ -253,8 +253,8 @@ class HostConfig:
     async_steps: int | None = _flag(
         None,
         _PARALLEL,
-        "asynchronous steps after the warm-up, exact ones follow (default: all); under --use_cfg_parallel on 2 "
-        "ranks steps in which both share one guidance branch",
+        "asynchronous steps after the warm-up, then exact ones (default: all); with --use_cfg_parallel on 2 "
+        "ranks: steps in which both share one guidance branch (default: none)",
         _integer,
         least=1,
         most=1000,

@@ -106,8 +106,8 @@ class HybridSplit(CfgSplit):
     different branches.
 
     Args:
-        shared: whether the ranks share the branch with the prompt in a step of the generation, counted from 0;
-            not in the first one.
+        shared: whether the ranks share the branch with the prompt in a step of the generation, counted from
+            0; not in the first one.
         Others as in CfgSplit.
     """
 

@@ -23,7 +23,7 @@ from shared.parallel.surgery import Closing, Forward, Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 from shared.parallel.xdit_degrees import Degrees
 from shared.parallel.xdit_groups import XfuserGroups
-from shared.parallel.xdit_sequence import SequenceParallel
+from shared.parallel.xdit_sequence import Method, SequenceParallel
 
 Cache = Literal["teacache", "fbcache"]
 Blocks = tuple[nn.ModuleList, nn.ModuleList]
@@ -104,9 +104,9 @@ class XDiT(Closing):
             if degrees.tensor > 1:
                 self._members.append(FeedForwardParallel(models, groups.tensor))
             if degrees.sequence > 1:
+                by: Method = "ulysses" if degrees.ring == 1 else "ring" if degrees.ulysses == 1 else "both"
                 for model in models:
-                    ring = degrees.ring > 1
-                    SequenceParallel(model, groups.sequence, self.attention, self._surgery, ring)
+                    SequenceParallel(model, groups.sequence, self.attention, self._surgery, by)
             if self.cache is not None:
                 self._blocks = self._take_blocks()
                 self._cache_context = self.transformer.cache_context

@@ -1,15 +1,15 @@
 """Sequence parallelism of a diffusers transformer: each rank computes its tokens, attention sees all of them.
 
 Ulysses (Jacobs et al., arXiv 2309.14509) exchanges tokens for heads, ring attention (Liu et al., arXiv
-2310.01889) hands keys and values around; xfuser's USP does either and both, and Ulysses alone goes by a
-shorter way here. The pipeline stays diffusers' own: tokens are cut where the transformer embeds them and
-gathered behind its last layer.
+2310.01889) hands keys and values around. Both together are xfuser's USP; one alone goes a shorter way here,
+around xfuser's attention. The pipeline stays diffusers' own: tokens are cut where the transformer embeds
+them and gathered behind its last layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,13 @@ from torch.nn import functional as F
 from shared.parallel.exchange import all_gather
 from shared.parallel.surgery import Forward, Surgery
 
+# torch 2.13 gave it this name and warns at the one that older releases know.
+_all_gather = getattr(functional, "all_gather_single_coalesced", functional.all_gather_into_tensor_coalesced)
+
 BLOCKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 """Names of the lists of blocks of diffusers' transformers."""
+
+Method = Literal["ulysses", "ring", "both"]
 
 
 class Shares:
@@ -121,8 +126,6 @@ def ulysses(
     Returns:
         [batch, heads, tokens of this rank, channels].
     """
-    from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
-
     ranks, tokens = dist.get_world_size(group), query.shape[2]
     # Each: [rank that gets the heads, batch, tokens, its heads, channels].
     parts = [x.unflatten(1, (ranks, -1)).permute(1, 0, 3, 2, 4) for x in (query, key, value)]
@@ -135,12 +138,51 @@ def ulysses(
             packed[:, :, :, index] = part
     every = _all_to_all(packed, group).transpose(0, 1).flatten(1, 2)
     q, k, v = every.permute(2, 0, 3, 1, 4).unbind()
-    answer, _ = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[backend]](
-        q, k, v, dropout_p=0.0, is_causal=False
-    )
-    answer = answer.to(query.dtype).transpose(1, 2).unflatten(1, (ranks, tokens)).transpose(0, 1)
+    answer = _attention(q, k, v, backend).transpose(1, 2).unflatten(1, (ranks, tokens)).transpose(0, 1)
     back = _all_to_all(answer.contiguous(), group)
     return back.permute(1, 2, 0, 3, 4).flatten(2, 3).transpose(1, 2)
+
+
+def ring(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    common_key: torch.Tensor,
+    common_value: torch.Tensor,
+    group: dist.ProcessGroup,
+    backend: str,
+) -> torch.Tensor:
+    """This rank's queries over the keys and values of all ranks, gathered at once.
+
+    So does torch's own ring attention, on which xfuser's is built, by default; here one attention goes over
+    all of them in place of one for each rank's, which would be joined by their log-sum-exps in fp32.
+
+    Args:
+        query: [batch, heads, any tokens, channels].
+        key, value: [batch, heads, tokens of this rank alone, channels].
+        common_key, common_value: of tokens that every rank has, maybe none; [batch, heads, tokens, channels].
+        group: the ranks that share the sequence.
+        backend: name of xfuser's attention backend.
+
+    Returns:
+        [batch, heads, the query's tokens, channels].
+    """
+    ranks, batch = dist.get_world_size(group), query.shape[0]
+    keys, values = (
+        functional.wait_tensor(x).unflatten(0, (ranks, batch)).transpose(0, 1).flatten(1, 2).transpose(1, 2)
+        for x in _all_gather([x.transpose(1, 2).contiguous() for x in (key, value)], group)
+    )
+    if common_key.shape[2]:
+        keys, values = torch.cat([keys, common_key], 2), torch.cat([values, common_value], 2)
+    return _token_major(_attention(query, keys, values, backend))
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str) -> torch.Tensor:
+    from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
+
+    function = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[backend]]
+    answer, _ = function(query, key, value, dropout_p=0.0, is_causal=False)
+    return answer.to(query.dtype)
 
 
 def _all_to_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -164,7 +206,7 @@ class SequenceParallel:
         group: the ranks that share the sequence.
         backend: name of xfuser's attention backend.
         surgery: collects what is overridden.
-        ring: whether ring attention takes part.
+        by: how they share it.
 
     Raises:
         ValueError: a model of another kind.
@@ -176,9 +218,9 @@ class SequenceParallel:
         group: dist.ProcessGroup,
         backend: str,
         surgery: Surgery,
-        ring: bool = False,
+        by: Method,
     ) -> None:
-        self.shares, self.backend, self.ring = Shares(group), backend, ring
+        self.shares, self.backend, self.by = Shares(group), backend, by
         self.text = self.image = 0
         """Tokens of the whole sequence in the call that is under way."""
         self.ids = hasattr(model, "x_embedder")
@@ -292,19 +334,20 @@ class SequenceParallel:
 
     def _shared(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention over all ranks' tokens; [batch, heads, tokens, channels]."""
-        function = usp if self.ring and torch.compiler.is_compiling() else _usp
-        runs = self._runs(query.shape[2])
+        group, backend, runs = self.shares.group, self.backend, self._runs(query.shape[2])
         common = sum(length for length, own in runs if not own)
         further = key.shape[2] - query.shape[2]
-        if not common and not further:
-            if not self.ring:
-                return ulysses(query, key, value, self.shares.group, self.backend)
-            return function(query, key, value, None, None, None, self.backend)
+        if self.by == "ulysses" and not common and not further:
+            return ulysses(query, key, value, group, backend)
         # Keys behind the tokens (an IP-Adapter's in SD3) are the same on every rank.
-        parts = [_sort(query, runs)]
-        parts += [_sort(x, [*runs, (further, False)]) for x in (key, value)]
-        (q, common_q), (k, common_k), (v, common_v) = parts
-        answer = function(q, k, v, common_q, common_k, common_v, self.backend)
+        (k, common_k), (v, common_v) = (_sort(x, [*runs, (further, False)]) for x in (key, value))
+        if self.by == "ring":
+            return ring(query, k, v, common_k, common_v, group, backend)
+        function = usp if self.by == "both" and torch.compiler.is_compiling() else _usp
+        if not common and not further:
+            return function(query, key, value, None, None, None, backend)
+        q, common_q = _sort(query, runs)
+        answer = function(q, k, v, common_q, common_k, common_v, backend)
         mine = q.shape[2]
         pieces, at = [], {True: 0, False: mine}
         for length, is_own in runs:
