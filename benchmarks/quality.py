@@ -1,6 +1,7 @@
 """How close parallel pictures come to those of plain diffusers, on the demo checkpoint, by warm-up.
 
 python benchmarks/quality.py asyncdiff [--prompts 8] [--strip docs/asyncdiff.png] [--only 2:1] [--warm-up 3]
+python benchmarks/quality.py hybrid
 python benchmarks/quality.py distrifusion [--strip docs/distrifusion.png] [--only 2:row:stale_gn]
 
 Ranks are processes on this machine's CPU, in fp32. The same held-out prompts with the same seeds are drawn by
@@ -11,11 +12,12 @@ and of the worst one, and how many still show what the prompt asks for by the ru
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +51,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        if self.method == "asyncdiff":
+        if self.method != "distrifusion":
             return ", ".join(f"{name} {value}" for name, value in self.options)
         parallelism, scheme, mode = (value for _, value in self.options)
         return f"{scheme}, {mode if parallelism == 'patch' else parallelism}"
@@ -57,7 +59,7 @@ class Setting:
     @property
     def key(self) -> str:
         values = [str(value) for _, value in self.options]
-        return ":".join(values if self.method == "asyncdiff" else [str(self.ranks), *values])
+        return ":".join([str(self.ranks), *values] if self.method == "distrifusion" else values)
 
     @property
     def caption(self) -> str:
@@ -72,11 +74,34 @@ class Setting:
             from shared.parallel.asyncdiff import AsyncDiff
 
             return AsyncDiff(pipe, warm_up_steps=self.warm_up, **options)
+        if self.method == "hybrid":
+            return hybrid(pipe, self.warm_up, **options)
         from shared.parallel.distrifusion import DistriFusion
 
         return DistriFusion(
             pipe, warm_up_steps=self.warm_up, split_batch=False, split_decode=False, **options
         )
+
+
+@contextlib.contextmanager
+def hybrid(pipe: Any, warm_up: int, async_steps: int) -> Iterator[Any]:
+    """Guidance branches on two ranks, which share one of them for some steps."""
+    import torch.distributed as dist
+
+    from shared.parallel.asyncdiff import AsyncDiff
+    from shared.parallel.cfg_split import HybridSplit
+    from shared.parallel.together import Together
+
+    stages = AsyncDiff(pipe, 2, warm_up_steps=warm_up, async_steps=async_steps)
+    split = HybridSplit([pipe.unet], dist.group.WORLD, dist.get_rank(), stages.asynchronous)
+    with contextlib.closing(Together([stages, split])) as both:
+        yield both
+
+
+def hybrid_settings(steps: int) -> list[Setting]:
+    """By where the shared steps begin, and how many they are."""
+    middle = [(w, n) for n in (4, 8, 15) for w in (8, 10, 12, 15) if w + n < steps]
+    return [Setting("hybrid", (("async_steps", n),), 2, w) for w, n in middle]
 
 
 def asyncdiff_settings(steps: int) -> list[Setting]:
@@ -108,7 +133,11 @@ def distrifusion_settings(steps: int) -> list[Setting]:
     return rows + [setting(ranks, "alternate", SYNC_MODES[0], "naive_patch") for ranks in (2, 4)]
 
 
-METHODS = {"asyncdiff": asyncdiff_settings, "distrifusion": distrifusion_settings}
+METHODS = {
+    "asyncdiff": asyncdiff_settings,
+    "hybrid": hybrid_settings,
+    "distrifusion": distrifusion_settings,
+}
 
 
 @functools.cache
@@ -133,11 +162,14 @@ def draw_on_rank(
     if setting is None:
         return paint(pipe, scenes, steps=steps, batch=len(scenes))
     first = dist.get_rank() == 0
+    # The hybrid knows both branches by a batch of two.
+    batch = 1 if setting.method == "hybrid" else len(scenes)
+    pictures: list[Image.Image] = []
     with setting.parallel(pipe) as parallel:
-        parallel.begin(steps)
-        pictures = paint(
-            pipe, scenes, steps=steps, batch=len(scenes), output_type="pil" if first else "latent"
-        )
+        for at in range(0, len(scenes), batch):
+            parallel.begin(steps)
+            output, part = "pil" if first else "latent", scenes[at : at + batch]
+            pictures += paint(pipe, part, steps=steps, batch=batch, seed=at, output_type=output)
     return pictures if first else None
 
 

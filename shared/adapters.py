@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from shared.config import first_line
 from shared.models import ModelSpec
 
 log = logging.getLogger("host")
@@ -40,7 +41,7 @@ def read_tensors(path: str | Path, what: str) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
             return state.get("state_dict", state)
     except READ_ERRORS as error:
-        raise AdapterError(f"{what} {str(path)!r} cannot be read: {_first_line(error)}") from None
+        raise AdapterError(f"{what} {str(path)!r} cannot be read: {first_line(error)}") from None
     raise AdapterError(f"{what} {str(path)!r} must be a .safetensors, .bin, .ckpt, .pt or .pth file")
 
 
@@ -61,7 +62,7 @@ def load_control_nets(spec: ModelSpec, paths: Mapping[str, float], dtype: torch.
             found, modes = settings.get("_class_name"), settings.get("num_mode")
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise AdapterError(
-                f"ControlNet {path!r}: config.json must hold a JSON object: {_first_line(error)}"
+                f"ControlNet {path!r}: config.json must hold a JSON object: {first_line(error)}"
             ) from None
         if found != spec.control_net_class:
             raise AdapterError(
@@ -75,7 +76,7 @@ def load_control_nets(spec: ModelSpec, paths: Mapping[str, float], dtype: torch.
         try:
             nets.append(cls.from_pretrained(path, dtype=dtype, local_files_only=True).eval())
         except (OSError, *MISFITS) as error:
-            raise AdapterError(f"ControlNet {path!r} cannot be read: {_first_line(error)}") from None
+            raise AdapterError(f"ControlNet {path!r} cannot be read: {first_line(error)}") from None
     return nets[0] if len(nets) == 1 else nets
 
 
@@ -149,7 +150,7 @@ def load_ip_adapter(pipe: Any, spec: ModelSpec, path: str, scale: float, dtype: 
         pipe.load_ip_adapter(parts, subfolder="", weight_name="")
     except MISFITS as error:
         raise AdapterError(
-            f"IP-Adapter {path!r} was made for another model than this checkpoint: {_first_line(error)}"
+            f"IP-Adapter {path!r} was made for another model than this checkpoint: {first_line(error)}"
         ) from None
     used = sum(
         1
@@ -266,7 +267,7 @@ def load_motion_adapter(path: str, dtype: torch.dtype) -> Any:
         try:
             return MotionAdapter.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
         except (OSError, *MISFITS) as error:
-            raise AdapterError(f"motion adapter {path!r} cannot be read: {_first_line(error)}") from None
+            raise AdapterError(f"motion adapter {path!r} cannot be read: {first_line(error)}") from None
     tensors = {key.removeprefix("module."): t for key, t in read_tensors(path, "motion module").items()}
     tensors = {key: t for key, t in tensors.items() if "motion_modules" in key}
     if not tensors:
@@ -285,7 +286,7 @@ def load_motion_adapter(path: str, dtype: torch.dtype) -> Any:
     try:
         adapter.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise AdapterError(f"motion module {path!r} does not fit: {_first_line(error)}") from None
+        raise AdapterError(f"motion module {path!r} does not fit: {first_line(error)}") from None
     return adapter.to(dtype).eval()
 
 
@@ -308,14 +309,9 @@ def put_motion_adapter(pipe: Any, adapter: Any) -> None:
     try:
         pipe.unet.load_motion_modules(adapter)
     except MISFITS as error:
-        raise AdapterError(f"the motion adapter does not fit this checkpoint: {_first_line(error)}") from None
+        raise AdapterError(f"the motion adapter does not fit this checkpoint: {first_line(error)}") from None
     pipe.register_modules(motion_adapter=adapter)
 
 
 def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shared.config import UsageError
+from shared.config import UsageError, first_line
 from shared.memory import memory_report
 from shared.requests import FieldProblem, GenerateRequest
 
@@ -257,7 +257,7 @@ class Channel:
                 frame = _padded(data, LENGTH + size)
                 dist.broadcast(frame, group_src=0, group=self.world.control)
         except RuntimeError as error:
-            raise BrokenJobError(f"a rank is gone: {_first_line(error)}") from error
+            raise BrokenJobError(f"a rank is gone: {first_line(error)}") from error
         received: Message = pickle.loads(_content(frame, size))
         return received
 
@@ -273,19 +273,22 @@ class Channel:
         try:
             dist.all_reduce(self._ballot, op=dist.ReduceOp.MAX, group=self.world.voting)
         except RuntimeError as error:
-            raise BrokenJobError(f"a rank did not come to the step boundary: {_first_line(error)}") from error
+            raise BrokenJobError(f"a rank did not come to the step boundary: {first_line(error)}") from error
         return Verdict(int(self._ballot[0]))
 
     def settle(self, outcome: Outcome) -> list[Outcome]:
-        """Gather every rank's outcome on every rank. A result that is not small travels to rank 0 alone.
+        """Gather every rank's outcome on every rank; results not small, and rank 0's, on rank 0 alone.
 
         Raises:
             BrokenJobError: a rank is gone, or did not come in time.
         """
         if self.world.size == 1:
             return [outcome]
-        payload, data = b"", pickle.dumps(outcome)
-        if outcome.result is not None and len(data) > FRAME - LENGTH:
+        payload, sent = b"", outcome
+        if self.world.rank == 0 and outcome.result is not None:
+            sent = replace(outcome, result=_Separate(0))
+        data = pickle.dumps(sent)
+        if sent is outcome and outcome.result is not None and len(data) > FRAME - LENGTH:
             payload = pickle.dumps(outcome.result)
             data = pickle.dumps(replace(outcome, result=_Separate(len(payload))))
         frames = [_framed(b"") for _ in range(self.world.size)]
@@ -308,11 +311,11 @@ class Channel:
                     buffer = torch.empty(size, dtype=torch.uint8)
                     dist.recv(buffer, group=self.world.voting, group_src=other.rank)
                     other.result = pickle.loads(buffer.numpy().tobytes())
-            if payload and self.world.rank != 0:
+            if payload:
                 parcel = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
                 dist.send(parcel, group=self.world.voting, group_dst=0)
         except RuntimeError as error:
-            raise BrokenJobError(f"a rank is gone: {_first_line(error)}") from error
+            raise BrokenJobError(f"a rank is gone: {first_line(error)}") from error
         return outcomes
 
     def compute_works(self) -> bool:
@@ -323,7 +326,7 @@ class Channel:
         try:
             dist.all_reduce(ones, group=self.world.compute)
         except RuntimeError as error:
-            log.error("the compute group no longer works: %s", _first_line(error))
+            log.error("the compute group no longer works: %s", first_line(error))
             return False
         return int(ones.item()) == self.world.size
 
@@ -345,10 +348,6 @@ def _length(frame: torch.Tensor) -> int:
 
 def _content(frame: torch.Tensor, size: int) -> bytes:
     return bytes(frame[LENGTH : LENGTH + size].numpy().tobytes())
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def rank_device_info(world: World) -> dict[str, Any]:

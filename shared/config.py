@@ -32,6 +32,12 @@ class LoadError(RuntimeError):
     """Files that cannot be loaded or do not fit each other; one line says which, and what was expected."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line of 300 characters at most; its type when it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def config_flags(backend: str) -> list[Field[Any]]:
     """The flags of one host, in the order of their definition."""
     return [

@@ -22,6 +22,7 @@ from shared.config import (
     LoadError,
     UsageError,
     exit_usage,
+    first_line,
     idle_flags,
     parse_or_exit,
     world_from_environment,
@@ -75,7 +76,7 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
         exit_usage(backend, error)
     except Exception as error:
         _report_end(error, rank)
-        lifeline.end(EXIT_FAILED, f"broken: {_one_line(error)}")
+        lifeline.end(EXIT_FAILED, f"broken: {first_line(error)}")
     lifeline.end(0, "stopped", failed=False)
 
 
@@ -229,11 +230,6 @@ class Lifeline:
                     self.end(code, f"{signal.Signals(number).name} was received", number == signal.SIGTERM)
             if self._parent is not None and os.getppid() != self._parent:
                 self.end(EXIT_FAILED, "the launcher is gone")
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _report_end(error: Exception, rank: int) -> None:

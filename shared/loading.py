@@ -20,7 +20,7 @@ import torch
 from shared import adapters, memory, quantize
 from shared.arguments import INPAINT_CHANNELS
 from shared.compile import compile_pipeline
-from shared.config import HostConfig, LoadError, UsageError, world_from_environment
+from shared.config import HostConfig, LoadError, UsageError, first_line, world_from_environment
 from shared.lora import LoraError, loras_of
 from shared.models import MODELS, ModelSpec
 from shared.schedulers import SchedulerError, make_scheduler, set_scheduler
@@ -89,7 +89,7 @@ def _check_compile(config: HostConfig) -> None:
     try:
         torch._TorchCompileInductorWrapper(None, options, None)
     except RuntimeError as error:
-        raise UsageError(f"--compile_options: {_line(error)}") from None
+        raise UsageError(f"--compile_options: {first_line(error)}") from None
 
 
 def _check_scheduler(config: HostConfig) -> None:
@@ -242,7 +242,7 @@ def _from_folder(
     try:
         return cls.from_pretrained(folder, variant=variant, dtype=dtype, local_files_only=True, **parts)
     except BROKEN as error:
-        raise LoadError(f"--checkpoint {str(folder)!r} cannot be loaded: {_line(error)}") from error
+        raise LoadError(f"--checkpoint {str(folder)!r} cannot be loaded: {first_line(error)}") from error
 
 
 def pick_variant(files: Iterable[str], wanted: str | None) -> str | None:
@@ -281,7 +281,7 @@ def load_vae(path: str, index: dict[str, Any], config: Path, dtype: torch.dtype)
             variant = pick_variant([f.name for f in place.iterdir()], None)
             vae = cls.from_pretrained(place, variant=variant, dtype=dtype, local_files_only=True)
     except BROKEN as error:
-        raise LoadError(f"--vae {path!r} cannot be loaded as {cls.__name__}: {_line(error)}") from error
+        raise LoadError(f"--vae {path!r} cannot be loaded as {cls.__name__}: {first_line(error)}") from error
     expected = json.loads((config / "vae" / "config.json").read_text()).get("latent_channels")
     if vae.config.latent_channels != expected:
         raise LoadError(
@@ -305,7 +305,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     try:
         index = json.loads((folder / "model_index.json").read_text())
     except (OSError, ValueError) as error:
-        raise LoadError(f"--checkpoint {str(folder)!r}: no model_index.json: {_line(error)}") from None
+        raise LoadError(f"--checkpoint {str(folder)!r}: no model_index.json: {first_line(error)}") from None
     if not isinstance(index, dict):
         raise LoadError(f"--checkpoint {str(folder)!r}: model_index.json must hold an object")
     return index
@@ -334,8 +334,3 @@ def _check_index(spec: ModelSpec, index: dict[str, Any], folder: Path) -> None:
     if wrong:
         has = ", ".join(sorted(present))
         raise LoadError(f"--checkpoint {str(folder)!r} is not of type {spec.name} ({wrong[0]}); it has {has}")
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

@@ -307,9 +307,10 @@ PLANS: dict[str, tuple[str, dict[str, list[str] | str]]] = {
             "model_n": [AUTO, "1", "2", "3", "4"],
             "stride": [AUTO, "1", "2"],
             "use_cfg_parallel": "guidance branches on two halves of the ranks",
-            "async_steps": [AUTO, "2", "4", "8", "12", "16"],
             "auto_balance": "cut by measured time",
             "time_shift": "use the time embedding of the step before",
+            # Last, as saved workflows name widgets by their place.
+            "async_steps": [AUTO, "2", "4", "8", "12", "16"],
         },
     ),
     "distrifuser": (
