@@ -91,6 +91,16 @@ def test_cancel_takes_the_running_job_else_the_next() -> None:
     assert second.done and queue.take(0) is None
 
 
+def test_a_change_of_loras_is_cancelled_while_it_waits_alone() -> None:
+    queue = JobQueue(2)
+    running, waiting = (Job(None, call=("add_lora", {"path": path})) for path in "ab")
+    queue.submit(running)
+    assert queue.take(0) is running
+    assert queue.cancel_running() is False and queue.cancel(running.id) is False and not running.cancelled
+    queue.submit(waiting)
+    assert queue.cancel(waiting.id) is True and waiting.done
+
+
 def test_progress_of_the_running_else_of_the_last() -> None:
     queue = JobQueue(2)
     assert queue.progress() == 0
