@@ -103,7 +103,8 @@ class HybridSplit(CfgSplit):
     In those, the ranks share the branch with the prompt (by AsyncDiff, underneath), and the other one is that
     less the difference of the two in the last step that computed both. After Hybridiff (arXiv 2602.21760,
     section 3), which pipelines while the branches agree as well, but lets each rank go on with stages of
-    different branches.
+    different branches. What the rank of the other branch takes from the step before the first shared one is
+    that branch's (next to nothing: 0.1 to 0.3 dB at 30 to 41 dB).
 
     Args:
         shared: whether the ranks share the branch with the prompt in a step of the generation, counted from

@@ -147,8 +147,8 @@ def ring(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    common_key: torch.Tensor,
-    common_value: torch.Tensor,
+    common_key: torch.Tensor | None,
+    common_value: torch.Tensor | None,
     group: dist.ProcessGroup,
     backend: str,
 ) -> torch.Tensor:
@@ -160,7 +160,7 @@ def ring(
     Args:
         query: [batch, heads, any tokens, channels].
         key, value: [batch, heads, tokens of this rank alone, channels].
-        common_key, common_value: of tokens that every rank has, maybe none; [batch, heads, tokens, channels].
+        common_key, common_value: of tokens that every rank has, [batch, heads, tokens, channels].
         group: the ranks that share the sequence.
         backend: name of xfuser's attention backend.
 
@@ -172,7 +172,7 @@ def ring(
         functional.wait_tensor(x).unflatten(0, (ranks, batch)).transpose(0, 1).flatten(1, 2).transpose(1, 2)
         for x in _all_gather([x.transpose(1, 2).contiguous() for x in (key, value)], group)
     )
-    if common_key.shape[2]:
+    if common_key is not None and common_value is not None:
         keys, values = torch.cat([keys, common_key], 2), torch.cat([values, common_value], 2)
     return _token_major(_attention(query, keys, values, backend))
 
@@ -337,15 +337,17 @@ class SequenceParallel:
         group, backend, runs = self.shares.group, self.backend, self._runs(query.shape[2])
         common = sum(length for length, own in runs if not own)
         further = key.shape[2] - query.shape[2]
-        if self.by == "ulysses" and not common and not further:
-            return ulysses(query, key, value, group, backend)
+        function = usp if self.by == "both" and torch.compiler.is_compiling() else _usp
+        if not common and not further:
+            if self.by == "ulysses":
+                return ulysses(query, key, value, group, backend)
+            if self.by == "ring":
+                return ring(query, key, value, None, None, group, backend)
+            return function(query, key, value, None, None, None, backend)
         # Keys behind the tokens (an IP-Adapter's in SD3) are the same on every rank.
         (k, common_k), (v, common_v) = (_sort(x, [*runs, (further, False)]) for x in (key, value))
         if self.by == "ring":
             return ring(query, k, v, common_k, common_v, group, backend)
-        function = usp if self.by == "both" and torch.compiler.is_compiling() else _usp
-        if not common and not further:
-            return function(query, key, value, None, None, None, backend)
         q, common_q = _sort(query, runs)
         answer = function(q, k, v, common_q, common_k, common_v, backend)
         mine = q.shape[2]
