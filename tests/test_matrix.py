@@ -302,6 +302,15 @@ def test_asyncdiff_plans(pool: RankPool, size: int, flags: Flags):
         assert 10 < stale < float("inf")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BACKENDS["asyncdiff"].types)
+def test_the_hybrid_of_branches_and_stages(pool: RankPool, name: str):
+    ranks = pool.run(run_cell, 2, "asyncdiff", name, {}, {"use_cfg_parallel": True, "async_steps": 2})
+    holder = next(r for r in ranks if r["exact"] is not None)
+    assert psnr(holder["exact"], holder["plain"]) >= EXACT_DB
+    assert 10 < psnr(holder["asynchronous"], holder["plain"]) < float("inf")
+
+
 def inpainting_checkpoint(name: str) -> str:
     """The tiny checkpoint of a type with a UNet of 9 input channels instead."""
 
