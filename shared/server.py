@@ -16,6 +16,8 @@ from urllib.parse import quote
 
 from flask import Flask, Response, g, jsonify
 from flask import request as http
+from flask.json.provider import DefaultJSONProvider
+from pydantic_core import PydanticSerializationError, to_json
 from werkzeug.exceptions import HTTPException
 from werkzeug.http import HTTP_STATUS_CODES
 
@@ -52,6 +54,18 @@ PICTURE_ROUTES = frozenset(
 ERROR_FORMS = {openai_api.PREFIX: openai_api.error_body, a1111_api.PREFIX: a1111_api.error_body}
 
 
+class Json(DefaultJSONProvider):
+    """JSON by pydantic's encoder, in a fifth of the time that json takes for a picture in base64."""
+
+    sort_keys = False
+
+    def dumps(self, obj: Any, **kwargs: Any) -> str:
+        try:
+            return to_json(obj).decode()
+        except PydanticSerializationError:  # half a surrogate pair that a client sent and an error repeats
+            return super().dumps(obj, **kwargs)
+
+
 def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> Flask:
     """The WSGI application of one host; it shares no state with another one.
 
@@ -62,7 +76,7 @@ def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> Flask
     """
     app = Flask("shared.server", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = app.config["MAX_FORM_MEMORY_SIZE"] = MAX_BODY
-    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.json = Json(app)
     app.url_map.merge_slashes = False  # a redirect would be an HTML page
     dispatcher = Dispatcher(config, status, queue)
     _add_frame(app, dispatcher)
