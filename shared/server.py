@@ -62,7 +62,7 @@ class Json(DefaultJSONProvider):
     def dumps(self, obj: Any, **kwargs: Any) -> str:
         try:
             return to_json(obj).decode()
-        except PydanticSerializationError:  # half a surrogate pair that a client sent and an error repeats
+        except PydanticSerializationError:  # half a surrogate pair, as in a path that is not UTF-8
             return super().dumps(obj, **kwargs)
 
 

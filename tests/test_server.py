@@ -20,10 +20,12 @@ from typing import Any
 
 import pytest
 import requests
+from flask import Flask
 from PIL import Image
 
 from shared.host import _JsonFormatter
 from shared.jobs import JobError
+from shared.server import Json
 from shared.wsgi import MAX_BODY, Server
 from tests.httphost import FakeHost, config_of, picture, wait_for
 
@@ -666,6 +668,12 @@ def test_localhost_and_close(host: FakeHost) -> None:
     with pytest.raises(requests.ConnectionError):
         requests.get(url, timeout=5)
     assert threading.active_count() <= before
+
+
+def test_any_text_becomes_json() -> None:
+    encoder = Json(Flask(__name__))
+    for value in ({"a": "é", "b": [1, None, True]}, "a path that is not UTF-8: \udcff"):
+        assert json.loads(encoder.dumps(value)) == value
 
 
 def test_keep_alive_serves_many_requests_on_one_connection(host: FakeHost) -> None:
