@@ -118,14 +118,13 @@ def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = 
     port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     command += ["--master_port", str(free_port())]
-    flags = [
-        *(f"--type={options.type}", f"--checkpoint={options.folder}", f"--width={size}", f"--height={size}"),
-        *(f"--variant={'fp32' if options.tiny else 'bf16'}", *flags),
-    ]
+    launch = [f"--type={options.type}", f"--checkpoint={options.folder}"]
+    launch += [f"--width={size}", f"--height={size}", f"--variant={'fp32' if options.tiny else 'bf16'}"]
+    launch += flags
     if options.bare:
         bare = [str(ROOT / "benchmarks" / "bare.py"), options.backend, f"--steps={options.steps}"]
-        subprocess.run([*command, *bare, *flags], check=False)
-    process = subprocess.Popen([*command, str(ROOT / script), f"--port={port}", *flags])
+        subprocess.run([*command, *bare, *launch], check=False)
+    process = subprocess.Popen([*command, str(ROOT / script), f"--port={port}", *launch])
     url = f"http://127.0.0.1:{port}"
     try:
         ready = wait_until_ready(url, process)
@@ -141,7 +140,7 @@ def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = 
     denoise = statistics.median(answer["seconds"]["denoise"] for _, answer in runs)
     peak = max(rank.get("memory_peak_mib", 0) for rank in health["ranks"]) / 1024
     times = [f"{ready:.0f}", f"{wall:.3f}", f"{denoise:.3f}"] if not options.at_once else ["-"] * 3
-    row = [f"{script} {name or ' '.join(options.flags)}", str(ranks), *times, f"{peak:.1f}"]
+    row = [f"{script} {name or ' '.join(flags)}", str(ranks), *times, f"{peak:.1f}"]
     print(f"| {' | '.join(row)} |", flush=True)
 
 

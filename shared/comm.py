@@ -284,13 +284,11 @@ class Channel:
         """
         if self.world.size == 1:
             return [outcome]
-        payload, sent = b"", outcome
-        if self.world.rank == 0 and outcome.result is not None:
-            sent = replace(outcome, result=_Separate(0))
+        stays = self.world.rank == 0 and outcome.result is not None
+        payload = b"" if self.world.rank == 0 else pickle.dumps(outcome.result)
+        travels = len(payload) > FRAME - LENGTH
+        sent = replace(outcome, result=_Separate(len(payload))) if stays or travels else outcome
         data = pickle.dumps(sent)
-        if sent is outcome and outcome.result is not None and len(data) > FRAME - LENGTH:
-            payload = pickle.dumps(outcome.result)
-            data = pickle.dumps(replace(outcome, result=_Separate(len(payload))))
         frames = [_framed(b"") for _ in range(self.world.size)]
         try:
             dist.all_gather(frames, _framed(data), group=self.world.voting)
@@ -311,7 +309,7 @@ class Channel:
                     buffer = torch.empty(size, dtype=torch.uint8)
                     dist.recv(buffer, group=self.world.voting, group_src=other.rank)
                     other.result = pickle.loads(buffer.numpy().tobytes())
-            if payload:
+            if travels:
                 parcel = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
                 dist.send(parcel, group=self.world.voting, group_dst=0)
         except RuntimeError as error:

@@ -180,7 +180,7 @@ class JobQueue:
         """Cancel the running job, or the next one where rank 0 is between two; whether there was one."""
         with self._changed:
             job = self.running or next(iter(self._waiting), None)
-        if job is None or job.done or not self._ends_early(job):
+        if job is None or not self._cancellable(job):
             return False
         self.drop(job)
         return True
@@ -189,14 +189,14 @@ class JobQueue:
         """Cancel the job of this id, where it runs or waits; whether there was one."""
         with self._changed:
             jobs = [*([self.running] if self.running else []), *self._waiting]
-        found = [job for job in jobs if job.id == id and not job.done and self._ends_early(job)]
+        found = [job for job in jobs if job.id == id and self._cancellable(job)]
         for job in found:
             self.drop(job)
         return bool(found)
 
-    def _ends_early(self, job: Job) -> bool:
-        """A change of LoRAs that runs has no steps between which it could end."""
-        return job is not self.running or job.request is not None
+    def _cancellable(self, job: Job) -> bool:
+        """Not when it is done; and a change of LoRAs that runs has no steps between which it could end."""
+        return not job.done and (job is not self.running or job.request is not None)
 
     def wants_preview(self) -> bool:
         """Whether somebody watches and the last preview is old enough."""

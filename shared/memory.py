@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import nn
 
-from shared.config import HostConfig
+from shared.config import HostConfig, first_line
 from shared.models import ModelSpec
 
 log = logging.getLogger("host")
@@ -66,8 +66,7 @@ def apply_xformers(pipe: Any, config: HostConfig) -> None:
         OSError,
         RuntimeError,
     ) as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MemoryFlagError(f"--xformers_efficient: {line}") from None
+        raise MemoryFlagError(f"--xformers_efficient: {first_line(error)}") from None
     log.info("xformers attention; PyTorch's own is as fast on GPUs since 2.2")
 
 
@@ -86,7 +85,7 @@ def place(pipe: Any, spec: ModelSpec, config: HostConfig, device: torch.device, 
         try:
             _offload_groups(pipe, spec, device)
         except ValueError as error:
-            raise MemoryFlagError(f"--enable_group_offload: {str(error).splitlines()[0]}") from None
+            raise MemoryFlagError(f"--enable_group_offload: {first_line(error)}") from None
     else:
         pipe.to(device)
 

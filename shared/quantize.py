@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared.config import first_line
 from shared.models import ModelSpec
 
 log = logging.getLogger("host")
@@ -126,8 +127,9 @@ def load_gguf(path: str, spec: ModelSpec, cls: Any, config: Path, dtype: torch.d
     except OSError:  # all that diffusers says of a reader that failed
         raise QuantizeError(f"--gguf_model: {path!r} cannot be read: it is cut off or broken") from None
     except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise QuantizeError(f"--gguf_model: {path!r} does not fit type {spec.name}: {line}") from None
+        raise QuantizeError(
+            f"--gguf_model: {path!r} does not fit type {spec.name}: {first_line(error)}"
+        ) from None
     if missing := [name for name, p in model.named_parameters() if p.is_meta]:
         raise QuantizeError(f"--gguf_model: {path!r} lacks {len(missing)} tensors, such as {missing[0]!r}")
     log.info("GGUF %s: %.1f MB", path, tensor_bytes(model) / 1e6)

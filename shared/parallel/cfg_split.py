@@ -55,14 +55,17 @@ class CfgSplit(Closing):
                 f"branch {branch} on rank {rank} of a group of {ranks}: 2 ranks are needed, in branch order"
             )
         self.group, self.branch, self.guided = group, branch, guided
-        self.taken = branch
-        """The branch that this rank computes."""
         self._whole = POSITIONS | RESIDUALS if local else POSITIONS
         self.active = False
         """Whether a halved call is under way."""
         self._surgery = Surgery()
         for module in (*modules, *local):
             self._surgery.override(module, self._gathering if module in modules else self._local)
+
+    @property
+    def taken(self) -> int:
+        """The branch that this rank computes."""
+        return self.branch
 
     def close(self) -> None:
         """Give the modules back as they were. May be called any number of times."""
@@ -128,7 +131,11 @@ class HybridSplit(CfgSplit):
     def begin(self, steps: int) -> None:
         """A new generation starts."""
         self._step, self._difference = 0, None
-        self._take()
+
+    @property
+    def taken(self) -> int:
+        """The branch that this rank computes in the step that comes."""
+        return 1 if self.shared(self._step) else self.branch
 
     def _gathering(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         try:
@@ -142,10 +149,6 @@ class HybridSplit(CfgSplit):
             return tree_map(lambda leaf: self._completed(leaf, kept), self._halved(original, args, kwargs))
         finally:
             self._step += 1
-            self._take()
-
-    def _take(self) -> None:
-        self.taken = 1 if self.shared(self._step) else self.branch
 
     def _keep(self, answer: Any) -> Any:
         leaves = [leaf for leaf in tree_leaves(answer) if isinstance(leaf, torch.Tensor)]

@@ -46,44 +46,13 @@ class Shares:
     def gather(self, x: torch.Tensor, total: int) -> torch.Tensor:
         """All `total` tokens of x [batch, tokens of this rank, channels], in order."""
         each, rest = divmod(total, self.ranks)
-        parts = all_gather(x[:, :each], self.group)
-        parts = parts.unflatten(0, (self.ranks, -1)).transpose(0, 1).flatten(1, 2)
+        parts = _joined(all_gather(x[:, :each], self.group).unflatten(0, (self.ranks, -1)))
         return torch.cat([parts, x[:, each:]], 1) if rest else parts
 
 
-@torch.library.custom_op(
-    "multigpu::usp",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? common_query, Tensor? common_key, "
-    "Tensor? common_value, str backend) -> Tensor",
-)
-def usp(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    common_query: torch.Tensor | None,
-    common_key: torch.Tensor | None,
-    common_value: torch.Tensor | None,
-    backend: str,
-) -> torch.Tensor:
-    """xfuser's attention over the sequence group, one operator where compiled code cannot look inside (ring).
-
-    Args:
-        query, key, value: [batch, heads, tokens of this rank, channels].
-        common_query, common_key, common_value: tokens that every rank has, [batch, heads, tokens, channels].
-        backend: name of xfuser's attention backend.
-
-    Returns:
-        [batch, heads, tokens of this rank + common ones, channels].
-    """
-    return _usp(query, key, value, common_query, common_key, common_value, backend)
-
-
-@usp.register_fake
-def _(query: Any, key: Any, value: Any, common_query: Any, *others: Any) -> torch.Tensor:
-    batch, heads, tokens, channels = query.shape
-    tokens += 0 if common_query is None else common_query.shape[2]
-    return query.new_empty(batch, tokens, heads, channels).transpose(1, 2)
+def _joined(parts: torch.Tensor) -> torch.Tensor:
+    """[ranks, batch, tokens of each, ...] -> [batch, all tokens, ...]; a view where the batch is 1."""
+    return parts.transpose(0, 1).flatten(1, 2)
 
 
 def _usp(
@@ -95,6 +64,16 @@ def _usp(
     common_value: torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor:
+    """xfuser's attention over the sequence group.
+
+    Args:
+        query, key, value: [batch, heads, tokens of this rank, channels].
+        common_query, common_key, common_value: tokens that every rank has, [batch, heads, tokens, channels].
+        backend: name of xfuser's attention backend.
+
+    Returns:
+        [batch, heads, tokens of this rank + common ones, channels].
+    """
     from xfuser.core.distributed.attention_backend import AttentionBackendType
     from xfuser.model_executor.layers.usp import USP
 
@@ -108,6 +87,23 @@ def _usp(
         }
     answer = USP(query, key, value, backend=AttentionBackendType[backend], **common)
     return _token_major(answer.to(query.dtype))
+
+
+# One operator where compiled code cannot look inside (ring).
+usp = torch.library.custom_op(
+    "multigpu::usp",
+    _usp,
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? common_query, Tensor? common_key, "
+    "Tensor? common_value, str backend) -> Tensor",
+)
+
+
+@usp.register_fake
+def _(query: Any, key: Any, value: Any, common_query: Any, *others: Any) -> torch.Tensor:
+    batch, heads, tokens, channels = query.shape
+    tokens += 0 if common_query is None else common_query.shape[2]
+    return query.new_empty(batch, tokens, heads, channels).transpose(1, 2)
 
 
 def ulysses(
@@ -136,7 +132,7 @@ def ulysses(
         packed = query.new_empty(to, batch, tokens, 3, heads, channels)
         for index, part in enumerate(parts):
             packed[:, :, :, index] = part
-    every = _all_to_all(packed, group).transpose(0, 1).flatten(1, 2)
+    every = _joined(_all_to_all(packed, group))
     q, k, v = every.permute(2, 0, 3, 1, 4).unbind()
     answer = _attention(q, k, v, backend).transpose(1, 2).unflatten(1, (ranks, tokens)).transpose(0, 1)
     back = _all_to_all(answer.contiguous(), group)
@@ -169,7 +165,7 @@ def ring(
     """
     ranks, batch = dist.get_world_size(group), query.shape[0]
     keys, values = (
-        functional.wait_tensor(x).unflatten(0, (ranks, batch)).transpose(0, 1).flatten(1, 2).transpose(1, 2)
+        _joined(functional.wait_tensor(x).unflatten(0, (ranks, batch))).transpose(1, 2)
         for x in _all_gather([x.transpose(1, 2).contiguous() for x in (key, value)], group)
     )
     if common_key is not None and common_value is not None:
