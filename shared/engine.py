@@ -20,6 +20,7 @@ from shared.comm import (
     rank_device_info,
 )
 from shared.jobs import HostStatus, Job, JobError, JobQueue
+from shared.memory import spare_the_living
 from shared.requests import GenerateRequest, Reply, RequestError
 
 log = logging.getLogger("host")
@@ -121,6 +122,7 @@ class RankLoop:
                 outcome.result = self._generate(message, job)
             else:
                 outcome.result = getattr(self.engine, message.method)(**message.arguments)
+                spare_the_living()
             self._agree(Verdict.FINISHED)
         except StoppedError as stopped:
             outcome.verdict = stopped.verdict

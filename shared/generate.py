@@ -21,6 +21,7 @@ from shared.lora import LoraError, loras_of
 from shared.media import encode_image, encode_video
 from shared.models import ModelSpec
 from shared.preview import Previewer
+from shared.prompts import EncodedPrompts
 from shared.requests import FieldProblem, GenerateRequest, Reply, RequestError
 from shared.schedulers import SchedulerError, scheduler_for_request, unhurried_step
 
@@ -77,6 +78,7 @@ class PipelineEngine:
         self.output_rank = output_rank
         self._make_parallel = make_parallel
         self.parallel = make_parallel(pipe)
+        self._prompts = EncodedPrompts()
         self._adapter_state: Any = None
         self._previewer: Previewer | None = None
 
@@ -120,7 +122,10 @@ class PipelineEngine:
             self.parallel.begin(arguments["num_inference_steps"])
         run = getattr(self.parallel, "run", None)
         try:
-            with part_of_schedule(self.pipe, request, arguments):
+            with (
+                part_of_schedule(self.pipe, request, arguments),
+                self._prompts.of(self.pipe, tuple(sorted((request.lora_scales or {}).items()))),
+            ):
                 if run is not None:
                     return run(arguments, watch.after_step)
                 with watch:
@@ -226,6 +231,7 @@ class PipelineEngine:
         """Layers are replaced, so the surgery is undone before and done again after."""
         if self.parallel is not None:
             self.parallel.close()
+        self._prompts.forget()
         try:
             change(loras_of(self.pipe, self.spec))
         except ValueError as error:

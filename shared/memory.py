@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import resource
@@ -144,6 +145,16 @@ def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device) -> None:
             module.enable_group_offload(**how)
         else:
             apply_group_offloading(module, **how)
+
+
+def spare_the_living() -> None:
+    """Free what is dead, and leave what lives out of later garbage collections.
+
+    A full one walks every object of torch, diffusers and the model: 0.3 s, in the middle of a request.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def memory_report(device: torch.device) -> dict[str, int]:

@@ -2,16 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import functools
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from shared.models import ModelSpec
 
+KEPT_PROMPTS = 8
+
 
 class PromptError(ValueError):
     """A prompt that this type or launch cannot take; the sentence says why."""
+
+
+class EncodedPrompts:
+    """What the text encoders made of the last prompts: another seed for the same words asks them no more."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+
+    @contextlib.contextmanager
+    def of(self, pipe: Any, state: Hashable) -> Iterator[None]:
+        """Inside, the pipeline's `encode_prompt` answers from memory where it can.
+
+        Args:
+            state: what else the encoders' answer depends on (scales of LoRAs).
+        """
+        encode = getattr(pipe, "encode_prompt", None)
+        if encode is None:
+            yield
+            return
+
+        @functools.wraps(encode)
+        def remembering(*args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values())
+            if any(isinstance(value, torch.Tensor) or not isinstance(value, Hashable) for value in given):
+                return encode(*args, **kwargs)
+            key = (state, args, tuple(sorted(kwargs.items())))
+            if key not in self._kept:
+                self._kept[key] = encode(*args, **kwargs)
+            self._kept.move_to_end(key)
+            if len(self._kept) > KEPT_PROMPTS:
+                self._kept.popitem(last=False)
+            return self._kept[key]
+
+        pipe.encode_prompt = remembering
+        try:
+            yield
+        finally:
+            del pipe.encode_prompt
+
+    def forget(self) -> None:
+        """The encoders have changed."""
+        self._kept.clear()
 
 
 def prompt_arguments(

@@ -60,10 +60,16 @@ class Json(DefaultJSONProvider):
     sort_keys = False
 
     def dumps(self, obj: Any, **kwargs: Any) -> str:
+        return self._encoded(obj).decode()
+
+    def response(self, *args: Any, **kwargs: Any) -> Response:
+        return Response(self._encoded(self._prepare_response_obj(args, kwargs)), mimetype=self.mimetype)
+
+    def _encoded(self, obj: Any) -> bytes:
         try:
-            return to_json(obj).decode()
+            return to_json(obj)
         except PydanticSerializationError:  # half a surrogate pair, as in a path that is not UTF-8
-            return super().dumps(obj, **kwargs)
+            return super().dumps(obj).encode()
 
 
 def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> Flask:

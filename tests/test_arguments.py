@@ -36,7 +36,7 @@ def reply(name: str, **fields: Any) -> Reply:
     spec, on = MODELS[name], engine(name)
     body = {"seed": 3, "steps": 12, "cfg": 2.0, "output_format": "latent"} | fields
     if "positive" in spec.fields and "positive_embeds" not in body:
-        body["positive"] = "a cat"
+        body.setdefault("positive", "a cat")
     if spec.image == "needed":
         body.setdefault("image", encode_image(tiny.picture(16), "png"))
     if spec.output == "video":
@@ -157,3 +157,23 @@ def test_an_upscaled_picture_of_any_size():
     own = safetensors.torch.load(made.latent)["latent"]
     assert (made.width, made.height) == (own.shape[3] * 4, own.shape[2] * 4) == (64, 48)
     assert latents("sdup", image=image, steps=2, latent=packed(own)).shape == own.shape
+
+
+@pytest.mark.parametrize("name", [name for name, spec in MODELS.items() if "positive" in spec.fields])
+def test_a_prompt_is_encoded_once(name: str) -> None:
+    asked: list[int] = []
+    hook = engine(name).pipe.text_encoder.register_forward_hook(lambda *_: asked.append(1))
+    try:
+        short: dict[str, Any] = {"steps": 2, "positive": f"words for {name} alone"}
+        first = latents(name, **short)
+        once = len(asked)
+        assert once > 0
+        other = latents(name, **short, seed=4)
+        assert len(asked) == once and distance(other, first) > 0.01
+        changed = latents(name, **(short | {"positive": "other words"}))
+        assert len(asked) > once and distance(changed, first) > 1e-6
+        assert torch.equal(latents(name, **short), first)
+        engine(name)._prompts.forget()
+        assert torch.equal(latents(name, **short), first)
+    finally:
+        hook.remove()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shared.models import MODELS
-from shared.prompts import PromptError, prompt_arguments
+from shared.prompts import KEPT_PROMPTS, EncodedPrompts, PromptError, prompt_arguments
 from tests import tiny
 
 COMPEL = [name for name, spec in MODELS.items() if spec.compel_class]
@@ -141,3 +141,50 @@ def test_compel_parses_brackets_in_time(prompt: str) -> None:
 def test_what_compel_cannot_parse_is_refused(prompt: str) -> None:
     with pytest.raises(PromptError, match="compel"):
         prompt_arguments(pipe_of("sd1"), MODELS["sd1"], prompt, compel=True)
+
+
+class Encoder:
+    """A pipeline that counts what it is asked to encode."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def encode_prompt(self, prompt: Any, negative: str | None = None) -> int:
+        self.asked.append(prompt)
+        return len(self.asked)
+
+
+def test_what_an_encoded_prompt_depends_on() -> None:
+    pipe, prompts = Encoder(), EncodedPrompts()
+
+    def ask(*args: Any, state: Any = None, **kwargs: Any) -> int:
+        with prompts.of(pipe, state):
+            return pipe.encode_prompt(*args, **kwargs)
+
+    assert ask("cat") == ask("cat") == 1
+    assert ask("cat", negative="dog") == 2 and ask("cat", "dog") == 3
+    assert ask("cat", state=(("style", 0.5),)) == 4 and ask("cat") == 1
+    for given in (torch.zeros(1), ["cat"]):  # the first may change under its name, the second is no key
+        count = len(pipe.asked)
+        assert ask(given) == count + 1 and ask(given) == count + 2
+    for number in range(KEPT_PROMPTS):
+        ask(f"cat {number}")
+    assert ask("cat") == len(pipe.asked) and pipe.asked[-1] == "cat", "the oldest are forgotten"
+    prompts.forget()
+    assert ask("cat") == len(pipe.asked) == 9 + KEPT_PROMPTS + 1
+    assert "encode_prompt" not in pipe.__dict__
+    with prompts.of(object(), None):
+        pass
+
+
+def test_a_prompt_that_fails_is_not_kept() -> None:
+    class Failing(Encoder):
+        def encode_prompt(self, prompt: Any, negative: str | None = None) -> int:
+            super().encode_prompt(prompt)
+            raise ValueError("no")
+
+    pipe, prompts = Failing(), EncodedPrompts()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no"), prompts.of(pipe, None):
+            pipe.encode_prompt("cat")
+    assert len(pipe.asked) == 2 and "encode_prompt" not in pipe.__dict__

@@ -674,6 +674,7 @@ def test_any_text_becomes_json() -> None:
     encoder = Json(Flask(__name__))
     for value in ({"a": "é", "b": [1, None, True]}, "a path that is not UTF-8: \udcff"):
         assert json.loads(encoder.dumps(value)) == value
+        assert json.loads(encoder.response(value).data) == value
 
 
 def test_keep_alive_serves_many_requests_on_one_connection(host: FakeHost) -> None:

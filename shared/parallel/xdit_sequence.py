@@ -142,7 +142,7 @@ def ulysses(
 def ring(
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
+    value: torch.Tensor | Gathering,
     common_key: torch.Tensor | None,
     common_value: torch.Tensor | None,
     group: dist.ProcessGroup,
@@ -155,7 +155,7 @@ def ring(
 
     Args:
         query: [batch, heads, any tokens, channels].
-        key, value: [batch, heads, tokens of this rank alone, channels].
+        key, value: [batch, heads, tokens of this rank alone, channels]; values may be under way already.
         common_key, common_value: of tokens that every rank has, [batch, heads, tokens, channels].
         group: the ranks that share the sequence.
         backend: name of xfuser's attention backend.
@@ -163,14 +163,27 @@ def ring(
     Returns:
         [batch, heads, the query's tokens, channels].
     """
-    ranks, batch = dist.get_world_size(group), query.shape[0]
-    keys, values = (
-        _joined(functional.wait_tensor(x).unflatten(0, (ranks, batch))).transpose(1, 2)
-        for x in _all_gather([x.transpose(1, 2).contiguous() for x in (key, value)], group)
-    )
+    if isinstance(value, Gathering):
+        (keys,), (values,) = Gathering([key.transpose(1, 2)], group).finish(), value.finish()
+        values = values.unflatten(2, (key.shape[1], -1))
+    else:
+        keys, values = Gathering([x.transpose(1, 2) for x in (key, value)], group).finish()
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     if common_key is not None and common_value is not None:
         keys, values = torch.cat([keys, common_key], 2), torch.cat([values, common_value], 2)
     return _token_major(_attention(query, keys, values, backend))
+
+
+class Gathering:
+    """Tensors [batch, tokens of this rank, ...] on their way to all ranks. May be traced."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+        self.parts = dist.get_world_size(group), tensors[0].shape[0]
+        self._pending = _all_gather([x.contiguous() for x in tensors], group)
+
+    def finish(self) -> list[torch.Tensor]:
+        """Each [batch, tokens of all ranks, ...]."""
+        return [_joined(functional.wait_tensor(x).unflatten(0, self.parts)) for x in self._pending]
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str) -> torch.Tensor:
@@ -222,6 +235,7 @@ class SequenceParallel:
         self.ids = hasattr(model, "x_embedder")
         """Whether positions come as ids, and text stands before the picture (FLUX)."""
         self._inside = self._answered = False
+        self._values: Gathering | None = None
         self._embed(model, surgery)
         attentions = [
             module
@@ -234,6 +248,8 @@ class SequenceParallel:
             raise ValueError(f"{type(model).__name__} has no self-attention that can be shared")
         for module in attentions:
             surgery.override(module, self._attention)
+            if by == "ring" and getattr(module, "add_v_proj", None) is None:
+                surgery.override(module.to_v, self._value)
         surgery.override(model, self._model)
 
     def _embed(self, model: nn.Module, surgery: Surgery) -> None:
@@ -292,7 +308,7 @@ class SequenceParallel:
         return self.shares.gather(original(*args, **kwargs), self.image)
 
     def _attention(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        self._inside = True
+        self._inside, self._values = True, None
         answer = original(*args, **kwargs)
         answered, self._inside, self._answered = self._answered, False, False
         if not answered:
@@ -301,6 +317,13 @@ class SequenceParallel:
                 "shared; use no other attention (xformers, DIFFUSERS_ATTN_BACKEND) with sequence parallelism"
             )
         return answer
+
+    def _value(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        """Values leave as soon as they are there, while queries and keys are normed and rotated."""
+        value = original(*args, **kwargs)
+        if not self.image % self.shares.ranks and not self.text % self.shares.ranks:
+            self._values = Gathering([value], self.shares.group)
+        return value
 
     def _attend(self, plain: Forward) -> Forward:
         def attend(
@@ -338,7 +361,8 @@ class SequenceParallel:
             if self.by == "ulysses":
                 return ulysses(query, key, value, group, backend)
             if self.by == "ring":
-                return ring(query, key, value, None, None, group, backend)
+                values, self._values = self._values or value, None
+                return ring(query, key, values, None, None, group, backend)
             return function(query, key, value, None, None, None, backend)
         # Keys behind the tokens (an IP-Adapter's in SD3) are the same on every rank.
         (k, common_k), (v, common_v) = (_sort(x, [*runs, (further, False)]) for x in (key, value))
