@@ -110,6 +110,10 @@ class XDiTBench(Bench):
     held: Any = None
     latents: torch.Tensor
 
+    def _work(self, name: str, size: int, steps: int) -> None:
+        super()._work(name, size, steps)
+        self.held = None  # or it would keep the transformer beside the next work's
+
     def attach(self, pipe: Any, system: str) -> list[Any]:
         held = self._attach(pipe, system)
         self.held = held[-1] if held else None
