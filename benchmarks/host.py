@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/sdxl"))
     parser.add_argument("--backend", default="asyncdiff", choices=("asyncdiff", "distrifuser", "xdit"))
-    parser.add_argument("--type", default="sdxl", choices=("sdxl", "sd3", "flux", "pixs", "hy"))
+    parser.add_argument("--type", default="sdxl", choices=("sdxl", "sd3", "flux", "pixa", "pixs", "hy"))
     parser.add_argument("--tiny", action="store_true", help="the tests' checkpoint: does it run at all?")
     parser.add_argument("--features", help=f"one launch for each of {', '.join(FEATURES)}; or all")
     parser.add_argument("--at-once", action="store_true", help="all features side by side: memory alone")

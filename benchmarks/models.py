@@ -26,6 +26,7 @@ from diffusers import (
     HunyuanDiT2DModel,
     HunyuanDiTPipeline,
     MotionAdapter,
+    PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -116,10 +117,10 @@ def hunyuan_transformer() -> Any:
     )
 
 
-def pixart_transformer() -> Any:
-    """PixArt-Sigma XL/2, 1024 pixels."""
+def pixart_transformer(conditions: bool = False) -> Any:
+    """PixArt-Sigma XL/2, 1024 pixels; with conditions on size and aspect PixArt-Alpha's."""
     return PixArtTransformer2DModel(
-        sample_size=128, caption_channels=4096, interpolation_scale=2, use_additional_conditions=False
+        sample_size=128, caption_channels=4096, interpolation_scale=2, use_additional_conditions=conditions
     )
 
 
@@ -219,6 +220,16 @@ def make_pixs(device: torch.device, dtype: torch.dtype) -> Any:
     return PixArtSigmaPipeline(
         transformer=on(device, dtype, pixart_transformer),
         vae=on(device, dtype, vae),
+        scheduler=DPMSolverMultistepScheduler(),
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+
+def make_pixa(device: torch.device, dtype: torch.dtype) -> Any:
+    return PixArtAlphaPipeline(
+        transformer=on(device, dtype, partial(pixart_transformer, conditions=True)),
+        vae=on(device, dtype, partial(vae, scaling=0.18215)),
         scheduler=DPMSolverMultistepScheduler(),
         text_encoder=None,
         tokenizer=None,
@@ -330,6 +341,7 @@ def text_modules(name: str, device: torch.device, dtype: torch.dtype) -> dict[st
             (t5_xxl, t5_tokenizer),
         ],
         "flux": [(clip_l, clip_tokenizer), (t5_xxl, t5_tokenizer)],
+        "pixa": [(t5_xxl, partial(t5_tokenizer, 120))],
         "pixs": [(t5_xxl, partial(t5_tokenizer, 300))],
         "hy": [(bert, bert_tokenizer), (mt5_xl, partial(t5_tokenizer, 256))],
     }
@@ -376,16 +388,17 @@ def call_arguments(
             "num_frames": 25,
         }
     common |= {"width": size, "height": size, "guidance_scale": 5.0}
-    if name in ("hy", "pixs"):
+    if name in ("hy", "pixa", "pixs"):
         common["use_resolution_binning"] = False
     if name == "flux":
         embeds = _embeds(device, dtype, 512, 4096, 768)
         given = {key: value for key, value in embeds.items() if not key.startswith("negative")}
         return common | given | {"guidance_scale": 3.5}
-    if name == "pixs":
+    if name in ("pixa", "pixs"):
+        tokens = 120 if name == "pixa" else 300
         return (
             common
-            | _masked(_embeds(device, dtype, 300, 4096), device)
+            | _masked(_embeds(device, dtype, tokens, 4096), device)
             | {
                 "clean_caption": False,
                 "negative_prompt": None,
@@ -416,6 +429,7 @@ MAKERS: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
     "sd3": make_sd3,
     "flux": make_flux,
     "hy": make_hy,
+    "pixa": make_pixa,
     "pixs": make_pixs,
     "svd": make_svd,
     "ad": make_ad,
