@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,3 +178,23 @@ def test_a_prompt_is_encoded_once(name: str) -> None:
         assert torch.equal(latents(name, **short), first)
     finally:
         hook.remove()
+
+
+def test_a_prompt_is_encoded_anew_when_loras_change(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensors = {}
+    for name, module in engine("sd1").pipe.text_encoder.named_modules():
+        if name.endswith("q_proj"):
+            tensors[f"text_encoder.{name}.lora_A.weight"] = torch.randn(4, module.in_features)
+            tensors[f"text_encoder.{name}.lora_B.weight"] = torch.randn(module.out_features, 4)
+    safetensors.torch.save_file(tensors, tmp_path / "words.safetensors")
+    usual = latents("sd1", steps=2)
+    engine("sd1").add_lora(str(tmp_path / "words.safetensors"), 1.0)
+    try:
+        changed = latents("sd1", steps=2)
+        assert distance(changed, usual) > 1e-4
+        assert distance(latents("sd1", steps=2, lora_scales={"words": 0.0}), usual) < 1e-6
+        assert torch.equal(latents("sd1", steps=2), changed)
+    finally:
+        engine("sd1").remove_lora(str(tmp_path / "words.safetensors"))
+    assert torch.equal(latents("sd1", steps=2), usual)
