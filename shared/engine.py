@@ -20,7 +20,7 @@ from shared.comm import (
     rank_device_info,
 )
 from shared.jobs import HostStatus, Job, JobError, JobQueue
-from shared.memory import spare_the_living
+from shared.memory import freeze_heap
 from shared.requests import GenerateRequest, Reply, RequestError
 
 log = logging.getLogger("host")
@@ -122,7 +122,7 @@ class RankLoop:
                 outcome.result = self._generate(message, job)
             else:
                 outcome.result = getattr(self.engine, message.method)(**message.arguments)
-                spare_the_living()
+                freeze_heap()
             self._agree(Verdict.FINISHED)
         except StoppedError as stopped:
             outcome.verdict = stopped.verdict

@@ -114,7 +114,7 @@ def _load_and_loop(
     began = time.monotonic()
     from shared.comm import Channel, init_world, rank_device_info
     from shared.engine import RankLoop
-    from shared.memory import spare_the_living
+    from shared.memory import freeze_heap
     from shared.requests import RequestError
 
     world = init_world(config.device, config.collective_timeout)
@@ -127,7 +127,7 @@ def _load_and_loop(
     on_server = world.rank == 0
     if on_server:
         engine.preview_to(queue)
-    spare_the_living()
+    freeze_heap()
     channel = Channel(world)
     status.ranks = channel.introduce(rank_device_info(world))
     status.plan = engine.plan

@@ -147,7 +147,7 @@ def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device) -> None:
             apply_group_offloading(module, **how)
 
 
-def spare_the_living() -> None:
+def freeze_heap() -> None:
     """Free what is dead, and leave what lives out of later garbage collections.
 
     A full one walks every object of torch, diffusers and the model: 0.3 s, in the middle of a request.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -16,7 +18,14 @@ from torch import nn
 from shared.config import UsageError
 from shared.generate import PipelineEngine
 from shared.loading import load_pipeline
-from shared.memory import MemoryFlagError, apply_vae_flags, check_memory_flags, memory_report, place
+from shared.memory import (
+    MemoryFlagError,
+    apply_vae_flags,
+    check_memory_flags,
+    freeze_heap,
+    memory_report,
+    place,
+)
 from shared.models import MODELS
 from tests import tiny
 from tests.ranks import RankPool
@@ -192,3 +201,21 @@ def test_report() -> None:
         kept.write(b"1" * len(kept))
         after = memory_report(torch.device("cpu"))
     assert after["allocated"] - before["allocated"] > 30_000_000 and after["peak"] >= after["allocated"] * 0.9
+
+
+def test_a_frozen_heap_still_gives_back_what_dies() -> None:
+    class Node:
+        other: Node
+
+    try:
+        one, two = Node(), Node()
+        one.other, two.other = two, one
+        alive = weakref.ref(one)
+        freeze_heap()
+        del one, two
+        gc.collect()
+        assert alive() is not None, "what is frozen is out of a collection's sight"
+        freeze_heap()
+        assert alive() is None
+    finally:
+        gc.unfreeze()
