@@ -1,0 +1,172 @@
+"""Attention over the tokens of all ranks: Ulysses' exchange, ring's gathering, or both by xfuser's USP.
+
+Ulysses (Jacobs et al., arXiv 2309.14509) exchanges tokens for heads, ring attention (Liu et al., arXiv
+2310.01889) hands keys and values around. Both together are xfuser's USP; one alone goes a shorter way here,
+around xfuser's attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import _functional_collectives as functional
+
+# torch 2.13 gave it this name and warns at the one that older releases know.
+_all_gather = getattr(functional, "all_gather_single_coalesced", functional.all_gather_into_tensor_coalesced)
+
+
+def joined(parts: torch.Tensor) -> torch.Tensor:
+    """[ranks, batch, tokens of each, ...] -> [batch, all tokens, ...]; a view where the batch is 1."""
+    return parts.transpose(0, 1).flatten(1, 2)
+
+
+def usp(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    common_query: torch.Tensor | None,
+    common_key: torch.Tensor | None,
+    common_value: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    """xfuser's attention over the sequence group.
+
+    Args:
+        query, key, value: [batch, heads, tokens of this rank, channels].
+        common_query, common_key, common_value: tokens that every rank has, [batch, heads, tokens, channels].
+        backend: name of xfuser's attention backend.
+
+    Returns:
+        [batch, heads, tokens of this rank + common ones, channels].
+    """
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+    from xfuser.model_executor.layers.usp import USP
+
+    common: dict[str, Any] = {}
+    if common_key is not None:
+        common = {
+            "joint_query": common_query,
+            "joint_key": common_key,
+            "joint_value": common_value,
+            "joint_strategy": "rear",
+        }
+    answer = USP(query, key, value, backend=AttentionBackendType[backend], **common)
+    return token_major(answer.to(query.dtype))
+
+
+# One operator where compiled code cannot look inside (ring).
+usp_operator = torch.library.custom_op(
+    "multigpu::usp",
+    usp,
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? common_query, Tensor? common_key, "
+    "Tensor? common_value, str backend) -> Tensor",
+)
+
+
+@usp_operator.register_fake
+def _(query: Any, key: Any, value: Any, common_query: Any, *others: Any) -> torch.Tensor:
+    batch, heads, tokens, channels = query.shape
+    tokens += 0 if common_query is None else common_query.shape[2]
+    return query.new_empty(batch, tokens, heads, channels).transpose(1, 2)
+
+
+def ulysses(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup, backend: str
+) -> torch.Tensor:
+    """Ulysses' exchange around one of xfuser's attentions: tokens for heads and back (arXiv 2309.14509, 3.1).
+
+    What xfuser's own does, with each tensor copied once on its way (twice where the batch is above 1): a
+    token's query, key and value travel side by side and are read where they arrive.
+
+    Args:
+        query, key, value: [batch, heads, tokens of this rank, channels], of one shape.
+        group: the ranks that share the sequence.
+        backend: name of xfuser's attention backend.
+
+    Returns:
+        [batch, heads, tokens of this rank, channels].
+    """
+    ranks, tokens = dist.get_world_size(group), query.shape[2]
+    # Each: [rank that gets the heads, batch, tokens, its heads, channels].
+    parts = [x.unflatten(1, (ranks, -1)).permute(1, 0, 3, 2, 4) for x in (query, key, value)]
+    if torch.compiler.is_compiling():
+        packed = torch.stack(parts, 3)  # melts into what made the parts
+    else:
+        to, batch, _, heads, channels = parts[0].shape
+        packed = query.new_empty(to, batch, tokens, 3, heads, channels)
+        for index, part in enumerate(parts):
+            packed[:, :, :, index] = part
+    every = joined(_all_to_all(packed, group))
+    q, k, v = every.permute(2, 0, 3, 1, 4).unbind()
+    answer = _attention(q, k, v, backend).transpose(1, 2).unflatten(1, (ranks, tokens)).transpose(0, 1)
+    back = _all_to_all(answer.contiguous(), group)
+    return back.permute(1, 2, 0, 3, 4).flatten(2, 3).transpose(1, 2)
+
+
+def ring(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor | Gathering,
+    common_key: torch.Tensor | None,
+    common_value: torch.Tensor | None,
+    group: dist.ProcessGroup,
+    backend: str,
+) -> torch.Tensor:
+    """This rank's queries over the keys and values of all ranks, gathered at once.
+
+    So does torch's own ring attention, on which xfuser's is built, by default; here one attention goes over
+    all of them in place of one for each rank's, which would be joined by their log-sum-exps in fp32.
+
+    Args:
+        query: [batch, heads, any tokens, channels].
+        key, value: [batch, heads, tokens of this rank alone, channels]; values may be under way already.
+        common_key, common_value: of tokens that every rank has, [batch, heads, tokens, channels].
+        group: the ranks that share the sequence.
+        backend: name of xfuser's attention backend.
+
+    Returns:
+        [batch, heads, the query's tokens, channels].
+    """
+    if isinstance(value, Gathering):
+        (keys,), (values,) = Gathering([key.transpose(1, 2)], group).finish(), value.finish()
+        values = values.unflatten(2, (key.shape[1], -1))
+    else:
+        keys, values = Gathering([x.transpose(1, 2) for x in (key, value)], group).finish()
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    if common_key is not None and common_value is not None:
+        keys, values = torch.cat([keys, common_key], 2), torch.cat([values, common_value], 2)
+    return token_major(_attention(query, keys, values, backend))
+
+
+class Gathering:
+    """Tensors [batch, tokens of this rank, ...] on their way to all ranks. May be traced."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+        self.parts = dist.get_world_size(group), tensors[0].shape[0]
+        self._pending = _all_gather([x.contiguous() for x in tensors], group)
+
+    def finish(self) -> list[torch.Tensor]:
+        """Each [batch, tokens of all ranks, ...]."""
+        return [joined(functional.wait_tensor(x).unflatten(0, self.parts)) for x in self._pending]
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str) -> torch.Tensor:
+    from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
+
+    function = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[backend]]
+    answer, _ = function(query, key, value, dropout_p=0.0, is_causal=False)
+    return answer.to(query.dtype)
+
+
+def _all_to_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """x[i] goes to rank i of the group; [i] of the answer comes from there. May be traced."""
+    return functional.wait_tensor(functional.all_to_all_single(x, None, None, group))
+
+
+def token_major(x: torch.Tensor) -> torch.Tensor:
+    """[batch, heads, tokens, channels], a token's heads beside each other: as torch's attention answers."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
