@@ -6,9 +6,8 @@ given as embeddings of the right shape; `text_modules` makes them for whole chec
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -40,6 +39,10 @@ from diffusers import (
 from PIL import Image
 
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+PIXART_TOKENS = {"pixa": 120, "pixs": 300}
+"""What T5 makes of a prompt."""
 
 
 def on(device: torch.device, dtype: torch.dtype, make: Callable[[], Any]) -> Any:
@@ -216,20 +219,17 @@ def make_hy(device: torch.device, dtype: torch.dtype) -> Any:
     )
 
 
-def make_pixs(device: torch.device, dtype: torch.dtype) -> Any:
-    return PixArtSigmaPipeline(
-        transformer=on(device, dtype, pixart_transformer),
-        vae=on(device, dtype, vae),
-        scheduler=DPMSolverMultistepScheduler(),
-        text_encoder=None,
-        tokenizer=None,
-    )
-
-
-def make_pixa(device: torch.device, dtype: torch.dtype) -> Any:
-    return PixArtAlphaPipeline(
-        transformer=on(device, dtype, partial(pixart_transformer, conditions=True)),
-        vae=on(device, dtype, partial(vae, scaling=0.18215)),
+def make_pixart(
+    device: torch.device,
+    dtype: torch.dtype,
+    cls: Any = PixArtSigmaPipeline,
+    conditions: bool = False,
+    scaling: float = 0.13025,
+) -> Any:
+    """PixArt-Sigma, or by another class, with conditions on size and aspect, PixArt-Alpha."""
+    return cls(
+        transformer=on(device, dtype, partial(pixart_transformer, conditions)),
+        vae=on(device, dtype, partial(vae, scaling=scaling)),
         scheduler=DPMSolverMultistepScheduler(),
         text_encoder=None,
         tokenizer=None,
@@ -341,8 +341,7 @@ def text_modules(name: str, device: torch.device, dtype: torch.dtype) -> dict[st
             (t5_xxl, t5_tokenizer),
         ],
         "flux": [(clip_l, clip_tokenizer), (t5_xxl, t5_tokenizer)],
-        "pixa": [(t5_xxl, partial(t5_tokenizer, 120))],
-        "pixs": [(t5_xxl, partial(t5_tokenizer, 300))],
+        **{kind: [(t5_xxl, partial(t5_tokenizer, tokens))] for kind, tokens in PIXART_TOKENS.items()},
         "hy": [(bert, bert_tokenizer), (mt5_xl, partial(t5_tokenizer, 256))],
     }
     found: dict[str, Any] = {}
@@ -352,7 +351,7 @@ def text_modules(name: str, device: torch.device, dtype: torch.dtype) -> dict[st
     return found
 
 
-@functools.cache
+@cache
 def _embeds(
     device: torch.device, dtype: torch.dtype, tokens: int, width: int, pooled: int = 0
 ) -> dict[str, Any]:
@@ -388,17 +387,16 @@ def call_arguments(
             "num_frames": 25,
         }
     common |= {"width": size, "height": size, "guidance_scale": 5.0}
-    if name in ("hy", "pixa", "pixs"):
+    if name in ("hy", *PIXART_TOKENS):
         common["use_resolution_binning"] = False
     if name == "flux":
         embeds = _embeds(device, dtype, 512, 4096, 768)
         given = {key: value for key, value in embeds.items() if not key.startswith("negative")}
         return common | given | {"guidance_scale": 3.5}
-    if name in ("pixa", "pixs"):
-        tokens = 120 if name == "pixa" else 300
+    if name in PIXART_TOKENS:
         return (
             common
-            | _masked(_embeds(device, dtype, tokens, 4096), device)
+            | _masked(_embeds(device, dtype, PIXART_TOKENS[name], 4096), device)
             | {
                 "clean_caption": False,
                 "negative_prompt": None,
@@ -429,8 +427,8 @@ MAKERS: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
     "sd3": make_sd3,
     "flux": make_flux,
     "hy": make_hy,
-    "pixa": make_pixa,
-    "pixs": make_pixs,
+    "pixa": partial(make_pixart, cls=PixArtAlphaPipeline, conditions=True, scaling=0.18215),
+    "pixs": make_pixart,
     "svd": make_svd,
     "ad": make_ad,
 }

@@ -20,7 +20,6 @@ from shared.comm import (
     rank_device_info,
 )
 from shared.jobs import HostStatus, Job, JobError, JobQueue
-from shared.memory import freeze_heap
 from shared.requests import GenerateRequest, Reply, RequestError
 
 log = logging.getLogger("host")
@@ -122,7 +121,6 @@ class RankLoop:
                 outcome.result = self._generate(message, job)
             else:
                 outcome.result = getattr(self.engine, message.method)(**message.arguments)
-                freeze_heap()
             self._agree(Verdict.FINISHED)
         except StoppedError as stopped:
             outcome.verdict = stopped.verdict

@@ -19,6 +19,7 @@ from shared.config import HostConfig
 from shared.jobs import JobQueue
 from shared.lora import LoraError, loras_of
 from shared.media import encode_image, encode_video
+from shared.memory import freeze_heap
 from shared.models import ModelSpec
 from shared.preview import Previewer
 from shared.prompts import EncodedPrompts
@@ -238,6 +239,7 @@ class PipelineEngine:
             raise RequestError(409, [FieldProblem("lora", str(error))]) from error
         finally:
             self.parallel = self._make_parallel(self.pipe)
+            freeze_heap()
         return self.list_loras()
 
     def close(self) -> None:

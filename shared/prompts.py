@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ class EncodedPrompts:
     """What the text encoders made of the last prompts: another seed for the same words asks them no more."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._remembered = functools.lru_cache(KEPT_PROMPTS)(_encode)
 
     @contextlib.contextmanager
     def of(self, pipe: Any, state: Hashable) -> Iterator[None]:
@@ -42,13 +41,7 @@ class EncodedPrompts:
             given = (*args, *kwargs.values())
             if any(isinstance(value, torch.Tensor) or not isinstance(value, Hashable) for value in given):
                 return encode(*args, **kwargs)
-            key = (state, args, tuple(sorted(kwargs.items())))
-            if key not in self._kept:
-                self._kept[key] = encode(*args, **kwargs)
-            self._kept.move_to_end(key)
-            if len(self._kept) > KEPT_PROMPTS:
-                self._kept.popitem(last=False)
-            return self._kept[key]
+            return self._remembered(encode, state, *args, **kwargs)
 
         pipe.encode_prompt = remembering
         try:
@@ -58,7 +51,11 @@ class EncodedPrompts:
 
     def forget(self) -> None:
         """The encoders have changed."""
-        self._kept.clear()
+        self._remembered.cache_clear()
+
+
+def _encode(encode: Callable[..., Any], state: Hashable, /, *args: Any, **kwargs: Any) -> Any:
+    return encode(*args, **kwargs)
 
 
 def prompt_arguments(
