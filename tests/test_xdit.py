@@ -249,13 +249,30 @@ def compiled(name: str, degrees: dict[str, int]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("name", "method"), [("flux", "ulysses"), ("flux", "ring"), ("sd3", "ulysses")])
+@pytest.mark.parametrize(
+    ("name", "method"), [("flux", "ulysses"), ("flux", "ring"), ("sd3", "ulysses"), ("sd3", "ring")]
+)
 def test_compiled_blocks_are_compiled_under_the_surgery(pool: RankPool, name: str, method: str):
     for rank in pool.run(compiled, 2, name, {method: 2}):
         assert rank["psnr"] >= EXACT
         # Blocks of one kind share a graph.
         assert 1 <= rank["graphs"] < rank["blocks"], rank
         assert rank["more"] == 0
+
+
+def fused_projections(name: str) -> float:
+    """On each rank: how close ring comes to the plain pipeline where to_v is part of another layer."""
+    pipe = tiny.load(name)
+    plain = picture(pipe, name)
+    for module in pipe.transformer.modules():
+        if hasattr(module, "fuse_projections"):
+            module.fuse_projections()
+    with XDiT(pipe, Degrees(ring=2)) as parallel:
+        return psnr(picture(pipe, name, parallel), plain)
+
+
+def test_ring_takes_values_from_fused_projections(pool: RankPool):
+    assert min(pool.run(fused_projections, 2, "flux")) >= EXACT
 
 
 class EndedError(Exception):
@@ -363,6 +380,7 @@ SETTINGS = test_matrix.SETTINGS | {"gguf_model": lambda name: {"gguf_model": str
         ("flux", ("ip_adapter", "lora"), {"ring_degree": 2}),
         ("flux", ("control_net", "quantize_to"), {"ulysses_degree": 2}),
         ("sd3", ("ip_adapter", "control_net"), {"ulysses_degree": 2}),
+        ("sd3", ("ip_adapter", "control_net"), {"ring_degree": 2}),
         ("hy", ("control_net", "lora"), {"ring_degree": 2}),
         ("flux", ("lora",), {"tensor_parallel_degree": 2}),
         ("flux", ("gguf_model",), {"ulysses_degree": 2}),

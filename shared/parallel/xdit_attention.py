@@ -36,11 +36,12 @@ def usp(
 
     Args:
         query, key, value: [batch, heads, tokens of this rank, channels].
-        common_query, common_key, common_value: tokens that every rank has, [batch, heads, tokens, channels].
+        common_query, common_key, common_value: tokens that every rank has, [batch, heads, tokens, channels];
+            keys and values may be without queries.
         backend: name of xfuser's attention backend.
 
     Returns:
-        [batch, heads, tokens of this rank + common ones, channels].
+        [batch, heads, tokens of this rank + common queries, channels].
     """
     from xfuser.core.distributed.attention_backend import AttentionBackendType
     from xfuser.model_executor.layers.usp import USP
@@ -48,7 +49,7 @@ def usp(
     common: dict[str, Any] = {}
     if common_key is not None:
         common = {
-            "joint_query": common_query,
+            "joint_query": query[:, :, :0] if common_query is None else common_query,
             "joint_key": common_key,
             "joint_value": common_value,
             "joint_strategy": "rear",
@@ -107,10 +108,23 @@ def ulysses(
     return back.permute(1, 2, 0, 3, 4).flatten(2, 3).transpose(1, 2)
 
 
+class Gathering:
+    """Tensors [batch, tokens of this rank, ...] on their way to all ranks. May be traced."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+        self.tokens = tensors[0].shape[1]
+        self._parts = dist.get_world_size(group), tensors[0].shape[0]
+        self._pending = _all_gather([x.contiguous() for x in tensors], group)
+
+    def finish(self) -> list[torch.Tensor]:
+        """Each [ranks, batch, tokens of each rank, ...]."""
+        return [functional.wait_tensor(x).unflatten(0, self._parts) for x in self._pending]
+
+
 def ring(
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor | Gathering,
+    values: Sequence[torch.Tensor | Gathering],
     common_key: torch.Tensor | None,
     common_value: torch.Tensor | None,
     group: dist.ProcessGroup,
@@ -123,7 +137,8 @@ def ring(
 
     Args:
         query: [batch, heads, any tokens, channels].
-        key, value: [batch, heads, tokens of this rank alone, channels]; values may be under way already.
+        key: [batch, heads, tokens of this rank alone, channels].
+        values: of the same tokens, in pieces; as the key, or under way as [batch, tokens, heads * channels].
         common_key, common_value: of tokens that every rank has, [batch, heads, tokens, channels].
         group: the ranks that share the sequence.
         backend: name of xfuser's attention backend.
@@ -131,27 +146,18 @@ def ring(
     Returns:
         [batch, heads, the query's tokens, channels].
     """
-    if isinstance(value, Gathering):
-        (keys,), (values,) = Gathering([key.transpose(1, 2)], group).finish(), value.finish()
-        values = values.unflatten(2, (key.shape[1], -1))
-    else:
-        keys, values = Gathering([x.transpose(1, 2) for x in (key, value)], group).finish()
-    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    staying = [x for x in values if isinstance(x, torch.Tensor)]
+    arrived = Gathering([x.transpose(1, 2) for x in (key, *staying)], group).finish()
+    keys = arrived.pop(0)
+    pieces = [
+        arrived.pop(0) if isinstance(x, torch.Tensor) else x.finish()[0].unflatten(-1, keys.shape[-2:])
+        for x in values
+    ]
+    gathered = torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]
+    k, v = (joined(x).transpose(1, 2) for x in (keys, gathered))
     if common_key is not None and common_value is not None:
-        keys, values = torch.cat([keys, common_key], 2), torch.cat([values, common_value], 2)
-    return token_major(_attention(query, keys, values, backend))
-
-
-class Gathering:
-    """Tensors [batch, tokens of this rank, ...] on their way to all ranks. May be traced."""
-
-    def __init__(self, tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
-        self.parts = dist.get_world_size(group), tensors[0].shape[0]
-        self._pending = _all_gather([x.contiguous() for x in tensors], group)
-
-    def finish(self) -> list[torch.Tensor]:
-        """Each [batch, tokens of all ranks, ...]."""
-        return [joined(functional.wait_tensor(x).unflatten(0, self.parts)) for x in self._pending]
+        k, v = torch.cat([k, common_key], 2), torch.cat([v, common_value], 2)
+    return token_major(_attention(query, k, v, backend))
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str) -> torch.Tensor:

@@ -76,7 +76,7 @@ class SequenceParallel:
         self.ids = hasattr(model, "x_embedder")
         """Whether positions come as ids, and text stands before the picture (FLUX)."""
         self._inside = self._answered = False
-        self._values: Gathering | None = None
+        self._sent: Gathering | None = None
         self._embed(model, surgery)
         attentions = [
             module
@@ -89,7 +89,7 @@ class SequenceParallel:
             raise ValueError(f"{type(model).__name__} has no self-attention that can be shared")
         for module in attentions:
             surgery.override(module, self._attention)
-            if by == "ring" and getattr(module, "add_v_proj", None) is None:
+            if by == "ring":
                 surgery.override(module.to_v, self._value)
         surgery.override(model, self._model)
 
@@ -149,7 +149,7 @@ class SequenceParallel:
         return self.shares.gather(original(*args, **kwargs), self.image)
 
     def _attention(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        self._inside, self._values = True, None
+        self._inside, self._sent = True, None
         answer = original(*args, **kwargs)
         answered, self._inside, self._answered = self._answered, False, False
         if not answered:
@@ -160,10 +160,13 @@ class SequenceParallel:
         return answer
 
     def _value(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        """Values leave as soon as they are there, while queries and keys are normed and rotated."""
+        """Values leave as soon as they are there, while queries and keys are normed and rotated.
+
+        Of two streams the picture's do; the text's are few and leave with the keys.
+        """
         value = original(*args, **kwargs)
-        if not self.image % self.shares.ranks and not self.text % self.shares.ranks:
-            self._values = Gathering([value], self.shares.group)
+        own, _ = _sort(value, self._runs(value.shape[1]), 1)
+        self._sent = Gathering([own], self.shares.group)
         return value
 
     def _attend(self, plain: Forward) -> Forward:
@@ -195,28 +198,34 @@ class SequenceParallel:
     def _shared(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention over all ranks' tokens; [batch, heads, tokens, channels]."""
         group, backend, runs = self.shares.group, self.backend, self._runs(query.shape[2])
-        common = sum(length for length, own in runs if not own)
-        further = key.shape[2] - query.shape[2]
-        function = usp_operator if self.by == "both" and torch.compiler.is_compiling() else usp
-        if not common and not further:
-            if self.by == "ulysses":
-                return ulysses(query, key, value, group, backend)
-            if self.by == "ring":
-                values, self._values = self._values or value, None
-                return ring(query, key, values, None, None, group, backend)
-            return function(query, key, value, None, None, None, backend)
         # Keys behind the tokens (an IP-Adapter's in SD3) are the same on every rank.
-        (k, common_k), (v, common_v) = (_sort(x, [*runs, (further, False)]) for x in (key, value))
+        further = key.shape[2] - query.shape[2]
+        (k, common_k), (v, common_v) = (_sort(x, [*runs, (further, False)], 2) for x in (key, value))
         if self.by == "ring":
-            return ring(query, k, v, common_k, common_v, group, backend)
-        q, common_q = _sort(query, runs)
+            return ring(query, k, self._in_order(v), common_k, common_v, group, backend)
+        q, common_q = _sort(query, runs, 2)
+        if self.by == "ulysses" and common_k is None:
+            return ulysses(q, k, v, group, backend)
+        function = usp_operator if self.by == "both" and torch.compiler.is_compiling() else usp
         answer = function(q, k, v, common_q, common_k, common_v, backend)
+        if common_q is None:
+            return answer
         mine = q.shape[2]
         pieces, at = [], {True: 0, False: mine}
         for length, is_own in runs:
             pieces.append(answer.narrow(2, at[is_own], length))
             at[is_own] += length
         return token_major(torch.cat(pieces, 2))
+
+    def _in_order(self, value: torch.Tensor) -> list[torch.Tensor | Gathering]:
+        """This rank's values [batch, heads, tokens, channels]; those sent before as their gathering."""
+        sent, self._sent = self._sent, None
+        if sent is None:  # fused projections have no to_v
+            return [value]
+        rest = value.shape[2] - sent.tokens
+        if not rest:
+            return [sent]
+        return [value[:, :, :rest], sent] if self.ids else [sent, value[:, :, sent.tokens :]]
 
     def _runs(self, tokens: int) -> list[tuple[int, bool]]:
         """(length, whether they are this rank's own) of the runs of tokens in a sequence of this length."""
@@ -236,8 +245,12 @@ class SequenceParallel:
         )
 
 
-def _sort(x: torch.Tensor, runs: Sequence[tuple[int, bool]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens of dimension 2 that are this rank's own, and the others."""
-    pieces = x.split([length for length, _ in runs], 2)
-    own = torch.cat([p for p, (_, mine) in zip(pieces, runs, strict=True) if mine], 2)
-    return own, torch.cat([p for p, (_, mine) in zip(pieces, runs, strict=True) if not mine], 2)
+def _sort(
+    x: torch.Tensor, runs: Sequence[tuple[int, bool]], dim: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tokens that are this rank's own, and the others if there are any."""
+    if not any(length for length, mine in runs if not mine):
+        return x, None
+    pieces = x.split([length for length, _ in runs], dim)
+    own = torch.cat([p for p, (_, mine) in zip(pieces, runs, strict=True) if mine], dim)
+    return own, torch.cat([p for p, (_, mine) in zip(pieces, runs, strict=True) if not mine], dim)
