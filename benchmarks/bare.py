@@ -3,8 +3,8 @@
 torchrun --nproc_per_node=2 benchmarks/bare.py xdit --steps 20 --type=sd3 --checkpoint=/tmp/sd3 --variant=bf16
 
 What benchmarks/host.py --bare puts beside the host. All other flags are the host's. No HTTP, queue, votes or
-previews: the pipeline is called as its user would, and rank 0 encodes the PNG. --pause waits between two
-pictures, as a host does for its client.
+previews: the pipeline is called as its user would, and rank 0 encodes the PNG. --pause=0,0.05 measures again
+with 50 ms between two pictures, as a host waits for its client.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("backend", choices=("asyncdiff", "distrifuser", "xdit"))
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds between two pictures")
+    parser.add_argument("--pause", default="0", help="seconds between two pictures, one row for each")
     parser.add_argument("--cfg", type=float, default=5.0)
     options, flags = parser.parse_known_args()
     config = parse_or_exit(options.backend, flags)
@@ -46,8 +46,8 @@ def main() -> None:
 
     decodes = world.rank == 0 or getattr(engine.parallel, "decodes_together", False)
 
-    def once(output: str) -> float:
-        time.sleep(options.pause)
+    def once(output: str, pause: float) -> float:
+        time.sleep(pause)
         dist.barrier(world.control)
         began = time.perf_counter()
         arguments = call_arguments(engine.pipe, config, request, world.device)
@@ -62,11 +62,15 @@ def main() -> None:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    times = {out: statistics.median([once(out) for _ in range(8)][1:]) for out in ("latent", "pil")}
-    peak = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
-    if world.rank == 0:
-        row = ["the engine alone", str(world.size), "-", f"{times['pil']:.3f}", f"{times['latent']:.3f}"]
-        print(f"| {' | '.join(row)} | {peak:.1f} |", flush=True)
+    for pause in map(float, options.pause.split(",")):
+        times = {
+            out: statistics.median([once(out, pause) for _ in range(8)][1:]) for out in ("latent", "pil")
+        }
+        peak = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
+        if world.rank == 0:
+            name = "the engine alone" + (f", {pause:g} s between two" if pause else "")
+            row = [name, str(world.size), "-", f"{times['pil']:.3f}", "-", f"{times['latent']:.3f}"]
+            print(f"| {' | '.join(row)} | {peak:.1f} |", flush=True)
     engine.close()
     dist.destroy_process_group()
 

@@ -5,12 +5,13 @@ python benchmarks/host.py --backend distrifuser --ranks 2 --size 3840 --steps 6
 python benchmarks/host.py --backend xdit --type sd3 --folder /tmp/sd3 --ranks 2 --steps 20
 python benchmarks/host.py --features int8,int4,model_cpu_offload --ranks 2 --steps 6    (or: all)
     [--at-once]    all these hosts side by side on the same GPUs: what they need of memory, no times
-    [--bare]       beside each host its engine without the host (benchmarks/bare.py)
+    [--bare]       beside each host its engine without the host (benchmarks/bare.py [--pause=0,0.05])
 
 --tiny --device cpu takes the tests' checkpoint of the type, to see that it runs.
 
 Prints, for each number of ranks, start to ready, the median of seven requests (the wall clock of the client
-with the picture decoded and sent, and the denoising alone) and peak memory a rank; and plain diffusers.
+with the picture decoded and sent, and the denoising alone), the time for each of eight with the next always
+waiting, and peak memory a rank; and plain diffusers.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.models import MAKERS, on, sdxl_unet, text_modules
 from demo.ask import free_port, get, wait_until_ready
+from shared.models import MODELS
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,7 +78,7 @@ def save_adapters(folder: Path, device: torch.device) -> list[str]:
     return [f"--lora={json.dumps({str(lora): 1.0})}", f"--control_net={control}"]
 
 
-def plain_diffusers(folder: Path, device: torch.device, size: int, steps: int) -> None:
+def plain_diffusers(name: str, folder: Path, device: torch.device, size: int, steps: int) -> None:
     """Plain diffusers from the same folder in this process, eager."""
     from diffusers import DiffusionPipeline
 
@@ -86,12 +88,16 @@ def plain_diffusers(folder: Path, device: torch.device, size: int, steps: int) -
     def once() -> float:
         began = time.perf_counter()
         generator = torch.Generator("cpu").manual_seed(1)
-        pipe("a red cat", height=size, width=size, num_inference_steps=steps, generator=generator)
+        arguments = {"height": size, "width": size, "num_inference_steps": steps, "generator": generator}
+        pipe("a red cat", **arguments, **MODELS[name].pipeline_defaults)
         return time.perf_counter() - began
 
     times = [once() for _ in range(4)][1:]
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    print(f"| plain diffusers, eager | 1 | - | {statistics.median(times):.3f} | - | {peak:.1f} |", flush=True)
+    print(
+        f"| plain diffusers, eager | 1 | - | {statistics.median(times):.3f} | - | - | {peak:.1f} |",
+        flush=True,
+    )
 
 
 def png(size: int) -> bytes:
@@ -113,7 +119,7 @@ def ask(url: str, body: dict[str, Any]) -> tuple[float, dict[str, Any]]:
 
 
 def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = "") -> None:
-    """Launch a host, ask it eight times, print one row, end it."""
+    """Launch a host, ask it eight times, and eight times at once, print one row, end it."""
     size, script = options.size, f"{options.backend}_host.py"
     port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
@@ -122,7 +128,8 @@ def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = 
     launch += [f"--width={size}", f"--height={size}", f"--variant={'fp32' if options.tiny else 'bf16'}"]
     launch += flags
     if options.bare:
-        bare = [str(ROOT / "benchmarks" / "bare.py"), options.backend, f"--steps={options.steps}"]
+        bare = [str(ROOT / "benchmarks" / "bare.py"), options.backend]
+        bare += [f"--steps={options.steps}", f"--pause={options.pause}"]
         subprocess.run([*command, *bare, *launch], check=False)
     process = subprocess.Popen([*command, str(ROOT / script), f"--port={port}", *launch])
     url = f"http://127.0.0.1:{port}"
@@ -132,7 +139,12 @@ def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = 
         if any(flag.startswith("--control_net") for flag in flags):
             body["control_image"] = base64.b64encode(png(size)).decode()
         # Other words each time: a host remembers what its text encoders made of the last ones.
-        runs = [ask(url, body | {"positive": f"a red cat, {number}"}) for number in range(8)][1:]
+        bodies = [body | {"positive": f"a red cat, {number}"} for number in range(16)]
+        runs = [ask(url, each) for each in bodies[:8]][1:]
+        began = time.perf_counter()
+        with ThreadPoolExecutor(8) as clients:
+            list(clients.map(ask, itertools.repeat(url), bodies[8:]))
+        queued = (time.perf_counter() - began) / 8
         health = json.loads(get(f"{url}/health")[1])
     finally:
         process.send_signal(signal.SIGTERM)
@@ -140,7 +152,9 @@ def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = 
     wall = statistics.median(seconds for seconds, _ in runs)
     denoise = statistics.median(answer["seconds"]["denoise"] for _, answer in runs)
     peak = max(rank.get("memory_peak_mib", 0) for rank in health["ranks"]) / 1024
-    times = [f"{ready:.0f}", f"{wall:.3f}", f"{denoise:.3f}"] if not options.at_once else ["-"] * 3
+    times = [f"{ready:.0f}", f"{wall:.3f}", f"{queued:.3f}", f"{denoise:.3f}"]
+    if options.at_once:
+        times = ["-"] * len(times)
     row = [f"{script} {name or ' '.join(flags)}", str(ranks), *times, f"{peak:.1f}"]
     print(f"| {' | '.join(row)} |", flush=True)
 
@@ -158,6 +172,9 @@ def main() -> None:
     parser.add_argument("--features", help=f"one launch for each of {', '.join(FEATURES)}; or all")
     parser.add_argument("--at-once", action="store_true", help="all features side by side: memory alone")
     parser.add_argument("--bare", action="store_true", help="beside each host its engine without the host")
+    parser.add_argument(
+        "--pause", default="0", help="of --bare: seconds between two pictures, a row for each"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("flags", nargs="*", help="after --: more flags of the host")
     options = parser.parse_args()
@@ -172,9 +189,18 @@ def main() -> None:
     elif not (options.folder / "model_index.json").exists():
         save_checkpoint(options.type, options.folder, device)
     adapters = save_adapters(options.folder, device) if "together" in features else []
-    print("| system | ranks | s to ready | s a request | s denoising | peak GiB |\n|---|---|---|---|---|---|")
+    columns = (
+        "system",
+        "ranks",
+        "s to ready",
+        "s a request",
+        "s each of 8 waiting",
+        "s denoising",
+        "peak GiB",
+    )
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
     if not options.features:
-        plain_diffusers(options.folder, device, options.size, options.steps)
+        plain_diffusers(options.type, options.folder, device, options.size, options.steps)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
