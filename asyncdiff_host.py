@@ -23,8 +23,7 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
     from shared.parallel.cfg_split import CfgSplit, HybridSplit
     from shared.parallel.together import Together
 
-    # A captured step holds on to the weights' addresses, which offloading changes.
-    graphs = world.device.type == "cuda" and not config.no_cuda_graph and not config.offloads
+    graphs = config.captures(world.device.type)
     model_n = asyncdiff_model_n(config, world.size)
     if world.size == 1 and not graphs:
         return None

@@ -23,8 +23,7 @@ def attach(pipe: Any, config: HostConfig, world: World, branches: Any = None) ->
     """
     from shared.parallel.distrifusion import DistriFusion
 
-    # A captured step holds on to the weights' addresses, which offloading changes.
-    graphs = world.device.type == "cuda" and not config.no_cuda_graph and not config.offloads
+    graphs = config.captures(world.device.type)
     if world.size == 1 and not graphs:
         return None
     return DistriFusion(

@@ -45,8 +45,7 @@ def _exact(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups) ->
         groups,
         cache="teacache" if config.use_teacache else "fbcache" if config.use_fbcache else None,
         parallel_vae=config.use_parallel_vae,
-        # A captured step holds on to the weights' addresses, which offloading changes.
-        cuda_graph=world.device.type == "cuda" and not config.offloads,
+        cuda_graph=config.captures(world.device.type),
     )
 
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench import Bench, parser
 from shared.parallel.graphs import Graphs
-from shared.parallel.surgery import Closing, Forward, Surgery
+from shared.parallel.surgery import Closing, Surgery
 from shared.parallel.xdit import XDiT, attention_backend
 from shared.parallel.xdit_degrees import Degrees
 from shared.parallel.xdit_groups import XfuserGroups
@@ -40,10 +40,7 @@ class Captured(Closing):
 
     def __init__(self, pipe: Any) -> None:
         self._graphs, self._surgery = Graphs(), Surgery()
-        self._surgery.override(pipe.transformer, self._forward)
-
-    def _forward(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        return self._graphs.run(0, lambda args, kwargs: original(*args, **kwargs), args=args, kwargs=kwargs)
+        self._surgery.override(pipe.transformer, self._graphs.around(0))
 
     def close(self) -> None:
         self._surgery.close()

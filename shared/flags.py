@@ -394,6 +394,10 @@ class HostConfig:
             self.enable_model_cpu_offload or self.enable_sequential_cpu_offload or self.enable_group_offload
         )
 
+    def captures(self, device_type: str) -> bool:
+        """Whether steps are captured as CUDA graphs, which hold on to addresses that offloading changes."""
+        return device_type == "cuda" and not self.no_cuda_graph and not self.offloads
+
     def shows_progress(self, rank: int) -> bool:
         """Whether this rank shows progress bars: they are no JSON lines, and no warnings."""
         return rank == 0 and not self.log_json and self.log_level in ("info", "debug")

@@ -22,7 +22,7 @@ from shared.media import encode_image, encode_video
 from shared.memory import freeze_heap
 from shared.models import ModelSpec
 from shared.preview import Previewer
-from shared.prompts import EncodedPrompts
+from shared.prompts import CapturedEncoders, EncodedPrompts
 from shared.requests import FieldProblem, GenerateRequest, Reply, RequestError
 from shared.schedulers import SchedulerError, scheduler_for_request, unhurried_step
 
@@ -80,6 +80,8 @@ class PipelineEngine:
         self._make_parallel = make_parallel
         self.parallel = make_parallel(pipe)
         self._prompts = EncodedPrompts()
+        captures = config.captures(world.device.type) and not config.compile_text_encoder
+        self._encoders = CapturedEncoders(pipe, self.spec.text_encoders, captures)
         self._adapter_state: Any = None
         self._previewer: Previewer | None = None
 
@@ -118,8 +120,8 @@ class PipelineEngine:
         joint = getattr(self.parallel, "decodes_together", False)
         decode = (holds_picture or joint) and request.output_format != "latent"
         arguments["output_type"] = "pil" if decode else "latent"
+        self._note_adapters(request)
         if self.parallel is not None:
-            self._note_adapters(request)
             self.parallel.begin(arguments["num_inference_steps"])
         run = getattr(self.parallel, "run", None)
         try:
@@ -137,8 +139,10 @@ class PipelineEngine:
     def _note_adapters(self, request: GenerateRequest) -> None:
         """Scales are numbers inside the modules, which a captured step would not see change."""
         state = (request.lora_scales, request.ip_adapter_scale, request.ip_image is None)
-        if state != self._adapter_state and self._adapter_state is not None and self.parallel is not None:
-            self.parallel.reset()
+        if state != self._adapter_state and self._adapter_state is not None:
+            self._encoders.reset()
+            if self.parallel is not None:
+                self.parallel.reset()
         self._adapter_state = state
 
     def _reply(self, request: GenerateRequest, output: Any, watch: StepWatch, began: float) -> Reply:
@@ -197,8 +201,10 @@ class PipelineEngine:
         log.info("warming up at %sx%s", request.width, request.height)
         shown = getattr(self.pipe, "_progress_bar_config", {})
         self.pipe.set_progress_bar_config(disable=True)
-        with contextlib.suppress(StoppedError):
-            self.generate(request, on_step)
+        # An encoder is captured at its second call, and other words let it be called again.
+        for words in (None, "again") if self._encoders else (None,):
+            with contextlib.suppress(StoppedError):
+                self.generate(request.model_copy(update={"positive": words}), on_step)
         self.pipe.set_progress_bar_config(**shown)
 
     def preview_to(self, queue: JobQueue) -> None:
@@ -233,6 +239,7 @@ class PipelineEngine:
         if self.parallel is not None:
             self.parallel.close()
         self._prompts.forget()
+        self._encoders.reset()
         try:
             change(loras_of(self.pipe, self.spec))
         except ValueError as error:
@@ -245,6 +252,7 @@ class PipelineEngine:
     def close(self) -> None:
         if self.parallel is not None:
             self.parallel.close()
+        self._encoders.close()
 
 
 OWN = frozenset({"scheduler", "sigmas", "timesteps", "latent", "positive_embeds", "negative_embeds", "image"})

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from shared.models import MODELS
-from shared.prompts import KEPT_PROMPTS, EncodedPrompts, PromptError, prompt_arguments
+from shared.parallel.graphs import Graphs, signature
+from shared.prompts import KEPT_PROMPTS, CapturedEncoders, EncodedPrompts, PromptError, prompt_arguments
 from tests import tiny
 
 COMPEL = [name for name, spec in MODELS.items() if spec.compel_class]
@@ -188,3 +190,27 @@ def test_a_prompt_that_fails_is_not_kept() -> None:
         with pytest.raises(ValueError, match="no"), prompts.of(pipe, None):
             pipe.encode_prompt("cat")
     assert len(pipe.asked) == 2 and "encode_prompt" not in pipe.__dict__
+
+
+@pytest.mark.parametrize("name", [n for n, spec in MODELS.items() if spec.text_encoders])
+def test_captured_encoders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU nothing is captured, but every call goes through the graphs and comes back as it was."""
+    pipe, spec, seen, run = pipe_of(name), MODELS[name], set(), Graphs.run
+
+    def noting(graphs: Graphs, kind: str, fn: Any, **kwargs: Any) -> Any:
+        seen.add(kind)
+        signature(kwargs)
+        answer = run(graphs, kind, fn, **kwargs)
+        copied = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, answer)
+        assert type(copied) is type(answer)
+        return copied
+
+    plain = made(name, positive=TEXT)
+    monkeypatch.setattr(Graphs, "run", noting)
+    assert not CapturedEncoders(pipe, spec.text_encoders, enabled=False)
+    with CapturedEncoders(pipe, spec.text_encoders) as encoders:
+        assert encoders
+        assert np.array_equal(made(name, positive=TEXT), plain)
+        assert seen == set(spec.text_encoders)
+        encoders.reset()
+    assert not any("forward" in getattr(pipe, encoder).__dict__ for encoder in spec.text_encoders)

@@ -75,6 +75,14 @@ class Graphs:
         graph.graph.replay()
         return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, graph.output)
 
+    def around(self, kind: Hashable) -> Callable[[Callable[..., Any], tuple, dict], Any]:
+        """What a Surgery puts in place of a module's forward, to run it through here as this kind."""
+
+        def forward(original: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+            return self.run(kind, lambda args, kwargs: original(*args, **kwargs), args=args, kwargs=kwargs)
+
+        return forward
+
     def close(self) -> None:
         """Drop all graphs and their memory."""
         self._graphs.clear()

@@ -115,7 +115,7 @@ class XDiT(Closing):
                     self._surgery.override(block, self._counted)
             if self._graphs.enabled:
                 for index, model in enumerate(models):
-                    self._surgery.override(model, self._captured(index))
+                    self._surgery.override(model, self._graphs.around(index))
             if degrees.cfg == 2:
                 branch = torch.distributed.get_rank(groups.branches)
                 self._members.append(CfgSplit([self.transformer], groups.branches, branch, local=nets))
@@ -163,14 +163,6 @@ class XDiT(Closing):
             self._members.pop().close()
         if self._own_groups:
             self.groups.close()
-
-    def _captured(self, kind: int) -> Any:
-        def forward(original: Forward, args: tuple, kwargs: dict) -> Any:
-            return self._graphs.run(
-                kind, lambda args, kwargs: original(*args, **kwargs), args=args, kwargs=kwargs
-            )
-
-        return forward
 
     def _counted(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         self.computed_blocks += 1
