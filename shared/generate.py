@@ -347,7 +347,9 @@ class StepWatch:
         if self.device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
-            (event if last else self._before or event).synchronize()
+            done = event if last else self._before
+            if done is not None:
+                done.synchronize()
             self._before = event
         if last:
             self.ended = time.perf_counter()

@@ -141,7 +141,8 @@ class Server:
             connection_limit=threads + 512,
             asyncore_use_poll=True,
             recv_bytes=64 << 10,
-            # Answers go to a temporary file rather than hold a thread until a slow client has read them.
+            # No answer holds a thread until a slow client has read it; long ones wait in a file.
+            outbuf_overflow=16 << 20,
             outbuf_high_watermark=1 << 30,
             log_socket_errors=False,
         )
