@@ -194,17 +194,23 @@ class PipelineEngine:
             inputs["control_image"] = image
         request = GenerateRequest.model_construct(**inputs).filled(self.config)
 
-        def on_step(step: int, _: int) -> None:
-            if step >= steps and not whole:
-                raise StoppedError(Verdict.FINISHED)
+        def run(words: str | None, last: int | None) -> None:
+            """A generation up to step `last`; None: to its end."""
+
+            def on_step(step: int, _: int) -> None:
+                if last is not None and step >= last:
+                    raise StoppedError(Verdict.FINISHED)
+
+            with contextlib.suppress(StoppedError):
+                self.generate(request.model_copy(update={"positive": words}), on_step)
 
         log.info("warming up at %sx%s", request.width, request.height)
         shown = getattr(self.pipe, "_progress_bar_config", {})
         self.pipe.set_progress_bar_config(disable=True)
-        # An encoder is captured at its second call, and other words let it be called again.
-        for words in (None, "again") if self._encoders else (None,):
-            with contextlib.suppress(StoppedError):
-                self.generate(request.model_copy(update={"positive": words}), on_step)
+        run(None, None if whole else steps)
+        if self._encoders:
+            # They are captured at their second call, and only other words let them be called again.
+            run("again", 1)
         self.pipe.set_progress_bar_config(**shown)
 
     def preview_to(self, queue: JobQueue) -> None:

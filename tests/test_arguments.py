@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import safetensors.torch
 import torch
 
 from shared.comm import World
+from shared.config import HostConfig
 from shared.generate import PipelineEngine
 from shared.media import encode_image
 from shared.models import MODELS, schedulers_for
+from shared.parallel.graphs import Graphs
 from shared.requests import Reply, RequestError, check_request
 from tests import tiny
 
@@ -180,21 +183,79 @@ def test_a_prompt_is_encoded_once(name: str) -> None:
         hook.remove()
 
 
-def test_a_prompt_is_encoded_anew_when_loras_change(tmp_path: Path) -> None:
+def words_lora(folder: Path) -> str:
+    """A LoRA for sd1's text encoder, named words."""
     torch.manual_seed(0)
     tensors = {}
-    for name, module in engine("sd1").pipe.text_encoder.named_modules():
+    for name, module in tiny.load("sd1").text_encoder.named_modules():
         if name.endswith("q_proj"):
             tensors[f"text_encoder.{name}.lora_A.weight"] = torch.randn(4, module.in_features)
             tensors[f"text_encoder.{name}.lora_B.weight"] = torch.randn(module.out_features, 4)
-    safetensors.torch.save_file(tensors, tmp_path / "words.safetensors")
-    usual = latents("sd1", steps=2)
-    engine("sd1").add_lora(str(tmp_path / "words.safetensors"), 1.0)
+    safetensors.torch.save_file(tensors, folder / "words.safetensors")
+    return str(folder / "words.safetensors")
+
+
+def check_loras_reach_prompts(on: PipelineEngine, lora: str) -> None:
+    """A text encoder's LoRA comes, is scaled to nothing, comes back and goes."""
+
+    def drawn(**fields: Any) -> torch.Tensor:
+        body = {"seed": 3, "steps": 2, "cfg": 2.0, "output_format": "latent", "positive": "a cat"} | fields
+        made = on.generate(check_request(body, on.config), lambda step, steps: None)
+        assert made is not None and made.latent is not None
+        return safetensors.torch.load(made.latent)["latent"]
+
+    usual = drawn()
+    on.add_lora(lora, 1.0)
     try:
-        changed = latents("sd1", steps=2)
+        changed = drawn()
         assert distance(changed, usual) > 1e-4
-        assert distance(latents("sd1", steps=2, lora_scales={"words": 0.0}), usual) < 1e-6
-        assert torch.equal(latents("sd1", steps=2), changed)
+        assert distance(drawn(lora_scales={"words": 0.0}), usual) < 1e-6
+        assert torch.equal(drawn(), changed)
     finally:
-        engine("sd1").remove_lora(str(tmp_path / "words.safetensors"))
-    assert torch.equal(latents("sd1", steps=2), usual)
+        on.remove_lora(lora)
+    assert torch.equal(drawn(), usual)
+
+
+def test_a_prompt_is_encoded_anew_when_loras_change(tmp_path: Path) -> None:
+    check_loras_reach_prompts(engine("sd1"), words_lora(tmp_path))
+
+
+class Remembering(Graphs):
+    """As stale as captured graphs are: the same tokens get the same answer until it is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: dict[str, Any] = {}
+        self.calls = 0
+
+    def run(self, kind: Any, fn: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        key = f"{kind} {kwargs}"
+        if key not in self.answers:
+            self.answers[key] = fn(**kwargs)
+        return self.answers[key]
+
+    def close(self) -> None:
+        self.answers.clear()
+
+
+def test_captured_encoders_are_ready_and_forgotten_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Remembering] = []
+
+    def remembering() -> Remembering:
+        made.append(Remembering())
+        return made[-1]
+
+    monkeypatch.setattr("shared.prompts.Graphs", remembering)
+    monkeypatch.setattr(HostConfig, "captures", lambda config, device: True)
+    config = tiny.config("sd1", width=64, height=64)
+    on = PipelineEngine(tiny.load("sd1"), config, engine("sd1").world)
+    on.warm_up()
+    assert made[0].calls >= 2, "the first call is eager, the second is captured"
+    check_loras_reach_prompts(on, words_lora(tmp_path))
+    on.close()
+    assert "forward" not in on.pipe.text_encoder.__dict__
+    compiled = replace(config, compile_text_encoder=True)
+    assert not PipelineEngine(tiny.load("sd1"), compiled, engine("sd1").world)._encoders
