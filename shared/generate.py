@@ -119,7 +119,7 @@ class PipelineEngine:
         watch.asked = arguments["num_inference_steps"]
         joint = getattr(self.parallel, "decodes_together", False)
         decode = (holds_picture or joint) and request.output_format != "latent"
-        arguments["output_type"] = "pil" if decode else "latent"
+        arguments["output_type"] = "pt" if decode else "latent"
         self._note_adapters(request)
         if self.parallel is not None:
             self.parallel.begin(arguments["num_inference_steps"])
@@ -159,7 +159,7 @@ class PipelineEngine:
             if self.spec.size_scale != 1 and watch.latents is not None:
                 height, width = (side * self.pipe.vae_scale_factor for side in watch.latents.shape[-2:])
         else:
-            pictures = made[0] if video else made
+            pictures = [_picture(pixels) for pixels in (made[0] if video else made)]
             width, height = pictures[0].size
             if video and format in ("mp4", "gif", "webp"):
                 files = [encode_video(pictures, format, request.fps or self.spec.fps)]
@@ -276,6 +276,15 @@ def _is_refusal(error: Exception, request: GenerateRequest) -> bool:
     hosts = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | torch.distributed.DistError)
     kinds = RuntimeError | IndexError | TypeError | KeyError | AttributeError | AssertionError
     return brings and isinstance(error, kinds) and not hosts
+
+
+def _picture(pixels: torch.Tensor) -> Image.Image:
+    """A picture of [3, height, width] in 0..1, rounded as diffusers does, but where the pixels are.
+
+    A CPU rounds 1024² in 8 to 17 ms, and floats are four times the bytes to bring there.
+    """
+    rounded = (pixels.float() * 255).round_().to(torch.uint8)
+    return Image.fromarray(rounded.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def _problem(error: Exception) -> FieldProblem:

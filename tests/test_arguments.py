@@ -7,13 +7,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from diffusers.image_processor import VaeImageProcessor
 
 from shared.comm import World
 from shared.config import HostConfig
-from shared.generate import PipelineEngine
+from shared.generate import PipelineEngine, _picture
 from shared.media import encode_image
 from shared.models import MODELS, schedulers_for
 from shared.parallel.graphs import Graphs
@@ -29,11 +31,15 @@ EVERY = [name for name in schedulers_for(MODELS["sd1"]) if not name.removeprefix
 PARTIAL = [name for name, spec in MODELS.items() if "denoising_start" in spec.fields]
 
 
+def alone() -> World:
+    groups: Any = (None, None, None)
+    return World(0, 1, 0, torch.device("cpu"), *groups)
+
+
 @cache
 def engine(name: str) -> PipelineEngine:
     config = tiny.config(name, width=64, height=64)
-    groups: Any = (None, None, None)
-    return PipelineEngine(tiny.load(name), config, World(0, 1, 0, torch.device("cpu"), *groups))
+    return PipelineEngine(tiny.load(name), config, alone())
 
 
 def reply(name: str, **fields: Any) -> Reply:
@@ -251,11 +257,20 @@ def test_captured_encoders_are_ready_and_forgotten_in_time(
     monkeypatch.setattr("shared.prompts.Graphs", remembering)
     monkeypatch.setattr(HostConfig, "captures", lambda config, device: True)
     config = tiny.config("sd1", width=64, height=64)
-    on = PipelineEngine(tiny.load("sd1"), config, engine("sd1").world)
+    on = PipelineEngine(tiny.load("sd1"), config, alone())
     on.warm_up()
     assert made[0].calls >= 2, "the first call is eager, the second is captured"
     check_loras_reach_prompts(on, words_lora(tmp_path))
     on.close()
     assert "forward" not in on.pipe.text_encoder.__dict__
     compiled = replace(config, compile_text_encoder=True)
-    assert not PipelineEngine(tiny.load("sd1"), compiled, engine("sd1").world)._encoders
+    assert not PipelineEngine(tiny.load("sd1"), compiled, alone())._encoders
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_pictures_are_rounded_as_diffusers_does(dtype: torch.dtype) -> None:
+    halves = (torch.arange(0, 256) + 0.5) / 255
+    pixels = torch.cat([torch.rand(6000), halves.clamp(max=1), torch.tensor([0.0, 1.0])])[:6144]
+    pixels = pixels.reshape(1, 3, 32, 64).to(dtype)
+    (wanted,) = VaeImageProcessor().postprocess(pixels, "pil", do_denormalize=[False])
+    assert np.array_equal(np.asarray(_picture(pixels[0])), np.asarray(wanted))
