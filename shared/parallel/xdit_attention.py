@@ -115,6 +115,9 @@ class Gathering:
         self.tokens = tensors[0].shape[1]
         self._parts = dist.get_world_size(group), tensors[0].shape[0]
         self._pending = _all_gather([x.contiguous() for x in tensors], group)
+        if tensors[0].device.type == "cpu":
+            # Two collectives of one gloo group at a time may hang or spoil the heap (torch 2.13).
+            self._pending = [functional.wait_tensor(x) for x in self._pending]
 
     def finish(self) -> list[torch.Tensor]:
         """Each [ranks, batch, tokens of each rank, ...]."""
