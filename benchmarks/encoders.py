@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.models import MAKERS, text_modules
 from shared.models import MODELS
-from shared.prompts import CapturedEncoders
+from shared.parallel.graphs import Captured
 from tests import tiny
 
 REPEATS = 8
@@ -107,7 +107,7 @@ def main() -> None:
             pipe.register_modules(**text_modules(name, device, dtype))
         prompts = Prompts(pipe, name, options.tiny)
         eager, plain = measure(prompts, device)
-        with CapturedEncoders(pipe, MODELS[name].text_encoders):
+        with Captured(pipe, MODELS[name].text_encoders):
             captured, made = measure(prompts, device)
         if all(torch.equal(a, b) for a, b in zip(*made, strict=True)):
             raise RuntimeError(f"{name}: a captured encoder makes the same of different words")

@@ -24,8 +24,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench import Bench, parser
-from shared.parallel.graphs import Graphs
-from shared.parallel.surgery import Closing, Surgery
+from shared.parallel.graphs import Captured
+from shared.parallel.surgery import Closing
 from shared.parallel.xdit import XDiT, attention_backend
 from shared.parallel.xdit_degrees import Degrees
 from shared.parallel.xdit_groups import XfuserGroups
@@ -33,18 +33,6 @@ from shared.parallel.xdit_pipefusion import XDiTPipeFusion
 from shared.parallel.xdit_stages import Snapshot
 
 SYSTEMS = ("eager", "graph", "cfg", "ulysses", "ring", "pipefusion", "xfuser-ulysses", "native")
-
-
-class Captured(Closing):
-    """The plain pipeline of one rank with its transformer as a CUDA graph."""
-
-    def __init__(self, pipe: Any) -> None:
-        self._graphs, self._surgery = Graphs(), Surgery()
-        self._surgery.override(pipe.transformer, self._graphs.around(0))
-
-    def close(self) -> None:
-        self._surgery.close()
-        self._graphs.close()
 
 
 class Bare(Closing):
@@ -120,7 +108,7 @@ class XDiTBench(Bench):
         if system == "eager":
             return []
         if system == "graph":
-            return [Captured(pipe)]
+            return [Captured(pipe, ["transformer"])]
         if system == "native":
             return [Native(pipe, self.size)]
         if system.startswith("xfuser-"):

@@ -21,8 +21,9 @@ from shared.lora import LoraError, loras_of
 from shared.media import encode_image, encode_video
 from shared.memory import freeze_heap
 from shared.models import ModelSpec
+from shared.parallel.graphs import Captured
 from shared.preview import Previewer
-from shared.prompts import CapturedEncoders, EncodedPrompts
+from shared.prompts import EncodedPrompts
 from shared.requests import FieldProblem, GenerateRequest, Reply, RequestError
 from shared.schedulers import SchedulerError, scheduler_for_request, unhurried_step
 
@@ -81,7 +82,7 @@ class PipelineEngine:
         self.parallel = make_parallel(pipe)
         self._prompts = EncodedPrompts()
         captures = config.captures(world.device.type) and not config.compile_text_encoder
-        self._encoders = CapturedEncoders(pipe, self.spec.text_encoders, captures)
+        self._encoders = Captured(pipe, self.spec.text_encoders, captures)
         self._adapter_state: Any = None
         self._previewer: Previewer | None = None
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from shared.models import ModelSpec
-from shared.parallel.graphs import Graphs
-from shared.parallel.surgery import Closing, Surgery
 
 KEPT_PROMPTS = 8
 
@@ -54,34 +52,6 @@ class EncodedPrompts:
     def forget(self) -> None:
         """The encoders have changed."""
         self._remembered.cache_clear()
-
-
-class CapturedEncoders(Closing):
-    """The text encoders as CUDA graphs: on a fast GPU they are bound by Python and by launches.
-
-    Args:
-        pipe: its encoders' forwards are overridden until ``close``.
-        names: the attributes that hold them, some of them maybe None.
-        enabled: False leaves them alone.
-    """
-
-    def __init__(self, pipe: Any, names: Sequence[str], enabled: bool = True) -> None:
-        self._graphs, self._surgery = Graphs(), Surgery()
-        for name in names if enabled else ():
-            if (encoder := getattr(pipe, name, None)) is not None:
-                self._surgery.override(encoder, self._graphs.around(name))
-
-    def __bool__(self) -> bool:
-        return len(self._surgery) > 0
-
-    def reset(self) -> None:
-        """Forget what was captured: scales of LoRAs are numbers inside it."""
-        self._graphs.close()
-
-    def close(self) -> None:
-        """Give the encoders back as they were. May be called any number of times."""
-        self._surgery.close()
-        self._graphs.close()
 
 
 def _encode(encode: Callable[..., Any], state: Hashable, /, *args: Any, **kwargs: Any) -> Any:

@@ -254,7 +254,7 @@ def test_captured_encoders_are_ready_and_forgotten_in_time(
         made.append(Remembering())
         return made[-1]
 
-    monkeypatch.setattr("shared.prompts.Graphs", remembering)
+    monkeypatch.setattr("shared.parallel.graphs.Graphs", remembering)
     monkeypatch.setattr(HostConfig, "captures", lambda config, device: True)
     config = tiny.config("sd1", width=64, height=64)
     on = PipelineEngine(tiny.load("sd1"), config, alone())

@@ -12,8 +12,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 from shared.models import MODELS
-from shared.parallel.graphs import Graphs, signature
-from shared.prompts import KEPT_PROMPTS, CapturedEncoders, EncodedPrompts, PromptError, prompt_arguments
+from shared.parallel.graphs import Captured, Graphs, signature
+from shared.prompts import KEPT_PROMPTS, EncodedPrompts, PromptError, prompt_arguments
 from tests import tiny
 
 COMPEL = [name for name, spec in MODELS.items() if spec.compel_class]
@@ -207,8 +207,8 @@ def test_captured_encoders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     plain = made(name, positive=TEXT)
     monkeypatch.setattr(Graphs, "run", noting)
-    assert not CapturedEncoders(pipe, spec.text_encoders, enabled=False)
-    with CapturedEncoders(pipe, spec.text_encoders) as encoders:
+    assert not Captured(pipe, spec.text_encoders, enabled=False)
+    with Captured(pipe, spec.text_encoders) as encoders:
         assert encoders
         assert np.array_equal(made(name, positive=TEXT), plain)
         assert seen == set(spec.text_encoders)

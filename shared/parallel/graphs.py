@@ -7,12 +7,14 @@ Without CUDA the function is simply called: one code path for all devices.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from shared.parallel.surgery import Closing, Surgery
 
 
 def signature(tree: Any) -> Hashable:
@@ -101,3 +103,31 @@ class Graphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = fn(**kwargs)
         return _Graph(graph, inputs, output)
+
+
+class Captured(Closing):
+    """Models of a pipeline as CUDA graphs, each whole: text encoders are bound by Python and by launches.
+
+    Args:
+        pipe: its models' forwards are overridden until ``close``.
+        names: the attributes that hold them, some of them maybe None.
+        enabled: False leaves them alone.
+    """
+
+    def __init__(self, pipe: Any, names: Sequence[str], enabled: bool = True) -> None:
+        self._graphs, self._surgery = Graphs(), Surgery()
+        for name in names if enabled else ():
+            if (model := getattr(pipe, name, None)) is not None:
+                self._surgery.override(model, self._graphs.around(name))
+
+    def __bool__(self) -> bool:
+        return len(self._surgery) > 0
+
+    def reset(self) -> None:
+        """Forget what was captured: scales of LoRAs are numbers inside it."""
+        self._graphs.close()
+
+    def close(self) -> None:
+        """Give the models back as they were. May be called any number of times."""
+        self._surgery.close()
+        self._graphs.close()
