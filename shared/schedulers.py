@@ -6,10 +6,12 @@ import contextlib
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 
 from shared.config import scheduler_problem
 from shared.models import SCHEDULERS, ModelSpec, SchedulerSpec
@@ -80,12 +82,14 @@ def scheduler_for_request(
 
 
 def unhurried_step(scheduler: Any) -> Callable[..., Any]:
-    """`scheduler.step`, given its timestep out of a copy on the CPU.
+    """`scheduler.step` without its waits for the GPU: the same numbers, from the CPU.
 
-    Some schedulers look their tables up by timestep (DDIM, DDPM, PNDM). From the GPU that waits, in every
-    step, until the GPU has done all that is queued, and then the GPU waits for the next step.
+    Some schedulers look their tables up by timesteps on the GPU (DDIM, DDPM, LCM, PNDM), and noise that a
+    CPU's generator draws is copied with a wait (DDPM, Euler ancestral). Each waits, in every step, until the
+    GPU has done all that is queued, and then the GPU waits for the next step.
     """
     inner = scheduler.step
+    names = vars(sys.modules[type(scheduler).__module__])
     timesteps: torch.Tensor | None = None
     on_host: torch.Tensor | None = None
 
@@ -97,9 +101,36 @@ def unhurried_step(scheduler: Any) -> Callable[..., Any]:
             on_host = timesteps.to("cpu", copy=True)
         if _is_one_of(timestep, timesteps):
             timestep = on_host[timestep.storage_offset() - timesteps.storage_offset()]
-        return inner(model_output, timestep, *args, **kwargs)
+        with _replaced(vars(scheduler), "timesteps", on_host), _replaced(names, "randn_tensor", _noise):
+            return inner(model_output, timestep, *args, **kwargs)
 
     return step
+
+
+@contextlib.contextmanager
+def _replaced(names: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """Another value under a name, where there is one."""
+    if name not in names:
+        yield
+        return
+    before = names[name]
+    names[name] = value
+    try:
+        yield
+    finally:
+        names[name] = before
+
+
+def _noise(
+    shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
+) -> torch.Tensor:
+    """diffusers' `randn_tensor`; what a CPU's generator draws reaches the GPU without a wait."""
+    first = generator[0] if isinstance(generator, list) else generator
+    drawn_here = first is not None and first.device.type == "cpu"
+    if not drawn_here or device is None or torch.device(device).type != "cuda":
+        return randn_tensor(shape, generator, device, dtype, layout)
+    drawn = randn_tensor(shape, generator, torch.device("cpu"), dtype, layout)
+    return drawn.pin_memory().to(device, non_blocking=True)
 
 
 def _is_one_of(timestep: Any, timesteps: torch.Tensor) -> bool:

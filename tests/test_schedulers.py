@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any
 
@@ -35,6 +36,7 @@ def test_every_name_of_a_family_runs(family: str) -> None:
         with scheduler_for_request(pipe, spec, wanted):
             assert type(pipe.scheduler).__name__ == SCHEDULERS[wanted.removeprefix("k_")].cls
             pictures[wanted] = tiny.run(pipe, name, steps=4)
+            assert np.array_equal(watched(pipe, name), pictures[wanted]), wanted
         assert np.isfinite(pictures[wanted]).all(), wanted
         assert pipe.scheduler is launched
     assert np.array_equal(tiny.run(pipe, name, steps=4), before)
@@ -103,15 +105,10 @@ def test_launch_flag() -> None:
         tiny.host("sd1", scheduler="flow_euler")
 
 
-@pytest.mark.parametrize("cls", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
-def test_a_watched_scheduler_draws_from_the_generator_of_the_request(cls: str) -> None:
-    pipe = tiny.load("sd1")
-    pipe.scheduler = getattr(diffusers, cls).from_config(pipe.scheduler.config)
-    plain = tiny.run(pipe, "sd1")
-    torch.manual_seed(99)
+def watched(pipe: Any, name: str) -> np.ndarray:
+    torch.manual_seed(99)  # not what the request's own generator draws from
     with StepWatch(pipe, torch.device("cpu"), lambda step, steps: None):
-        watched = tiny.run(pipe, "sd1")
-    assert np.array_equal(watched, plain)
+        return tiny.run(pipe, name, steps=4)
 
 
 def test_steps_get_their_timestep_from_a_copy() -> None:
@@ -128,3 +125,54 @@ def test_steps_get_their_timestep_from_a_copy() -> None:
     for other in (torch.tensor(5), 5, scheduler.timesteps[:2], scheduler.timesteps.clone()[1]):
         step(None, other, sample=None)
         assert seen[-1] is other
+
+
+def test_steps_look_up_a_copy_of_the_timesteps() -> None:
+    scheduler = diffusers.DDPMScheduler()
+    scheduler.set_timesteps(4)
+    launched, seen = scheduler.timesteps, []
+    scheduler.step = lambda output, timestep, sample: seen.append(scheduler.timesteps)
+    unhurried_step(scheduler)(None, launched[0], None)
+    assert seen[0] is not launched and torch.equal(seen[0], launched) and scheduler.timesteps is launched
+
+
+# torchsde's noise; a table that UniPC brings to the GPU, and Heun's sigma on the GPU, in each step.
+WAITS = frozenset({"dpmpp_sde", "k_dpmpp_sde", "unipc", "k_unipc", "flow_unipc", "flow_heun"})
+
+
+def stepped(scheduler: Any, step: Any, from_step: int | None) -> torch.Tensor:
+    """Latents on a GPU after five steps; from `from_step` on, whatever waits for the GPU raises."""
+    cuda = torch.device("cuda")
+    shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    scheduler.set_timesteps(5, device=cuda, **shift)
+    drawn = "generator" in inspect.signature(scheduler.step).parameters
+    more = {"generator": torch.Generator().manual_seed(1)} if drawn else {}
+    scale = getattr(scheduler, "scale_model_input", lambda sample, timestep: sample)
+    sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2)).to(cuda)
+    try:
+        for number, timestep in enumerate(scheduler.timesteps):
+            if number == from_step:
+                torch.cuda.set_sync_debug_mode("error")
+            sample = step(torch.sin(scale(sample, timestep)), timestep, sample, **more)[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sample
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_do_not_wait_for_the_gpu(family: str) -> None:
+    """Not the first one, which looks for its place in the schedule."""
+    current, spec = pipe_of(FAMILIES[family]).scheduler, MODELS[FAMILIES[family]]
+    failed = {}
+    for wanted in schedulers_for(spec):
+        plain, unhurried = (make_scheduler(current, spec, wanted) for _ in range(2))
+        usual = stepped(plain, plain.step, None)
+        try:
+            made = stepped(unhurried, unhurried_step(unhurried), None if wanted in WAITS else 1)
+        except RuntimeError as error:
+            failed[wanted] = str(error)
+            continue
+        if wanted not in WAITS and not torch.allclose(made, usual, atol=1e-5):
+            failed[wanted] = f"{float((made - usual).abs().max())} off"
+    assert not failed
