@@ -202,7 +202,7 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
     info = _info(asked, replies, config)
     return jsonify(
         {
-            "images": [reply.answer().output for reply in replies],
+            "images": [reply.answer()["output"] for reply in replies],
             "parameters": shown,
             "info": json.dumps(info),
         }

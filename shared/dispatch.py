@@ -17,6 +17,7 @@ from flask import request as http
 
 from shared.config import HostConfig
 from shared.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError
+from shared.media import side_by_side
 from shared.metrics import Metrics
 from shared.requests import FieldProblem, GenerateRequest, Reply, RequestError
 from shared.wsgi import PARSING
@@ -115,11 +116,13 @@ class Dispatcher:
         made = self._submit(Job(request, pictures=count, id=g.request_id))
         replies = made if isinstance(made, list) else [made]
         for reply in replies:
-            if not isinstance(reply, Reply) or not reply.output:
+            if not isinstance(reply, Reply) or not (reply.output or reply.pictures):
                 raise TypeError(f"rank 0 gave {type(reply).__name__} instead of a reply with a picture")
-            self.metrics.made(reply, time.monotonic() - began)
         if len(replies) != count:
             raise TypeError(f"the ranks gave {len(replies)} pictures instead of {count}")
+        side_by_side(Reply.encode, replies)  # here, so that the ranks are at the next request meanwhile
+        for reply in replies:
+            self.metrics.made(reply, time.monotonic() - began)
         return replies
 
     def call(self, method: str, arguments: dict[str, Any]) -> Any:

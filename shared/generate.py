@@ -18,7 +18,7 @@ from shared.comm import OnStep, StoppedError, Verdict, World
 from shared.config import HostConfig
 from shared.jobs import JobQueue
 from shared.lora import LoraError, loras_of
-from shared.media import encode_image, encode_video
+from shared.media import encode_image
 from shared.memory import freeze_heap
 from shared.models import ModelSpec
 from shared.parallel.graphs import Captured
@@ -111,7 +111,14 @@ class PipelineEngine:
         if not watch.step:
             field = "sigmas" if request.sigmas is not None else "timesteps"
             raise RequestError(422, [FieldProblem(field, "no step is left to run")])
-        return self._reply(request, output, watch, began) if holds_picture else None
+        denoise = watch.seconds()
+        if not holds_picture:
+            return None
+        reply = self._reply(request, output, watch)
+        total = time.perf_counter() - began
+        seconds = {"total": total, "denoise": denoise, "decode": total - denoise}
+        reply.seconds = {name: round(value, 4) for name, value in seconds.items()}
+        return reply
 
     def _call(self, request: GenerateRequest, watch: StepWatch, holds_picture: bool) -> Any:
         if "lora_scales" in self.spec.fields:
@@ -146,12 +153,14 @@ class PipelineEngine:
                 self.parallel.reset()
         self._adapter_state = state
 
-    def _reply(self, request: GenerateRequest, output: Any, watch: StepWatch, began: float) -> Reply:
+    def _reply(self, request: GenerateRequest, output: Any, watch: StepWatch) -> Reply:
         made = output.images if hasattr(output, "images") else output.frames
         format = request.output_format or "png"
         video = self.spec.output == "video"
         width, height = request.width or 0, request.height or 0
         latent = None
+        files: list[bytes] = []
+        pictures: list[Image.Image] = []
         if format == "latent" or request.return_latent or self.config.legacy_pickle:
             assert watch.latents is not None
             latent = safetensors.torch.save({"latent": watch.latents.contiguous().cpu()})
@@ -162,13 +171,6 @@ class PipelineEngine:
         else:
             pictures = [_picture(pixels) for pixels in (made[0] if video else made)]
             width, height = pictures[0].size
-            if video and format in ("mp4", "gif", "webp"):
-                files = [encode_video(pictures, format, request.fps or self.spec.fps)]
-            else:
-                files = [encode_image(picture, format) for picture in pictures]
-        ended = time.perf_counter()
-        denoised = watch.ended or ended
-        seconds = {"total": ended - began, "denoise": denoised - watch.began, "decode": ended - denoised}
         return Reply(
             output=files,
             format=format,
@@ -176,8 +178,9 @@ class PipelineEngine:
             width=width,
             height=height,
             steps=watch.steps,
-            seconds={name: round(value, 4) for name, value in seconds.items()},
             latent=latent,
+            pictures=pictures,
+            fps=(request.fps or self.spec.fps) if video else None,
         )
 
     def warm_up(self) -> None:
@@ -324,10 +327,9 @@ class StepWatch:
         """Calls of the scheduler so far; steps of the whole schedule."""
         self.timesteps: int | None = None
         """Different ones that were run: a scheduler may take some twice, a request ask for a part."""
-        self.began = time.perf_counter()
-        self.ended: float | None = None
         self.latents: torch.Tensor | None = None
-        self._before: torch.cuda.Event | None = None
+        self._began = self._ended = time.perf_counter()
+        self._first = self._last = self._mark()
 
     def __enter__(self) -> StepWatch:
         self._scheduler = self.pipe.scheduler
@@ -359,14 +361,23 @@ class StepWatch:
         """A step of `steps` is done; None for latents that are not at hand."""
         self.step += 1
         self.latents = latents
-        last = self.step >= steps
-        if self.device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
-            done = event if last else self._before
-            if done is not None:
-                done.synchronize()
-            self._before = event
-        if last:
-            self.ended = time.perf_counter()
+        before, self._last = self._last, self._mark()
+        if before is not None:
+            before.synchronize()
+        self._ended = time.perf_counter()
         self.on_step(self.step, steps)
+
+    def seconds(self) -> float:
+        """From the start to the end of the last step, which it waits for."""
+        if self._first is None or self._last is None:
+            return self._ended - self._began
+        self._last.synchronize()
+        return self._first.elapsed_time(self._last) / 1000
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """A point in the GPU's queue."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

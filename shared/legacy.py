@@ -141,7 +141,7 @@ def answer(reply: Reply, config: HostConfig) -> dict[str, Any]:
         plain.info = {}
         pictures.append(plain)
     is_image = config.spec.output == "image"
-    body = reply.answer().model_dump() | {
+    body = reply.answer() | {
         "output": _pickled(pictures[0] if is_image else pictures),
         "format": "pickle",
         "is_image": is_image,

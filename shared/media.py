@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 Z_RLE = 3  # of zlib's strategies
 QUALITY = 95  # JPEG and lossy WebP
+VIDEO_FILES = ("mp4", "gif", "webp")
 SHORTEST_GIF = 20  # milliseconds a frame
 
 
@@ -37,6 +41,21 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if not image.mode.startswith("I"):
         return image
     return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+
+
+def encode(pictures: Sequence[Image.Image], format: str, fps: int | None = None) -> list[bytes]:
+    """Pictures as one file each; with `fps` they are a video's frames, and one file where the format can."""
+    if fps is not None and format in VIDEO_FILES:
+        return [encode_video(pictures, format, fps)]
+    return side_by_side(lambda picture: encode_image(picture, format), pictures)
+
+
+def side_by_side(call: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """`call` of each, in threads where there are several: Pillow compresses outside Python's lock."""
+    if len(items) < 2:
+        return [call(item) for item in items]
+    with ThreadPoolExecutor(min(len(items), os.cpu_count() or 1)) as pool:
+        return list(pool.map(call, items))
 
 
 def encode_image(image: Image.Image, format: str) -> bytes:

@@ -20,8 +20,8 @@ from shared.config import HostConfig
 from shared.dispatch import ApiError, Dispatcher, check_json_type
 from shared.requests import (
     FieldProblem,
+    File,
     GenerateRequest,
-    Reply,
     RequestError,
     check_request,
     parse_object,
@@ -131,16 +131,12 @@ def _answer(dispatcher: Dispatcher, read: Any) -> Response:
     return jsonify(
         {
             "created": int(time.time()),
-            "data": [{"b64_json": _encoded(r), "seed": r.seed} for r in replies],
+            "data": [{"b64_json": File(r.output[0]), "seed": r.seed} for r in replies],
             "output_format": replies[0].format,
             "size": f"{replies[0].width}x{replies[0].height}",
             "background": "opaque",
         }
     )
-
-
-def _encoded(reply: Reply) -> str:
-    return base64.b64encode(reply.output[0]).decode()
 
 
 def translate(data: dict[str, Any], config: HostConfig) -> tuple[dict[str, Any], int]:

@@ -5,17 +5,19 @@ Imports no torch: images stay encoded bytes and tensors stay safetensors bytes u
 
 from __future__ import annotations
 
-import base64
 import secrets
+import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from PIL import Image
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic import ValidationError as PydanticError
 from pydantic_core import from_json
 
 from shared.codecs import MAX_SIDE, Embeds, Latent, Picture, Sigmas, Timesteps, picture_size, problem
 from shared.config import HostConfig, scheduler_problem
+from shared.media import encode
 
 IMAGE_FORMATS = ("png", "jpeg", "webp", "latent")
 VIDEO_FORMATS = ("png", "mp4", "gif", "webp", "latent")
@@ -385,9 +387,19 @@ class ErrorAnswer(BaseModel):
     errors: list[dict[str, str]] = []
 
 
+class File:
+    """Bytes that an answer holds as base64; no dataclass, which pydantic's encoder would take apart."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+
 @dataclass
 class Reply:
-    """What the ranks made. `output` holds one encoded file, or one a frame; all of it is bytes, no tensor."""
+    """What the ranks made. `output` holds one encoded file, or one a frame; all of it is bytes, no tensor.
+
+    The ranks may leave `pictures` to be encoded by whoever answers, so that they can go on meanwhile.
+    """
 
     output: list[bytes]
     format: str
@@ -397,12 +409,24 @@ class Reply:
     steps: int
     seconds: dict[str, float] = field(default_factory=dict)
     latent: bytes | None = None  # safetensors with `latent`, where the launch asks for it
+    pictures: list[Image.Image] = field(default_factory=list)
+    fps: int | None = None  # of a video, whose frames the pictures are
 
-    def answer(self) -> GenerateAnswer:
-        """The JSON form, base64."""
-        encoded = [base64.b64encode(data).decode() for data in self.output]
-        return GenerateAnswer(
-            output=encoded if len(encoded) > 1 else encoded[0],
+    def encode(self) -> None:
+        """Fill `output` from `pictures`; the seconds that it takes count as decoding."""
+        if not self.pictures:
+            return
+        began = time.perf_counter()
+        self.output, self.pictures = encode(self.pictures, self.format, self.fps), []
+        took = time.perf_counter() - began
+        for name in ("total", "decode"):
+            self.seconds[name] = round(self.seconds[name] + took, 4)
+
+    def answer(self) -> dict[str, Any]:
+        """A GenerateAnswer for `shared.answers.Json`, its files not yet base64."""
+        files = [File(data) for data in self.output]
+        answer = GenerateAnswer(
+            output="",
             format=self.format,
             is_image=self.format != "latent" and self.format != "mp4",
             seed=self.seed,
@@ -410,5 +434,8 @@ class Reply:
             height=self.height,
             steps=self.steps,
             seconds=Seconds(**self.seconds),
-            latent=None if self.latent is None else base64.b64encode(self.latent).decode(),
         )
+        return answer.model_dump() | {
+            "output": files if len(files) > 1 else files[0],
+            "latent": None if self.latent is None else File(self.latent),
+        }

@@ -85,6 +85,7 @@ def answer(engine: PipelineEngine, config: Any, ask: dict[str, Any]) -> Made:
     reply = engine.generate(check_request(asked, config), lambda *_: None)
     latents = picture = np.zeros(())
     if reply is not None:
+        reply.encode()
         latents = safetensors.torch.load(reply.latent or b"")["latent"].float().numpy()
         if config.spec.output == "image":
             picture = np.asarray(Image.open(io.BytesIO(reply.output[0])), dtype=np.float32) / 255

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shared.media import decode_image, encode_video
+from shared.media import decode_image, encode, encode_video
 
 
 def png(image: Image.Image, **settings: Any) -> bytes:
@@ -43,3 +43,17 @@ def test_a_gif_is_never_faster_than_browsers_show(fps: int, shown: int):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     made = Image.open(io.BytesIO(encode_video(frames, "gif", fps)))
     assert made.info["duration"] == shown
+
+
+def test_several_pictures_are_encoded_in_their_order():
+    pictures = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(20)]
+    shown = [np.asarray(decode_image(file))[0, 0, 0] for file in encode(pictures, "png")]
+    assert shown == list(range(20))
+
+
+@pytest.mark.parametrize(("format", "fps", "files"), [("webp", None, 3), ("webp", 8, 1), ("png", 8, 3)])
+def test_frames_are_one_file_where_the_format_can(format: str, fps: int | None, files: int):
+    assert (
+        len(encode([Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")], format, fps))
+        == files
+    )

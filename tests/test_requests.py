@@ -304,6 +304,20 @@ def test_every_type_knows_its_fields(type: str) -> None:
 def test_reply_as_json() -> None:
     one = Reply([b"a"], "png", 1, 8, 8, 2, {"total": 1, "denoise": 1, "decode": 0}, latent=b"l")
     answer = one.answer()
-    assert (answer.output, answer.latent, answer.is_image) == (b64(b"a"), b64(b"l"), True)
+    assert (answer["output"].data, answer["latent"].data, answer["is_image"]) == (b"a", b"l", True)
     two = Reply([b"a", b"b"], "png", 1, 8, 8, 2, {"total": 1, "denoise": 1, "decode": 0})
-    assert two.answer().output == [b64(b"a"), b64(b"b")] and two.answer().latent is None
+    assert [file.data for file in two.answer()["output"]] == [b"a", b"b"] and two.answer()["latent"] is None
+
+
+def test_encoding_counts_as_decoding() -> None:
+    from PIL import Image
+
+    seconds = {"total": 3.0, "denoise": 2.0, "decode": 1.0}
+    reply = Reply([], "png", 1, 512, 512, 2, seconds, pictures=[Image.effect_noise((512, 512), 50)])
+    reply.encode()
+    assert reply.output[0].startswith(b"\x89PNG") and not reply.pictures
+    took = reply.seconds["decode"] - 1.0
+    assert took > 0 and reply.seconds == {"total": round(3.0 + took, 4), "denoise": 2.0, "decode": 1.0 + took}
+    made = list(reply.output)
+    reply.encode()
+    assert reply.output == made

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import socket
@@ -23,9 +24,10 @@ import requests
 from flask import Flask
 from PIL import Image
 
+from shared.answers import PIECE, Json
 from shared.host import _JsonFormatter
 from shared.jobs import JobError
-from shared.server import Json
+from shared.requests import File
 from shared.wsgi import MAX_BODY, Server
 from tests.httphost import FakeHost, config_of, picture, wait_for
 
@@ -675,6 +677,20 @@ def test_any_text_becomes_json() -> None:
     for value in ({"a": "é", "b": [1, None, True]}, "a path that is not UTF-8: \udcff"):
         assert json.loads(encoder.dumps(value)) == value
         assert json.loads(encoder.response(value).data) == value
+
+
+@pytest.mark.parametrize("text", ["é", "a path that is not UTF-8: \udcff"])
+def test_files_in_json_become_base64(text: str) -> None:
+    encoder = Json(Flask(__name__))
+    files = [b"", b"a", os.urandom(PIECE), os.urandom(2 * PIECE + 1)]
+    response = encoder.response({"files": [File(data) for data in files], "text": text, "number": 1})
+    assert response.is_streamed and response.content_length == len(response.data)
+    made = json.loads(response.data)
+    assert [base64.b64decode(file, validate=True) for file in made.pop("files")] == files
+    assert made == {"text": text, "number": 1}
+    assert encoder.loads(encoder.dumps(File(b"one"))) == base64.b64encode(b"one").decode()
+    with pytest.raises(TypeError):
+        encoder.response({"file": object()})
 
 
 def test_keep_alive_serves_many_requests_on_one_connection(host: FakeHost) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import json
 import os
 import threading
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
 from safetensors.torch import load
 
 import xdit_host
@@ -325,8 +323,7 @@ def decoded(name: str) -> list[float]:
             GenerateRequest(positive="a cat", seed=seed, steps=STEPS).filled(config) for seed in (1, 2)
         ]
         replies = [engine.generate(request, lambda step, steps: None) for request in requests]
-        files = [reply.output[0] for reply in replies if reply is not None]
-        return [np.asarray(Image.open(io.BytesIO(file))) / 255 for file in files]
+        return [np.asarray(reply.pictures[0]) / 255 for reply in replies if reply is not None]
 
     made = pictures()
     engine.close()
@@ -361,7 +358,7 @@ def several(pictures: int) -> Any:
     RankLoop(engine, Channel(world), queue).run()
     engine.close()
     made = [job.reply if isinstance(job.reply, list) else [job.reply] for job in jobs]
-    return [[(reply.seed, reply.output) for reply in row] for row in made] if rank == 0 else None
+    return [[(r.seed, r.pictures[0].tobytes()) for r in row] for row in made] if rank == 0 else None
 
 
 def test_several_pictures_are_made_at_the_same_time(pool: RankPool):
