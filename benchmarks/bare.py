@@ -69,8 +69,9 @@ def main() -> None:
         peak = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else 0.0
         if world.rank == 0:
             name = "the engine alone" + (f", {pause:g} s between two" if pause else "")
-            row = [name, str(world.size), "-", f"{times['pil']:.3f}", "-", f"{times['latent']:.3f}"]
-            print(f"| {' | '.join(row)} | {peak:.1f} |", flush=True)
+            pil, latent = f"{times['pil']:.3f}", f"{times['latent']:.3f}"
+            row = [name, str(world.size), "-", pil, pil, "-", pil, latent, f"{peak:.1f}"]
+            print(f"| {' | '.join(row)} |", flush=True)
     engine.close()
     dist.destroy_process_group()
 
