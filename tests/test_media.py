@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
-from shared.media import decode_image, encode, encode_video
+from shared.media import Z_RLE, decode_image, encode, encode_image, encode_video
 
 
 def png(image: Image.Image, **settings: Any) -> bytes:
@@ -43,6 +46,26 @@ def test_a_gif_is_never_faster_than_browsers_show(fps: int, shown: int):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     made = Image.open(io.BytesIO(encode_video(frames, "gif", fps)))
     assert made.info["duration"] == shown
+
+
+@given(arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=40).map(lambda sides: (*sides, 3))))
+@settings(deadline=None)
+def test_a_png_has_every_pixel(pixels: np.ndarray):
+    for strip in (1, 1 << 17):
+        with mock.patch.multiple("shared.media", STRIP=strip), mock.patch("os.cpu_count", lambda: 7):
+            made = encode_image(Image.fromarray(pixels), "png")
+        with Image.open(io.BytesIO(made)) as image:
+            image.verify()  # checksums of the chunks
+        assert np.array_equal(np.asarray(decode_image(made)), pixels)
+
+
+@pytest.mark.parametrize("grain", [0, 2, 20])
+def test_a_png_is_as_small_as_pillows(grain: int):
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((256, 256))
+    pixels = np.asarray(smooth) + rng.integers(0, grain + 1, (256, 256, 3))
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    assert len(encode_image(image, "png")) <= 1.02 * len(png(image, compress_level=1, compress_type=Z_RLE))
 
 
 def test_several_pictures_are_encoded_in_their_order():
