@@ -76,9 +76,9 @@ def encode_image(image: Image.Image, format: str) -> bytes:
 def _encode_png(pixels: np.ndarray) -> bytes:
     """uint8 [height, width, 3] as PNG, in strips of rows that all cores filter and deflate side by side.
 
-    Pillow tries five filters for each row on one core: 75 to 155 ms for 1024², a sixth of a fast request. The
-    predictor alone that it mostly takes (Paeth) gives files of the same size. Formats: RFC 2083 section 6.6
-    (filter), RFC 1950 (stream), RFC 1951 (strips end at a byte, as a flush makes it).
+    Pillow tries five filters for each row, on one core: 75 to 155 ms for 1024², a sixth of a fast request.
+    Paeth's, which it mostly takes, gives files of the same size alone. Formats: RFC 2083 section 6.6 (the
+    filter), RFC 1950 (the stream), RFC 1951 (a strip ends at a whole byte, by a flush).
     """
     height, width, _ = pixels.shape
     rows = pixels.reshape(height, 3 * width)
