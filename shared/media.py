@@ -24,7 +24,7 @@ except ImportError:
 Z_RLE = 3
 PAETH = 0x80  # PNG_FILTER_PAETH of libpng
 QUALITY = 95  # JPEG and lossy WebP
-VIDEO_FILES = ("mp4", "gif", "webp")
+VIDEO_FILES = ("mp4", "webp", "gif")  # that hold all frames
 SHORTEST_GIF = 20  # milliseconds a frame
 
 
@@ -70,11 +70,9 @@ def encode_image(image: Image.Image, format: str) -> bytes:
     """One picture as png, jpeg or webp."""
     if format == "png" and imagecodecs is not None and image.mode == "RGB":
         return bytes(imagecodecs.png_encode(np.asarray(image), level=1, strategy=Z_RLE, filter=PAETH))
+    options = {"compress_level": 1, "compress_type": Z_RLE} if format == "png" else {"quality": QUALITY}
     out = io.BytesIO()
-    if format == "png":
-        image.save(out, format="PNG", compress_level=1, compress_type=Z_RLE)
-    else:
-        image.save(out, format=format.upper(), quality=QUALITY)
+    image.save(out, format=format.upper(), **options)
     return out.getvalue()
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from shared.media import VIDEO_FILES
 from shared.models import ModelSpec
 from shared.requests import MIME_TYPES, FieldProblem
 
 JSON = "application/json"
 # Formats that one file holds whole, in the order in which a wildcard gets them; frames as png are a list.
-RAW_FORMATS = {"image": ("png", "jpeg", "webp"), "video": ("mp4", "webp", "gif")}
+RAW_FORMATS = {"image": ("png", "jpeg", "webp"), "video": VIDEO_FILES}
 _ALIASES = {"image/jpg": "image/jpeg"}
 
 

@@ -77,7 +77,5 @@ def test_several_pictures_are_encoded_in_their_order():
 
 @pytest.mark.parametrize(("format", "fps", "files"), [("webp", None, 3), ("webp", 8, 1), ("png", 8, 3)])
 def test_frames_are_one_file_where_the_format_can(format: str, fps: int | None, files: int):
-    assert (
-        len(encode([Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")], format, fps))
-        == files
-    )
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
+    assert len(encode(frames, format, fps)) == files
