@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate.hooks import CpuOffload, add_hook_to_module
 from torch import nn
 
 from shared.config import HostConfig, first_line
@@ -91,6 +92,29 @@ def place(pipe: Any, spec: ModelSpec, config: HostConfig, device: torch.device, 
         pipe.to(device)
 
 
+class KeptOffload(CpuOffload):
+    """accelerate's hook, less the copy back (9 GB for a T5-XXL): weights do not change on the device."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        for weight, kept in self._kept:
+            if weight.dtype == kept.dtype:  # a VAE may come as float32 and go as float16
+                weight.data = kept
+        self._kept = []
+        return super().init_hook(module)  # brings back the rest: buffers, quantized weights
+
+    @torch.compiler.disable
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if next(module.parameters()).device != self.execution_device:
+            self._kept = [
+                (weight, weight.data) for weight in module.parameters() if type(weight) is nn.Parameter
+            ]
+        return super().pre_forward(module, *args, **kwargs)
+
+
 def _offload_models(pipe: Any, device: torch.device, stay: tuple[str, ...]) -> None:
     """A model is brought over when it is called, and goes when the next one is or the pipeline ends."""
     if stay:
@@ -99,6 +123,9 @@ def _offload_models(pipe: Any, device: torch.device, stay: tuple[str, ...]) -> N
     pipe.model_cpu_offload_seq = "->".join(order)
     pipe._exclude_from_cpu_offload = [*pipe._exclude_from_cpu_offload, *stay]
     pipe.enable_model_cpu_offload(gpu_id=device.index or 0, device=device.type)
+    for hook in pipe._all_hooks:
+        hook.hook = KeptOffload(hook.hook.execution_device, hook.hook.prev_module_hook)
+        add_hook_to_module(hook.model, hook.hook)
 
     def all_go() -> None:
         for hook in pipe._all_hooks:

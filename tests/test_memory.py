@@ -19,6 +19,7 @@ from shared.config import UsageError
 from shared.generate import PipelineEngine
 from shared.loading import load_pipeline
 from shared.memory import (
+    KeptOffload,
     MemoryFlagError,
     apply_vae_flags,
     check_memory_flags,
@@ -104,6 +105,7 @@ class Recorder:
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _exclude_from_cpu_offload = ("safety_checker",)
+    _all_hooks = ()
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any, Any]] = []
@@ -123,6 +125,40 @@ def test_a_denoiser_in_parts_is_not_model_offloaded() -> None:
     place(pipe, MODELS["sd1"], tiny.config("sd1", enable_model_cpu_offload=True), CUDA, parallel=True)
     assert pipe.model_cpu_offload_seq == "text_encoder->vae"
     assert pipe._exclude_from_cpu_offload == ["safety_checker", "unet", "controlnet"]
+
+
+class Far(nn.Linear):
+    """A model that goes to a GPU as a copy on the CPU."""
+
+    def to(self, device: torch.device | str) -> Far:
+        if torch.device(device).type == "cuda":
+            for weight in self.parameters():
+                weight.data = weight.data.clone()
+        return self
+
+
+def test_a_model_goes_without_a_copy_back() -> None:
+    model, hook = Far(4, 4), KeptOffload(CUDA)
+    hook.init_hook(model)
+    at = [weight.data_ptr() for weight in model.parameters()]
+    for _ in range(2):
+        hook.pre_forward(model)
+        assert not set(at) & {weight.data_ptr() for weight in model.parameters()}
+        hook.init_hook(model)
+        assert at == [weight.data_ptr() for weight in model.parameters()]
+    hook.pre_forward(model)
+    model.half()
+    hook.init_hook(model)
+    assert model.weight.dtype == torch.float16
+
+
+def test_every_model_keeps_its_weights_under_model_offload() -> None:
+    pipe = tiny.load("sd1")
+    place(pipe, MODELS["sd1"], tiny.config("sd1", enable_model_cpu_offload=True), torch.device("cpu"), False)
+    for model, after in ((pipe.text_encoder, None), (pipe.unet, pipe.text_encoder), (pipe.vae, pipe.unet)):
+        assert isinstance(model._hf_hook, KeptOffload)
+        assert getattr(model._hf_hook.prev_module_hook, "model", None) is after
+    assert np.abs(tiny.run(pipe, "sd1") - plain("sd1")).max() < 1e-4
 
 
 def offloaded(backend: str, name: str, flags: dict[str, Any], how: str) -> list[float]:
