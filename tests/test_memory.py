@@ -227,7 +227,8 @@ def test_offload_on_a_gpu(flag: str) -> None:
 
     config = tiny.config("sd1", variant="fp32", **{flag: True})
     pipe = load_pipeline(MODELS["sd1"], config, CUDA, quiet=True)
-    assert np.abs(tiny.run(pipe, "sd1") - plain("sd1")).max() < 0.01
+    for _ in range(2):
+        assert np.abs(tiny.run(pipe, "sd1") - plain("sd1")).max() < 0.01
     assert next(pipe.unet.parameters()).device.type in ("cpu", "meta")
 
 
