@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import logging
 import resource
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
@@ -95,15 +96,14 @@ def place(pipe: Any, spec: ModelSpec, config: HostConfig, device: torch.device, 
 class KeptOffload(CpuOffload):
     """accelerate's hook, less the copy back (9 GB for a T5-XXL): weights do not change on the device."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+    _kept: Sequence[tuple[nn.Parameter, torch.Tensor]] = ()
+    """Weights that are on the device, and what they are on the CPU."""
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         for weight, kept in self._kept:
             if weight.dtype == kept.dtype:  # a VAE may come as float32 and go as float16
                 weight.data = kept
-        self._kept = []
+        self._kept = ()
         return super().init_hook(module)  # brings back the rest: buffers, quantized weights
 
     @torch.compiler.disable
