@@ -26,6 +26,7 @@ from shared.requests import (
     check_request,
     parse_object,
 )
+from shared.warned import together, told_in
 
 PREFIX = "/sdapi/"
 MAX_PICTURES = 16  # of one request
@@ -200,13 +201,12 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
     replies = dispatcher.run_many(parse, lambda: pictures)
     shown = {k: v for k, v in asked.items() if k not in ("init_images", "mask")}
     info = _info(asked, replies, config)
-    return jsonify(
-        {
-            "images": [reply.answer()["output"] for reply in replies],
-            "parameters": shown,
-            "info": json.dumps(info),
-        }
-    )
+    body = {
+        "images": [reply.answer()["output"] for reply in replies],
+        "parameters": shown,
+        "info": json.dumps(info),
+    }
+    return jsonify(told_in(body, together(*(reply.warnings for reply in replies))))
 
 
 def _info(asked: dict[str, Any], replies: list[Reply], config: HostConfig) -> dict[str, Any]:

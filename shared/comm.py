@@ -204,6 +204,7 @@ class Outcome:
     problems: list[FieldProblem] = field(default_factory=list)  # the request's faults, by field
     in_sync: bool = True  # the compute group still works
     result: Any = None
+    warnings: list[str] = field(default_factory=list)  # of this rank, for the client
     device: dict[str, Any] | None = None
 
 

@@ -20,6 +20,7 @@ from shared.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError
 from shared.media import side_by_side
 from shared.metrics import Metrics
 from shared.requests import FieldProblem, GenerateRequest, Reply, RequestError
+from shared.warned import together, warnings_told
 from shared.wsgi import PARSING
 
 log = logging.getLogger("host")
@@ -97,7 +98,7 @@ class Dispatcher:
             raise ApiError.unavailable("full", "too many requests at once")
         try:
             try:
-                with self._parsing:
+                with self._parsing, warnings_told() as told:
                     request = parse()
             except RequestError as error:
                 raise ApiError.from_request(error) from None
@@ -107,6 +108,9 @@ class Dispatcher:
                 replies += self._pictures(
                     request.numbered(len(replies)), min(at_once, pictures - len(replies))
                 )
+            for reply in replies:
+                reply.warnings = together(told, reply.warnings)
+            g.warnings = together(*(reply.warnings for reply in replies))
             return replies
         finally:
             self._slots.release()

@@ -21,6 +21,7 @@ from shared.comm import (
 )
 from shared.jobs import HostStatus, Job, JobError, JobQueue
 from shared.requests import GenerateRequest, Reply, RequestError
+from shared.warned import together, warnings_told
 
 log = logging.getLogger("host")
 
@@ -118,7 +119,8 @@ class RankLoop:
         outcome = Outcome(rank, Verdict.FINISHED)
         try:
             if isinstance(message, Generate):
-                outcome.result = self._generate(message, job)
+                with warnings_told() as outcome.warnings:
+                    outcome.result = self._generate(message, job)
             else:
                 outcome.result = getattr(self.engine, message.method)(**message.arguments)
             self._agree(Verdict.FINISHED)
@@ -182,6 +184,8 @@ class RankLoop:
             verdict = max(o.verdict for o in outcomes)
             if verdict is Verdict.FINISHED:
                 results = [o.result for o in outcomes if o.result is not None]
+                for reply in results if job.request is not None else ():
+                    reply.warnings = together(reply.warnings, *(o.warnings for o in outcomes))
                 job.finish(reply=results if job.pictures > 1 else next(iter(results), None))
             elif not broken:
                 job.finish(error=self._job_error(verdict, outcomes))

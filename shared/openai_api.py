@@ -26,6 +26,7 @@ from shared.requests import (
     check_request,
     parse_object,
 )
+from shared.warned import together, told_in
 
 MAX_PICTURES = 10  # of one request
 PREFIX = "/v1/"
@@ -128,15 +129,14 @@ def _answer(dispatcher: Dispatcher, read: Any) -> Response:
         return check_request(data, config)
 
     replies = dispatcher.run_many(parse, lambda: count)
-    return jsonify(
-        {
-            "created": int(time.time()),
-            "data": [{"b64_json": File(r.output[0]), "seed": r.seed} for r in replies],
-            "output_format": replies[0].format,
-            "size": f"{replies[0].width}x{replies[0].height}",
-            "background": "opaque",
-        }
-    )
+    body = {
+        "created": int(time.time()),
+        "data": [{"b64_json": File(r.output[0]), "seed": r.seed} for r in replies],
+        "output_format": replies[0].format,
+        "size": f"{replies[0].width}x{replies[0].height}",
+        "background": "opaque",
+    }
+    return jsonify(told_in(body, together(*(r.warnings for r in replies))))
 
 
 def translate(data: dict[str, Any], config: HostConfig) -> tuple[dict[str, Any], int]:

@@ -198,6 +198,7 @@ def _paths(config: HostConfig) -> dict[str, Any]:
     made["headers"] = {
         "X-Request-Id": {"schema": {"type": "string"}},
         "X-Seed": {"schema": {"type": "integer"}, "description": "with the bytes themselves"},
+        "X-Warnings": {"schema": {"type": "string"}, "description": "`warnings` of the JSON answer"},
     }
     return {
         "/initialize": {

@@ -18,6 +18,7 @@ from pydantic_core import from_json
 from shared.codecs import MAX_SIDE, Embeds, Latent, Picture, Sigmas, Timesteps, picture_size, problem
 from shared.config import HostConfig, scheduler_problem
 from shared.media import encode
+from shared.warned import told_in
 
 IMAGE_FORMATS = ("png", "jpeg", "webp", "latent")
 VIDEO_FORMATS = ("png", "mp4", "gif", "webp", "latent")
@@ -376,6 +377,9 @@ class GenerateAnswer(BaseModel):
     steps: int
     seconds: Seconds
     latent: str | None = None
+    warnings: Annotated[
+        list[str], Field(description="what was cut, left out or changed; absent where nothing was")
+    ] = []
 
 
 class ErrorAnswer(BaseModel):
@@ -411,6 +415,7 @@ class Reply:
     latent: bytes | None = None  # safetensors with `latent`, where the launch asks for it
     pictures: list[Image.Image] = field(default_factory=list)
     fps: int | None = None  # of a video, whose frames the pictures are
+    warnings: list[str] = field(default_factory=list)  # by `shared.warned.warn`
 
     def encode(self) -> None:
         """Fill `output` from `pictures`; the seconds that it takes count as decoding."""
@@ -435,7 +440,8 @@ class Reply:
             steps=self.steps,
             seconds=Seconds(**self.seconds),
         )
-        return answer.model_dump() | {
+        body = answer.model_dump(exclude={"warnings"}) | {
             "output": files if len(files) > 1 else files[0],
             "latent": None if self.latent is None else File(self.latent),
         }
+        return told_in(body, self.warnings)

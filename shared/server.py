@@ -38,6 +38,7 @@ from shared.requests import (
     parse_lora_change,
     parse_object,
 )
+from shared.warned import header_text
 from shared.wsgi import MAX_BODY, TOO_LARGE, Server
 
 __all__ = ["Server", "create_app"]
@@ -99,6 +100,8 @@ def _add_frame(app: Flask, dispatcher: Dispatcher) -> None:
     def end(response: Response) -> Response:
         response.headers["X-Request-Id"] = g.request_id
         response.headers.setdefault("Cache-Control", "no-store")
+        if warnings := g.get("warnings"):
+            response.headers["X-Warnings"] = header_text(warnings)
         if http.endpoint in PICTURE_ROUTES and http.method == "POST":
             dispatcher.metrics.answered(response.status_code)
         _log_outcome(response)
@@ -175,6 +178,9 @@ def _log_outcome(response: Response) -> None:
         made: Reply | GenerateRequest = job.reply or job.request
         fields |= {"size": f"{made.width}x{made.height}", "steps": made.steps, "seed": made.seed}
     text = " ".join(f"{k}={v}" for k, v in fields.items())
+    if warnings := g.get("warnings"):
+        fields["warnings"] = warnings
+        text += f" warnings={'; '.join(warnings)!r}"
     if message := g.get("message"):
         fields["error"] = message
         text += f" error={message!r}"

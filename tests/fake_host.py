@@ -34,10 +34,14 @@ class FakeEngine:
         import torch.distributed as dist
 
         from shared.requests import FieldProblem, Reply, RequestError
+        from shared.warned import warn
 
         order = json.loads(request.positive) if request.positive else {}
         if order.get("do") == "bad_request":
             raise RequestError(422, [FieldProblem("positive", "the ranks refuse it")])
+        if order.get("warn"):
+            warn(f"of rank {self.world.rank}")
+            warn("of all")
         steps = request.steps or 1
         for step in range(1, steps + 1):
             mine = order.get("rank") == self.world.rank and order.get("step") == step

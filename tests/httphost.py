@@ -38,7 +38,8 @@ class FakeHost:
     """Serves on a free port. The prompt says what the loop does with a request:
 
     "slow": `step_seconds` a step; "fail": 500 at the second step; "user": 422 by the model; "hold": waits at
-    its first step until `go_on` is set. Anything else takes no time. Who watches sees a red preview, 4x2.
+    its first step until `go_on` is set; "warn…" is a warning. Anything else takes no time.
+    Who watches sees a red preview, 4x2.
     """
 
     step_seconds = 0.05
@@ -111,7 +112,9 @@ class FakeHost:
             job.at_step(step + 1, request.steps or 1)
             if self.queue.wants_preview():
                 self.queue.show_preview(step + 1, 4, 2, b"\xff\0\0" * 8)
-        return self._reply(request)
+        reply = self._reply(request)
+        reply.warnings = [prompt] if prompt.startswith("warn") else []
+        return reply
 
     def _call(self, method: str, arguments: dict[str, Any]) -> Any:
         """Plays the engine's LoRA methods; the path "fused" is refused, "broken" fails."""

@@ -46,6 +46,7 @@ def told(job: Job) -> Told:
         "fields": [problem.field for problem in job.error.problems] if job.error else [],
         "progress": job.progress,
         "step": job.step,
+        "warnings": job.reply.warnings if job.request and job.reply else [],
     }
 
 
@@ -96,6 +97,11 @@ def test_replies_come_from_the_rank_that_holds_them(pool: RankPool):
         assert first["format"] == "png" and first["size"] > 50 and first["progress"] == 100
         assert (first["step"], second["step"]) == (3, 1)
         assert all(r["done"] == ["5", "6"] and r["broken"] is None for r in ranks)
+
+
+def test_each_ranks_warnings_reach_the_reply_once(pool: RankPool):
+    first, second = pool.run(serve_jobs, 2, [{"warn": True}, {"seed": 7}])[0]["jobs"]
+    assert first["warnings"] == ["of rank 0", "of all", "of rank 1"] and second["warnings"] == []
 
 
 def test_a_rank_that_fails_between_collectives_fails_one_request_only(pool: RankPool):

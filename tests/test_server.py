@@ -28,6 +28,7 @@ from shared.answers import PIECE, Json
 from shared.host import _JsonFormatter
 from shared.jobs import JobError
 from shared.requests import File
+from shared.warned import HEADER_LENGTH
 from shared.wsgi import MAX_BODY, Server
 from tests.httphost import FakeHost, config_of, picture, wait_for
 
@@ -81,6 +82,26 @@ def test_generate_answers_what_was_asked(host: FakeHost) -> None:
     }
     assert HEX_ID.fullmatch(answer.headers["X-Request-Id"])
     assert "Server" not in answer.headers
+
+
+def test_warnings_in_the_answer_the_header_and_the_log(
+    host: FakeHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "host")
+    text = "warn: left out\r\nX-Evil: 1 caf\xe9 \u4e16 " + "x" * 3000
+    answer = host.generate({"positive": text})
+    assert answer.json()["warnings"] == [text] and "X-Evil" not in answer.headers
+    header = answer.headers["X-Warnings"]
+    assert header.startswith("warn: left out X-Evil: 1 caf\xe9 \\u4e16 xxx") and len(header) == HEADER_LENGTH
+    raw = host.generate({"positive": "warn"}, headers={"Accept": "image/png"})
+    assert raw.headers["X-Warnings"] == "warn" and raw.content.startswith(b"\x89PNG")
+    lines = [r.message for r in caplog.records if r.message.startswith("id=")]
+    assert [line.count("warnings='warn'") for line in lines] == [0, 1]
+    plain = host.generate({"positive": "fine"})
+    assert "warnings" not in plain.json() and "X-Warnings" not in plain.headers
+    for path in ("/v1/images/generations", "/sdapi/v1/txt2img"):
+        guest = host.post(path, json={"prompt": "warn"})
+        assert guest.json()["warnings"] == ["warn"] and guest.headers["X-Warnings"] == "warn"
 
 
 def test_defaults_come_from_the_launch(host: FakeHost) -> None:
