@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red circle on a blue background
 RANKS ?= 2
 
-.PHONY: demo test check matrix format clean
+.PHONY: demo test check matrix gpu-matrix format clean
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] or 0)'
@@ -31,6 +31,9 @@ check: $(VENV)/.installed
 matrix: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_matrix.py -m 'slow or not slow'
 	$(BIN)/python -m tests.tables --write
+
+gpu-matrix: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu_matrix
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
