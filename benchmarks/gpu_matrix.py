@@ -1,10 +1,10 @@
-"""Every cell of the compatibility tables on two ranks, with consecutive requests: what `make matrix` is for CPUs.
+"""Every cell of the compatibility tables on two GPUs, with consecutive requests; `make matrix` is for CPUs.
 
     python -m benchmarks.gpu_matrix                          # two GPUs, NCCL, CUDA graphs: about four minutes
     python -m benchmarks.gpu_matrix --device cpu sd1:lora    # cells whose name matches, on CPU ranks
 
-A cell is a type and a feature, or a type and a plan, of one backend. It asks for the first picture twice, then
-for other words, another size and other scales, then for the first again, and compares latents:
+A cell is a type and a feature, or a type and a plan, of one backend. It asks for a picture, for other words,
+another size and other scales, each three times, then for the first again, and compares latents:
 
 - exact: at full warm-up against the plain pipeline, over all requests; at least 45 dB (30 in 8 bits)
 - graphs: in steady state with CUDA graphs against without; at least 40 dB
@@ -12,8 +12,8 @@ for other words, another size and other scales, then for the first again, and co
 - stale: in steady state against the plain pipeline; that it is a picture at all: 8 dB
 - scales: the changed scales against the first request, plain; they must change something: below 60 dB
 
-Tiny random checkpoints in fp32 (tests/tiny.py). Several pairs of ranks run side by side on the two GPUs; a cell
-that crashes its ranks is told and the others go on. Exit code 1 when a cell falls short.
+Tiny random checkpoints in fp32 (tests/tiny.py). Several pairs of ranks run side by side on the two GPUs; a
+cell that crashes its ranks is told and the others go on. Exit code 1 when a cell falls short.
 """
 
 from __future__ import annotations
@@ -247,7 +247,8 @@ def try_cell(cell: str, world: Any) -> Result:
         engine.remove_lora(path)
         swapped.append(run(engine)[0])
     engine.close()
-    without = replace(config, **dict.fromkeys(OFFLOADS, False))
+    kept: dict[str, Any] = dict.fromkeys(OFFLOADS, False)
+    without = replace(config, **kept)
     pipe = load_pipeline(config.spec, without, world.device) if feature in OFFLOADS else engine.pipe
     plain = run(PipelineEngine(pipe, without, world))
     del engine, pipe
