@@ -129,7 +129,7 @@ def flags_of(backend: str, name: str, feature: str) -> dict[str, Any]:
         return {feature: True}
     if feature in ("int8", "float8"):
         return {"quantize_to": feature}
-    makers = {
+    makers: dict[str, Any] = {
         "lora": tiny_extras.lora,
         "control_net": tiny_extras.control_net,
         "ip_adapter": tiny_extras.ip_adapter,
