@@ -155,7 +155,7 @@ def _read_yaml(backend: str, path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.safe_load(Path(path).expanduser().read_text())
     except (yaml.YAMLError, *_UNREADABLE) as error:
         raise UsageError(f"--config: cannot read {path!r}: {_problem(error)}") from None
     if data is None:  # an empty file
@@ -198,6 +198,9 @@ def _parse_value(f: Field[Any], value: Any) -> Any:
         parsed = meta["parse"](value)
     except ValueError as error:
         raise UsageError(f"--{f.name}: must be {error}; got {_shown(value)}") from None
+    if meta["path"]:
+        homed = os.path.expanduser
+        parsed = {homed(k): v for k, v in parsed.items()} if isinstance(parsed, dict) else homed(parsed)
     if meta["choices"] and parsed not in meta["choices"]:
         raise UsageError(f"--{f.name}: must be one of {', '.join(meta['choices'])}; got {_shown(value)}")
     if meta["least"] is not None and parsed < meta["least"]:

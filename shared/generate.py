@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import safetensors.torch
@@ -134,6 +134,7 @@ class PipelineEngine:
         run = getattr(self.parallel, "run", None)
         try:
             with (
+                _noting_broken_pixels(self.pipe, watch.finite),
                 part_of_schedule(self.pipe, request, arguments),
                 self._prompts.of(self.pipe, tuple(sorted((request.lora_scales or {}).items()))),
             ):
@@ -158,6 +159,13 @@ class PipelineEngine:
         format = request.output_format or "png"
         video = self.spec.output == "video"
         width, height = request.width or 0, request.height or 0
+        if watch.latents is not None:
+            watch.finite.append(torch.isfinite(watch.latents).all())
+        if not all(watch.finite):  # waits for the GPU, as encoding does anyway
+            what = "a latent" if format == "latent" else "a video" if video else "a picture"
+            half = getattr(self.pipe, "dtype", None) is torch.float16
+            hint = " in fp16; --variant=bf16 or fp32 may help" if half else ""
+            raise RequestError(422, [FieldProblem("", f"{what} of NaN or Inf came out{hint}")])
         latent = None
         files: list[bytes] = []
         pictures: list[Image.Image] = []
@@ -282,6 +290,31 @@ def _is_refusal(error: Exception, request: GenerateRequest) -> bool:
     return brings and isinstance(error, kinds) and not hosts
 
 
+@contextlib.contextmanager
+def _noting_broken_pixels(pipe: Any, finite: list[torch.Tensor]) -> Iterator[None]:
+    """Look at pixels before they are clamped, which would make white of Inf; the GPU is not waited for."""
+    processors = [getattr(pipe, name, None) for name in ("image_processor", "video_processor")]
+    # A pipeline that is not one of diffusers', or has neither, is judged by its latents.
+    processors = [p for p in processors if hasattr(p, "postprocess")]
+    for processor in processors:
+        processor.postprocess = _noting(processor.postprocess, finite)
+    try:
+        yield
+    finally:
+        for processor in processors:
+            del processor.postprocess
+
+
+def _noting(inner: Callable[..., Any], finite: list[torch.Tensor]) -> Callable[..., Any]:
+    @functools.wraps(inner)
+    def postprocess(image: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(image, torch.Tensor):
+            finite.append(torch.isfinite(image).all())
+        return inner(image, *args, **kwargs)
+
+    return postprocess
+
+
 def _picture(pixels: torch.Tensor) -> Image.Image:
     """A picture of [3, height, width] in 0..1, rounded as diffusers does, but where the pixels are.
 
@@ -328,6 +361,8 @@ class StepWatch:
         self.timesteps: int | None = None
         """Different ones that were run: a scheduler may take some twice, a request ask for a part."""
         self.latents: torch.Tensor | None = None
+        self.finite: list[torch.Tensor] = []
+        """Whether what was decoded is all numbers, on the device that has it."""
         self._began = self._ended = time.perf_counter()
         self._first = self._last = self._mark()
 

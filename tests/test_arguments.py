@@ -274,3 +274,27 @@ def test_pictures_are_rounded_as_diffusers_does(dtype: torch.dtype) -> None:
     pixels = pixels.reshape(1, 3, 32, 64).to(dtype)
     (wanted,) = VaeImageProcessor().postprocess(pixels, "pil", do_denormalize=[False])
     assert np.array_equal(np.asarray(_picture(pixels[0])), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("name", ["sd1", "svd", "flux"])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_is_no_number_is_refused_in_words(name: str, broken: float) -> None:
+    """In latents and in pixels, which clamping would make black or white; the engine goes on."""
+    on = engine(name)
+    video = MODELS[name].output == "video"
+    vae = on.pipe.vae.decoder.conv_out.bias
+    denoiser = getattr(on.pipe, MODELS[name].denoiser)
+    last = denoiser.proj_out if hasattr(denoiser, "proj_out") else denoiser.conv_out
+    whole = np.asarray(reply(name, steps=2, output_format="png").pictures[0])
+    for bias, format in ((vae, "png"), (last.bias, "png"), (last.bias, "latent")):
+        kept = bias.detach().clone()
+        with torch.no_grad():
+            bias[0] = broken
+        try:
+            with pytest.raises(RequestError) as caught:
+                reply(name, steps=2, output_format=format)
+        finally:
+            bias.data.copy_(kept)
+        what = "latent" if format == "latent" else "video" if video else "picture"
+        assert caught.value.status == 422 and f"a {what} of NaN or Inf" in str(caught.value)
+    assert np.array_equal(np.asarray(reply(name, steps=2, output_format="png").pictures[0]), whole)

@@ -416,3 +416,15 @@ parse_or_exit({backend!r})
     assert min(seconds) < 0.5
     if code == 2:
         assert len(done.stderr.strip().splitlines()) == 1 and argument.split("=")[0] in done.stderr
+
+
+def test_paths_may_begin_at_home(folder: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    loras = '--lora={"~/file.safetensors": 0.5, "~/other.safetensors": 1}'
+    config = parse(folder, "--checkpoint=~/model", "--vae=~/file.safetensors", loras)
+    assert (config.checkpoint, config.vae) == (f"{folder}/model", f"{folder}/file.safetensors")
+    assert config.lora == {f"{folder}/file.safetensors": 0.5, f"{folder}/other.safetensors": 1.0}
+    (folder / "flags.yaml").write_text("checkpoint: ~/model\ngguf_model: ~/file.gguf\ntype: sd1\n")
+    from_yaml = parse_config("asyncdiff", ["--config=~/flags.yaml"])
+    assert (from_yaml.checkpoint, from_yaml.gguf_model) == (f"{folder}/model", f"{folder}/file.gguf")
+    assert "no such file or folder" in refused(folder, "--vae=~/nothing")
