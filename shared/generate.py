@@ -293,9 +293,8 @@ def _is_refusal(error: Exception, request: GenerateRequest) -> bool:
 @contextlib.contextmanager
 def _noting_broken_pixels(pipe: Any, finite: list[torch.Tensor]) -> Iterator[None]:
     """Look at pixels before they are clamped, which would make white of Inf; the GPU is not waited for."""
-    processors = [getattr(pipe, name, None) for name in ("image_processor", "video_processor")]
-    # A pipeline that is not one of diffusers', or has neither, is judged by its latents.
-    processors = [p for p in processors if hasattr(p, "postprocess")]
+    known: list[Any] = [getattr(pipe, name, None) for name in ("image_processor", "video_processor")]
+    processors = [processor for processor in known if processor is not None]
     for processor in processors:
         processor.postprocess = _noting(processor.postprocess, finite)
     try:
