@@ -19,6 +19,7 @@ from shared.dispatch import ApiError, Dispatcher, check_json_type
 from shared.models import SCHEDULERS, schedulers_for
 from shared.openai_api import model_id
 from shared.requests import (
+    MAX_PICTURES,
     FieldProblem,
     GenerateRequest,
     Reply,
@@ -29,7 +30,6 @@ from shared.requests import (
 from shared.warned import together, told_in
 
 PREFIX = "/sdapi/"
-MAX_PICTURES = 16  # of one request
 AUTOMATIC = "Automatic"
 # Their names for our schedulers; the first that the type has is meant.
 SAMPLERS: dict[str, tuple[str, ...]] = {
@@ -190,15 +190,12 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
     check_json_type()
     config = dispatcher.config
     asked: dict[str, Any] = {}
-    pictures = 1
 
     def parse() -> GenerateRequest:
-        nonlocal pictures
         asked.update(parse_object(http.get_data(cache=False)))
-        data, pictures = translate(asked, config, samplers, with_image)
-        return check_request(data, config)
+        return check_request(translate(asked, config, samplers, with_image), config)
 
-    replies = dispatcher.run_many(parse, lambda: pictures)
+    replies = dispatcher.run(parse)
     shown = {k: v for k, v in asked.items() if k not in ("init_images", "mask")}
     info = _info(asked, replies, config)
     body = {
@@ -242,8 +239,8 @@ def _info(asked: dict[str, Any], replies: list[Reply], config: HostConfig) -> di
 
 def translate(
     asked: dict[str, Any], config: HostConfig, samplers: dict[str, str], with_image: bool
-) -> tuple[dict[str, Any], int]:
-    """A1111's keys -> a body of POST /generate, and the number of pictures.
+) -> dict[str, Any]:
+    """A1111's keys -> a body of POST /generate.
 
     Raises:
         ApiError, RequestError: 422 where this host cannot serve what was asked.
@@ -294,7 +291,8 @@ def translate(
         )
     if problems:
         raise RequestError(422, problems)
-    return data, pictures
+    data["pictures"] = pictures
+    return data
 
 
 def _number(key: str, value: Any) -> Any:

@@ -186,12 +186,17 @@ def latent_shape(pipe: Any, spec: ModelSpec, request: GenerateRequest) -> torch.
     return torch.Size(layouts[spec.latent_layout])
 
 
-def _add_noise(scheduler: Any, arguments: dict[str, Any]) -> None:
+def _add_noise(pipe: Any, spec: ModelSpec, request: GenerateRequest, arguments: dict[str, Any]) -> None:
     """Noise from the request's generator on its latents, in place, of the schedule's first step (SDEdit)."""
-    latents = arguments["latents"]
-    noise = randn_tensor(
-        latents.shape, generator=arguments["generator"], device=latents.device, dtype=latents.dtype
-    )
+    scheduler, latents = pipe.scheduler, arguments["latents"]
+    shape = latents.shape
+    if packed := spec.latent_layout == "packed":  # drawn as the picture lies, as for a picture from noise
+        factor = pipe.vae_scale_factor
+        height, width = (request.height or 0) // factor, (request.width or 0) // factor
+        shape = torch.Size((1, pipe.vae.config.latent_channels, height, width))
+    noise = randn_tensor(shape, generator=arguments["generator"], device=latents.device, dtype=latents.dtype)
+    if packed:
+        noise = pipe._pack_latents(noise, *shape)
     first = scheduler.timesteps[:1]
     if hasattr(scheduler, "scale_noise"):  # flow matching
         latents.copy_(scheduler.scale_noise(latents, first, noise))
@@ -199,55 +204,80 @@ def _add_noise(scheduler: Any, arguments: dict[str, Any]) -> None:
         latents.copy_(scheduler.add_noise(latents, noise, first))
 
 
-@contextlib.contextmanager
-def part_of_schedule(pipe: Any, request: GenerateRequest, arguments: dict[str, Any]) -> Iterator[None]:
-    """Run only the timesteps between denoising_start and denoising_end, fractions of the whole schedule.
+class _WholeWhileStepping:
+    """A scheduler that shows a part of its schedule, and steps as if it were in the whole of it.
 
-    The cut is where diffusers' SDXL pipelines make it, at the training timestep: what ends at 0.8 in one call
-    and starts at 0.8 in the next is what one call would have made. Starting late needs the latents that the
-    earlier call ended with.
+    That is how diffusers' image-to-image pipelines run a part: solvers know where in the schedule they are.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.whole: torch.Tensor | None = None
+        inner = scheduler.step
+
+        @functools.wraps(inner)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            shown = scheduler.timesteps
+            scheduler.timesteps = self.whole
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                scheduler.timesteps = shown
+
+        scheduler.step = step
+
+    def show(self, part: torch.Tensor) -> None:
+        """Pipelines see `part`, and cannot set the schedule back to its beginning."""
+        self.whole = self.scheduler.timesteps.to("cpu", copy=True)  # no wait for the GPU in each step
+        self.scheduler.timesteps = part
+        self.scheduler.set_begin_index = lambda begin_index=0: None
+
+    def undo(self) -> None:
+        for name in ("step", "set_begin_index"):
+            vars(self.scheduler).pop(name, None)
+
+
+@contextlib.contextmanager
+def part_of_schedule(
+    pipe: Any, spec: ModelSpec, request: GenerateRequest, arguments: dict[str, Any]
+) -> Iterator[None]:
+    """Run only a part of the schedule: its last steps by `strength`, or what denoising_start and _end say.
+
+    `strength` counts steps, as diffusers' image-to-image pipeline of the type does. The other two are
+    fractions of the schedule, cut where diffusers' SDXL pipelines do, at the training timestep: what ends at
+    0.8 in one call and starts at 0.8 in the next is what one call would have made. Starting late needs the
+    latents that the earlier call ended with.
 
     Raises:
         RequestError: 422, no latents to start from, or a scheduler whose steps come in pairs.
     """
     start, end = request.denoising_start, request.denoising_end
-    if not start and end in (None, 1.0):
+    strength = request.strength if request.add_noise or (request.strength or 1.0) < 1 else None
+    if not start and end in (None, 1.0) and strength is None:
         yield
         return
     scheduler = pipe.scheduler
-    if start and "latents" not in arguments:
-        raise _refuse(
-            "denoising_start", "starts from the latents that an earlier request ended with; no latent"
-        )
-    if getattr(scheduler, "order", 1) != 1 or not scheduler.config.get("skip_prk_steps", True):
+    for name, given in (("denoising_start", start), ("strength", strength)):
+        if given and "latents" not in arguments:
+            raise _refuse(name, "starts from the latents that an earlier request ended with; no latent")
+    in_pairs = getattr(scheduler, "order", 1) != 1 or not scheduler.config.get("skip_prk_steps", True)
+    if in_pairs and (start or end not in (None, 1.0)):
         name = type(scheduler).__name__
         raise _refuse("denoising_start" if start else "denoising_end", f"{name} cannot run in parts")
     inner = scheduler.set_timesteps
+    stepping = _WholeWhileStepping(scheduler) if strength is not None else None
 
     # Pipelines look at its signature to know whether it takes their sigmas.
     @functools.wraps(inner)
     def set_timesteps(*args: Any, **kwargs: Any) -> None:
         inner(*args, **kwargs)
-        trained = scheduler.config.num_train_timesteps
-        # Linear multistep without Runge-Kutta (PNDM) takes its second timestep twice.
-        whole = scheduler.timesteps
-        twice = len(whole) > 2 and bool(whole[1] == whole[2])
-        whole = torch.cat([whole[:1], whole[2:]]) if twice else whole
-        first = int((whole >= round(trained * (1 - start))).sum()) if start else 0
-        last = int((whole >= round(trained * (1 - end))).sum()) if end is not None else len(whole)
-        if first >= last:
-            raise _refuse(
-                "denoising_end", f"no step of {len(whole)} lies between {start or 0} and {end or 1}"
-            )
-        part = whole[first:last]
-        scheduler.timesteps = torch.cat([part[:2], part[1:]]) if twice else part
-        sigmas = getattr(scheduler, "sigmas", ())
-        if len(sigmas) == len(whole) + 1:
-            # Solvers of higher order end gently, at the last of as many steps as there are sigmas.
-            scheduler.sigmas = sigmas[first : last + 1]
+        if stepping is not None:
+            stepping.show(_last_steps(pipe, spec, request, arguments["num_inference_steps"]))
+        else:
+            _cut(scheduler, start, end)
         if request.add_noise:
-            _add_noise(scheduler, arguments)
-        if start and hasattr(scheduler, "init_noise_sigma"):
+            _add_noise(pipe, spec, request, arguments)
+        if "latents" in arguments and hasattr(scheduler, "init_noise_sigma") and (start or strength):
             # Pipelines scale the latents they are given as if they were fresh noise.
             arguments["latents"].div_(scheduler.init_noise_sigma)
 
@@ -256,3 +286,44 @@ def part_of_schedule(pipe: Any, request: GenerateRequest, arguments: dict[str, A
         yield
     finally:
         del scheduler.set_timesteps
+        if stepping is not None:
+            stepping.undo()
+
+
+def _last_steps(pipe: Any, spec: ModelSpec, request: GenerateRequest, steps: int) -> torch.Tensor:
+    """The timesteps that `strength` leaves, up to denoising_end; the scheduler begins at the first."""
+    import diffusers
+
+    image_pipeline = getattr(diffusers, spec.image_pipeline)
+    part, left = image_pipeline.get_timesteps(pipe, steps, request.strength, None)
+    if left < 1:
+        raise _refuse("strength", f"leaves no step to run: {request.strength:g} of {steps} steps")
+    if request.denoising_end is not None:
+        last = _before(pipe.scheduler, part, request.denoising_end)
+        if not last:
+            raise _refuse("denoising_end", f"no step of the {left} that strength leaves lies before it")
+        part = part[:last]
+    return part
+
+
+def _before(scheduler: Any, timesteps: torch.Tensor, fraction: float) -> int:
+    """How many of the timesteps lie before this fraction of the whole schedule."""
+    return int((timesteps >= round(scheduler.config.num_train_timesteps * (1 - fraction))).sum())
+
+
+def _cut(scheduler: Any, start: float | None, end: float | None) -> None:
+    """Leave the scheduler what lies between two fractions of its schedule."""
+    # Linear multistep without Runge-Kutta (PNDM) takes its second timestep twice.
+    whole = scheduler.timesteps
+    twice = len(whole) > 2 and bool(whole[1] == whole[2])
+    whole = torch.cat([whole[:1], whole[2:]]) if twice else whole
+    first = _before(scheduler, whole, start) if start else 0
+    last = len(whole) if end is None else _before(scheduler, whole, end)
+    if first >= last:
+        raise _refuse("denoising_end", f"no step of {len(whole)} lies between {start or 0} and {end or 1}")
+    part = whole[first:last]
+    scheduler.timesteps = torch.cat([part[:2], part[1:]]) if twice else part
+    sigmas = getattr(scheduler, "sigmas", ())
+    if len(sigmas) == len(whole) + 1:
+        # Solvers of higher order end gently, at the last of as many steps as there are sigmas.
+        scheduler.sigmas = sigmas[first : last + 1]

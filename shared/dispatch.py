@@ -80,18 +80,11 @@ class Dispatcher:
         if state in ("loading", "broken", "stopping"):
             raise ApiError.unavailable(state, f"the host is {state}" + (f": {message}" if message else ""))
 
-    def run(self, parse: Callable[[], GenerateRequest]) -> Reply:
-        """Parse a request, wait for its turn and for its reply. A client that leaves cancels it.
+    def run(self, parse: Callable[[], GenerateRequest]) -> list[Reply]:
+        """Parse a request, wait for its turn and for all of its pictures. A client that leaves cancels it.
 
         Raises:
             ApiError: with the status of PROTOCOL's error table.
-        """
-        return self.run_many(parse, lambda: 1)[0]
-
-    def run_many(self, parse: Callable[[], GenerateRequest], count: Callable[[], int]) -> list[Reply]:
-        """As `run`, for `count()` pictures, their seeds in a row; --data_parallel_degree at the same time.
-
-        `count` is called after `parse`. Other clients' requests get their turn in between.
         """
         self.check_ready()
         if not self._slots.acquire(blocking=False):
@@ -102,32 +95,17 @@ class Dispatcher:
                     request = parse()
             except RequestError as error:
                 raise ApiError.from_request(error) from None
-            pictures, at_once = count(), self.config.data_parallel_degree or 1
-            replies: list[Reply] = []
-            while len(replies) < pictures:
-                replies += self._pictures(
-                    request.numbered(len(replies)), min(at_once, pictures - len(replies))
-                )
-            for reply in replies:
+            began = time.monotonic()
+            job = Job(request, id=g.request_id)
+            self._submit(job)
+            _encode(job.made)
+            for reply in job.made:
+                self.metrics.made(reply, time.monotonic() - began)
                 reply.warnings = together(told, reply.warnings)
-            g.warnings = together(*(reply.warnings for reply in replies))
-            return replies
+            g.warnings = together(*(reply.warnings for reply in job.made))
+            return job.made
         finally:
             self._slots.release()
-
-    def _pictures(self, request: GenerateRequest, count: int) -> list[Reply]:
-        began = time.monotonic()
-        made = self._submit(Job(request, pictures=count, id=g.request_id))
-        replies = made if isinstance(made, list) else [made]
-        for reply in replies:
-            if not isinstance(reply, Reply) or not (reply.output or reply.pictures):
-                raise TypeError(f"rank 0 gave {type(reply).__name__} instead of a reply with a picture")
-        if len(replies) != count:
-            raise TypeError(f"the ranks gave {len(replies)} pictures instead of {count}")
-        side_by_side(Reply.encode, replies)  # here, so that the ranks are at the next request meanwhile
-        for reply in replies:
-            self.metrics.made(reply, time.monotonic() - began)
-        return replies
 
     def call(self, method: str, arguments: dict[str, Any]) -> Any:
         """Call a method of the engine on all ranks, between two generations; what it returned.
@@ -155,9 +133,15 @@ class Dispatcher:
         while not job.wait(DISCONNECT_POLL):
             if not job.cancelled and gone():
                 self.queue.drop(job)
+            _encode(job.made)  # here, so that the ranks draw the next picture meanwhile
         if job.error is not None:
             raise _api_error(job.error)
         return job.reply
+
+
+def _encode(replies: Iterable[Reply]) -> None:
+    """Encode the pictures of those that still have them."""
+    side_by_side(Reply.encode, [reply for reply in replies if reply.pictures])
 
 
 def _api_error(error: JobError) -> ApiError:

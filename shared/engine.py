@@ -65,7 +65,8 @@ class RankLoop:
         engine: what carries them out.
         channel: the control messages.
         queue, status: rank 0's side of the HTTP server; None on the other ranks.
-        request_timeout: seconds that one request may run.
+        request_timeout: seconds that one request may run, with all of its pictures.
+        at_once: pictures of one request that the ranks make at the same time.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class RankLoop:
         queue: JobQueue | None = None,
         status: HostStatus | None = None,
         request_timeout: float = 1800.0,
+        at_once: int = 1,
     ) -> None:
         self.engine = engine
         self.channel = channel
         self.queue = queue
         self.status = status
         self.request_timeout = request_timeout
+        self.at_once = at_once
 
     def run(self) -> None:
         """Serve until Stop arrives.
@@ -98,12 +101,15 @@ class RankLoop:
             self._set_state("busy")
             # When the ranks break apart the job stays the running one: whoever ends the host answers it.
             self._finish(job, self._carry_out(message, job))
+            if job is None or not job.done:
+                continue  # with the next of the job's pictures
             if self.queue is not None:
                 self.queue.release()
             self._set_state("ready")
 
     def _next_job(self) -> Job | None:
-        return None if self.queue is None else self.queue.take(PING_SECONDS)
+        """The running job while it has pictures left, else the next one."""
+        return None if self.queue is None else self.queue.running or self.queue.take(PING_SECONDS)
 
     def _message(self, job: Job | None) -> Message | None:
         if self.queue is None:
@@ -112,7 +118,7 @@ class RankLoop:
             return Stop() if self.queue.closed else Ping()
         if job.request is None:
             return Call(job.id, *job.call)
-        return Generate(job.id, job.request, job.pictures)
+        return Generate(job.id, *job.draw(self.at_once))
 
     def _carry_out(self, message: Generate | Call, job: Job | None) -> list[Outcome]:
         rank = self.channel.world.rank
@@ -184,9 +190,12 @@ class RankLoop:
             verdict = max(o.verdict for o in outcomes)
             if verdict is Verdict.FINISHED:
                 results = [o.result for o in outcomes if o.result is not None]
-                for reply in results if job.request is not None else ():
-                    reply.warnings = together(reply.warnings, *(o.warnings for o in outcomes))
-                job.finish(reply=results if job.pictures > 1 else next(iter(results), None))
+                if job.request is None:
+                    job.finish(reply=next(iter(results), None))
+                else:
+                    for reply in results:
+                        reply.warnings = together(reply.warnings, *(o.warnings for o in outcomes))
+                    job.add(results)
             elif not broken:
                 job.finish(error=self._job_error(verdict, outcomes))
         if broken:

@@ -374,7 +374,9 @@ class HostConfig:
     port: int = _flag(6000, _HOST, "port that rank 0 serves", _integer, least=1, most=65535)
     host: str = _flag("127.0.0.1", _HOST, "address that rank 0 serves", _text)
     max_queue: int = _flag(16, _HOST, "requests that may wait, then 503", _integer, least=0, most=1024)
-    request_timeout: float = _flag(1800.0, _HOST, "seconds that one request may run, then 504", _seconds)
+    request_timeout: float = _flag(
+        1800.0, _HOST, "seconds that one request may run, with all of its pictures, then 504", _seconds
+    )
     collective_timeout: float = _flag(
         300.0, _HOST, "seconds that a rank waits for another before the job is broken", _seconds
     )

@@ -135,7 +135,7 @@ class PipelineEngine:
         try:
             with (
                 _noting_broken_pixels(self.pipe, watch.finite),
-                part_of_schedule(self.pipe, request, arguments),
+                part_of_schedule(self.pipe, self.spec, request, arguments),
                 self._prompts.of(self.pipe, tuple(sorted((request.lora_scales or {}).items()))),
             ):
                 if run is not None:

@@ -149,6 +149,7 @@ def _load_and_loop(
         queue if on_server else None,
         status if on_server else None,
         config.request_timeout,
+        config.data_parallel_degree or 1,
     ).run()
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from shared.requests import FieldProblem, GenerateRequest
+from shared.requests import FieldProblem, GenerateRequest, Reply
 
 State = Literal["loading", "ready", "busy", "broken", "stopping"]
 PREVIEW_SECONDS = 0.25  # between two previews of a picture that forms
@@ -48,14 +48,15 @@ class Job:
 
     request: GenerateRequest | None
     call: tuple[str, dict[str, Any]] = ("", {})  # without a request: the engine's method, its arguments
-    pictures: int = 1  # made at the same time, their seeds in a row; the reply is a list then
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     step: int = 0
     steps: int = 0
     progress: float = 0.0  # 0 to 100, never falling
     started: float | None = None  # time.monotonic()
     preview: Preview | None = None  # the newest, while somebody watches
-    reply: Any = None  # a Reply, or what the engine's method returned
+    made: list[Reply] = field(default_factory=list)  # the pictures so far, their seeds in a row
+    drawing: int = 1  # pictures that are made now, at the same time
+    reply: Any = None  # the first picture's Reply, or what the engine's method returned
     error: JobError | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _done: threading.Event = field(default_factory=threading.Event)
@@ -84,7 +85,30 @@ class Job:
     def at_step(self, step: int, steps: int) -> None:
         """Denoising step `step` of `steps` is done."""
         self.step, self.steps = step, steps
-        self.progress = max(self.progress, 99.0 * min(step / max(steps, 1), 1.0))
+        pictures = len(self.made) + self.drawing * min(step / max(steps, 1), 1.0)
+        self.progress = max(self.progress, 99.0 * min(pictures / self.pictures, 1.0))
+
+    @property
+    def pictures(self) -> int:
+        """How many are asked for."""
+        return (self.request and self.request.pictures) or 1
+
+    def draw(self, at_once: int) -> tuple[GenerateRequest, int]:
+        """The request for the pictures that come next, and how many are made at the same time."""
+        assert self.request is not None
+        self.drawing = min(at_once, self.pictures - len(self.made))
+        return self.request.numbered(len(self.made)), self.drawing
+
+    def add(self, replies: Sequence[Reply]) -> None:
+        """Pictures are made; with the last one the job is done."""
+        if len(replies) != self.drawing:
+            self.finish(
+                error=JobError(500, f"the ranks gave {len(replies)} pictures instead of {self.drawing}")
+            )
+            return
+        self.made += replies
+        if len(self.made) == self.pictures:
+            self.finish(reply=self.made[0])
 
     def finish(self, reply: Any = None, error: JobError | None = None) -> None:
         """End the job with its reply or its error; the first end counts."""

@@ -28,13 +28,17 @@ from shared.requests import (
 )
 from shared.warned import together, told_in
 
-MAX_PICTURES = 10  # of one request
+MAX_PICTURES = 10  # of one request, as there
 PREFIX = "/v1/"
 _MEANINGLESS = frozenset(
     {"model", "quality", "style", "user", "moderation", "output_compression", "input_fidelity"}
 )
 _OURS = {"prompt": "positive", "negative_prompt": "negative"}
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {"width": "size", "height": "size"}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {
+    "width": "size",
+    "height": "size",
+    "pictures": "n",
+}
 _FILES = {"image": "image", "image[]": "image", "ip_image": "ip_image", "control_image": "control_image"}
 _TEXTS = frozenset({"prompt", "positive", "negative", "negative_prompt", "size"})
 
@@ -121,14 +125,11 @@ def _form() -> dict[str, Any]:
 
 def _answer(dispatcher: Dispatcher, read: Any) -> Response:
     config = dispatcher.config
-    count = 1
 
     def parse() -> GenerateRequest:
-        nonlocal count
-        data, count = translate(read(), config)
-        return check_request(data, config)
+        return check_request(translate(read(), config), config)
 
-    replies = dispatcher.run_many(parse, lambda: count)
+    replies = dispatcher.run(parse)
     body = {
         "created": int(time.time()),
         "data": [{"b64_json": File(r.output[0]), "seed": r.seed} for r in replies],
@@ -139,8 +140,8 @@ def _answer(dispatcher: Dispatcher, read: Any) -> Response:
     return jsonify(told_in(body, together(*(r.warnings for r in replies))))
 
 
-def translate(data: dict[str, Any], config: HostConfig) -> tuple[dict[str, Any], int]:
-    """OpenAI's fields -> a body of POST /generate, and the number of pictures.
+def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
+    """OpenAI's fields -> a body of POST /generate.
 
     Raises:
         RequestError: 400 with the faults of OpenAI's own fields.
@@ -150,9 +151,11 @@ def translate(data: dict[str, Any], config: HostConfig) -> tuple[dict[str, Any],
     for theirs, name in _OURS.items():
         if theirs in ours:
             ours[name] = ours.pop(theirs)
-    count = ours.pop("n", 1)
+    count = ours.pop("n", ours.pop("pictures", 1))
     if type(count) is not int or not 1 <= count <= MAX_PICTURES:
         problems.append(FieldProblem("n", f"must be 1 to {MAX_PICTURES}, got {count!r}"))
+    else:
+        ours["pictures"] = count
     size = ours.pop("size", "auto")
     if size != "auto":
         match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size) if isinstance(size, str) else None
@@ -180,7 +183,7 @@ def translate(data: dict[str, Any], config: HostConfig) -> tuple[dict[str, Any],
     if problems:
         _add_own_faults(problems, ours, config)
         raise RequestError(400, problems)
-    return ours, count
+    return ours
 
 
 def _add_own_faults(problems: list[FieldProblem], ours: dict[str, Any], config: HostConfig) -> None:

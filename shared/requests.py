@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from pydantic_core import from_json
 from shared.codecs import MAX_SIDE, Embeds, Latent, Picture, Sigmas, Timesteps, picture_size, problem
 from shared.config import HostConfig, scheduler_problem
 from shared.media import encode
-from shared.warned import told_in
+from shared.warned import together, told_in
 
 IMAGE_FORMATS = ("png", "jpeg", "webp", "latent")
 VIDEO_FORMATS = ("png", "mp4", "gif", "webp", "latent")
@@ -66,6 +67,7 @@ def _none_if_empty(value: str) -> str | None:
     return value or None
 
 
+MAX_PICTURES = 16  # of one request
 Text = Annotated[str, Field(max_length=20_000), AfterValidator(_none_if_empty)]
 Percent = Annotated[float, Field(gt=0, le=800, description="percent")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -97,15 +99,21 @@ class GenerateRequest(BaseModel):
         Annotated[float, Field(ge=0, le=100, description="above 1: flux hears the negative prompt")] | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64, description="negative: drawn")] | None = None
+    pictures: (
+        Annotated[int, Field(ge=1, le=MAX_PICTURES, description="their seeds are seed, seed + 1, ...")] | None
+    ) = None
     clip_skip: Annotated[int, Field(ge=0, le=12)] | None = None
     width: Side | None = None
     height: Side | None = None
-    denoise: Annotated[Fraction, Field(description="the same as denoising_start")] | None = None
+    strength: (
+        Annotated[Fraction, Field(description="how much of the schedule is run from `latent`; 1: all of it")]
+        | None
+    ) = None
+    denoise: Annotated[Fraction, Field(description="the same as strength")] | None = None
     denoising_start: Fraction | None = None
     denoising_end: Fraction | None = None
     add_noise: (
-        Annotated[bool, Field(description="the seed's noise on `latent`, as strong as denoising_start asks")]
-        | None
+        Annotated[bool, Field(description="the seed's noise on `latent`, at the level of `strength`")] | None
     ) = None
     controlnet_scale: Scale | None = None
     ip_adapter_scale: Scale | None = None
@@ -129,18 +137,19 @@ class GenerateRequest(BaseModel):
         """The request with every default of the launch in its place: seed drawn, size, steps and cfg set."""
         spec = config.spec
         width, height = config.size
-        start = self.denoise if self.denoising_start is None else self.denoising_start
         return self.model_copy(
             update=dict(
                 seed=secrets.randbelow(2**32) if self.seed is None or self.seed < 0 else self.seed,
+                pictures=self.pictures or 1,
                 steps=self.steps or spec.steps,
                 cfg=spec.cfg if self.cfg is None else self.cfg,
                 width=self.width or width,
                 height=self.height or height,
                 frames=self.frames or spec.frames,
                 fps=self.fps or spec.fps,
+                strength=self.denoise if self.strength is None else self.strength,
                 denoise=None,
-                denoising_start=start or None,
+                denoising_start=self.denoising_start or None,
                 output_format=self.output_format or output_format or "png",
             )
         )
@@ -241,21 +250,25 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
         value = getattr(request, name)
         if value is not None and value % multiple:
             add(name, f"must be a multiple of {multiple} for {config.type}, got {value}")
-    starts = {n: getattr(request, n) for n in ("denoise", "denoising_start")}
-    given = {n: v for n, v in starts.items() if v is not None}
-    if len(set(given.values())) > 1:
+    words = {n: v for n in STRENGTH if (v := getattr(request, n)) is not None}
+    name, strength = next(iter(words.items()), ("strength", None))
+    start, end = request.denoising_start or 0.0, request.denoising_end
+    if len(set(words.values())) > 1:
         add(
-            "denoise",
-            "is denoising_start too, and they differ: {denoise} and {denoising_start}".format(**given),
+            "denoise", "is strength too, and they differ: {strength} and {denoise}".format(**words), *STRENGTH
         )
-    name, start = next(iter(given.items()), ("denoising_start", 0.0))
-    end = request.denoising_end
+    if strength is not None and start:
+        add(name, "give strength or denoising_start, not both", *STRENGTH, "denoising_start")
+    elif strength == 0:
+        add(name, "must be above 0, or no step is left to run; got 0")
+    elif strength is not None and strength < 1 and request.latent is None:
+        add(name, f"below 1 needs a latent to start from, got {strength:g} and none", "latent")
     if end is not None and start >= end:
-        add("denoising_end", f"must be above denoising_start {start:g}, got {end:g}", *starts)
+        add("denoising_end", f"must be above denoising_start {start:g}, got {end:g}", "denoising_start")
     elif start >= 1:
-        add(name, "must be below 1, or no step is left to run; got 1")
-    if request.add_noise and (request.latent is None or not start):
-        add("add_noise", "needs latent, and denoising_start above 0", "latent", *starts)
+        add("denoising_start", "must be below 1, or no step is left to run; got 1")
+    if request.add_noise and (request.latent is None or not (start or strength)):
+        add("add_noise", "needs latent, and strength", "latent", *STRENGTH, "denoising_start")
     if request.sigmas is not None and request.timesteps is not None:
         add("timesteps", "give sigmas or timesteps, not both")
     for name in ("positive", "negative"):
@@ -275,7 +288,8 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
     return problems
 
 
-COMMON_FIELDS = frozenset({"steps", "cfg", "seed", "scheduler", "output_format", "return_latent"})
+STRENGTH = ("strength", "denoise")  # two words for one thing
+COMMON_FIELDS = frozenset({"steps", "cfg", "seed", "pictures", "scheduler", "output_format", "return_latent"})
 
 # A field that needs a launch flag to mean anything.
 NEEDS_FLAG = {
@@ -318,6 +332,15 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
     if request.return_latent and accept is not None:
         text = f"is part of the JSON answer, but Accept asks for {MIME_TYPES.get(accept, accept)} alone"
         problems.append(FieldProblem("return_latent", text))
+    if (count := request.pictures or 1) > 1:
+        if accept is not None:
+            text = f"must be 1 where Accept asks for {MIME_TYPES.get(accept, accept)} alone, got {count}"
+            problems.append(FieldProblem("pictures", text))
+        if spec.output == "video" and (wanted or "png") == "png":
+            text = (
+                f"must be 1 where the frames come as a list of png, got {count}; mp4, gif, webp hold a video"
+            )
+            problems.append(FieldProblem("pictures", text))
     if request.scheduler is not None and (problem := scheduler_problem(spec, request.scheduler)):
         problems.append(FieldProblem("scheduler", problem))
     return problems
@@ -376,7 +399,8 @@ class GenerateAnswer(BaseModel):
     height: int
     steps: int
     seconds: Seconds
-    latent: str | None = None
+    latent: str | list[str] | None = None
+    seeds: list[int] | None = None  # of several pictures
     warnings: Annotated[
         list[str], Field(description="what was cut, left out or changed; absent where nothing was")
     ] = []
@@ -427,8 +451,12 @@ class Reply:
         for name in ("total", "decode"):
             self.seconds[name] = round(self.seconds[name] + took, 4)
 
-    def answer(self) -> dict[str, Any]:
-        """A GenerateAnswer for `shared.answers.Json`, its files not yet base64."""
+    def answer(self, others: Sequence[Reply] = ()) -> dict[str, Any]:
+        """A GenerateAnswer for `shared.answers.Json`, its files not yet base64.
+
+        Args:
+            others: the other pictures of the same request; `output`, `latent` and `seeds` are lists then.
+        """
         files = [File(data) for data in self.output]
         answer = GenerateAnswer(
             output="",
@@ -440,8 +468,16 @@ class Reply:
             steps=self.steps,
             seconds=Seconds(**self.seconds),
         )
-        body = answer.model_dump(exclude={"warnings"}) | {
+        body = answer.model_dump(exclude={"seeds", "warnings"}) | {
             "output": files if len(files) > 1 else files[0],
             "latent": None if self.latent is None else File(self.latent),
         }
-        return told_in(body, self.warnings)
+        if others:
+            all_of_them = (self, *others)
+            body["output"] = [File(reply.output[0]) for reply in all_of_them]
+            body["seeds"] = [reply.seed for reply in all_of_them]
+            for name in body["seconds"]:
+                body["seconds"][name] = round(sum(reply.seconds[name] for reply in all_of_them), 4)
+            if self.latent is not None:
+                body["latent"] = [File(reply.latent or b"") for reply in all_of_them]
+        return told_in(body, together(*(r.warnings for r in (self, *others))))

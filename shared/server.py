@@ -29,6 +29,7 @@ from shared.openapi import openapi
 from shared.requests import (
     MIME_TYPES,
     ErrorAnswer,
+    FieldProblem,
     GenerateRequest,
     LoraAnswer,
     LoraEntry,
@@ -250,14 +251,16 @@ def _add_generate(app: Flask, dispatcher: Dispatcher) -> None:
                 request = check_request(data, config, raw)
             except RequestError as error:
                 raise RequestError(error.status, error.problems + ([problem] if problem else [])) from None
+            if pickled and (request.pictures or 1) > 1:
+                problem = FieldProblem("pictures", f"needs an output_format, got {request.pictures} and none")
             if problem:
                 raise RequestError(422, [problem])
             return request
 
-        reply = dispatcher.run(parse)
+        reply, *others = dispatcher.run(parse)
         if raw is not None:
             return raw_response(reply)
-        return jsonify(legacy.answer(reply, config) if pickled else reply.answer())
+        return jsonify(legacy.answer(reply, config) if pickled else reply.answer(others))
 
 
 def _add_lora(app: Flask, dispatcher: Dispatcher) -> None:

@@ -81,17 +81,18 @@ class FakeHost:
                 continue
             self.status.state = "busy"
             try:
-                job.finish(reply=self._carry_out(job))
+                if job.request is None:
+                    job.finish(reply=self._call(*job.call))
+                while not job.done:
+                    request, _ = job.draw(1)
+                    job.add([self._make(job, request)])
             except JobError as error:
                 job.finish(error=error)
             self.queue.release()
             if self.status.state == "busy":
                 self.status.state = "ready"
 
-    def _carry_out(self, job: Job) -> Any:
-        if job.request is None:
-            return self._call(*job.call)
-        request = job.request
+    def _make(self, job: Job, request: GenerateRequest) -> Reply:
         self.seen.append(request)
         prompt = request.positive or ""
         for step in range(request.steps or 1):

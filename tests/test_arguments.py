@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import safetensors.torch
@@ -20,6 +21,7 @@ from shared.media import encode_image
 from shared.models import MODELS, schedulers_for
 from shared.parallel.graphs import Graphs
 from shared.requests import Reply, RequestError, check_request
+from shared.schedulers import scheduler_for_request
 from tests import tiny
 
 PAIRED = ("dpm_2", "heun", "dpmpp_sde")
@@ -92,6 +94,56 @@ def test_two_parts_make_the_whole_of_every_type(name: str):
     half = latents(name, **asked, denoising_end=0.5)
     rest = latents(name, **asked, denoising_start=0.5, latent=packed(half))
     assert distance(half, whole) > 1e-3 and distance(rest, whole) < 1e-5
+
+
+STRENGTHS = [
+    *((name, None, 0.55) for name in ("sd1", "sdxl", "sd3", "flux")),
+    *(
+        ("sd1", scheduler, 0.5)
+        for scheduler in ("dpmpp_2m", "k_dpmpp_2m_sde", "heun", "dpm_2", "lms", "unipc")
+    ),
+    *(("sd1", scheduler, 0.5) for scheduler in ("ddim", "ddpm", "euler_a", "dpmpp_sde")),
+    ("flux", None, 1.0),
+]
+
+
+@pytest.mark.parametrize(("name", "scheduler", "strength"), STRENGTHS)
+def test_strength_makes_what_image_to_image_of_diffusers_makes(
+    name: str, scheduler: str | None, strength: float
+):
+    spec, pipe = MODELS[name], engine(name).pipe
+    finished = latents(name, steps=2, seed=8)
+    image = finished
+    if spec.latent_layout == "packed":
+        image = type(pipe)._unpack_latents(finished, 64, 64, pipe.vae_scale_factor)
+    made = latents(name, scheduler=scheduler, strength=strength, add_noise=True, latent=packed(finished))
+    theirs = getattr(diffusers, spec.image_pipeline)(**pipe.components)
+    with scheduler_for_request(pipe, spec, scheduler):
+        theirs.scheduler = pipe.scheduler
+        torch.manual_seed(3)  # dpmpp_sde draws from the global state
+        wanted = theirs(
+            "a cat",
+            image=image.clone(),
+            strength=strength,
+            num_inference_steps=12,
+            guidance_scale=2.0,
+            generator=torch.Generator("cpu").manual_seed(3),
+            output_type="latent",
+            **({} if name in ("sd1", "sdxl") else {"height": 64, "width": 64}),
+        ).images
+    assert distance(made, wanted) < 1e-5
+    assert distance(wanted, finished) > 0.01
+
+
+def test_strength_counts_steps():
+    start = {"latent": packed(torch.zeros(1, 4, 8, 8)), "scheduler": "ddim", "add_noise": True}
+    assert reply("sd1", **start, strength=0.3).steps == 3
+    assert reply("sd1", **start, denoise=1.0).steps == 12
+    assert reply("sd1", **start, strength=0.5, denoising_end=0.75).steps == 3
+    with pytest.raises(RequestError, match=r"strength: leaves no step to run: 0.05 of 12 steps"):
+        reply("sd1", **start, strength=0.05)
+    whole = latents("sd1", scheduler="heun")
+    assert distance(latents("sd1", scheduler="heun", steps=3, strength=1.0), whole) > 0
 
 
 def test_parts_of_pairs_are_refused():

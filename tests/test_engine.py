@@ -28,12 +28,17 @@ def world_of_pool(collective_timeout: float = 20.0) -> World:
     return World(rank, size, rank, torch.device("cpu"), *make_groups(collective_timeout, "gloo"))
 
 
-def a_job(steps: int = 3, seed: int = 1, lora: str = "", **order: Any) -> Job:
+def a_job(steps: int = 3, seed: int = 1, lora: str = "", pictures: int = 1, **order: Any) -> Job:
     if lora:
         return Job(None, ("add_lora", {"path": lora, "scale": 1.0}))
     return Job(
         GenerateRequest(
-            positive=json.dumps(order) if order else None, steps=steps, seed=seed, width=64, height=64
+            positive=json.dumps(order) if order else None,
+            steps=steps,
+            seed=seed,
+            pictures=pictures,
+            width=64,
+            height=64,
         )
     )
 
@@ -47,6 +52,7 @@ def told(job: Job) -> Told:
         "progress": job.progress,
         "step": job.step,
         "warnings": job.reply.warnings if job.request and job.reply else [],
+        "seeds": [reply.seed for reply in job.made],
     }
 
 
@@ -141,6 +147,26 @@ def test_a_request_that_takes_too_long_is_timed_out(pool: RankPool):
     ranks = pool.run(serve_jobs, 2, [{"sleep": 0.1, "steps": 50}, {"seed": 9}], request_timeout=0.35)
     assert ranks[0]["jobs"][0]["error"] == (504, "timed out after 0.35 s")
     assert all(r["done"] == ["9"] for r in ranks)
+
+
+def test_pictures_of_one_request_are_made_in_a_row_as_one_job(pool: RankPool):
+    ranks = pool.run(serve_jobs, 2, [{"seed": 2**64 - 1, "pictures": 3}, {"seed": 8}])
+    several, one = ranks[0]["jobs"]
+    assert several["seeds"] == [2**64 - 1, 0, 1] and one["seeds"] == [8]
+    assert several["progress"] == 100
+    assert all(r["done"] == [str(2**64 - 1), "0", "1", "8"] for r in ranks)
+
+
+def test_cancel_and_the_time_out_end_all_pictures_of_a_request(pool: RankPool):
+    order = {"seed": 5, "pictures": 9, "steps": 3, "sleep": 0.1}
+    for limits, error in (
+        ({"cancel_after": 0.5}, (499, "cancelled")),
+        ({"request_timeout": 0.5}, (504, "timed out after 0.5 s")),
+    ):
+        ranks = pool.run(serve_jobs, 2, [order, {"seed": 8}], **limits)
+        ended = ranks[0]["jobs"][0]
+        assert ended["error"] == error and 5 < ended["progress"] < 50
+        assert all(r["done"] == ["5", "8"] for r in ranks)
 
 
 def test_an_error_inside_a_collective_breaks_the_job_in_time(pool: RankPool):

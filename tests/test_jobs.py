@@ -8,7 +8,11 @@ import time
 import pytest
 
 from shared.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError
-from shared.requests import GenerateRequest
+from shared.requests import GenerateRequest, Reply
+
+
+def a_reply(request: GenerateRequest | None) -> Reply:
+    return Reply([b"a"], "png", (request and request.seed) or 0, 8, 8, 2)
 
 
 def job() -> Job:
@@ -119,6 +123,22 @@ def test_progress_of_the_running_else_of_the_last() -> None:
     assert queue.progress() == 100
     assert queue.take(0) is call
     assert queue.progress() == 100
+
+
+def test_progress_runs_over_all_pictures() -> None:
+    several = Job(GenerateRequest(pictures=4, seed=7))
+    seen = []
+    while not several.done:
+        request, at_once = several.draw(3)
+        several.at_step(1, 2)
+        seen.append((request.seed, at_once, several.progress))
+        several.add([a_reply(request)] * at_once)
+    assert seen == [(7, 3, 99 * 1.5 / 4), (10, 1, 99 * 3.5 / 4)]
+    assert len(several.made) == 4 and several.progress == 100
+    short = Job(GenerateRequest(pictures=2))
+    short.draw(2)
+    short.add([a_reply(short.request)])
+    assert str(short.error) == "the ranks gave 1 pictures instead of 2"
 
 
 def test_the_first_end_counts() -> None:

@@ -16,6 +16,7 @@ from shared.config import HostConfig
 from shared.models import MODELS
 from shared.requests import (
     COMMON_FIELDS,
+    STRENGTH,
     GenerateRequest,
     Reply,
     RequestError,
@@ -78,7 +79,9 @@ def test_any_bytes_are_parsed_or_refused(body: bytes) -> None:
         assert error.status in (400, 422)
 
 
-COMPANIONS = {"image", "image_scale", "ip_image_scale", "control_image_scale", "denoise", "denoising_end"}
+COMPANIONS = {"image", "image_scale", "ip_image_scale", "control_image_scale", "denoising_end"} | set(
+    STRENGTH
+)
 
 
 def root(field: str, data: dict[str, Any]) -> str:
@@ -101,7 +104,7 @@ def test_every_fault_is_named(data: dict[str, Any], type: str) -> None:
         named: set[str] = set()
     except RequestError as error:
         named = {root(p.field, data) for p in error.problems}
-        assert named <= set(data) | {"image", "denoise", "denoising_start", "denoising_end"}
+        assert named <= set(data) | {"image", *STRENGTH, "denoising_start", "denoising_end"}
     for name, value in data.items():
         try:
             parse({name: value}, config)
@@ -201,10 +204,17 @@ def test_a_drawn_seed_is_told_and_changes() -> None:
         ({"positive": "x" * 20_001}, "positive", "20000"),
         ({"seed": 2**64}, "seed", "below 18446744073709551616"),
         ({"width": 100}, "width", "multiple of 8"),
-        ({"denoise": 0.5, "denoising_start": 0.4}, "denoise", "differ: 0.5 and 0.4"),
+        ({"denoise": 0.5, "strength": 0.4}, "denoise", "differ: 0.4 and 0.5"),
+        ({"strength": 0.5, "denoising_start": 0.4}, "strength", "not both"),
+        ({"strength": 0.5}, "strength", "below 1 needs a latent to start from, got 0.5 and none"),
+        ({"strength": 0, "latent": tensor(latent=[1])}, "strength", "above 0"),
+        ({"strength": 1.1}, "strength", "at most 1, got 1.1"),
+        ({"add_noise": True, "latent": tensor(latent=[1])}, "add_noise", "needs latent, and strength"),
+        ({"pictures": 0}, "pictures", "at least 1, got 0"),
+        ({"pictures": 17}, "pictures", "at most 16, got 17"),
         ({"denoising_start": 0.5, "denoising_end": 0.5}, "denoising_end", "above denoising_start 0.5"),
         ({"denoising_end": 0}, "denoising_end", "above denoising_start 0, got 0"),
-        ({"denoise": 1.0}, "denoise", "below 1"),
+        ({"denoising_start": 1.0}, "denoising_start", "below 1"),
         ({"sigmas": tensor(sigmas=[1]), "timesteps": tensor(timesteps=[1])}, "timesteps", "not both"),
         ({"positive": "a", "positive_embeds": tensor(embeds=[1])}, "positive_embeds", "not both"),
         ({"scheduler": {"name": "ddim"}}, "scheduler", 'under "scheduler"'),

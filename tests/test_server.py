@@ -725,3 +725,36 @@ def test_keep_alive_serves_many_requests_on_one_connection(host: FakeHost) -> No
 def test_no_torch_is_imported() -> None:
     code = "import sys, shared.server; sys.exit('torch' in sys.modules or 'diffusers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=30)
+
+
+def test_several_pictures_come_in_one_answer() -> None:
+    with FakeHost(config_of(max_queue=0)) as host:
+        body = {"positive": "a", "seed": 7, "pictures": 3, "return_latent": True}
+        answer = host.generate(body).json()
+        assert [r.seed for r in host.seen] == answer["seeds"] == [7, 8, 9]
+        assert answer["seed"] == 7 and len(answer["output"]) == len(answer["latent"]) == 3
+        assert [base64.b64decode(file) for file in answer["output"]] == [picture()] * 3
+        assert answer["seconds"]["total"] == pytest.approx(0.6)
+        alone = host.generate({"positive": "a", "pictures": 1}).json()
+        assert isinstance(alone["output"], str) and "seeds" not in alone
+        refused = host.generate({"positive": "a", "pictures": 2}, headers={"Accept": "image/png"})
+        assert refused.status_code == 422
+        assert refused.json()["errors"] == [
+            {"field": "pictures", "problem": "must be 1 where Accept asks for image/png alone, got 2"}
+        ]
+
+
+def test_no_picture_of_a_request_loses_its_place_to_another_request() -> None:
+    with FakeHost(config_of(max_queue=0)) as host:
+        host.step_seconds = 0.05
+        answers: list[Any] = []
+        body = {"prompt": "slow", "n": 5, "steps": 2}
+        url = "/v1/images/generations"
+        several = threading.Thread(target=lambda: answers.append(host.post(url, json=body)))
+        several.start()
+        wait_for(lambda: host.queue.running is not None)
+        others = set()
+        while several.is_alive():
+            others.add(host.generate({"positive": "a", "steps": 1}).status_code)
+        assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 5
+        assert 503 in others

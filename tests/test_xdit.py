@@ -349,16 +349,15 @@ def several(pictures: int) -> Any:
     config = tiny.config("pixa", width=64, height=64, data_parallel_degree=2, warm_up_steps=1)
     engine = xdit_host.build_engine(config, world)
     request = GenerateRequest(positive="a cat", seed=2**64 - 1, steps=STEPS).filled(config)
-    jobs = [Job(request, pictures=pictures), Job(request), Job(request.numbered(1))]
+    jobs = [Job(request.model_copy(update={"pictures": pictures})), Job(request), Job(request.numbered(1))]
     queue = JobQueue(8) if rank == 0 else None
     if queue is not None:
         for job in jobs:
             queue.submit(job)
         threading.Thread(target=end_after, args=(jobs[-1], queue)).start()
-    RankLoop(engine, Channel(world), queue).run()
+    RankLoop(engine, Channel(world), queue, at_once=2).run()
     engine.close()
-    made = [job.reply if isinstance(job.reply, list) else [job.reply] for job in jobs]
-    return [[(r.seed, r.pictures[0].tobytes()) for r in row] for row in made] if rank == 0 else None
+    return [[(r.seed, r.pictures[0].tobytes()) for r in job.made] for job in jobs] if rank == 0 else None
 
 
 def test_several_pictures_are_made_at_the_same_time(pool: RankPool):
