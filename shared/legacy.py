@@ -8,14 +8,28 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import io
 import json
+import os
 import pickle
+import signal
 import struct
 from typing import Any
 
+from flask import Flask, Response, jsonify
+from flask import request as http
+
 from shared.config import HostConfig
-from shared.requests import COMMON_FIELDS, FieldProblem, GenerateRequest, Reply, RequestError
+from shared.dispatch import ApiError, Dispatcher, check_json_type
+from shared.requests import (
+    COMMON_FIELDS,
+    FieldProblem,
+    GenerateRequest,
+    Reply,
+    RequestError,
+    parse_object,
+)
 from shared.unpickle import ForbiddenPickleError, Picture, Tensor, unpickle
 
 PICTURES = frozenset({"image", "ip_image", "control_image"})
@@ -44,6 +58,8 @@ def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
     taken = config.spec.fields | COMMON_FIELDS
     problems: list[FieldProblem] = []
     ours: dict[str, Any] = {}
+    if theirs:
+        data = _started(data)
     for name, value in data.items():
         if theirs and (name in _MEANINGLESS or name in GenerateRequest.model_fields.keys() - taken):
             continue
@@ -58,6 +74,20 @@ def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
     if problems:
         raise RequestError(400, problems)
     return ours
+
+
+def _started(data: dict[str, Any]) -> dict[str, Any]:
+    """`denoise`, the part of the schedule that runs, in our words.
+
+    It is about `latent`, which the original takes as it is; without one all of the schedule runs.
+    """
+    part = data.get("denoise")
+    if isinstance(part, bool) or not isinstance(part, int | float) or not 0 <= part <= 1:
+        return data  # absent, or the request's own checks name the fault
+    ours = {name: value for name, value in data.items() if name != "denoise"}
+    if ours.get("latent") is None or part == 1:
+        return ours
+    return ours | {"denoising_start": round(1 - part, 6)}
 
 
 def is_legacy(data: dict[str, Any], config: HostConfig) -> bool:
@@ -160,3 +190,75 @@ def _torch_latent(data: bytes) -> Any:
     import safetensors.torch  # torch is loaded by then: it made the latent
 
     return safetensors.torch.load(data)["latent"]
+
+
+def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
+    """Add /apply, /offload and /close, which the newer original pack calls around /generate."""
+    config = dispatcher.config
+
+    @app.post("/apply", endpoint="legacy_apply")
+    def apply() -> Response:
+        check_json_type()
+        problems = _unlike_launch(parse_object(http.get_data(cache=False)), config)
+        if problems:
+            raise ApiError.from_request(RequestError(409, problems))
+        dispatcher.check_ready()
+        return jsonify({"message": "OK"})
+
+    @app.route("/offload", methods=["GET", "POST"], endpoint="legacy_offload")
+    def offload() -> Response:
+        _refuse_browsers()
+        dispatcher.check_ready()
+        told = (
+            "OK: idle weights are on the CPU already"
+            if config.offloads
+            else "OK: nothing was moved; --enable_model_cpu_offload keeps idle models on the CPU"
+        )
+        return jsonify({"message": told})
+
+    @app.route("/close", methods=["GET", "POST"], endpoint="legacy_close")
+    def close() -> Response:
+        _refuse_browsers()
+        response = jsonify({"message": "OK"})
+        response.call_on_close(_end_launch)
+        return response
+
+
+def _refuse_browsers() -> None:
+    """Raise ApiError 403 for a request that a page of another site makes, which a GET can be without Origin."""
+    if http.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        raise ApiError(403, f"{http.path} is not for pages of other sites")
+
+
+def _end_launch() -> None:
+    """SIGTERM, as an operator sends it: to the launcher, which ends all ranks, where there is one."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    os.kill(os.getppid() if launched else os.getpid(), signal.SIGTERM)
+
+
+# Their names of flags that both have; paths come as {"checkpoint": path}.
+_FLAGS = {"pipeline_type": "type", "synced_steps": "warm_up_steps"}
+
+
+def _unlike_launch(data: dict[str, Any], config: HostConfig) -> list[FieldProblem]:
+    """What /apply asks for and this launch is not: its model is loaded from its flags, once."""
+    problems = []
+    flags = {field.name for field in dataclasses.fields(config)}
+    backend = data.get("backend_config")
+    given = {n: v for n, v in data.items() if n != "backend_config"}
+    for name, value in (given | (backend if isinstance(backend, dict) else {})).items():
+        if isinstance(value, dict) and isinstance(value.get("checkpoint"), str):
+            value = value["checkpoint"]
+        if value in (None, False, "", "default", 0) or value == {} or value == []:
+            continue
+        flag = _FLAGS.get(name, name)
+        own = getattr(config, flag) if flag in flags else None
+        if own is None and flag in ("variant", "model_n"):  # chosen by the launch itself
+            continue
+        same = own == value
+        if isinstance(own, str) and isinstance(value, str):
+            same = same or os.path.realpath(own) == os.path.realpath(value)
+        if not same:
+            what = f"the host runs with --{flag}={own}" if own is not None else "is set when a host is started"
+            problems.append(FieldProblem(name, f"{what}; got {str(value)[:100]}"))
+    return problems

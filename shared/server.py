@@ -76,6 +76,8 @@ def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> Flask
     openai_api.add_routes(app, dispatcher)
     a1111_api.add_routes(app, dispatcher)
     pages.add_routes(app, dispatcher)
+    if config.legacy_pickle:
+        legacy.add_routes(app, dispatcher)
     document = openapi(config)
     app.add_url_rule("/openapi.json", "openapi", lambda: jsonify(document))
     return app

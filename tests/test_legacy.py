@@ -24,7 +24,7 @@ from PIL import Image
 
 from shared import unpickle as unpickle_module
 from shared.unpickle import ForbiddenPickleError, Picture, Tensor, unpickle
-from tests.httphost import FakeHost, config_of, picture
+from tests.httphost import FakeHost, config_of, picture, wait_for
 
 PROTOCOLS = range(6)
 ROOT = Path(__file__).parents[1]
@@ -114,6 +114,52 @@ def test_latent_and_conditioning(host: FakeHost) -> None:
     assert torch.equal(safetensors.torch.load(seen.latent or b"")["latent"], latent)
     sent = safetensors.torch.load(seen.positive_embeds or b"")
     assert torch.equal(sent["embeds"], embeds) and torch.equal(sent["pooled"], pooled)
+
+
+def test_denoise_is_the_part_that_runs_and_one_is_all_of_it(host: FakeHost) -> None:
+    stock = {"seed": 7, "steps": 20, "cfg": 7.0, "clip_skip": 0, "denoising_end": 1.0, "positive": "a"}
+    latent = encoded(torch.randn(1, 4, 2, 3))
+    for denoise, start in ((1.0, None), (0.3, 0.7), (0.75, 0.25)):
+        answer = host.generate(stock | {"negative": "", "denoise": denoise, "latent": latent})
+        assert answer.status_code == 200, answer.text
+        assert (host.seen[-1].denoising_start, host.seen[-1].denoise) == (start, None)
+        # Without a latent the original ran all of the schedule, whatever it said.
+        assert host.generate(stock | {"denoise": denoise}).status_code == 200
+        assert host.seen[-1].denoising_start is None
+    for wrong in (1.5, -0.1, "much", 0.0):
+        answer = host.generate(stock | {"denoise": wrong, "latent": latent})
+        assert answer.status_code == 400 and "denois" in answer.json()["errors"][0]["field"]
+
+
+def test_apply_offload_and_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[Any] = []
+    monkeypatch.setattr("shared.legacy.os.kill", lambda *given: ended.append(given))
+    config = legacy_config(checkpoint="/models/a")
+    with LatentHost(config) as host:
+        wanted = {
+            "pipeline_type": "sd1",
+            "checkpoint": {"checkpoint": "/models/x/../a"},
+            "backend_config": {"model_n": 2, "stride": 1, "time_shift": False, "synced_steps": 3},
+            "enable_vae_tiling": False,
+        }
+        answer = host.post("/apply", json=wanted)
+        assert answer.status_code == 200 and answer.json() == {"message": "OK"}
+        answer = host.post("/apply", json=wanted | {"pipeline_type": "sdxl", "lora": {"/l": 1.0}})
+        assert answer.status_code == 409
+        told = {e["field"]: e["problem"] for e in answer.json()["errors"]}
+        assert told["pipeline_type"] == "the host runs with --type=sd1; got sdxl" and set(told) == {
+            "pipeline_type",
+            "lora",
+        }
+        assert "--enable_model_cpu_offload" in host.get("/offload").json()["message"]
+        assert host.get("/close", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
+        assert not ended
+        assert host.get("/close").json() == {"message": "OK"}
+        wait_for(lambda: len(ended) == 1)
+        host.status.state = "loading"
+        assert host.post("/apply", json=wanted).status_code == 503
+    with FakeHost() as plain:
+        assert [plain.get(path).status_code for path in ("/offload", "/close")] == [404, 404]
 
 
 def test_without_the_flag_no_pickle_is_read() -> None:
