@@ -77,17 +77,12 @@ def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
 
 
 def _started(data: dict[str, Any]) -> dict[str, Any]:
-    """`denoise`, the part of the schedule that runs, in our words.
-
-    It is about `latent`, which the original takes as it is; without one all of the schedule runs.
-    """
+    """Without `denoise` where there is no `latent`: it is about that one, and the stock pack always sends it."""
     part = data.get("denoise")
-    if isinstance(part, bool) or not isinstance(part, int | float) or not 0 <= part <= 1:
-        return data  # absent, or the request's own checks name the fault
-    ours = {name: value for name, value in data.items() if name != "denoise"}
-    if ours.get("latent") is None or part == 1:
-        return ours
-    return ours | {"denoising_start": round(1 - part, 6)}
+    known = isinstance(part, int | float) and not isinstance(part, bool) and 0 <= part <= 1
+    if not known or data.get("latent") is not None:
+        return data
+    return {name: value for name, value in data.items() if name != "denoise"}
 
 
 def is_legacy(data: dict[str, Any], config: HostConfig) -> bool:
@@ -225,7 +220,7 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
 
 
 def _refuse_browsers() -> None:
-    """Raise ApiError 403 for a request that a page of another site makes, which a GET can be without Origin."""
+    """Raise ApiError 403 for a request that another site's page makes; a GET needs no Origin."""
     if http.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
         raise ApiError(403, f"{http.path} is not for pages of other sites")
 
@@ -259,6 +254,8 @@ def _unlike_launch(data: dict[str, Any], config: HostConfig) -> list[FieldProble
         if isinstance(own, str) and isinstance(value, str):
             same = same or os.path.realpath(own) == os.path.realpath(value)
         if not same:
-            what = f"the host runs with --{flag}={own}" if own is not None else "is set when a host is started"
+            what = (
+                f"the host runs with --{flag}={own}" if own is not None else "is set when a host is started"
+            )
             problems.append(FieldProblem(name, f"{what}; got {str(value)[:100]}"))
     return problems

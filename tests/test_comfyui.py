@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import inspect
 import os
 import signal
@@ -20,9 +21,9 @@ import pytest
 import requests
 import torch
 
-from shared.config import parse_config
+from shared.config import HostConfig, parse_config
 from shared.models import BACKENDS, MODELS, SCHEDULERS, schedulers_for
-from tests.comfy_stub import INPUTS, PACK, SCHEMA, ComfyUI, InterruptProcessingException, install
+from tests.comfy_stub import INPUTS, PACK, SCHEMA, WIDGETS, ComfyUI, InterruptProcessingException, install
 from tests.comfy_workflows import FOLDER, WORKFLOWS, texts
 from tests.httphost import FakeHost, config_of
 from tests.test_host import DEMO_CHECKPOINT, ROOT, Launch, alive, until
@@ -308,9 +309,67 @@ def test_a_cancelled_launch_and_one_whose_node_is_gone_leave_nothing(comfy: Comf
     comfy.run({"7": launch})
     first = hosts.pids()["7"]
     comfy.interrupted = True
+    other = defaults(comfy, "MultiGPUDiffusionLaunchHost", **plain, warm_up_steps=4)
     with pytest.raises(InterruptProcessingException):
-        comfy.run({"8": launch})
+        comfy.run({"8": other})
     assert not hosts.pids() and not alive(first)
+
+
+def test_a_host_ends_with_its_launch_whatever_other_nodes_are_called(comfy: ComfyUI, project: str):
+    hosts = comfy.pack["launched"].HOSTS
+    plain = {"type": "sd1", "checkpoint": "demo/", "ranks": 1, "project": project}
+    other = defaults(comfy, "MultiGPUDiffusionScheduler")
+
+    def run(**launches: int) -> dict[str, Any]:
+        made = {
+            id[1:]: defaults(comfy, "MultiGPUDiffusionLaunchHost", **plain, warm_up_steps=steps)
+            for id, steps in launches.items()
+        }
+        return comfy.run(made if "_3" in launches else {"3": other, **made})
+
+    run(_3=1)
+    first = hosts.pids()["3"]
+    run(_2=2)  # node 3 is a scheduler now
+    assert set(hosts.pids()) == {"2"} and not alive(first)
+    # ComfyUI's cache gives node 7, which asks for the same, the handle of node 2: its host lives on.
+    asked = comfy.pack["launched"].asked_by
+    launch = defaults(comfy, "MultiGPUDiffusionLaunchHost", **plain, warm_up_steps=2)
+    assert asked("2", {"2": launch}) == asked("7", {"7": launch})
+    second = hosts.pids()["2"]
+    comfy._cache["7"] = comfy._cache["2"]
+    run(_7=2, _10=3)
+    assert set(hosts.pids()) == {"7", "10"} and hosts.pids()["7"] == second and alive(second)
+    hosts.stop_all()
+
+
+# Flags that no node has, and why.
+LEFT_OUT = {
+    "the Launch Host's text widget `flags` takes them": {
+        *("height", "width", "scheduler", "vae", "gguf_model", "motion_adapter_lora", "compel"),
+        *("compile_unet", "compile_vae", "compile_text_encoder", "compile_backend", "compile_mode"),
+        *("compile_options", "compile_fullgraph_off", "enable_vae_tiling", "enable_vae_slicing"),
+        *("xformers_efficient", "enable_model_cpu_offload", "enable_sequential_cpu_offload"),
+        *("enable_group_offload", "device"),
+    },
+    "the LoRA node names files itself": {"lora_dir"},
+}
+
+
+def test_every_flag_has_a_widget_and_every_widget_a_tooltip(comfy: ComfyUI):
+    named: set[str] = set()
+    for name, cls in comfy.nodes.items():
+        if name.startswith("MultiGPUDiffusion"):
+            inputs = cls.define_schema().inputs
+            named |= {one.id for one in inputs}
+            bare = [one.id for one in inputs if one.io_type in WIDGETS and not one.given.get("tooltip")]
+            assert not bare, f"{name}: no tooltip for {bare}"
+    plans = comfy.pack["nodes"].PLANS
+    for flag in dataclasses.fields(HostConfig):
+        group, backend = flag.metadata.get("group", "serving"), flag.metadata.get("backend")
+        for one in (backend or "").split():
+            assert flag.name in plans[one][1], f"--{flag.name} is in no plan of {one}"
+        if group != "serving" and not backend and flag.name != "motion_adapter":  # by motion_module
+            assert flag.name in named or any(flag.name in names for names in LEFT_OUT.values()), flag.name
 
 
 def test_scales_and_loras_need_no_other_host(comfy: ComfyUI):

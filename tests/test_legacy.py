@@ -119,13 +119,13 @@ def test_latent_and_conditioning(host: FakeHost) -> None:
 def test_denoise_is_the_part_that_runs_and_one_is_all_of_it(host: FakeHost) -> None:
     stock = {"seed": 7, "steps": 20, "cfg": 7.0, "clip_skip": 0, "denoising_end": 1.0, "positive": "a"}
     latent = encoded(torch.randn(1, 4, 2, 3))
-    for denoise, start in ((1.0, None), (0.3, 0.7), (0.75, 0.25)):
+    for denoise in (1.0, 0.3, 0.75):
         answer = host.generate(stock | {"negative": "", "denoise": denoise, "latent": latent})
         assert answer.status_code == 200, answer.text
-        assert (host.seen[-1].denoising_start, host.seen[-1].denoise) == (start, None)
+        assert (host.seen[-1].strength, host.seen[-1].denoising_start) == (denoise, None)
         # Without a latent the original ran all of the schedule, whatever it said.
         assert host.generate(stock | {"denoise": denoise}).status_code == 200
-        assert host.seen[-1].denoising_start is None
+        assert host.seen[-1].strength is None and host.seen[-1].denoising_start is None
     for wrong in (1.5, -0.1, "much", 0.0):
         answer = host.generate(stock | {"denoise": wrong, "latent": latent})
         assert answer.status_code == 400 and "denois" in answer.json()["errors"][0]["field"]

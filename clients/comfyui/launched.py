@@ -6,7 +6,7 @@ import atexit
 import json
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from .host import Host, HostError, HostProcess
 
 log = logging.getLogger(__name__)
 
+LAUNCHES = "MultiGPUDiffusionLaunchHost"  # the class of launching nodes in a prompt
 # With these a host keeps LoRAs fused into its weights, so that a new scale needs a new host.
 _FUSING = ("--quantize_to", "--compile_unet", "--compile_text_encoder", "--parallelism=tensor")
 _ADAPTER_SCALES = {"control_net": "controlnet_scale", "ip_adapter": "ip_adapter_scale"}
@@ -87,6 +88,7 @@ class Running:
     launch: Launch
     process: HostProcess
     scales: dict[str, Any]
+    asked: str = ""  # the launching node's inputs, down to the last link
 
     def adopt(self, launch: Launch) -> None:
         """Add and remove LoRAs while it runs. Raises HostError where it refuses."""
@@ -103,6 +105,18 @@ class Running:
         """For the samplers, with the scales that differ from the host's own."""
         scales = {name: value for name, value in launch.live().items() if value != self.scales.get(name)}
         return Handle(self.process.host, launch.type, scales)
+
+
+def asked_by(node: str, prompt: Mapping[str, Any]) -> str:
+    """All that a node of a prompt depends on; equal where ComfyUI's cache takes one node for another."""
+
+    def told(value: Any) -> Any:
+        linked = isinstance(value, list) and len(value) == 2 and str(value[0]) in prompt
+        return [asked_by(str(value[0]), prompt), value[1]] if linked else value
+
+    one = prompt[node]
+    inputs = {name: told(value) for name, value in one["inputs"].items()}
+    return json.dumps([one["class_type"], inputs], sort_keys=True)
 
 
 class LaunchedHosts:
@@ -127,11 +141,13 @@ class LaunchedHosts:
         with self._lock:
             return {node: running.process.pid for node, running in self._running.items()}
 
-    def launch(self, node: str, launch: Launch, nodes: Collection[str], check: Callable[[], None]) -> Handle:
+    def launch(
+        self, node: str, launch: Launch, prompt: Mapping[str, Any], check: Callable[[], None]
+    ) -> Handle:
         """The node's host: the running one where nothing has changed that needs another, else a new one.
 
         Args:
-            nodes: ids of all nodes of the prompt; hosts of nodes that are gone are ended, they hold memory.
+            prompt: all nodes by id; hosts that none of them launches are ended, they hold memory.
             check: called while the host loads; what it raises ends the host.
 
         Raises:
@@ -139,10 +155,11 @@ class LaunchedHosts:
         """
         with self._lock:
             self.deaths()
-            for other in [n for n in self._running if n != node and n not in nodes]:
-                self.stop(other)
+            self._settle(prompt)
             running = self._running.get(node)
+            asked = asked_by(node, prompt) if node in prompt else ""
             if running is not None and running.launch.key == launch.key:
+                running.asked = asked
                 try:
                     running.adopt(launch)
                     return running.handle(launch)
@@ -156,13 +173,30 @@ class LaunchedHosts:
             log.info(
                 "starting %s_host.py on %d ranks; its log: %s", launch.backend, launch.ranks, process.log
             )
-            self._running[node] = Running(launch, process, launch.live())
+            self._running[node] = Running(launch, process, launch.live(), asked)
             try:
                 process.wait_until_ready(check)
             except BaseException:
                 del self._running[node]
                 raise
             return self._running[node].handle(launch)
+
+    def _settle(self, prompt: Mapping[str, Any]) -> None:
+        """Give each host to the node that asks for it now, as ComfyUI's cache does; end those without one."""
+        nodes = {n: asked_by(n, prompt) for n, one in prompt.items() if one["class_type"] == LAUNCHES}
+        hosts, self._running = self._running, {}
+        left = {}
+        for node, running in hosts.items():
+            same = [n for n, asked in nodes.items() if asked == running.asked and n not in self._running]
+            if same:
+                self._running[node if node in same else same[0]] = running
+            else:
+                left[node] = running
+        for node, running in left.items():
+            if node in nodes and node not in self._running:
+                self._running[node] = running  # the node may go on with it
+            else:
+                running.process.stop()
 
     def stop(self, node: str) -> None:
         """End a node's host and wait for its end."""

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 
 from . import choices
 from .host import Host
-from .launched import HOSTS, Handle, Launch
+from .launched import HOSTS, LAUNCHES, Handle, Launch
 
 CATEGORY = "multigpu diffusion"
 HOST = io.Custom("MULTIGPU_HOST")
@@ -29,7 +29,7 @@ class LaunchHost(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="MultiGPUDiffusionLaunchHost",
+            node_id=LAUNCHES,
             display_name="Launch Host (multi-GPU)",
             category=CATEGORY,
             description="Starts a host under torchrun and keeps it between prompts. Another one is started "
@@ -104,9 +104,9 @@ class LaunchHost(io.ComfyNode):
             flags=(*own, *shlex.split(flags)),
             features=features or {},
         )
-        nodes = cls.hidden.prompt or {}
+        prompt = cls.hidden.prompt or {}
         check = comfy.model_management.throw_exception_if_processing_interrupted
-        return io.NodeOutput(HOSTS.launch(str(cls.hidden.unique_id), launch, nodes, check))
+        return io.NodeOutput(HOSTS.launch(str(cls.hidden.unique_id), launch, prompt, check))
 
 
 class AttachHost(io.ComfyNode):
@@ -120,7 +120,7 @@ class AttachHost(io.ComfyNode):
             category=CATEGORY,
             description="Uses a host that runs already, on this machine or another one.",
             inputs=[
-                io.String.Input("url", default="http://127.0.0.1:6000"),
+                io.String.Input("url", default="http://127.0.0.1:6000", tooltip="the host's address"),
                 io.String.Input("api_key", default="", tooltip="where the host was started with --api_key"),
             ],
             outputs=[HOST.Output(display_name="host")],
@@ -143,7 +143,9 @@ def _with(features: Mapping[str, Any] | None, name: str, value: Any) -> io.NodeO
 
 
 def _strength(least: float) -> Any:
-    return io.Float.Input("strength", default=1.0, min=least, max=10.0, step=0.05)
+    return io.Float.Input(
+        "strength", default=1.0, min=least, max=10.0, step=0.05, tooltip="how much it changes"
+    )
 
 
 class Lora(io.ComfyNode):
@@ -156,7 +158,7 @@ class Lora(io.ComfyNode):
             display_name="LoRA (multi-GPU)",
             category=CATEGORY,
             inputs=[
-                io.Combo.Input("lora", options=list(choices.loras())),
+                io.Combo.Input("lora", options=list(choices.loras()), tooltip="a file of models/loras"),
                 _strength(-10.0),
                 FEATURES.Input("features", optional=True),
             ],
@@ -179,7 +181,11 @@ class ControlNet(io.ComfyNode):
             category=CATEGORY,
             description="A diffusers folder of models/controlnet. The sampler needs a control image then.",
             inputs=[
-                io.Combo.Input("control_net", options=list(choices.control_nets())),
+                io.Combo.Input(
+                    "control_net",
+                    options=list(choices.control_nets()),
+                    tooltip="a diffusers folder of models/controlnet",
+                ),
                 _strength(0.0),
                 FEATURES.Input("features", optional=True),
             ],
@@ -205,7 +211,9 @@ class IPAdapter(io.ComfyNode):
             category=CATEGORY,
             description="A file of models/ipadapter, its image encoder beside it.",
             inputs=[
-                io.Combo.Input("ip_adapter", options=list(choices.ip_adapters())),
+                io.Combo.Input(
+                    "ip_adapter", options=list(choices.ip_adapters()), tooltip="a file of models/ipadapter"
+                ),
                 _strength(0.0),
                 FEATURES.Input("features", optional=True),
             ],
@@ -231,7 +239,11 @@ class MotionModule(io.ComfyNode):
             category=CATEGORY,
             description="A file or a diffusers folder of models/animatediff_models; type ad needs one.",
             inputs=[
-                io.Combo.Input("motion_module", options=list(choices.motion_modules())),
+                io.Combo.Input(
+                    "motion_module",
+                    options=list(choices.motion_modules()),
+                    tooltip="of models/animatediff_models",
+                ),
                 FEATURES.Input("features", optional=True),
             ],
             outputs=[FEATURES.Output(display_name="features")],
@@ -255,7 +267,9 @@ class Quantization(io.ComfyNode):
             category=CATEGORY,
             description="Weights of the denoiser and the text encoders.",
             inputs=[
-                io.Combo.Input("quantize_to", options=choices.QUANTIZATIONS, default="int8"),
+                io.Combo.Input(
+                    "quantize_to", options=choices.QUANTIZATIONS, default="int8", tooltip="bits of a weight"
+                ),
                 FEATURES.Input("features", optional=True),
             ],
             outputs=[FEATURES.Output(display_name="features")],
@@ -299,44 +313,64 @@ class Scheduler(io.ComfyNode):
 
 
 _DEGREES = [AUTO, "1", "2", "4", "8"]
-# A plan's widgets by backend: a list is a dropdown whose first entry leaves the flag out, a text a switch.
-PLANS: dict[str, tuple[str, dict[str, list[str] | str]]] = {
+SWITCH, TEXT = "switch", "text"
+# A plan's widgets by backend, each with its tooltip: a dropdown whose first entry leaves the flag out, a
+# switch, or a text whose emptiness does. New ones go last: saved workflows name widgets by their place.
+PLANS: dict[str, tuple[str, dict[str, tuple[list[str] | str, str]]]] = {
     "asyncdiff": (
         "AsyncDiff Plan (multi-GPU)",
         {
-            "model_n": [AUTO, "1", "2", "3", "4"],
-            "stride": [AUTO, "1", "2"],
-            "use_cfg_parallel": "guidance branches on two halves of the ranks",
-            "auto_balance": "cut by measured time",
-            "time_shift": "use the time embedding of the step before",
-            # Last, as saved workflows name widgets by their place.
-            "async_steps": [AUTO, "2", "4", "8", "12", "16"],
+            "model_n": ([AUTO, "1", "2", "3", "4"], "stages of the denoiser"),
+            "stride": ([AUTO, "1", "2"], "steps served by one parallel batch"),
+            "use_cfg_parallel": (SWITCH, "guidance branches on two halves of the ranks"),
+            "auto_balance": (SWITCH, "cut by measured time"),
+            "time_shift": (SWITCH, "use the time embedding of the step before"),
+            "async_steps": ([AUTO, "2", "4", "8", "12", "16"], "asynchronous steps, then exact ones"),
+            "stage_weights": (TEXT, "relative speed of each stage's GPU, such as 1,1,0.5"),
+            "no_cuda_graph": (SWITCH, "do not capture steps"),
         },
     ),
     "distrifuser": (
         "DistriFusion Plan (multi-GPU)",
         {
-            "parallelism": [AUTO, "patch", "tensor", "naive_patch"],
-            "split_scheme": [AUTO, "row", "col", "alternate"],
-            "sync_mode": [
-                *(AUTO, "corrected_async_gn", "stale_gn", "sync_gn"),
-                *("separate_gn", "full_sync", "no_sync"),
-            ],
-            "no_split_batch": "keep the guidance branches together",
+            "parallelism": ([AUTO, "patch", "tensor", "naive_patch"], "how the work is divided"),
+            "split_scheme": ([AUTO, "row", "col", "alternate"], "how pictures are cut into patches"),
+            "sync_mode": (
+                [
+                    *(AUTO, "corrected_async_gn", "stale_gn", "sync_gn"),
+                    *("separate_gn", "full_sync", "no_sync"),
+                ],
+                "what is exchanged after the warm-up",
+            ),
+            "no_split_batch": (SWITCH, "keep the guidance branches together"),
+            "no_cuda_graph": (SWITCH, "do not capture steps"),
         },
     ),
     "xdit": (
         "xDiT Plan (multi-GPU)",
         {
-            "ulysses_degree": _DEGREES,
-            "ring_degree": _DEGREES,
-            "pipefusion_parallel_degree": _DEGREES,
-            "tensor_parallel_degree": _DEGREES,
-            "use_cfg_parallel": "guidance branches on two halves of the ranks",
-            "use_parallel_vae": "decode on all ranks",
+            "ulysses_degree": (_DEGREES, "parts of the sequence, exchanged for attention heads"),
+            "ring_degree": (_DEGREES, "parts of the sequence, keys and values handed around"),
+            "pipefusion_parallel_degree": (_DEGREES, "PipeFusion stages"),
+            "tensor_parallel_degree": (_DEGREES, "parts of the feed-forward layers, type flux"),
+            "use_cfg_parallel": (SWITCH, "guidance branches on two halves of the ranks"),
+            "use_parallel_vae": (SWITCH, "decode on all ranks"),
+            "data_parallel_degree": (_DEGREES, "pictures of one request made at the same time"),
+            "num_pipeline_patch": ([AUTO, "1", "2", "4", "8", "16"], "patches of PipeFusion"),
+            "attn_layer_num_for_pp": (TEXT, "transformer blocks of each PipeFusion stage, such as 10,9"),
+            "use_teacache": (SWITCH, "leave out steps in which little changes, TeaCache (flux)"),
+            "use_fbcache": (SWITCH, "leave out steps in which little changes, first-block cache (flux)"),
         },
     ),
 }
+
+
+def _widget(name: str, kind: list[str] | str, tooltip: str) -> Any:
+    if kind == SWITCH:
+        return io.Boolean.Input(name, default=False, tooltip=tooltip)
+    if kind == TEXT:
+        return io.String.Input(name, default="", tooltip=f"{tooltip}; empty: {AUTO}")
+    return io.Combo.Input(name, options=kind, default=kind[0], tooltip=tooltip)
 
 
 class _Plan(io.ComfyNode):
@@ -351,12 +385,7 @@ class _Plan(io.ComfyNode):
             node_id=f"MultiGPUDiffusion{title.split()[0]}Plan",
             display_name=title,
             category=CATEGORY,
-            inputs=[
-                io.Boolean.Input(name, default=False, tooltip=widget)
-                if isinstance(widget, str)
-                else io.Combo.Input(name, options=widget, default=widget[0])
-                for name, widget in widgets.items()
-            ],
+            inputs=[_widget(name, *widget) for name, widget in widgets.items()],
             outputs=[PLAN.Output(display_name="plan")],
         )
 
@@ -365,7 +394,7 @@ class _Plan(io.ComfyNode):
         flags = [
             f"--{name}" if value is True else f"--{name}={value}"
             for name, value in chosen.items()
-            if value not in (False, AUTO)
+            if value not in (False, "", AUTO)
         ]
         return io.NodeOutput({"backend": cls.backend, "flags": flags})
 

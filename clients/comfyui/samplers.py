@@ -32,16 +32,21 @@ def ask(handle: Handle, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _prompts(positive: str, negative: str) -> list[io.Input]:
     return [
-        io.String.Input("positive", default=positive, multiline=True, dynamic_prompts=True),
-        io.String.Input("negative", default=negative, multiline=True, dynamic_prompts=True),
+        io.String.Input(name, default=text, multiline=True, dynamic_prompts=True, tooltip=tooltip)
+        for name, text, tooltip in (
+            ("positive", positive, "what to show"),
+            ("negative", negative, "what not to show"),
+        )
     ]
 
 
 def _numbers(steps: int, cfg: float) -> list[io.Input]:
     return [
-        io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True),
-        io.Int.Input("steps", default=steps, min=1, max=1000),
-        io.Float.Input("cfg", default=cfg, min=0.0, max=100.0, step=0.1),
+        io.Int.Input(
+            "seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="of the noise"
+        ),
+        io.Int.Input("steps", default=steps, min=1, max=1000, tooltip="of the schedule"),
+        io.Float.Input("cfg", default=cfg, min=0.0, max=100.0, step=0.1, tooltip="guidance"),
     ]
 
 
@@ -223,7 +228,7 @@ class AnimateDiffSampler(io.ComfyNode):
                 HOST.Input("host"),
                 *_prompts("a red circle on a blue background", ""),
                 *_numbers(25, 7.5),
-                io.Int.Input("frames", default=16, min=1, max=1024),
+                io.Int.Input("frames", default=16, min=1, max=1024, tooltip="of the video"),
                 *_size(512, 512),
                 _clip_skip(),
                 *_conditioned(),
@@ -273,11 +278,18 @@ class VideoSampler(io.ComfyNode):
                 HOST.Input("host"),
                 io.Image.Input("image"),
                 *_numbers(25, 3.0),
-                io.Int.Input("frames", default=14, min=1, max=1024),
+                io.Int.Input("frames", default=14, min=1, max=1024, tooltip="of the video"),
                 *_size(1024, 576),
-                io.Int.Input("fps", default=7, min=1, max=120),
+                io.Int.Input("fps", default=7, min=1, max=120, tooltip="frames a second"),
                 io.Int.Input("motion_bucket_id", default=127, min=0, max=1023, tooltip="how much moves"),
-                io.Float.Input("noise_aug_strength", default=0.02, min=0.0, max=10.0, step=0.01),
+                io.Float.Input(
+                    "noise_aug_strength",
+                    default=0.02,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="noise on the image",
+                ),
                 io.Int.Input(
                     "decode_chunk_size", default=8, min=1, max=1024, tooltip="frames decoded at once"
                 ),
