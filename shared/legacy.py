@@ -77,7 +77,7 @@ def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
 
 
 def _started(data: dict[str, Any]) -> dict[str, Any]:
-    """Without `denoise` where there is no `latent`: it is about that one, and the stock pack always sends it."""
+    """Without `denoise` where there is no `latent` for it; the stock pack always sends it."""
     part = data.get("denoise")
     known = isinstance(part, int | float) and not isinstance(part, bool) and 0 <= part <= 1
     if not known or data.get("latent") is not None:
