@@ -14,6 +14,7 @@ from typing import Any
 from flask import Flask, Response, jsonify
 from flask import request as http
 
+from shared.codecs import MAX_SIDE
 from shared.config import HostConfig
 from shared.dispatch import ApiError, Dispatcher, check_json_type
 from shared.models import SCHEDULERS, schedulers_for
@@ -24,10 +25,12 @@ from shared.requests import (
     GenerateRequest,
     Reply,
     RequestError,
+    all_faults,
     check_request,
     parse_object,
 )
 from shared.warned import together, told_in
+from shared.wording import shown
 
 PREFIX = "/sdapi/"
 AUTOMATIC = "Automatic"
@@ -67,7 +70,7 @@ def error_body(error: ApiError) -> dict[str, Any]:
     """A1111's error shape."""
     kind = "HTTPException" if error.status < 500 else "RuntimeError"
     faults = [f"{_THEIRS.get(p.field, p.field)}: {p.problem}" for p in error.problems if p.field]
-    text = "; ".join(faults) or error.message
+    text = all_faults(faults, len(faults) + error.more) if faults else error.message
     return {"error": kind, "detail": text, "body": "", "errors": text}
 
 
@@ -156,7 +159,7 @@ def _scheduler_entry(label: str, rho: float) -> dict[str, Any]:
 
 def _check_model(wanted: Any, name: str) -> None:
     if wanted not in (None, "", name):
-        raise ApiError(422, f"this host serves the checkpoint {name!r} alone; got {wanted!r}")
+        raise ApiError(422, f"this host serves the checkpoint {name!r} alone; got {shown(wanted)}")
 
 
 def _progress(dispatcher: Dispatcher) -> dict[str, Any]:
@@ -259,7 +262,7 @@ def translate(
     for side in ("width", "height"):
         if side not in spec.fields:
             data.pop(side, None)
-        elif isinstance(value := data.get(side), int):
+        elif isinstance(value := data.get(side), int) and abs(value) <= MAX_SIDE:
             data[side] = max(round(value / spec.size_multiple), 1) * spec.size_multiple
     skip = _number("steps", overrides.get("CLIP_stop_at_last_layers", asked.get("clip_skip")))
     if isinstance(skip, int) and skip > 1 and "clip_skip" in spec.fields:
@@ -282,7 +285,7 @@ def translate(
     pictures = 1
     for key, count in zip(("batch_size", "n_iter"), counts, strict=True):
         if not isinstance(count, int) or not 1 <= count <= MAX_PICTURES:
-            problems.append(FieldProblem(key, f"must be 1 to {MAX_PICTURES}, got {count!r}"))
+            problems.append(FieldProblem(key, f"must be 1 to {MAX_PICTURES}, got {shown(count)}"))
         else:
             pictures *= count
     if pictures > MAX_PICTURES:
@@ -314,14 +317,18 @@ def _scheduler(asked: dict[str, Any], samplers: dict[str, str]) -> tuple[str | N
     if wanted.endswith(" karras"):
         wanted, karras = wanted.removesuffix(" karras"), True
     if noise not in ("automatic", "karras", "normal"):
-        return None, FieldProblem("scheduler", f"must be {AUTOMATIC} or Karras, got {asked['scheduler']!r}")
+        return None, FieldProblem(
+            "scheduler", f"must be {AUTOMATIC} or Karras, got {shown(asked['scheduler'])}"
+        )
     if wanted == AUTOMATIC.lower():
         if karras:
             return None, FieldProblem("scheduler", "Karras needs a sampler_name")
         return None, None
     ours = known.get(wanted)
     if ours is None:
-        return None, FieldProblem("sampler_name", f"must be one of {', '.join(samplers)}; got {sampler!r}")
+        return None, FieldProblem(
+            "sampler_name", f"must be one of {', '.join(samplers)}; got {shown(sampler)}"
+        )
     if karras and not SCHEDULERS[ours].karras:
         return None, FieldProblem("scheduler", f"{sampler} has no Karras sigmas")
     return f"k_{ours}" if karras else ours, None

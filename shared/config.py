@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from shared.flags import HostConfig as HostConfig
 from shared.models import BACKENDS, FEATURES, MODELS, SCHEDULERS, ModelSpec, refusal, schedulers_for
+from shared.wording import shown
 from shared.xdit_plan import check_xdit
 
 EXIT_USAGE = 2
@@ -197,22 +198,17 @@ def _parse_value(f: Field[Any], value: Any) -> Any:
     try:
         parsed = meta["parse"](value)
     except ValueError as error:
-        raise UsageError(f"--{f.name}: must be {error}; got {_shown(value)}") from None
+        raise UsageError(f"--{f.name}: must be {error}; got {shown(value, 100)}") from None
     if meta["path"]:
         homed = os.path.expanduser
         parsed = {homed(k): v for k, v in parsed.items()} if isinstance(parsed, dict) else homed(parsed)
     if meta["choices"] and parsed not in meta["choices"]:
-        raise UsageError(f"--{f.name}: must be one of {', '.join(meta['choices'])}; got {_shown(value)}")
+        raise UsageError(f"--{f.name}: must be one of {', '.join(meta['choices'])}; got {shown(value, 100)}")
     if meta["least"] is not None and parsed < meta["least"]:
-        raise UsageError(f"--{f.name}: must be at least {meta['least']}; got {_shown(value)}")
+        raise UsageError(f"--{f.name}: must be at least {meta['least']}; got {shown(value, 100)}")
     if meta["most"] is not None and parsed > meta["most"]:
-        raise UsageError(f"--{f.name}: must be at most {meta['most']}; got {_shown(value)}")
+        raise UsageError(f"--{f.name}: must be at most {meta['most']}; got {shown(value, 100)}")
     return parsed
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
 
 
 def check_config(config: HostConfig, world_size: int) -> None:
@@ -351,7 +347,7 @@ def scheduler_problem(spec: ModelSpec, scheduler: str | dict[str, Any]) -> str |
     classes = sorted({s.cls for s in SCHEDULERS.values() if spec.scheduler_family in s.families})
     if name in short or name in classes:
         return None
-    return f"type {spec.name} takes {', '.join(short)} or {', '.join(classes)}; got {name!r}"
+    return f"type {spec.name} takes {', '.join(short)} or {', '.join(classes)}; got {shown(name)}"
 
 
 def idle_flags(config: HostConfig, world_size: int) -> list[str]:

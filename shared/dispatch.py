@@ -19,8 +19,9 @@ from shared.config import HostConfig
 from shared.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError
 from shared.media import side_by_side
 from shared.metrics import Metrics
-from shared.requests import FieldProblem, GenerateRequest, Reply, RequestError
+from shared.requests import MAX_TOLD, FieldProblem, GenerateRequest, Reply, RequestError
 from shared.warned import together, warnings_told
+from shared.wording import MAX_TEXT, cut, shown
 from shared.wsgi import PARSING
 
 log = logging.getLogger("host")
@@ -40,9 +41,11 @@ class ApiError(Exception):
         problems: Iterable[FieldProblem] = (),
         headers: dict[str, str] | None = None,
     ) -> None:
+        faults = list(problems)
         self.status = status
-        self.message = message
-        self.problems = list(problems)
+        self.message = cut(message, MAX_TOLD * MAX_TEXT)
+        self.problems = faults[:MAX_TOLD]
+        self.more = len(faults) - len(self.problems)  # faults that are not told
         self.headers = headers or {}
         super().__init__(message)
 
@@ -160,6 +163,6 @@ def check_json_type() -> None:
     coding = http.headers.get("Content-Encoding", "identity").lower()
     if http.mimetype != "application/json" or charset not in ("utf-8", "utf8", "us-ascii"):
         given = http.headers.get("Content-Type") or "none"
-        raise ApiError(415, f"Content-Type must be application/json (UTF-8); got {given}")
+        raise ApiError(415, f"Content-Type must be application/json (UTF-8); got {shown(given)}")
     if coding != "identity":
-        raise ApiError(415, f"Content-Encoding must be absent; got {coding}")
+        raise ApiError(415, f"Content-Encoding must be absent; got {shown(coding)}")

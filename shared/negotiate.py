@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from shared.media import VIDEO_FILES
 from shared.models import ModelSpec
 from shared.requests import MIME_TYPES, FieldProblem
+from shared.wording import cut, shown
 
 JSON = "application/json"
 # Formats that one file holds whole, in the order in which a wildcard gets them; frames as png are a list.
@@ -37,9 +38,10 @@ def negotiate(
             best, chosen = rank, offers.get(media_type)
     if best is not None or not ranges:
         return chosen, None
-    header = ", ".join(m for m, q in ranges if q > 0) or "nothing"
+    header = cut(", ".join(m for m, q in ranges if q > 0), 200) or "nothing"
     if output_format is not None and any(_rank(MIME_TYPES[f], ranges) for f in raw):
-        return None, FieldProblem("output_format", f"is {output_format!r}, but Accept allows only {header}")
+        text = f"is {shown(output_format)}, but Accept allows only {header}"
+        return None, FieldProblem("output_format", text)
     text = f"type {spec.name} makes {', '.join((JSON, *(MIME_TYPES[f] for f in raw)))}; got {header}"
     if spec.output == "video" and _rank(MIME_TYPES["png"], ranges):
         text += f" (frames as png come as a list, in {JSON})"

@@ -27,6 +27,7 @@ from shared.requests import (
     parse_object,
 )
 from shared.warned import together, told_in
+from shared.wording import shown
 
 MAX_PICTURES = 10  # of one request, as there
 PREFIX = "/v1/"
@@ -80,7 +81,7 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
     @app.get("/v1/models/<path:name>")
     def openai_model(name: str) -> Response:
         if name != model["id"]:
-            raise ApiError(404, f"there is no model {name!r} here; there is {model['id']!r}")
+            raise ApiError(404, f"there is no model {shown(name)} here; there is {model['id']!r}")
         return jsonify(model)
 
     @app.post("/v1/images/generations")
@@ -92,7 +93,7 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
     def openai_edits() -> Response:
         if http.mimetype != "multipart/form-data":
             given = http.headers.get("Content-Type") or "none"
-            raise ApiError(415, f"Content-Type must be multipart/form-data; got {given}")
+            raise ApiError(415, f"Content-Type must be multipart/form-data; got {shown(given)}")
 
         def read() -> dict[str, Any]:
             data = _form()
@@ -153,7 +154,7 @@ def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
             ours[name] = ours.pop(theirs)
     count = ours.pop("n", ours.pop("pictures", 1))
     if type(count) is not int or not 1 <= count <= MAX_PICTURES:
-        problems.append(FieldProblem("n", f"must be 1 to {MAX_PICTURES}, got {count!r}"))
+        problems.append(FieldProblem("n", f"must be 1 to {MAX_PICTURES}, got {shown(count)}"))
     else:
         ours["pictures"] = count
     size = ours.pop("size", "auto")
@@ -162,7 +163,7 @@ def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
         if match:
             ours["width"], ours["height"] = int(match[1]), int(match[2])
         else:
-            problems.append(FieldProblem("size", f'must be "auto" or such as "1024x1024", got {size!r}'))
+            problems.append(FieldProblem("size", f'must be "auto" or such as "1024x1024", got {shown(size)}'))
     for name, allowed in (
         ("response_format", ("b64_json",)),
         ("background", ("auto", "opaque")),
@@ -172,7 +173,7 @@ def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
         value = ours.pop(name, allowed[0])
         if value not in allowed:
             texts = " or ".join(str(a).lower() for a in allowed)
-            problems.append(FieldProblem(name, f"must be {texts} on this host, got {value!r}"))
+            problems.append(FieldProblem(name, f"must be {texts} on this host, got {shown(value)}"))
     if "mask" in ours:
         problems.append(FieldProblem("mask", "is not served: the whole picture is made anew"))
         del ours["mask"]

@@ -20,8 +20,10 @@ from shared.codecs import MAX_SIDE, Embeds, Latent, Picture, Sigmas, Timesteps, 
 from shared.config import HostConfig, scheduler_problem
 from shared.media import encode
 from shared.warned import together, told_in
+from shared.wording import MAX_VALUE, cut, shown
 
 IMAGE_FORMATS = ("png", "jpeg", "webp", "latent")
+MAX_VALUES = 200_000  # in the JSON of a body: a picture is one, an empty object takes 64 bytes of memory
 VIDEO_FORMATS = ("png", "mp4", "gif", "webp", "latent")
 MIME_TYPES = {
     "png": "image/png",
@@ -40,6 +42,21 @@ class FieldProblem:
     problem: str
     needs: frozenset[str] = frozenset()  # fields that must be sound for this fault to be told
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "field", cut(self.field, MAX_VALUE))
+        object.__setattr__(self, "problem", cut(self.problem))
+
+
+MAX_TOLD = 20  # faults of one request
+
+
+def all_faults(texts: Sequence[str], total: int | None = None) -> str:
+    """The first faults in one line, and how many more there are of `total`."""
+    told, total = list(texts[:MAX_TOLD]), len(texts) if total is None else total
+    if total > len(told):
+        told.append(f"and {total - len(told)} more faults")
+    return "; ".join(told)
+
 
 class RequestError(ValueError):
     """A refused request. `status` is 400 (bad request) or 422 (this model or launch cannot serve it)."""
@@ -47,7 +64,8 @@ class RequestError(ValueError):
     def __init__(self, status: int, problems: list[FieldProblem]) -> None:
         self.status = status
         self.problems = problems
-        super().__init__("; ".join(f"{p.field}: {p.problem}" if p.field else p.problem for p in problems))
+        told = [f"{p.field}: {p.problem}" if p.field else p.problem for p in problems[:MAX_TOLD]]
+        super().__init__(all_faults(told, len(problems)))
 
 
 def _check_scheduler(value: Any) -> Any:
@@ -170,6 +188,8 @@ def parse_request(body: bytes, config: HostConfig, accept: str | None = None) ->
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object of a body. Raises RequestError with status 400."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise RequestError(400, [FieldProblem("", f"the body holds more than {MAX_VALUES} values")])
     try:
         data = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -186,10 +206,12 @@ def check_request(data: dict[str, Any], config: HostConfig, accept: str | None =
     A fault in one field hides none in another: with status 400 come the 422 faults of the other fields too.
     """
     bad: list[FieldProblem] = []
+    bad += _unknown(data, GenerateRequest)
+    data = {k: v for k, v in data.items() if k in GenerateRequest.model_fields}
     try:
         request = GenerateRequest.model_validate(data)
     except PydanticError as error:
-        bad = _problems_of(error)
+        bad += _problems_of(error)
         faulty = {str(fault["loc"][0]) for fault in error.errors(include_url=False, include_input=False)}
         request = GenerateRequest.model_validate({k: v for k, v in data.items() if k not in faulty})
     else:
@@ -204,17 +226,20 @@ def check_request(data: dict[str, Any], config: HostConfig, accept: str | None =
     return request.filled(config, accept)
 
 
+def _unknown(data: dict[str, Any], model: type[BaseModel]) -> list[FieldProblem]:
+    """A fault for each name that the model has not; pydantic would take seconds to say so of 100,000."""
+    text = f"unknown field; allowed: {', '.join(sorted(model.model_fields))}"
+    return [FieldProblem(name, text) for name in data if name not in model.model_fields]
+
+
 def _problems_of(error: PydanticError) -> list[FieldProblem]:
     problems: dict[str, str] = {}
     for fault in error.errors(include_url=False, include_context=False):
-        name = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            allowed = LoraChange if error.title == LoraChange.__name__ else GenerateRequest
-            text = f"unknown field; allowed: {', '.join(sorted(allowed.model_fields))}"
-        elif fault["type"] == "problem":
+        name = ".".join(cut(str(part), MAX_VALUE) for part in fault["loc"])
+        if fault["type"] == "problem":
             text = fault["msg"]
         else:
-            text = f"{_wording(fault['msg'])}, got {_shown(fault['input'])}"
+            text = f"{_wording(fault['msg'])}, got {shown(fault['input'])}"
         problems[name] = f"{problems[name]}; or {text}" if name in problems else text
     return [FieldProblem(name, text) for name, text in problems.items()]
 
@@ -232,11 +257,6 @@ def _wording(message: str) -> str:
     ):
         message = message.replace(theirs, ours)
     return message
-
-
-def _shown(value: Any) -> str:
-    text = repr(value[:60] if isinstance(value, str) else value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProblem]:
@@ -327,7 +347,7 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
     wanted = request.output_format or accept
     if wanted is not None and wanted not in allowed:
         problems.append(
-            FieldProblem("output_format", f"type {spec.name} makes {', '.join(allowed)}; got {wanted!r}")
+            FieldProblem("output_format", f"type {spec.name} makes {', '.join(allowed)}; got {shown(wanted)}")
         )
     if request.return_latent and accept is not None:
         text = f"is part of the JSON answer, but Accept asks for {MIME_TYPES.get(accept, accept)} alone"
@@ -373,10 +393,15 @@ class LoraAnswer(BaseModel):
 
 def parse_lora_change(body: bytes) -> LoraChange:
     """Parse the body of POST and DELETE /lora. Raises RequestError 400."""
+    data = parse_object(body)
+    faults = _unknown(data, LoraChange)
     try:
-        return LoraChange.model_validate(parse_object(body))
+        change = LoraChange.model_validate({k: v for k, v in data.items() if k in LoraChange.model_fields})
     except PydanticError as error:
-        raise RequestError(400, _problems_of(error)) from None
+        faults += _problems_of(error)
+    if faults:
+        raise RequestError(400, faults)
+    return change
 
 
 class Seconds(BaseModel):

@@ -40,6 +40,7 @@ from shared.requests import (
     parse_object,
 )
 from shared.warned import header_text
+from shared.wording import cut, shown
 from shared.wsgi import MAX_BODY, TOO_LARGE, Server
 
 __all__ = ["Server", "create_app"]
@@ -47,6 +48,7 @@ __all__ = ["Server", "create_app"]
 log = logging.getLogger("host")
 
 REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{8,64}")  # what a client may call its request
+MAX_ROUTE = 200  # characters of a path in the log
 REASONS = {499: "Client Closed Request"}
 OPEN_ROUTES = pages.OPEN_ROUTES | {"health"}  # endpoints that ask for no token
 PICTURE_ROUTES = frozenset(
@@ -153,10 +155,11 @@ def as_api_error(error: Exception) -> ApiError:
         code = error.code or 500
         headers = {k: v for k, v in error.get_headers() if k in ("Allow", "Retry-After")}
         if code == 404:
-            return ApiError(404, f"there is no {http.path!r} here; see /openapi.json")
+            return ApiError(404, f"there is no {shown(http.path, MAX_ROUTE)} here; see /openapi.json")
         if code == 405:
             allowed = headers.get("Allow", "")
-            return ApiError(405, f"{http.path} takes {allowed}; got {http.method}", headers=headers)
+            path, method = shown(http.path, MAX_ROUTE), cut(http.method, 20)
+            return ApiError(405, f"{path} takes {allowed}; got {method}", headers=headers)
         if code == 413:
             return ApiError(413, TOO_LARGE)
         return ApiError(code, error.description or _reason(code), headers=headers)
@@ -174,7 +177,7 @@ def _log_outcome(response: Response) -> None:
         "id": g.request_id,
         "status": response.status_code,
         "seconds": round(time.monotonic() - g.began, 3),
-        "route": f"{http.method} {quote(http.path)}",
+        "route": cut(f"{http.method} {quote(http.path)}", MAX_ROUTE),
     }
     job = g.get("job")
     if job is not None and job.request is not None:
@@ -185,7 +188,7 @@ def _log_outcome(response: Response) -> None:
         fields["warnings"] = warnings
         text += f" warnings={'; '.join(warnings)!r}"
     if message := g.get("message"):
-        fields["error"] = message
+        message = fields["error"] = cut(message)
         text += f" error={message!r}"
     level = logging.DEBUG
     if response.status_code >= 500:
@@ -218,7 +221,7 @@ def _add_state_routes(app: Flask, dispatcher: Dispatcher) -> None:
             if cancelled
             else "no request is running"
             if id is None
-            else f"no request {id!r} runs or waits"
+            else f"no request {shown(id)} runs or waits"
         )
         return jsonify({"message": message, "cancelled": cancelled})
 
