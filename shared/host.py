@@ -82,10 +82,11 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
 
 def _start_server(config: HostConfig, status: HostStatus, queue: JobQueue, lifeline: Lifeline) -> None:
     from shared.jobs import JobError
-    from shared.server import Server, create_app
+    from shared.server import Server, create_app, refuses_unread
 
     try:
-        Server(create_app(config, status, queue), config.host, config.port, config.max_queue)
+        app = create_app(config, status, queue)
+        Server(app, config.host, config.port, config.max_queue, refuses_unread(config))
     except (OSError, UnicodeError) as error:
         exit_usage(config.backend, UsageError(_cannot_serve(config, error)))
     log.info(

@@ -24,6 +24,7 @@ ERRORS = {
     404: "No such route",
     405: "No such method on this route",
     409: "Not in this state: the LoRA's weights were fused, quantized or compiled, or it is loaded already",
+    408: "The request came too slowly",
     413: "The body is larger than 64 MiB",
     415: "The body is not JSON",
     422: "A request that this model or this launch cannot serve",
@@ -31,8 +32,9 @@ ERRORS = {
     500: "The model failed at this request; the host goes on",
     503: "Loading, queue full, or broken; see Retry-After",
     504: "Timed out (--request_timeout)",
+    507: "The temporary folder or the memory has no room for this request",
 }
-_GENERATE_ERRORS = (400, 413, 415, 422, 499, 500, 503, 504)
+_GENERATE_ERRORS = (400, 408, 413, 415, 422, 499, 500, 503, 504, 507)
 _RETRIES = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
 
 _EXAMPLES: dict[str, Any] = {

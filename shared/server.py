@@ -5,6 +5,7 @@ Imports no torch and answers from the first second, while the model is loading.
 
 from __future__ import annotations
 
+import errno
 import hmac
 import logging
 import re
@@ -16,6 +17,7 @@ from urllib.parse import quote
 
 from flask import Flask, Response, g, jsonify
 from flask import request as http
+from werkzeug.datastructures import Authorization
 from werkzeug.exceptions import HTTPException
 from werkzeug.http import HTTP_STATUS_CODES
 
@@ -41,9 +43,9 @@ from shared.requests import (
 )
 from shared.warned import header_text
 from shared.wording import cut, shown
-from shared.wsgi import MAX_BODY, TOO_LARGE, Server
+from shared.wsgi import MAX_BODY, NO_ROOM, TOO_LARGE, Refuse, Server
 
-__all__ = ["Server", "create_app"]
+__all__ = ["Server", "create_app", "refuses_unread"]
 
 log = logging.getLogger("host")
 
@@ -114,14 +116,28 @@ def _add_frame(app: Flask, dispatcher: Dispatcher) -> None:
 
 
 def _check_token(api_key: str) -> None:
-    """Raise ApiError 401 without the bearer token; on A1111's routes it may be the password of Basic."""
-    scheme, _, token = http.headers.get("Authorization", "").partition(" ")
+    """Raise ApiError 401 without the bearer token."""
+    if not token_fits(api_key, http.path, http.headers.get("Authorization", "")):
+        raise ApiError(401, "this host needs its --api_key as a bearer token", headers=_CHALLENGE)
+
+
+def token_fits(api_key: str, path: str, authorization: str) -> bool:
+    """Whether the header Authorization has the token; on A1111's routes it may be the password of Basic."""
+    scheme, _, token = authorization.partition(" ")
     # WSGI hands header bytes over as latin-1.
     given = token.strip().encode("latin-1", "replace")
-    if scheme.lower() == "basic" and http.path.startswith(a1111_api.PREFIX) and http.authorization:
-        given, scheme = (http.authorization.password or "").encode(), "bearer"
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given, api_key.encode()):
-        raise ApiError(401, "this host needs its --api_key as a bearer token", headers=_CHALLENGE)
+    if scheme.lower() == "basic" and path.startswith(a1111_api.PREFIX):
+        basic = Authorization.from_header(authorization)
+        given, scheme = ((basic and basic.password) or "").encode(), "bearer"
+    return scheme.lower() == "bearer" and hmac.compare_digest(given, api_key.encode())
+
+
+def refuses_unread(config: HostConfig) -> Refuse | None:
+    """What the server refuses by its headers, before it keeps a body: a request without the token."""
+    api_key = config.api_key
+    if api_key is None:
+        return None
+    return lambda path, headers: not token_fits(api_key, path, headers.get("AUTHORIZATION", ""))
 
 
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="multigpu diffusion"'}
@@ -163,6 +179,9 @@ def as_api_error(error: Exception) -> ApiError:
         if code == 413:
             return ApiError(413, TOO_LARGE)
         return ApiError(code, error.description or _reason(code), headers=headers)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        log.error("id=%s %s", g.request_id, error)
+        return ApiError(507, NO_ROOM)
     log.error("id=%s failed in the server", g.request_id, exc_info=error)
     return ApiError(500, "the server failed at this request; its log has the reason, under X-Request-Id")
 
