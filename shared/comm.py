@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from shared.config import UsageError, first_line
 from shared.memory import memory_report
+from shared.rendezvous import Rendezvous
 from shared.requests import FieldProblem, GenerateRequest
 
 log = logging.getLogger("host")
@@ -58,12 +59,17 @@ class World:
         return dist.get_backend(self.compute)
 
 
-def init_world(device: str, collective_timeout: float) -> World:
+def init_world(
+    device: str,
+    collective_timeout: float,
+    watch: Callable[[Callable[[], str | None]], None] = lambda _: None,
+) -> World:
     """Join the process group that torchrun's environment describes; alone without torchrun.
 
     Args:
         device: auto, cuda or cpu. auto takes CUDA when every rank of every machine has a GPU of its own.
         collective_timeout: seconds that the compute group waits for a rank.
+        watch: takes what says why the ranks have lost each other, to be asked now and then.
 
     Raises:
         UsageError: cuda was asked for and a rank has no GPU of its own.
@@ -71,10 +77,12 @@ def init_world(device: str, collective_timeout: float) -> World:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    short = timedelta(seconds=collective_timeout)
     if not dist.is_initialized():
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group("gloo", timeout=max(short, timedelta(seconds=60)))
+            meeting = Rendezvous(rank, size, collective_timeout)
+            watch(meeting.fault)
+            within = timedelta(seconds=meeting.timeout)
+            dist.init_process_group("gloo", store=meeting.join(), rank=rank, world_size=size, timeout=within)
         else:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 

@@ -27,6 +27,7 @@ from shared.config import (
     parse_or_exit,
     world_from_environment,
 )
+from shared.liveness import PATIENCE, Family
 
 if TYPE_CHECKING:
     from shared.comm import World
@@ -59,7 +60,7 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
     set_up_logging(config, rank)
     from shared.jobs import HostStatus, JobQueue
 
-    lifeline = Lifeline(launched="TORCHELASTIC_RUN_ID" in os.environ)
+    lifeline = Lifeline("TORCHELASTIC_RUN_ID" in os.environ, config.collective_timeout)
     status = HostStatus(config.backend, config.type, world_size)
     queue = JobQueue(config.max_queue)
     if rank == 0:
@@ -71,7 +72,7 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
-        _load_and_loop(config, build_engine, status, queue)
+        _load_and_loop(config, build_engine, status, queue, lifeline)
     except UsageError as error:
         exit_usage(backend, error)
     except Exception as error:
@@ -110,7 +111,7 @@ def _cannot_serve(config: HostConfig, error: OSError | UnicodeError) -> str:
 
 
 def _load_and_loop(
-    config: HostConfig, build_engine: BuildEngine, status: HostStatus, queue: JobQueue
+    config: HostConfig, build_engine: BuildEngine, status: HostStatus, queue: JobQueue, lifeline: Lifeline
 ) -> None:
     began = time.monotonic()
     from shared.comm import Channel, init_world, rank_device_info
@@ -118,7 +119,7 @@ def _load_and_loop(
     from shared.memory import freeze_heap
     from shared.requests import RequestError
 
-    world = init_world(config.device, config.collective_timeout)
+    world = init_world(config.device, config.collective_timeout, lifeline.watch)
     limit_threads(world.device.type)
     engine = build_engine(config, world)
     try:
@@ -187,25 +188,35 @@ def versions() -> dict[str, str]:
 
 
 class Lifeline:
-    """Ends the process when a signal comes or the launcher is gone, whatever the main thread is stuck in.
+    """Ends the process when a signal comes, or the launcher or another rank is gone or stopped.
+
+    It does so whatever the main thread is stuck in, and as long as that takes: loading may take its time.
 
     Signals are only noted by their C handler (`signal.set_wakeup_fd`); a thread reads them, because a Python
     handler would wait for the main thread to come back from a collective.
 
     Args:
         launched: whether a launcher started this process, whose death must be ours.
+        patience: seconds in which a stopped rank or launcher must be noticed.
     """
 
-    def __init__(self, launched: bool) -> None:
+    def __init__(self, launched: bool, patience: float) -> None:
         self._callbacks: list[Callable[[str, bool], None]] = []
         self._lock = threading.Lock()
-        self._parent = os.getppid() if launched else None
+        self._every = min(0.5, patience / 10)
+        self._watched: list[Callable[[], str | None]] = []
+        if launched:
+            self.watch(Family(patience * PATIENCE, self._every).fault)
         self._read, write = os.pipe()
         os.set_blocking(write, False)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+
+    def watch(self, fault: Callable[[], str | None]) -> None:
+        """Ask `fault` now and then; what it says is the reason to end."""
+        self._watched.append(fault)
 
     def before_end(self, callback: Callable[[str, bool], None]) -> None:
         """Call `callback(reason, failed)` before the process ends."""
@@ -224,7 +235,7 @@ class Lifeline:
 
     def _watch(self) -> None:
         while True:
-            ready, _, _ = select.select([self._read], [], [], 0.5)
+            ready, _, _ = select.select([self._read], [], [], self._every)
             if ready:
                 number = os.read(self._read, 1)[0]
                 if number in (signal.SIGINT, signal.SIGTERM):
@@ -232,8 +243,10 @@ class Lifeline:
                     # The launcher sends SIGTERM when a rank has died, too: a running request has failed then.
                     code = 0 if number == signal.SIGTERM else 128 + number
                     self.end(code, f"{signal.Signals(number).name} was received", number == signal.SIGTERM)
-            if self._parent is not None and os.getppid() != self._parent:
-                self.end(EXIT_FAILED, "the launcher is gone")
+            for fault in list(self._watched):
+                if reason := fault():
+                    log.error("%s, ending", reason)
+                    self.end(EXIT_FAILED, f"broken: {reason}")
 
 
 def _report_end(error: Exception, rank: int) -> None:
@@ -243,7 +256,7 @@ def _report_end(error: Exception, rank: int) -> None:
     if isinstance(error, LoadError):
         if rank == 0:
             log.error("cannot load: %s", error)
-    elif isinstance(error, BrokenJobError):
+    elif isinstance(error, BrokenJobError | TimeoutError):
         log.error("%s", error)
     else:
         log.exception("the host failed")

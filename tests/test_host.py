@@ -54,7 +54,9 @@ def until(condition: Callable[[], bool], seconds: float) -> float:
 class Launch:
     """A host under torchrun (or plain python with ranks=0), its output in a file."""
 
-    def __init__(self, folder: Path, ranks: int, *flags: str, script: str = FAKE) -> None:
+    def __init__(
+        self, folder: Path, ranks: int, *flags: str, script: str = FAKE, torchrun: tuple[str, ...] = ()
+    ) -> None:
         (folder / "model_index.json").write_text("{}")
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -62,7 +64,7 @@ class Launch:
         launcher = [sys.executable]
         if ranks:
             launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
-            launcher += ["--master_port", str(free_port())]
+            launcher += ["--master_port", str(free_port()), *torchrun]
         command = [*launcher, script, "--type=sd1", f"--checkpoint={folder}", f"--port={self.port}", *flags]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
@@ -106,8 +108,8 @@ class Launch:
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
     made: list[Launch] = []
 
-    def start(ranks: int, *flags: str, script: str = FAKE) -> Launch:
-        made.append(Launch(tmp_path, ranks, *flags, script=script))
+    def start(ranks: int, *flags: str, **options: Any) -> Launch:
+        made.append(Launch(tmp_path, ranks, *flags, **options))
         return made[-1]
 
     yield start
@@ -132,6 +134,45 @@ def test_a_worker_killed_in_a_generation(launch: Callable[..., Launch]):
     until(lambda: host.process.poll() is not None, 15)
     assert host.process.returncode != 0
     assert not any(map(alive, workers))
+
+
+def test_killed_ranks_are_started_again_each_time(launch: Callable[..., Launch]):
+    host = launch(2, torchrun=("--max-restarts=3",)).ready()
+    answers = [host.post(steps=1)]
+    for victim in (1, 0):
+        old = children(host.process.pid)
+        os.kill(old[victim], signal.SIGKILL)
+        until(lambda old=old: not any(map(alive, old)), 10)  # type: ignore[misc]
+        answers.append(host.ready().post(steps=1))
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert len({answer.json()["output"] for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("victim", ["rank 1", "rank 0", "the launcher"])
+def test_who_is_stopped_while_idle_is_noticed(launch: Callable[..., Launch], victim: str):
+    host = launch(2, "--collective_timeout=6").ready()
+    workers = children(host.process.pid)
+    pids = {"rank 0": workers[0], "rank 1": workers[1], "the launcher": host.process.pid}
+    os.kill(pids[victim], signal.SIGSTOP)
+    answers: list[requests.Response] = []
+    if victim != "rank 0":
+        asked = threading.Thread(target=lambda: answers.append(host.post(sleep=0.1, steps=100)))
+        asked.start()
+    until(lambda: not any(alive(pid) for name, pid in pids.items() if name != victim and "rank" in name), 6)
+    assert f"{victim} has been stopped" in host.log.read_text()
+    if victim != "rank 0":
+        asked.join(5)
+        assert answers[0].status_code == 500 and f"{victim} has been stopped" in answers[0].text
+
+
+def test_a_rank_that_is_stopped_while_loading_is_noticed(launch: Callable[..., Launch]):
+    host = launch(2, "--collective_timeout=6")
+    until(lambda: len(children(host.process.pid)) == 2, 20)
+    workers = children(host.process.pid)
+    until(lambda: "serving" in host.log.read_text(), 20)
+    os.kill(workers[1], signal.SIGSTOP)
+    until(lambda: not alive(workers[0]), 6)
+    assert "rank 1 has been stopped" in host.log.read_text()
 
 
 def test_the_launcher_killed_leaves_no_orphans(launch: Callable[..., Launch]):
