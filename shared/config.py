@@ -260,9 +260,11 @@ def _check_paths(config: HostConfig) -> None:
             f"--checkpoint: no model_index.json in {config.checkpoint!r}; not a diffusers folder"
         )
     if checkpoint.is_file():
-        if checkpoint.suffix != ".safetensors":
+        if checkpoint.suffix not in (".safetensors", ".sft"):
+            hint = "; a .gguf goes to --gguf_model" if checkpoint.suffix == ".gguf" else ""
             raise UsageError(
-                f"--checkpoint: a single file must be .safetensors (no pickles); got {config.checkpoint!r}"
+                f"--checkpoint: a single file must be .safetensors or .sft (no pickles{hint}); "
+                f"got {config.checkpoint!r}"
             )
         if config.spec.single_file_config is None:
             raise UsageError(

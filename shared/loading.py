@@ -10,7 +10,6 @@ import difflib
 import inspect
 import json
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,14 +21,23 @@ from shared.arguments import INPAINT_CHANNELS
 from shared.compile import compile_pipeline
 from shared.config import HostConfig, LoadError, UsageError, first_line, world_from_environment
 from shared.lora import LoraError, loras_of
-from shared.models import MODELS, ModelSpec
+from shared.models import MODELS, OTHER_PIPELINES, ModelSpec
 from shared.schedulers import SchedulerError, make_scheduler, set_scheduler
-from shared.single_file import BROKEN, CONFIGS, SingleFileError, load_single_file
+from shared.single_file import BROKEN, CONFIGS, config_folder, load_single_file, pick_variant
+from shared.single_file_schedule import schedule_of
+from shared.weights_file import (
+    SingleFileError,
+    check_kind,
+    input_channels,
+    other_inputs,
+    read_header,
+    read_weights,
+    scale_names,
+)
 
 log = logging.getLogger("host")
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-WEIGHTS = (".safetensors", ".bin")
 OUR_ERRORS = (
     adapters.AdapterError, LoraError, memory.MemoryFlagError, quantize.QuantizeError, SchedulerError,
     SingleFileError,
@@ -97,9 +105,13 @@ def _check_scheduler(config: HostConfig) -> None:
     if config.scheduler is None:
         return
     checkpoint = Path(config.checkpoint)
-    folder = _configuration(config.spec, checkpoint) if checkpoint.is_file() else checkpoint
     try:
-        settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        if checkpoint.is_file():
+            folder = config_folder(config.spec, checkpoint, "scheduler")
+            shipped = CONFIGS in folder.parents
+            settings = schedule_of(read_header(checkpoint), config.spec, folder, shipped)
+        else:
+            settings = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())
     except (OSError, ValueError):
         settings = None
     # What is wrong with the file itself, loading tells.
@@ -197,9 +209,16 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
     single = checkpoint.is_file()
     folder = _configuration(spec, checkpoint) if single else checkpoint
     index = _read_index(folder)
-    if not single:
+    header = read_header(checkpoint) if single else None
+    if header is not None:
+        check_kind(header, spec)
+        inputs = input_channels(header, spec)
+    else:
         _check_index(spec, index, folder)
-    if spec.inpaint_pipeline and _input_channels(folder / spec.denoiser) == INPAINT_CHANNELS:
+        inputs = _input_channels(folder / spec.denoiser)
+        _check_inputs(spec, folder, inputs)
+        _check_scales(folder)
+    if spec.inpaint_pipeline and inputs == INPAINT_CHANNELS:
         if config.control_net:
             raise LoadError(
                 "--control_net: not with an inpainting checkpoint, whose UNet has 9 input channels"
@@ -223,8 +242,8 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
             "--motion_adapter or --motion_module; got neither"
         )
     log.info("loading %s from %s", cls.__name__, config.checkpoint)
-    if single:
-        return load_single_file(cls, spec, checkpoint, folder, parts, dtype)
+    if header is not None:
+        return load_single_file(cls, spec, header, index, parts, dtype)
     pipe = _from_folder(cls, checkpoint, parts, config, dtype)
     if "motion_adapter" in parts and index[spec.denoiser][1] == type(pipe.unet).__name__:
         adapters.put_motion_adapter(pipe, parts["motion_adapter"])
@@ -245,19 +264,6 @@ def _from_folder(
         raise LoadError(f"--checkpoint {str(folder)!r} cannot be loaded: {first_line(error)}") from error
 
 
-def pick_variant(files: Iterable[str], wanted: str | None) -> str | None:
-    """The variant of weight files to ask diffusers for; None means the plain ones.
-
-    The wanted one where any component has it, else plain files, else whatever there is.
-    """
-    weights = [name for name in files if name.endswith(WEIGHTS)]
-    variants = {name.split(".")[1].split("-")[0] for name in weights if name.count(".") > 1}
-    plain = any(name.count(".") == 1 for name in weights)
-    if wanted in variants:
-        return wanted
-    return None if plain or not variants else sorted(variants)[0]
-
-
 def load_vae(path: str, index: dict[str, Any], config: Path, dtype: torch.dtype) -> Any:
     """A VAE from a diffusers folder (with or without a `vae` folder inside) or a single file.
 
@@ -275,7 +281,11 @@ def load_vae(path: str, index: dict[str, Any], config: Path, dtype: torch.dtype)
     try:
         if place.is_file():
             settings = {"config": str(config), "subfolder": "vae"}
-            vae = cls.from_single_file(str(place), dtype=dtype, local_files_only=True, **settings)
+            pickled = place.suffix in (".bin", ".ckpt", ".pt", ".pth")
+            tensors = (
+                adapters.read_tensors(place, "--vae") if pickled else read_weights(place, dtype, "--vae")
+            )
+            vae = cls.from_single_file(tensors, dtype=dtype, local_files_only=True, **settings)
         else:
             place = place / "vae" if (place / "vae" / "config.json").is_file() else place
             variant = pick_variant([f.name for f in place.iterdir()], None)
@@ -292,7 +302,7 @@ def load_vae(path: str, index: dict[str, Any], config: Path, dtype: torch.dtype)
 
 
 def _configuration(spec: ModelSpec, file: Path) -> Path:
-    """A single file's configuration: a folder of its name beside it, else the one shipped for the type."""
+    """Whose model_index.json a single file has: of a folder of its name beside it, else of its type."""
     beside = file.with_suffix("")
     if (beside / "model_index.json").is_file():
         return beside
@@ -318,9 +328,40 @@ def _input_channels(denoiser: Path) -> int | None:
         return None
 
 
+def _check_inputs(spec: ModelSpec, folder: Path, inputs: int | None) -> None:
+    """A denoiser of other inputs fails in its first call, if at all: say what it is now."""
+    try:
+        latent = json.loads((folder / "vae" / "config.json").read_text())["latent_channels"]
+    except (OSError, ValueError, KeyError):
+        return  # loading says what is wrong with it
+    if spec.image == "needed" or inputs is None or spec.single_file_config is None:
+        return
+    expected = latent * (4 if spec.latent_layout == "packed" else 1)
+    if inputs != expected and not (spec.inpaint_pipeline and inputs == INPAINT_CHANNELS):
+        raise LoadError(f"--checkpoint {str(folder)!r} {other_inputs(spec, inputs, expected)}")
+
+
+def _check_scales(folder: Path) -> None:
+    """Diffusers would leave the scales of weights out, without a word."""
+    for file in sorted(folder.glob("*/*.safetensors")):
+        try:
+            scales = scale_names(list(read_header(file).shapes))
+        except SingleFileError:
+            continue  # loading says so
+        if scales:
+            raise LoadError(
+                f"--checkpoint {str(folder)!r}: {file.name} of {file.parent.name} has scaled weights "
+                f"(key {scales[0]!r}), which only a single file may have"
+            )
+
+
 def _check_index(spec: ModelSpec, index: dict[str, Any], folder: Path) -> None:
     """A checkpoint of another type loads in part and fails later, or not at all: say it now."""
     name = index.get("_class_name")
+    if what := OTHER_PIPELINES.get(str(name)):
+        raise LoadError(f"--checkpoint {str(folder)!r} is {what} ({name}), which type {spec.name} is not")
+    if spec.name == "sdxl" and index.get("requires_aesthetics_score"):
+        raise LoadError(f"--checkpoint {str(folder)!r} is the SDXL refiner, which no type here loads")
     owners = [s for s in MODELS.values() if name in (s.pipeline, s.inpaint_pipeline)]
     kin = [s for s in owners if s.single_file_config == spec.single_file_config and s.output == "image"]
     if owners and spec not in owners and not (kin and spec.single_file_config):

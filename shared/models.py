@@ -486,3 +486,93 @@ def schedulers_for(spec: ModelSpec) -> list[str]:
 def refusal(backend: BackendSpec, spec: ModelSpec, flag: str) -> str | None:
     """Why this backend and type refuse a launch flag, or None when they serve it."""
     return spec.refuses.get(flag) or backend.refuses.get(spec.name, MappingProxyType({})).get(flag)
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a single file is, from the names of its tensors; the first kind that fits in FILE_KINDS is it.
+
+    `name` is the `single_file_config` of the types that load it, or "" where none does.
+    """
+
+    title: str
+    name: str = ""
+    marks: tuple[str, ...] = ()  # names begin with it, after the denoiser's usual prefix or without
+    parts: tuple[str, ...] = ()  # are in a name
+    only: tuple[str, ...] = ()  # all names begin with one of them
+    hint: str = ""
+
+
+FILE_KINDS = (
+    FileKind("a LoRA", parts=(".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".hada_w1", ".lokr_w1"),
+             hint="--lora takes it"),
+    FileKind("a ControlNet", marks=("control_model.", "controlnet_cond_embedding.", "controlnet_x_embedder.",
+             "controlnet_blocks.", "controlnet_down_blocks."),
+             hint="--control_net takes its diffusers folder"),
+    FileKind("an IP-Adapter", marks=("image_proj.", "ip_adapter."), hint="--ip_adapter takes it"),
+    FileKind("a motion module", parts=("motion_modules.",), hint="--motion_module takes it, with --type=ad"),
+    FileKind("a VAE", only=("encoder.conv", "encoder.down", "encoder.mid", "encoder.norm", "decoder.",
+             "quant_conv.", "post_quant_conv.", "first_stage_model.", "vae."), hint="--vae takes it"),
+    FileKind("a text encoder", only=("text_model.", "text_projection", "logit_scale", "shared.", "encoder.",
+             "embeddings.", "final_layer_norm.", "scaled_fp8", "spiece_model", "text_encoders.",
+             "cond_stage_model.", "conditioner."), hint="it is a part of a checkpoint"),
+    FileKind("Stable Video Diffusion", parts=("time_stack.", "time_mixer."),
+             hint="type svd loads from a diffusers folder"),
+    FileKind("the Stable Diffusion x4 upscaler", marks=("label_emb.weight", "low_res_scheduler"),
+             hint="type sdup loads from a diffusers folder"),
+    FileKind("the SDXL refiner", marks=("conditioner.embedders.0.model.",), hint="no type here loads it"),
+    FileKind("Stable Diffusion XL", "sdxl", ("label_emb.0.0.weight", "add_embedding.linear_1.weight")),
+    FileKind("Chroma", marks=("distilled_guidance_layer.",), hint="no type here loads it"),
+    FileKind("FLUX.2", marks=("double_stream_modulation_img.", "single_stream_modulation."),
+             hint="no type here loads it"),
+    FileKind("FLUX.1", "flux", ("double_blocks.0.img_attn.", "single_transformer_blocks.0.")),
+    FileKind("Stable Diffusion 3", "sd3", ("joint_blocks.0.", "transformer_blocks.0.attn.add_q_proj.")),
+    FileKind("Stable Diffusion 2", "sd2", ("cond_stage_model.model.",)),
+    FileKind("Stable Diffusion 1", "sd1", ("cond_stage_model.transformer.",)),
+)  # fmt: skip
+
+INPUTS: dict[str, tuple[str, ...]] = {
+    "unet": ("input_blocks.0.0.weight", "conv_in.weight"),
+    "transformer": ("img_in.weight", "x_embedder.weight", "x_embedder.proj.weight", "pos_embed.proj.weight"),
+}
+"""The denoiser's first weights, in its authors' and in diffusers' naming: [.., input channels, ..]."""
+
+ENCODERS: dict[str, dict[str, str]] = {
+    "sd1": {"text_encoder": "cond_stage_model.transformer."},
+    "sd2": {"text_encoder": "cond_stage_model.model."},
+    "sdxl": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+    "sd3": {
+        "text_encoder": "text_encoders.clip_l.transformer.",
+        "text_encoder_2": "text_encoders.clip_g.transformer.",
+        "text_encoder_3": "text_encoders.t5xxl.transformer.",
+    },
+    "flux": {
+        "text_encoder": "text_encoders.clip_l.transformer.",
+        "text_encoder_2": "text_encoders.t5xxl.transformer.",
+    },
+}
+"""How single files name the tensors of text encoders, by `single_file_config`."""
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+
+OTHER_PIPELINES: dict[str, str] = {
+    "StableDiffusionInstructPix2PixPipeline": "InstructPix2Pix",
+    "StableDiffusionXLInstructPix2PixPipeline": "InstructPix2Pix for SDXL",
+    "StableDiffusionDepth2ImgPipeline": "Stable Diffusion 2 depth",
+    "StableDiffusionImageVariationPipeline": "Stable Diffusion image variations",
+    "StableDiffusionLatentUpscalePipeline": "the latent x2 upscaler",
+    "FluxFillPipeline": "FLUX.1 Fill",
+    "FluxControlPipeline": "FLUX.1 Canny or Depth",
+    "FluxKontextPipeline": "FLUX.1 Kontext",
+    "Flux2Pipeline": "FLUX.2",
+    "ChromaPipeline": "Chroma",
+}
+"""Classes in model_index.json that share components with a type here and mean another model."""
+
+EDM_CLASSES = {
+    "EulerDiscreteScheduler": "EDMEulerScheduler",
+    "DPMSolverMultistepScheduler": "EDMDPMSolverMultistepScheduler",
+}
+"""Schedulers that have a form for models trained with EDM's sigmas, such as Playground v2.5."""

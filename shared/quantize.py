@@ -19,9 +19,11 @@ from torch import nn
 
 from shared.config import first_line
 from shared.models import ModelSpec
+from shared.weights_file import DENOISER
 
 log = logging.getLogger("host")
 
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # metadata of tensors that were reshaped to be packed
 QTYPES = {"float8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
 GROUP_SIZES = {"int4": 64, "int2": 32}  # inputs that share a scale
 # A few percent of the weights, at the ends of the model, where rounding shows most.
@@ -99,6 +101,9 @@ def tensor_bytes(module: nn.Module) -> int:
 def load_gguf(path: str, spec: ModelSpec, cls: Any, config: Path, dtype: torch.dtype) -> Any:
     """The denoiser from a GGUF file; its linear layers stay quantized and are unpacked as they are used.
 
+    Names may have the prefix `model.diffusion_model.` or not. What no linear layer can hold packed is
+    unpacked here: convolutions, norms, and rows that begin amid a block.
+
     Args:
         cls: the denoiser's class.
         config: a diffusers folder with the denoiser's configuration in a folder of its name.
@@ -116,24 +121,97 @@ def load_gguf(path: str, spec: ModelSpec, cls: Any, config: Path, dtype: torch.d
     if magic != b"GGUF":
         raise QuantizeError(f"--gguf_model: {path!r} is not a GGUF file")
     try:
+        tensors = _read_gguf(path, dtype)
+        if spec.denoiser == "unet" and any(name.startswith("input_blocks.") for name in tensors):
+            tensors = {DENOISER + name: tensor for name, tensor in tensors.items()}
         model = cls.from_single_file(
-            str(path),
+            tensors,
             config=str(config),
             subfolder=spec.denoiser,
             quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
             dtype=dtype,
             local_files_only=True,
         )
-    except OSError:  # all that diffusers says of a reader that failed
-        raise QuantizeError(f"--gguf_model: {path!r} cannot be read: it is cut off or broken") from None
     except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
         raise QuantizeError(
             f"--gguf_model: {path!r} does not fit type {spec.name}: {first_line(error)}"
         ) from None
     if missing := [name for name, p in model.named_parameters() if p.is_meta]:
         raise QuantizeError(f"--gguf_model: {path!r} lacks {len(missing)} tensors, such as {missing[0]!r}")
+    _unpack_the_rest(model, dtype)
+    if wrong := _misfit(model, cls, config, spec):
+        raise QuantizeError(f"--gguf_model: {path!r} does not fit type {spec.name}: {wrong}")
     log.info("GGUF %s: %.1f MB", path, tensor_bytes(model) / 1e6)
     return model.eval()
+
+
+def _read_gguf(path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors in the shapes that they had before they were packed. Raises QuantizeError."""
+    import gguf
+    from diffusers.models.model_loading_utils import load_gguf_checkpoint
+    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+
+    try:
+        fields = gguf.GGUFReader(path).fields
+        shapes = {
+            name.removeprefix(ORIGINAL_SHAPE): [int(field.parts[i][0]) for i in field.data]
+            for name, field in fields.items()
+            if name.startswith(ORIGINAL_SHAPE)
+        }
+        tensors = load_gguf_checkpoint(path)
+    except ValueError as error:
+        if "quantization type" not in str(error):
+            raise QuantizeError(f"--gguf_model: {path!r} cannot be read: it is cut off or broken") from None
+        raise QuantizeError(f"--gguf_model: {path!r}: {first_line(error)}") from None
+    except (OSError, IndexError, KeyError, OverflowError, UnicodeError):
+        raise QuantizeError(f"--gguf_model: {path!r} cannot be read: it is cut off or broken") from None
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if isinstance(tensor, GGUFParameter):
+            block, size = gguf.GGML_QUANT_SIZES[tensor.quant_type]
+            if len(shape) == 2 and shape[1] % block == 0:
+                packed = tensor.as_tensor().reshape(shape[0], shape[1] // block * size)
+                tensors[name] = GGUFParameter(packed, quant_type=tensor.quant_type)
+                continue
+            tensor = dequantize_gguf_tensor(tensor).to(dtype)
+        tensors[name] = tensor.reshape(shape)
+    return tensors
+
+
+def _unpack_the_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    """What stayed packed outside of a linear layer's weight would be taken for numbers."""
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_gguf_tensor
+
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, GGUFParameter) and not (
+                isinstance(module, GGUFLinear) and name == "weight"
+            ):
+                plain = dequantize_gguf_tensor(parameter).to(dtype)
+                module.register_parameter(name, nn.Parameter(plain, requires_grad=False))
+            elif parameter.is_floating_point() and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+
+
+def _misfit(model: nn.Module, cls: Any, config: Path, spec: ModelSpec) -> str | None:
+    """The first tensor that the model's first call would fail on."""
+    from accelerate import init_empty_weights
+    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+
+    with init_empty_weights():
+        whole = cls.from_config(cls.load_config(config, subfolder=spec.denoiser, local_files_only=True))
+    tried = set()
+    expected = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        shape = list(getattr(parameter, "quant_shape", parameter.shape))
+        if isinstance(parameter, GGUFParameter) and parameter.quant_type not in tried:
+            tried.add(parameter.quant_type)
+            shape = list(dequantize_gguf_tensor(parameter).shape)
+        if name in expected and shape != list(expected[name].shape):
+            return f"{name} has the shape {shape}, it must be {list(expected[name].shape)}"
+    return None
 
 
 def _group_size(layer: Any, wanted: int) -> int | None:

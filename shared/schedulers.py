@@ -14,7 +14,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from shared.config import scheduler_problem
-from shared.models import SCHEDULERS, ModelSpec, SchedulerSpec
+from shared.models import EDM_CLASSES, SCHEDULERS, ModelSpec, SchedulerSpec
 
 BOUNDS = {"num_train_timesteps": (1, 10000), "solver_order": (1, 3)}
 CHOICES = {
@@ -45,7 +45,14 @@ def make_scheduler(current: Any, spec: ModelSpec, wanted: str | Mapping[str, Any
     name = given.pop("scheduler")
     entry, settings = _entry(name, spec)
     cls = getattr(diffusers, entry.cls)
+    if "sigma_data" in current.config:
+        cls, settings = getattr(diffusers, _edm_class(name, entry.cls)), {}
     allowed = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "kwargs")]
+    if current.config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in allowed:
+        raise SchedulerError(
+            f"{name} cannot do the zero terminal SNR that this checkpoint was trained with; "
+            f"those that can: {', '.join(_with_zero_snr(spec))}"
+        )
     unknown = [key for key in given if key not in allowed]
     if unknown:
         raise SchedulerError(
@@ -153,6 +160,25 @@ def _entry(name: str, spec: ModelSpec) -> tuple[SchedulerSpec, dict[str, Any]]:
         return SCHEDULERS[name.removeprefix("k_")], {"use_karras_sigmas": True}
     fitting = (s for s in SCHEDULERS.values() if s.cls == name and spec.scheduler_family in s.families)
     return next(fitting), {}
+
+
+def _edm_class(name: str, cls: str) -> str:
+    """The form of a scheduler for a checkpoint that was trained with EDM's sigmas. Raises SchedulerError."""
+    if cls not in EDM_CLASSES:
+        known = ", ".join(s.name for s in SCHEDULERS.values() if s.cls in EDM_CLASSES and not s.settings)
+        raise SchedulerError(f"{name} does not fit this checkpoint, which has EDM's sigmas; it takes {known}")
+    return EDM_CLASSES[cls]
+
+
+def _with_zero_snr(spec: ModelSpec) -> list[str]:
+    import diffusers
+
+    names = [s for s in SCHEDULERS.values() if spec.scheduler_family in s.families]
+    return [
+        s.name
+        for s in names
+        if "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, s.cls).__init__).parameters
+    ]
 
 
 def _senseless(key: str, value: Any) -> str | None:

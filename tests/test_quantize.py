@@ -93,6 +93,15 @@ def test_gguf(name: str) -> None:
     assert 0 < np.abs(tiny.run(pipe, name) - plain(name)).max() < 0.05
 
 
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_gguf_as_published(name: str) -> None:
+    """Without a prefix, reshaped to rows of 256, convolutions packed as well."""
+    pipe = tiny.host(name, gguf_model=str(tiny_original.gguf(name, "published")))
+    assert 0 < np.abs(tiny.run(pipe, name) - plain(name)).max() < 0.02
+    half = tiny.host(name, gguf_model=str(tiny_original.gguf(name, "published")), variant="bf16")
+    assert np.abs(tiny.run(half, name) - plain(name)).max() < 0.2
+
+
 def test_gguf_with_lora() -> None:
     path = str(tiny_extras.lora("sd1"))
     pipe = tiny.host("sd1", gguf_model=str(tiny_original.gguf("sd1")), lora={path: 1.0})
@@ -114,3 +123,5 @@ def test_gguf_refused(tmp_path) -> None:
             tiny.host("sd1", gguf_model=str(tmp_path / "cut.gguf"))
     with pytest.raises(LoadError, match=r"does not fit type sd1|lacks"):
         tiny.host("sd1", gguf_model=str(tiny_original.gguf("sdxl")))
+    with pytest.raises(LoadError, match=r"does not fit type sdxl|lacks"):
+        tiny.host("sdxl", gguf_model=str(tiny_original.gguf("sd1", "published")))

@@ -193,7 +193,8 @@ def single_file(name: str) -> Path:
 def gguf(name: str, form: str = "original") -> Path:
     """The denoiser as GGUF: matrices of suitable width in Q8_0, the rest in F32.
 
-    `form`: original or diffusers, the naming of the keys.
+    `form`: original or diffusers, the naming of the keys; published is original without a prefix, with
+    what has no rows of 256 reshaped to such, and vectors in BF16.
     """
     import gguf as gguf_format
 
@@ -201,12 +202,19 @@ def gguf(name: str, form: str = "original") -> Path:
         pipe = tiny.load(name)
         model = getattr(pipe, "unet", None) or pipe.transformer
         original = {"flux": lambda m: m.state_dict(), "sd3": sd3}.get(name, unet)
-        found = original(model) if form == "original" else model.state_dict()
+        found = model.state_dict() if form == "diffusers" else original(model)
         if form == "original" and name not in ("flux", "sd3"):
             found = prefixed("model.diffusion_model.", found)
         writer = gguf_format.GGUFWriter(path, "test")
         for key, value in found.items():
             array = value.contiguous().float().numpy()
+            if form == "published" and array.ndim == 1:
+                kind = gguf_format.GGMLQuantizationType.BF16
+                writer.add_tensor(key, gguf_format.quants.quantize(array, kind), raw_dtype=kind)
+                continue
+            if form == "published" and array.size % 256 == 0 and array.shape[-1] % 256:
+                writer.add_array(f"comfy.gguf.orig_shape.{key}", [int(size) for size in array.shape])
+                array = array.reshape(-1, 256)
             if array.ndim == 2 and array.shape[-1] % 32 == 0:
                 kind = gguf_format.GGMLQuantizationType.Q8_0
                 writer.add_tensor(key, gguf_format.quants.quantize(array, kind), raw_dtype=kind)
