@@ -17,7 +17,7 @@ from flask import request as http
 from shared.codecs import MAX_SIDE
 from shared.config import HostConfig
 from shared.dispatch import ApiError, Dispatcher, check_json_type
-from shared.models import SCHEDULERS, schedulers_for
+from shared.models import schedulers_for, with_variant
 from shared.openai_api import model_id
 from shared.requests import (
     MAX_PICTURES,
@@ -49,7 +49,16 @@ SAMPLERS: dict[str, tuple[str, ...]] = {
     "DDPM": ("ddpm",),
     "PLMS": ("pndm",),
     "UniPC": ("unipc", "flow_unipc"),
-    "LCM": ("flow_lcm",),
+    "LCM": ("lcm", "flow_lcm"),
+    "TCD": ("tcd",),
+}
+# Their names for the variants of our schedulers.
+SCHEDULES = {
+    "Karras": "k_",
+    "Exponential": "exponential_",
+    "SGM Uniform": "_trailing",
+    "Simple": "_trailing",
+    "Beta": "beta_",
 }
 _OURS = {
     "prompt": "positive",
@@ -85,9 +94,11 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
     """Add the routes under /sdapi/v1."""
     config, queue = dispatcher.config, dispatcher.queue
     name, samplers = model_id(config), samplers_for(config)
-    schedulers = [_scheduler_entry(AUTOMATIC, -1.0)]
-    if any(SCHEDULERS[ours].karras for ours in samplers.values()):
-        schedulers.append(_scheduler_entry("Karras", 7.0))
+    schedulers = [_scheduler_entry(AUTOMATIC, -1.0)] + [
+        _scheduler_entry(label, 7.0 if label == "Karras" else -1.0)
+        for label, variant in SCHEDULES.items()
+        if any(_takes(ours, variant) for ours in samplers.values())
+    ]
     vaes = [config.vae] if config.vae else []
     options = {
         "sd_model_checkpoint": name,
@@ -149,7 +160,7 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
 
 def _scheduler_entry(label: str, rho: float) -> dict[str, Any]:
     return {
-        "name": label.lower(),
+        "name": label.lower().replace(" ", "_"),
         "label": label,
         "aliases": None,
         "default_rho": rho,
@@ -305,30 +316,42 @@ def _number(key: str, value: Any) -> Any:
     return value
 
 
+def _takes(ours: str, variant: str) -> str | None:
+    """Our name for a sampler with one of A1111's schedulers; None where there is no such pair."""
+    if ours.startswith("flow_") and variant == "_trailing":
+        return ours  # flow matching is spaced so as it is
+    return with_variant(ours, variant)
+
+
 def _scheduler(asked: dict[str, Any], samplers: dict[str, str]) -> tuple[str | None, FieldProblem | None]:
     """Sampler and scheduler of a request -> our scheduler's name, None for the checkpoint's own."""
     sampler = asked.get("sampler_name") or asked.get("sampler_index") or AUTOMATIC
-    noise = str(asked.get("scheduler") or AUTOMATIC).lower()
+    noise = str(asked.get("scheduler") or AUTOMATIC).lower().replace("_", " ")
     known = {name.lower(): ours for name, ours in samplers.items()} | {
         ours: ours for ours in samplers.values()
     }
+    labels = {label.lower(): label for label in SCHEDULES}
     wanted = str(sampler).lower()
-    karras = noise == "karras"
-    if wanted.endswith(" karras"):
-        wanted, karras = wanted.removesuffix(" karras"), True
-    if noise not in ("automatic", "karras", "normal"):
-        return None, FieldProblem(
-            "scheduler", f"must be {AUTOMATIC} or Karras, got {shown(asked['scheduler'])}"
-        )
+    for label in labels:  # as in older versions: "DPM++ 2M Karras"
+        if wanted.endswith(f" {label}"):
+            wanted, noise = wanted.removesuffix(f" {label}"), label
+    if noise not in (AUTOMATIC.lower(), "normal", *labels):
+        allowed = ", ".join((AUTOMATIC, *SCHEDULES))
+        return None, FieldProblem("scheduler", f"must be one of {allowed}; got {shown(asked['scheduler'])}")
     if wanted == AUTOMATIC.lower():
-        if karras:
-            return None, FieldProblem("scheduler", "Karras needs a sampler_name")
+        if noise in labels:
+            return None, FieldProblem("scheduler", f"{labels[noise]} needs a sampler_name")
         return None, None
     ours = known.get(wanted)
     if ours is None:
         return None, FieldProblem(
             "sampler_name", f"must be one of {', '.join(samplers)}; got {shown(sampler)}"
         )
-    if karras and not SCHEDULERS[ours].karras:
-        return None, FieldProblem("scheduler", f"{sampler} has no Karras sigmas")
-    return f"k_{ours}" if karras else ours, None
+    if noise not in labels:
+        return ours, None
+    variant = SCHEDULES[labels[noise]]
+    if name := _takes(ours, variant):
+        return name, None
+    fitting = [theirs for theirs, ours in samplers.items() if _takes(ours, variant)]
+    text = f"{sampler} has no {labels[noise]}; samplers with it: {', '.join(fitting) or 'none'}"
+    return None, FieldProblem("scheduler", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 from collections.abc import Iterator
 from itertools import pairwise
@@ -84,6 +85,8 @@ def call_arguments(
     if spec.output == "video":
         arguments |= _video_arguments(pipe, spec, request)
     arguments |= _schedule_arguments(request, pipe.scheduler.config.num_train_timesteps)
+    if (eta := getattr(pipe.scheduler, "eta", None)) is not None:
+        arguments["eta"] = eta
     if request.latent is not None:
         arguments["latents"] = _latents(pipe, spec, request, device)
     if request.true_cfg_scale is not None:
@@ -261,7 +264,9 @@ def part_of_schedule(
         if given and "latents" not in arguments:
             raise _refuse(name, "starts from the latents that an earlier request ended with; no latent")
     in_pairs = getattr(scheduler, "order", 1) != 1 or not scheduler.config.get("skip_prk_steps", True)
-    if in_pairs and (start or end not in (None, 1.0)):
+    # Consistency models (LCM, TCD) leap to the picture in each step, and the last one stays there.
+    leaps = "original_inference_steps" in inspect.signature(type(scheduler).__init__).parameters
+    if (in_pairs or leaps) and (start or end not in (None, 1.0)):
         name = type(scheduler).__name__
         raise _refuse("denoising_start" if start else "denoising_end", f"{name} cannot run in parts")
     inner = scheduler.set_timesteps

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 MAX_SIDE = 8192  # pixels
+MAX_STEPS = 1000  # of one schedule
 MAX_IMAGE_PIXELS = MAX_SIDE * MAX_SIDE
 IMAGE_INPUTS = ("PNG", "JPEG", "WEBP", "BMP")
 TENSOR_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
@@ -76,8 +77,8 @@ def picture_size(data: bytes) -> tuple[int, int]:
         return image.size
 
 
-def tensor_of(*names: str, optional: tuple[str, ...] = ()) -> Any:
-    """Validator of base64 safetensors that hold floating-point tensors of these names."""
+def tensor_of(*names: str, optional: tuple[str, ...] = (), most: float = math.inf) -> Any:
+    """Validator of base64 safetensors that hold tensors of these names, at most `most` numbers each."""
     import safetensors
 
     wanted = f"must be base64 of a safetensors file with {' and '.join(repr(n) for n in names)}"
@@ -97,6 +98,8 @@ def tensor_of(*names: str, optional: tuple[str, ...] = ()) -> Any:
                 raise problem(f"{name!r} must be one of {', '.join(TENSOR_DTYPES)}, got {tensor['dtype']}")
             if not math.prod(tensor["shape"]):
                 raise problem(f"{name!r} is empty, shape {list(tensor['shape'])}")
+            if (count := math.prod(tensor["shape"])) > most:
+                raise problem(f"{name!r} must hold at most {most} numbers, one a step; got {count}")
         return data
 
     return check
@@ -120,8 +123,12 @@ Latent = Annotated[
     bytes, BeforeValidator(tensor_of("latent")), _base64_schema("base64 safetensors with `latent`")
 ]
 Sigmas = Annotated[
-    bytes, BeforeValidator(tensor_of("sigmas")), _base64_schema("base64 safetensors with `sigmas`")
+    bytes,
+    BeforeValidator(tensor_of("sigmas", most=MAX_STEPS)),
+    _base64_schema("base64 safetensors with `sigmas`"),
 ]
 Timesteps = Annotated[
-    bytes, BeforeValidator(tensor_of("timesteps")), _base64_schema("base64 safetensors with `timesteps`")
+    bytes,
+    BeforeValidator(tensor_of("timesteps", most=MAX_STEPS)),
+    _base64_schema("base64 safetensors with `timesteps`"),
 ]

@@ -16,7 +16,17 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic import ValidationError as PydanticError
 from pydantic_core import from_json
 
-from shared.codecs import MAX_SIDE, Embeds, Latent, Picture, Sigmas, Timesteps, picture_size, problem
+from shared.codecs import (
+    MAX_SIDE,
+    MAX_STEPS,
+    Embeds,
+    Latent,
+    Picture,
+    Sigmas,
+    Timesteps,
+    picture_size,
+    problem,
+)
 from shared.config import HostConfig, scheduler_problem
 from shared.media import encode
 from shared.warned import together, told_in
@@ -111,7 +121,7 @@ class GenerateRequest(BaseModel):
     latent: Latent | None = None
     sigmas: Sigmas | None = None
     timesteps: Timesteps | None = None
-    steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
     cfg: Annotated[float, Field(ge=0, le=100)] | None = None
     true_cfg_scale: (
         Annotated[float, Field(ge=0, le=100, description="above 1: flux hears the negative prompt")] | None

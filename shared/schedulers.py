@@ -7,20 +7,25 @@ import functools
 import inspect
 import math
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from shared.config import scheduler_problem
-from shared.models import EDM_CLASSES, SCHEDULERS, ModelSpec, SchedulerSpec
+from shared.models import EDM_CLASSES, SCHEDULERS, ModelSpec, SchedulerSpec, scheduler_named
 
 BOUNDS = {"num_train_timesteps": (1, 10000), "solver_order": (1, 3)}
 CHOICES = {
     "timestep_spacing": ("linspace", "leading", "trailing"),
     "prediction_type": ("epsilon", "sample", "v_prediction", "flow_prediction"),
 }  # of what the constructors take unseen
+HINTS: dict[str, Any] = {"sigma_min": float | None, "sigma_max": float | None, "shift_terminal": float | None}
+"""Types of settings that diffusers annotates wrongly somewhere."""
+TRIED_STEPS = 5
 
 
 class SchedulerError(ValueError):
@@ -32,7 +37,8 @@ def make_scheduler(current: Any, spec: ModelSpec, wanted: str | Mapping[str, Any
 
     Args:
         current: the checkpoint's scheduler: its betas, prediction type and so on stay.
-        wanted: `"k_euler"`, `"EulerDiscreteScheduler"`, or `{"scheduler": name, **settings}`.
+        wanted: `"k_euler"`, `"EulerDiscreteScheduler"`, or `{"scheduler": name, **settings}`; a setting `eta`
+            is what the pipeline hands to the scheduler's steps.
 
     Raises:
         SchedulerError: not on the type's list, a setting that the class does not take, a package missing.
@@ -46,6 +52,8 @@ def make_scheduler(current: Any, spec: ModelSpec, wanted: str | Mapping[str, Any
     entry, settings = _entry(name, spec)
     cls = getattr(diffusers, entry.cls)
     if "sigma_data" in current.config:
+        if settings and not settings.get("use_karras_sigmas"):
+            raise SchedulerError(f"{name} does not fit this checkpoint: EDM's sigmas are Karras'")
         cls, settings = getattr(diffusers, _edm_class(name, entry.cls)), {}
     allowed = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "kwargs")]
     if current.config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in allowed:
@@ -53,20 +61,27 @@ def make_scheduler(current: Any, spec: ModelSpec, wanted: str | Mapping[str, Any
             f"{name} cannot do the zero terminal SNR that this checkpoint was trained with; "
             f"those that can: {', '.join(_with_zero_snr(spec))}"
         )
+    if "discrete" in entry.families and "eta" in inspect.signature(cls.step).parameters:
+        allowed.append("eta")
     unknown = [key for key in given if key not in allowed]
     if unknown:
         raise SchedulerError(
             f"{entry.cls} has no setting {unknown[0]!r}; it has {', '.join(sorted(allowed))}"
         )
     for key, value in given.items():
-        if problem := _senseless(key, value):
-            raise SchedulerError(f"{name}: {key} must be {problem}; got {value!r}")
+        if problem := _senseless(key, value) or _wrong_type(cls, key, value):
+            raise SchedulerError(f"{name}: {key} must be {problem}; got {_shown(value)}")
+    eta = given.pop("eta", None)
     try:
-        return cls.from_config(current.config, **{**entry.settings, **settings, **given})
+        made = cls.from_config(current.config, **{**entry.settings, **settings, **given})
+        if given:
+            _try_out(cls.from_config(made.config))
     except ImportError as error:
         raise SchedulerError(f"{name} needs a package that is not installed: {_last_line(error)}") from None
     except Exception as error:  # whatever a setting of another type or size leads to
-        raise SchedulerError(f"{name} with {given or 'no settings'}: {_last_line(error)}") from None
+        raise SchedulerError(f"{name} with {_shown(given or 'no settings')}: {_last_line(error)}") from None
+    made.eta = eta
+    return made
 
 
 def set_scheduler(pipe: Any, spec: ModelSpec, wanted: str | Mapping[str, Any] | None) -> None:
@@ -154,10 +169,8 @@ def _is_one_of(timestep: Any, timesteps: torch.Tensor) -> bool:
 
 def _entry(name: str, spec: ModelSpec) -> tuple[SchedulerSpec, dict[str, Any]]:
     """What the table says of a short name, or of the first entry of a class that the type may use."""
-    if name in SCHEDULERS:
-        return SCHEDULERS[name], {}
-    if name.removeprefix("k_") in SCHEDULERS:
-        return SCHEDULERS[name.removeprefix("k_")], {"use_karras_sigmas": True}
+    if found := scheduler_named(name):
+        return found[0], dict(found[1])
     fitting = (s for s in SCHEDULERS.values() if s.cls == name and spec.scheduler_family in s.families)
     return next(fitting), {}
 
@@ -183,6 +196,8 @@ def _with_zero_snr(spec: ModelSpec) -> list[str]:
 
 def _senseless(key: str, value: Any) -> str | None:
     """What a setting must be that constructors take as it comes, or None where it is that."""
+    if key == "eta" and not (type(value) in (int, float) and 0 <= value <= 1):
+        return "a number from 0 to 1"
     if key in BOUNDS:
         least, most = BOUNDS[key]
         if type(value) is not int or not least <= value <= most:
@@ -192,6 +207,59 @@ def _senseless(key: str, value: Any) -> str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
     return None
+
+
+def _wrong_type(cls: type, key: str, value: Any) -> str | None:
+    """What a setting must be by the constructor's annotation, or None where it is that."""
+    if key in CHOICES or key == "eta":
+        return None
+    hints = _alternatives(HINTS.get(key) or typing.get_type_hints(cls.__init__)[key])  # type: ignore[misc]
+    if any(_fits(value, hint) for hint in hints):
+        return None
+    return " or ".join(dict.fromkeys(_words(hint) for hint in hints))
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) is list:
+        return isinstance(value, list) and all(_fits(item, typing.get_args(hint)[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint and hint in (bool, int, str, types.NoneType)
+
+
+def _words(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    if typing.get_origin(hint) is list:
+        return f"a list, each {_words(typing.get_args(hint)[0])}"
+    known = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return known.get(hint, "null" if hint is types.NoneType else "left out")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _try_out(scheduler: Any) -> None:
+    """A few steps: what settings break is told before the ranks are at work. Raises whatever they raise."""
+    shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    drawn = "generator" in inspect.signature(scheduler.step).parameters
+    with torch.random.fork_rng(devices=[]):
+        scheduler.set_timesteps(TRIED_STEPS, **shift)
+        sample = torch.ones(1, 4, 8, 8)
+        for timestep in scheduler.timesteps:
+            if hasattr(scheduler, "scale_model_input"):
+                scheduler.scale_model_input(sample, timestep)
+            more = {"generator": torch.Generator().manual_seed(0)} if drawn else {}
+            sample = scheduler.step(torch.ones_like(sample), timestep, sample, **more)[0]
 
 
 def _last_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.flags import HostConfig
-from shared.models import BACKENDS, SCHEDULERS
+from shared.models import BACKENDS, scheduler_named
 from shared.parallel.xdit_degrees import (
     DUAL_ATTENTION,
     FLAGS,
@@ -81,8 +81,10 @@ def _scheduler(config: HostConfig) -> tuple[str, dict[str, Any]]:
         return str(settings.get("_class_name", "")), settings
     given = dict(config.scheduler) if isinstance(config.scheduler, dict) else {"scheduler": config.scheduler}
     name = given.pop("scheduler")
-    entry = SCHEDULERS.get(name) or SCHEDULERS.get(name.removeprefix("k_"))
-    return (entry.cls, settings | dict(entry.settings) | given) if entry else (name, settings | given)
+    if (found := scheduler_named(name)) is None:
+        return name, settings | given
+    entry, variant = found
+    return entry.cls, settings | dict(entry.settings) | dict(variant) | given
 
 
 def check_xdit(config: HostConfig, world_size: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import requests
 
-from shared.a1111_api import SAMPLERS, samplers_for
+from shared.a1111_api import SAMPLERS, SCHEDULES, samplers_for
 from shared.models import MODELS, schedulers_for
 from tests.httphost import FakeHost, config_of, picture, wait_for
 
@@ -121,9 +121,13 @@ def test_img2img_where_the_type_takes_an_image(host: FakeHost) -> None:
     ("body", "status", "words"),
     [
         ({"sampler_name": "Nonsense"}, 422, "sampler_name: must be one of DPM++ 2M"),
-        ({"sampler_name": "DDIM", "scheduler": "Karras"}, 422, "DDIM has no Karras sigmas"),
+        (
+            {"sampler_name": "DDIM", "scheduler": "Karras"},
+            422,
+            "DDIM has no Karras; samplers with it: DPM++",
+        ),
         ({"scheduler": "Karras"}, 422, "needs a sampler_name"),
-        ({"sampler_name": "Euler", "scheduler": "Beta"}, 422, "Automatic or Karras, got 'Beta'"),
+        ({"sampler_name": "Euler", "scheduler": "Turbo"}, 422, "one of Automatic, Karras, Exponential, SGM"),
         ({"override_settings": {"sd_model_checkpoint": "other"}}, 422, "'demo' alone; got 'other'"),
         ({"steps": -1, "cfg_scale": "x"}, 400, "cfg_scale: must be a valid number"),
         ({"width": 10**9}, 400, "at most 8192"),
@@ -145,6 +149,14 @@ def test_faults_in_a1111s_form(host: FakeHost, body: Any, status: int, words: st
         ({"sampler_index": "Euler"}, "euler"),
         ({"sampler_name": "unipc", "scheduler": "normal"}, "unipc"),
         ({"sampler_name": "Automatic", "scheduler": "Automatic"}, None),
+        ({"sampler_name": "DPM++ 2M SDE Karras"}, "k_dpmpp_2m_sde"),
+        ({"sampler_name": "DPM++ 2M Exponential"}, "exponential_dpmpp_2m"),
+        ({"sampler_name": "Euler", "scheduler": "beta"}, "beta_euler"),
+        ({"sampler_name": "Euler a", "scheduler": "SGM Uniform"}, "euler_a_trailing"),
+        ({"sampler_name": "DDIM", "scheduler": "sgm_uniform"}, "ddim_trailing"),
+        ({"sampler_name": "Euler", "scheduler": "simple"}, "euler_trailing"),
+        ({"sampler_name": "LCM"}, "lcm"),
+        ({"sampler_name": "TCD"}, "tcd"),
     ],
 )
 def test_sampler_names(host: FakeHost, body: dict[str, Any], expected: str | None) -> None:
@@ -163,7 +175,7 @@ def test_lists(host: FakeHost) -> None:
     [model] = get(host, "sd-models")
     assert (model["title"], model["model_name"]) == ("demo", "demo")
     assert "Euler a" in [s["name"] for s in get(host, "samplers")]
-    assert [s["label"] for s in get(host, "schedulers")] == ["Automatic", "Karras"]
+    assert [s["label"] for s in get(host, "schedulers")] == ["Automatic", *SCHEDULES]
     assert get(host, "upscalers")[0]["name"] == "None"
     assert get(host, "latent-upscale-modes") == [] and get(host, "sd-vae") == []
     assert get(host, "options")["sd_model_checkpoint"] == "demo"

@@ -18,7 +18,7 @@ from shared.comm import World
 from shared.config import HostConfig
 from shared.generate import PipelineEngine, _picture
 from shared.media import encode_image
-from shared.models import MODELS, schedulers_for
+from shared.models import MODELS, SCHEDULERS, schedulers_for
 from shared.parallel.graphs import Graphs
 from shared.requests import Reply, RequestError, check_request
 from shared.schedulers import scheduler_for_request
@@ -29,7 +29,12 @@ PAIRED = ("dpm_2", "heun", "dpmpp_sde")
 ONE_STEP = ("ddim", "euler", "k_euler")
 """Those that remember nothing of the step before, and draw nothing."""
 DRAWING = ("ddpm", "euler_a", "dpmpp_2m_sde", "k_dpmpp_2m_sde")
-EVERY = [name for name in schedulers_for(MODELS["sd1"]) if not name.removeprefix("k_").startswith(PAIRED)]
+EVERY = [
+    name
+    for name in schedulers_for(MODELS["sd1"])
+    if (name in SCHEDULERS or name.startswith("k_"))
+    and not name.removeprefix("k_").startswith((*PAIRED, "lcm", "tcd"))
+]
 PARTIAL = [name for name, spec in MODELS.items() if "denoising_start" in spec.fields]
 
 
@@ -182,7 +187,7 @@ EULER = {"scheduler": "euler"}
         ("sd1", {"clip_skip": 5}, "clip_skip", "at most"),
         ("sd1", {"lora_scales": {"x": 1.0}}, "lora_scales", "is not loaded"),
         ("sd1", {"scheduler": {"scheduler": "ddim", "bogus": 1}}, "scheduler", "no setting 'bogus'"),
-        ("sd1", {"scheduler": {"scheduler": "unipc", "solver_p": "x"}}, "", "str"),
+        ("sd1", {"scheduler": {"scheduler": "unipc", "solver_p": "x"}}, "scheduler", "must be left out"),
         ("pixa", {"negative_embeds": packed(torch.zeros(1, 8, 32), "embeds")}, "negative_embeds", "beside"),
     ],
 )  # fmt: skip
@@ -350,3 +355,9 @@ def test_what_is_no_number_is_refused_in_words(name: str, broken: float) -> None
         what = "latent" if format == "latent" else "video" if video else "picture"
         assert caught.value.status == 422 and f"a {what} of NaN or Inf" in str(caught.value)
     assert np.array_equal(np.asarray(reply(name, steps=2, output_format="png").pictures[0]), whole)
+
+
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+def test_consistency_models_do_not_run_in_parts(name: str):
+    with pytest.raises(RequestError, match="cannot run in parts"):
+        reply("sd1", scheduler=name, denoising_end=0.5)

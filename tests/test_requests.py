@@ -331,3 +331,19 @@ def test_encoding_counts_as_decoding() -> None:
     made = list(reply.output)
     reply.encode()
     assert reply.output == made
+
+
+@pytest.mark.parametrize("name", ["sigmas", "timesteps"])
+def test_a_schedule_is_bounded_as_steps_are(name: str) -> None:
+    import base64
+
+    import numpy as np
+    import safetensors.numpy
+
+    def body(count: int) -> bytes:
+        data = safetensors.numpy.save({name: np.linspace(900, 1, count, dtype=np.float32)})
+        return json.dumps({name: base64.b64encode(data).decode()}).encode()
+
+    parse_request(body(1000), CONFIG)
+    with pytest.raises(RequestError, match="at most 1000 numbers, one a step; got 1001"):
+        parse_request(body(1001), CONFIG)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from shared.comm import World
 from shared.config import UsageError
 from shared.generate import StepWatch
-from shared.models import MODELS, SCHEDULERS, schedulers_for
+from shared.models import MODELS, SCHEDULERS, scheduler_named, schedulers_for
 from shared.schedulers import SchedulerError, make_scheduler, scheduler_for_request, unhurried_step
 from tests import tiny
 
@@ -25,6 +26,10 @@ def pipe_of(name: str) -> Any:
     return tiny.load(name)
 
 
+def named(wanted: str) -> Any:
+    return scheduler_named(wanted)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_name_of_a_family_runs(family: str) -> None:
     name = FAMILIES[family]
@@ -34,16 +39,58 @@ def test_every_name_of_a_family_runs(family: str) -> None:
     pictures = {}
     for wanted in schedulers_for(spec):
         with scheduler_for_request(pipe, spec, wanted):
-            assert type(pipe.scheduler).__name__ == SCHEDULERS[wanted.removeprefix("k_")].cls
+            assert type(pipe.scheduler).__name__ == named(wanted)[0].cls
             pictures[wanted] = tiny.run(pipe, name, steps=4)
             assert np.array_equal(watched(pipe, name), pictures[wanted]), wanted
         assert np.isfinite(pictures[wanted]).all(), wanted
         assert pipe.scheduler is launched
     assert np.array_equal(tiny.run(pipe, name, steps=4), before)
-    assert len({picture.tobytes() for picture in pictures.values()}) >= len(pictures) - 2, "they differ"
     for wanted in pictures:
-        if wanted.startswith("k_") and not launched.config.get("use_karras_sigmas"):
-            assert not np.array_equal(pictures[wanted], pictures[wanted[2:]]), wanted
+        entry, settings = named(wanted)
+        set_already = all(launched.config.get(key, False) == value for key, value in settings.items())
+        if not set_already:
+            assert not np.array_equal(pictures[wanted], pictures[entry.name]), wanted
+    short = [pictures[name] for name in pictures if name in SCHEDULERS]
+    assert len({picture.tobytes() for picture in short}) >= len(short) - 2, "they differ"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "cls", "settings", "eta"),
+    [
+        ("lcm", "LCMScheduler", {}, None),
+        ("tcd", "TCDScheduler", {}, None),
+        ({"scheduler": "tcd", "eta": 0.3}, "TCDScheduler", {}, 0.3),
+        ("euler_trailing", "EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, None),
+        ("ddim_trailing", "DDIMScheduler", {"timestep_spacing": "trailing"}, None),
+        ("exponential_dpmpp_2m", "DPMSolverMultistepScheduler", {"use_exponential_sigmas": True}, None),
+        ("beta_euler", "EulerDiscreteScheduler", {"use_beta_sigmas": True}, None),
+    ],
+)
+def test_the_picture_is_plain_diffusers(wanted: Any, cls: str, settings: dict[str, Any], eta: Any) -> None:
+    from shared.config import HostConfig
+    from shared.generate import PipelineEngine
+    from shared.requests import GenerateRequest
+
+    pipe, launched = pipe_of("sd1"), pipe_of("sd1").scheduler
+    config = HostConfig(backend="asyncdiff", type="sd1", checkpoint="x", port=0, width=64, height=64)
+    engine = PipelineEngine(pipe, config, World(0, 1, 0, torch.device("cpu"), None, None, None))
+    request = GenerateRequest(positive="a cat", steps=4, seed=3, scheduler=wanted, width=64, height=64)
+    reply = engine.generate(request.filled(config), lambda step, steps: None)
+    engine.close()
+    pipe.scheduler = getattr(diffusers, cls).from_config(launched.config, **settings)
+    try:
+        more = {} if eta is None else {"eta": eta}
+        plain = pipe(
+            "a cat",
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(3),
+            width=64,
+            height=64,
+            **more,
+        ).images[0]
+    finally:
+        pipe.scheduler = launched
+    assert reply is not None and np.array_equal(np.asarray(reply.pictures[0]), np.asarray(plain))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -92,6 +139,16 @@ def test_class_names_and_json() -> None:
         ("sd1", {"scheduler": "euler", "beta_start": float("inf")}, "beta_start must be a finite number"),
         ("sd1", {"scheduler": "ddim", "trained_betas": []}, "trained_betas"),  # IndexError
         ("sd1", {"scheduler": "ddim", "trained_betas": "x"}, "trained_betas"),
+        ("sd1", {"scheduler": "unipc", "disable_corrector": "x"}, "must be a list, each a whole number"),
+        ("sd1", {"scheduler": "unipc", "solver_p": {}}, "solver_p must be left out"),
+        ("sd1", {"scheduler": "dpmpp_2m", "lower_order_final": "no"}, "must be true or false; got 'no'"),
+        ("sd1", {"scheduler": "euler", "steps_offset": "1"}, "must be a whole number; got '1'"),
+        ("sd1", {"scheduler": "dpmpp_2m", "solver_type": "x"}, "must be one of midpoint, heun; got 'x'"),
+        ("sd1", {"scheduler": "ddim", "thresholding": True, "dynamic_thresholding_ratio": 7}, "quantile"),
+        ("sd1", {"scheduler": "lcm", "original_inference_steps": 0}, "lcm with"),
+        ("sd1", {"scheduler": "tcd", "eta": 2}, "eta must be a number from 0 to 1; got 2"),
+        ("sd1", {"scheduler": "lcm", "eta": 0.5}, "LCMScheduler has no setting 'eta'"),
+        ("svd", {"scheduler": "unipc_trailing"}, "type svd takes"),
     ],
 )
 def test_refused(name: str, wanted: Any, says: str) -> None:
@@ -137,7 +194,7 @@ def test_steps_look_up_a_copy_of_the_timesteps() -> None:
 
 
 # torchsde's noise; a table that UniPC brings to the GPU, and Heun's sigma on the GPU, in each step.
-WAITS = frozenset({"dpmpp_sde", "k_dpmpp_sde", "unipc", "k_unipc", "flow_unipc", "flow_heun"})
+WAITS = frozenset({"dpmpp_sde", "unipc", "flow_unipc", "flow_heun"})
 
 
 def stepped(scheduler: Any, step: Any, from_step: int | None) -> torch.Tensor:
@@ -167,12 +224,12 @@ def test_steps_do_not_wait_for_the_gpu(family: str) -> None:
     failed = {}
     for wanted in schedulers_for(spec):
         plain, unhurried = (make_scheduler(current, spec, wanted) for _ in range(2))
-        usual = stepped(plain, plain.step, None)
+        usual, waits = stepped(plain, plain.step, None), named(wanted)[0].name in WAITS
         try:
-            made = stepped(unhurried, unhurried_step(unhurried), None if wanted in WAITS else 1)
+            made = stepped(unhurried, unhurried_step(unhurried), None if waits else 1)
         except RuntimeError as error:
             failed[wanted] = str(error)
             continue
-        if wanted not in WAITS and not torch.allclose(made, usual, atol=1e-5):
+        if not waits and not torch.allclose(made, usual, atol=1e-5):
             failed[wanted] = f"{float((made - usual).abs().max())} off"
     assert not failed

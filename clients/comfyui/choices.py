@@ -11,11 +11,13 @@ TYPES = ["sdxl", "sd1", "sd2", "sd3", "ad", "svd", "sdup", "flux", "hy", "pixa",
 BACKENDS = ["asyncdiff", "distrifuser", "xdit"]
 VARIANTS = ["default", "fp16", "bf16", "fp32"]
 QUANTIZATIONS = ["float8", "int8", "int4", "int2"]
-_KARRAS = ["dpm_2", "dpm_2_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "euler", "heun", "lms", "unipc"]
+_SIGMAS = ["dpm_2", "dpm_2_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "euler", "heun", "lms", "unipc"]
+_PLAIN = sorted([*_SIGMAS, "ddim", "ddpm", "euler_a", "pndm"])
 SCHEDULERS = [
-    *sorted([*_KARRAS, "ddim", "ddpm", "euler_a", "pndm"]),
-    *(f"k_{name}" for name in _KARRAS),
+    *sorted([*_PLAIN, "lcm", "tcd"]),
     *("flow_euler", "flow_heun", "flow_lcm", "flow_dpmpp_2m", "flow_unipc"),
+    *(f"{kind}_{name}" for kind in ("k", "exponential", "beta") for name in (*_SIGMAS, "flow_euler")),
+    *(f"{name}_trailing" for name in _PLAIN if name != "dpmpp_sde"),
 ]
 _DEPTH = 3  # how deep below a model folder a diffusers folder may lie
 
