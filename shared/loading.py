@@ -112,7 +112,7 @@ def _check_scheduler(config: HostConfig) -> None:
             settings = schedule_of(read_header(checkpoint), config.spec, folder, shipped)
         else:
             settings = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())
-    except (OSError, ValueError):
+    except BROKEN:
         settings = None
     # What is wrong with the file itself, loading tells.
     current = SimpleNamespace(config=settings if isinstance(settings, dict) else {})

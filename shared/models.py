@@ -600,7 +600,6 @@ OTHER_PIPELINES: dict[str, str] = {
     "StableDiffusionLatentUpscalePipeline": "the latent x2 upscaler",
     "FluxFillPipeline": "FLUX.1 Fill",
     "FluxControlPipeline": "FLUX.1 Canny or Depth",
-    "FluxKontextPipeline": "FLUX.1 Kontext",
     "Flux2Pipeline": "FLUX.2",
     "ChromaPipeline": "Chroma",
 }

@@ -120,8 +120,8 @@ def load_gguf(path: str, spec: ModelSpec, cls: Any, config: Path, dtype: torch.d
         raise QuantizeError(f"--gguf_model: {path!r} cannot be read: {error.strerror or error}") from None
     if magic != b"GGUF":
         raise QuantizeError(f"--gguf_model: {path!r} is not a GGUF file")
+    tensors = _read_gguf(path, dtype)
     try:
-        tensors = _read_gguf(path, dtype)
         if spec.denoiser == "unet" and any(name.startswith("input_blocks.") for name in tensors):
             tensors = {DENOISER + name: tensor for name, tensor in tensors.items()}
         model = cls.from_single_file(
@@ -132,7 +132,7 @@ def load_gguf(path: str, spec: ModelSpec, cls: Any, config: Path, dtype: torch.d
             dtype=dtype,
             local_files_only=True,
         )
-    except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, IndexError, TypeError, AttributeError) as error:
         raise QuantizeError(
             f"--gguf_model: {path!r} does not fit type {spec.name}: {first_line(error)}"
         ) from None

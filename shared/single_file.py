@@ -19,6 +19,7 @@ from shared.models import ENCODERS, VAE_PREFIXES, ModelSpec
 from shared.single_file_schedule import has_guidance, schedule_of
 from shared.weights_file import (
     DENOISER,
+    PREFIXES,
     Header,
     SingleFileError,
     input_channels,
@@ -220,9 +221,11 @@ def _sd3_settings(header: Header) -> dict[str, Any]:
 def _check_shape(spec: ModelSpec, header: Header) -> None:
     """Refuse a denoiser of other inputs, such as FLUX.1 Fill; painting inside is a class of its own."""
     folder = config_folder(spec, header.file, spec.denoiser) / spec.denoiser
-    expected = json.loads((folder / "config.json").read_text()).get("in_channels")
+    try:
+        expected = json.loads((folder / "config.json").read_text())["in_channels"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SingleFileError(f"{str(folder / 'config.json')!r} cannot be read: {error}") from None
     given = input_channels(header, spec)
-    # FLUX's own naming has packed inputs as its configuration counts them.
     allowed = {None, expected, *((INPAINT_CHANNELS,) if spec.inpaint_pipeline else ())}
     if given not in allowed:
         assert given is not None
@@ -327,7 +330,7 @@ def _in_own_naming(
     with init_empty_weights():
         model = cls.from_config({**config, **overrides})
     needed = set(model.state_dict())
-    for prefix in (DENOISER, f"{spec.denoiser}.", ""):
+    for prefix in PREFIXES:
         if needed <= {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}:
             state = {name: tensors[prefix + name].to(dtype) for name in needed}
             try:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from shared.models import ModelSpec
-from shared.weights_file import DENOISER, Header
+from shared.weights_file import DENOISER, PREFIXES, Header
 
 log = logging.getLogger("host")
 
@@ -91,7 +91,7 @@ def _marked(header: Header, spec: ModelSpec) -> list[tuple[dict[str, Any], str]]
 def has_guidance(header: Header) -> bool:
     """Whether FLUX takes a guidance scale: dev does, schnell does not."""
     names = ("guidance_in.", "time_text_embed.guidance_embedder.")
-    return header.has(*names, *(DENOISER + name for name in names))
+    return header.has(*(prefix + name for prefix in PREFIXES for name in names))
 
 
 def _guessed(header: Header) -> list[tuple[dict[str, Any], str]]:

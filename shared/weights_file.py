@@ -19,6 +19,7 @@ from shared.models import FILE_KINDS, INPUTS, MODELS, FileKind, ModelSpec
 log = logging.getLogger("host")
 
 DENOISER = "model.diffusion_model."
+PREFIXES = (DENOISER, "unet.", "transformer.", "")  # that the denoiser's names have in single files
 SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 UNUSED = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")  # of computing in 8 bits, and marks
 FORMATS = (
@@ -49,8 +50,8 @@ class Header:
         return any(name.startswith(prefixes) for name in self.shapes)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of a tensor of the denoiser, with or without the usual prefix."""
-        return self.shapes.get(DENOISER + name, self.shapes.get(name))
+        """Of a tensor of the denoiser, whatever its prefix."""
+        return next((self.shapes[p + name] for p in PREFIXES if p + name in self.shapes), None)
 
 
 def read_header(file: Path, flag: str = "--checkpoint") -> Header:
@@ -147,7 +148,7 @@ def family(header: Header) -> FileKind | None:
     """The first of `models.FILE_KINDS` that the file's tensors fit."""
     names = header.shapes
     for kind in FILE_KINDS:
-        marks = (*kind.marks, *(DENOISER + mark for mark in kind.marks))
+        marks = tuple(prefix + mark for mark in kind.marks for prefix in PREFIXES)
         if (
             (marks and header.has(*marks))
             or any(part in name for part in kind.parts for name in names)
@@ -181,7 +182,7 @@ def check_kind(header: Header, spec: ModelSpec) -> None:
         kind = next(k for k in FILE_KINDS if "refiner" in k.title)
     if kind.name != spec.single_file_config:
         types = [s.name for s in MODELS.values() if kind.name and s.single_file_config == kind.name]
-        hint = f"type {' and '.join(types)} loads it" if types else kind.hint
+        hint = f"--type={' or '.join(types)} loads it" if types else kind.hint
         raise SingleFileError(f"{said} is {kind.title}, not of type {spec.name}: {hint}")
 
 

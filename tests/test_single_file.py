@@ -277,8 +277,17 @@ def test_playground(shipped: Path) -> None:
             tiny.host("sdxl", checkpoint=checkpoint, scheduler="heun")
 
 
-@pytest.mark.parametrize("name", ["flux", "sd3", "sdxl"])
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", ""])
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("flux", "model.diffusion_model."),
+        ("flux", ""),
+        ("flux", "transformer."),
+        ("sd3", "model.diffusion_model."),
+        ("sd3", ""),
+        ("sdxl", ""),
+    ],
+)
 def test_a_denoiser_alone(name: str, prefix: str, shipped: Path) -> None:
     known = "model.diffusion_model."
     tensors = {
@@ -363,8 +372,8 @@ def other_kinds() -> dict[str, tuple[str, Any, str]]:
         "t5": ("flux", lambda: tiny.load("flux").text_encoder_2.state_dict(), "a text encoder"),
         "control": ("sd1", lambda: load_file(tiny_extras.control_net("sd1") / NAME), "a ControlNet"),
         "ema": ("sd1", lambda: {"model_ema.a": one, "first_stage_model.b": one}, "averaged weights alone"),
-        "sdxl": ("sd1", lambda: source("sdxl"), "is Stable Diffusion XL, not of type sd1: type sdxl loads"),
-        "sd1": ("sdxl", lambda: source("sd1"), "is Stable Diffusion 1, .*: type ad and sd1 loads it"),
+        "sdxl": ("sd1", lambda: source("sdxl"), "is Stable Diffusion XL, not of type sd1: --type=sdxl loads"),
+        "sd1": ("sdxl", lambda: source("sd1"), "is Stable Diffusion 1, .*: --type=ad or sd1 loads it"),
         "sd2": ("sd1", lambda: source("sd2"), "is Stable Diffusion 2"),
         "flux": ("sd3", lambda: source("flux"), "is FLUX.1"),
         "sd3": ("flux", lambda: source("sd3"), "is Stable Diffusion 3"),
