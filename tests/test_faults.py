@@ -1,0 +1,23 @@
+"""benchmarks/faults.py: a short part of its table, on the demo checkpoint; and what it covers."""
+
+from __future__ import annotations
+
+from benchmarks.faults import Fault, all_faults, run
+
+
+def test_a_host_comes_back_from_kills_and_makes_the_same_picture():
+    faults = [Fault("steady", "rank 0", "KILL", True), Fault("idle", "rank 1", "KILL", True)]
+    (first, steady), (_, idle) = run(faults)
+    assert first == faults[0] and steady["running request"].startswith("connection closed")
+    for row in (steady, idle):
+        assert row["back"].endswith("s, same picture") and row["left"] == "0"
+
+
+def test_a_launcher_that_is_killed_leaves_nothing():
+    [(_, row)] = run([Fault("steady", "launcher", "KILL", False)])
+    assert row["launcher"] == "exit -9" and row["left"] == "0"
+    assert row["running request"].startswith("500") and row["ranks gone"].endswith(" s")
+
+
+def test_the_table_is_long():
+    assert len(all_faults()) == len({fault.key for fault in all_faults()}) >= 30
