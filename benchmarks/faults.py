@@ -2,7 +2,7 @@
 
     python benchmarks/faults.py                     every row: a quarter of an hour on two cores
     python benchmarks/faults.py --only "idle/.*"    some of them, by state/victim/signal/restarts
-    python benchmarks/faults.py --write             also into docs/MEASURED.md
+    python benchmarks/faults.py --write             also into docs/MEASURED.md, in place of these rows
 
 The hosts are asyncdiff_host.py on the demo checkpoint, two CPU ranks. With --max-restarts one host takes many
 faults one after the other; each time it must be back and make the first picture again, byte for byte.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import base64
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -48,7 +49,7 @@ COLUMNS = (
     "back",
     "left",
 )
-REQUEST = {"positive": "a red circle on a blue background", "steps": 10, "seed": 7}
+REQUEST: dict[str, Any] = {"positive": "a red circle on a blue background", "steps": 10, "seed": 7}
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,13 @@ class Host:
         """Whether two ranks run, none of them of `old`."""
         return len(pids := self.ranks()) == 2 and not set(pids) & set(old)
 
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
     def ready(self, old: list[int]) -> bool:
-        return until(lambda: self.started(old) and self.state() == "ready", START)
+        """Whether a generation other than `old` serves; at once when the launcher has ended."""
+        until(lambda: self.ended() or (self.started(old) and self.state() == "ready"), START)
+        return not self.ended() and self.state() == "ready"
 
     def ask(self, route: str = "/generate", **body: Any) -> requests.Response:
         return requests.post(self.url + route, json=body, timeout=TIMEOUT + LAUNCHER_GRACE + 30)
@@ -248,15 +254,15 @@ def suffer(host: Host, fault: Fault, first: bytes) -> dict[str, str]:
     }
     if fault.victim == "launcher" and fault.signal == "STOP":
         os.kill(victim, signal.SIGCONT)
-    if fault.restarts:
-        back = host.ready(old)
-        row["back"] = f"{time.monotonic() - began:.1f} s" if back else "NOT BACK"
-        if back:
-            same = base64.b64decode(host.ask(**REQUEST).json()["output"]) == first
-            row["back"] += ", same picture" if same else ", ANOTHER PICTURE"
+    if fault.restarts and host.ready(old):
+        row["back"] = f"{time.monotonic() - began:.1f} s"
+        same = base64.b64decode(host.ask(**REQUEST).json()["output"]) == first
+        row["back"] += ", same picture" if same else ", ANOTHER PICTURE"
+    elif fault.restarts:
+        stopped = fault.signal == "TERM" and host.process.poll() == 0
+        row |= {"back": "was told to stop", "launcher": "exit 0"} if stopped else {"back": "NOT BACK"}
     else:
-        ended = until(lambda: host.process.poll() is not None, limit)
-        row["launcher"] = f"exit {host.process.returncode}" if ended else "HANGS"
+        row["launcher"] = f"exit {host.process.returncode}" if until(host.ended, limit) else "HANGS"
     row["running request"] = ""
     if answer is not None:
         answer.thread.join(limit)
@@ -266,23 +272,24 @@ def suffer(host: Host, fault: Fault, first: bytes) -> dict[str, str]:
 
 
 def chain(faults: list[Fault], folder: Path) -> Iterator[tuple[Fault, dict[str, str]]]:
-    """The rows of one host, for as long as it lives."""
-    host = Host(folder, faults[0].restarts)
+    """Rows of one host after the other; a host that has ended is followed by a new one."""
+    host = None
     try:
-        first = b""
-        if faults[0].restarts or faults[0].state != "loading":
-            if not host.ready([]):
-                raise SystemExit(f"the host does not start:\n{host.log.read_text()[-3000:]}")
-            first = base64.b64decode(host.ask(**REQUEST).json()["output"])
-        else:
-            until(lambda: host.started([]), START)
         for fault in faults:
-            row = suffer(host, fault, first)
-            yield fault, row
-            if "NOT BACK" in row["back"]:
-                break
+            if host is None or host.ended():
+                host, first = Host(folder, fault.restarts), b""
+                if fault.restarts or fault.state != "loading":
+                    if not host.ready([]):
+                        raise SystemExit(f"the host does not start:\n{host.log.read_text()[-3000:]}")
+                    first = base64.b64decode(host.ask(**REQUEST).json()["output"])
+                else:
+                    until(functools.partial(host.started, []), START)
+            yield fault, suffer(host, fault, first)
+            if not fault.restarts:
+                host.end()
     finally:
-        host.end()
+        if host is not None:
+            host.end()
 
 
 def make_lora(path: Path) -> None:
@@ -302,19 +309,23 @@ def make_lora(path: Path) -> None:
     save_file(tensors, path)
 
 
-def table(rows: list[tuple[Fault, dict[str, str]]]) -> str:
-    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+def table(rows: list[tuple[Fault, dict[str, str]]], before: str = "") -> str:
+    """The rows as Markdown; those of the table `before` that were not made again stay."""
+    head = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    lines = {tuple(line.split(" | ")[:4]): line for line in before.splitlines() if line.startswith("| ")}
+    lines.pop(tuple(head[0].split(" | ")[:4]), None)
     for fault, row in rows:
         names = {"state": fault.state, "victim": fault.victim, "signal": fault.signal}
         names |= {"restarts": "yes" if fault.restarts else "no", **row}
-        lines.append("| " + " | ".join(names[column] for column in COLUMNS) + " |")
-    return "\n".join(lines)
+        line = "| " + " | ".join(names[column] for column in COLUMNS) + " |"
+        lines[tuple(line.split(" | ")[:4])] = line
+    return "\n".join(head + list(lines.values()))
 
 
 def run(faults: list[Fault], jobs: int = 1) -> list[tuple[Fault, dict[str, str]]]:
     """The rows of these faults, in their order; `jobs` hosts at a time."""
-    again = [f for f in faults if f.restarts]
-    chains = [again[n::jobs] for n in range(jobs)] + [[f] for f in faults if not f.restarts]
+    again, once = ([f for f in faults if f.restarts is wanted] for wanted in (True, False))
+    chains = [kind[n::jobs] for kind in (again, once) for n in range(jobs)]
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(jobs) as threads:
         make_lora(Path(name) / "lora.safetensors")
 
@@ -342,7 +353,8 @@ def main() -> None:
     if options.write:
         from tests.tables import put
 
-        MEASURED.write_text(put(MEASURED.read_text(), "faults", text))
+        page = MEASURED.read_text()
+        MEASURED.write_text(put(page, "faults", table(rows, page)))
     bad = [f.key for f, row in rows if any(re.search("HANGS|NOT|ANOTHER", cell) for cell in row.values())]
     if bad or len(rows) < len(faults):
         raise SystemExit(f"{len(rows)} of {len(faults)} rows; wrong: {', '.join(bad) or 'none'}")
