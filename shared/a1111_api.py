@@ -14,6 +14,7 @@ from typing import Any
 from flask import Flask, Response, jsonify
 from flask import request as http
 
+from shared.a1111_prompts import NotationError, take_networks
 from shared.codecs import MAX_SIDE
 from shared.config import HostConfig
 from shared.dispatch import ApiError, Dispatcher, check_json_type
@@ -29,7 +30,7 @@ from shared.requests import (
     check_request,
     parse_object,
 )
-from shared.warned import together, told_in
+from shared.warned import together, told_in, warn
 from shared.wording import shown
 
 PREFIX = "/sdapi/"
@@ -268,6 +269,7 @@ def translate(
         for theirs, ours in _OURS.items()
         if asked.get(theirs) is not None
     }
+    problems += _notation(data)
     if spec.output == "video":
         data["output_format"] = "gif"
     for side in ("width", "height"):
@@ -314,6 +316,27 @@ def _number(key: str, value: Any) -> Any:
     if key in _WHOLE and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
+
+
+def _notation(data: dict[str, Any]) -> list[FieldProblem]:
+    """Mark the prompts as A1111's and take the LoRAs out of them; what cannot be read."""
+    problems = []
+    for theirs, ours in (("prompt", "positive"), ("negative_prompt", "negative")):
+        if not isinstance(text := data.get(ours), str) or not text:
+            continue
+        try:
+            taken = take_networks(text)
+        except NotationError as error:
+            problems.append(FieldProblem(theirs, str(error)))
+            continue
+        data[ours], data["prompt_syntax"] = taken.text, "a1111"
+        if taken.loras and ours == "positive":
+            data["lora_scales"] = taken.loras
+        elif taken.loras:
+            warn(f"{theirs}: LoRAs are read in the prompt alone; left out: {', '.join(taken.loras)}")
+        for scale in taken.left_out:
+            warn(f"{theirs}: a LoRA has one scale here; left out: {scale}")
+    return problems
 
 
 def _takes(ours: str, variant: str) -> str | None:

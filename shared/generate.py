@@ -136,7 +136,13 @@ class PipelineEngine:
             with (
                 _noting_broken_pixels(self.pipe, watch.finite),
                 part_of_schedule(self.pipe, self.spec, request, arguments),
-                self._prompts.of(self.pipe, tuple(sorted((request.lora_scales or {}).items()))),
+                self._prompts.of(
+                    self.pipe,
+                    tuple(sorted((request.lora_scales or {}).items())),
+                    self.spec,
+                    request.prompt_syntax,
+                    request.negative,
+                ),
             ):
                 if run is not None:
                     return run(arguments, watch.after_step)

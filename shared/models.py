@@ -46,6 +46,8 @@ class ModelSpec:
     image: Literal["none", "needed"] = "none"
     latent_layout: Literal["nchw", "ncfhw", "nfchw", "packed"] = "nchw"
     pooled_embeds: bool = False
+    prompt_chunks: bool = False  # whether its denoiser reads a prompt of any length, in CLIP's chunks
+    most_tokens: int = 0  # that T5 may read, where that is more than usual
     embeds_mask: bool = False  # whether embeddings come with an attention mask
     scheduler_family: Literal["discrete", "video", "flow", "flow_flux"] = "discrete"
     fields: frozenset[str] = frozenset()
@@ -73,7 +75,7 @@ class BackendSpec:
     refuses: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}))
 
 
-PROMPTS = frozenset({"positive", "negative"})
+PROMPTS = frozenset({"positive", "negative", "prompt_syntax"})
 EMBEDS = frozenset({"positive_embeds", "negative_embeds"})
 CONTROL = frozenset({"control_image", "control_image_scale", "controlnet_scale"})
 IP = frozenset({"ip_image", "ip_image_scale", "ip_adapter_scale"})
@@ -100,6 +102,7 @@ MODELS: dict[str, ModelSpec] = {
     for spec in (
         ModelSpec(
             name="ad",
+            prompt_chunks=True,
             title="AnimateDiff (Stable Diffusion 1.5 with a motion module)",
             pipeline="AnimateDiffPipeline",
             denoiser="unet",
@@ -123,6 +126,7 @@ MODELS: dict[str, ModelSpec] = {
         ),
         ModelSpec(
             name="sd1",
+            prompt_chunks=True,
             title="Stable Diffusion 1.x",
             pipeline="StableDiffusionPipeline",
             inpaint_pipeline="StableDiffusionInpaintPipeline",
@@ -144,6 +148,7 @@ MODELS: dict[str, ModelSpec] = {
         ),
         ModelSpec(
             name="sd2",
+            prompt_chunks=True,
             title="Stable Diffusion 2.x",
             pipeline="StableDiffusionPipeline",
             inpaint_pipeline="StableDiffusionInpaintPipeline",
@@ -165,6 +170,7 @@ MODELS: dict[str, ModelSpec] = {
         ),
         ModelSpec(
             name="sdxl",
+            prompt_chunks=True,
             title="Stable Diffusion XL",
             pipeline="StableDiffusionXLPipeline",
             image_pipeline="StableDiffusionXLImg2ImgPipeline",
@@ -188,6 +194,7 @@ MODELS: dict[str, ModelSpec] = {
         ),
         ModelSpec(
             name="sd3",
+            most_tokens=512,
             title="Stable Diffusion 3",
             pipeline="StableDiffusion3Pipeline",
             image_pipeline="StableDiffusion3Img2ImgPipeline",
@@ -219,6 +226,7 @@ MODELS: dict[str, ModelSpec] = {
         ),
         ModelSpec(
             name="sdup",
+            prompt_chunks=True,
             title="Stable Diffusion x4 upscaler",
             pipeline="StableDiffusionUpscalePipeline",
             denoiser="unet",

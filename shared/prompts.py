@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from shared.long_prompts import fit, is_long, named_arguments, read_all, take_notation
 from shared.models import ModelSpec
 
 KEPT_PROMPTS = 8
+COMPEL_LENGTH, COMPEL_MARKS, COMPEL_DEPTH = 4000, 200, 16  # what compel reads in a second or two
 
 
 class PromptError(ValueError):
@@ -25,11 +27,20 @@ class EncodedPrompts:
         self._remembered = functools.lru_cache(KEPT_PROMPTS)(_encode)
 
     @contextlib.contextmanager
-    def of(self, pipe: Any, state: Hashable) -> Iterator[None]:
-        """Inside, the pipeline's `encode_prompt` answers from memory where it can.
+    def of(
+        self,
+        pipe: Any,
+        state: Hashable,
+        spec: ModelSpec | None = None,
+        notation: str | None = None,
+        negative: str | None = None,
+    ) -> Iterator[None]:
+        """Inside, the pipeline's `encode_prompt` answers from memory where it can, and cuts nothing unsaid.
 
         Args:
             state: what else the encoders' answer depends on (scales of LoRAs).
+            notation: "a1111" where the prompts are in that notation.
+            negative: the request's negative prompt.
         """
         encode = getattr(pipe, "encode_prompt", None)
         if encode is None:
@@ -38,10 +49,22 @@ class EncodedPrompts:
 
         @functools.wraps(encode)
         def remembering(*args: Any, **kwargs: Any) -> Any:
+            call: Callable[..., Any] = encode
+            before: tuple[Any, ...] = ()
+            if spec is not None and spec.text_encoders:
+                values = named_arguments(encode, args, kwargs)
+                sides = [values.get("prompt"), values.get("negative_prompt")]
+                weighed = notation is not None and take_notation(values, spec.prompt_chunks)
+                if weighed or (spec.prompt_chunks and any(is_long(pipe, spec, text) for text in sides)):
+                    call, before, args, kwargs = read_all, (encode, pipe, spec.name, notation), (), values
+                else:
+                    if not spec.prompt_chunks:
+                        fit(pipe, spec, values, negative)
+                    args, kwargs = (), values
             given = (*args, *kwargs.values())
             if any(isinstance(value, torch.Tensor) or not isinstance(value, Hashable) for value in given):
-                return encode(*args, **kwargs)
-            return self._remembered(encode, state, *args, **kwargs)
+                return call(*before, *args, **kwargs)
+            return self._remembered(call, state, *before, *args, **kwargs)
 
         pipe.encode_prompt = remembering
         try:
@@ -170,6 +193,8 @@ def _compel(pipe: Any, spec: ModelSpec, positive: str, negative: str) -> dict[st
 
     # Without it the time to parse brackets grows exponentially with their depth.
     pyparsing.ParserElement.enable_packrat()
+    for field, text in (("positive", positive), ("negative", negative)):
+        _check_compel(field, text)
     wrapper = getattr(compel, spec.compel_class or "")(pipe, device=str(pipe._execution_device))
     try:
         with torch.no_grad():
@@ -178,6 +203,14 @@ def _compel(pipe: Any, spec: ModelSpec, positive: str, negative: str) -> dict[st
         raise PromptError(f"positive: compel cannot parse the prompt: {error}") from None
     except RecursionError:
         raise PromptError("positive: too many brackets in each other for compel") from None
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        raise PromptError(
+            f"positive: compel cannot read the prompt: {error or type(error).__name__}"
+        ) from None
+    if not torch.isfinite(made.embeds).all():
+        raise PromptError("positive: compel's weights are too large")
     arguments = {"prompt_embeds": made.embeds, "negative_prompt_embeds": made.negative_embeds}
     zeros = not negative and pipe.config.get("force_zeros_for_empty_prompt", False)
     if spec.pooled_embeds:
@@ -188,3 +221,19 @@ def _compel(pipe: Any, spec: ModelSpec, positive: str, negative: str) -> dict[st
     if zeros:  # what these pipelines do with an absent negative prompt
         arguments |= {k: torch.zeros_like(v) for k, v in arguments.items() if k.startswith("negative_")}
     return arguments
+
+
+def _check_compel(field: str, text: str) -> None:
+    """Bound the time that compel's parser takes. Raises PromptError."""
+    depth = deepest = 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        deepest = max(deepest, depth)
+    marks = sum(text.count(mark) for mark in '()"+') + text.count("--")
+    for found, most, of in (
+        (len(text), COMPEL_LENGTH, "letters"),
+        (marks, COMPEL_MARKS, "brackets, quotes, + and --"),
+        (deepest, COMPEL_DEPTH, "brackets in each other"),
+    ):
+        if found > most:
+            raise PromptError(f"{field}: with --compel it may have {most} {of}; got {found}")

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic import ValidationError as PydanticError
 from pydantic_core import from_json
 
+from shared.a1111_prompts import NotationError, parse
 from shared.codecs import (
     MAX_SIDE,
     MAX_STEPS,
@@ -110,6 +111,10 @@ class GenerateRequest(BaseModel):
 
     positive: Text | None = None
     negative: Text | None = None
+    prompt_syntax: (
+        Annotated[Literal["a1111"], Field(description="(word:1.3), [word] and BREAK mean what they do there")]
+        | None
+    ) = None
     positive_embeds: Embeds | None = None
     negative_embeds: Embeds | None = None
     image: Picture | None = None
@@ -301,6 +306,11 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
         add("add_noise", "needs latent, and strength", "latent", *STRENGTH, "denoising_start")
     if request.sigmas is not None and request.timesteps is not None:
         add("timesteps", "give sigmas or timesteps, not both")
+    for name in ("positive", "negative") if request.prompt_syntax else ():
+        try:
+            parse(getattr(request, name) or "")
+        except NotationError as error:
+            add(name, str(error))
     for name in ("positive", "negative"):
         if getattr(request, name) is not None and getattr(request, f"{name}_embeds") is not None:
             add(f"{name}_embeds", f"give {name} or {name}_embeds, not both")

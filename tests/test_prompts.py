@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_map
 from shared.models import MODELS
 from shared.parallel.graphs import Captured, Graphs, signature
 from shared.prompts import KEPT_PROMPTS, EncodedPrompts, PromptError, prompt_arguments
+from shared.warned import warnings_told
 from tests import tiny
 
 COMPEL = [name for name, spec in MODELS.items() if spec.compel_class]
@@ -58,6 +60,54 @@ def test_compel_reads_past_77_tokens(name: str) -> None:
     assert np.array_equal(cut, same), "without compel the end is cut off"
     arguments = prompt_arguments(pipe_of(name), MODELS[name], start, "short", compel=True)
     assert arguments["prompt_embeds"].shape == arguments["negative_prompt_embeds"].shape
+
+
+def pictured(name: str, positive: str, negative: str | None, notation: str | None = None) -> np.ndarray:
+    pipe = pipe_of(name)
+    with EncodedPrompts().of(pipe, None, MODELS[name], notation, negative), warnings_told() as told:
+        picture = made(name, positive=positive, negative=negative)
+    pictured.told = told  # type: ignore[attr-defined]
+    return picture
+
+
+CHUNKED = [name for name, spec in MODELS.items() if spec.prompt_chunks]
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_prompts_of_any_length_and_weight(name: str) -> None:
+    assert np.array_equal(pictured(name, TEXT, "blue"), made(name, positive=TEXT, negative="blue"))
+    assert np.array_equal(pictured(name, TEXT, "blue", "a1111"), made(name, positive=TEXT, negative="blue"))
+    start = "word " * 40
+    one, other = (pictured(name, start + end, "short") for end in ("cat", "dog on a hill"))
+    assert apart(one, other) > 1e-5 and not pictured.told  # type: ignore[attr-defined]
+    assert (
+        apart(pictured(name, "short", start + "cat"), pictured(name, "short", start + "dog on a hill")) > 1e-5
+    )
+    plain = pictured(name, "a red cat", None, "a1111")
+    weighted = pictured(name, "a (red:1.21) cat", None, "a1111")
+    assert apart(weighted, plain) > 1e-5
+    assert apart(weighted, pictured(name, "a ((red)) cat", None, "a1111")) < 1e-4
+    assert apart(pictured(name, "a red BREAK cat", None, "a1111"), plain) > 1e-5
+
+
+@pytest.mark.parametrize("name", [n for n, s in MODELS.items() if s.text_encoders and not s.prompt_chunks])
+def test_what_the_encoders_cut_or_leave_out_is_told(name: str) -> None:
+    assert np.array_equal(pictured(name, TEXT, None), made(name, positive=TEXT))
+    assert not pictured.told  # type: ignore[attr-defined]
+    pictured(name, "word " * 400 + "zebra", None)
+    assert "zebra" in " ".join(pictured.told) or "not read" in " ".join(pictured.told)  # type: ignore[attr-defined]
+    assert np.array_equal(pictured(name, "a (red:1.3) cat", None, "a1111"), made(name, positive="a red cat"))
+    assert "carry no weights" in pictured.told[0]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["( )", "(" * 2000, "a cat.swap(dog) " * 1200, "a" + "+" * 3000, "word " * 3000]
+)
+def test_compel_is_bounded(prompt: str) -> None:
+    began = time.monotonic()
+    with contextlib.suppress(PromptError):
+        prompt_arguments(pipe_of("sd1"), MODELS["sd1"], prompt, compel=True)
+    assert time.monotonic() - began < 10
 
 
 def encoded(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
