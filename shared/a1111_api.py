@@ -14,6 +14,7 @@ from typing import Any
 from flask import Flask, Response, jsonify
 from flask import request as http
 
+from shared.a1111_options import check_options
 from shared.a1111_prompts import NotationError, take_networks
 from shared.codecs import MAX_SIDE
 from shared.config import HostConfig
@@ -72,6 +73,8 @@ _OURS = {
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {
     "image": "init_images",
+    "control_image": "alwayson_scripts.ControlNet.image",
+    "controlnet_scale": "alwayson_scripts.ControlNet.weight",
 }
 _WHOLE = frozenset({"steps", "seed", "width", "height"})
 
@@ -211,7 +214,7 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
         return check_request(translate(asked, config, samplers, with_image), config)
 
     replies = dispatcher.run(parse)
-    shown = {k: v for k, v in asked.items() if k not in ("init_images", "mask")}
+    shown = {k: v for k, v in asked.items() if k not in ("init_images", "alwayson_scripts")}
     info = _info(asked, replies, config)
     body = {
         "images": [reply.answer()["output"] for reply in replies],
@@ -292,8 +295,9 @@ def translate(
             problems.append(FieldProblem("init_images", f"must hold one picture, got {found}"))
         else:
             data["image"] = images[0]
-        if asked.get("mask"):
-            problems.append(FieldProblem("mask", "is not served: the whole picture is made anew"))
+    more, faults = check_options(asked, config, with_image)
+    data |= more
+    problems += faults
     counts = [_number("steps", asked.get(key) or 1) for key in ("batch_size", "n_iter")]
     pictures = 1
     for key, count in zip(("batch_size", "n_iter"), counts, strict=True):

@@ -183,6 +183,73 @@ def test_lists(host: FakeHost) -> None:
     assert post(host, "options", {"sd_model_checkpoint": "other"}).status_code == 422
 
 
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"enable_hr": True, "hr_scale": 2}, "enable_hr: is not served"),
+        ({"script_name": "x/y/z plot"}, "script_name: is not served, leave it out; got 'x/y/z plot'"),
+        ({"styles": ["anime"]}, "styles: "),
+        ({"tiling": True}, "tiling: "),
+        ({"restore_faces": True}, "restore_faces: "),
+        ({"refiner_checkpoint": "r", "refiner_switch_at": 0.8}, "refiner_checkpoint: "),
+        ({"subseed": 3, "subseed_strength": 0.5}, "subseed_strength: is not served, leave it out; got 0.5"),
+        ({"sampler_name": "DDIM", "eta": 1.0}, "eta: "),
+        ({"s_churn": 5}, "s_churn: "),
+        ({"mask": "xyz"}, "mask: "),
+        ({"firstphase_width": 64}, "firstphase_width: "),
+        ({"override_settings": {"sd_vae": "a.safetensors"}}, "override_settings.sd_vae: is not served"),
+        ({"override_settings": {"eta_noise_seed_delta": 31337}}, "override_settings.eta_noise_seed_delta: "),
+        ({"alwayson_scripts": {"ADetailer": {"args": [True, False, {"ad_model": "f.pt"}]}}}, "'ADetailer': "),
+        ({"alwayson_scripts": {"controlnet": {"args": [{"image": "x", "module": "canny"}]}}}, "module: is"),
+        (
+            {"alwayson_scripts": {"controlnet": {"args": [{"image": "x", "guidance_end": 0.5}]}}},
+            "guidance_end",
+        ),
+        ({"alwayson_scripts": {"controlnet": {"args": [{"image": "x"}] * 2}}}, "one enabled unit, got 2"),
+        ({"alwayson_scripts": {"controlnet": {"args": [{"weight": 1}]}}}, "ControlNet.image: needed"),
+    ],
+)
+def test_options_that_are_not_served_are_refused_by_name(host: FakeHost, body: Any, words: str) -> None:
+    answer = post(host, "txt2img", body)
+    assert answer.status_code == 422 and words in answer.json()["detail"], answer.text
+    assert not host.seen
+
+
+def test_options_that_mean_nothing_pass(host: FakeHost) -> None:
+    scripts = {
+        "ADetailer": {"args": [False, {"ad_model": "f.pt"}]},
+        "ControlNet": {"args": [{"enabled": False, "image": "x"}, {}]},
+        "Refiner": {"args": [False, "", 0.8]},
+        "Comments": {"args": []},
+    }
+    body: dict[str, Any] = {
+        "tiling": None,
+        "styles": [],
+        "eta": 1,
+        "sampler_name": "Euler a",
+        "s_noise": 1.0,
+        "script_name": "None",
+        "seed_resize_from_w": -1,
+        "subseed": -1,
+        "resize_mode": 1,
+        "override_settings": {"sd_vae": "Automatic", "samples_format": "png"},
+        "alwayson_scripts": scripts,
+    }
+    assert post(host, "txt2img", body).status_code == 200
+    assert host.seen[0].control_image is None
+
+
+@pytest.mark.parametrize("key", ["image", "input_image"])
+def test_control_net_of_the_launch(key: str) -> None:
+    unit = {key: base64.b64encode(picture()).decode(), "module": "none", "model": "canny", "weight": 0.5}
+    unit |= {"guidance_start": 0, "guidance_end": 1.0, "control_mode": 0, "resize_mode": "Crop and Resize"}
+    with FakeHost(config_of(control_net="/models/canny")) as host:
+        answer = post(host, "txt2img", {"alwayson_scripts": {"ControlNet": {"args": [unit]}}})
+        assert answer.status_code == 200, answer.text
+        assert (host.seen[0].control_image, host.seen[0].controlnet_scale) == (picture(), 0.5)
+        assert "needed" in post(host, "txt2img", {"prompt": "x"}).json()["detail"]
+
+
 def test_progress_and_interrupt(host: FakeHost) -> None:
     idle = get(host, "progress")
     assert (idle["progress"], idle["state"]["job_count"]) == (0, 0)
