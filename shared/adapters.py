@@ -207,13 +207,34 @@ def _ip_parts(tensors: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
     return parts
 
 
+# What reads the image encoder's output in each kind of adapter that diffusers loads; plain ones read its
+# projected output, the others its hidden states: Plus (a resampler), full-face (an MLP), SD3's resampler.
+IP_FORMS = {"proj.weight": True, "proj.3.weight": False, "proj_in.weight": False}
+FACE_WIDTH = 512  # of the face recognition's embeddings, which InstantID and FaceID read
+
+
+def _projected_width(file: Path, projection: Mapping[str, torch.Tensor]) -> tuple[int, bool]:
+    """The width that an adapter reads from the image encoder, and whether it is the projected output's."""
+    form = next((key for key in IP_FORMS if key in projection), None)
+    first = projection.get("proj.0.weight" if form == "proj.3.weight" else form or "")
+    if form is None or first is None or first.ndim != 2:
+        raise AdapterError(
+            f"IP-Adapter {str(file)!r} is of no known kind (plain, Plus, full-face): its image_proj holds "
+            f"{', '.join(sorted(projection)[:4])}"
+        )
+    if form == "proj_in.weight" and first.shape[1] == FACE_WIDTH:
+        raise AdapterError(
+            f"IP-Adapter {str(file)!r} reads the embeddings of a face detector (InstantID); use a plain one"
+        )
+    return first.shape[1], IP_FORMS[form]
+
+
 def _image_encoder(
     pipe: Any, spec: ModelSpec, file: Path, projection: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> tuple[Any, Any]:
     import transformers
 
-    plain = "proj.weight" in projection
-    wanted = projection["proj.weight" if plain else "proj_in.weight"].shape[1]
+    wanted, plain = _projected_width(file, projection)
     classes = {
         "clip": (transformers.CLIPVisionModelWithProjection, transformers.CLIPImageProcessor),
         "siglip": (transformers.SiglipVisionModel, transformers.SiglipImageProcessor),

@@ -87,8 +87,14 @@ def build_parser(backend: str) -> argparse.ArgumentParser:
         if meta["parse"] is None:
             group.add_argument(*names, dest=f.name, action="store_true", default=argparse.SUPPRESS, help=text)
         else:
+            action = "append" if meta["several"] else "store"
             group.add_argument(
-                *names, dest=f.name, default=argparse.SUPPRESS, help=text, metavar=f.name.upper()
+                *names,
+                dest=f.name,
+                default=argparse.SUPPRESS,
+                help=text,
+                metavar=f.name.upper(),
+                action=action,
             )
     return parser
 
@@ -201,7 +207,10 @@ def _parse_value(f: Field[Any], value: Any) -> Any:
         raise UsageError(f"--{f.name}: must be {error}; got {shown(value, 100)}") from None
     if meta["path"]:
         homed = os.path.expanduser
-        parsed = {homed(k): v for k, v in parsed.items()} if isinstance(parsed, dict) else homed(parsed)
+        if isinstance(parsed, dict):
+            parsed = {homed(k): v for k, v in parsed.items()}
+        else:
+            parsed = tuple(map(homed, parsed)) if meta["several"] else homed(parsed)
     if meta["choices"] and parsed not in meta["choices"]:
         raise UsageError(f"--{f.name}: must be one of {', '.join(meta['choices'])}; got {shown(value, 100)}")
     if meta["least"] is not None and parsed < meta["least"]:
@@ -245,11 +254,13 @@ def _check_paths(config: HostConfig) -> None:
         value = getattr(config, f.name)
         if not f.metadata["path"] or value is None:
             continue
-        for path in value if isinstance(value, dict) else [value]:
+        for path in value if isinstance(value, dict | tuple) else [value]:
             if not os.path.exists(path):
                 raise UsageError(f"--{f.name}: no such file or folder: {path!r}")
             if f.name in _FOLDERS and not os.path.isdir(path):
                 raise UsageError(f"--{f.name}: must be a diffusers folder; got the file {path!r}")
+            if f.name == "lora_dir" and not os.path.isdir(path):
+                raise UsageError(f"--lora_dir: must be a folder; got the file {path!r}")
             if f.name in _FILES and os.path.isdir(path):
                 raise UsageError(f"--{f.name}: must be a file; got the folder {path!r}")
             if f.name in _LORAS and os.path.isfile(path) and not path.endswith(".safetensors"):

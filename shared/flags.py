@@ -55,6 +55,14 @@ def _seconds(value: Any) -> float:
     return seconds
 
 
+def _folders(value: Any) -> tuple[str, ...]:
+    """Folders: a list, or a text with commas between; each text of a list may be either."""
+    given = value if isinstance(value, list | tuple) else [value]
+    if not given or not all(isinstance(text, str) and text.strip() for text in given):
+        raise ValueError("folders with commas between")
+    return tuple(part.strip() for text in given for part in text.split(",") if part.strip())
+
+
 def _scales(value: Any) -> dict[str, float]:
     """JSON `{"path": scale, ...}`."""
     wanted = 'JSON such as {"path": 1.0}'
@@ -116,6 +124,7 @@ def _flag(
     aliases: Sequence[str] = (),
     backend: str | None = None,
     path: bool = False,
+    several: bool = False,
 ) -> Any:
     """A dataclass field with all that the parser and the checks need. `parse=None` makes a bare switch."""
     meta = dict(
@@ -128,6 +137,7 @@ def _flag(
         aliases=tuple(aliases),
         backend=backend,
         path=path,
+        several=several,
     )
     return field(default=default, metadata=meta)
 
@@ -188,6 +198,17 @@ class HostConfig:
     )
 
     lora: dict[str, float] | None = _flag(None, _FEATURES, 'LoRAs, {"path": scale}', _scales, path=True)
+    lora_dir: tuple[str, ...] | None = _flag(
+        None,
+        _FEATURES,
+        "folders whose LoRAs clients may name; commas between, or the flag again",
+        _folders,
+        path=True,
+        several=True,
+    )
+    allow_lora_paths: bool = _flag(
+        False, _FEATURES, "let clients add any LoRA file of the server by its path (POST /lora)"
+    )
     control_net: dict[str, float] | None = _flag(
         None, _FEATURES, 'ControlNets, path or {"path": scale}', _scales_or_path, path=True
     )

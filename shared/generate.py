@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import safetensors.torch
@@ -17,7 +18,8 @@ from shared.arguments import call_arguments, part_of_schedule
 from shared.comm import OnStep, StoppedError, Verdict, World
 from shared.config import HostConfig
 from shared.jobs import JobQueue
-from shared.lora import LoraError, loras_of
+from shared.lora import LoraError, LoraSet, loras_of
+from shared.lora_dir import LoraNameError, find_lora
 from shared.media import encode_image
 from shared.memory import freeze_heap
 from shared.models import ModelSpec
@@ -28,6 +30,8 @@ from shared.requests import FieldProblem, GenerateRequest, Reply, RequestError
 from shared.schedulers import SchedulerError, scheduler_for_request, unhurried_step
 
 log = logging.getLogger("host")
+
+NAMED_LORAS = 4  # of --lora_dir stay loaded between requests
 
 
 class Parallel(Protocol):
@@ -85,6 +89,8 @@ class PipelineEngine:
         self._encoders = Captured(pipe, self.spec.text_encoders, captures)
         self._adapter_state: Any = None
         self._previewer: Previewer | None = None
+        self._named: dict[str, int] = {}
+        """LoRAs that requests have named, by path, the longest unused first; when each file was changed."""
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -92,6 +98,7 @@ class PipelineEngine:
 
     def generate(self, request: GenerateRequest, on_step: OnStep) -> Reply | None:
         began = time.perf_counter()
+        request = self._with_named_loras(request)
         holds_picture = self.world.rank == self.output_rank
         # Some pipelines draw control latents from the global state: alike on all ranks then.
         torch.manual_seed(request.seed or 0)
@@ -243,22 +250,120 @@ class PipelineEngine:
         return [
             {"path": e.path, "scale": e.scale, "layers": e.matched, "layers_left_out": e.unmatched}
             for e in loras_of(self.pipe, self.spec).loaded.values()
+            if e.path not in self._named
         ]
 
     def add_lora(self, path: str, scale: float) -> list[dict[str, Any]]:
         """Add a LoRA to the running pipeline, on every rank. Raises RequestError 409."""
-        return self._change_loras(lambda loras: loras.add(path, scale))
+
+        def change(loras: LoraSet) -> None:
+            same = {os.path.realpath(known): known for known in loras.loaded}.get(
+                os.path.realpath(path), path
+            )
+            if self._named.pop(same, None) is not None:  # a request has named it, and it is still here
+                loras.remove(same)
+            elif same in loras.loaded:
+                raise LoraError(f"LoRA {path!r} is loaded already")
+            loras.add(path, scale)
+
+        return self._change_loras(change)
 
     def remove_lora(self, path: str) -> list[dict[str, Any]]:
         """Take a LoRA off the running pipeline, on every rank. Raises RequestError 409."""
-        return self._change_loras(lambda loras: loras.remove(path))
+
+        def change(loras: LoraSet) -> None:
+            known = loras.name_of(path)
+            loras.remove(known)
+            self._named.pop(known, None)
+
+        return self._change_loras(change)
 
     def undo(self, method: str, arguments: dict[str, Any]) -> None:
         """A call that went well on this rank has failed on another: take it back."""
         if method == "add_lora":
             self.remove_lora(arguments["path"])
 
-    def _change_loras(self, change: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    def _change_loras(self, change: Callable[[LoraSet], None]) -> list[dict[str, Any]]:
+        try:
+            self._operate(change)
+        except ValueError as error:
+            raise RequestError(409, [FieldProblem("lora", str(error))]) from error
+        return self.list_loras()
+
+    def _with_named_loras(self, request: GenerateRequest) -> GenerateRequest:
+        """The request with paths for the names of its LoRAs, those of --lora_dir loaded at scale 0.
+
+        All ranks load all of them or none does. Raises RequestError.
+        """
+        if not request.lora_scales or not self.config.lora_dir:
+            return request
+        loras = loras_of(self.pipe, self.spec)
+        mine, problem = self._tried(lambda: self._looked_up(request.lora_scales or {}, loras))
+        self._agree_on_loras(mine, problem)
+        files: dict[str, int] = mine or {}
+        changed = [path for path in files if self._named.get(path, files[path]) != files[path]]
+        new = [path for path in files if path not in loras.loaded] + changed
+        if new:
+            unused = [path for path in self._named if path not in files]
+            surplus = len(self._named) + len(new) - len(changed) - NAMED_LORAS
+
+            def change(loras: LoraSet) -> None:
+                for path in changed + unused[: max(surplus, 0)]:
+                    loras.remove(path)
+                    del self._named[path]
+                for path in new:
+                    loras.add(path, 0.0)
+                    self._named[path] = files[path]
+
+            _, problem = self._tried(lambda: self._operate(change))
+            try:
+                self._agree_on_loras(None, problem)
+            except Exception:
+                self._operate(lambda loras: self._forget_loras(loras, new))
+                raise
+        for path in files:
+            if path in self._named:
+                self._named[path] = self._named.pop(path)
+        scales = dict(zip(files, request.lora_scales.values(), strict=True))
+        return request.model_copy(update={"lora_scales": scales})
+
+    def _looked_up(self, names: Iterable[str], loras: LoraSet) -> dict[str, int]:
+        """Path of each name, and when its file was changed. Raises LoraNameError."""
+        files: dict[str, int] = {}
+        for name in names:
+            file = find_lora(self.config, name, loras.loaded)
+            if file.path in files:
+                raise LoraNameError(f"LoRA {name!r} is named twice")
+            files[file.path] = file.changed
+        return files
+
+    def _forget_loras(self, loras: LoraSet, paths: Iterable[str]) -> None:
+        for path in paths:
+            if self._named.pop(path, None) is not None:
+                loras.remove(path)
+
+    @staticmethod
+    def _tried(act: Callable[[], Any]) -> tuple[Any, Exception | None]:
+        try:
+            return act(), None
+        except Exception as error:
+            return None, error
+
+    def _agree_on_loras(self, mine: Any, problem: Exception | None) -> None:
+        """Raise on all ranks where one has a problem, or where they have not found the same."""
+        text = None if problem is None else str(problem)
+        said: list[Any] = [(mine and list(mine), text)] * self.world.size
+        if self.world.size > 1:
+            torch.distributed.all_gather_object(said, said[0], group=self.world.voting)
+        problems = [told for _, told in said if told is not None]
+        if problem is not None and not isinstance(problem, ValueError):
+            raise problem
+        if not problems and any(found != said[0][0] for found, _ in said):
+            problems = ["the ranks do not find the same files in their --lora_dir"]
+        if problems:
+            raise RequestError(422, [FieldProblem("lora_scales", problems[0])]) from problem
+
+    def _operate(self, change: Callable[[LoraSet], None]) -> None:
         """Layers are replaced, so the surgery is undone before and done again after."""
         if self.parallel is not None:
             self.parallel.close()
@@ -266,12 +371,9 @@ class PipelineEngine:
         self._encoders.reset()
         try:
             change(loras_of(self.pipe, self.spec))
-        except ValueError as error:
-            raise RequestError(409, [FieldProblem("lora", str(error))]) from error
         finally:
             self.parallel = self._make_parallel(self.pipe)
             freeze_heap()
-        return self.list_loras()
 
     def close(self) -> None:
         if self.parallel is not None:

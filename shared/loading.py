@@ -20,7 +20,7 @@ from shared import adapters, memory, quantize
 from shared.arguments import INPAINT_CHANNELS
 from shared.compile import compile_pipeline
 from shared.config import HostConfig, LoadError, UsageError, first_line, world_from_environment
-from shared.lora import LoraError, loras_of
+from shared.lora import LoraError, check_lora, loras_of
 from shared.models import MODELS, OTHER_PIPELINES, ModelSpec
 from shared.schedulers import SchedulerError, make_scheduler, set_scheduler
 from shared.single_file import BROKEN, CONFIGS, config_folder, load_single_file, pick_variant
@@ -74,6 +74,12 @@ def check_environment(config: HostConfig, device: torch.device) -> None:
         raise UsageError(str(error)) from None
     _check_compile(config)
     _check_scheduler(config)
+    for flag in ("lora", "motion_adapter_lora"):
+        for path in getattr(config, flag) or {}:
+            try:
+                check_lora(path)
+            except LoraError as error:
+                raise UsageError(f"--{flag}: {error}") from None
 
 
 def _check_compile(config: HostConfig) -> None:

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from shared.lora_dir import is_named
 from shared.models import ModelSpec
 
 log = logging.getLogger("host")
@@ -35,6 +36,7 @@ KEY = re.compile(
     r"|lora_(?:A|B|down|up))(?:\.[^.]+)?\.weight$"
 )
 ALPHA = re.compile(r"(?P<layer>.+?)(?:\.lora)?\.alpha$")
+SCALE = re.compile(r"(?P<layer>.+)\.(?:scale_weight|weight_scale|weight\.scale)$")
 FOREIGN = re.compile(r"\.(?:hada_w|lokr_w|dora_scale|lora_magnitude|oft_|diff$|lora_mid)")
 OTHER_NAMES = {
     "self_attn.to_q": "self_attn.q_proj", "self_attn.to_k": "self_attn.k_proj",
@@ -95,14 +97,22 @@ class LoraSet:
         self._check_open(self.fixed)
         if path in self.loaded:
             raise LoraError(f"LoRA {path!r} is loaded already")
-        parts, unmatched = match_layers(self.pipe, self.spec, read_lora(path))
+        tensors = read_lora(path)
+        try:
+            parts, unmatched = match_layers(self.pipe, self.spec, tensors)
+        except LoraError as error:
+            raise LoraError(f"LoRA {path!r}: {error}") from None
         matched = sum(len(pairs) for pairs in parts.values())
         if not matched:
             raise LoraError(f"LoRA {path!r} fits no layer of type {self.spec.name}: {_sample(unmatched)}")
         adapter = f"lora{self._count}"
         self._count += 1
-        for part, pairs in parts.items():
-            _inject(getattr(self.pipe, part), pairs, adapter)
+        try:
+            for part, pairs in parts.items():
+                _inject(getattr(self.pipe, part), pairs, adapter)
+        except Exception:
+            self._take_off(adapter)
+            raise
         entry = Loaded(path, adapter, scale, matched, len(unmatched))
         self.loaded[path] = entry
         self.set_scales({})
@@ -118,15 +128,14 @@ class LoraSet:
     def remove(self, path: str) -> None:
         """Take a LoRA off again; with the last one the layers are the original objects. Raises LoraError."""
         self._check_open(self.fixed)
-        entry = self.loaded.pop(self.name_of(path))
-        for module in _parts(self.pipe, self.spec).values():
-            for _, layer in _lora_layers(module):
-                if entry.adapter in layer.lora_A:
-                    layer.delete_adapter(entry.adapter)
-            getattr(module, "peft_config", {}).pop(entry.adapter, None)
-            if not self.loaded:
-                _unwrap(module)
+        self._take_off(self.loaded.pop(self.name_of(path)).adapter)
         self.set_scales({})
+
+    def rescale(self, path: str, scale: float) -> Loaded:
+        """Give a loaded LoRA another scale of its own, the one without `set_scales`. Raises LoraError."""
+        self._check_open()
+        self.loaded[path] = replace(self.loaded[path], scale=scale)
+        return self.loaded[path]
 
     def set_scales(self, scales: Mapping[str, float]) -> None:
         """Give LoRAs other scales, keyed by path, file name or file name without suffix; {} is the launch's.
@@ -149,7 +158,7 @@ class LoraSet:
 
     def name_of(self, name: str) -> str:
         """The path of the loaded LoRA that `name` means. Raises LoraError."""
-        found = [path for path in self.loaded if name in (path, Path(path).name, Path(path).stem)]
+        found = [name] if name in self.loaded else [path for path in self.loaded if is_named(path, name)]
         if len(found) != 1:
             known = ", ".join(self.loaded) or "none"
             problem = "means several LoRAs" if found else "is not loaded"
@@ -168,6 +177,15 @@ class LoraSet:
     def freeze(self, why: str) -> None:
         """From now on none can be added, removed or scaled, for this reason."""
         self.frozen = why
+
+    def _take_off(self, adapter: str) -> None:
+        for module in _parts(self.pipe, self.spec).values():
+            for _, layer in _lora_layers(module):
+                if adapter in layer.lora_A:
+                    layer.delete_adapter(adapter)
+            getattr(module, "peft_config", {}).pop(adapter, None)
+            if not self.loaded:
+                _unwrap(module)
 
     def _check_open(self, fixed: str | None = None) -> None:
         if reason := self.frozen or fixed:
@@ -193,8 +211,56 @@ def read_lora(path: str) -> dict[str, torch.Tensor]:
         if file.suffix != ".safetensors":
             raise LoraError(f"LoRA {path!r} must be a .safetensors file (no pickles)")
         return load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError, AttributeError) as error:
         raise LoraError(f"LoRA {path!r} cannot be read: {error}") from None
+
+
+def check_lora(path: str) -> None:
+    """What can be told of a LoRA without the model. Raises LoraError."""
+    tensors = read_lora(path)
+    try:
+        _numbers(tensors)
+    except LoraError as error:
+        raise LoraError(f"LoRA {path!r}: {error}") from None
+
+
+def _numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors as numbers to compute with: those in 8 bits in fp32, times their scales.
+
+    Raises:
+        LoraError: weights that are integers, or a NaN or Inf.
+    """
+    scales: dict[str, torch.Tensor] = {}
+    found: dict[str, torch.Tensor] = {}
+    for key, value in tensors.items():
+        floats = value.is_floating_point()
+        try:
+            wide = value.float() if floats and value.element_size() == 1 else value
+        except RuntimeError:
+            raise LoraError(f"{key!r} is {value.dtype}, which cannot be read") from None
+        if floats and not torch.isfinite(wide).all():
+            raise LoraError(f"{key!r} holds NaN or Inf")
+        if scaled := SCALE.match(key):
+            scales[f"{scaled['layer']}.weight"] = wide.float()
+        elif key != "scaled_fp8":
+            found[key] = wide
+    for key, value in found.items():
+        if KEY.match(key) and not value.is_floating_point():
+            raise LoraError(f"{key!r} must hold floats, it is {str(value.dtype).removeprefix('torch.')}")
+    for key, scale in scales.items():
+        if key not in found:
+            raise LoraError(f"there is a scale for {key!r}, which is not there")
+        found[key] = found[key].float() * _by_row(scale, found[key], key)
+    return found
+
+
+def _by_row(scale: torch.Tensor, weight: torch.Tensor, key: str) -> torch.Tensor:
+    """A scale, of all or one for each row, in a shape that multiplies the weight."""
+    if scale.numel() == 1:
+        return scale.reshape(())
+    if weight.ndim and scale.numel() == weight.shape[0]:
+        return scale.reshape(-1, *[1] * (weight.ndim - 1))
+    raise LoraError(f"the scale of {key!r} must be one number or one for each row, got {list(scale.shape)}")
 
 
 def match_layers(
@@ -205,6 +271,7 @@ def match_layers(
     Returns:
         pairs per component attribute and module name, and the names in the file that fit nothing.
     """
+    tensors = _numbers(tensors)
     foreign = [key for key in tensors if FOREIGN.search(key)]
     if foreign:
         raise LoraError(f"this is not a plain LoRA but DoRA, LoHa, LoKr or the like (key {foreign[0]!r})")

@@ -155,6 +155,27 @@ _SCHEMAS: dict[str, Any] = {
         "required": ["message", "cancelled"],
         "properties": {"message": {"type": "string"}, "cancelled": {"type": "boolean"}},
     },
+    "LoraNames": {
+        "type": "object",
+        "required": ["message", "loras"],
+        "properties": {
+            "message": {"type": "string"},
+            "loras": {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["name", "size"],
+                    "properties": {
+                        "name": {"type": "string"},
+                        "size": {"type": "integer", "description": "bytes"},
+                        "title": {"type": "string"},
+                        "base": {"type": "string", "description": "the model that it was made for"},
+                        "trigger_words": {"type": "array", "items": {"type": "string"}},
+                    },
+                },
+            },
+        },
+    },
     "Launch": {
         "type": "object",
         "required": ["backend", "type", "title", "output", "fields", "needs", "defaults", "size_multiple"],
@@ -264,6 +285,12 @@ def _paths(config: HostConfig) -> dict[str, Any]:
             "post": _lora_change("Add a LoRA between two pictures"),
             "delete": _lora_change("Remove a LoRA between two pictures"),
         },
+        "/loras": {
+            "get": {
+                "summary": "The LoRAs in --lora_dir, by the names that lora_scales and /lora take",
+                "responses": {"200": _json("All of them", "LoraNames"), **_errors()},
+            }
+        },
         "/metrics": {
             "get": {
                 "summary": "Prometheus metrics",
@@ -297,7 +324,7 @@ def _lora_change(summary: str) -> dict[str, Any]:
         "requestBody": {"required": True, "content": {JSON: {"schema": _ref("LoraChange")}}},
         "responses": {
             "200": _json("The LoRAs in use now", "LoraAnswer"),
-            **_errors(400, 409, 413, 415, 499, 500, 503),
+            **_errors(400, 409, 413, 415, 422, 499, 500, 503),
         },
     }
 

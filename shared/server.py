@@ -26,6 +26,7 @@ from shared.answers import Json
 from shared.config import HostConfig
 from shared.dispatch import ApiError, Dispatcher, check_json_type
 from shared.jobs import HostStatus, JobQueue
+from shared.lora_dir import LoraNameError, list_loras, lora_path
 from shared.negotiate import negotiate
 from shared.openapi import openapi
 from shared.requests import (
@@ -297,11 +298,20 @@ def _add_lora(app: Flask, dispatcher: Dispatcher) -> None:
         dispatcher.check_ready()
         return jsonify(LoraAnswer(loras=in_use).model_dump(exclude_none=True))
 
+    @app.get("/loras")
+    def lora_names() -> Response:
+        return jsonify({"message": "OK", "loras": list_loras(dispatcher.config)})
+
     @app.route("/lora", methods=["POST", "DELETE"])
     def lora_change() -> Response:
         nonlocal in_use
         check_json_type()
         change = parse_lora_change(http.get_data(cache=False))
+        if http.method == "POST":
+            try:
+                change.path = lora_path(dispatcher.config, change.path)
+            except LoraNameError as error:
+                raise RequestError(422, [FieldProblem("path", str(error))]) from None
         # Not awaited: who waits here would hold a thread that is not counted.
         if not one_at_a_time.acquire(blocking=False):
             raise ApiError.unavailable("full", "another LoRA is being changed")

@@ -29,7 +29,9 @@ def demo_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
     """
     flags = [f"--checkpoint={DEMO_CHECKPOINT}", "--variant=fp32", "--width=128", "--height=128"]
     folder = tmp_path_factory.mktemp("demo_host")
-    launch = Launch(folder, 2, *flags, f"--warm_up_steps={DEMO_STEPS}", script="asyncdiff_host.py")
+    launch = Launch(
+        folder, 2, *flags, f"--warm_up_steps={DEMO_STEPS}", "--allow_lora_paths", script="asyncdiff_host.py"
+    )
     try:
         yield launch.ready()
     finally:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from shared.adapters import (
     AdapterError,
@@ -94,6 +98,57 @@ def test_ip_adapter_plus_and_bin(name: str) -> None:
         made[suffix] = tiny.run(pipe, name, **ip_arguments(pipe, launch, tiny.picture(64, 1)))
         assert np.array_equal(tiny.run(pipe, name, **ip_arguments(pipe, launch, None)), plain(name))
     assert np.array_equal(made[".safetensors"], made[".bin"]) and apart(made[".bin"], plain(name)) > 0.02
+
+
+def image_projection(form: str) -> dict[str, torch.Tensor]:
+    """The image_proj of other kinds of adapters, for an encoder of width 32 and a cross attention of 32."""
+    mlp = {"proj.0.bias": 32, "proj.2.bias": 32, "proj.3.bias": 32, "proj.0.weight": (32, 32)}
+    if form == "full-face":
+        sizes: dict[str, Any] = mlp | {"proj.2.weight": (32, 32), "proj.3.weight": 32}
+    elif form == "FaceID":
+        sizes = mlp | {"proj.0.weight": (64, 512), "norm.weight": 32, "norm.bias": 32}
+    elif form == "InstantID":
+        sizes = {"latents": (1, 16, 32), "proj_in.weight": (32, 512), "proj_in.bias": 32}
+    else:
+        sizes = {"something.weight": (32, 32)}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return {f"image_proj.{key}": torch.randn(size) * 0.3 for key, size in sizes.items()}
+
+
+def ip_adapter_of(form: str, folder: Path) -> Path:
+    source = tiny_extras.ip_adapter("sd1")
+    layers = {k: v for k, v in load_file(source).items() if k.startswith("ip_adapter.")}
+    shutil.copytree(source.parent / "image_encoder", folder / "image_encoder")
+    save_file(layers | image_projection(form), folder / "adapter.safetensors")
+    return folder / "adapter.safetensors"
+
+
+def test_ip_adapter_full_face_is_diffusers_picture(tmp_path) -> None:
+    path = ip_adapter_of("full-face", tmp_path)
+    launch = {str(path): 0.7}
+    pipe = tiny.host("sd1", ip_adapter=launch)
+    made = tiny.run(pipe, "sd1", **ip_arguments(pipe, launch, tiny.picture(64, 1)))
+    theirs = tiny.load("sd1")
+    encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "image_encoder")
+    theirs.register_modules(image_encoder=encoder, feature_extractor=tiny.image_processor())
+    parts: dict[str, Any] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in load_file(path).items():
+        head, _, rest = key.partition(".")
+        parts[head][rest] = value
+    theirs.load_ip_adapter(parts, subfolder="", weight_name="")
+    theirs.set_ip_adapter_scale(0.7)
+    assert apart(made, tiny.run(theirs, "sd1", ip_adapter_image=tiny.picture(64, 1))) < 1e-6
+    assert apart(made, plain("sd1")) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [("FaceID", "a FaceID adapter"), ("InstantID", "InstantID"), ("odd", "of no known kind")],
+)
+def test_other_kinds_of_ip_adapters_are_refused(form: str, says: str, tmp_path) -> None:
+    with pytest.raises(LoadError, match=says):
+        tiny.host("sd1", ip_adapter={str(ip_adapter_of(form, tmp_path)): 1.0})
 
 
 def test_image_encoder_of_the_checkpoint(tmp_path) -> None:

@@ -385,7 +385,8 @@ def test_scales_and_loras_need_no_other_host(comfy: ComfyUI):
     assert len({launch(f, "--compile_unet").key for f in loras}) == 3, "fused LoRAs cannot change"
     nets = [{"control_net": {"n": 1.0}}, {"control_net": {"n": 0.5}}, {"control_net": {"m": 0.5}}]
     assert [launch(nets[0]).key == launch(f).key for f in nets] == [True, True, False]
-    with FakeHost() as host:
+    assert "--allow_lora_paths" in launch({}).command_flags()
+    with FakeHost(config_of(allow_lora_paths=True)) as host:
         process: Any = type("Process", (), {"host": comfy.pack["host"].Host(host.url)})
         running = launched.Running(launch(loras[0]), process, launch(loras[0]).live())
         host.loras = {"a": 1.0}

@@ -64,6 +64,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "gguf_model": ("{f}/file.gguf", "{f}/file.gguf"),
     "quantize_to": ("int8", "int8"),
     "lora": ('{{"{f}/file.safetensors": 0.5}}', {"{f}/file.safetensors": 0.5}),
+    "lora_dir": ("{f}/model,{f}", ("{f}/model", "{f}")),
     "control_net": ("{f}/model", {"{f}/model": 1.0}),
     "ip_adapter": ('{{"{f}/file.safetensors": 1}}', {"{f}/file.safetensors": 1.0}),
     "compile_backend": ("eager", "eager"),
@@ -130,7 +131,19 @@ CASES = [(b, f.name) for b in BACKENDS for f in config_flags(b) if served_types(
 def filled(value: Any, folder: Path) -> Any:
     if isinstance(value, dict):
         return {str(k).replace("{f}", str(folder)): v for k, v in value.items()}
+    if isinstance(value, tuple):
+        return tuple(filled(part, folder) for part in value)
     return value.replace("{f}", str(folder)) if isinstance(value, str) else value
+
+
+def test_lora_dir_several_times_and_in_yaml(folder: Path) -> None:
+    both = (f"{folder}/model", str(folder))
+    assert parse(folder, *(f"--lora_dir={path}" for path in both)).lora_dir == both
+    (folder / "dirs.yaml").write_text(f"lora_dir: [{both[0]}, {both[1]}]\n")
+    assert parse(folder, f"--config={folder}/dirs.yaml").lora_dir == both
+    for wrong, says in (("file.safetensors", "must be a folder; got the file"), ("none", "no such file")):
+        with pytest.raises(UsageError, match=f"--lora_dir: {says}"):
+            parse(folder, f"--lora_dir={folder}/{wrong}")
 
 
 @pytest.mark.parametrize(("backend", "name"), CASES)

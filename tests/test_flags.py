@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import threading
 import time
 import warnings
@@ -200,6 +201,20 @@ def _(ground: Ground) -> None:
     path = str(tiny_extras.lora("sd1"))
     assert differs(made(lora={path: 1.0}).latents, plain().latents)
     assert not differs(made(lora={path: 0.0}).latents, plain().latents)
+
+
+@shows("lora_dir", "allow_lora_paths")
+def _(ground: Ground) -> None:
+    folder = ground.folder / "loras"
+    folder.mkdir()
+    style = folder / "style.safetensors"
+    shutil.copy(tiny_extras.lora("sd1"), style)
+    found = made(lora_dir=(str(folder),), ask={"lora_scales": {"style": 1.0}})
+    assert not differs(found.latents, made(lora={str(style): 1.0}).latents)
+    assert differs(found.latents, plain().latents)
+    for allowed, status in ((False, 422), (True, 200)):
+        with FakeHost(config_of(allow_lora_paths=allowed)) as host:
+            assert host.post("/lora", json={"path": str(style)}).status_code == status
 
 
 @shows("control_net")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
-from shared.loading import LoadError
+from shared.config import UsageError
+from shared.generate import NAMED_LORAS, PipelineEngine
+from shared.loading import LoadError, check_environment, load_pipeline
 from shared.lora import LoraError, LoraSet, loras_of, match_layers, read_lora
 from shared.models import MODELS
-from tests import tiny, tiny_extras
+from shared.requests import RequestError, check_request
+from tests import test_matrix, tiny, tiny_extras
+from tests.ranks import RankPool
 
 PIPELINE_LOADERS = ("sd1", "sdxl", "sd3", "flux")
 
@@ -203,6 +209,139 @@ def test_launch_flag_fuses_where_weights_are_fixed() -> None:
     assert np.abs(tiny.run(fixed, "sd1") - tiny.run(free, "sd1")).max() < difference / 2
     with pytest.raises(LoadError, match="fits no layer"):
         tiny.host("sd1", lora={str(tiny_extras.lora("sd1", "alien")): 1.0})
+
+
+def in_8_bits(tensors: dict[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
+    """Weights as float8 with a scale each, as `*_fp8_scaled` files have them; one scale a row for `up`."""
+    found: dict[str, torch.Tensor] = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+    for key, value in tensors.items():
+        if value.ndim < 2:
+            found[key] = value
+            continue
+        rows = value.abs().amax(1) if "up" in key else value.abs().max()
+        scale = rows / 448
+        found[key] = (value / (scale[:, None] if scale.ndim else scale)).to(torch.float8_e4m3fn)
+        found[key.removesuffix(".weight") + suffix] = scale
+    return found
+
+
+@pytest.mark.parametrize("suffix", [None, ".scale_weight", ".weight_scale"])
+def test_in_float8(tmp_path, suffix) -> None:
+    tensors = load_file(tiny_extras.lora("sdxl", "kohya"))
+    if suffix is None:
+        stored = {key: t.to(torch.float8_e4m3fn) if t.ndim else t for key, t in tensors.items()}
+    else:
+        stored = in_8_bits(tensors, suffix)
+    save_file(stored, tmp_path / "eight.safetensors")
+    loras = loras_of(shared_pipe("sdxl"), MODELS["sdxl"])
+    pictures = []
+    for path in (str(tiny_extras.lora("sdxl", "kohya")), str(tmp_path / "eight.safetensors")):
+        assert loras.add(path).unmatched == 0
+        pictures.append(tiny.run(loras.pipe, "sdxl"))
+        loras.remove(path)
+    effect = np.abs(pictures[0] - plain("sdxl")).mean()
+    assert np.abs(pictures[1] - pictures[0]).mean() < effect / 5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda t: t.fill_(float("nan")), "holds NaN or Inf"),
+        (lambda t: t.fill_(float("-inf")), "holds NaN or Inf"),
+        (lambda t: t.fill_(float("nan")).to(torch.float8_e4m3fn), "holds NaN or Inf"),
+        (lambda t: t.to(torch.int8), "must hold floats, it is int8"),
+        (lambda t: t.to(torch.int64), "must hold floats, it is int64"),
+    ],
+)
+def test_what_is_no_number_is_refused(spoil, says, tmp_path) -> None:
+    tensors = load_file(tiny_extras.lora("sd1", "kohya"))
+    key = next(key for key in tensors if "lora_up" in key)
+    tensors[key] = spoil(tensors[key].clone())
+    path = str(tmp_path / "spoilt.safetensors")
+    save_file(tensors, path)
+    loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
+    with pytest.raises(LoraError, match=f"spoilt.*{key}.*{says}"):
+        loras.add(path)
+    assert change(loras) == 0
+    with pytest.raises(UsageError, match=f"--lora: .*spoilt.*{key}.*{says}"):
+        check_environment(tiny.config("sd1", lora={path: 1.0}), torch.device("cpu"))
+
+
+def test_flux_in_float8_gets_no_wrong_reason() -> None:
+    with torch.device("meta"):
+        transformer = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = diffusers.FluxPipeline(transformer=transformer, scheduler=scheduler, **parts)
+    tensors = {
+        key: t.to(torch.float8_e4m3fn) if t.ndim else t for key, t in original_lora(BFL_LAYERS).items()
+    }
+    matched, unmatched = match_layers(pipe, MODELS["flux"], tensors)
+    assert not unmatched and len(matched["transformer"]) == 14
+
+
+def ranks_name_loras(backend: str, name: str, folder: str) -> dict[str, list[np.ndarray]]:
+    """On each rank: pictures of a host that was started with --lora_dir, and of plain pipelines."""
+    config, world, host, _ = test_matrix.launch(backend, name, {"lora_dir": (folder,)}, {})
+    engine = host.build_engine(config, world)
+    found: dict[str, list[Any]] = {"named": [], "plain": []}
+
+    def made(engine: Any, **fields: Any) -> np.ndarray | None:
+        request = check_request(test_matrix.body(name, {}) | fields, config)
+        reply = engine.generate(request, lambda step, steps: None)
+        return None if reply is None else load(reply.latent)["latent"].float().numpy()
+
+    orders: tuple[dict[str, float], ...] = ({}, {"one": 0.8}, {}, {"two": 0.5}, {"one": 0.3, "two": 0.4}, {})
+    found["named"] = [made(engine, lora_scales=scales) for scales in orders]
+    for wrong, says in (("none", "is not in --lora_dir"), ("broken", "holds NaN")):
+        with pytest.raises(RequestError, match=says) as error:
+            engine.generate(
+                check_request(test_matrix.body(name, {}) | {"lora_scales": {wrong: 1.0}}, config), print
+            )
+        assert error.value.status == 422
+    found["named"].append(made(engine))
+    for number in range(NAMED_LORAS + 1):
+        made(engine, lora_scales={f"more{number}": 0.1})
+        assert len(engine.pipe.lora_set.loaded) <= NAMED_LORAS and not engine.list_loras()
+    added = engine.add_lora(f"{folder}/more{NAMED_LORAS}.safetensors", 0.1)
+    assert [entry["scale"] for entry in added] == [0.1]
+    engine.close()
+    for scales in (*orders, {}):
+        paths = {f"{folder}/{stem}.safetensors": scale for stem, scale in scales.items()}
+        flags = replace(config, lora=paths or None, lora_dir=None)
+        pipe = load_pipeline(flags.spec, flags, world.device, quiet=True)
+        found["plain"].append(made(PipelineEngine(pipe, flags, world)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"), [("asyncdiff", "sd1"), ("distrifuser", "sdxl"), ("xdit", "pixa")]
+)
+def test_named_in_a_request_on_two_ranks(pool: RankPool, tmp_path, backend: str, name: str) -> None:
+    for stem, seed in (("one", 0), ("two", 1), *((f"more{n}", 2) for n in range(NAMED_LORAS + 1))):
+        tensors = load_file(tiny_extras.lora(name, seed=seed))
+        save_file(tensors, tmp_path / f"{stem}.safetensors")
+    save_file({key: t * float("nan") for key, t in tensors.items()}, tmp_path / "broken.safetensors")
+    ranks = pool.run(ranks_name_loras, 2, backend, name, str(tmp_path))
+    holder = next(r for r in ranks if r["named"][0] is not None)
+    for number, (named, alone) in enumerate(zip(holder["named"], holder["plain"], strict=True)):
+        assert test_matrix.psnr(named, alone) >= 60, number
+    assert test_matrix.psnr(holder["plain"][1], holder["plain"][0]) < 40
+    assert all(np.array_equal(holder["named"][0], holder["named"][n]) for n in (2, 5, 6))
+
+
+@pytest.mark.parametrize("flags", [{"quantize_to": "int8"}, {"compile_unet": True}])
+def test_named_where_weights_are_fixed_is_refused(flags, tmp_path) -> None:
+    save_file(load_file(tiny_extras.lora("sd1")), tmp_path / "style.safetensors")
+    config = tiny.config("sd1", lora_dir=(str(tmp_path),), **flags)
+    pipe = tiny.load("sd1")
+    loras_of(pipe, config.spec).freeze(f"the weights are fixed by {next(iter(flags))}")
+    world = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"))
+    engine = PipelineEngine(pipe, config, world)  # type: ignore[arg-type]
+    request = check_request({"positive": "x", "lora_scales": {"style": 1.0}}, config)
+    with pytest.raises(RequestError, match="lora_scales: the weights are fixed by") as error:
+        engine.generate(request, lambda step, steps: None)
+    assert error.value.status == 422
 
 
 def test_read_folder(tmp_path) -> None:

@@ -468,7 +468,7 @@ def test_eight_clients_forty_requests_half_with_faults(host: FakeHost) -> None:
 
 
 def test_lora_list_add_remove() -> None:
-    with FakeHost(config_of(lora={"/a.safetensors": 0.5})) as host:
+    with FakeHost(config_of(lora={"/a.safetensors": 0.5}, allow_lora_paths=True)) as host:
         assert host.get("/lora").json() == {
             "message": "OK",
             "loras": [{"path": "/a.safetensors", "scale": 0.5}],
@@ -485,7 +485,12 @@ def test_lora_list_add_remove() -> None:
         assert host.get("/progress").text == "0"
 
 
-def test_lora_faults(host: FakeHost) -> None:
+def test_lora_faults() -> None:
+    with FakeHost(config_of(allow_lora_paths=True)) as host:
+        lora_faults(host)
+
+
+def lora_faults(host: FakeHost) -> None:
     answer = host.post("/lora", json={"scale": "x", "weight": 1})
     check_error(answer, 400, "allowed: path, scale")
     assert fields_of(answer) == {"path", "scale", "weight"}
@@ -499,7 +504,54 @@ def test_lora_faults(host: FakeHost) -> None:
     check_error(host.post("/lora", json={"path": "a"}), 503)
 
 
-def test_a_lora_waits_its_turn_and_the_list_does_not(host: FakeHost) -> None:
+def test_loras_by_name(tmp_path: Path) -> None:
+    folder, secret = tmp_path / "loras", tmp_path / "secret.safetensors"
+    (folder / "sub").mkdir(parents=True)
+    header = json.dumps(
+        {
+            "__metadata__": {
+                "modelspec.title": "Ink",
+                "ss_tag_frequency": json.dumps({"1_a": {"ink": 9, "cat": 1}, "2_b": {"ink": 1, "dog": 4}}),
+            }
+        }
+    ).encode()
+    (folder / "ink.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    for place in (folder / "sub" / "wash.safetensors", folder / "wash.safetensors", secret):
+        place.write_bytes(b"none")
+    (folder / "out.safetensors").symlink_to(secret)
+    (folder / "in.safetensors").symlink_to(folder / "ink.safetensors")
+    with FakeHost(config_of(lora_dir=(str(folder),))) as host:
+        listed = {lora.pop("name"): lora for lora in host.get("/loras").json()["loras"]}
+        assert set(listed) == {"ink", "in", "sub/wash", "wash"}
+        told = {"size": 8 + len(header), "title": "Ink", "trigger_words": ["ink", "dog", "cat"]}
+        assert listed["ink"] == told and listed["wash"] == {"size": 4}
+        for name, path in (
+            ("ink", "ink"), ("sub/wash.safetensors", "sub/wash"), ("wash", "wash"),
+            (str(folder / "in.safetensors"), "in"),
+        ):  # fmt: skip
+            assert host.post("/lora", json={"path": name}).status_code == 200
+            assert host.calls[-1][1]["path"] == f"{folder}/{path}.safetensors"
+        made = len(host.calls)
+        for given in ("out", str(secret), "../secret", f"{folder}/../secret.safetensors", "sub/../ink", "/"):
+            check_error(host.post("/lora", json={"path": given}), 422, "--lora_dir", "--allow_lora_paths")
+        (folder / "other").mkdir()
+        (folder / "other" / "dry.safetensors").write_bytes(b"")
+        (folder / "sub" / "dry.safetensors").write_bytes(b"")
+        check_error(host.post("/lora", json={"path": "dry"}), 422, "means several: other/dry, sub/dry")
+        assert len(host.calls) == made
+
+
+def test_a_lora_path_needs_its_switch(host: FakeHost) -> None:
+    check_error(host.post("/lora", json={"path": "/etc/x.safetensors"}), 422, "--allow_lora_paths")
+    assert not host.calls and host.get("/loras").json()["loras"] == []
+
+
+def test_a_lora_waits_its_turn_and_the_list_does_not() -> None:
+    with FakeHost(config_of(allow_lora_paths=True)) as host:
+        a_lora_waits(host)
+
+
+def a_lora_waits(host: FakeHost) -> None:
     with ThreadPoolExecutor(2) as pool:
         picture = pool.submit(host.generate, {"positive": "hold", "steps": 1})
         wait_for(lambda: host.queue.running)
@@ -642,7 +694,7 @@ def test_openapi_is_valid_and_true(type: str) -> None:
     import jsonschema
     from openapi_spec_validator import validate
 
-    with FakeHost(config_of(type, api_key="k")) as host:
+    with FakeHost(config_of(type, api_key="k", allow_lora_paths=True)) as host:
         key = {"Authorization": "Bearer k"}
         document = host.get("/openapi.json", headers=key).json()
         validate(document)
@@ -663,6 +715,7 @@ def test_openapi_is_valid_and_true(type: str) -> None:
         check(host.get("/health").json(), "Health")
         check({"path": "a", "scale": 1}, "LoraChange")
         check(host.post("/lora", json={"path": "a"}, headers=key).json(), "LoraAnswer")
+        check(host.get("/loras", headers=key).json(), "LoraNames")
         check(host.post("/cancel", headers=key).json(), "Cancelled")
         with pytest.raises(jsonschema.ValidationError):
             check({"steps": 0}, "GenerateRequest")

@@ -47,7 +47,8 @@ class Launch:
 
     def command_flags(self) -> list[str]:
         """All flags of the host; what the user wrote himself comes last and wins."""
-        flags = [f"--type={self.type}", f"--checkpoint={self.checkpoint}"]
+        # LoRAs are chosen here and change by their paths while the host runs (`Running.adopt`).
+        flags = [f"--type={self.type}", f"--checkpoint={self.checkpoint}", "--allow_lora_paths"]
         for name, value in self.features.items():
             flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
         return [*flags, *self.flags]
