@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shared.flags import HostConfig as HostConfig
+from shared.logs import finish, one_line
+from shared.logs import world_from_environment as world_from_environment
 from shared.models import BACKENDS, FEATURES, MODELS, SCHEDULERS, ModelSpec, refusal, schedulers_for
 from shared.wording import shown
 from shared.xdit_plan import check_xdit
@@ -46,11 +48,6 @@ def config_flags(backend: str) -> list[Field[Any]]:
         for f in fields(HostConfig)
         if f.metadata and (f.metadata["backend"] is None or backend in f.metadata["backend"].split())
     ]
-
-
-def world_from_environment() -> tuple[int, int]:
-    """(rank, world size) as torchrun sets them; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -137,10 +134,16 @@ def exit_usage(backend: str, error: Exception) -> NoReturn:
     if rank > 0:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_USAGE))
         time.sleep(RANK_0_SECONDS)
-    who = f"[rank {rank}] " if rank > 0 else ""
-    print(f"{who}{backend}_host.py: error: {error}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    print(usage_line(backend, error), file=sys.stderr, flush=True)
+    finish()
     os._exit(EXIT_USAGE)
+
+
+def usage_line(backend: str, error: Exception) -> str:
+    """What a rank says of a usage error."""
+    rank = world_from_environment()[0]
+    who = f"[rank {rank}] " if rank > 0 else ""
+    return one_line(f"{who}{backend}_host.py: error: {error}")
 
 
 def _unknown(backend: str, flag: str) -> str:

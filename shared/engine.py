@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any, Protocol
 
 from shared.comm import (
@@ -20,12 +21,14 @@ from shared.comm import (
     rank_device_info,
 )
 from shared.jobs import HostStatus, Job, JobError, JobQueue
+from shared.logs import on_terminal
 from shared.requests import GenerateRequest, Reply, RequestError
 from shared.warned import together, warnings_told
 
 log = logging.getLogger("host")
 
 PING_SECONDS = 2.0
+TELL_SECONDS = 10.0  # between two log lines of a request that runs
 
 
 class Engine(Protocol):
@@ -164,10 +167,17 @@ class RankLoop:
             raise StoppedError(agreed)
 
     def _step_boundary(self, job: Job | None) -> OnStep:
+        told = time.monotonic()
+
         def on_step(step: int, steps: int) -> None:
+            nonlocal told
             self._agree_to_go_on(job)
-            if job is not None:
-                job.at_step(step, steps)
+            if job is None:
+                return
+            job.at_step(step, steps)
+            if time.monotonic() - told >= TELL_SECONDS and not on_terminal():  # there a bar tells
+                told = time.monotonic()
+                log.info("id=%s step %d/%d", job.id, step, steps)
 
         return on_step
 
@@ -214,5 +224,5 @@ class RankLoop:
         return JobError(500, "; ".join(f"rank {o.rank}: {o.error}" for o in hosts_fault))
 
     def _set_state(self, state: Any) -> None:
-        if self.status is not None:
+        if self.status is not None and self.status.state not in ("stopping", "broken"):
             self.status.state = state

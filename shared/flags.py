@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shared.logs import on_terminal
 from shared.models import MODELS, ModelSpec
 
 NOT_NUMBERS = (ValueError, TypeError, OverflowError)
@@ -401,6 +402,9 @@ class HostConfig:
     collective_timeout: float = _flag(
         300.0, _HOST, "seconds that a rank waits for another before the job is broken", _seconds
     )
+    stop_grace: float = _flag(
+        20.0, _HOST, "seconds that the running request may take to end after a first SIGTERM", _seconds
+    )
     log_level: str = _flag("info", _HOST, "log detail", _text, choices=("debug", "info", "warning", "error"))
     log_json: bool = _flag(False, _HOST, "log as JSON lines")
     api_key: str | None = _flag(None, _HOST, "bearer token asked of every route but /health", _text)
@@ -422,8 +426,8 @@ class HostConfig:
         return device_type == "cuda" and not self.no_cuda_graph and not self.offloads
 
     def shows_progress(self, rank: int) -> bool:
-        """Whether this rank shows progress bars: they are no JSON lines, and no warnings."""
-        return rank == 0 and not self.log_json and self.log_level in ("info", "debug")
+        """Whether this rank shows progress bars: on a terminal, where they are no JSON lines, no warnings."""
+        return rank == 0 and on_terminal() and not self.log_json and self.log_level in ("info", "debug")
 
     @property
     def size(self) -> tuple[int, int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
+import math
 import os
 import platform
 import select
@@ -18,6 +18,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shared.config import (
+    EXIT_USAGE,
+    RANK_0_SECONDS,
     HostConfig,
     LoadError,
     UsageError,
@@ -25,9 +27,11 @@ from shared.config import (
     first_line,
     idle_flags,
     parse_or_exit,
+    usage_line,
     world_from_environment,
 )
-from shared.liveness import PATIENCE, Family
+from shared.liveness import PATIENCE, Family, dead_ranks, died
+from shared.logs import adopt_libraries, finish, guard_streams, set_up_logging
 
 if TYPE_CHECKING:
     from shared.comm import World
@@ -38,9 +42,13 @@ log = logging.getLogger("host")
 
 EXIT_FAILED = 1
 FLUSH_SECONDS = 0.5  # what the HTTP threads get to send their last answers
+ANSWER_SECONDS = 3.0  # the same, where a picture was finished after the first signal
+WORKERS_GRACE = 5.0  # seconds that other ranks wait for rank 0's word, after --stop_grace
 LINGER_SECONDS = (
     0.2  # how long a signalled worker stays, so that its peers hear the signal before its absence
 )
+
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 BuildEngine = Callable[[HostConfig, "World"], "PipelineEngine"]
 
@@ -55,12 +63,15 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
         backend: name in shared.models.BACKENDS.
         build_engine: loads the pipeline and makes it parallel; called on every rank.
     """
+    guard_streams()
     config = parse_or_exit(backend)
     rank, world_size = world_from_environment()
     set_up_logging(config, rank)
     from shared.jobs import HostStatus, JobQueue
 
-    lifeline = Lifeline("TORCHELASTIC_RUN_ID" in os.environ, config.collective_timeout)
+    # Workers hear of the end from rank 0, which has until --stop_grace.
+    grace = config.stop_grace + (WORKERS_GRACE if rank else 0)
+    lifeline = Lifeline("TORCHELASTIC_RUN_ID" in os.environ, config.collective_timeout, rank, grace)
     status = HostStatus(config.backend, config.type, world_size)
     queue = JobQueue(config.max_queue)
     if rank == 0:
@@ -74,11 +85,15 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
     try:
         _load_and_loop(config, build_engine, status, queue, lifeline)
     except UsageError as error:
-        exit_usage(backend, error)
+        reason = usage_line(backend, error)
+        lifeline.fail(EXIT_USAGE, reason, lambda: print(reason, file=sys.stderr, flush=True))
     except Exception as error:
-        _report_end(error, rank)
-        lifeline.end(EXIT_FAILED, f"broken: {first_line(error)}")
-    lifeline.end(0, "stopped", failed=False)
+        told, reason = error, first_line(error)
+        if (dead := dead_ranks()) and not isinstance(error, LoadError):
+            reason = f"{died(dead)}: {reason}"
+            told = BrokenRanksError(reason)
+        lifeline.fail(EXIT_FAILED, f"broken: {reason}", lambda: _report_end(told))
+    lifeline.end(0, lifeline.stopping or "stopped", failed=False)
 
 
 def _start_server(config: HostConfig, status: HostStatus, queue: JobQueue, lifeline: Lifeline) -> None:
@@ -87,17 +102,23 @@ def _start_server(config: HostConfig, status: HostStatus, queue: JobQueue, lifel
 
     try:
         app = create_app(config, status, queue)
-        Server(app, config.host, config.port, config.max_queue, refuses_unread(config))
+        server = Server(app, config.host, config.port, config.max_queue, refuses_unread(config))
     except (OSError, UnicodeError) as error:
         exit_usage(config.backend, UsageError(_cannot_serve(config, error)))
     log.info(
         "serving http://%s:%d, loading %s from %s", config.host, config.port, config.type, config.checkpoint
     )
 
+    def stop(reason: str) -> None:
+        status.state, status.message = "stopping", reason
+        queue.close(JobError(503, f"the host is stopping: {reason}"), running=False)
+
     def tell_clients(reason: str, failed: bool) -> None:
         status.state, status.message = ("broken" if failed else "stopping"), reason
         queue.close(JobError(500 if failed else 503, f"the host is ending: {reason}"))
+        server.close(FLUSH_SECONDS if lifeline.hurried else ANSWER_SECONDS)
 
+    lifeline.before_stop(stop)
     lifeline.before_end(tell_clients)
 
 
@@ -111,7 +132,11 @@ def _cannot_serve(config: HostConfig, error: OSError | UnicodeError) -> str:
 
 
 def _load_and_loop(
-    config: HostConfig, build_engine: BuildEngine, status: HostStatus, queue: JobQueue, lifeline: Lifeline
+    config: HostConfig,
+    build_engine: BuildEngine,
+    status: HostStatus,
+    queue: JobQueue,
+    lifeline: Lifeline,
 ) -> None:
     began = time.monotonic()
     from shared.comm import Channel, init_world, rank_device_info
@@ -122,6 +147,7 @@ def _load_and_loop(
     world = init_world(config.device, config.collective_timeout, lifeline.watch)
     limit_threads(world.device.type)
     engine = build_engine(config, world)
+    adopt_libraries()
     try:
         engine.warm_up()
     except RequestError as error:
@@ -132,6 +158,7 @@ def _load_and_loop(
     freeze_heap()
     channel = Channel(world)
     status.ranks = channel.introduce(rank_device_info(world))
+    lifeline.serving = True
     status.plan = engine.plan
     status.versions = versions()
     status.state = "ready"
@@ -193,14 +220,25 @@ class Lifeline:
     It does so whatever the main thread is stuck in, and as long as that takes: loading may take its time.
 
     Signals are only noted by their C handler (`signal.set_wakeup_fd`); a thread reads them, because a Python
-    handler would wait for the main thread to come back from a collective.
+    handler would wait for the main thread to come back from a collective. The first SIGTERM or SIGHUP of a
+    host that serves lets what runs be finished within `grace` seconds; any other signal ends at once.
 
     Args:
         launched: whether a launcher started this process, whose death must be ours.
         patience: seconds in which a stopped rank or launcher must be noticed.
+        rank: this process's.
+        grace: seconds between the first signal and the end.
     """
 
-    def __init__(self, launched: bool, patience: float) -> None:
+    def __init__(self, launched: bool, patience: float, rank: int, grace: float) -> None:
+        self.serving = False  # written by the main thread, once all ranks are loaded
+        self.stopping = ""  # the reason, between the first signal and the end
+        self.hurried = True  # whether the end waits for no answer
+        self._rank, self._grace = rank, grace
+        self._deadline = math.inf  # time.monotonic()
+        self._failing = False
+        self._signalled = threading.Event()
+        self._on_stop: list[Callable[[str], None]] = []
         self._callbacks: list[Callable[[str, bool], None]] = []
         self._lock = threading.Lock()
         self._every = min(0.5, patience / 10)
@@ -209,8 +247,9 @@ class Lifeline:
             self.watch(Family(patience * PATIENCE, self._every).fault)
         self._read, write = os.pipe()
         os.set_blocking(write, False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
+        for number in ENDING_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
@@ -218,80 +257,85 @@ class Lifeline:
         """Ask `fault` now and then; what it says is the reason to end."""
         self._watched.append(fault)
 
+    def before_stop(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(reason)` at the first signal of a host that serves."""
+        self._on_stop.append(callback)
+
     def before_end(self, callback: Callable[[str, bool], None]) -> None:
         """Call `callback(reason, failed)` before the process ends."""
         self._callbacks.append(callback)
 
     def end(self, code: int, reason: str, failed: bool = True) -> NoReturn:
-        """Run the callbacks, give the HTTP threads a moment, end the process at once."""
+        """Run the callbacks, which answer the clients, and end the process at once."""
         with self._lock:
+            self.hurried = failed or not self.stopping or time.monotonic() > self._deadline
             for callback in self._callbacks:
                 callback(reason, failed)
             log.disabled = True  # what the main thread meets from here on is the end itself
-            time.sleep(FLUSH_SECONDS if self._callbacks else LINGER_SECONDS)
-            sys.stdout.flush()
-            sys.stderr.flush()
+            if not self._callbacks:
+                time.sleep(LINGER_SECONDS)
+            finish()
             os._exit(code)
+
+    def fail(self, code: int, reason: str, report: Callable[[], None]) -> NoReturn:
+        """End as failed. While loading, the lowest rank that failed says why, for most fail alike.
+
+        The launcher ends all ranks of a machine with the first one, so the others let rank 0 go first. One
+        that hears the launcher's signal before its turn is silent only where a rank before it has spoken.
+        """
+        if self._rank and not self.serving:
+            self._failing = True
+            self._signalled.wait(RANK_0_SECONDS + self._rank - 1)
+        if self.serving or min(dead_ranks(), default=self._rank) >= self._rank:
+            report()
+        self.end(code, reason)
 
     def _watch(self) -> None:
         while True:
             ready, _, _ = select.select([self._read], [], [], self._every)
             if ready:
-                number = os.read(self._read, 1)[0]
-                if number in (signal.SIGINT, signal.SIGTERM):
-                    log.info("%s, ending", signal.Signals(number).name)
-                    # The launcher sends SIGTERM when a rank has died, too: a running request has failed then.
-                    code = 0 if number == signal.SIGTERM else 128 + number
-                    self.end(code, f"{signal.Signals(number).name} was received", number == signal.SIGTERM)
+                self._signal(os.read(self._read, 1)[0])
             for fault in list(self._watched):
                 if reason := fault():
                     log.error("%s, ending", reason)
                     self.end(EXIT_FAILED, f"broken: {reason}")
+            if time.monotonic() > self._deadline:
+                log.warning("what ran was not done within %g s, ending", self._grace)
+                self.end(0, f"{self.stopping} and --stop_grace is over", failed=False)
+
+    def _signal(self, number: int) -> None:
+        if number not in ENDING_SIGNALS:
+            return
+        if self._failing:
+            self._signalled.set()
+            return
+        name = signal.Signals(number).name
+        # The launcher sends its signal when a rank has died, too: what runs has failed then.
+        if number != signal.SIGINT and not self.stopping and (dead := dead_ranks()):
+            log.log(logging.INFO if self._rank else logging.ERROR, "%s, ending", died(dead))
+            self.end(EXIT_FAILED, f"broken: {died(dead)}")
+        if number == signal.SIGINT or not self.serving or self.stopping:
+            log.info("%s, ending", name)
+            self._deadline = 0.0
+            self.end(128 + number if number == signal.SIGINT else 0, f"{name} was received", failed=False)
+        self.stopping = f"{name} was received"
+        self._deadline = time.monotonic() + self._grace
+        log.info("%s: what runs may be finished within %g s; a second signal ends at once", name, self._grace)
+        for callback in self._on_stop:
+            callback(self.stopping)
 
 
-def _report_end(error: Exception, rank: int) -> None:
+class BrokenRanksError(RuntimeError):
+    """A rank of this machine died; what was met instead is its trace."""
+
+
+def _report_end(error: Exception) -> None:
     """Expected endings take one line; a traceback is for what nobody foresaw."""
     from shared.comm import BrokenJobError
 
     if isinstance(error, LoadError):
-        if rank == 0:
-            log.error("cannot load: %s", error)
-    elif isinstance(error, BrokenJobError | TimeoutError):
+        log.error("cannot load: %s", error)
+    elif isinstance(error, BrokenJobError | BrokenRanksError | TimeoutError):
         log.error("%s", error)
     else:
-        log.exception("the host failed")
-
-
-class _JsonFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        entry: dict[str, Any] = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
-            "level": record.levelname.lower(),
-            "rank": world_from_environment()[0],
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            entry["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(entry)
-
-
-def set_up_logging(config: HostConfig, rank: int) -> None:
-    """Rank 0 logs at --log_level; the others only what is wrong, unless the level is debug."""
-    handler = logging.StreamHandler()
-    prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(
-        _JsonFormatter()
-        if config.log_json
-        else logging.Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s", "%H:%M:%S")
-    )
-    level = config.log_level.upper()
-    if config.log_json:  # whatever else writes to the log must be JSON, too
-        logging.captureWarnings(True)
-        for name in ("py.warnings", "waitress"):
-            logging.getLogger(name).handlers = [handler]
-            logging.getLogger(name).propagate = False
-    logger = logging.getLogger("host")
-    logger.handlers = [handler]
-    logger.propagate = False
-    logger.setLevel(level if rank == 0 or level == "DEBUG" else "WARNING")
+        log.error("the host failed: %s", first_line(error), exc_info=error)

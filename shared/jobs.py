@@ -53,6 +53,7 @@ class Job:
     steps: int = 0
     progress: float = 0.0  # 0 to 100, never falling
     started: float | None = None  # time.monotonic()
+    stepped: float | None = None  # the same, of its last step
     preview: Preview | None = None  # the newest, while somebody watches
     made: list[Reply] = field(default_factory=list)  # the pictures so far, their seeds in a row
     drawing: int = 1  # pictures that are made now, at the same time
@@ -84,7 +85,7 @@ class Job:
 
     def at_step(self, step: int, steps: int) -> None:
         """Denoising step `step` of `steps` is done."""
-        self.step, self.steps = step, steps
+        self.step, self.steps, self.stepped = step, steps, time.monotonic()
         pictures = len(self.made) + self.drawing * min(step / max(steps, 1), 1.0)
         self.progress = max(self.progress, 99.0 * min(pictures / self.pictures, 1.0))
 
@@ -177,7 +178,7 @@ class JobQueue:
                     if job.cancelled:
                         job.finish(error=JobError(499, "cancelled"))
                         continue
-                    job.started = time.monotonic()
+                    job.started = job.stepped = time.monotonic()
                     self.running = job
                     if job.request is not None:
                         self.last = job
@@ -238,15 +239,20 @@ class JobQueue:
         job = running if running is not None and running.request is not None else self.last
         return 0.0 if job is None else job.progress
 
-    def close(self, error: JobError) -> None:
-        """End the running job with `error`, those that wait and new ones with 503."""
+    def step_age(self) -> float | None:
+        """Seconds since the running job's last step, or since its start; None where none runs."""
+        job = self.running
+        return None if job is None or job.stepped is None else time.monotonic() - job.stepped
+
+    def close(self, error: JobError, running: bool = True) -> None:
+        """End those that wait and new ones with 503, and with `error` the running job unless it may go on."""
         with self._changed:
             closed = self._closed = self._closed or JobError(503, str(error))
-            running, waiting = self.running, list(self._waiting)
+            ending, waiting = self.running if running else None, list(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
-        if running is not None:
-            running.finish(error=error)
+        if ending is not None:
+            ending.finish(error=error)
         for job in waiting:
             job.finish(error=closed)
 

@@ -65,23 +65,51 @@ class Family:
         return None
 
     def _stopped(self) -> str | None:
-        if _is_stopped(self.launcher):
+        if _is_in(self.launcher, "Tt"):
             return "the launcher"
-        for task in Path(f"/proc/{self.launcher}/task").glob("*/children"):
-            with contextlib.suppress(OSError):  # it has just ended
-                for child in task.read_text().split():
-                    if _is_stopped(int(child)) and (rank := _rank_of(child)):
-                        return f"rank {rank}"
+        for child in _children(self.launcher):
+            if _is_in(child, "Tt") and (rank := _rank_of(child)):
+                return f"rank {rank}"
         return None
 
 
-def _is_stopped(pid: int) -> bool:
+def dead_ranks() -> list[int]:
+    """The other ranks that the launcher of this machine started and that are no more; [] without one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return []
+    mine, count = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    first = mine - int(os.environ["LOCAL_RANK"])
+    alive = {
+        mine,
+        *(int(_rank_of(child) or -1) for child in _children(os.getppid()) if not _is_in(child, "ZX")),
+    }
+    return sorted(set(range(first, first + count)) - alive)
+
+
+def died(ranks: list[int]) -> str:
+    """For people: which ranks died."""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} died"
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has just ended
+            found += map(int, task.read_text().split())
+    return found
+
+
+def _is_in(pid: int, states: str) -> bool:
+    """Whether a process is in one of Linux' states, such as T for stopped or Z for dead; dead when gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in states
     except OSError:
-        return False
+        return "X" in states
 
 
-def _rank_of(pid: str) -> str | None:
-    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+def _rank_of(pid: int) -> str | None:
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # it has just ended
+        return None
     return next((item[5:].decode() for item in environment if item.startswith(b"RANK=")), None)

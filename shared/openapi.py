@@ -206,6 +206,10 @@ _SCHEMAS: dict[str, Any] = {
             "ranks": {"type": "array", "items": {"type": "object"}, "description": "device, memory in MiB"},
             "versions": {"type": "object", "additionalProperties": {"type": "string"}},
             "uptime_seconds": {"type": "number"},
+            "step_age_seconds": {
+                "type": ["number", "null"],
+                "description": "since the running request's last step; null where none runs",
+            },
         },
     },
 }
@@ -232,6 +236,12 @@ def _paths(config: HostConfig) -> dict[str, Any]:
                     "202": _text("Still loading", "WAIT"),
                     **_errors(503),
                 },
+            }
+        },
+        "/ready": {
+            "get": {
+                "summary": "For probes: whether requests are taken",
+                "responses": {"200": _text("Ready or busy", "OK"), **_errors(503)},
             }
         },
         "/progress": {
@@ -302,7 +312,7 @@ def _paths(config: HostConfig) -> dict[str, Any]:
                 "summary": "State of the host and its ranks",
                 "responses": {
                     "200": _json("Alive and whole", "Health"),
-                    "503": _json("Broken", "Health"),
+                    "503": _json("Broken, or a step is older than all time-outs", "Health"),
                 },
             }
         },

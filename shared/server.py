@@ -245,10 +245,20 @@ def _add_state_routes(app: Flask, dispatcher: Dispatcher) -> None:
         )
         return jsonify({"message": message, "cancelled": cancelled})
 
+    @app.get("/ready")
+    def ready() -> Response:
+        dispatcher.check_ready()
+        return _text("OK")
+
     @app.get("/health")
     def health() -> Response:
-        response = jsonify(status.health(queue))
-        response.status_code = 503 if status.state in ("broken", "stopping") else 200
+        age = queue.step_age()
+        patience = max(dispatcher.config.request_timeout, dispatcher.config.collective_timeout)
+        stuck = age is not None and age > patience
+        response = jsonify(
+            status.health(queue) | {"step_age_seconds": None if age is None else round(age, 1)}
+        )
+        response.status_code = 503 if stuck or status.state == "broken" else 200
         return response
 
 

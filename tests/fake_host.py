@@ -97,6 +97,10 @@ class FakeEngine:
 
 
 def build_engine(config: HostConfig, world: World) -> Any:
+    if str(world.rank) in os.environ.get("FAKE_LOAD_FAILS", "").split():
+        from shared.config import LoadError
+
+        raise LoadError("no weights")
     return FakeEngine(world)
 
 

@@ -91,6 +91,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "max_queue": ("0", 0),
     "request_timeout": ("2.5", 2.5),
     "collective_timeout": ("60", 60.0),
+    "stop_grace": ("12.5", 12.5),
     "log_level": ("debug", "debug"),
     "api_key": ("secret", "secret"),
 }
@@ -351,7 +352,10 @@ def test_flags_that_do_nothing_are_told(
     assert all(line.split(": ")[1] for line in lines)
 
 
-def test_bars_show_on_rank_0_of_a_log_for_people(folder: Path) -> None:
+def test_bars_show_on_rank_0_of_a_log_for_people(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.logs._terminal", False)
+    assert not parse(folder).shows_progress(0)
+    monkeypatch.setattr("shared.logs._terminal", True)
     assert parse(folder).shows_progress(0) and parse(folder, "--log_level=debug").shows_progress(0)
     assert not parse(folder).shows_progress(1)
     for flag in ("--log_json", "--log_level=warning", "--log_level=error"):

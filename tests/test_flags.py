@@ -34,8 +34,8 @@ from shared.comm import World, init_world, make_groups
 from shared.compile import graph_count
 from shared.config import UsageError, check_config, config_flags, parse_config
 from shared.generate import PipelineEngine
-from shared.host import set_up_logging
 from shared.loading import load_pipeline
+from shared.logs import set_up_logging
 from shared.models import BACKENDS
 from shared.requests import check_request
 from tests import tiny, tiny_extras, tiny_original
@@ -539,6 +539,12 @@ def _(ground: Ground) -> None:
 def _(ground: Ground) -> None:
     with FakeHost(config_of(request_timeout=0.2)) as host:
         assert host.generate({"positive": "slow", "steps": 20}).status_code == 504
+
+
+@shows("stop_grace")
+def _(ground: Ground) -> None:
+    """tests/test_host.py stops hosts by it; here, that it is counted in seconds above 0."""
+    assert config_of().stop_grace == 20.0 and config_of(stop_grace=3.0).stop_grace == 3.0
 
 
 @shows("collective_timeout")

@@ -196,6 +196,52 @@ def test_ctrl_c_ends_all_ranks_in_time_and_without_a_traceback(launch: Callable[
     assert not own_traceback(host.log.read_text())
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_first_signal_lets_the_picture_be_finished(launch: Callable[..., Launch], number: int):
+    host = launch(2).ready()
+    _, answers = host.post_later(sleep=0.2, steps=15)
+    host.process.send_signal(number)
+    until(lambda: requests.get(f"{host.url}/health", timeout=5).json()["state"] == "stopping", 2)
+    assert requests.get(f"{host.url}/health", timeout=5).status_code == 200
+    for answer in (host.post(), requests.get(f"{host.url}/ready", timeout=5)):
+        assert answer.status_code == 503 and answer.headers["Retry-After"]
+    until(lambda: bool(answers), 10)
+    assert answers[0].status_code == 200
+    host.process.wait(10)
+    assert "died" not in host.log.read_text() and not own_traceback(host.log.read_text())
+
+
+def test_the_grace_ends_and_a_second_signal_ends_it_sooner(launch: Callable[..., Launch]):
+    for flags, again in ((("--stop_grace=1",), False), ((), True)):
+        host = launch(2, *flags).ready()
+        _, answers = host.post_later(sleep=0.1, steps=500)
+        host.process.send_signal(signal.SIGTERM)
+        if again:
+            time.sleep(0.5)
+            host.process.send_signal(signal.SIGTERM)
+        until(lambda: bool(answers), 5)  # noqa: B023
+        assert answers[0].status_code == 503 and answers[0].headers["Retry-After"]
+        until(lambda: host.process.poll() is not None, 10)  # noqa: B023
+
+
+def test_the_reason_is_the_rank_that_died(launch: Callable[..., Launch]):
+    host = launch(2).ready()
+    os.kill(children(host.process.pid)[1], signal.SIGKILL)
+    until(lambda: host.process.poll() is not None, 15)
+    assert "rank 1 died" in host.log.read_text() and "SIGTERM was received" not in host.log.read_text()
+
+
+@pytest.mark.parametrize("ranks, told", [("0 1", ""), ("1", "[rank 1] ")])
+def test_a_load_that_fails_says_why_once(
+    launch: Callable[..., Launch], monkeypatch: pytest.MonkeyPatch, ranks: str, told: str
+):
+    monkeypatch.setenv("FAKE_LOAD_FAILS", ranks)
+    host = launch(2)
+    until(lambda: host.process.poll() is not None, 40)
+    lines = [line for line in host.log.read_text().splitlines() if "cannot load: " in line]
+    assert len(lines) == 1 and f"ERROR {told}cannot load: no weights" in lines[0]
+
+
 def test_ctrl_c_without_torchrun_exits_130(launch: Callable[..., Launch]):
     host = launch(0).ready()
     assert host.post(sleep=0.01).status_code == 200

@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from shared import liveness
-from shared.liveness import Patience, _is_stopped
+from shared.liveness import Patience, _is_in
 from shared.rendezvous import Rendezvous
 
 
@@ -121,9 +121,9 @@ def test_patience_counts_only_while_somebody_looks(monkeypatch: pytest.MonkeyPat
 
 def test_a_process_that_is_stopped():
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
-        assert not _is_stopped(process.pid)
+        assert not _is_in(process.pid, "Tt")
         os.kill(process.pid, signal.SIGSTOP)
         time.sleep(0.2)
-        assert _is_stopped(process.pid)
+        assert _is_in(process.pid, "Tt")
         process.kill()
-    assert not _is_stopped(process.pid)
+    assert not _is_in(process.pid, "Tt")

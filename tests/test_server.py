@@ -25,8 +25,8 @@ from flask import Flask
 from PIL import Image
 
 from shared.answers import PIECE, Json
-from shared.host import _JsonFormatter
 from shared.jobs import JobError
+from shared.logs import JsonFormatter
 from shared.requests import File
 from shared.warned import HEADER_LENGTH
 from shared.wsgi import MAX_BODY, Server
@@ -304,6 +304,38 @@ def test_503_while_loading_and_when_broken() -> None:
         assert "Retry-After" in answer.headers
         health = host.get("/health")
         assert (health.status_code, health.json()["state"]) == (503, "broken")
+
+
+def test_every_get_but_lora_is_answered_while_loading() -> None:
+    with FakeHost(state="loading") as host:
+        gets = [rule.rule for rule in host.app.url_map.iter_rules() if "GET" in (rule.methods or ())]
+        for path in set(gets) - {"/lora", "/ready", "/events"}:
+            if "<" not in path:
+                assert host.get(path).status_code // 100 == 2, path
+        answer = host.get("/ready")
+        check_error(answer, 503, "loading")
+        assert int(answer.headers["Retry-After"]) > 0
+
+
+@pytest.mark.parametrize("state, status", [("ready", 200), ("busy", 200), ("stopping", 503), ("broken", 503)])
+def test_ready_is_for_probes(host: FakeHost, state: Any, status: int) -> None:
+    host.status.state = state
+    assert host.get("/ready").status_code == status
+    assert ("Retry-After" in host.get("/ready").headers) == (status == 503)
+
+
+def test_health_tells_the_age_of_the_running_step() -> None:
+    limits = {"request_timeout": 0.4, "collective_timeout": 0.4}
+    with FakeHost(config_of(**limits)) as host, ThreadPoolExecutor(1) as pool:
+        assert host.get("/health").json()["step_age_seconds"] is None
+        held = pool.submit(host.generate, {"positive": "hold", "steps": 1})
+        wait_for(lambda: host.queue.running is not None)
+        assert host.get("/health").status_code == 200
+        time.sleep(0.6)
+        health = host.get("/health")
+        assert health.status_code == 503 and health.json()["step_age_seconds"] >= 0.5
+        host.go_on.set()
+        held.result()
 
 
 def test_503_when_the_queue_is_full() -> None:
@@ -673,7 +705,7 @@ def test_one_log_line_a_request(host: FakeHost, caplog: pytest.LogCaptureFixture
         "steps": 4,
         "seed": 3,
     }
-    entry = json.loads(_JsonFormatter().format(first))
+    entry = json.loads(JsonFormatter().format(first))
     assert entry["id"] == good.headers["X-Request-Id"] and entry["level"] == "info" and entry["seed"] == 3
     assert bad.headers["X-Request-Id"] in second.getMessage() and "status=400" in second.getMessage()
 
