@@ -325,7 +325,7 @@ def test_ready_is_for_probes(host: FakeHost, state: Any, status: int) -> None:
 
 
 def test_health_tells_the_age_of_the_running_step() -> None:
-    limits = {"request_timeout": 0.4, "collective_timeout": 0.4}
+    limits: dict[str, Any] = {"request_timeout": 0.4, "collective_timeout": 0.4}
     with FakeHost(config_of(**limits)) as host, ThreadPoolExecutor(1) as pool:
         assert host.get("/health").json()["step_age_seconds"] is None
         held = pool.submit(host.generate, {"positive": "hold", "steps": 1})
