@@ -24,6 +24,7 @@ from shared.wording import shown
 from shared.xdit_plan import check_xdit
 
 EXIT_USAGE = 2
+API_KEY_VARIABLE = "MULTIGPU_DIFFUSION_API_KEY"
 RANK_0_SECONDS = 5.0  # how long rank 0 may take to say what all ranks have met
 
 
@@ -111,9 +112,29 @@ def parse_config(backend: str, argv: Sequence[str] | None = None) -> HostConfig:
     values = {**({} if config_file is None else _read_yaml(backend, config_file)), **given}
     by_name = {f.name: f for f in config_flags(backend)}
     parsed = {name: _parse_value(by_name[name], value) for name, value in values.items()}
+    if (key := _api_key(parsed)) is not None:
+        parsed["api_key"] = key
     config = HostConfig(backend=backend, **parsed)
     check_config(config, world_from_environment()[1])
     return config
+
+
+def _api_key(parsed: dict[str, Any]) -> str | None:
+    """The key of the flag, of the file or of the environment."""
+    if (file := parsed.get("api_key_file")) is None:
+        key = parsed.get("api_key", os.environ.get(API_KEY_VARIABLE))
+        if key == "":
+            raise UsageError(f"{API_KEY_VARIABLE}: must be a key, or not set; it is empty")
+        return key
+    if "api_key" in parsed:
+        raise UsageError("--api_key_file: not with --api_key; give one of the two")
+    try:
+        key = Path(file).read_text().strip()
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"--api_key_file: cannot read {file!r}: {error}") from None
+    if not key:
+        raise UsageError(f"--api_key_file: must hold the key; {file!r} is empty")
+    return key
 
 
 def parse_or_exit(backend: str, argv: Sequence[str] | None = None) -> HostConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,6 +153,29 @@ def _counts(value: Any) -> tuple[int, ...]:
     if not counts or min(counts) < 1:
         raise ValueError("whole numbers above 0 with commas between, such as 10,9")
     return counts
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    """Names with commas between, or a list of YAML."""
+    names = value if isinstance(value, list | tuple) else str(value).split(",")
+    names = tuple(str(name).strip() for name in names)
+    if not all(names):
+        raise ValueError("names with commas between")
+    return names
+
+
+def _hosts(value: Any) -> tuple[str, ...]:
+    names = _names(value)
+    if any("/" in name for name in names):
+        raise ValueError("names without http:// and path, such as gpu.example.org")
+    return names
+
+
+def _origins(value: Any) -> tuple[str, ...]:
+    origins = _names(value)
+    if not all(o in ("*", "null") or re.fullmatch(r"[\w.+-]+://[^/]+/?", o) for o in origins):
+        raise ValueError("pages such as https://app.example.org, without a path; or *")
+    return origins
 
 
 _HOST, _MODEL, _FEATURES, _COMPILE, _MEMORY, _PARALLEL = (
@@ -407,7 +431,26 @@ class HostConfig:
     )
     log_level: str = _flag("info", _HOST, "log detail", _text, choices=("debug", "info", "warning", "error"))
     log_json: bool = _flag(False, _HOST, "log as JSON lines")
-    api_key: str | None = _flag(None, _HOST, "bearer token asked of every route but /health", _text)
+    api_key: str | None = _flag(
+        None,
+        _HOST,
+        "bearer token asked of every route but /health; other users of the machine can see it in ps, unlike "
+        "--api_key_file and the variable MULTIGPU_DIFFUSION_API_KEY",
+        _text,
+    )
+    api_key_file: str | None = _flag(None, _HOST, "file that holds the api_key", _text, path=True)
+    trusted_hosts: tuple[str, ...] | None = _flag(
+        None, _HOST, "more names under which clients reach this host, with commas between; * for any", _hosts
+    )
+    allow_origin: tuple[str, ...] | None = _flag(
+        None,
+        _HOST,
+        "pages elsewhere that may call this host (Origin, CORS), commas between; * for any",
+        _origins,
+    )
+    max_pixel_steps: int = _flag(
+        10**10, _HOST, "width x height x frames x steps of one picture, then 422", _integer, least=1
+    )
     legacy_pickle: bool = _flag(False, _HOST, "base64(pickle) for the original project's clients")
 
     @property

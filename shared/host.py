@@ -67,6 +67,7 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
     config = parse_or_exit(backend)
     rank, world_size = world_from_environment()
     set_up_logging(config, rank)
+    from shared.doors import unguarded
     from shared.jobs import HostStatus, JobQueue
 
     # Workers hear of the end from rank 0, which has until --stop_grace.
@@ -76,7 +77,7 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
     queue = JobQueue(config.max_queue)
     if rank == 0:
         _start_server(config, status, queue, lifeline)
-        for line in idle_flags(config, world_size):
+        for line in [*unguarded(config), *idle_flags(config, world_size)]:
             log.warning("%s", line)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -381,9 +381,24 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
                 f"must be 1 where the frames come as a list of png, got {count}; mp4, gif, webp hold a video"
             )
             problems.append(FieldProblem("pictures", text))
+    if fault := _too_much(request, config):
+        problems.append(fault)
     if request.scheduler is not None and (problem := scheduler_problem(spec, request.scheduler)):
         problems.append(FieldProblem("scheduler", problem))
     return problems
+
+
+def _too_much(request: GenerateRequest, config: HostConfig) -> FieldProblem | None:
+    """The fault of a picture that would keep the ranks for longer than the launch allows."""
+    spec, (width, height) = config.spec, config.size
+    width, height = request.width or width, request.height or height
+    steps, frames = request.steps or spec.steps, request.frames or spec.frames or 1
+    work = width * height * frames * steps
+    if work <= config.max_pixel_steps:
+        return None
+    name = next((n for n in ("steps", "frames", "width", "height") if getattr(request, n)), "steps")
+    given = f"{width} x {height} pixels x {frames} frames x {steps} steps = {work}"
+    return FieldProblem(name, f"{given}, above this launch's --max_pixel_steps={config.max_pixel_steps}")
 
 
 class LoraChange(BaseModel):

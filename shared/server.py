@@ -25,6 +25,7 @@ from shared import a1111_api, legacy, metrics, openai_api, pages
 from shared.answers import Json
 from shared.config import HostConfig
 from shared.dispatch import ApiError, Dispatcher, check_json_type
+from shared.doors import Doors, is_preflight
 from shared.jobs import HostStatus, JobQueue
 from shared.lora_dir import LoraNameError, list_loras, lora_path
 from shared.negotiate import negotiate
@@ -51,6 +52,9 @@ __all__ = ["Server", "create_app", "refuses_unread"]
 log = logging.getLogger("host")
 
 REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{8,64}")  # what a client may call its request
+SMALL_BODY = (
+    64 << 10
+)  # bytes, of routes that take no pictures: they are parsed without a limit of their number
 MAX_ROUTE = 200  # characters of a path in the log
 REASONS = {499: "Client Closed Request"}
 OPEN_ROUTES = pages.OPEN_ROUTES | {"health"}  # endpoints that ask for no token
@@ -90,15 +94,24 @@ def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> Flask
 
 def _add_frame(app: Flask, dispatcher: Dispatcher) -> None:
     """What surrounds every route: id, token, errors as JSON, headers, count and log line."""
-    api_key = dispatcher.config.api_key
+    api_key, doors = dispatcher.config.api_key, Doors(dispatcher.config)
 
     @app.before_request
-    def begin() -> None:
+    def begin() -> Response | None:
         given = http.headers.get("X-Request-Id", "")
         g.request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         g.began = time.monotonic()
+        if refusal := doors.refusal(http.headers.get("Host", ""), http.headers.get("Origin")):
+            raise ApiError(403, refusal)
+        if is_preflight(http):  # it carries no token
+            return Response(status=204)
         if api_key is not None and http.endpoint not in OPEN_ROUTES:
             _check_token(api_key)
+        if http.endpoint not in PICTURE_ROUTES and (http.content_length or 0) > SMALL_BODY:
+            raise ApiError(
+                413, f"the body of this route may have {SMALL_BODY} bytes; got {http.content_length}"
+            )
+        return None
 
     @app.errorhandler(Exception)
     def failed(error: Exception) -> Response:
@@ -108,6 +121,7 @@ def _add_frame(app: Flask, dispatcher: Dispatcher) -> None:
     def end(response: Response) -> Response:
         response.headers["X-Request-Id"] = g.request_id
         response.headers.setdefault("Cache-Control", "no-store")
+        doors.cors(http, response)
         if warnings := g.get("warnings"):
             response.headers["X-Warnings"] = header_text(warnings)
         if http.endpoint in PICTURE_ROUTES and http.method == "POST":
@@ -133,12 +147,16 @@ def token_fits(api_key: str, path: str, authorization: str) -> bool:
     return scheme.lower() == "bearer" and hmac.compare_digest(given, api_key.encode())
 
 
-def refuses_unread(config: HostConfig) -> Refuse | None:
-    """What the server refuses by its headers, before it keeps a body: a request without the token."""
-    api_key = config.api_key
-    if api_key is None:
-        return None
-    return lambda path, headers: not token_fits(api_key, path, headers.get("AUTHORIZATION", ""))
+def refuses_unread(config: HostConfig) -> Refuse:
+    """What the server refuses by its headers, before it keeps a body: foreign pages, and no token."""
+    api_key, doors = config.api_key, Doors(config)
+
+    def refuses(path: str, headers: dict[str, str]) -> bool:
+        if doors.refusal(headers.get("HOST", ""), headers.get("ORIGIN")):
+            return True
+        return api_key is not None and not token_fits(api_key, path, headers.get("AUTHORIZATION", ""))
+
+    return refuses
 
 
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="multigpu diffusion"'}

@@ -22,6 +22,7 @@ def folder(tmp_path: Path) -> Path:
     checkpoint = tmp_path / "model"
     checkpoint.mkdir()
     (checkpoint / "model_index.json").write_text("{}")
+    (tmp_path / "key").write_text("secret")
     for name in ("file.safetensors", "file.gguf", "other.safetensors", "file.ckpt"):
         (tmp_path / name).touch()
     return tmp_path
@@ -94,6 +95,10 @@ VALUES: dict[str, tuple[str, Any]] = {
     "stop_grace": ("12.5", 12.5),
     "log_level": ("debug", "debug"),
     "api_key": ("secret", "secret"),
+    "api_key_file": ("{f}/key", "{f}/key"),
+    "trusted_hosts": ("gpu.example,b", ("gpu.example", "b")),
+    "allow_origin": ("https://app.example", ("https://app.example",)),
+    "max_pixel_steps": ("1000", 1000),
 }
 # Flags that need others, another type or another world size beside them.
 COMPANY: dict[str, dict[str, Any]] = {

@@ -175,7 +175,7 @@ def test_cancel_ends_within_a_step_and_the_host_goes_on(host: Launch):
 def test_a_client_that_disconnects_frees_the_host(host: Launch):
     with socket.create_connection(("127.0.0.1", host.port)) as client:
         body = b'{"steps": 900, "positive": "x"}'
-        head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         until(lambda: requests.get(f"{host.url}/health", timeout=5).json()["state"] == "busy", 10)
         time.sleep(0.5)
