@@ -593,6 +593,33 @@ def _(ground: Ground) -> None:
         assert host.get("/health").status_code == 200
 
 
+@shows("api_key_file")
+def _(ground: Ground) -> None:
+    (ground.folder / "key").write_text("of-the-file\n")
+    launch = ["--type=sd1", f"--checkpoint={tiny.checkpoint('sd1')}"]
+    config = parse_config("asyncdiff", [*launch, f"--api_key_file={ground.folder}/key"])
+    assert config.api_key == "of-the-file"
+
+
+@shows("trusted_hosts", "allow_origin")
+def _(ground: Ground) -> None:
+    foreign = {"Host": "gpu.example", "Origin": "https://app.example"}
+    with FakeHost() as host:
+        assert host.get("/health", headers=foreign).status_code == 403
+    trusting = config_of(trusted_hosts=("gpu.example",), allow_origin=("https://app.example",))
+    with FakeHost(trusting) as host:
+        answer = host.get("/health", headers=foreign)
+        assert answer.status_code == 200
+        assert answer.headers["Access-Control-Allow-Origin"] == "https://app.example"
+
+
+@shows("max_pixel_steps")
+def _(ground: Ground) -> None:
+    with FakeHost(config_of(max_pixel_steps=64 * 64 * 10)) as host:
+        assert host.generate({"width": 64, "height": 64, "steps": 10}).status_code == 200
+        assert host.generate({"width": 64, "height": 64, "steps": 11}).status_code == 422
+
+
 @shows("legacy_pickle")
 def _(ground: Ground) -> None:
     """Without the flag the answer is a PNG, with it the pickle that the original clients read."""
