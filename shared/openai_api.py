@@ -106,9 +106,20 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
 
 
 def _form() -> dict[str, Any]:
-    """A multipart form as the JSON object that it stands for; pictures become base64."""
+    """A multipart form with a picture as the JSON object that it stands for; pictures become base64."""
     data: dict[str, Any] = {}
-    for name, text in http.form.items():
+    try:
+        texts, pictures = http.form, http.files
+    except (ValueError, TypeError) as error:  # werkzeug's TypeError: a part without a name
+        problem = FieldProblem("", f"the body is not valid multipart/form-data: {shown(str(error))}")
+        raise RequestError(400, [problem]) from None
+    if None in texts or None in pictures:
+        raise RequestError(400, [FieldProblem("", "a part of the form has no name")])
+    for name, (text, *more) in texts.lists():
+        if more:
+            raise RequestError(400, [FieldProblem(name, f"must be given once, got {len(more) + 1} times")])
+        if "\ufffd" in text:  # what werkzeug puts for bytes that it cannot decode
+            raise RequestError(400, [FieldProblem(name, "must be UTF-8")])
         if name in _TEXTS:
             data[name] = text
             continue
@@ -116,11 +127,13 @@ def _form() -> dict[str, Any]:
             data[name] = from_json(text)
         except ValueError:
             data[name] = text
-    for name, files in http.files.lists():
+    for name, files in pictures.lists():
         field = _FILES.get(name, name)
         if len(files) > 1 or field in data:
             raise RequestError(400, [FieldProblem(name, f"one picture at a time, got {len(files)}")])
         data[field] = base64.b64encode(files[0].read()).decode()
+    if not data.get("image"):
+        raise RequestError(400, [FieldProblem("image", "is needed: a file with the picture to edit")])
     return data
 
 

@@ -15,10 +15,11 @@ import time
 from typing import Any
 from urllib.parse import quote
 
-from flask import Flask, Response, g, jsonify
+from flask import Flask, Request, Response, g, jsonify
 from flask import request as http
 from werkzeug.datastructures import Authorization
 from werkzeug.exceptions import HTTPException
+from werkzeug.formparser import FormDataParser
 from werkzeug.http import HTTP_STATUS_CODES
 
 from shared import a1111_api, legacy, metrics, openai_api, pages
@@ -64,6 +65,21 @@ PICTURE_ROUTES = frozenset(
 ERROR_FORMS = {openai_api.PREFIX: openai_api.error_body, a1111_api.PREFIX: a1111_api.error_body}
 
 
+class _Form(FormDataParser):
+    """Werkzeug's, but a form that it cannot read is an error and not an empty form."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings | {"silent": False})
+
+
+class _Request(Request):
+    form_data_parser_class = _Form
+
+
+class _App(Flask):
+    request_class = _Request
+
+
 def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> Flask:
     """The WSGI application of one host; it shares no state with another one.
 
@@ -72,7 +88,7 @@ def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> Flask
         status: what the host says of itself; written by rank 0's loop.
         queue: where requests wait for rank 0's loop.
     """
-    app = Flask("shared.server", static_folder=None)
+    app = _App("shared.server", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = app.config["MAX_FORM_MEMORY_SIZE"] = MAX_BODY
     app.json = Json(app)
     app.url_map.merge_slashes = False  # a redirect would be an HTML page

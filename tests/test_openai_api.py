@@ -145,6 +145,37 @@ def test_other_faults_of_http(host: FakeHost) -> None:
     assert answer.status_code == 400 and "one picture at a time, got 2" in answer.text
 
 
+def part(disposition: bytes, content: bytes = b"x") -> bytes:
+    return b"--b\r\nContent-Disposition: " + disposition + b"\r\n\r\n" + content + b"\r\n"
+
+
+IMAGE = part(b'form-data; name="image"; filename="a.png"', picture())
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (part(b'form-data; name="prompt"') + b"--b--", "image"),
+        (IMAGE + part(b"form-data") + b"--b--", "no name"),
+        (IMAGE + part(b'form-data; name="') + b"--b--", "no name"),
+        (IMAGE + part(b"") + b"--b--", "no name"),
+        (IMAGE + part(b'form-data; name="\xff"') + b"--b--", "not valid multipart"),
+        (IMAGE + part(b'form-data; name="prompt"', b"\xff") + b"--b--", "UTF-8"),
+        (IMAGE + part(b'form-data; name="prompt"') * 2 + b"--b--", "once, got 2"),
+        (IMAGE + b"--b\r\nX: y\r\n\r\nx\r\n--b--", "not valid multipart"),
+        (IMAGE[:-4], "not valid multipart"),
+        (b"", "not valid multipart"),
+    ],
+)
+def test_a_broken_form_is_no_empty_form(body: bytes, said: str) -> None:
+    with FakeHost(config_of("sdup")) as host:
+        form = {"Content-Type": "multipart/form-data; boundary=b"}
+        answer = requests.post(f"{host.url}/v1/images/edits", data=body, headers=form, timeout=5)
+        assert answer.status_code == 400 and said in answer.text, answer.text
+        fine = requests.post(f"{host.url}/v1/images/edits", files={"image": picture()}, timeout=5)
+        assert fine.status_code == 200, fine.text
+
+
 def test_a_client_that_leaves_stops_all_of_its_pictures(host: FakeHost) -> None:
     with pytest.raises(requests.Timeout):
         body = {"prompt": "slow", "n": 5, "steps": 20}
