@@ -305,7 +305,7 @@ def test_cancel_by_button_and_by_key_and_from_another_tab(demo_host: Launch, tab
         expect(page.locator("#doing")).to_have_text(re.compile(r"Step [1-9]\d* of 900"))
 
     begin()
-    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Cancel", exact=True).click()
     expect(page.locator("#status")).to_have_text("Cancelled.")
     expect(page.locator("#running")).to_be_hidden()
     expect(page.locator("#empty")).to_be_visible()
@@ -313,11 +313,50 @@ def test_cancel_by_button_and_by_key_and_from_another_tab(demo_host: Launch, tab
     page.keyboard.press("Escape")
     expect(page.locator("#status")).to_have_text("Cancelled.")
     begin()
-    second.get_by_role("button", name="Cancel other").click()
+    expect(page.locator("#cancel-other")).to_be_hidden()
+    expect(second.locator("#cancel")).to_be_disabled()
+    second.keyboard.press("Escape")
+    second.get_by_role("button", name="Cancel another's request…").click()
+    second.get_by_role("button", name="Let it go on").click()
+    expect(page.locator("#doing")).to_have_text(re.compile(r"Step [1-9]\d* of 900"))
+    second.locator("#cancel-other").click()
+    second.get_by_role("button", name="Cancel it").click()
     expect(page.locator("#status")).to_have_text("Cancelled.")
     expect(second.locator("#status")).to_have_text("Another request was cancelled.")
     expect(page.locator("#error")).to_be_empty()
     expect(page.locator("#state")).to_have_text("ready")
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_progress_and_cancel_are_in_sight(host: FakeHost, tabs: Any, scheme: str) -> None:
+    phone = {"width": 390, "height": 844}
+    page = tabs(host.url, viewport=phone, has_touch=True, is_mobile=True, color_scheme=scheme)
+    fill(page, positive="hold", steps=3)
+    page.locator("#generate").tap()
+    expect(page.locator("#doing")).to_have_text(re.compile("Sent|Step"))
+    for place in ("0", "document.body.scrollHeight"):
+        page.evaluate(f"() => scrollTo(0, {place})")
+        for name in ("progress", "percent", "cancel-here"):
+            expect(page.locator(f"#{name}")).to_be_in_viewport(ratio=1)
+    assert no_sideways_scroll(page)
+    page.locator("#cancel-here").tap()
+    host.go_on.set()
+    expect(page.locator("#status")).to_have_text("Cancelled.")
+    expect(page.locator("#running")).to_be_hidden()
+
+
+@needs_chromium
+def test_warnings_of_an_answer_are_shown_as_text(host: FakeHost, tabs: Any) -> None:
+    page = tabs(host.url)
+    fill(page, positive="warn <b>bold</b>", steps=1)
+    page.locator("#generate").press("Enter")
+    expect(page.locator("#status")).to_have_text("Done.")
+    expect(page.locator("#warnings li")).to_have_count(1)
+    expect(page.locator("#warnings b")).to_have_count(0)
+    fill(page, positive="a circle")
+    page.locator("#generate").press("Enter")
+    expect(page.locator("#warnings")).to_be_hidden()
 
 
 @needs_chromium

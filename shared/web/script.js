@@ -269,7 +269,17 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && mine) cancel();
 });
 
-byId("cancel").addEventListener("click", cancel);
+for (const id of ["cancel", "cancel-here"]) byId(id).addEventListener("click", cancel);
+
+byId("cancel-other").addEventListener("click", () => {
+  byId("confirm").dataset.id = jobs.running?.id ?? "";
+  byId("confirm").returnValue = "no";
+  byId("confirm").showModal();
+});
+
+byId("confirm").addEventListener("close", () => {
+  if (byId("confirm").returnValue === "yes") cancelRequest(byId("confirm").dataset.id);
+});
 
 async function make() {
   clearProblems();
@@ -316,11 +326,15 @@ function requestId() {
   return Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
-async function cancel() {
-  const id = mine?.id ?? jobs.running?.id;
+function cancel() {
+  if (!mine) return;
+  mine.stopped = true;
+  showJobs();
+  cancelRequest(mine.id);
+}
+
+async function cancelRequest(id) {
   if (!id) return;
-  if (mine) mine.stopped = true;
-  byId("cancel").disabled = true;
   try {
     await call(`cancel?id=${encodeURIComponent(id)}`, { method: "POST" });
   } catch (error) {
@@ -336,9 +350,9 @@ function say(text) {
 
 function keep(answer, body, names) {
   const files = [answer.output].flat().map((data) => new Blob([bytesOf(data)], { type: mimeType(answer.format) }));
-  const { seed, steps, width, height, seconds, format } = answer;
+  const { seed, steps, width, height, seconds, format, warnings = [] } = answer;
   const urls = files.map((file) => URL.createObjectURL(file));
-  const entry = { url: urls[0], format, seed, steps, width, height, seconds, names, body: { ...body, seed } };
+  const entry = { url: urls[0], format, seed, steps, width, height, seconds, warnings, names, body: { ...body, seed } };
   entries.unshift(entry);
   for (const old of entries.splice(KEPT)) URL.revokeObjectURL(old.url);
   show(entry);
@@ -370,6 +384,8 @@ function show(entry) {
   const { total, denoise } = entry.seconds;
   const times = `${total.toFixed(2)} s, of which ${denoise.toFixed(2)} s denoising`;
   byId("facts").textContent = `Seed ${entry.seed} · ${entry.width} × ${entry.height} · ${entry.steps} steps · ${times}`;
+  byId("warnings").replaceChildren(...entry.warnings.map((text) => element("li", {}, text)));
+  byId("warnings").hidden = !entry.warnings.length;
   byId("download").href = entry.url;
   byId("download").download = `${launch.type}-${entry.seed}.${entry.format}`;
   byId("result").hidden = false;
@@ -420,8 +436,9 @@ function showJobs() {
   const isMine = mine && running?.id === mine.id;
   byId("running").hidden = !running && !mine;
   byId("peek").hidden = isMine || !running || !byId("peek").src;
-  byId("cancel").disabled = mine ? mine.stopped : !running;
-  byId("cancel").textContent = mine || !running ? "Cancel" : "Cancel other";
+  for (const id of ["cancel", "cancel-here"]) byId(id).disabled = !mine || mine.stopped;
+  byId("cancel-here").hidden = !mine;
+  byId("cancel-other").hidden = !running || isMine;
   let doing = "Sent";
   let progress = 0;
   if (ahead >= 0) {
