@@ -313,7 +313,8 @@ def test_cancel_by_button_and_by_key_and_from_another_tab(demo_host: Launch, tab
     page.keyboard.press("Escape")
     expect(page.locator("#status")).to_have_text("Cancelled.")
     begin()
-    expect(page.locator("#cancel-other")).to_be_hidden()
+    for id in ("cancel-other", "confirm"):
+        expect(page.locator(f"#{id}")).to_be_hidden()
     expect(second.locator("#cancel")).to_be_disabled()
     second.keyboard.press("Escape")
     second.get_by_role("button", name="Cancel another's request…").click()
