@@ -354,6 +354,7 @@ LEFT_OUT = {
         *("enable_group_offload", "device"),
     },
     "the LoRA node names files itself": {"lora_dir"},
+    "every launch has it, for those files": {"allow_lora_paths"},
 }
 
 

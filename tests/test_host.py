@@ -100,7 +100,9 @@ class Launch:
 
     def end(self) -> None:
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            # Ranks have sessions of their own, and one that a test has stopped does not end by itself.
+            for pid in [*children(self.process.pid), self.process.pid]:
+                os.kill(pid, signal.SIGKILL)
             self.process.wait()
 
 
