@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import safetensors.numpy
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shared.codecs import picture_size
@@ -95,6 +95,7 @@ def root(field: str, data: dict[str, Any]) -> str:
     ),
     st.sampled_from(sorted(MODELS)),
 )
+@example({"add_noise": True, "strength": []}, "ad")
 def test_every_fault_is_named(data: dict[str, Any], type: str) -> None:
     """What is refused alone is refused, by the same name, among others."""
     backend = "xdit" if type in ("flux", "hy", "pixa", "pixs") else "asyncdiff"
