@@ -305,7 +305,7 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
     if request.add_noise and request.latent is None:
         add("add_noise", "needs latent, and strength", "latent")
     elif request.add_noise and not (start or strength):
-        add("add_noise", "needs strength", *STRENGTH, "denoising_start")
+        add("add_noise", "needs latent, and strength", *STRENGTH, "denoising_start")
     if request.sigmas is not None and request.timesteps is not None:
         add("timesteps", "give sigmas or timesteps, not both")
     for name in ("positive", "negative") if request.prompt_syntax else ():
