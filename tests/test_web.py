@@ -348,6 +348,23 @@ def test_on_a_phone_progress_and_cancel_are_in_sight(host: FakeHost, tabs: Any, 
 
 
 @needs_chromium
+def test_escape_in_the_question_leaves_ones_own_request(host: FakeHost, tabs: Any) -> None:
+    other, page = tabs(host.url), tabs(host.url)
+    fill(other, positive="hold", steps=3)
+    other.locator("#generate").click()
+    expect(other.locator("#doing")).to_have_text(re.compile("Step"))
+    fill(page, positive="mine", steps=3)
+    page.locator("#generate").click()
+    expect(page.locator("#doing")).to_have_text(re.compile("Queued"))
+    page.locator("#cancel-other").click()
+    page.keyboard.press("Escape")
+    expect(page.locator("#confirm")).to_be_hidden()
+    expect(page.locator("#cancel")).to_be_enabled()
+    host.go_on.set()
+    expect(page.locator("#status")).to_have_text("Done.")
+
+
+@needs_chromium
 def test_warnings_of_an_answer_are_shown_as_text(host: FakeHost, tabs: Any) -> None:
     page = tabs(host.url)
     fill(page, positive="warn <b>bold</b>", steps=1)

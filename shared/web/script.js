@@ -266,7 +266,7 @@ byId("form").addEventListener("keydown", (event) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && mine) cancel();
+  if (event.key === "Escape" && mine && !byId("confirm").open) cancel();
 });
 
 for (const id of ["cancel", "cancel-here"]) byId(id).addEventListener("click", cancel);
