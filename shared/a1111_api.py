@@ -214,11 +214,11 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
         return check_request(translate(asked, config, samplers, with_image), config)
 
     replies = dispatcher.run(parse)
-    shown = {k: v for k, v in asked.items() if k not in ("init_images", "alwayson_scripts")}
+    told = {k: v for k, v in asked.items() if k not in ("init_images", "alwayson_scripts")}
     info = _info(asked, replies, config)
     body = {
         "images": [reply.answer()["output"] for reply in replies],
-        "parameters": shown,
+        "parameters": told,
         "info": json.dumps(info),
     }
     return jsonify(told_in(body, together(*(reply.warnings for reply in replies))))

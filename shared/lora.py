@@ -23,6 +23,7 @@ from torch import nn
 
 from shared.lora_dir import is_named
 from shared.models import ModelSpec
+from shared.weights_file import scaled
 
 log = logging.getLogger("host")
 
@@ -240,8 +241,8 @@ def _numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             raise LoraError(f"{key!r} is {value.dtype}, which cannot be read") from None
         if floats and not torch.isfinite(wide).all():
             raise LoraError(f"{key!r} holds NaN or Inf")
-        if scaled := SCALE.match(key):
-            scales[f"{scaled['layer']}.weight"] = wide.float()
+        if of := SCALE.match(key):
+            scales[f"{of['layer']}.weight"] = wide.float()
         elif key != "scaled_fp8":
             found[key] = wide
     for key, value in found.items():
@@ -250,17 +251,11 @@ def _numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for key, scale in scales.items():
         if key not in found:
             raise LoraError(f"there is a scale for {key!r}, which is not there")
-        found[key] = found[key].float() * _by_row(scale, found[key], key)
+        try:
+            found[key] = scaled(key, found[key], scale)
+        except ValueError as error:
+            raise LoraError(str(error)) from None
     return found
-
-
-def _by_row(scale: torch.Tensor, weight: torch.Tensor, key: str) -> torch.Tensor:
-    """A scale, of all or one for each row, in a shape that multiplies the weight."""
-    if scale.numel() == 1:
-        return scale.reshape(())
-    if weight.ndim and scale.numel() == weight.shape[0]:
-        return scale.reshape(-1, *[1] * (weight.ndim - 1))
-    raise LoraError(f"the scale of {key!r} must be one number or one for each row, got {list(scale.shape)}")
 
 
 def match_layers(

@@ -302,10 +302,9 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
         add("denoising_end", f"must be above denoising_start {start:g}, got {end:g}", "denoising_start")
     elif start >= 1:
         add("denoising_start", "must be below 1, or no step is left to run; got 1")
-    if request.add_noise and request.latent is None:
-        add("add_noise", "needs latent, and strength", "latent")
-    elif request.add_noise and not (start or strength):
-        add("add_noise", "needs latent, and strength", *STRENGTH, "denoising_start")
+    if request.add_noise and (request.latent is None or not (start or strength)):
+        missing = ("latent",) if request.latent is None else (*STRENGTH, "denoising_start")
+        add("add_noise", "needs latent, and strength", *missing)
     if request.sigmas is not None and request.timesteps is not None:
         add("timesteps", "give sigmas or timesteps, not both")
     for name in ("positive", "negative") if request.prompt_syntax else ():

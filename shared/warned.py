@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+from shared.wording import cut
+
 HEADER_LENGTH = 2000  # characters; proxies refuse headers of some KB
 
 _collected: ContextVar[list[str] | None] = ContextVar("warnings", default=None)
@@ -49,4 +51,4 @@ def header_text(warnings: Iterable[str]) -> str:
     text = " ".join("; ".join(warnings).split())
     text = "".join(c if c.isprintable() else "?" for c in text)
     text = text.encode("latin-1", "backslashreplace").decode("latin-1")
-    return text if len(text) <= HEADER_LENGTH else text[: HEADER_LENGTH - 3] + "..."
+    return cut(text, HEADER_LENGTH)

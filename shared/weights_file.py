@@ -112,7 +112,7 @@ def apply_scales(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[s
         scale = found.pop(name)
         if target not in tensors:
             raise ValueError(f"the scale {name!r} belongs to no weight")
-        found[target] = _scaled(target, tensors[target], scale).to(dtype)
+        found[target] = scaled(target, tensors[target], scale).to(dtype)
         count += 1
     for name, value in found.items():
         if value.dtype in (torch.int8, torch.uint8) and value.numel() > 1 and name.endswith(".weight"):
@@ -122,8 +122,12 @@ def apply_scales(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[s
     return found
 
 
-def _scaled(name: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """weight x scale: one number, one for each row, or one for each block."""
+def scaled(name: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """weight x scale in fp32: one number, one for each row, or one for each block.
+
+    Raises:
+        ValueError: a scale of another shape, or not a number.
+    """
     factor = scale.float()
     if not bool(torch.isfinite(factor).all()):
         raise ValueError(f"the scale of {name!r} is not a number")

@@ -104,7 +104,7 @@ class _Parser(HTTPRequestParser):
             self.error = _NoRoom(NO_ROOM)
             return self._end_unread(data)
         if in_headers and self.headers_finished and self.body_rcv is not None and not self.error:
-            refuse = getattr(self.channel.server, "refuse", None)
+            refuse = self.channel.server.refuse
             if refuse is not None and refuse(self.path, self.headers):
                 self.headers["CONTENT_LENGTH"] = "0"
                 self.body_rcv, self.expect_continue = None, False
@@ -142,8 +142,8 @@ class _JsonErrorTask(ErrorTask):
 
     def execute(self) -> None:
         error = self.request.error
-        text = TOO_LARGE if isinstance(error, RequestEntityTooLarge) else f"{error.reason}: {error.body}"
-        text = NO_ROOM if isinstance(error, _NoRoom) else text
+        own = {RequestEntityTooLarge: TOO_LARGE, _NoRoom: NO_ROOM}
+        text = own.get(type(error)) or f"{error.reason}: {error.body}"
         request_id = secrets.token_hex(8)
         logging.getLogger("host").info("id=%s status=%d %s", request_id, error.code, text)
         body = ErrorAnswer(message=text).model_dump_json().encode()
