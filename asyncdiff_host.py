@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from shared.config import HostConfig, asyncdiff_model_n, shares_branch
 from shared.host import serve
+from shared.launch.config import HostConfig, asyncdiff_model_n, shares_branch
 
 if TYPE_CHECKING:
-    from shared.comm import World
-    from shared.generate import PipelineEngine
-    from shared.parallel.together import Together
+    from shared.parallel.method import Together
+    from shared.pipeline.engine import PipelineEngine
+    from shared.ranks.comm import World
 
 
 def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
@@ -18,10 +18,10 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
 
     One rank alone runs the plain pipeline, on a GPU as CUDA graphs like the others.
     """
-    from shared.comm import branch_groups, measured_speeds
     from shared.parallel.asyncdiff import AsyncDiff
     from shared.parallel.cfg_split import CfgSplit, HybridSplit
-    from shared.parallel.together import Together
+    from shared.parallel.method import Together
+    from shared.ranks.comm import branch_groups, measured_speeds
 
     graphs = config.captures(world.device.type)
     model_n = asyncdiff_model_n(config, world.size)
@@ -71,8 +71,8 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
 
 def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     """Load the pipeline on this rank's device and make it parallel."""
-    from shared.generate import PipelineEngine
-    from shared.loading import load_pipeline
+    from shared.pipeline.engine import PipelineEngine
+    from shared.pipeline.loading import load_pipeline
 
     pipe = load_pipeline(config.spec, config, world.device, quiet=not config.shows_progress(world.rank))
     return PipelineEngine(pipe, config, world, lambda pipe: attach(pipe, config, world))

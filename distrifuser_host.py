@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from shared.config import HostConfig
 from shared.host import serve
+from shared.launch.config import HostConfig
 
 if TYPE_CHECKING:
-    from shared.comm import World
-    from shared.generate import PipelineEngine
     from shared.parallel.distrifusion import DistriFusion
+    from shared.pipeline.engine import PipelineEngine
+    from shared.ranks.comm import World
 
 
 def attach(pipe: Any, config: HostConfig, world: World, branches: Any = None) -> DistriFusion | None:
@@ -19,7 +19,7 @@ def attach(pipe: Any, config: HostConfig, world: World, branches: Any = None) ->
     One rank alone runs the plain pipeline, on a GPU as CUDA graphs like the others.
 
     Args:
-        branches: shared.comm.branch_groups where the guidance branches are split, else None.
+        branches: shared.ranks.comm.branch_groups where the guidance branches are split, else None.
     """
     from shared.parallel.distrifusion import DistriFusion
 
@@ -43,9 +43,9 @@ def attach(pipe: Any, config: HostConfig, world: World, branches: Any = None) ->
 
 def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     """Load the pipeline on this rank's device and make it parallel."""
-    from shared.comm import branch_groups
-    from shared.generate import PipelineEngine
-    from shared.loading import load_pipeline
+    from shared.pipeline.engine import PipelineEngine
+    from shared.pipeline.loading import load_pipeline
+    from shared.ranks.comm import branch_groups
 
     pipe = load_pipeline(config.spec, config, world.device, quiet=not config.shows_progress(world.rank))
     split = world.size % 2 == 0 and not config.no_split_batch

@@ -5,23 +5,23 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from shared.config import HostConfig, LoadError
+from shared.backends.xdit_plan import xdit_degrees
 from shared.host import serve
-from shared.xdit_plan import xdit_degrees
+from shared.launch.config import HostConfig, LoadError
 
 if TYPE_CHECKING:
-    from shared.comm import World
-    from shared.generate import PipelineEngine
-    from shared.parallel.xdit import XDiT
-    from shared.parallel.xdit_groups import XfuserGroups
-    from shared.parallel.xdit_pipefusion import XDiTPipeFusion
+    from shared.parallel.xdit.exact import XDiT
+    from shared.parallel.xdit.groups import XfuserGroups
+    from shared.parallel.xdit.pipefusion import XDiTPipeFusion
+    from shared.pipeline.engine import PipelineEngine
+    from shared.ranks.comm import World
 
 log = logging.getLogger("host")
 
 
 def make_groups(config: HostConfig, world: World) -> XfuserGroups | None:
     """The process groups of the launch's degrees; None for one rank. All ranks must ask at the same time."""
-    from shared.parallel.xdit_groups import XfuserGroups
+    from shared.parallel.xdit.groups import XfuserGroups
 
     degrees = xdit_degrees(config, world.size)
     if world.size == 1 and not (config.use_teacache or config.use_fbcache or world.device.type == "cuda"):
@@ -37,7 +37,7 @@ def attach(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups | N
 
 
 def _exact(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups) -> XDiT:
-    from shared.parallel.xdit import XDiT
+    from shared.parallel.xdit.exact import XDiT
 
     return XDiT(
         pipe,
@@ -50,7 +50,7 @@ def _exact(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups) ->
 
 
 def _pipefusion(pipe: Any, config: HostConfig, groups: XfuserGroups) -> XDiTPipeFusion:
-    from shared.parallel.xdit_pipefusion import XDiTPipeFusion
+    from shared.parallel.xdit.pipefusion import XDiTPipeFusion
 
     return XDiTPipeFusion(
         pipe,
@@ -66,8 +66,8 @@ def _pipefusion(pipe: Any, config: HostConfig, groups: XfuserGroups) -> XDiTPipe
 
 def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     """Load the pipeline on this rank's device and share it among the ranks."""
-    from shared.generate import PipelineEngine
-    from shared.loading import load_pipeline
+    from shared.pipeline.engine import PipelineEngine
+    from shared.pipeline.loading import load_pipeline
 
     pipe = load_pipeline(config.spec, config, world.device, quiet=not config.shows_progress(world.rank))
     groups = make_groups(config, world)

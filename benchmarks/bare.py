@@ -21,12 +21,12 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from shared.arguments import call_arguments
-from shared.comm import init_world
-from shared.config import parse_or_exit
-from shared.media import encode_image
-from shared.requests import GenerateRequest
-from shared.schedulers import scheduler_for_request
+from shared.api.media import encode_image
+from shared.api.requests import GenerateRequest
+from shared.launch.config import parse_or_exit
+from shared.pipeline.arguments import call_arguments
+from shared.pipeline.schedulers import scheduler_for_request
+from shared.ranks.comm import init_world
 
 
 def main() -> None:

@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.models import MAKERS, call_arguments
-from shared.compile import compile_pipeline
-from shared.config import HostConfig
+from shared.launch.config import HostConfig
 from shared.models import MODELS
 from shared.parallel.surgery import Closing
-from shared.schedulers import unhurried_step
+from shared.pipeline.compile import compile_pipeline
+from shared.pipeline.schedulers import unhurried_step
 from tests import tiny
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -96,7 +96,7 @@ class Result:
 
 def cells() -> list[str]:
     """`backend:type:feature:plan` of all that a launch on two ranks does not refuse."""
-    from shared.config import HostConfig, UsageError, check_config
+    from shared.launch.config import HostConfig, UsageError, check_config
     from shared.models import BACKENDS, MODELS, refusal
     from tests import tiny
 
@@ -205,10 +205,10 @@ def try_cell(cell: str, world: Any) -> Result:
     """One cell on this rank; only rank 0 compares."""
     import safetensors.torch
 
-    from shared.config import HostConfig, check_config
-    from shared.generate import PipelineEngine
-    from shared.loading import load_pipeline
-    from shared.requests import check_request
+    from shared.api.requests import check_request
+    from shared.launch.config import HostConfig, check_config
+    from shared.pipeline.engine import PipelineEngine
+    from shared.pipeline.loading import load_pipeline
     from tests import tiny, tiny_extras
 
     backend, name, feature, plan = cell.split(":")
@@ -300,7 +300,7 @@ def work(device: str, out: Path, todo: list[str]) -> None:
     import torch.distributed as dist
 
     warnings.filterwarnings("ignore")
-    from shared.comm import World, make_groups
+    from shared.ranks.comm import World, make_groups
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     rank = int(os.environ["RANK"])

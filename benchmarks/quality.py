@@ -32,7 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 from draw import PIXELS, Scene, held_out_scenes, judge  # noqa: E402
 from evaluate import STEPS, count_right, paint  # noqa: E402
 
-from tests.ranks import RankPool  # noqa: E402
+from tests.pool import RankPool  # noqa: E402
 
 STRIP_ROWS = 4
 SYNC_MODES = ("corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "full_sync")
@@ -90,7 +90,7 @@ def hybrid(pipe: Any, warm_up: int, async_steps: int) -> Iterator[Any]:
 
     from shared.parallel.asyncdiff import AsyncDiff
     from shared.parallel.cfg_split import HybridSplit
-    from shared.parallel.together import Together
+    from shared.parallel.method import Together
 
     stages = AsyncDiff(pipe, 2, warm_up_steps=warm_up, async_steps=async_steps)
     split = HybridSplit([pipe.unet], dist.group.WORLD, dist.get_rank(), stages.asynchronous)

@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.bench import Bench, parser
 from shared.parallel.graphs import Captured
 from shared.parallel.surgery import Closing
-from shared.parallel.xdit import XDiT, attention_backend
-from shared.parallel.xdit_degrees import Degrees
-from shared.parallel.xdit_groups import XfuserGroups
-from shared.parallel.xdit_pipefusion import XDiTPipeFusion
-from shared.parallel.xdit_stages import Snapshot
+from shared.parallel.xdit.degrees import Degrees
+from shared.parallel.xdit.exact import XDiT, attention_backend
+from shared.parallel.xdit.groups import XfuserGroups
+from shared.parallel.xdit.pipefusion import XDiTPipeFusion
+from shared.parallel.xdit.stages import Snapshot
 
 SYSTEMS = ("eager", "graph", "cfg", "ulysses", "ring", "pipefusion", "xfuser-ulysses", "native")
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shared.config import (
+from shared.launch.config import (
     EXIT_USAGE,
     RANK_0_SECONDS,
     HostConfig,
@@ -30,13 +30,13 @@ from shared.config import (
     usage_line,
     world_from_environment,
 )
-from shared.liveness import PATIENCE, Family, dead_ranks, died
-from shared.logs import adopt_libraries, finish, guard_streams, set_up_logging
+from shared.launch.logs import adopt_libraries, finish, guard_streams, set_up_logging
+from shared.ranks.liveness import PATIENCE, Family, dead_ranks, died
 
 if TYPE_CHECKING:
-    from shared.comm import World
-    from shared.generate import PipelineEngine
-    from shared.jobs import HostStatus, JobQueue
+    from shared.api.jobs import HostStatus, JobQueue
+    from shared.pipeline.engine import PipelineEngine
+    from shared.ranks.comm import World
 
 log = logging.getLogger("host")
 
@@ -67,8 +67,8 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
     config = parse_or_exit(backend)
     rank, world_size = world_from_environment()
     set_up_logging(config, rank)
-    from shared.doors import unguarded
-    from shared.jobs import HostStatus, JobQueue
+    from shared.api.jobs import HostStatus, JobQueue
+    from shared.http.doors import unguarded
 
     # Workers hear of the end from rank 0, which has until --stop_grace.
     grace = config.stop_grace + (WORKERS_GRACE if rank else 0)
@@ -98,8 +98,8 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
 
 
 def _start_server(config: HostConfig, status: HostStatus, queue: JobQueue, lifeline: Lifeline) -> None:
-    from shared.jobs import JobError
-    from shared.server import Server, create_app, refuses_unread
+    from shared.api.jobs import JobError
+    from shared.http.server import Server, create_app, refuses_unread
 
     try:
         app = create_app(config, status, queue)
@@ -140,10 +140,10 @@ def _load_and_loop(
     lifeline: Lifeline,
 ) -> None:
     began = time.monotonic()
-    from shared.comm import Channel, init_world, rank_device_info
-    from shared.engine import RankLoop
-    from shared.memory import freeze_heap
-    from shared.requests import RequestError
+    from shared.api.requests import RequestError
+    from shared.pipeline.memory import freeze_heap
+    from shared.ranks.comm import Channel, init_world, rank_device_info
+    from shared.ranks.loop import RankLoop
 
     world = init_world(config.device, config.collective_timeout, lifeline.watch)
     limit_threads(world.device.type)
@@ -332,7 +332,7 @@ class BrokenRanksError(RuntimeError):
 
 def _report_end(error: Exception) -> None:
     """Expected endings take one line; a traceback is for what nobody foresaw."""
-    from shared.comm import BrokenJobError
+    from shared.ranks.comm import BrokenJobError
 
     if isinstance(error, LoadError):
         log.error("cannot load: %s", error)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ranks import RankPool
+from tests.pool import RankPool
 from tests.tables import RESULTS, results
 from tests.test_host import DEMO_CHECKPOINT, DEMO_STEPS, Launch
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 if TYPE_CHECKING:
-    from shared.comm import OnStep, World
-    from shared.config import HostConfig
-    from shared.requests import GenerateRequest, Reply
+    from shared.api.requests import GenerateRequest, Reply
+    from shared.launch.config import HostConfig
+    from shared.ranks.comm import OnStep, World
 
 
 class FakeEngine:
@@ -33,8 +33,8 @@ class FakeEngine:
         import torch
         import torch.distributed as dist
 
-        from shared.requests import FieldProblem, Reply, RequestError
-        from shared.warned import warn
+        from shared.api.requests import FieldProblem, Reply, RequestError
+        from shared.api.warned import warn
 
         order = json.loads(request.positive) if request.positive else {}
         if order.get("do") == "bad_request":
@@ -81,7 +81,7 @@ class FakeEngine:
 
     def add_lora(self, path: str, scale: float) -> list[str]:
         """Notes it, and fails on one rank: {"path": "missing 1"}."""
-        from shared.requests import FieldProblem, RequestError
+        from shared.api.requests import FieldProblem, RequestError
 
         if path == f"missing {self.world.rank}":
             raise RequestError(409, [FieldProblem("lora", "no such file")])
@@ -98,7 +98,7 @@ class FakeEngine:
 
 def build_engine(config: HostConfig, world: World) -> Any:
     if str(world.rank) in os.environ.get("FAKE_LOAD_FAILS", "").split():
-        from shared.config import LoadError
+        from shared.launch.config import LoadError
 
         raise LoadError("no weights")
     return FakeEngine(world)

@@ -13,10 +13,10 @@ import requests
 import safetensors.numpy
 from PIL import Image
 
-from shared.config import HostConfig
-from shared.jobs import HostStatus, Job, JobError, JobQueue
-from shared.requests import GenerateRequest, Reply
-from shared.server import Server, create_app, refuses_unread
+from shared.api.jobs import HostStatus, Job, JobError, JobQueue
+from shared.api.requests import GenerateRequest, Reply
+from shared.http.server import Server, create_app, refuses_unread
+from shared.launch.config import HostConfig
 
 
 def picture(format: str = "PNG", size: tuple[int, int] = (8, 8), frames: int = 1) -> bytes:

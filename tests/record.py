@@ -1,6 +1,6 @@
-"""What every cell of the matrix gives on CPU ranks, as hashes of the latents' bytes: before and after a change.
+"""Hashes of what every cell of the matrix gives on CPU ranks, to compare two states of the code.
 
-python -m tests.record before.json     then, with the code changed:     python -m tests.record after.json before.json
+python -m tests.record before.json, then, with the code changed: python -m tests.record after.json before.json
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tests import test_matrix
-from tests.ranks import RankPool
+from tests.pool import RankPool
 
 MADE = ("exact", "plain", "asynchronous")
 BACKENDS = ("asyncdiff", "distrifuser", "xdit")
@@ -39,7 +39,7 @@ PLANS: list[tuple[str, str, int, str, dict[str, Any]]] = [
 
 def cells() -> list[tuple[str, str, int, str, dict[str, Any]]]:
     """Every cell, but compiled ones that only `make matrix` runs, and the plans."""
-    found = []
+    found: list[tuple[str, str, int, str, dict[str, Any]]] = []
     for backend in BACKENDS:
         for cell in test_matrix.cells(backend):
             name, feature = getattr(cell, "values", cell)
@@ -48,27 +48,36 @@ def cells() -> list[tuple[str, str, int, str, dict[str, Any]]]:
     return [*found, *PLANS]
 
 
+def run_plan(backend: str, name: str, flags: dict[str, Any], plan: dict[str, Any]) -> dict[str, Any]:
+    """On one rank: the latents of a plan at full warm-up and, then after one step."""
+    made: dict[str, Any] = {"plain": None}
+    for what, more in (("exact", {}), ("asynchronous", {"warm_up_steps": 1})):
+        config, world, host, latents = test_matrix.launch(backend, name, flags, plan | more)
+        engine = host.build_engine(config, world)
+        made[what] = latents(engine)
+        engine.close()
+    return made
+
+
 def digest(array: np.ndarray | None) -> str | None:
     return None if array is None else hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
 
 
 def record(path: Path) -> dict[str, Any]:
     """Run the cells; what the rank with the picture has made, by cell."""
-    pool, found = RankPool(), {}
-    for backend, name, ranks, feature, flags in cells():
-        key = f"{backend}:{name}:{feature}:{json.dumps(flags, sort_keys=True) if flags else ''}"
+    pool = RankPool()
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for backend, name, ranks, feature, plan in cells():
+        key = f"{backend}:{name}:{feature}:{json.dumps(plan, sort_keys=True) if plan else ''}"
+        if "error" not in found.get(key, {"error": ""}):
+            continue  # of a run that was cut short
         began = time.monotonic()
+        flags = test_matrix.flags_of(backend, name, feature)
         try:
-            made = pool.run(
-                test_matrix.run_cell,
-                ranks,
-                backend,
-                name,
-                test_matrix.flags_of(backend, name, feature),
-                dict(flags),
-                False,
-                timeout=400,
-            )
+            if plan:
+                made = pool.run(run_plan, ranks, backend, name, flags, plan, timeout=400)
+            else:
+                made = pool.run(test_matrix.run_cell, ranks, backend, name, flags, {}, False, timeout=400)
             holder = next(r for r in made if r["exact"] is not None)
             found[key] = {what: digest(holder[what]) for what in MADE}
         except Exception as error:

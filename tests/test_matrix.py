@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from shared.models import BACKENDS, FEATURES, MODELS, refusal
 from tests import tiny, tiny_extras
-from tests.ranks import RankPool
+from tests.pool import RankPool
 
 STEPS = 3
 EXACT_DB = 45.0  # what the acceptance asks for in fp32; most are bit-identical
@@ -85,9 +85,9 @@ def launch(
     `body`; None on ranks that hold none."""
     import torch
 
-    from shared.comm import World, make_groups
-    from shared.config import HostConfig, check_config
-    from shared.requests import check_request
+    from shared.api.requests import check_request
+    from shared.launch.config import HostConfig, check_config
+    from shared.ranks.comm import World, make_groups
 
     rank, size = dist.get_rank(), dist.get_world_size()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
@@ -115,7 +115,7 @@ def run_cell(
     """On one rank: the latents of the plain pipeline, exact, asynchronous; and, with `twice`, again each."""
     import torch
 
-    from shared.generate import PipelineEngine
+    from shared.pipeline.engine import PipelineEngine
 
     torch.manual_seed(0)
     torch._dynamo.reset()

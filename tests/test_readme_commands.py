@@ -17,7 +17,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from shared.config import parse_config
+from shared.launch.config import parse_config
 from tests.test_host import ROOT, Launch
 
 READMES = ["README.md", "clients/comfyui/README.md", "clients/localai/README.md"]

@@ -29,9 +29,9 @@ import torch
 import transformers
 from PIL import Image
 
-from shared.config import HostConfig
-from shared.loading import load_pipeline
+from shared.launch.config import HostConfig
 from shared.models import BACKENDS, MODELS
+from shared.pipeline.loading import load_pipeline
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,1 @@
+"""What HTTP and the ranks both speak: requests, codecs, media, jobs. No torch."""

@@ -1,0 +1,287 @@
+"""Requests on their way: the bounded queue between the HTTP threads and rank 0's loop, and the host's state.
+
+Imports no torch: the server answers from the first second, before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shared.api.requests import FieldProblem, GenerateRequest, Reply
+
+State = Literal["loading", "ready", "busy", "broken", "stopping"]
+PREVIEW_SECONDS = 0.25  # between two previews of a picture that forms
+
+
+class JobError(RuntimeError):
+    """Why a job has no reply: the HTTP `status` it is answered with, and `problems`, the faults by field."""
+
+    def __init__(self, status: int, message: str, problems: Sequence[FieldProblem] = ()) -> None:
+        self.status = status
+        self.problems = list(problems)
+        super().__init__(message)
+
+
+class QueueFullError(RuntimeError):
+    """The queue holds as many requests as may wait."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a picture looks like after `step`: RGB bytes, `height` rows of `width` pixels."""
+
+    step: int
+    width: int
+    height: int
+    rgb: bytes
+
+
+@dataclass(eq=False)
+class Job:
+    """One request from its acceptance to its answer. Written by rank 0's loop, read by HTTP threads."""
+
+    request: GenerateRequest | None
+    call: tuple[str, dict[str, Any]] = ("", {})  # without a request: the engine's method, its arguments
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    step: int = 0
+    steps: int = 0
+    progress: float = 0.0  # 0 to 100, never falling
+    started: float | None = None  # time.monotonic()
+    stepped: float | None = None  # the same, of its last step
+    preview: Preview | None = None  # the newest, while somebody watches
+    made: list[Reply] = field(default_factory=list)  # the pictures so far, their seeds in a row
+    drawing: int = 1  # pictures that are made now, at the same time
+    reply: Any = None  # the first picture's Reply, or what the engine's method returned
+    error: JobError | None = None
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+    _done: threading.Event = field(default_factory=threading.Event)
+    _ending: threading.Lock = field(default_factory=threading.Lock)
+
+    def cancel(self) -> None:
+        """Ask for the job to end at the next step boundary; harmless when it is done."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    @property
+    def done(self) -> bool:
+        return self._done.is_set()
+
+    def seconds_running(self) -> float:
+        """Seconds since the job left the queue."""
+        return 0.0 if self.started is None else time.monotonic() - self.started
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the job is done, at most `timeout` seconds; whether it is done."""
+        return self._done.wait(timeout)
+
+    def at_step(self, step: int, steps: int) -> None:
+        """Denoising step `step` of `steps` is done."""
+        self.step, self.steps, self.stepped = step, steps, time.monotonic()
+        pictures = len(self.made) + self.drawing * min(step / max(steps, 1), 1.0)
+        self.progress = max(self.progress, 99.0 * min(pictures / self.pictures, 1.0))
+
+    @property
+    def pictures(self) -> int:
+        """How many are asked for."""
+        return (self.request and self.request.pictures) or 1
+
+    def draw(self, at_once: int) -> tuple[GenerateRequest, int]:
+        """The request for the pictures that come next, and how many are made at the same time."""
+        assert self.request is not None
+        self.drawing = min(at_once, self.pictures - len(self.made))
+        return self.request.numbered(len(self.made)), self.drawing
+
+    def add(self, replies: Sequence[Reply]) -> None:
+        """Pictures are made; with the last one the job is done."""
+        if len(replies) != self.drawing:
+            self.finish(
+                error=JobError(500, f"the ranks gave {len(replies)} pictures instead of {self.drawing}")
+            )
+            return
+        self.made += replies
+        if len(self.made) == self.pictures:
+            self.finish(reply=self.made[0])
+
+    def finish(self, reply: Any = None, error: JobError | None = None) -> None:
+        """End the job with its reply or its error; the first end counts."""
+        with self._ending:
+            if self._done.is_set():
+                return
+            self.reply, self.error = reply, error
+            if error is None:
+                self.progress = 100.0
+            self._done.set()
+
+
+class JobQueue:
+    """First in, first out, one running at a time; `limit` jobs may wait behind the running one."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.running: Job | None = None
+        self.last: Job | None = None  # the newest job with a request that left the queue
+        self.watchers = 0  # who would see a preview; written by the HTTP threads
+        self._previewed = 0.0  # time.monotonic()
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closed: JobError | None = None
+
+    def __len__(self) -> int:
+        """Number of jobs that wait."""
+        return len(self._waiting)
+
+    def waiting(self) -> list[Job]:
+        """The jobs that wait, the next one first."""
+        with self._changed:
+            return list(self._waiting)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the queue was closed: nothing is taken from it any more."""
+        return self._closed is not None
+
+    def submit(self, job: Job) -> None:
+        """Add a job.
+
+        Raises:
+            QueueFullError: when `limit` jobs wait and one runs.
+            JobError: 503, when the queue was closed.
+        """
+        with self._changed:
+            if self._closed is not None:
+                raise JobError(self._closed.status, str(self._closed))
+            ahead = len(self._waiting) + (self.running is not None)
+            if ahead > self.limit:
+                raise QueueFullError(f"{len(self._waiting)} requests wait; at most {self.limit} may")
+            self._waiting.append(job)
+            self._changed.notify_all()
+
+    def take(self, timeout: float) -> Job | None:
+        """The next job, which is then the running one; None after `timeout` seconds without any.
+
+        Jobs cancelled while they waited are ended here and passed over.
+        """
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                while self._waiting:
+                    job = self._waiting.popleft()
+                    if job.cancelled:
+                        job.finish(error=JobError(499, "cancelled"))
+                        continue
+                    job.started = job.stepped = time.monotonic()
+                    self.running = job
+                    if job.request is not None:
+                        self.last = job
+                    return job
+                left = 0.0 if self._closed else deadline - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    return None
+
+    def release(self) -> None:
+        """The running job is over."""
+        with self._changed:
+            self.running = None
+            self._changed.notify_all()
+
+    def drop(self, job: Job) -> None:
+        """Cancel a job; one that still waits is ended at once."""
+        job.cancel()
+        with self._changed:
+            if job in self._waiting:
+                self._waiting.remove(job)
+                job.finish(error=JobError(499, "cancelled"))
+
+    def cancel_running(self) -> bool:
+        """Cancel the running job, or the next one where rank 0 is between two; whether there was one."""
+        with self._changed:
+            job = self.running or next(iter(self._waiting), None)
+        if job is None or not self._cancellable(job):
+            return False
+        self.drop(job)
+        return True
+
+    def cancel(self, id: str) -> bool:
+        """Cancel the job of this id, where it runs or waits; whether there was one."""
+        with self._changed:
+            jobs = [*([self.running] if self.running else []), *self._waiting]
+        found = [job for job in jobs if job.id == id and self._cancellable(job)]
+        for job in found:
+            self.drop(job)
+        return bool(found)
+
+    def _cancellable(self, job: Job) -> bool:
+        """Not when it is done; and a change of LoRAs that runs has no steps between which it could end."""
+        return not job.done and (job is not self.running or job.request is not None)
+
+    def wants_preview(self) -> bool:
+        """Whether somebody watches and the last preview is old enough."""
+        return self.watchers > 0 and time.monotonic() - self._previewed >= PREVIEW_SECONDS
+
+    def show_preview(self, step: int, width: int, height: int, rgb: bytes) -> None:
+        """What the running job's picture looks like after `step`."""
+        self._previewed = time.monotonic()
+        if self.running is not None:
+            self.running.preview = Preview(step, width, height, rgb)
+
+    def progress(self) -> float:
+        """0 to 100, of the running request, else of the last one; 0 before there was any."""
+        running = self.running
+        job = running if running is not None and running.request is not None else self.last
+        return 0.0 if job is None else job.progress
+
+    def step_age(self) -> float | None:
+        """Seconds since the running job's last step, or since its start; None where none runs."""
+        job = self.running
+        return None if job is None or job.stepped is None else time.monotonic() - job.stepped
+
+    def close(self, error: JobError, running: bool = True) -> None:
+        """End those that wait and new ones with 503, and with `error` the running job unless it may go on."""
+        with self._changed:
+            closed = self._closed = self._closed or JobError(503, str(error))
+            ending, waiting = self.running if running else None, list(self._waiting)
+            self._waiting.clear()
+            self._changed.notify_all()
+        if ending is not None:
+            ending.finish(error=error)
+        for job in waiting:
+            job.finish(error=closed)
+
+
+@dataclass
+class HostStatus:
+    """What /health and /initialize tell. Written by rank 0's main thread, read by HTTP threads."""
+
+    backend: str
+    type: str
+    world_size: int
+    state: State = "loading"
+    message: str = ""  # why the host is broken, or what it is loading
+    plan: dict[str, Any] = field(default_factory=dict)
+    ranks: list[dict[str, Any]] = field(default_factory=list)  # device and memory of each rank
+    versions: dict[str, str] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+
+    def health(self, queue: JobQueue) -> dict[str, Any]:
+        """The JSON of GET /health."""
+        return {
+            "state": self.state,
+            "message": self.message,
+            "backend": self.backend,
+            "type": self.type,
+            "plan": self.plan,
+            "world_size": self.world_size,
+            "queue_length": len(queue),
+            "ranks": self.ranks,
+            "versions": self.versions,
+            "uptime_seconds": round(time.time() - self.started, 1),
+        }

@@ -1,0 +1,147 @@
+"""--lora_dir: the LoRAs that clients may name, and what their files say of themselves. Imports no torch.
+
+A name is a file's path in its folder, or its last part, with or without `.safetensors`. Names are looked up
+among the files that are there and never joined to a path, and links that lead out of a folder are not
+followed: no name reaches a file elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from shared.launch.config import HostConfig
+
+SUFFIX = ".safetensors"
+HEADER_BYTES = 16 << 20  # of a file that is read for what it says of itself
+TRIGGER_WORDS = 10
+SHOWN = 10  # names in an error
+
+
+class LoraNameError(ValueError):
+    """A name that means no LoRA, or several; the sentence says what there is."""
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA in a folder: `name` is what tells it from all others."""
+
+    name: str
+    path: str
+    size: int
+    changed: int  # st_mtime_ns
+
+
+def is_named(path: str, name: str) -> bool:
+    """Whether a file's path ends in a name, with or without its suffix."""
+    parts = [part for part in name.removesuffix(SUFFIX).split("/") if part]
+    whole = Path(path.removesuffix(SUFFIX)).parts
+    return name == path or (bool(parts) and not name.startswith("/") and list(whole[-len(parts) :]) == parts)
+
+
+def lora_files(config: HostConfig) -> list[LoraFile]:
+    """The files in all folders of the launch, as they are now, by name."""
+    found: dict[str, tuple[str, str, os.stat_result]] = {}  # by real path: folder's name, name in it
+    for folder in config.lora_dir or ():
+        root = os.path.realpath(folder)
+        for place, folders, files in os.walk(root):
+            folders.sort()
+            for file in sorted(files):
+                path = os.path.join(place, file)
+                real = os.path.realpath(path)
+                if not file.endswith(SUFFIX) or not real.startswith(root.rstrip("/") + "/"):
+                    continue
+                if os.path.isfile(real):
+                    inner = os.path.relpath(path, root).removesuffix(SUFFIX)
+                    found.setdefault(path, (os.path.basename(root), inner, os.stat(real)))
+    often = Counter(inner for _, inner, _ in found.values())
+    listed = [
+        LoraFile(inner if often[inner] == 1 else f"{head}/{inner}", path, stat.st_size, stat.st_mtime_ns)
+        for path, (head, inner, stat) in found.items()
+    ]
+    return sorted(listed, key=lambda file: file.name)
+
+
+def find_lora(config: HostConfig, name: str, loaded: Iterable[str] = ()) -> LoraFile:
+    """The one file that a name means: its whole name or path first, else the end of one.
+
+    Args:
+        loaded: paths of LoRAs that may be named too, wherever they are; a file has the path it was loaded by.
+
+    Raises:
+        LoraNameError: none or several.
+    """
+    elsewhere = {os.path.realpath(path): path for path in loaded}
+    files = [
+        replace(file, path=elsewhere.pop(os.path.realpath(file.path), file.path))
+        for file in lora_files(config)
+    ]
+    files += [LoraFile(path, path, 0, 0) for path in elsewhere.values()]
+    bare = name.removesuffix(SUFFIX)
+    found = [f for f in files if bare == f.name or name == f.path]
+    found = found or [f for f in files if is_named(f.path, name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise LoraNameError(f"LoRA {name!r} means several: {_names(found)}")
+    if not config.lora_dir:
+        raise LoraNameError(f"LoRA {name!r} is not loaded, and the host was started without --lora_dir")
+    raise LoraNameError(f"LoRA {name!r} is not in --lora_dir, which has {_names(files) or 'none'}")
+
+
+def _names(files: list[LoraFile]) -> str:
+    more = f" and {len(files) - SHOWN} more" if len(files) > SHOWN else ""
+    return ", ".join(file.name for file in files[:SHOWN]) + more
+
+
+def lora_path(config: HostConfig, given: str) -> str:
+    """The path of a LoRA that a client wants to add, by name or, where the launch allows it, by path.
+
+    Raises:
+        LoraNameError: no such name, or a path that is not in --lora_dir.
+    """
+    try:
+        return find_lora(config, given).path
+    except LoraNameError as error:
+        if given in (config.lora or {}) or given in (config.motion_adapter_lora or {}):
+            return given
+        if config.allow_lora_paths and " means several" not in str(error):
+            return given
+        hint = "; another path of the server needs --allow_lora_paths"
+        raise LoraNameError(f"{error}{'' if config.allow_lora_paths else hint}") from None
+
+
+def list_loras(config: HostConfig) -> list[dict[str, Any]]:
+    """What GET /loras tells of each file: name, size in bytes, title, base model and trigger words."""
+    return [
+        {"name": file.name, "size": file.size, **_told(file.path, file.changed)}
+        for file in lora_files(config)
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _told(path: str, changed: int) -> dict[str, Any]:
+    """What the header says, by the keys of modelspec and of kohya's trainer; {} where it says nothing."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            data = json.loads(file.read(length)) if length <= HEADER_BYTES else {}
+        metadata = data.get("__metadata__", {})
+        tags = Counter[str]()
+        for counts in json.loads(metadata.get("ss_tag_frequency", "{}")).values():
+            tags.update({tag.strip(): count for tag, count in counts.items()})
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        return {}
+    phrase = metadata.get("modelspec.trigger_phrase")
+    told = {
+        "title": metadata.get("modelspec.title") or metadata.get("ss_output_name"),
+        "base": metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version"),
+        "trigger_words": [phrase] if phrase else [tag for tag, _ in tags.most_common(TRIGGER_WORDS)],
+    }
+    return {key: value for key, value in told.items() if value}

@@ -1,0 +1,197 @@
+"""What a launch of xdit_host.py asks for: its degrees, and flags that do not go together. Without torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.launch.flags import HostConfig
+from shared.models import BACKENDS, scheduler_named
+from shared.parallel.xdit.degrees import (
+    DUAL_ATTENTION,
+    FLAGS,
+    ONE_PATCH,
+    Degrees,
+    choose_degrees,
+    fitting_sizes,
+    patch_count,
+    scheduler_problem,
+    stages_problem,
+)
+
+SINGLE_FILE_CONFIGS = Path(__file__).parents[1] / "models" / "configs"
+HEADS = "num_attention_heads"
+
+
+def xdit_degrees(config: HostConfig, world_size: int) -> Degrees:
+    """How xDiT divides the ranks. Raises ValueError where the flags and the world size do not fit."""
+    given = {name: getattr(config, flag) for name, flag in FLAGS.items() if getattr(config, flag)}
+    if "cfg" in given:
+        given["cfg"] = 2
+    heads = _number(_denoiser(config), HEADS)
+    nets = {path: _number(_read(Path(path) / "config.json"), HEADS) for path in config.control_net or ()}
+    ulysses = given.get("ulysses", 1)
+    for path, found in nets.items():
+        if found and found % ulysses:
+            raise ValueError(
+                f"--ulysses_degree: must divide the {found} attention heads of --control_net {path!r}; got "
+                f"{ulysses}"
+            )
+    if heads and "ulysses" not in given:
+        heads = math.gcd(heads, *(found for found in nets.values() if found))
+    return choose_degrees(world_size, given, config.spec.guidance_branches, heads)
+
+
+def _folder(config: HostConfig) -> Path:
+    """Where the checkpoint's configurations are, as shared.pipeline.loading looks for them."""
+    checkpoint = Path(config.checkpoint)
+    if not checkpoint.is_file():
+        return checkpoint
+    beside = checkpoint.with_suffix("")
+    if (beside / "model_index.json").is_file():
+        return beside
+    return SINGLE_FILE_CONFIGS / (config.spec.single_file_config or "")
+
+
+def _denoiser(config: HostConfig) -> dict[str, Any]:
+    return _read(_folder(config) / config.spec.denoiser / "config.json")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A configuration; empty where it cannot be read, which the loader will tell."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _number(settings: dict[str, Any], name: str) -> int | None:
+    value = settings.get(name)
+    return value if isinstance(value, int) else None
+
+
+def _scheduler(config: HostConfig) -> tuple[str, dict[str, Any]]:
+    """Class and settings of the launch's scheduler: the checkpoint's, changed by the flag."""
+    settings = _read(_folder(config) / "scheduler" / "scheduler_config.json")
+    if config.scheduler is None:
+        return str(settings.get("_class_name", "")), settings
+    given = dict(config.scheduler) if isinstance(config.scheduler, dict) else {"scheduler": config.scheduler}
+    name = given.pop("scheduler")
+    if (found := scheduler_named(name)) is None:
+        return name, settings | given
+    entry, variant = found
+    return entry.cls, settings | dict(entry.settings) | dict(variant) | given
+
+
+def check_xdit(config: HostConfig, world_size: int) -> None:
+    """Refuse what xDiT cannot do with these flags. Raises ValueError, with the flag and what is allowed."""
+    for flag, reason in BACKENDS["xdit"].refuses.get(config.type, {}).items():
+        value = getattr(config, flag)
+        if value and (value is True or value != 1):  # a degree of 1 divides nothing
+            raise ValueError(f"--{flag}: not for type {config.type} on xdit_host.py: {reason}")
+    degrees = xdit_degrees(config, world_size)
+    for flag, value, wrong in _xdit_conflicts(config, degrees):
+        if value:
+            raise ValueError(f"--{flag}: {wrong}")
+    unit = config.spec.size_multiple * degrees.sequence
+    if degrees.pipefusion > 1 and config.size[1] % unit:
+        raise ValueError(
+            f"--height: must be a multiple of {unit} with {degrees}; got {config.size[1]} "
+            f"(nearest: {fitting_sizes(config.size[1], unit)})"
+        )
+    if _needs_patches(config, degrees):
+        patches = config.num_pipeline_patch or degrees.pipefusion
+        if patch_count(config.size[1], patches, degrees.sequence) == 1:
+            raise ValueError(
+                f"--height: must be {2 * unit} or more with {degrees}; {config.size[1]} makes 1 patch: "
+                f"{ONE_PATCH}"
+            )
+
+
+def _needs_patches(config: HostConfig, degrees: Degrees) -> bool:
+    """Whether PipeFusion must not have the picture in one piece (FLUX over several ranks)."""
+    return degrees.pipefusion > 1 and degrees.sequence > 1 and config.spec.latent_layout == "packed"
+
+
+def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str, Any, str]]:
+    """(flag, whether it is in the way, why) for the flags that do not go with these degrees."""
+    pipefusion, tensor = degrees.pipefusion > 1, degrees.tensor > 1
+    cached = config.use_teacache or config.use_fbcache
+    no_pipefusion = "is for PipeFusion; give --pipefusion_parallel_degree of 2 or more with it"
+    yield "num_pipeline_patch", config.num_pipeline_patch and not pipefusion, no_pipefusion
+    stages = config.attn_layer_num_for_pp
+    yield "attn_layer_num_for_pp", stages and not pipefusion, no_pipefusion
+    yield (
+        "attn_layer_num_for_pp",
+        stages and len(stages) != degrees.pipefusion,
+        f"one number for each of the {degrees.pipefusion} stages; got {len(stages or ())}",
+    )
+    if pipefusion:
+        yield from _pipefusion_conflicts(config, degrees)
+    yield (
+        "warm_up_steps",
+        pipefusion and config.warm_up_steps < 1,
+        "must be at least 1 with PipeFusion (the first step fills the buffers); got 0",
+    )
+    for flag in ("control_net", "ip_adapter"):
+        yield (
+            flag,
+            pipefusion and getattr(config, flag),
+            f"not with PipeFusion ({degrees}), the others have it",
+        )
+    for flag in ("enable_sequential_cpu_offload", "enable_group_offload"):
+        why = "PipeFusion's layers read weights themselves; --enable_model_cpu_offload goes with it"
+        yield flag, pipefusion and getattr(config, flag), why
+    yield "pipefusion_parallel_degree", pipefusion and tensor, "not with --tensor_parallel_degree"
+    for flag in ("quantize_to", "gguf_model", "compile_unet"):
+        why = "--tensor_parallel_degree divides plain weights in memory, so not with it"
+        yield flag, tensor and getattr(config, flag), why
+    yield (
+        "tensor_parallel_degree",
+        tensor and config.offloads,
+        "divides weights in memory, so not with offload",
+    )
+    yield "use_fbcache", config.use_fbcache and config.use_teacache, "--use_teacache is given too; one cache"
+    cache = "use_teacache" if config.use_teacache else "use_fbcache"
+    yield (
+        cache,
+        cached and (config.control_net or pipefusion or tensor),
+        f"for Ulysses, ring and data parallelism without --control_net; got {degrees}"
+        + (" with --control_net" if config.control_net else ""),
+    )
+    yield (
+        "use_parallel_vae",
+        config.use_parallel_vae and degrees.world == degrees.data,
+        (f"needs ranks that share a picture; got {degrees}"),
+    )
+    yield (
+        "compile_vae",
+        config.compile_vae and config.use_parallel_vae,
+        ("a compiled decoder is one piece, so not with --use_parallel_vae"),
+    )
+    yield (
+        "xformers_efficient",
+        config.xformers_efficient and degrees.world > 1,
+        ("xDiT brings the attention of its own that all ranks share"),
+    )
+
+
+def _pipefusion_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str, Any, str]]:
+    """What PipeFusion's stages cannot run, as far as the checkpoint's configurations tell."""
+    denoiser, stages = _denoiser(config), config.attn_layer_num_for_pp
+    blocks = (_number(denoiser, "num_layers") or 0) + (_number(denoiser, "num_single_layers") or 0)
+    if blocks:
+        equal = "attn_layer_num_for_pp" in BACKENDS["xdit"].refuses.get(config.type, {})
+        problem = stages_problem(degrees.pipefusion, blocks, stages, equal)
+        yield "attn_layer_num_for_pp" if stages else "pipefusion_parallel_degree", problem, str(problem)
+    dual = degrees.sequence > 1 and denoiser.get("dual_attention_layers")
+    yield "pipefusion_parallel_degree", dual, f"not with {degrees} on this checkpoint: {DUAL_ATTENTION}"
+    single = config.num_pipeline_patch == 1 and _needs_patches(config, degrees)
+    yield "num_pipeline_patch", single, f"must be 2 or more with {degrees}: {ONE_PATCH}"
+    name, settings = _scheduler(config)
+    problem = scheduler_problem(config.spec.scheduler_family.startswith("flow"), name, settings)
+    yield "scheduler", name and problem, str(problem)

@@ -1,0 +1,384 @@
+"""The part of A1111's API that clients need (SillyTavern, Open WebUI, Photoshop and Krita plug-ins).
+
+Unknown keys are ignored on these routes alone, since such clients send many; sizes are rounded to what the
+type takes. What cannot be done is refused in words, never done in another way.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from flask import Flask, Response, jsonify
+from flask import request as http
+
+from shared.api.a1111_prompts import NotationError, take_networks
+from shared.api.codecs import MAX_SIDE
+from shared.api.requests import (
+    MAX_PICTURES,
+    FieldProblem,
+    GenerateRequest,
+    Reply,
+    RequestError,
+    all_faults,
+    check_request,
+    parse_object,
+)
+from shared.api.warned import together, told_in, warn
+from shared.http.a1111_options import check_options
+from shared.http.dispatch import ApiError, Dispatcher, check_json_type
+from shared.http.openai import model_id
+from shared.launch.config import HostConfig
+from shared.launch.wording import shown
+from shared.models import schedulers_for, with_variant
+
+PREFIX = "/sdapi/"
+AUTOMATIC = "Automatic"
+# Their names for our schedulers; the first that the type has is meant.
+SAMPLERS: dict[str, tuple[str, ...]] = {
+    "DPM++ 2M": ("dpmpp_2m", "flow_dpmpp_2m"),
+    "DPM++ SDE": ("dpmpp_sde",),
+    "DPM++ 2M SDE": ("dpmpp_2m_sde",),
+    "Euler": ("euler", "flow_euler"),
+    "Euler a": ("euler_a",),
+    "Heun": ("heun", "flow_heun"),
+    "LMS": ("lms",),
+    "DPM2": ("dpm_2",),
+    "DPM2 a": ("dpm_2_a",),
+    "DDIM": ("ddim",),
+    "DDPM": ("ddpm",),
+    "PLMS": ("pndm",),
+    "UniPC": ("unipc", "flow_unipc"),
+    "LCM": ("lcm", "flow_lcm"),
+    "TCD": ("tcd",),
+}
+# Their names for the variants of our schedulers.
+SCHEDULES = {
+    "Karras": "k_",
+    "Exponential": "exponential_",
+    "SGM Uniform": "_trailing",
+    "Simple": "_trailing",
+    "Beta": "beta_",
+}
+_OURS = {
+    "prompt": "positive",
+    "negative_prompt": "negative",
+    "steps": "steps",
+    "cfg_scale": "cfg",
+    "seed": "seed",
+    "width": "width",
+    "height": "height",
+}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {
+    "image": "init_images",
+    "control_image": "alwayson_scripts.ControlNet.image",
+    "controlnet_scale": "alwayson_scripts.ControlNet.weight",
+}
+_WHOLE = frozenset({"steps", "seed", "width", "height"})
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """A1111's error shape."""
+    kind = "HTTPException" if error.status < 500 else "RuntimeError"
+    faults = [f"{_THEIRS.get(p.field, p.field)}: {p.problem}" for p in error.problems if p.field]
+    text = all_faults(faults, len(faults) + error.more) if faults else error.message
+    return {"error": kind, "detail": text, "body": "", "errors": text}
+
+
+def samplers_for(config: HostConfig) -> dict[str, str]:
+    """A1111's sampler names -> scheduler names of the type."""
+    have = schedulers_for(config.spec)
+    found = {name: next((s for s in ours if s in have), None) for name, ours in SAMPLERS.items()}
+    return {name: ours for name, ours in found.items() if ours is not None}
+
+
+def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
+    """Add the routes under /sdapi/v1."""
+    config, queue = dispatcher.config, dispatcher.queue
+    name, samplers = model_id(config), samplers_for(config)
+    schedulers = [_scheduler_entry(AUTOMATIC, -1.0)] + [
+        _scheduler_entry(label, 7.0 if label == "Karras" else -1.0)
+        for label, variant in SCHEDULES.items()
+        if any(_takes(ours, variant) for ours in samplers.values())
+    ]
+    vaes = [config.vae] if config.vae else []
+    options = {
+        "sd_model_checkpoint": name,
+        "sd_checkpoint_hash": "",
+        "sd_vae": Path(config.vae).name if config.vae else AUTOMATIC,
+        "samples_format": "png",
+        "CLIP_stop_at_last_layers": 1,
+    }
+    lists: dict[str, Any] = {
+        "sd-models": [
+            {
+                "title": name,
+                "model_name": name,
+                "hash": None,
+                "sha256": None,
+                "filename": config.checkpoint,
+                "config": None,
+            }
+        ],
+        "samplers": [{"name": theirs, "aliases": [ours], "options": {}} for theirs, ours in samplers.items()],
+        "schedulers": schedulers,
+        "upscalers": [
+            {"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 4}
+        ],
+        "latent-upscale-modes": [],
+        "sd-vae": [{"model_name": Path(vae).name, "filename": vae} for vae in vaes],
+    }
+    for path, answer in lists.items():
+        app.add_url_rule(f"/sdapi/v1/{path}", f"a1111_{path}", lambda answer=answer: jsonify(answer))
+
+    @app.get("/sdapi/v1/options")
+    def a1111_options() -> Response:
+        return jsonify(options)
+
+    @app.post("/sdapi/v1/options")
+    def a1111_set_options() -> Response:
+        check_json_type()
+        wanted = parse_object(http.get_data(cache=False)).get("sd_model_checkpoint")
+        _check_model(wanted, name)
+        return jsonify(None)
+
+    @app.get("/sdapi/v1/progress")
+    def a1111_progress() -> Response:
+        return jsonify(_progress(dispatcher))
+
+    @app.post("/sdapi/v1/interrupt")
+    def a1111_interrupt() -> Response:
+        queue.cancel_running()
+        return jsonify({})
+
+    @app.post("/sdapi/v1/txt2img")
+    def a1111_txt2img() -> Response:
+        return _answer(dispatcher, samplers, with_image=False)
+
+    @app.post("/sdapi/v1/img2img")
+    def a1111_img2img() -> Response:
+        return _answer(dispatcher, samplers, with_image=True)
+
+
+def _scheduler_entry(label: str, rho: float) -> dict[str, Any]:
+    return {
+        "name": label.lower().replace(" ", "_"),
+        "label": label,
+        "aliases": None,
+        "default_rho": rho,
+        "need_inner_model": False,
+    }
+
+
+def _check_model(wanted: Any, name: str) -> None:
+    if wanted not in (None, "", name):
+        raise ApiError(422, f"this host serves the checkpoint {name!r} alone; got {shown(wanted)}")
+
+
+def _progress(dispatcher: Dispatcher) -> dict[str, Any]:
+    job = dispatcher.queue.running
+    if job is not None and job.request is None:
+        job = None
+    waiting = len(dispatcher.queue)
+    left = 0.0
+    if job is not None and 0 < job.progress < 100:
+        left = job.seconds_running() * (100 / job.progress - 1)
+    return {
+        "progress": 0.0 if job is None else job.progress / 100,
+        "eta_relative": round(left, 1),
+        "state": {
+            "skipped": False,
+            "interrupted": job is not None and job.cancelled,
+            "stopping_generation": False,
+            "job": "" if job is None else job.id,
+            "job_count": waiting + (job is not None),
+            "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
+            "job_no": 0,
+            "sampling_step": 0 if job is None else job.step,
+            "sampling_steps": 0 if job is None else job.steps,
+        },
+        "current_image": None,
+        "textinfo": None if job is not None or not waiting else "waiting",
+    }
+
+
+def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) -> Response:
+    check_json_type()
+    config = dispatcher.config
+    asked: dict[str, Any] = {}
+
+    def parse() -> GenerateRequest:
+        asked.update(parse_object(http.get_data(cache=False)))
+        return check_request(translate(asked, config, samplers, with_image), config)
+
+    replies = dispatcher.run(parse)
+    told = {k: v for k, v in asked.items() if k not in ("init_images", "alwayson_scripts")}
+    info = _info(asked, replies, config)
+    body = {
+        "images": [reply.answer()["output"] for reply in replies],
+        "parameters": told,
+        "info": json.dumps(info),
+    }
+    return jsonify(told_in(body, together(*(reply.warnings for reply in replies))))
+
+
+def _info(asked: dict[str, Any], replies: list[Reply], config: HostConfig) -> dict[str, Any]:
+    first = replies[0]
+    prompt, negative = str(asked.get("prompt") or ""), str(asked.get("negative_prompt") or "")
+    sampler = str(asked.get("sampler_name") or asked.get("sampler_index") or AUTOMATIC)
+    cfg = asked.get("cfg_scale") or config.spec.cfg
+    seeds = [reply.seed for reply in replies]
+    return {
+        "prompt": prompt,
+        "all_prompts": [prompt] * len(replies),
+        "negative_prompt": negative,
+        "all_negative_prompts": [negative] * len(replies),
+        "seed": first.seed,
+        "all_seeds": seeds,
+        "width": first.width,
+        "height": first.height,
+        "sampler_name": sampler,
+        "cfg_scale": cfg,
+        "steps": first.steps,
+        "batch_size": 1,
+        "sd_model_name": model_id(config),
+        "index_of_first_image": 0,
+        "infotexts": [
+            f"{prompt}\n"
+            + (f"Negative prompt: {negative}\n" if negative else "")
+            + f"Steps: {first.steps}, Sampler: {sampler}, CFG scale: {cfg}, Seed: {seed}, "
+            + f"Size: {first.width}x{first.height}, Model: {model_id(config)}"
+            for seed in seeds
+        ],
+    }
+
+
+def translate(
+    asked: dict[str, Any], config: HostConfig, samplers: dict[str, str], with_image: bool
+) -> dict[str, Any]:
+    """A1111's keys -> a body of POST /generate.
+
+    Raises:
+        ApiError, RequestError: 422 where this host cannot serve what was asked.
+    """
+    spec, problems = config.spec, []
+    overrides = asked.get("override_settings")
+    overrides = overrides if isinstance(overrides, dict) else {}
+    _check_model(overrides.get("sd_model_checkpoint"), model_id(config))
+    data = {
+        ours: _number(theirs, asked[theirs])
+        for theirs, ours in _OURS.items()
+        if asked.get(theirs) is not None
+    }
+    problems += _notation(data)
+    if spec.output == "video":
+        data["output_format"] = "gif"
+    for side in ("width", "height"):
+        if side not in spec.fields:
+            data.pop(side, None)
+        elif isinstance(value := data.get(side), int) and abs(value) <= MAX_SIDE:
+            data[side] = max(round(value / spec.size_multiple), 1) * spec.size_multiple
+    skip = _number("steps", overrides.get("CLIP_stop_at_last_layers", asked.get("clip_skip")))
+    if isinstance(skip, int) and skip > 1 and "clip_skip" in spec.fields:
+        data["clip_skip"] = skip - 1  # theirs counts the last layer as 1
+    scheduler, problem = _scheduler(asked, samplers)
+    if scheduler:
+        data["scheduler"] = scheduler
+    if problem:
+        problems.append(problem)
+    if with_image:
+        images = asked.get("init_images")
+        if not isinstance(images, list) or len(images) != 1:
+            found = len(images) if isinstance(images, list) else "none"
+            problems.append(FieldProblem("init_images", f"must hold one picture, got {found}"))
+        else:
+            data["image"] = images[0]
+    more, faults = check_options(asked, config, with_image)
+    data |= more
+    problems += faults
+    counts = [_number("steps", asked.get(key) or 1) for key in ("batch_size", "n_iter")]
+    pictures = 1
+    for key, count in zip(("batch_size", "n_iter"), counts, strict=True):
+        if not isinstance(count, int) or not 1 <= count <= MAX_PICTURES:
+            problems.append(FieldProblem(key, f"must be 1 to {MAX_PICTURES}, got {shown(count)}"))
+        else:
+            pictures *= count
+    if pictures > MAX_PICTURES:
+        problems.append(
+            FieldProblem("n_iter", f"times batch_size must be at most {MAX_PICTURES}, got {pictures}")
+        )
+    if problems:
+        raise RequestError(422, problems)
+    data["pictures"] = pictures
+    return data
+
+
+def _number(key: str, value: Any) -> Any:
+    """A number as the field takes it: clients send 20.0 for a whole number."""
+    if key in _WHOLE and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _notation(data: dict[str, Any]) -> list[FieldProblem]:
+    """Mark the prompts as A1111's and take the LoRAs out of them; what cannot be read."""
+    problems = []
+    for theirs, ours in (("prompt", "positive"), ("negative_prompt", "negative")):
+        if not isinstance(text := data.get(ours), str) or not text:
+            continue
+        try:
+            taken = take_networks(text)
+        except NotationError as error:
+            problems.append(FieldProblem(theirs, str(error)))
+            continue
+        data[ours], data["prompt_syntax"] = taken.text, "a1111"
+        if taken.loras and ours == "positive":
+            data["lora_scales"] = taken.loras
+        elif taken.loras:
+            warn(f"{theirs}: LoRAs are read in the prompt alone; left out: {', '.join(taken.loras)}")
+        for scale in taken.left_out:
+            warn(f"{theirs}: a LoRA has one scale here; left out: {scale}")
+    return problems
+
+
+def _takes(ours: str, variant: str) -> str | None:
+    """Our name for a sampler with one of A1111's schedulers; None where there is no such pair."""
+    if ours.startswith("flow_") and variant == "_trailing":
+        return ours  # flow matching is spaced so as it is
+    return with_variant(ours, variant)
+
+
+def _scheduler(asked: dict[str, Any], samplers: dict[str, str]) -> tuple[str | None, FieldProblem | None]:
+    """Sampler and scheduler of a request -> our scheduler's name, None for the checkpoint's own."""
+    sampler = asked.get("sampler_name") or asked.get("sampler_index") or AUTOMATIC
+    noise = str(asked.get("scheduler") or AUTOMATIC).lower().replace("_", " ")
+    known = {name.lower(): ours for name, ours in samplers.items()} | {
+        ours: ours for ours in samplers.values()
+    }
+    labels = {label.lower(): label for label in SCHEDULES}
+    wanted = str(sampler).lower()
+    for label in labels:  # as in older versions: "DPM++ 2M Karras"
+        if wanted.endswith(f" {label}"):
+            wanted, noise = wanted.removesuffix(f" {label}"), label
+    if noise not in (AUTOMATIC.lower(), "normal", *labels):
+        allowed = ", ".join((AUTOMATIC, *SCHEDULES))
+        return None, FieldProblem("scheduler", f"must be one of {allowed}; got {shown(asked['scheduler'])}")
+    if wanted == AUTOMATIC.lower():
+        if noise in labels:
+            return None, FieldProblem("scheduler", f"{labels[noise]} needs a sampler_name")
+        return None, None
+    ours = known.get(wanted)
+    if ours is None:
+        return None, FieldProblem(
+            "sampler_name", f"must be one of {', '.join(samplers)}; got {shown(sampler)}"
+        )
+    if noise not in labels:
+        return ours, None
+    variant = SCHEDULES[labels[noise]]
+    if name := _takes(ours, variant):
+        return name, None
+    fitting = [theirs for theirs, ours in samplers.items() if _takes(ours, variant)]
+    text = f"{sampler} has no {labels[noise]}; samplers with it: {', '.join(fitting) or 'none'}"
+    return None, FieldProblem("scheduler", text)

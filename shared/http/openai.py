@@ -1,0 +1,209 @@
+"""OpenAI's image API, for the openai SDK, Open WebUI, InvokeAI and whatever else speaks it.
+
+Fields of POST /generate may stand beside OpenAI's own (the SDK's `extra_body`), which decide where both say
+the same. Fields of OpenAI's that have no meaning here (quality, style, user, ...) are accepted unread.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from flask import Flask, Response, jsonify
+from flask import request as http
+from pydantic_core import from_json
+
+from shared.api.requests import (
+    FieldProblem,
+    File,
+    GenerateRequest,
+    RequestError,
+    check_request,
+    parse_object,
+)
+from shared.api.warned import together, told_in
+from shared.http.dispatch import ApiError, Dispatcher, check_json_type
+from shared.launch.config import HostConfig
+from shared.launch.wording import shown
+
+MAX_PICTURES = 10  # of one request, as there
+PREFIX = "/v1/"
+_MEANINGLESS = frozenset(
+    {"model", "quality", "style", "user", "moderation", "output_compression", "input_fidelity"}
+)
+_OURS = {"prompt": "positive", "negative_prompt": "negative"}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {
+    "width": "size",
+    "height": "size",
+    "pictures": "n",
+}
+_FILES = {"image": "image", "image[]": "image", "ip_image": "ip_image", "control_image": "control_image"}
+_TEXTS = frozenset({"prompt", "positive", "negative", "negative_prompt", "size"})
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """OpenAI's error shape; `errors` beside it has every fault, as /generate tells them."""
+    first = error.problems[0].field if error.problems else None
+    codes = {401: "invalid_api_key", 404: "not_found", 503: "unavailable"}
+    return {
+        "error": {
+            "message": error.message,
+            "type": "server_error" if error.status >= 500 else "invalid_request_error",
+            "param": first and _THEIRS.get(first, first),
+            "code": codes.get(error.status),
+        },
+        "errors": [{"field": _THEIRS.get(p.field, p.field), "problem": p.problem} for p in error.problems],
+    }
+
+
+def model_id(config: HostConfig) -> str:
+    """The checkpoint's name, without folder and suffix."""
+    return Path(config.checkpoint).name.removesuffix(".safetensors") or config.type
+
+
+def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
+    """Add /v1/models, /v1/images/generations and /v1/images/edits."""
+    config = dispatcher.config
+    model = {
+        "id": model_id(config),
+        "object": "model",
+        "created": int(dispatcher.status.started),
+        "owned_by": config.backend,
+    }
+
+    @app.get("/v1/models")
+    def openai_models() -> Response:
+        return jsonify({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/<path:name>")
+    def openai_model(name: str) -> Response:
+        if name != model["id"]:
+            raise ApiError(404, f"there is no model {shown(name)} here; there is {model['id']!r}")
+        return jsonify(model)
+
+    @app.post("/v1/images/generations")
+    def openai_generations() -> Response:
+        check_json_type()
+        return _answer(dispatcher, lambda: parse_object(http.get_data(cache=False)))
+
+    @app.post("/v1/images/edits")
+    def openai_edits() -> Response:
+        if http.mimetype != "multipart/form-data":
+            given = http.headers.get("Content-Type") or "none"
+            raise ApiError(415, f"Content-Type must be multipart/form-data; got {shown(given)}")
+
+        def read() -> dict[str, Any]:
+            data = _form()
+            if "positive" not in config.spec.fields:
+                # OpenAI's API always asks for a prompt; a type without one is not to blame the client for it.
+                data.pop("prompt", None)
+            return data
+
+        return _answer(dispatcher, read)
+
+
+def _form() -> dict[str, Any]:
+    """A multipart form with a picture as the JSON object that it stands for; pictures become base64."""
+    data: dict[str, Any] = {}
+    try:
+        texts, pictures = http.form, http.files
+    except (ValueError, TypeError) as error:  # werkzeug's TypeError: a part without a name
+        problem = FieldProblem("", f"the body is not valid multipart/form-data: {shown(str(error))}")
+        raise RequestError(400, [problem]) from None
+    if None in texts or None in pictures:
+        raise RequestError(400, [FieldProblem("", "a part of the form has no name")])
+    for name, (text, *more) in texts.lists():
+        if more:
+            raise RequestError(400, [FieldProblem(name, f"must be given once, got {len(more) + 1} times")])
+        if "\ufffd" in text:  # what werkzeug puts for bytes that it cannot decode
+            raise RequestError(400, [FieldProblem(name, "must be UTF-8")])
+        if name in _TEXTS:
+            data[name] = text
+            continue
+        try:
+            data[name] = from_json(text)
+        except ValueError:
+            data[name] = text
+    for name, files in pictures.lists():
+        field = _FILES.get(name, name)
+        if len(files) > 1 or field in data:
+            raise RequestError(400, [FieldProblem(name, f"one picture at a time, got {len(files)}")])
+        data[field] = base64.b64encode(files[0].read()).decode()
+    if not data.get("image"):
+        raise RequestError(400, [FieldProblem("image", "is needed: a file with the picture to edit")])
+    return data
+
+
+def _answer(dispatcher: Dispatcher, read: Any) -> Response:
+    config = dispatcher.config
+
+    def parse() -> GenerateRequest:
+        return check_request(translate(read(), config), config)
+
+    replies = dispatcher.run(parse)
+    body = {
+        "created": int(time.time()),
+        "data": [{"b64_json": File(r.output[0]), "seed": r.seed} for r in replies],
+        "output_format": replies[0].format,
+        "size": f"{replies[0].width}x{replies[0].height}",
+        "background": "opaque",
+    }
+    return jsonify(told_in(body, together(*(r.warnings for r in replies))))
+
+
+def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
+    """OpenAI's fields -> a body of POST /generate.
+
+    Raises:
+        RequestError: 400 with the faults of OpenAI's own fields.
+    """
+    problems: list[FieldProblem] = []
+    ours = {k: v for k, v in data.items() if k not in _MEANINGLESS and v is not None}
+    for theirs, name in _OURS.items():
+        if theirs in ours:
+            ours[name] = ours.pop(theirs)
+    count = ours.pop("n", ours.pop("pictures", 1))
+    if type(count) is not int or not 1 <= count <= MAX_PICTURES:
+        problems.append(FieldProblem("n", f"must be 1 to {MAX_PICTURES}, got {shown(count)}"))
+    else:
+        ours["pictures"] = count
+    size = ours.pop("size", "auto")
+    if size != "auto":
+        match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size) if isinstance(size, str) else None
+        if match:
+            ours["width"], ours["height"] = int(match[1]), int(match[2])
+        else:
+            problems.append(FieldProblem("size", f'must be "auto" or such as "1024x1024", got {shown(size)}'))
+    for name, allowed in (
+        ("response_format", ("b64_json",)),
+        ("background", ("auto", "opaque")),
+        ("stream", (False,)),
+        ("partial_images", (0,)),
+    ):
+        value = ours.pop(name, allowed[0])
+        if value not in allowed:
+            texts = " or ".join(str(a).lower() for a in allowed)
+            problems.append(FieldProblem(name, f"must be {texts} on this host, got {shown(value)}"))
+    if "mask" in ours:
+        problems.append(FieldProblem("mask", "is not served: the whole picture is made anew"))
+        del ours["mask"]
+    if config.spec.output == "video" and "output_format" not in ours:
+        ours["output_format"] = "webp"
+    if config.spec.output == "video" and ours.get("output_format") == "png":
+        problems.append(FieldProblem("output_format", "must be webp, gif or mp4 for a video, got 'png'"))
+    if problems:
+        _add_own_faults(problems, ours, config)
+        raise RequestError(400, problems)
+    return ours
+
+
+def _add_own_faults(problems: list[FieldProblem], ours: dict[str, Any], config: HostConfig) -> None:
+    """All faults at once: what /generate would say of the rest."""
+    known = {k: v for k, v in ours.items() if k not in {p.field for p in problems}}
+    try:
+        check_request(known, config)
+    except RequestError as error:
+        problems += error.problems

@@ -1,0 +1,216 @@
+"""The browser's side of a host: the page and its files, what the launch offers, and the stream of events.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from flask import Flask, Response, jsonify
+from flask import request as http
+from PIL import Image
+from werkzeug.exceptions import NotFound
+
+from shared.api.jobs import HostStatus, Job, JobQueue, Preview
+from shared.api.media import encode_image
+from shared.api.requests import COMMON_FIELDS, NEEDS_FLAG
+from shared.http.dispatch import ApiError, Dispatcher
+from shared.http.negotiate import RAW_FORMATS
+from shared.http.wsgi import MAX_WATCHERS
+from shared.launch.config import HostConfig
+from shared.models import schedulers_for
+
+FOLDER = Path(__file__).parent / "web"
+FILES = {
+    "index.html": "text/html",
+    "style.css": "text/css",
+    "script.js": "text/javascript",
+    "icon.svg": "image/svg+xml",
+}
+OPEN_ROUTES = frozenset({"page", "web_file"})  # they hold nothing of the launch, so they ask for no token
+_POLICY = (
+    "default-src 'none'",
+    "script-src 'self'",
+    "style-src 'self'",
+    "connect-src 'self'",
+    "img-src 'self' data: blob:",
+    "media-src blob:",
+    "base-uri 'none'",
+    "form-action 'none'",
+    "frame-ancestors 'none'",
+)
+HEADERS = {
+    "Content-Security-Policy": "; ".join(_POLICY),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+POLL = 0.1  # seconds between two looks at the queue
+HEARTBEAT = 10.0  # seconds; what is sent then shows whether the client is still there
+MAX_UNSENT = 1 << 20  # bytes; a watcher that leaves more unread is let go and may come again
+
+
+def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
+    """Add GET /, /web/..., /launch and /events."""
+    files = {name: (FOLDER / name).read_bytes() for name in FILES}
+    watchers = Watchers(dispatcher.status, dispatcher.queue)
+
+    @app.get("/", endpoint="page")
+    def page() -> Response:
+        return Response(files["index.html"], mimetype=FILES["index.html"], headers=HEADERS)
+
+    @app.get("/web/<name>", endpoint="web_file")
+    def web_file(name: str) -> Response:
+        if name not in files:
+            raise NotFound
+        return Response(files[name], mimetype=FILES[name], headers=HEADERS)
+
+    @app.get("/launch")
+    def launch() -> Response:
+        return jsonify(offer(dispatcher.config))
+
+    @app.get("/events")
+    def events() -> Response:
+        return watchers.stream()
+
+
+def offer(config: HostConfig) -> dict[str, Any]:
+    """What this launch takes and what it fills in itself: all that a form for it needs."""
+    spec = config.spec
+    missing = {name for name, flag in NEEDS_FLAG.items() if not getattr(config, flag)}
+    needs = [
+        name for name, on in (("image", spec.image == "needed"), ("control_image", config.control_net)) if on
+    ]
+    width, height = config.size
+    defaults = {
+        "steps": spec.steps,
+        "cfg": spec.cfg,
+        "width": width,
+        "height": height,
+        "frames": spec.frames,
+        "fps": spec.fps,
+        "controlnet_scale": None if not config.control_net else next(iter(config.control_net.values())),
+        "ip_adapter_scale": None if not config.ip_adapter else next(iter(config.ip_adapter.values())),
+    }
+    fields = (spec.fields | COMMON_FIELDS) - missing
+    return {
+        "backend": config.backend,
+        "type": spec.name,
+        "title": spec.title,
+        "output": spec.output,
+        "fields": sorted(fields),
+        "needs": needs,
+        "defaults": {name: value for name, value in defaults.items() if name in fields and value is not None},
+        "size_multiple": spec.size_multiple,
+        "schedulers": schedulers_for(spec),
+        "formats": [f for f in RAW_FORMATS[spec.output] if f != "latent"],
+    }
+
+
+class Watchers:
+    """Streams of server-sent events: the host's state, the running and the waiting requests, previews.
+
+    Each stream compares what is with what it told last, a few times a second; rank 0's loop never waits for
+    one. A stream holds a thread of the server, so there are at most MAX_WATCHERS.
+    """
+
+    def __init__(self, status: HostStatus, queue: JobQueue) -> None:
+        self.status = status
+        self.queue = queue
+        self._lock = threading.Lock()
+
+    def stream(self) -> Response:
+        """The response to GET /events. Raises ApiError 503 beyond MAX_WATCHERS."""
+        with self._lock:
+            if self.queue.watchers >= MAX_WATCHERS:
+                raise ApiError.unavailable("full", f"{MAX_WATCHERS} watch already, and no more may")
+            self.queue.watchers += 1
+        gone: Callable[[], bool] = http.environ.get("waitress.client_disconnected", lambda: False)
+        unsent: Callable[[], int] = http.environ.get("host.unsent", lambda: 0)
+        response = Response(self._events(gone, unsent), mimetype="text/event-stream")
+        response.headers["X-Accel-Buffering"] = "no"  # nginx would hold the events back
+        # A generator that was never begun runs no `finally`, so the seat is given up here.
+        seat = contextlib.ExitStack()
+        seat.callback(self._leave)
+        response.call_on_close(seat.close)
+        return response
+
+    def _leave(self) -> None:
+        with self._lock:
+            self.queue.watchers -= 1
+
+    def _events(self, gone: Callable[[], bool], unsent: Callable[[], int]) -> Iterator[bytes]:
+        told: dict[str, str] = {}
+        shown: tuple[str, Preview] | None = None
+        latest = self.queue.last
+        open_job = latest if latest is not None and not latest.done else None
+        sent_at = time.monotonic()
+        while not gone() and unsent() <= MAX_UNSENT:
+            ending = self.queue.closed
+            news = [(name, text) for name, text in self._state() if told.get(name) != text]
+            told.update(news)
+            if open_job is not None and open_job.done:
+                news.append(("end", json.dumps(_end(open_job))))
+                open_job = None
+            if open_job is None and self.queue.last is not latest:
+                latest = open_job = self.queue.last
+            preview = self._preview()
+            if preview is not None and preview != shown and not unsent():
+                shown = preview
+                news.append(("preview", _preview_text(*preview)))
+            if not news and time.monotonic() - sent_at > HEARTBEAT:
+                news.append(("beat", "{}"))
+            if news:
+                sent_at = time.monotonic()
+                yield "".join(f"event: {name}\ndata: {text}\n\n" for name, text in news).encode()
+            if ending:
+                return
+            time.sleep(POLL)
+
+    def _state(self) -> Iterator[tuple[str, str]]:
+        health = self.status.health(self.queue)
+        del health["uptime_seconds"], health["queue_length"]
+        yield "host", json.dumps(health)
+        running = self.queue.running
+        if running is not None and (running.request is None or running.done):
+            running = None
+        jobs = {
+            "running": running
+            and {
+                "id": running.id,
+                "step": running.step,
+                "steps": running.steps or (running.request and running.request.steps),
+                "progress": round(running.progress, 1),
+            },
+            "waiting": [job.id for job in self.queue.waiting()],
+        }
+        yield "jobs", json.dumps(jobs)
+
+    def _preview(self) -> tuple[str, Preview] | None:
+        job = self.queue.running
+        return None if job is None or job.done or job.preview is None else (job.id, job.preview)
+
+
+@functools.lru_cache(maxsize=2)
+def _preview_text(id: str, preview: Preview) -> str:
+    """Encoded once for all who watch."""
+    picture = Image.frombytes("RGB", (preview.width, preview.height), preview.rgb)
+    data = base64.b64encode(encode_image(picture, "jpeg")).decode()
+    return json.dumps({"id": id, "step": preview.step, "jpeg": data})
+
+
+def _end(job: Job) -> dict[str, Any]:
+    error = job.error
+    if error is None:
+        return {"id": job.id, "outcome": "done", "message": "OK"}
+    outcome = "cancelled" if error.status == 499 else "failed"
+    return {"id": job.id, "outcome": outcome, "message": str(error).strip().split("\n", 1)[0][:1000]}

@@ -1,0 +1,1 @@
+"""The command line: flags, parser, checks, log. No torch."""

@@ -1,0 +1,3 @@
+"""AsyncDiff."""
+
+from shared.parallel.asyncdiff.asyncdiff import AsyncDiff as AsyncDiff

@@ -1,0 +1,286 @@
+"""AsyncDiff: the denoiser's stages run at the same time, each on what the others made one step before.
+
+Source: Chen et al., "AsyncDiff: Parallelizing Diffusion Models by Asynchronous Denoising", arXiv 2406.06911:
+section 3.2 (asynchronous denoising), 3.3 (stride denoising); the time shift is a variant of its code.
+
+Warm-up steps run the whole denoiser on every rank and are exact. After them rank ``s`` runs stage ``s`` only,
+with the outputs of other stages from the step before in place of theirs. With stride 2 one parallel batch
+serves two steps: ranks 0 to n - 1 work with the timestep of the next step and rank n repeats the last stage
+with the current one; the following step computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from shared.parallel.asyncdiff.partition import Partition, partition
+from shared.parallel.asyncdiff.stage import Run, Stage
+from shared.parallel.asyncdiff.timing import UnitTimer
+from shared.parallel.asyncdiff.trace import Trace, candidates, parameter_names, trace
+from shared.parallel.exchange import Exchange
+from shared.parallel.graphs import Graphs, signature
+from shared.parallel.surgery import Closing, Forward, Surgery
+
+
+class AsyncDiff(Closing):
+    """Makes the denoiser of a diffusers pipeline run in stages on the ranks of a process group.
+
+    Every rank holds the whole pipeline and makes the same calls with the same arguments. ``begin`` must be
+    called before each generation. Any signature of the denoiser's arguments (picture size, batch, …) is
+    traced and partitioned when it first occurs.
+
+    Args:
+        pipeline: has a ``scheduler`` and a ``unet`` or ``transformer``; loaded with adapters, quantized and
+            compiled as wanted. A compiled module must be compiled through its ``forward`` attribute.
+        model_n: number of stages.
+        stride: 1, or 2 for one parallel batch per two steps; takes one more rank.
+        warm_up_steps: exact steps at the start of each generation, at least 1.
+        time_shift: in steady state, embed the timestep of the step before.
+        group: ranks that take part, model_n + stride - 1 of them; None for all.
+        stage_weights: relative speed of the stages' devices, model_n numbers.
+        cuda_graph: capture and replay steps on CUDA.
+        measure_units: cut by each unit's measured time instead of its FLOPs; another run may cut otherwise.
+        denoiser: the module to divide, when it is neither ``unet`` nor ``transformer``.
+        max_shapes: signatures whose buffers and graphs are kept.
+        async_steps: how many steps after the warm-up are asynchronous; those that follow are exact again.
+            None for all.
+
+    Raises:
+        ValueError: impossible values, or a group of the wrong size.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        model_n: int,
+        stride: int = 1,
+        warm_up_steps: int = 1,
+        time_shift: bool = False,
+        *,
+        group: dist.ProcessGroup | None = None,
+        stage_weights: Sequence[float] | None = None,
+        cuda_graph: bool = True,
+        measure_units: bool = False,
+        denoiser: nn.Module | None = None,
+        max_shapes: int = 4,
+        async_steps: int | None = None,
+    ) -> None:
+        if async_steps is not None and async_steps < 1:
+            raise ValueError(f"async_steps {async_steps}: 1 or more, or None for all")
+        if model_n < 1 or stride not in (1, 2):
+            raise ValueError(f"model_n {model_n} with stride {stride}: model_n is 1 or more, stride 1 or 2")
+        if warm_up_steps < 1:
+            raise ValueError(f"warm_up_steps {warm_up_steps}: at least one step must be synchronous")
+        if stage_weights is not None and len(stage_weights) != model_n:
+            raise ValueError(f"{len(stage_weights)} stage weights for {model_n} stages")
+        ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+        if ranks != model_n + stride - 1:
+            raise ValueError(
+                f"model_n {model_n} with stride {stride} takes {model_n + stride - 1} ranks "
+                f"(model_n + stride - 1), the group has {ranks}"
+            )
+        found = denoiser or getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+        if not isinstance(found, nn.Module):
+            raise ValueError(f"{type(pipeline).__name__} has no unet or transformer: name its denoiser")
+        self.pipeline, self.denoiser, self.group = pipeline, found, group
+        self.model_n, self.stride, self.time_shift = model_n, stride, time_shift
+        self.warm_up_steps, self.async_steps = warm_up_steps, async_steps
+        self.stage_weights = stage_weights
+        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self.ranks = ranks
+        self.stage = min(self.rank, model_n - 1)
+        self.extra = self.rank == model_n
+        """Whether this rank repeats the last stage for the current step (stride 2)."""
+        self.executions: Counter[str] = Counter()
+        """How often each unit ran here in this generation's asynchronous steps, graph replays not counted."""
+        self.measure_units = measure_units
+        self._cuda_graph, self._max_shapes = cuda_graph, max_shapes
+        self._stages: OrderedDict[Hashable, Stage] = OrderedDict()
+        self._steps: int | None = None
+        self._names = parameter_names(found)
+        self._run: Run | UnitTimer | None = None
+        self._surgery = Surgery()
+        self._surgery.override(found, self._forward)
+        for name, module, _ in candidates(found):
+            self._surgery.override(module, self._part(name))
+
+    @property
+    def warm_up_calls(self) -> int:
+        """Denoiser calls after which every kind of step has run once and, on CUDA, been captured."""
+        captures = self._cuda_graph and next(self.denoiser.parameters()).is_cuda
+        return self.warm_up_steps + 2 * self.stride if captures else 1
+
+    def asynchronous(self, step: int) -> bool:
+        """Whether this step of a generation, counted from 0, is not exact."""
+        after = step - self.warm_up_steps
+        return self.ranks > 1 and after >= 0 and (self.async_steps is None or after < self.async_steps)
+
+    def begin(self, steps: int) -> None:
+        """A new generation of ``steps`` steps starts: its first ``warm_up_steps`` are exact again."""
+        self._steps = steps
+        self.executions.clear()
+        for stage in self._stages.values():
+            stage.calls = 0
+
+    def reset(self) -> None:
+        """Forget all traces, partitions, buffers and graphs: after adapters or weights have changed."""
+        for stage in self._stages.values():
+            stage.graphs.close()
+        self._stages.clear()
+
+    def close(self) -> None:
+        """Give the denoiser back as it was. May be called any number of times."""
+        self._surgery.close()
+        self.reset()
+
+    @property
+    def partition(self) -> Partition | None:
+        """The division in use for the latest signature; None before the first step."""
+        return next(reversed(self._stages.values())).partition if self._stages else None
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """JSON-able: the settings, and what each stage computes once a first step has been traced."""
+        plan: dict[str, Any] = {
+            "method": "asyncdiff",
+            "model_n": self.model_n,
+            "stride": self.stride,
+            "warm_up_steps": self.warm_up_steps,
+            "async_steps": self.async_steps,
+            "time_shift": self.time_shift,
+            "ranks": [f"stage {min(r, self.model_n - 1)}" for r in range(self.ranks)],
+        }
+        return plan | (self.partition.as_dict() if self.partition else {})
+
+    def _part(self, name: str) -> Callable[[Forward, tuple, dict], Any]:
+        def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
+            if self._run is None:
+                return original(*args, **kwargs)
+            return self._run.call(name, original, args, kwargs)
+
+        return answer
+
+    def _forward(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        if self._steps is None:
+            raise RuntimeError("begin(steps) must be called before a generation")
+        kwargs = dict(zip(self._names, args, strict=False)) | kwargs
+        sample, t = kwargs[self._names[0]], kwargs["timestep"]
+        if not isinstance(t, torch.Tensor):
+            kwargs["timestep"] = t = torch.tensor(
+                t, dtype=torch.float64 if isinstance(t, float) else torch.int64, device=sample.device
+            )
+        stage = self._stage_for(original, kwargs, sample.device)
+        step, stage.calls = stage.calls, stage.calls + 1
+        if step == 0:
+            stage.start = self._position(t)
+        if step >= max(self._steps, len(self.pipeline.scheduler.timesteps)):
+            raise RuntimeError(
+                f"the denoiser was called {step + 1} times since begin(steps={self._steps}): "
+                "call begin before each generation"
+            )
+        if not self.asynchronous(step):
+            return stage.graphs.run(
+                "synchronous", lambda **k: self._synchronous(stage, original, k), **kwargs
+            )
+        if (step - self.warm_up_steps) % self.stride:
+            return stage.result(stage.next)
+        kwargs["timestep"] = self._timestep(t, stage.start + step)
+        return stage.graphs.run("asynchronous", lambda **k: self._asynchronous(stage, original, k), **kwargs)
+
+    def _stage_for(self, original: Forward, kwargs: dict[str, Any], device: torch.device) -> Stage:
+        # Numbers (a ControlNet's scale) make other graphs, not other stages.
+        key = signature({name: None if isinstance(x, float) else x for name, x in kwargs.items()})
+        if key not in self._stages:
+            traced, _ = trace(self.denoiser, kwargs, original)
+            costs = self._unit_seconds(traced, original, kwargs, device) if self.measure_units else None
+            plan = partition(traced, self.model_n, self.stage_weights, costs)
+            while len(self._stages) >= self._max_shapes:
+                self._stages.popitem(last=False)[1].graphs.close()
+            predictions = 0 if self.ranks == 1 else self.stride
+            self._stages[key] = Stage(plan, self.stage, device, Graphs(self._cuda_graph), predictions)
+        self._stages.move_to_end(key)
+        return self._stages[key]
+
+    def _unit_seconds(
+        self, traced: Trace, original: Forward, kwargs: dict[str, Any], device: torch.device
+    ) -> list[float]:
+        """Mean over the group, so that all ranks cut alike. Weights may be elsewhere between calls."""
+        timer = UnitTimer(traced, device)
+        mine = timer.seconds(lambda: self._under(timer, original, kwargs))
+        total = torch.tensor(mine, dtype=torch.float32, device=device)
+        if self.ranks > 1:
+            dist.all_reduce(total, group=self.group)
+        return (total / self.ranks).tolist()
+
+    def _position(self, t: torch.Tensor) -> int:
+        if self.stride == 1 and not self.time_shift:
+            return 0  # the schedule is not needed
+        schedule = self.pipeline.scheduler.timesteps
+        found = (schedule == t.flatten()[0].to(schedule)).nonzero()
+        if not len(found):
+            raise ValueError(
+                f"timestep {t.flatten()[0].item()} is not among the scheduler's {schedule.tolist()}"
+            )
+        return int(found[0])
+
+    def _timestep(self, t: torch.Tensor, position: int) -> torch.Tensor:
+        """The timestep that this rank embeds in the parallel batch at this position of the schedule."""
+        schedule = self.pipeline.scheduler.timesteps
+        ahead = self.stride == 2 and not self.extra and position + 1 < len(schedule)
+        chosen = position + ahead - self.time_shift
+        if chosen == position:
+            return t
+        return schedule[chosen].to(device=t.device, dtype=t.dtype).expand(t.shape).clone()
+
+    def _synchronous(self, stage: Stage, original: Forward, kwargs: dict[str, Any]) -> Any:
+        """The whole denoiser, recording what this stage will take from others."""
+        record = Run(stage.takes, lambda value, x: stage.inbox[value].copy_(x), {}, {}, self.executions)
+        return self._under(record, original, kwargs)
+
+    def _asynchronous(self, stage: Stage, original: Forward, kwargs: dict[str, Any]) -> Any:
+        """This rank's stage on the others' outputs of the step before, and the exchange for the next step."""
+        values = stage.partition.trace.values
+        for value, buffer in stage.current.items():
+            buffer.copy_(stage.inbox[value])
+        exchange = Exchange(self.group, early=stage.device.type == "cpu")
+        for value, owner in stage.view.needs.items():
+            exchange.receive(stage.inbox[value], owner, value)
+        # The last rank predicts for this step; with stride 2 the last stage's own rank does so for the next.
+        made = [(self.ranks - 1, stage.now)]
+        if self.stride == 2:
+            made.append((self.model_n - 1, stage.next))
+        predictions = [(source, i, buffer) for source, b in made for i, buffer in enumerate(b)]
+        for tag, (source, _, buffer) in enumerate(predictions, len(values)):
+            if source != self.rank:
+                exchange.receive(buffer, source, tag)
+
+        def send(value: int, tensor: torch.Tensor) -> None:
+            for taker in stage.view.gives[value]:
+                for rank in range(taker, self.ranks if taker == self.model_n - 1 else taker + 1):
+                    exchange.send(tensor, rank, value, values[value].stride)
+
+        gives = {} if self.extra else stage.gives
+        run = Run(gives, send, stage.answers, stage.units, self.executions)
+        leaves = tree_leaves(self._under(run, original, kwargs))
+        for tag, (source, i, buffer) in enumerate(predictions, len(values)):
+            if source == self.rank:
+                buffer.copy_(leaves[stage.predicted[i]])
+                for rank in range(self.ranks):
+                    if rank != self.rank:
+                        exchange.send(buffer, rank, tag, buffer.stride())
+        exchange.finish()
+        return stage.result(stage.now)
+
+    def _under(self, run: Run | UnitTimer, original: Forward, kwargs: dict[str, Any]) -> Any:
+        self._run = run
+        try:
+            return original(**kwargs)
+        finally:
+            self._run = None

@@ -1,0 +1,3 @@
+"""DistriFusion."""
+
+from shared.parallel.distrifusion.distrifusion import DistriFusion as DistriFusion

@@ -1,0 +1,222 @@
+"""DistriFusion: each rank denoises a patch of the picture, with what the others made one step before.
+
+Source: Li et al., "DistriFusion: Distributed Parallel Inference for High-Resolution Diffusion Models", arXiv
+2402.19481. Warm-up steps exchange everything while it is needed and are exact. After them a layer sees its
+own patch fresh and the others' as of the step before; what it makes travels while the step goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shared.parallel.cfg_split import CfgSplit
+from shared.parallel.distrifusion.decoder import PatchDecoder
+from shared.parallel.distrifusion.patched import Patched, Ranks, Schedule, SyncMode
+from shared.parallel.surgery import Closing, Surgery
+from shared.parallel.tensor_parallel import TensorParallel
+
+Parallelism = Literal["patch", "tensor", "naive_patch"]
+STATE = ("active_adapters", "merged_adapters", "disable_adapters")
+"""Attributes of a LoRA layer of PEFT that say what it adds."""
+SplitScheme = Literal["row", "col", "alternate"]
+
+
+class DistriFusion(Closing):
+    """Makes a diffusers pipeline with a UNet run on all ranks of a process group.
+
+    Every rank holds the whole pipeline and makes the same calls with the same arguments. ``begin`` must be
+    called before each generation. Pictures of any size may follow each other.
+
+    Args:
+        pipeline: has a ``unet``, and maybe a ``controlnet`` and a ``vae``; loaded with adapters,
+            quantized and compiled as wanted.
+        parallelism: patch (DistriFusion); tensor (channels and heads are divided, always exact); naive_patch
+            (after the warm-up every patch is a picture of its own).
+        split_scheme: patches are rows or columns; alternate (naive_patch): rows and columns in turn.
+        sync_mode: what patches exchange after the warm-up, see ``SyncMode``.
+        warm_up_steps: exact steps at the start of each generation; at least 1 with patch.
+        split_batch: put the two guidance branches on two halves of an even number of ranks.
+        group: the ranks that take part; None for all.
+        cuda_graph: capture and replay steps on CUDA. Not with offloaded weights, which move.
+        split_decode: also decode in patches; every rank must then call the VAE's ``decode``.
+        max_shapes: shapes whose buffers and graphs are kept.
+        branches: this rank's half of the group, the pair of ranks with its place in both halves (branch 0
+            first), and its branch; None makes them where they are needed.
+        bundle_bytes: least size of the messages of an asynchronous step.
+
+    Raises:
+        ValueError: impossible values, or a model that cannot be divided.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        parallelism: Parallelism = "patch",
+        split_scheme: SplitScheme = "row",
+        sync_mode: SyncMode = "corrected_async_gn",
+        warm_up_steps: int = 4,
+        *,
+        split_batch: bool = True,
+        group: dist.ProcessGroup | None = None,
+        cuda_graph: bool = True,
+        split_decode: bool = True,
+        max_shapes: int = 3,
+        branches: tuple[dist.ProcessGroup, dist.ProcessGroup, int] | None = None,
+        bundle_bytes: int = 4 << 20,
+    ) -> None:
+        for name, value, allowed in (
+            ("parallelism", parallelism, get_args(Parallelism)),
+            ("split_scheme", split_scheme, get_args(SplitScheme)),
+            ("sync_mode", sync_mode, get_args(SyncMode)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} {value!r}: must be one of {', '.join(allowed)}")
+        if split_scheme == "alternate" and parallelism == "patch":
+            raise ValueError(
+                "split_scheme 'alternate' is for naive_patch: other patches stay in place from step to step; "
+                "got parallelism 'patch'"
+            )
+        if parallelism == "patch" and warm_up_steps < 1 and sync_mode != "full_sync":
+            raise ValueError(f"warm_up_steps {warm_up_steps}: at least one step must be synchronous")
+        if not isinstance(getattr(pipeline, "unet", None), nn.Module):
+            raise ValueError(f"{type(pipeline).__name__} has no unet")
+        self.pipeline, self.parallelism, self.group = pipeline, parallelism, group
+        self.schedule = Schedule(parallelism == "naive_patch", split_scheme, sync_mode, warm_up_steps)
+        self.cuda_graph, self.max_shapes, self.bundle_bytes = cuda_graph, max_shapes, bundle_bytes
+        self.all = Ranks.of(group)
+        self.half, self.pair, self.branch = self.all, None, 0
+        if split_batch and self.all.size % 2 == 0:
+            half, self.pair, self.branch = branches or self._make_branches()
+            self.half = Ranks.of(half)
+        self.decodes_together = (
+            split_decode and self.all.size > 1 and getattr(pipeline, "vae", None) is not None
+        )
+        """Whether all ranks must decode, as each decodes a patch."""
+        self.models: list[Patched] = []
+        self._split: CfgSplit | None = None
+        self._decoder: PatchDecoder | None = None
+        self._tensor: TensorParallel | None = None
+        self._surgery = Surgery()
+        self._install()
+
+    def begin(self, steps: int) -> None:
+        """A new generation starts: its first steps are exact again.
+
+        What has changed since the last one in adapters (loaded, scaled, merged) is taken up here.
+        """
+        if adapters(self.pipeline) != self._adapters:
+            self.reset()
+        for model in self.models:
+            model.begin()
+
+    def reset(self) -> None:
+        """Take hold of the models anew, without old buffers and graphs: after weights or layers changed."""
+        self.close()
+        self._install()
+
+    def close(self) -> None:
+        """Give all models back as they were. May be called any number of times."""
+        for part in (self._split, self._decoder, self._surgery, *self.models, self._tensor):
+            if part is not None:
+                part.close()
+        self._split = self._decoder = self._tensor = None
+        self.models = []
+
+    @property
+    def warm_up_calls(self) -> int:
+        """Steps after which every kind of step has been captured."""
+        return self.schedule.warm_up_steps + 3
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """JSON-able: the settings, and what each rank does."""
+        branches = 2 if self.pair is not None else 1
+        part = "patch" if self.parallelism != "tensor" else "part of the channels"
+        return {
+            "method": "distrifusion",
+            "parallelism": self.parallelism,
+            "split_scheme": self.schedule.split_scheme,
+            "sync_mode": self.schedule.sync_mode,
+            "warm_up_steps": self.schedule.warm_up_steps,
+            "split_batch": branches == 2,
+            "split_decode": self.decodes_together,
+            "ranks": [
+                (f"guidance branch {r // self.half.size}, " if branches == 2 else "")
+                + f"{part} {r % self.half.size + 1} of {self.half.size}"
+                for r in range(self.all.size)
+            ],
+            "buffers_bytes": sum(model.held_bytes for model in self.models),
+        }
+
+    def _make_branches(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup, int]:
+        ranks = [self.all.to_global(r) for r in range(self.all.size)]
+        half = len(ranks) // 2
+        branch, place = divmod(self.all.rank, half)
+        options: dict[str, Any] = {
+            "use_local_synchronization": True, "backend": dist.get_backend(self.group),
+        }  # fmt: skip
+        mine = dist.new_group(ranks[branch * half :][:half], **options)
+        return mine, dist.new_group([ranks[place], ranks[half + place]], **options), branch
+
+    def _install(self) -> None:
+        self._adapters = adapters(self.pipeline)
+        unet, nets = self.pipeline.unet, control_nets(self.pipeline)
+        if self.parallelism == "tensor" and self.half.size > 1:
+            self._tensor = TensorParallel([unet, *nets], self.half.group)
+        for model in (unet, *nets):
+            self.models.append(
+                Patched(
+                    model,
+                    self._ranks,
+                    self.schedule,
+                    self._surgery,
+                    cuda_graph=self.cuda_graph,
+                    max_shapes=self.max_shapes,
+                    bundle_bytes=self.bundle_bytes,
+                    pixels=getattr(self.pipeline, "vae_scale_factor", 8),
+                )
+            )
+        if self.pair is not None:
+            self._split = CfgSplit([unet], self.pair, self.branch, local=nets)
+        if self.decodes_together:
+            self._decoder = PatchDecoder(self.pipeline.vae, self.group)
+
+    def _ranks(self) -> Ranks:
+        """Who shares the picture in the call that is under way."""
+        if self.parallelism == "tensor":
+            return Ranks(None, 0, 1)
+        return self.half if self._split is not None and self._split.active else self.all
+
+
+def control_nets(pipeline: Any) -> list[nn.Module]:
+    """The ControlNets of a pipeline, one by one.
+
+    Raises:
+        ValueError: one of them is there twice: it would be called twice a step.
+    """
+    net = getattr(pipeline, "controlnet", None)
+    nets = [] if net is None else list(getattr(net, "nets", [net]))
+    if len({id(n) for n in nets}) < len(nets):
+        raise ValueError("the same ControlNet object is given twice; load it twice")
+    return nets
+
+
+def adapters(pipeline: Any) -> Hashable:
+    """What a captured step has taken in of LoRA and IP-Adapter as plain numbers: layers, names, scales."""
+    found: list[Hashable] = []
+    models: Sequence[nn.Module] = [pipeline.unet, *control_nets(pipeline)]
+    for model in models:
+        for name, module in model.named_modules():
+            if hasattr(module, "base_layer"):
+                state = [getattr(module, key, None) for key in ("scaling", *STATE)]
+                found.append((name, repr(state)))
+            processor = getattr(module, "processor", None)
+            if processor is not None and hasattr(processor, "scale"):
+                scale = processor.scale
+                found.append((name, repr(scale.tolist() if isinstance(scale, torch.Tensor) else scale)))
+    return tuple(found)

@@ -1,0 +1,317 @@
+"""Layers that look beyond their patch: convolution, group norm, self-attention, and keys of a fixed prompt.
+
+Every layer stays where it is and is called with its own weights, LoRA and quantization: what it needs from
+other ranks is put around its input (rows for a convolution) or its output (keys and values). Source: Li et
+al., "DistriFusion", arXiv 2402.19481, sections 4.1 to 4.3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from shared.parallel.distrifusion.moments import apply_moments, group_moments, whole_moments
+from shared.parallel.distrifusion.patch_exchange import PatchExchange
+from shared.parallel.surgery import Forward, Surgery
+
+Answer = Callable[[Forward, tuple, dict], Any]
+
+
+@dataclass
+class PatchRun:
+    """What the layers of one model must know of the forward that is under way."""
+
+    exchange: PatchExchange | None
+    """None: every patch is a picture of its own."""
+    dim: int
+    """The dimension of [batch, channels, height, width] that is cut: 2 rows, 3 columns."""
+    whole: torch.Tensor | None = None
+    """The uncut input, and this rank's part of it: the first convolution needs no exchange."""
+    start: int = 0
+    patch: torch.Tensor | None = None
+    local_norms: bool = False
+    """Whether group norms take this patch's moments alone."""
+    recording: bool = False
+    """Whether this forward shows what the prompt's keys and values are; later ones are given them."""
+    prompt: list[torch.Tensor | None] = field(default_factory=list)
+    """Keys and values of the prompt, by layer."""
+    totals: dict[int, int] = field(default_factory=dict)
+    """PatchExchange.totals of the exchange."""
+
+
+@dataclass
+class _Prompt:
+    """Keys or values that one layer makes of the prompt."""
+
+    attention: Attention
+    make: Forward
+    value: torch.Tensor | None = None
+
+
+class PatchLayers:
+    """Overrides the layers of a model that mix what is far apart in a picture.
+
+    Without a ``run`` they do what they did before.
+
+    Args:
+        model: a UNet, a ControlNet or a VAE decoder of diffusers.
+        surgery: takes the overrides, and gives them back.
+    """
+
+    def __init__(self, model: nn.Module, surgery: Surgery) -> None:
+        self.run: PatchRun | None = None
+        self._prompts: list[_Prompt] = []
+        self._loaded: PatchRun | None = None
+        for name, module in _layers(model):
+            if isinstance(module, nn.GroupNorm):
+                surgery.override(module, self._norm(module))
+            elif not isinstance(module, Attention):
+                surgery.override(module, self._convolution(name, module))
+            elif module.is_cross_attention:
+                for layer in (module.to_k, module.to_v):
+                    known = _Prompt(module, layer.forward)
+                    self._prompts.append(known)
+                    surgery.override(layer, self._prompt(known))
+            else:
+                self._self_attention(module, surgery)
+
+    @contextlib.contextmanager
+    def running(self, run: PatchRun) -> Iterator[None]:
+        """Calls of the model inside are on patches."""
+        global _current
+        if run is not self._loaded:
+            if self._loaded is not None:
+                self._loaded.prompt = [prompt.value for prompt in self._prompts]
+            for i, prompt in enumerate(self._prompts):
+                prompt.value = run.prompt[i] if run.prompt else None
+            self._loaded = run
+        self.run = _current = run
+        try:
+            yield
+        finally:
+            self.run = _current = None
+
+    def take_prompt(self, run: PatchRun, text: torch.Tensor) -> None:
+        """Make all keys and values of another prompt, [batch, tokens, channels] as before."""
+        with self.running(run):
+            for known in self._prompts:
+                assert known.value is not None
+                attention = known.attention
+                states = attention.norm_encoder_hidden_states(text) if attention.norm_cross else text
+                known.value.copy_(known.make(states))
+
+    def _convolution(self, name: str, module: nn.Module) -> Answer:
+        inner = [m for m in module.modules() if isinstance(m, nn.Conv2d) and any(_pad(m))]
+        base, very_first = inner[0], name == "conv_in"
+        for conv in inner:
+            if conv.padding_mode != "zeros":
+                raise ValueError(f"{name}: padding mode {conv.padding_mode!r}; patches need 'zeros'")
+
+        def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
+            run = self.run
+            if run is None or run.exchange is None:
+                return original(*args, **kwargs)
+            x, axis = args[0], run.dim - 2
+            pad = base.padding[axis]
+            if not pad:
+                return original(*args, **kwargs)
+            after = base.dilation[axis] * (base.kernel_size[axis] - 1) - pad - base.stride[axis] + 1
+            if very_first and x is run.patch:
+                strip = _strip(run, pad, after)
+            else:
+                strip = _with_rows(run, x, pad, after)
+            # The convolutions do not pad along the cut: their input brings what is there.
+            before = [conv.padding for conv in inner]
+            try:
+                for conv in inner:
+                    conv.padding = (0, conv.padding[1]) if axis == 0 else (conv.padding[0], 0)
+                return original(strip, *args[1:], **kwargs)
+            finally:
+                for conv, padding in zip(inner, before, strict=True):
+                    conv.padding = padding
+
+        return answer
+
+    def _norm(self, module: nn.GroupNorm) -> Answer:
+        def normalise(run: PatchRun, x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
+            assert run.exchange is not None
+            own = group_moments(x, module.num_groups)
+            count = x.numel() // own[0].numel()
+            if torch.compiler.is_compiling():
+                known = torch.ops.displaced_patches.moments(own, count)
+            else:
+                known = run.exchange.moments(own, count)
+            return apply_moments(x, *whole_moments(own, known), weight, bias, module.eps)
+
+        def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
+            run = self.run
+            if run is None or run.exchange is None or run.local_norms:
+                return original(*args, **kwargs)
+            if module.weight is None or module.weight.device == args[0].device:
+                return normalise(run, args[0], module.weight, module.bias)
+            # Offloaded weights are here only while the original forward runs.
+            with _GroupNormMode(lambda x, weight, bias: normalise(run, x, weight, bias)):
+                return original(*args, **kwargs)
+
+        return answer
+
+    def _self_attention(self, module: Attention, surgery: Surgery) -> None:
+        """Keys and values of all ranks, exchanged together when the keys are asked for."""
+        values: list[torch.Tensor] = []
+
+        def answer_value(original: Forward, args: tuple, kwargs: dict) -> Any:
+            return values.pop() if values else original(*args, **kwargs)
+
+        value = surgery.override(module.to_v, answer_value)
+
+        def answer_key(original: Forward, args: tuple, kwargs: dict) -> Any:
+            run, key = self.run, original(*args, **kwargs)
+            values.clear()
+            if run is None or run.exchange is None:
+                return key
+            own = torch.stack([key, value(*args, **kwargs)])
+            # Which way round the tokens come makes no difference to attention.
+            if torch.compiler.is_compiling():
+                total = run.totals.get(own.shape[2], own.shape[2] * run.exchange.ranks)
+                every = torch.ops.displaced_patches.tokens(own, total)
+            else:
+                every = run.exchange.tokens(own)
+            values.append(every[1])
+            return every[0]
+
+        surgery.override(module.to_k, answer_key)
+
+    def _prompt(self, known: _Prompt) -> Answer:
+        def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
+            run = self.run
+            if run is None:
+                return original(*args, **kwargs)
+            if run.recording:
+                known.value = original(*args, **kwargs).clone()
+            return known.value
+
+        return answer
+
+
+_current: PatchRun | None = None
+"""The run under way, for the operators below: a compiled layer is the same code for every layer like it."""
+
+
+def _exchange_of_run() -> PatchExchange:
+    assert _current is not None and _current.exchange is not None
+    return _current.exchange
+
+
+@torch.library.custom_op("displaced_patches::rows", mutates_args=())
+def _rows_operator(first: torch.Tensor, last: torch.Tensor, dim: int, border: bool) -> list[torch.Tensor]:
+    # Contiguous whatever the layout of what comes in: code is compiled for that, and rows arrive so.
+    def use(above: torch.Tensor | None, below: torch.Tensor | None) -> list[torch.Tensor]:
+        def arrived(rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+            return like.new_zeros(like.shape) if rows is None else rows.clone()
+
+        return [arrived(above, last), arrived(below, last if border else first)]
+
+    return _exchange_of_run().rows(first if first.shape[dim] else None, last, use)
+
+
+@_rows_operator.register_fake
+def _(first: torch.Tensor, last: torch.Tensor, dim: int, border: bool) -> list[torch.Tensor]:
+    below = last if border else first
+    return [last.new_empty(last.shape), below.new_empty(below.shape)]
+
+
+@torch.library.custom_op("displaced_patches::tokens", mutates_args=())
+def _tokens_operator(own: torch.Tensor, total: int) -> torch.Tensor:
+    return _exchange_of_run().tokens(own)
+
+
+@_tokens_operator.register_fake
+def _(own: torch.Tensor, total: int) -> torch.Tensor:
+    return own.new_empty(2, own.shape[1], total, own.shape[3])
+
+
+@torch.library.custom_op("displaced_patches::moments", mutates_args=())
+def _moments_operator(own: torch.Tensor, count: int) -> torch.Tensor:
+    # A copy: compiled code may write into what it got.
+    return _exchange_of_run().moments(own, count).clone()
+
+
+@_moments_operator.register_fake
+def _(own: torch.Tensor, count: int) -> torch.Tensor:
+    return own.new_empty(6, *own.shape)
+
+
+def _with_rows(run: PatchRun, x: torch.Tensor, pad: int, after: int) -> torch.Tensor:
+    """The patch with ``pad`` rows of the rank before and ``after`` of the rank after it; zeros at borders."""
+    dim, exchange = run.dim, run.exchange
+    assert exchange is not None
+    size, border = x.shape[dim], exchange.rank == exchange.ranks - 1
+    if size < max(pad, after):
+        raise ValueError(f"a patch of {size} rows is too small for a convolution; use fewer ranks")
+    first, last = x.narrow(dim, 0, after), x.narrow(dim, size - pad, pad)
+    if torch.compiler.is_compiling():
+        above, below = torch.ops.displaced_patches.rows(first, last, dim, border)
+        return torch.cat([above, x, below], dim)
+
+    def join(above: torch.Tensor | None, below: torch.Tensor | None) -> torch.Tensor:
+        parts = [torch.zeros_like(last) if above is None else above, x]
+        if border or below is not None:
+            parts.append(torch.zeros_like(last) if below is None else below)
+        return torch.cat(parts, dim)
+
+    return exchange.rows(first if after else None, last, join)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        if isinstance(module, Attention):
+            if getattr(module, "fused_projections", False):
+                raise ValueError(f"{name}: fused projections; call unfuse_qkv_projections() first")
+            yield name, module
+        elif isinstance(module, nn.GroupNorm):
+            yield name, module
+        elif isinstance(getattr(module, "base_layer", module), nn.Conv2d):
+            # A LoRA layer with its convolutions inside counts as one.
+            inside |= {id(m) for m in module.modules()}
+            if any(isinstance(m, nn.Conv2d) and any(_pad(m)) for m in module.modules()):
+                yield name, module
+
+
+def _pad(conv: nn.Conv2d) -> tuple[int, ...]:
+    if isinstance(conv.padding, str):
+        raise ValueError(f"a convolution with padding {conv.padding!r}; patches need numbers")
+    return conv.padding
+
+
+def _strip(run: PatchRun, before: int, after: int) -> torch.Tensor:
+    assert run.whole is not None and run.patch is not None
+    length, stop = run.whole.shape[run.dim], run.start + run.patch.shape[run.dim]
+    low, high = run.start - before, stop + (before if stop == length else after)
+    part = run.whole.narrow(run.dim, max(low, 0), min(high, length) - max(low, 0))
+    padding = (0, 0, max(-low, 0), max(high - length, 0))
+    return F.pad(part, padding if run.dim == 2 else padding[2:])
+
+
+class _GroupNormMode(TorchFunctionMode):
+    """Answers the one call of F.group_norm inside: the weights are then where their hooks put them."""
+
+    def __init__(self, answer: Callable[[torch.Tensor, Any, Any], torch.Tensor]) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is F.group_norm:
+            given = dict(zip(("input", "num_groups", "weight", "bias"), args, strict=False)) | (kwargs or {})
+            return self.answer(given["input"], given.get("weight"), given.get("bias"))
+        return func(*args, **(kwargs or {}))

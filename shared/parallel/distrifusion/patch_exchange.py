@@ -1,0 +1,311 @@
+"""What the ranks that share a picture tell each other: boundary rows, keys and values, moments.
+
+One object owns all buffers and handles of one model at one shape. A synchronous exchange is answered at once.
+A deferred one is read as it arrived in the step before; what this step makes is gathered into few large
+messages, which travel while the step goes on and are all in place when it ends. Source of the schedule: Li
+et al., "DistriFusion", arXiv 2402.19481, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shared.parallel.distrifusion.buffers import Bundle, Kind, Offer, Shape, Slot, make_bundles, part_for
+from shared.parallel.distrifusion.moments import Shares, StaleMoments, join_moments, known_others
+
+
+class PatchExchange:
+    """Exchanges between the ranks of a group, each of which has one patch, in rank order.
+
+    Layers are known by their turn: those of one kind come in the same order in every forward, or not at all.
+    The first forward only records what will be exchanged (``recording``): nothing travels and its result is
+    worthless. ``build`` ends it. Each later forward is between ``start`` and ``finish``.
+
+    Args:
+        group: the ranks that share the picture; None for all.
+        device: where the tensors are.
+        deferred: the kinds that are read stale in asynchronous steps.
+        posting: False: deferred tensors are never sent again after the synchronous steps.
+        forecast: deferred moments are read as they are expected to be by now, not as they arrived.
+        bundle_bytes: least size of a message.
+        sizes: the lengths of all patches, where every layer's are in proportion and nothing is deferred:
+            then there is nothing to record.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        deferred: Sequence[Kind] = (),
+        posting: bool = True,
+        forecast: bool = False,
+        bundle_bytes: int = 4 << 20,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        self.group, self.device = group, device
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.deferred, self.posting, self.bundle_bytes = frozenset(deferred), posting, bundle_bytes
+        self.sizes, self.forecast = sizes, forecast
+        self.recording, self.synchronous = sizes is None, True
+        self.messages = self.bytes = self.waits = 0
+        """Messages and bytes that this rank has sent, how often a layer waited; replays are not counted."""
+        self._mine: list[Offer] = []
+        self._slots: dict[Kind, list[Slot]] = {"rows": [], "tokens": [], "moments": []}
+        self._turn: dict[Kind, int] = {}
+        self._bundles: list[Bundle] = []
+        self._stale: list[StaleMoments] = []
+        self._peers = [p for p in range(self.ranks) if p != self.rank]
+        self._shares = Shares.of(sizes or [1] * self.ranks, self.rank, device)
+        self._to_global = [p if group is None else dist.get_global_rank(group, p) for p in range(self.ranks)]
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the buffers."""
+        flat = [t for b in self._bundles for _, t in b.receives]
+        stage = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._outboxes()}
+        kept = sum(stale.held_bytes for stale in self._stale)
+        return sum(t.numel() for t in flat) + sum(stage.values()) + kept
+
+    def start(self, synchronous: bool = True) -> None:
+        """A forward begins; in a synchronous one every layer waits for what the others make in it."""
+        self.synchronous = synchronous
+        self._turn = {"rows": 0, "tokens": 0, "moments": 0}
+
+    def rows(
+        self,
+        first: torch.Tensor | None,
+        last: torch.Tensor | None,
+        use: Callable[[torch.Tensor | None, torch.Tensor | None], Any],
+    ) -> Any:
+        """``use(the last rows of the rank before, the first rows of the rank after)``, None at the border.
+
+        Args:
+            first: this rank's first rows, which the rank before needs; None where it needs none.
+            last: this rank's last rows, which the rank after needs.
+        """
+        above, below = self.rank > 0, self.rank < self.ranks - 1
+        own = (last if below else None, None, first if above else None)
+        if self.recording:
+            # What arrives has the shape of what is sent the other way.
+            self._record("rows", own)
+            return use(last if above else None, first if below else None)
+        slot = self._next("rows", first, last)
+        before, after = self.rank - 1, self.rank + 1
+
+        def read(inbox: Sequence[torch.Tensor | None]) -> Any:
+            return use(inbox[before] if above else None, inbox[after] if below else None)
+
+        return self._exchange(slot, own, read)
+
+    def tokens(self, own: torch.Tensor) -> torch.Tensor:
+        """Keys and values of all ranks, in rank order; ``own`` are [2, batch, tokens, channels]."""
+        if self.recording:
+            self._record("tokens", (None, own, None))
+            return torch.cat([own] * self.ranks, 2)
+
+        def read(inbox: Sequence[torch.Tensor | None]) -> torch.Tensor:
+            return torch.cat([own if tensor is None else tensor for tensor in inbox], 2)
+
+        return self._exchange(self._next("tokens", own), (None, own, None), read)
+
+    def moments(self, own: torch.Tensor, count: int) -> torch.Tensor:
+        """What is known of the other ranks' moments, for ``moments.whole_moments``.
+
+        Args:
+            own: this rank's own, [2, batch, groups].
+            count: how many numbers each is made of; the ranks' shares are in proportion.
+        """
+        if self.recording:
+            self._record("moments", (None, own, None), count)
+            return known_others(own, own.new_ones(()))
+        slot = self._next("moments", own)
+        shares = slot.shares or self._shares
+
+        def read(inbox: Sequence[torch.Tensor | None]) -> torch.Tensor:
+            if slot.stale is not None and not self.synchronous:
+                stale, norm = slot.stale
+                return stale.known(norm)
+            others = torch.stack([tensor for tensor in inbox if tensor is not None])
+            return known_others(join_moments(others, shares.others), shares.own)
+
+        known = self._exchange(slot, (None, own, None), read)
+        if slot.stale is not None:
+            stale, norm = slot.stale
+            stale.keep(norm, own)
+        return known
+
+    def build(self) -> None:
+        """End the recording: agree with the other ranks on what is exchanged, and make the buffers.
+
+        Raises:
+            RuntimeError: the ranks do not run the same layers.
+        """
+        everyone: list[Any] = [None] * self.ranks
+        dist.all_gather_object(everyone, self._mine, group=self.group)
+        for rank, offers in enumerate(everyone):
+            if [o.kind for o in offers] != [o.kind for o in everyone[0]]:
+                raise RuntimeError(
+                    f"rank {rank} runs other layers than rank 0: is the same model loaded there?"
+                )
+        order = [Slot(list(offers)) for offers in zip(*everyone, strict=True)]
+        for slot in order:
+            kind = slot.offers[0].kind
+            self._slots[kind].append(slot)
+            if kind == "moments":
+                slot.shares = Shares.of([o.count for o in slot.offers], self.rank, self.device)
+        late = [s for s in order if s.offers[0].kind in self.deferred]
+        self._bundles = make_bundles(
+            late, self.rank, self.ranks, self.device, self.bundle_bytes, self.posting
+        )
+        self._join_late_moments()
+        self.recording = False
+
+    def totals(self) -> dict[int, int]:
+        """How many tokens all ranks have together where this rank has so many."""
+        found = {}
+        for slot in self._slots["tokens"]:
+            lengths = [(o.parts[1] or (0, 0, 0))[2] for o in slot.offers]
+            found[lengths[self.rank]] = sum(lengths)
+        return found
+
+    def finish(self) -> None:
+        """Wait until everything of this step has arrived (on CUDA: make the current stream wait).
+
+        Raises:
+            RuntimeError: a layer that took part in the recording did not run in this step.
+        """
+        for kind, slots in self._slots.items():
+            if self.sizes is None and self._turn[kind] not in (0, len(slots)):
+                raise RuntimeError(
+                    f"{self._turn[kind]} exchanges of {kind} in this step, {len(slots)} before"
+                )
+        for bundle in self._bundles:
+            self._wait(bundle)
+        for stale in self._stale:
+            stale.advance()
+
+    def reset(self) -> None:
+        """A new generation starts; forget a step that was left half done."""
+        for bundle in self._bundles:
+            bundle.posted = 0
+            self._wait(bundle)
+        for stale in self._stale:
+            stale.reset()
+
+    def _join_late_moments(self) -> None:
+        alike: dict[Shape | None, list[Slot]] = {}
+        for slot in self._slots["moments"]:
+            if slot.bundle is not None:
+                alike.setdefault(slot.offers[self.rank].parts[1], []).append(slot)
+        for slots in alike.values():
+            inboxes = [[t for t in slot.inbox if t is not None] for slot in slots]
+            shares = [slot.shares for slot in slots if slot.shares is not None]
+            stale = StaleMoments(inboxes, shares, self.forecast)
+            self._stale.append(stale)
+            for norm, slot in enumerate(slots):
+                slot.stale = stale, norm
+
+    def _next(self, kind: Kind, *own: torch.Tensor | None) -> Slot:
+        if self.sizes is not None:
+            return self._alike(kind, self.sizes, own)
+        turn = self._turn[kind]
+        self._turn[kind] = turn + 1
+        if turn >= len(self._slots[kind]):
+            raise RuntimeError(f"more exchanges of {kind} in this step than the {turn} before")
+        return self._slots[kind][turn]
+
+    def _alike(self, kind: Kind, sizes: Sequence[int], own: tuple[torch.Tensor | None, ...]) -> Slot:
+        """A slot whose other ranks' tensors have shapes in proportion to this rank's."""
+        first, last = own[0], own[-1]
+        present = next((t for t in own if t is not None), None)
+        dtype = torch.uint8 if present is None else present.dtype
+        offers = []
+        for rank, size in enumerate(sizes):
+            parts: list[Shape | None] = [None, None, None]
+            if kind == "rows":
+                if last is not None and rank < self.ranks - 1:
+                    parts[0] = tuple(last.shape)
+                if first is not None and rank > 0:
+                    parts[2] = tuple(first.shape)
+            else:
+                assert first is not None
+                shape = list(first.shape)
+                if kind == "tokens":
+                    shape[2] = shape[2] * size // sizes[self.rank]
+                parts[1] = tuple(shape)
+            offers.append(Offer(kind, (parts[0], parts[1], parts[2]), dtype, size))
+        return Slot(offers)
+
+    def _record(self, kind: Kind, own: tuple[torch.Tensor | None, ...], count: int = 0) -> None:
+        present = next((t for t in own if t is not None), None)
+        down, every, up = (None if t is None else tuple(t.shape) for t in own)
+        dtype = torch.uint8 if present is None else present.dtype
+        self._mine.append(Offer(kind, (down, every, up), dtype, count))
+
+    def _exchange(
+        self,
+        slot: Slot,
+        own: tuple[torch.Tensor | None, ...],
+        read: Callable[[Sequence[torch.Tensor | None]], Any],
+    ) -> Any:
+        bundle = slot.bundle
+        if self.synchronous or bundle is None:
+            return read(self._swap(slot, own))
+        # Read before posting: the last post of a bundle lets its next message overwrite the inbox.
+        result = read(slot.inbox)
+        if self.posting:
+            self._post(slot, bundle, own)
+        return result
+
+    def _swap(self, slot: Slot, own: tuple[torch.Tensor | None, ...]) -> Sequence[torch.Tensor | None]:
+        inbox: list[torch.Tensor | None] = list(slot.inbox) or [
+            self._fresh(slot, p) for p in range(self.ranks)
+        ]
+        sends = [(p, own[part_for(self.rank, p, slot.offers)]) for p in self._peers]
+        works = self._start(
+            [(p, t.contiguous()) for p, t in sends if t is not None],
+            [(p, t) for p, t in enumerate(inbox) if t is not None and p != self.rank],
+            0,
+        )
+        for work in works:
+            work.wait()
+        self.waits += 1
+        return inbox
+
+    def _post(self, slot: Slot, bundle: Bundle, own: tuple[torch.Tensor | None, ...]) -> None:
+        if not bundle.posted and bundle.number >= 2:
+            self._wait(self._bundles[bundle.number - 2])  # which used the same memory for its own tensors
+        for waiting, tensor in zip(slot.outbox, own, strict=True):
+            if waiting is not None and tensor is not None:
+                waiting.copy_(tensor)
+        bundle.posted += 1
+        if bundle.posted == len(bundle.slots):
+            bundle.posted = 0
+            bundle.works = self._start(bundle.sends, bundle.receives, 1 + bundle.number)
+
+    def _wait(self, bundle: Bundle) -> None:
+        for work in bundle.works:
+            work.wait()
+        bundle.works = []
+
+    def _start(
+        self, sends: list[tuple[int, torch.Tensor]], receives: list[tuple[int, torch.Tensor]], tag: int
+    ) -> list[Any]:
+        self.messages += len(sends)
+        self.bytes += sum(t.numel() * t.element_size() for _, t in sends)
+        ops = [dist.P2POp(dist.isend, t, self._to_global[p], self.group, tag) for p, t in sends]
+        ops += [dist.P2POp(dist.irecv, t, self._to_global[p], self.group, tag) for p, t in receives]
+        return dist.batch_isend_irecv(ops) if ops else []
+
+    def _fresh(self, slot: Slot, peer: int) -> torch.Tensor | None:
+        shape = slot.offers[peer].parts[part_for(peer, self.rank, slot.offers)]
+        if peer == self.rank or shape is None:
+            return None
+        return torch.empty(shape, dtype=slot.offers[peer].dtype, device=self.device)
+
+    def _outboxes(self) -> list[torch.Tensor]:
+        return [t for b in self._bundles for s in b.slots for t in s.outbox if t is not None]

@@ -1,0 +1,307 @@
+"""A UNet or ControlNet of which each rank computes a patch: the cut, the kinds of step, the shapes."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from diffusers.models.controlnets.controlnet import ControlNetOutput
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from shared.parallel.distrifusion.layers import PatchLayers, PatchRun
+from shared.parallel.distrifusion.patch_exchange import Kind, PatchExchange
+from shared.parallel.exchange import all_gather
+from shared.parallel.graphs import Graphs
+from shared.parallel.surgery import Forward, Surgery
+
+SyncMode = Literal["corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "full_sync", "no_sync"]
+"""After the warm-up, group norms take: the others' stale moments moved on by ``moments.StaleMoments``; the
+others' stale ones; everyone's, waiting for them; this patch's alone. Convolutions and attention take the
+others' boundary rows, keys and values of the step before. full_sync: every step is a warm-up step. no_sync:
+nothing is sent any more; what came in the last warm-up step stays, and group norms take this patch's moments
+alone."""
+
+LOCAL_NORMS = ("separate_gn", "no_sync")
+CUT = (
+    "down_block_additional_residuals",
+    "mid_block_additional_residual",
+    "down_intrablock_additional_residuals",
+    "controlnet_cond",
+)
+"""Arguments besides the sample that are pictures."""
+
+
+class Ranks(NamedTuple):
+    """Ranks that share something: their group, this rank's place in it, their number."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+        """The ranks of a group; None for all, and for this one alone without torch.distributed."""
+        if not dist.is_initialized():
+            return cls(None, 0, 1)
+        return cls(group, dist.get_rank(group), dist.get_world_size(group))
+
+    def to_global(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When and what patches exchange."""
+
+    naive: bool
+    split_scheme: str
+    sync_mode: SyncMode
+    warm_up_steps: int
+
+    def dim(self, step: int) -> int:
+        """The dimension of [batch, channels, height, width] that this step cuts."""
+        if self.split_scheme == "alternate":
+            return 2 + step % 2
+        return 3 if self.split_scheme == "col" else 2
+
+    def joined(self, step: int) -> bool:
+        """Whether the step is exact."""
+        return step < self.warm_up_steps or self.sync_mode == "full_sync"
+
+    @property
+    def deferred(self) -> tuple[Kind, ...]:
+        """What is read stale after the warm-up."""
+        if self.naive or self.sync_mode == "full_sync":
+            return ()
+        if self.sync_mode in ("corrected_async_gn", "stale_gn"):
+            return ("rows", "tokens", "moments")
+        return ("rows", "tokens")
+
+
+def cuts(length: int, unit: int, ranks: int, pixels: int = 1) -> list[int]:
+    """Where the patches of ``ranks`` ranks begin and end: ranks + 1 numbers, all but the last in whole units.
+
+    Raises:
+        ValueError: fewer units than ranks; ``pixels`` per element say which sizes fit.
+    """
+    units = -(-length // unit)
+    if units < ranks:
+        least = (ranks - 1) * unit + 1
+        raise ValueError(
+            f"{length * pixels} pixels make {units} patches of {unit * pixels}, too few for {ranks} ranks; "
+            f"the least that fits is {least * pixels} pixels ({ranks * unit * pixels} in equal patches)"
+        )
+    return [i * units // ranks * unit for i in range(ranks)] + [length]
+
+
+class _Layout:
+    """One shape of a model's arguments on given ranks: the cut, its buffers and graphs."""
+
+    def __init__(self, ranks: Ranks, dim: int, length: int, unit: int, pixels: int, graphs: Graphs) -> None:
+        self.ranks, self.dim, self.length, self.graphs = ranks, dim, length, graphs
+        self.cuts = cuts(length, unit, ranks.size, pixels)
+        self.start, self.stop = self.cuts[ranks.rank], self.cuts[ranks.rank + 1]
+        self.levels = unit.bit_length()
+        self.exchange: PatchExchange | None = None
+        self.run = PatchRun(None, dim, start=self.start)
+        """Nothing in it changes from one kind of step to another that compiled code need not tell apart."""
+        self.recorded = False
+        """Whether it has run at all."""
+        self.fresh = False
+        """Whether its buffers hold something of this generation."""
+        self.prompted = False
+        """Whether its keys of the prompt are this generation's."""
+
+    def cut(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a picture that is larger or smaller than the sample by a power of two, or x
+        itself where it is such a part."""
+        size = x.shape[self.dim]
+        if size > self.length and size % self.length == 0:
+            ratio = size // self.length
+            return x.narrow(self.dim, self.start * ratio, (self.stop - self.start) * ratio)
+        for level in range(self.levels):
+            start, stop, whole = (-(-at // 2**level) for at in (self.start, self.stop, self.length))
+            if size == whole:
+                return x.narrow(self.dim, start, stop - start)
+            if size == stop - start:
+                return x
+        raise ValueError(
+            f"a residual of {size}, a sample of {self.length}, a patch of {self.stop - self.start} rows: "
+            "a ControlNet in guess mode needs split_batch off"
+        )
+
+
+class Patched:
+    """Runs a model on this rank's patch; a UNet's answer is gathered, a ControlNet's stays a patch.
+
+    Args:
+        model: UNet2DConditionModel or ControlNetModel.
+        ranks: who shares the picture, asked at each call.
+        schedule: what is exchanged when.
+        surgery: takes the overrides.
+        cuda_graph, max_shapes, bundle_bytes: as in ``DistriFusion``.
+        pixels: of the picture, per element of the sample; for messages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Callable[[], Ranks],
+        schedule: Schedule,
+        surgery: Surgery,
+        *,
+        cuda_graph: bool = True,
+        max_shapes: int = 3,
+        bundle_bytes: int = 4 << 20,
+        pixels: int = 8,
+    ) -> None:
+        self.model, self.ranks, self.schedule = model, ranks, schedule
+        self.cuda_graph, self.bundle_bytes, self.pixels = cuda_graph, bundle_bytes, pixels
+        self.max_shapes = max_shapes * (2 if schedule.split_scheme == "alternate" else 1)
+        self.is_control = hasattr(model, "controlnet_cond_embedding")
+        self.calls: int | None = None
+        self.unit = 2 ** sum(bool(getattr(block, "downsamplers", None)) for block in model.down_blocks)
+        self.layouts: OrderedDict[Hashable, _Layout] = OrderedDict()
+        self._names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
+        self.layers = PatchLayers(model, surgery)
+        surgery.override(model, self._forward)
+
+    def begin(self) -> None:
+        """A new generation starts."""
+        self.calls = 0
+        for layout in self.layouts.values():
+            layout.fresh = layout.prompted = False
+            if layout.exchange is not None:
+                layout.exchange.reset()
+
+    def close(self) -> None:
+        """Drop buffers and graphs."""
+        for layout in self.layouts.values():
+            layout.graphs.close()
+        self.layouts.clear()
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of all buffers."""
+        return sum(x.exchange.held_bytes for x in self.layouts.values() if x.exchange is not None)
+
+    def _forward(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        if self.calls is None:
+            raise RuntimeError("begin(steps) must be called before a generation")
+        kwargs = dict(zip(self._names, args, strict=False)) | kwargs
+        return_dict = kwargs.pop("return_dict", True)
+        sample, t = kwargs["sample"], kwargs["timestep"]
+        if not isinstance(t, torch.Tensor):
+            kwargs["timestep"] = torch.tensor(
+                t, dtype=torch.float64 if isinstance(t, float) else torch.int64, device=sample.device
+            )
+        step, self.calls = self.calls, self.calls + 1
+        layout = self._layout(kwargs, self.schedule.dim(step))
+        several, naive = layout.ranks.size > 1, self.schedule.naive
+        joined = several and (self.schedule.joined(step) or not (layout.fresh or naive))
+        stale = several and not joined and not naive
+        run, exchanging = layout.run, joined or stale
+        if not layout.recorded or (exchanging and layout.exchange is None):
+            self._record(layout, original, kwargs, exchanging)
+        run.exchange = layout.exchange if exchanging else None
+        run.local_norms = stale and self.schedule.sync_mode in LOCAL_NORMS
+        if not layout.prompted:
+            self._take_prompt(layout, kwargs)
+        layout.prompted, layout.fresh = True, True
+
+        def compute(**arguments: Any) -> Any:
+            return self._on_patch(layout, original, arguments, joined)
+
+        output = layout.graphs.run((joined, stale), compute, **kwargs)
+        if not return_dict:
+            return output
+        return ControlNetOutput(*output) if self.is_control else UNet2DConditionOutput(*output)
+
+    def _layout(self, kwargs: dict[str, Any], dim: int) -> _Layout:
+        ranks = self.ranks()
+        shapes = [(x.shape, x.dtype, x.device) for x in tree_leaves(kwargs) if isinstance(x, torch.Tensor)]
+        key = (ranks.size, dim, tuple(shapes))
+        if key not in self.layouts:
+            length = kwargs["sample"].shape[dim]
+            layout = _Layout(ranks, dim, length, self.unit, self.pixels, Graphs(self.cuda_graph))
+            while len(self.layouts) >= self.max_shapes:
+                self.layouts.popitem(last=False)[1].graphs.close()
+            self.layouts[key] = layout
+        self.layouts.move_to_end(key)
+        return self.layouts[key]
+
+    def _record(self, layout: _Layout, original: Forward, kwargs: dict[str, Any], exchanging: bool) -> None:
+        """One forward whose answer is dropped: it shows what there will be to exchange, and makes room for
+        the prompt's keys. Not compiled, as no other forward is like it."""
+        if exchanging:
+            layout.exchange = PatchExchange(
+                layout.ranks.group,
+                kwargs["sample"].device,
+                self.schedule.deferred,
+                posting=self.schedule.sync_mode != "no_sync",
+                forecast=self.schedule.sync_mode == "corrected_async_gn",
+                bundle_bytes=self.bundle_bytes,
+            )
+        layout.run.exchange, layout.run.local_norms = layout.exchange, False
+        layout.run.recording = True
+        with torch.compiler.set_stance("force_eager"):
+            self._on_patch(layout, original, kwargs)
+        layout.run.recording, layout.recorded, layout.prompted = False, True, True
+        if layout.exchange is not None:
+            layout.exchange.build()
+            layout.run.totals = layout.exchange.totals()
+
+    def _take_prompt(self, layout: _Layout, kwargs: dict[str, Any]) -> None:
+        prepare = getattr(self.model, "process_encoder_hidden_states", None)
+
+        def take(text: torch.Tensor, added: Any) -> None:
+            # What the model makes of the prompt before its blocks get it; beside an IP-Adapter's tokens.
+            text = text if prepare is None else prepare(text, added)
+            self.layers.take_prompt(layout.run, text[0] if isinstance(text, tuple) else text)
+
+        text, added = kwargs["encoder_hidden_states"], kwargs.get("added_cond_kwargs")
+        layout.graphs.run("prompt", take, text=text, added=added)
+
+    def _on_patch(
+        self, layout: _Layout, original: Forward, kwargs: dict[str, Any], synchronous: bool = True
+    ) -> Any:
+        run, dim, kwargs = layout.run, layout.dim, dict(kwargs)
+        if layout.ranks.size > 1:
+            run.whole = kwargs["sample"]
+            run.patch = kwargs["sample"] = run.whole.narrow(dim, layout.start, layout.stop - layout.start)
+            for name in CUT:
+                if kwargs.get(name) is not None:
+                    kwargs[name] = tree_map(layout.cut, kwargs[name])
+        if run.exchange is not None:
+            run.exchange.start(synchronous)
+        with self.layers.running(run):
+            output = original(**kwargs, return_dict=False)
+        run.whole = run.patch = None
+        if run.exchange is not None and run.exchange.recording:
+            return output
+        if layout.ranks.size > 1 and not self.is_control:
+            sizes = [stop - start for start, stop in pairwise(layout.cuts)]
+            output = (gather(output[0], dim, sizes, layout.ranks.group),)
+        if run.exchange is not None:
+            run.exchange.finish()
+        return output
+
+
+def gather(own: torch.Tensor, dim: int, sizes: list[int], group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The patches of all ranks joined along ``dim``; ``sizes`` are their lengths there, in rank order."""
+    most = max(sizes)
+    padded = own.transpose(0, dim)
+    if len(padded) < most:
+        padded = torch.cat([padded, padded.new_zeros(most - len(padded), *padded.shape[1:])])
+    every = all_gather(padded, group)
+    if any(size != most for size in sizes):
+        every = torch.cat([part[:size] for part, size in zip(every.split(most), sizes, strict=True)])
+    return every.transpose(0, dim).contiguous()

@@ -1,0 +1,1 @@
+"""xDiT, through the package xfuser."""

@@ -1,0 +1,280 @@
+"""xDiT: a diffusers transformer on all ranks through the package xfuser, each degree for another dimension.
+
+Source: Fang et al., "xDiT: an Inference Engine for Diffusion Transformers with Massive Parallelism", arXiv
+2411.01738. Guidance branches, Ulysses, ring, tensor and data parallelism are exact: the plain pipeline runs
+on every rank, and only the transformer's inside is shared, so that every argument of the pipeline keeps its
+meaning and every rank ends with the picture. PipeFusion is in shared.parallel.xdit.pipefusion.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from diffusers.models.attention import FeedForward
+from torch import nn
+
+from shared.parallel.cfg_split import CfgSplit
+from shared.parallel.distrifusion.decoder import PatchDecoder
+from shared.parallel.graphs import Graphs
+from shared.parallel.surgery import Closing, Forward, Surgery
+from shared.parallel.tensor_parallel import TensorParallel
+from shared.parallel.xdit.degrees import Degrees
+from shared.parallel.xdit.groups import XfuserGroups
+from shared.parallel.xdit.sequence import Method, SequenceParallel
+
+Cache = Literal["teacache", "fbcache"]
+Blocks = tuple[nn.ModuleList, nn.ModuleList]
+CACHE_THRESHOLDS = {"teacache": 0.25, "fbcache": 0.12}
+"""Relative change below which a step's blocks are left out, as TeaCache's paper (arXiv 2411.19108, for 1.5
+times the speed) and ParaAttention take it. xfuser's own for TeaCache is 0.12, which its polynomial for FLUX
+never falls below: no step would be left out."""
+
+
+class XDiT(Closing):
+    """Makes a diffusers pipeline with a transformer run on all ranks, exactly.
+
+    Every rank holds the whole pipeline and makes the same calls with the same arguments; with data
+    parallelism each replica its own. ``begin`` must be called before each generation. Pictures of any size
+    may follow each other.
+
+    Args:
+        pipeline: FLUX, SD3, PixArt or HunyuanDiT, with or without ControlNet; loaded with adapters, quantized
+            and compiled as wanted.
+        degrees: how the ranks are divided, without PipeFusion.
+        groups: the process groups of these degrees; None makes them, and ends them in ``close``.
+        attention: name of xfuser's attention backend; None: cuDNN's on GPUs in half precision, else torch's.
+        cache: leave out the blocks of steps in which little changes (FLUX): an approximation. Guidance
+            branches have caches of their own where the pipeline names them, as FluxPipeline does.
+        cache_threshold: relative change below which a step's blocks are left out; 0 computes all,
+            None takes CACHE_THRESHOLDS.
+        parallel_vae: decode in patches, one on each rank; all ranks of a replica must then decode.
+        cuda_graph: capture and replay the transformer on CUDA. Not with offloaded weights, which move.
+
+    Raises:
+        ValueError: degrees or a cache that this model cannot have.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        degrees: Degrees,
+        groups: XfuserGroups | None = None,
+        *,
+        attention: str | None = None,
+        cache: Cache | None = None,
+        cache_threshold: float | None = None,
+        parallel_vae: bool = False,
+        cuda_graph: bool = True,
+    ) -> None:
+        check_model(pipeline, degrees, cache)
+        self.pipeline, self.degrees = pipeline, degrees
+        self.cache = cache
+        self.cache_threshold = (
+            CACHE_THRESHOLDS.get(cache or "") if cache_threshold is None else cache_threshold
+        )
+        self.transformer: nn.Module = pipeline.transformer
+        if degrees.pipefusion > 1:
+            raise ValueError("PipeFusion is XDiTPipeFusion's, not XDiT's")
+        weight = next(self.transformer.parameters())
+        device = getattr(pipeline, "_execution_device", weight.device)
+        self._own_groups = groups is None
+        self.groups = groups or XfuserGroups(degrees, device)
+        self.attention = attention or attention_backend(self.groups.device, self.transformer.dtype, degrees)
+        # Which blocks a cache computes is decided by numbers, which a captured graph cannot do.
+        self._graphs = Graphs(cuda_graph and cache is None)
+        self.decodes_together = parallel_vae and degrees.world > degrees.data
+        """Whether all ranks must decode, as each decodes a patch."""
+        self.computed_blocks = 0
+        """Transformer blocks that this rank has computed since ``begin``; counted under a cache only."""
+        self._surgery, self._members = Surgery(), []  # type: ignore[var-annotated]
+        self._blocks: Blocks | None = None
+        self._caches: dict[str, Blocks] = {}
+        self._steps = 0
+        self._install(parallel_vae)
+
+    def _install(self, parallel_vae: bool) -> None:
+        degrees, groups = self.degrees, self.groups
+        nets = control_nets(self.pipeline)
+        models = [self.transformer, *nets]
+        groups.start(self.pipeline, groups.engine_config(self.transformer.dtype, self.attention))
+        try:
+            if degrees.tensor > 1:
+                self._members.append(FeedForwardParallel(models, groups.tensor))
+            if degrees.sequence > 1:
+                by: Method = "ulysses" if degrees.ring == 1 else "ring" if degrees.ulysses == 1 else "both"
+                for model in models:
+                    SequenceParallel(model, groups.sequence, self.attention, self._surgery, by)
+            if self.cache is not None:
+                self._blocks = self._take_blocks()
+                self._cache_context = self.transformer.cache_context
+                self.transformer.__dict__["cache_context"] = self._branch
+                for block in (*self._blocks[0], *self._blocks[1]):
+                    self._surgery.override(block, self._counted)
+            if self._graphs.enabled:
+                for index, model in enumerate(models):
+                    self._surgery.override(model, self._graphs.around(index))
+            if degrees.cfg == 2:
+                branch = torch.distributed.get_rank(groups.branches)
+                self._members.append(CfgSplit([self.transformer], groups.branches, branch, local=nets))
+            if self.decodes_together and parallel_vae:
+                self._members.append(PatchDecoder(self.pipeline.vae, groups.replica))
+        except ValueError:
+            self.close()
+            raise
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """JSON-able: the degrees, and what each rank does."""
+        return plan(self.degrees, self.attention) | {
+            "method": "xdit",
+            "exact": self.cache is None,
+            "cache": self.cache,
+            "parallel_vae": self.decodes_together,
+            "cuda_graph": self._graphs.enabled,
+        }
+
+    @property
+    def warm_up_calls(self) -> int:
+        """Steps after which the transformer has been captured."""
+        return 2 if self._graphs.enabled else 1
+
+    def begin(self, steps: int) -> None:
+        """A new generation of `steps` steps starts."""
+        self.computed_blocks = 0
+        if self.cache is not None:
+            self._start_cache(steps)
+
+    def reset(self) -> None:
+        """Forget captured graphs: scales of adapters are numbers inside them."""
+        self._graphs.close()
+
+    def close(self) -> None:
+        """Give the pipeline back as it was. May be called any number of times."""
+        self._stop_cache()
+        self.transformer.__dict__.pop("cache_context", None)
+        self._graphs.close()
+        while self._members and not isinstance(self._members[-1], FeedForwardParallel):
+            self._members.pop().close()
+        self._surgery.close()
+        while self._members:
+            self._members.pop().close()
+        if self._own_groups:
+            self.groups.close()
+
+    def _counted(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        self.computed_blocks += 1
+        return original(*args, **kwargs)
+
+    def _start_cache(self, steps: int) -> None:
+        """Fresh caches: xfuser's keep residuals, and count steps, from one generation to the next."""
+        self._steps, self._caches = steps, {}
+        # For pipelines that do not tell their guidance branches apart.
+        self._put_blocks(self._new_cache())
+
+    def _new_cache(self) -> Blocks:
+        from xfuser.model_executor.cache import apply_cache
+
+        self._stop_cache()
+        assert self.cache is not None
+        preset = {"residual_diff_threshold": self.cache_threshold}
+        apply_cache(self.cache, self._steps, self.pipeline, self.transformer, preset)
+        cached = self.transformer.transformer_blocks[0]
+        blocks = {m for group in self._blocks or () for block in group for m in block.modules()}
+        for module in set(cached.modules()) - blocks:
+            # xfuser puts its numbers on the first GPU.
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(self.groups.device)
+        return self._take_blocks()
+
+    @contextlib.contextmanager
+    def _branch(self, name: str, **settings: Any) -> Iterator[None]:
+        """What the pipeline enters around its calls of a guidance branch: each branch has its own cache."""
+        before = self._take_blocks()
+        if name not in self._caches:
+            self._caches[name] = self._new_cache()
+        self._put_blocks(self._caches[name])
+        try:
+            with self._cache_context(name, **settings):
+                yield
+        finally:
+            self._put_blocks(before)
+
+    def _stop_cache(self) -> None:
+        if self._blocks is not None:
+            self._put_blocks(self._blocks)
+
+    def _take_blocks(self) -> Blocks:
+        return self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
+
+    def _put_blocks(self, blocks: Blocks) -> None:
+        self.transformer.transformer_blocks, self.transformer.single_transformer_blocks = blocks
+
+
+class FeedForwardParallel(TensorParallel):
+    """Tensor parallelism of the feed-forward layers alone, which is what xDiT divides in FLUX."""
+
+    def _divide(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, FeedForward):
+            self._feed_forward(name, module)
+
+
+def check_model(pipeline: Any, degrees: Degrees, cache: str | None = None) -> None:
+    """Whether this model can be divided so. Raises ValueError."""
+    transformer = getattr(pipeline, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise ValueError(f"{type(pipeline).__name__} has no transformer")
+    nets = control_nets(pipeline)
+    for model in (transformer, *nets):
+        heads = model.config.num_attention_heads
+        if heads % degrees.ulysses:
+            raise ValueError(
+                f"ulysses degree {degrees.ulysses} must divide the {heads} attention heads of "
+                f"{type(model).__name__}"
+            )
+    flux = hasattr(transformer, "single_transformer_blocks")
+    if degrees.tensor > 1 and not flux:
+        raise ValueError(f"tensor degree {degrees.tensor}: only FLUX has layers that xDiT divides")
+    if degrees.cfg == 2 and flux:
+        raise ValueError("cfg degree 2: FLUX computes its guidance in one branch")
+    if cache is not None and (not flux or nets or degrees.cfg * degrees.tensor * degrees.pipefusion > 1):
+        raise ValueError(
+            f"{cache}: for FLUX without ControlNet, with Ulysses, ring and data parallelism only; got "
+            f"{type(transformer).__name__}, {len(nets)} ControlNets, {degrees}"
+        )
+
+
+def control_nets(pipeline: Any) -> list[nn.Module]:
+    """The ControlNets of a pipeline, one by one."""
+    net = getattr(pipeline, "controlnet", None)
+    return [] if net is None else list(getattr(net, "nets", [net]))
+
+
+def attention_backend(device: torch.device, dtype: torch.dtype, degrees: Degrees) -> str:
+    """The name of the fastest of xfuser's attention backends that torch brings with it.
+
+    Ring needs one that gives the log-sum-exp of each row as well. xfuser calls cuDNN's and flash attention
+    without a way out, and GPUs before Ampere have neither.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    if device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "CUDNN" if torch.backends.cudnn.is_available() else "SDPA_FLASH"
+    if device.type == "cuda":
+        return "SDPA_EFFICIENT"
+    return "SDPA_FLASH" if degrees.ring > 1 else "SDPA"
+
+
+def plan(degrees: Degrees, attention: str) -> dict[str, Any]:
+    """JSON-able: the degrees, and each rank's part of every one above 1."""
+    sizes = degrees.as_dict()
+    ranks = []
+    for rank in range(degrees.world):
+        parts, rest = [], rank
+        for name in reversed(sizes):
+            rest, place = divmod(rest, sizes[name])
+            if sizes[name] > 1:
+                parts.append(f"{name} {place + 1} of {sizes[name]}")
+        ranks.append(", ".join(reversed(parts)) or "all")
+    return {"divided": str(degrees), "degrees": sizes, "attention": attention.lower(), "ranks": ranks}

@@ -1,0 +1,323 @@
+"""PipeFusion: stages of the transformer on different ranks, patches of the picture under way between them.
+
+Source: Fang et al., "PipeFusion: Patch-level Pipeline Parallelism for Diffusion Transformers Inference",
+arXiv 2405.14430. xfuser's own pipeline classes run it; what they leave to luck is settled here: buffers of
+the request before, the rank that has the result, arguments they would not hear, progress, and ending early.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shared.parallel.distrifusion.decoder import PatchDecoder
+from shared.parallel.surgery import Closing, Forward, Surgery
+from shared.parallel.xdit.degrees import (
+    DUAL_ATTENTION,
+    ONE_PATCH,
+    Degrees,
+    fitting_sizes,
+    patch_count,
+    scheduler_problem,
+    stages_problem,
+)
+from shared.parallel.xdit.exact import attention_backend, check_model, control_nets, plan
+from shared.parallel.xdit.groups import XfuserGroups
+from shared.parallel.xdit.sequence import BLOCKS
+from shared.parallel.xdit.stages import OnStep, Snapshot, StepTeller, noise_of_whole_pictures
+
+UNHEARD = ("sigmas", "timesteps", "true_cfg_scale", "ip_adapter_image", "ip_adapter_image_embeds")
+"""Arguments that xfuser's pipelines take and leave alone, or do not keep in step between the stages."""
+NEUTRAL = {"max_sequence_length": 256}
+"""Arguments that some of xfuser's pipelines do not take, with the value that they take instead."""
+
+
+class XDiTPipeFusion(Closing):
+    """Runs a diffusers pipeline through xfuser's PipeFusion, alone or with the other degrees.
+
+    Generate with ``run`` instead of calling the pipeline, on all ranks alike, ``begin`` before it. The first
+    ``warm_up_steps`` steps are exact, those after them see the other patches as of the step before.
+
+    Args:
+        pipeline: FLUX, SD3, PixArt or HunyuanDiT without ControlNet and IP-Adapter; LoRAs fused.
+        degrees: how the ranks are divided; pipefusion is 2 or more.
+        groups: the process groups of these degrees; None makes them, and ends them in ``close``.
+        warm_up_steps: synchronous steps at the start of each generation, 1 or more.
+        patches: of the picture, under way at the same time; None: as many as stages.
+        stages: transformer blocks of each stage; None: equal numbers.
+        attention: name of xfuser's attention backend.
+        parallel_vae: decode in patches, one on each rank.
+        free_other_stages: keep other stages' blocks in host memory until ``close``.
+
+    Raises:
+        ValueError: what PipeFusion cannot do with this model.
+    """
+
+    warm_up_calls = 2
+
+    def __init__(
+        self,
+        pipeline: Any,
+        degrees: Degrees,
+        groups: XfuserGroups | None = None,
+        *,
+        warm_up_steps: int = 1,
+        patches: int | None = None,
+        stages: tuple[int, ...] | None = None,
+        attention: str | None = None,
+        parallel_vae: bool = False,
+        free_other_stages: bool = True,
+    ) -> None:
+        check_model(pipeline, degrees)
+        self.pipeline, self.degrees, self.warm_up_steps = pipeline, degrees, warm_up_steps
+        self.decodes_together = parallel_vae
+        """Whether all ranks must decode, as each decodes a patch."""
+        self.patches = self._patches = patches or degrees.pipefusion
+        self.transformer: nn.Module = pipeline.transformer
+        self.flux = hasattr(self.transformer, "single_transformer_blocks")
+        self._check(stages)
+        weight = next(self.transformer.parameters())
+        self._own_groups = groups is None
+        self.groups = groups or XfuserGroups(degrees, getattr(pipeline, "_execution_device", weight.device))
+        # xfuser's layers ask for the log-sum-exp under ring only, but the stages must agree.
+        self.attention = attention or attention_backend(self.groups.device, self.transformer.dtype, degrees)
+        self._before = Snapshot(self.transformer)
+        self._surgery = Surgery()
+        self._watch: StepTeller | None = None
+        self._decoder: PatchDecoder | None = None
+        self._freed: list[nn.Module] = []
+        try:
+            config = self.groups.engine_config(
+                self.transformer.dtype, self.attention, warm_up_steps, patches, stages
+            )
+            self.groups.start(pipeline, config)
+            self._install(config, free_other_stages)
+        except (ValueError, AssertionError):
+            self.close()
+            raise
+
+    def _check(self, stages: tuple[int, ...] | None) -> None:
+        d, blocks = self.degrees, sum(len(getattr(self.transformer, name, ())) for name in BLOCKS)
+        if d.pipefusion < 2:
+            raise ValueError(f"PipeFusion needs a degree of 2 or more; got {d.pipefusion}")
+        if self.warm_up_steps < 1:
+            raise ValueError(
+                f"warm_up_steps {self.warm_up_steps}: the first step fills the buffers, so at least 1"
+            )
+        if control_nets(self.pipeline):
+            raise ValueError("PipeFusion: xfuser's stages take no ControlNet residuals")
+        if d.tensor > 1:
+            raise ValueError(f"tensor degree {d.tensor}: not with PipeFusion")
+        skips = hasattr(self.transformer, "blocks")
+        if problem := stages_problem(d.pipefusion, blocks, stages, skips):
+            raise ValueError(f"PipeFusion's stages: {problem}")
+        if d.sequence > 1 and getattr(self.transformer.config, "dual_attention_layers", None):
+            raise ValueError(f"PipeFusion with {d}: {DUAL_ATTENTION}")
+        if d.sequence > 1 and self.flux and self.patches == 1:
+            raise ValueError(f"PipeFusion with {d}, 1 patch: {ONE_PATCH}")
+
+    def _install(self, config: Any, free: bool) -> None:
+        import xfuser.model_executor.layers.attention_processor as attentions
+        import xfuser.model_executor.pipelines as pipelines
+        from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
+
+        pipe = self.pipeline
+        self._usp, sequence = attentions.USP, self.degrees.sequence
+
+        def usp(*args: Any, attn_layer: Any = None, **kwargs: Any) -> Any:
+            # Without sequence parallelism SD3's layer has put keys and values into its cache already.
+            return self._usp(*args, attn_layer=attn_layer if sequence > 1 else None, **kwargs)
+
+        attentions.USP = usp
+        blocks = {b for name in BLOCKS for b in getattr(self.transformer, name, ())}
+        assert pipelines  # its import registers the pipelines
+        wrapper = xFuserPipelineWrapperRegister.get_class(pipe)
+        scheduler, transformer = pipe.scheduler, pipe.transformer
+        try:
+            self._wrapped = wrapper(pipe, config)
+            self._stages = pipe.transformer
+        finally:
+            # The pipeline keeps its own parts; xfuser's take their place during a call.
+            pipe.scheduler, pipe.transformer = scheduler, transformer
+        mine = {b for name in BLOCKS for b in getattr(self._stages, name, ())}
+        self._blocks = mine
+        for block in mine:
+            self._surgery.override(block, self._passable)
+        self._surgery.override(self._stages, self._counted)
+        if free and self.groups.device.type == "cuda":
+            self._freed = list(blocks - mine)
+            for block in self._freed:
+                block.to("cpu")
+            torch.cuda.empty_cache()
+        if self.decodes_together:
+            self._decoder = PatchDecoder(pipe.vae, self.groups.replica)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """JSON-able: the degrees, and what each rank does."""
+        return plan(self.degrees, self.attention) | {
+            "method": "xdit",
+            "exact": False,
+            "warm_up_steps": self.warm_up_steps,
+            "patches": self._patches,
+            "parallel_vae": self.decodes_together,
+            "previews": False,
+            "blocks": len(self._blocks),
+        }
+
+    def begin(self, steps: int) -> None:
+        """A new generation starts: whatever the last one left in xfuser's buffers is forgotten."""
+        from xfuser.core.distributed import get_runtime_state
+
+        state = get_runtime_state()
+        state.ready = False
+        # xfuser lowers it for good where a request has fewer steps.
+        state.runtime_config.warmup_steps = min(self.warm_up_steps, steps)
+
+    def reset(self) -> None:
+        """Nothing is captured."""
+
+    def run(self, arguments: dict[str, Any], on_step: OnStep = lambda latents, steps: None) -> Any:
+        """What ``pipeline(**arguments)`` gives, on every rank; output_type is pil, np, pt or latent.
+
+        Args:
+            on_step: called with (None, steps) after each step that this rank has finished, in order, in a
+                thread of its own; after the last one with the latents. What it raises ends the generation on
+                this rank, which goes on passing messages without computing, and is raised here.
+
+        Raises:
+            ValueError: an argument that xfuser's pipeline would not hear, or a size that does not divide.
+        """
+        wanted = arguments.get("output_type", "pil")
+        arguments = self._heard(arguments) | {"output_type": "latent", "return_dict": True}
+        pipe = self.pipeline
+        plain = pipe.scheduler, pipe.transformer
+        self._watch = StepTeller(self._steps, on_step, self.groups.device)
+        try:
+            pipe.scheduler, pipe.transformer = self._scheduler(pipe.scheduler), self._stages
+            with noise_of_whole_pictures():
+                output = self._wrapped(**arguments)
+        finally:
+            pipe.scheduler, pipe.transformer = plain
+            failed = self._watch.finish()
+            watch, self._watch = self._watch, None
+        if failed is not None:
+            raise failed
+        latents = self._share(None if output is None else output.images)
+        on_step(latents, watch.steps)
+        return self._decoded(latents, arguments, wanted)
+
+    def close(self) -> None:
+        """Give the pipeline back as it was. May be called any number of times."""
+        import xfuser.core.cache_manager.cache_manager as caches
+        import xfuser.model_executor.layers.attention_processor as attentions
+
+        if self._decoder is not None:
+            self._decoder.close()
+        self._surgery.close()
+        self._before.restore()
+        if hasattr(self, "_usp"):
+            attentions.USP = self._usp
+            del self._usp
+        caches.get_cache_manager().cache.clear()
+        while self._freed:
+            self._freed.pop().to(self.groups.device)
+        self._wrapped = self._stages = None
+        if self._own_groups:
+            self.groups.close()
+
+    def _heard(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments for xfuser's pipeline. Raises ValueError where one would have no effect."""
+        names = {
+            name
+            for name, parameter in inspect.signature(type(self._wrapped).__call__).parameters.items()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        } - set(UNHEARD)
+        empty = [name for name, value in arguments.items() if value is None or value == ""]
+        if "negative_prompt" not in names and (arguments.get("true_cfg_scale") or 1.0) <= 1:
+            # FLUX has no use for these without true guidance, in diffusers either.
+            empty += ["true_cfg_scale", *(name for name in arguments if name.startswith("negative_"))]
+        empty += [name for name, value in NEUTRAL.items() if arguments.get(name) == value]
+        lost = sorted(set(arguments) - names - set(empty))
+        if lost:
+            raise ValueError(f"PipeFusion cannot serve {', '.join(lost)}; the other degrees can")
+        if not self.flux and arguments.get("guidance_scale", 2.0) <= 1:
+            raise ValueError("PipeFusion needs guidance: cfg must be above 1; the other degrees serve 1")
+        if "set_timesteps" in vars(self.pipeline.scheduler):
+            raise ValueError("PipeFusion runs whole schedules, not parts of them; the other degrees can")
+        unit = 16 * self.degrees.sequence
+        height = arguments["height"]
+        if height % unit:
+            raise ValueError(
+                f"the height must be a multiple of {unit} with {self.degrees}; got {height} (nearest: "
+                f"{fitting_sizes(height, unit)})"
+            )
+        patches = patch_count(height, self.patches, self.degrees.sequence)
+        if patches == 1 and self.flux and self.degrees.sequence > 1:
+            raise ValueError(f"the height must be {2 * unit} or more; {height} makes 1 patch: {ONE_PATCH}")
+        self._steps, self._patches = arguments["num_inference_steps"], patches
+        heard = {name: value for name, value in arguments.items() if name in names}
+        if self.flux and heard.get("prompt_embeds") is not None:
+            # xfuser's stages send each other text of this length, whatever the embeddings have.
+            heard["max_sequence_length"] = heard["prompt_embeds"].shape[1]
+        return heard
+
+    def _scheduler(self, scheduler: Any) -> Any:
+        from xfuser.model_executor.schedulers.register import xFuserSchedulerWrappersRegister
+
+        flow = hasattr(self.transformer, "context_embedder")
+        if problem := scheduler_problem(flow, type(scheduler).__name__, scheduler.config):
+            raise ValueError(problem)
+        return xFuserSchedulerWrappersRegister.get_wrapper(scheduler)(scheduler)
+
+    def _counted(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        from xfuser.core.distributed import get_runtime_state
+
+        assert self._watch is not None
+        state = get_runtime_state()
+        self._watch.hold()
+        answer = original(*args, **kwargs)
+        self._watch.called(state.num_pipeline_patch if state.patch_mode else 1)
+        return answer
+
+    def _passable(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        """A block that hands its input on once the generation is to end: messages keep their shapes."""
+        if self._watch is None or self._watch.error is None:
+            return original(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if hasattr(self.transformer, "context_embedder"):
+            return (args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]), hidden
+        return hidden
+
+    def _share(self, latents: torch.Tensor | None) -> torch.Tensor:
+        """The latents of the rank that has them, on every rank of the replica."""
+        replica = self.groups.replica
+        holders: list[Any] = [None] * dist.get_world_size(replica)
+        shape = None if latents is None else (tuple(latents.shape), latents.dtype)
+        dist.all_gather_object(holders, shape, group=self.groups.replica_on_cpu)
+        source = next(i for i, found in enumerate(holders) if found is not None)
+        if dist.get_rank(replica) != source or latents is None:
+            size, dtype = holders[source]
+            latents = torch.empty(size, dtype=dtype, device=self.groups.device)
+        latents = latents.contiguous()
+        dist.broadcast(latents, group=replica, group_src=source)
+        return latents
+
+    def _decoded(self, latents: torch.Tensor, arguments: dict[str, Any], wanted: str) -> Any:
+        from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+
+        if wanted == "latent":
+            return ImagePipelineOutput(images=latents)
+        pipe, config = self.pipeline, self.pipeline.vae.config
+        if hasattr(pipe, "_unpack_latents"):
+            size = arguments["height"], arguments["width"]
+            latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
+        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        with torch.no_grad():
+            decoded = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
+        pipe.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=pipe.image_processor.postprocess(decoded, output_type=wanted))

@@ -1,0 +1,338 @@
+"""ControlNets, IP-Adapters and motion modules: loading them, and their arguments for a pipeline call."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from shared.launch.config import first_line
+from shared.models import ModelSpec
+
+log = logging.getLogger("host")
+
+READ_ERRORS = (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError)
+MISFITS = (KeyError, ValueError, RuntimeError, IndexError, TypeError)
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be used; the sentence says why."""
+
+
+def read_tensors(path: str | Path, what: str) -> dict[str, Any]:
+    """State dict of a `.safetensors`, or of a `.bin`, `.ckpt`, `.pt` or `.pth` that holds weights alone.
+
+    Raises:
+        AdapterError: no such kind of file, a broken one, or a pickle with more than weights in it.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            return state.get("state_dict", state)
+    except READ_ERRORS as error:
+        raise AdapterError(f"{what} {str(path)!r} cannot be read: {first_line(error)}") from None
+    raise AdapterError(f"{what} {str(path)!r} must be a .safetensors, .bin, .ckpt, .pt or .pth file")
+
+
+# ControlNet
+
+
+def load_control_nets(spec: ModelSpec, paths: Mapping[str, float], dtype: torch.dtype) -> Any:
+    """One ControlNet, or a list of several, from diffusers folders. Raises AdapterError."""
+    import diffusers
+
+    cls = getattr(diffusers, spec.control_net_class or "")
+    nets = []
+    for path in paths:
+        if not (Path(path) / "config.json").is_file():
+            raise AdapterError(f"ControlNet {path!r} must be a diffusers folder with a config.json")
+        try:
+            settings = json.loads((Path(path) / "config.json").read_text())
+            found, modes = settings.get("_class_name"), settings.get("num_mode")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise AdapterError(
+                f"ControlNet {path!r}: config.json must hold a JSON object: {first_line(error)}"
+            ) from None
+        if found != spec.control_net_class:
+            raise AdapterError(
+                f"ControlNet {path!r} is a {found}; type {spec.name} takes {spec.control_net_class}"
+            )
+        if modes:
+            raise AdapterError(
+                f"ControlNet {path!r} is a union of {modes} kinds of control, and no request can tell which "
+                "one it means; use one of a single kind"
+            )
+        try:
+            nets.append(cls.from_pretrained(path, dtype=dtype, local_files_only=True).eval())
+        except (OSError, *MISFITS) as error:
+            raise AdapterError(f"ControlNet {path!r} cannot be read: {first_line(error)}") from None
+    return nets[0] if len(nets) == 1 else nets
+
+
+def check_control_nets(pipe: Any, spec: ModelSpec) -> None:
+    """Whether the ControlNets' inner widths are the denoiser's. Raises AdapterError."""
+    denoiser = getattr(pipe, spec.denoiser)
+    for net in getattr(pipe.controlnet, "nets", [pipe.controlnet]):
+        for key in ("cross_attention_dim", "block_out_channels", "joint_attention_dim", "attention_head_dim"):
+            ours, theirs = denoiser.config.get(key), net.config.get(key)
+            if ours is not None and theirs is not None and _listed(ours) != _listed(theirs):
+                raise AdapterError(
+                    f"the ControlNet was made for another model: its {key} is {theirs}, "
+                    f"this checkpoint's is {ours}"
+                )
+
+
+def control_arguments(
+    spec: ModelSpec,
+    launch: Mapping[str, float],
+    image: Image.Image | None,
+    scale: float | None = None,
+    size: tuple[int, int] = (512, 512),
+    frames: int = 1,
+) -> dict[str, Any]:
+    """Keyword arguments of the ControlNet pipeline.
+
+    Args:
+        launch: scale per path, from --control_net.
+        image: the control image, the same for every ControlNet; None runs with scale 0.
+        scale: instead of the launch's scales.
+        size: (width, height) of the picture, pixels.
+        frames: of a video; each gets the image.
+    """
+    scales = [0.0 if image is None else given if scale is None else scale for given in launch.values()]
+    picture: Any = image or Image.new("RGB", size)
+    if spec.output == "video":
+        picture = [picture] * frames
+    several = len(launch) > 1
+    return {
+        spec.control_image_field: [picture] * len(launch) if several else picture,
+        "controlnet_conditioning_scale": scales if several else scales[0],
+    }
+
+
+# IP-Adapter
+
+
+def load_ip_adapter(pipe: Any, spec: ModelSpec, path: str, scale: float, dtype: torch.dtype) -> None:
+    """Load an IP-Adapter and the image encoder that fits it.
+
+    The encoder is looked for in `image_encoder/` beside the adapter's file, one folder up, in `models/`
+    there, and in the checkpoint.
+
+    Raises:
+        AdapterError: an unreadable file, one for another model, or no image encoder that fits.
+    """
+    file = _adapter_file(path)
+    parts = _ip_parts(read_tensors(file, "IP-Adapter"))
+    if not parts["image_proj"] or not parts["ip_adapter"]:
+        raise AdapterError(f"IP-Adapter {path!r} has no image_proj or no ip_adapter tensors")
+    if any("lora" in key for key in parts["ip_adapter"]) or (
+        "norm.weight" in parts["image_proj"] and ("proj.0.weight" in parts["image_proj"])
+    ):
+        raise AdapterError(
+            f"IP-Adapter {path!r} is a FaceID adapter, which needs a face detector; use a plain one"
+        )
+    encoder, processor = _image_encoder(pipe, spec, file, parts["image_proj"], dtype)
+    pipe.register_modules(image_encoder=encoder, feature_extractor=processor)
+    denoiser = getattr(pipe, spec.denoiser)
+    try:
+        pipe.load_ip_adapter(parts, subfolder="", weight_name="")
+    except MISFITS as error:
+        raise AdapterError(
+            f"IP-Adapter {path!r} was made for another model than this checkpoint: {first_line(error)}"
+        ) from None
+    used = sum(
+        1
+        for processor in denoiser.attn_processors.values()
+        if isinstance(processor, torch.nn.Module)
+        for _ in processor.parameters()
+    )
+    if used != len(parts["ip_adapter"]):
+        raise AdapterError(
+            f"IP-Adapter {path!r} was made for another model: it has {len(parts['ip_adapter'])} tensors, "
+            f"this checkpoint takes {used}"
+        )
+    pipe.set_ip_adapter_scale(scale)
+    log.info("IP-Adapter %s: %d tensors, scale %g", path, used, scale)
+
+
+def ip_arguments(
+    pipe: Any, launch: Mapping[str, float], image: Image.Image | None, scale: float | None = None
+) -> dict[str, Any]:
+    """Keyword arguments of a pipeline with an IP-Adapter; sets the scale on its attention processors.
+
+    Without an image the scale is 0, and a black one is given, because most pipelines fail without any.
+    """
+    given = next(iter(launch.values())) if scale is None else scale
+    pipe.set_ip_adapter_scale(0.0 if image is None else given)
+    return {"ip_adapter_image": image or Image.new("RGB", (224, 224))}
+
+
+def _adapter_file(path: str) -> Path:
+    file = Path(path)
+    if file.is_dir():
+        inside = [f for f in sorted(file.iterdir()) if f.suffix in (".safetensors", ".bin")]
+        if len(inside) != 1:
+            raise AdapterError(
+                f"IP-Adapter folder {path!r} must hold one weight file, got {len(inside)}; name the file"
+            )
+        return inside[0]
+    return file
+
+
+def _ip_parts(tensors: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """The projection's and the attention layers' tensors, in the naming that diffusers reads."""
+    if isinstance(tensors.get("image_proj"), dict):
+        return {"image_proj": dict(tensors["image_proj"]), "ip_adapter": dict(tensors.get("ip_adapter", {}))}
+    parts: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in tensors.items():
+        head, _, rest = key.partition(".")
+        if head in ("image_proj", "ip_adapter_proj_model"):
+            parts["image_proj"][rest] = value
+        elif head in ("ip_adapter", "double_blocks"):
+            rest = rest.replace("processor.ip_adapter_double_stream_", "")
+            rest = rest.replace("k_proj", "to_k_ip").replace("v_proj", "to_v_ip")
+            parts["ip_adapter"][rest] = value
+    return parts
+
+
+# What reads the image encoder's output in each kind of adapter that diffusers loads; plain ones read its
+# projected output, the others its hidden states: Plus (a resampler), full-face (an MLP), SD3's resampler.
+IP_FORMS = {"proj.weight": True, "proj.3.weight": False, "proj_in.weight": False}
+FACE_WIDTH = 512  # of the face recognition's embeddings, which InstantID and FaceID read
+
+
+def _projected_width(file: Path, projection: Mapping[str, torch.Tensor]) -> tuple[int, bool]:
+    """The width that an adapter reads from the image encoder, and whether it is the projected output's."""
+    form = next((key for key in IP_FORMS if key in projection), None)
+    first = projection.get("proj.0.weight" if form == "proj.3.weight" else form or "")
+    if form is None or first is None or first.ndim != 2:
+        raise AdapterError(
+            f"IP-Adapter {str(file)!r} is of no known kind (plain, Plus, full-face): its image_proj holds "
+            f"{', '.join(sorted(projection)[:4])}"
+        )
+    if form == "proj_in.weight" and first.shape[1] == FACE_WIDTH:
+        raise AdapterError(
+            f"IP-Adapter {str(file)!r} reads the embeddings of a face detector (InstantID); use a plain one"
+        )
+    return first.shape[1], IP_FORMS[form]
+
+
+def _image_encoder(
+    pipe: Any, spec: ModelSpec, file: Path, projection: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> tuple[Any, Any]:
+    import transformers
+
+    wanted, plain = _projected_width(file, projection)
+    classes = {
+        "clip": (transformers.CLIPVisionModelWithProjection, transformers.CLIPImageProcessor),
+        "siglip": (transformers.SiglipVisionModel, transformers.SiglipImageProcessor),
+    }
+    model_class, processor_class = classes[spec.ip_adapter_encoder or "clip"]
+    found = []
+    places = [file.parent, file.parent.parent, file.parent.parent / "models"]
+    for folder in [place / "image_encoder" for place in places]:
+        if (folder / "config.json").is_file():
+            config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+            width = config.projection_dim if plain else config.hidden_size
+            found.append(f"{folder} ({width})")
+            if width == wanted:
+                model = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+                return model, _processor(processor_class, folder, config.image_size)
+    present = getattr(pipe, "image_encoder", None)
+    if present is not None:
+        width = present.config.projection_dim if plain else present.config.hidden_size
+        found.append(f"the checkpoint ({width})")
+        if width == wanted:
+            processor = getattr(pipe, "feature_extractor", None)
+            return present, processor or _processor(processor_class, None, present.config.image_size)
+    raise AdapterError(
+        f"IP-Adapter {str(file)!r} needs an image encoder of width {wanted} in a folder image_encoder "
+        f"beside it; found {', '.join(found) or 'none'}"
+    )
+
+
+def _processor(cls: Any, folder: Path | None, size: int) -> Any:
+    if folder is not None and (folder / "preprocessor_config.json").is_file():
+        return cls.from_pretrained(folder, local_files_only=True)
+    if "Siglip" in cls.__name__:
+        return cls(size={"height": size, "width": size})
+    return cls(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+# Motion modules
+
+
+def load_motion_adapter(path: str, dtype: torch.dtype) -> Any:
+    """A MotionAdapter from a diffusers folder or from one file in its authors' naming.
+
+    A file's sizes are read from its tensors; what tensors cannot tell (attention heads, norm groups) is what
+    all published modules have, unless a folder of the file's name beside it holds a config.json.
+    Raises AdapterError.
+    """
+    from diffusers import MotionAdapter
+    from diffusers.loaders.single_file_utils import convert_animatediff_checkpoint_to_diffusers
+
+    if Path(path).is_dir():
+        try:
+            return MotionAdapter.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+        except (OSError, *MISFITS) as error:
+            raise AdapterError(f"motion adapter {path!r} cannot be read: {first_line(error)}") from None
+    tensors = {key.removeprefix("module."): t for key, t in read_tensors(path, "motion module").items()}
+    tensors = {key: t for key, t in tensors.items() if "motion_modules" in key}
+    if not tensors:
+        raise AdapterError(f"motion module {path!r} has no motion_modules tensors")
+    config_file = Path(path).with_suffix("") / "config.json"
+    config = json.loads(config_file.read_text()) if config_file.is_file() else _motion_config(tensors)
+    adapter = MotionAdapter.from_config(config)
+    state = convert_animatediff_checkpoint_to_diffusers(tensors)
+    state = {k: v for k, v in state.items() if not k.endswith("pos_embed.pe")}
+    needed = {k for k in adapter.state_dict() if not k.endswith("pos_embed.pe")}
+    if needed ^ set(state):
+        raise AdapterError(
+            f"motion module {path!r} does not fit: {len(needed - set(state))} tensors missing, "
+            f"{len(set(state) - needed)} unknown"
+        )
+    try:
+        adapter.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise AdapterError(f"motion module {path!r} does not fit: {first_line(error)}") from None
+    return adapter.to(dtype).eval()
+
+
+def _motion_config(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    norm = "motion_modules.0.temporal_transformer.norm.weight"
+    levels = sum(f"down_blocks.{i}.{norm}" in tensors for i in range(8))
+    position = next((t for key, t in tensors.items() if key.endswith("pos_encoder.pe")), None)
+    return {
+        "block_out_channels": [tensors[f"down_blocks.{i}.{norm}"].shape[0] for i in range(levels)],
+        "motion_layers_per_block": sum(
+            f"down_blocks.0.motion_modules.{i}.temporal_transformer.norm.weight" in tensors for i in range(8)
+        ),
+        "motion_max_seq_length": 32 if position is None else position.shape[1],
+        "use_motion_mid_block": any(key.startswith("mid_block.") for key in tensors),
+    }
+
+
+def put_motion_adapter(pipe: Any, adapter: Any) -> None:
+    """Give the pipeline's motion UNet the adapter's weights: its constructor does so only for plain UNets."""
+    try:
+        pipe.unet.load_motion_modules(adapter)
+    except MISFITS as error:
+        raise AdapterError(f"the motion adapter does not fit this checkpoint: {first_line(error)}") from None
+    pipe.register_modules(motion_adapter=adapter)
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value

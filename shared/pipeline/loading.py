@@ -1,0 +1,383 @@
+"""A launch's configuration -> a diffusers pipeline on this rank's device, with every feature on it.
+
+Order matters: what renames keys or replaces layers (LoRA, IP-Adapter, quantization) comes before what holds
+on to a module's forward (compile, offload), and parallel surgery comes after all of it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from shared.launch.config import HostConfig, LoadError, UsageError, first_line, world_from_environment
+from shared.models import MODELS, OTHER_PIPELINES, ModelSpec
+from shared.pipeline import adapters, memory, quantize
+from shared.pipeline.arguments import INPAINT_CHANNELS
+from shared.pipeline.compile import compile_pipeline
+from shared.pipeline.lora import LoraError, check_lora, loras_of
+from shared.pipeline.schedulers import SchedulerError, make_scheduler, set_scheduler
+from shared.pipeline.single_file import BROKEN, CONFIGS, config_folder, load_single_file, pick_variant
+from shared.pipeline.single_file_schedule import schedule_of
+from shared.pipeline.weights_file import (
+    SingleFileError,
+    check_kind,
+    input_channels,
+    other_inputs,
+    read_header,
+    read_weights,
+    scale_names,
+)
+
+log = logging.getLogger("host")
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+OUR_ERRORS = (
+    adapters.AdapterError, LoraError, memory.MemoryFlagError, quantize.QuantizeError, SchedulerError,
+    SingleFileError,
+)  # fmt: skip
+
+
+def load_pipeline(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool = False) -> Any:
+    """Load the checkpoint and put every feature of the launch on it. Reads local files only.
+
+    Args:
+        device: this rank's; where the pipeline ends unless it is offloaded.
+        quiet: show no progress bars.
+
+    Returns:
+        a diffusers pipeline; its `lora_set` is the shared.pipeline.lora.LoraSet.
+
+    Raises:
+        UsageError: what this device cannot do, before any weight is read.
+        LoadError: whatever of it is broken, missing, or made for another model.
+    """
+    check_environment(config, device)
+    try:
+        pipe = _load(spec, config, device, quiet)
+    except OUR_ERRORS as error:
+        raise LoadError(str(error)) from error
+    return pipe
+
+
+def check_environment(config: HostConfig, device: torch.device) -> None:
+    """What must hold before any weight is read, beyond shared.launch.config's checks. Raises UsageError."""
+    try:
+        memory.check_memory_flags(config, device)
+    except memory.MemoryFlagError as error:
+        raise UsageError(str(error)) from None
+    _check_compile(config)
+    _check_scheduler(config)
+    for flag in ("lora", "motion_adapter_lora"):
+        for path in getattr(config, flag) or {}:
+            try:
+                check_lora(path)
+            except LoraError as error:
+                raise UsageError(f"--{flag}: {error}") from None
+
+
+def _check_compile(config: HostConfig) -> None:
+    """What torch.compile would refuse at the first request, or not at all."""
+    if not (config.compile_unet or config.compile_vae or config.compile_text_encoder):
+        return
+    import torch._dynamo
+    import torch._inductor
+
+    backend, options = config.compile_backend or "inductor", config.compile_options or {}
+    backends = [name for name in torch._dynamo.list_backends(None) if "TESTING_ONLY" not in name]
+    if backend not in backends:
+        raise UsageError(f"--compile_backend: must be one of {', '.join(backends)}; got {backend!r}")
+    if backend != "inductor":
+        return
+    known = torch._inductor.list_options()
+    for key in options:
+        if key.replace("-", "_") not in known:
+            near = ", ".join(difflib.get_close_matches(key, known)) or "torch._inductor.list_options()"
+            raise UsageError(f"--compile_options: inductor has no option {key!r}; see {near}")
+    try:
+        torch._TorchCompileInductorWrapper(None, options, None)
+    except RuntimeError as error:
+        raise UsageError(f"--compile_options: {first_line(error)}") from None
+
+
+def _check_scheduler(config: HostConfig) -> None:
+    """Make the scheduler that --scheduler asks for, out of the checkpoint's settings."""
+    if config.scheduler is None:
+        return
+    checkpoint = Path(config.checkpoint)
+    try:
+        if checkpoint.is_file():
+            folder = config_folder(config.spec, checkpoint, "scheduler")
+            shipped = CONFIGS in folder.parents
+            settings = schedule_of(read_header(checkpoint), config.spec, folder, shipped)
+        else:
+            settings = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())
+    except BROKEN:
+        settings = None
+    # What is wrong with the file itself, loading tells.
+    current = SimpleNamespace(config=settings if isinstance(settings, dict) else {})
+    try:
+        make_scheduler(current, config.spec, config.scheduler)
+    except SchedulerError as error:
+        raise UsageError(f"--scheduler: {error}") from None
+
+
+def compute_dtype(config: HostConfig, device: torch.device) -> torch.dtype:
+    """--variant's dtype; by default fp16 on GPUs and fp32 on CPUs."""
+    return DTYPES[config.variant or ("fp32" if device.type == "cpu" else "fp16")]
+
+
+def _load(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool) -> Any:
+    import diffusers
+    import transformers
+
+    if quiet:
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    parallel = world_from_environment()[1] > 1
+    dtype = compute_dtype(config, device)
+    pipe = _load_components(spec, config, dtype)
+    _check_tokenizers(pipe, spec, config)
+    if quiet:
+        pipe.set_progress_bar_config(disable=True)
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.eval().requires_grad_(False)
+    if config.control_net:
+        adapters.check_control_nets(pipe, spec)
+    set_scheduler(pipe, spec, config.scheduler)
+    _load_loras(pipe, spec, config)
+    if config.ip_adapter:
+        for path, scale in config.ip_adapter.items():
+            adapters.load_ip_adapter(pipe, spec, path, scale, dtype)
+    if config.quantize_to:
+        stays = torch.device("cpu") if config.offloads else device
+        quantize.quantize_pipeline(pipe, spec, config.quantize_to, stays)
+    memory.apply_xformers(pipe, config)
+    memory.apply_vae_flags(pipe, config)
+    if config.compile_unet and device.type == "cuda" and not config.quantize_to:
+        # Compiled convolutions are fastest in this layout: 15 % of an SDXL step on an H200.
+        getattr(pipe, spec.denoiser).to(memory_format=torch.channels_last)
+    pipefused = (config.pipefusion_parallel_degree or 1) > 1
+    # PipeFusion works inside of blocks; every other method runs whole ones.
+    compile_pipeline(pipe, spec, config, whole_blocks=not (parallel and pipefused))
+    memory.place(pipe, spec, config, device, parallel and (config.backend != "xdit" or pipefused))
+    used = memory.memory_report(device)
+    log.info("loaded %s in %s, %.1f MB in use on %s", spec.name, dtype, used["allocated"] / 1e6, device)
+    return pipe
+
+
+def _load_loras(pipe: Any, spec: ModelSpec, config: HostConfig) -> None:
+    loras = loras_of(pipe, spec)
+    for path, scale in {**(config.lora or {}), **(config.motion_adapter_lora or {})}.items():
+        loras.add(path, scale)
+    flags = ("quantize_to", "compile_unet", "compile_text_encoder")
+    reason = next((f"--{flag}" for flag in flags if getattr(config, flag)), None)
+    if config.backend == "distrifuser" and config.parallelism == "tensor":
+        reason = reason or "--parallelism=tensor"
+    for flag in ("pipefusion_parallel_degree", "tensor_parallel_degree"):
+        if (getattr(config, flag) or 1) > 1:
+            reason = reason or f"--{flag}"
+    if reason and config.gguf_model:
+        loras.freeze(f"no LoRA can be added, removed or scaled under {reason}")
+    elif reason:
+        loras.fuse(reason)
+        loras.freeze(f"no LoRA can be added, removed or scaled: the weights are fixed by {reason}")
+    for flag in ("enable_sequential_cpu_offload", "enable_group_offload"):
+        if getattr(config, flag):
+            loras.fixed = f"no LoRA can be added or removed: layers come and go one by one under --{flag}"
+
+
+def _check_tokenizers(pipe: Any, spec: ModelSpec, config: HostConfig) -> None:
+    """Transformers makes one that knows no word where the vocabulary is missing, and says nothing."""
+    for name in spec.tokenizers:
+        tokenizer = getattr(pipe, name, None)
+        # T5's empty one has one piece beside the special ones, for a space.
+        if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
+            raise LoadError(
+                f"--checkpoint {config.checkpoint!r}: {name} has no vocabulary; its folder must hold "
+                "tokenizer.json or what the tokenizer was made from"
+            )
+
+
+def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) -> Any:
+    """The pipeline of the checkpoint and of what replaces or joins its components."""
+    import diffusers
+
+    cls = getattr(diffusers, (config.control_net and spec.control_net_pipeline) or spec.pipeline)
+    checkpoint = Path(config.checkpoint)
+    single = checkpoint.is_file()
+    folder = _configuration(spec, checkpoint) if single else checkpoint
+    index = _read_index(folder)
+    header = read_header(checkpoint) if single else None
+    if header is not None:
+        check_kind(header, spec)
+        inputs = input_channels(header, spec)
+    else:
+        _check_index(spec, index, folder)
+        inputs = _input_channels(folder / spec.denoiser)
+        _check_inputs(spec, folder, inputs)
+        _check_scales(folder)
+    if spec.inpaint_pipeline and inputs == INPAINT_CHANNELS:
+        if config.control_net:
+            raise LoadError(
+                "--control_net: not with an inpainting checkpoint, whose UNet has 9 input channels"
+            )
+        cls = getattr(diffusers, spec.inpaint_pipeline)
+    parts: dict[str, Any] = {}
+    if config.vae:
+        parts["vae"] = load_vae(config.vae, index, folder, dtype)
+    if config.control_net:
+        parts["controlnet"] = adapters.load_control_nets(spec, config.control_net, dtype)
+    if config.gguf_model:
+        denoiser_class = getattr(diffusers, index[spec.denoiser][1])
+        parts[spec.denoiser] = quantize.load_gguf(config.gguf_model, spec, denoiser_class, folder, dtype)
+    motion = config.motion_adapter or config.motion_module
+    takes_motion = "motion_adapter" in inspect.signature(cls.__init__).parameters
+    if takes_motion and motion:
+        parts["motion_adapter"] = adapters.load_motion_adapter(motion, dtype)
+    elif takes_motion and not index.get("motion_adapter", [None])[0]:
+        raise LoadError(
+            f"type {spec.name} with a checkpoint that has no motion adapter of its own needs "
+            "--motion_adapter or --motion_module; got neither"
+        )
+    log.info("loading %s from %s", cls.__name__, config.checkpoint)
+    if header is not None:
+        return load_single_file(cls, spec, header, index, parts, dtype)
+    pipe = _from_folder(cls, checkpoint, parts, config, dtype)
+    if "motion_adapter" in parts and index[spec.denoiser][1] == type(pipe.unet).__name__:
+        adapters.put_motion_adapter(pipe, parts["motion_adapter"])
+    return pipe
+
+
+def _from_folder(
+    cls: Any, folder: Path, parts: dict[str, Any], config: HostConfig, dtype: torch.dtype
+) -> Any:
+    accepted = inspect.signature(cls.__init__).parameters
+    for name, value in (("safety_checker", None), ("requires_safety_checker", False)):
+        if name in accepted:
+            parts = {**parts, name: value}
+    variant = pick_variant([f.name for f in folder.glob("*/*")], config.variant)
+    try:
+        return cls.from_pretrained(folder, variant=variant, dtype=dtype, local_files_only=True, **parts)
+    except BROKEN as error:
+        raise LoadError(f"--checkpoint {str(folder)!r} cannot be loaded: {first_line(error)}") from error
+
+
+def load_vae(path: str, index: dict[str, Any], config: Path, dtype: torch.dtype) -> Any:
+    """A VAE from a diffusers folder (with or without a `vae` folder inside) or a single file.
+
+    Args:
+        index: the checkpoint's model_index.json, which names the class.
+        config: folder with the VAE's configuration in `vae`, for a single file.
+
+    Raises:
+        LoadError: unreadable, or with another number of latent channels than the checkpoint's.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, index["vae"][1])
+    place = Path(path)
+    try:
+        if place.is_file():
+            settings = {"config": str(config), "subfolder": "vae"}
+            pickled = place.suffix in (".bin", ".ckpt", ".pt", ".pth")
+            tensors = (
+                adapters.read_tensors(place, "--vae") if pickled else read_weights(place, dtype, "--vae")
+            )
+            vae = cls.from_single_file(tensors, dtype=dtype, local_files_only=True, **settings)
+        else:
+            place = place / "vae" if (place / "vae" / "config.json").is_file() else place
+            variant = pick_variant([f.name for f in place.iterdir()], None)
+            vae = cls.from_pretrained(place, variant=variant, dtype=dtype, local_files_only=True)
+    except BROKEN as error:
+        raise LoadError(f"--vae {path!r} cannot be loaded as {cls.__name__}: {first_line(error)}") from error
+    expected = json.loads((config / "vae" / "config.json").read_text()).get("latent_channels")
+    if vae.config.latent_channels != expected:
+        raise LoadError(
+            f"--vae {path!r} has {vae.config.latent_channels} latent channels, "
+            f"the checkpoint's has {expected}"
+        )
+    return vae
+
+
+def _configuration(spec: ModelSpec, file: Path) -> Path:
+    """Whose model_index.json a single file has: of a folder of its name beside it, else of its type."""
+    beside = file.with_suffix("")
+    if (beside / "model_index.json").is_file():
+        return beside
+    if spec.single_file_config is None:
+        raise LoadError(f"type {spec.name} loads from a diffusers folder only; got the file {str(file)!r}")
+    return CONFIGS / spec.single_file_config
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError) as error:
+        raise LoadError(f"--checkpoint {str(folder)!r}: no model_index.json: {first_line(error)}") from None
+    if not isinstance(index, dict):
+        raise LoadError(f"--checkpoint {str(folder)!r}: model_index.json must hold an object")
+    return index
+
+
+def _input_channels(denoiser: Path) -> int | None:
+    try:
+        return json.loads((denoiser / "config.json").read_text()).get("in_channels")
+    except (OSError, ValueError):
+        return None
+
+
+def _check_inputs(spec: ModelSpec, folder: Path, inputs: int | None) -> None:
+    """A denoiser of other inputs fails in its first call, if at all: say what it is now."""
+    try:
+        latent = json.loads((folder / "vae" / "config.json").read_text())["latent_channels"]
+    except (OSError, ValueError, KeyError):
+        return  # loading says what is wrong with it
+    if spec.image == "needed" or inputs is None or spec.single_file_config is None:
+        return
+    expected = latent * (4 if spec.latent_layout == "packed" else 1)
+    if inputs != expected and not (spec.inpaint_pipeline and inputs == INPAINT_CHANNELS):
+        raise LoadError(f"--checkpoint {str(folder)!r} {other_inputs(spec, inputs, expected)}")
+
+
+def _check_scales(folder: Path) -> None:
+    """Diffusers would leave the scales of weights out, without a word."""
+    for file in sorted(folder.glob("*/*.safetensors")):
+        try:
+            scales = scale_names(list(read_header(file).shapes))
+        except SingleFileError:
+            continue  # loading says so
+        if scales:
+            raise LoadError(
+                f"--checkpoint {str(folder)!r}: {file.name} of {file.parent.name} has scaled weights "
+                f"(key {scales[0]!r}), which only a single file may have"
+            )
+
+
+def _check_index(spec: ModelSpec, index: dict[str, Any], folder: Path) -> None:
+    """A checkpoint of another type loads in part and fails later, or not at all: say it now."""
+    name = index.get("_class_name")
+    if what := OTHER_PIPELINES.get(str(name)):
+        raise LoadError(f"--checkpoint {str(folder)!r} is {what} ({name}), which type {spec.name} is not")
+    if spec.name == "sdxl" and index.get("requires_aesthetics_score"):
+        raise LoadError(f"--checkpoint {str(folder)!r} is the SDXL refiner, which no type here loads")
+    owners = [s for s in MODELS.values() if name in (s.pipeline, s.inpaint_pipeline)]
+    kin = [s for s in owners if s.single_file_config == spec.single_file_config and s.output == "image"]
+    if owners and spec not in owners and not (kin and spec.single_file_config):
+        raise LoadError(
+            f"--checkpoint {str(folder)!r} is a {name}, so of type {' or '.join(s.name for s in owners)}; "
+            f"got --type={spec.name}"
+        )
+    present = {key for key, value in index.items() if isinstance(value, list) and value and value[0]}
+    encoders = {key for key in present if key.startswith("text_encoder")}
+    wrong = [spec.denoiser] if spec.denoiser not in present else sorted(encoders - set(spec.text_encoders))
+    if wrong:
+        has = ", ".join(sorted(present))
+        raise LoadError(f"--checkpoint {str(folder)!r} is not of type {spec.name} ({wrong[0]}); it has {has}")

@@ -1,0 +1,203 @@
+"""Prompts of any length and weight for CLIP's text encoders: in chunks of 75 tokens, as A1111 does.
+
+And what the other encoders cut is told, never cut in silence.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from shared.api.a1111_prompts import Chunk, parse, plain
+from shared.api.warned import warn
+from shared.models import MODELS, ModelSpec
+
+SHOWN = 160  # characters of what was cut
+
+
+def words_of(pipe: Any, prompt: str, tokenizer: Any) -> str:
+    """The prompt with its textual inversions as their tokens."""
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    return prompt if convert is None else convert(prompt, tokenizer)
+
+
+def tokens_of(pipe: Any, prompt: str, tokenizer: Any) -> list[int]:
+    """All its tokens, with those that the tokenizer adds at the ends."""
+    return tokenizer(words_of(pipe, prompt, tokenizer), truncation=False, verbose=False).input_ids
+
+
+def named_arguments(encode: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an `encode_prompt`, by name, with defaults."""
+    call = inspect.signature(encode).bind(*args, **kwargs)
+    call.apply_defaults()
+    values = dict(call.arguments)
+    return values | values.pop("kwargs", {})
+
+
+def fit(pipe: Any, spec: ModelSpec, values: dict[str, Any], negative: str | None) -> None:
+    """Let an `encode_prompt` read as much as its models can, and warn of what they cut.
+
+    Args:
+        values: its arguments by name; changed.
+        negative: the request's negative prompt, to name the right field.
+    """
+    for key in ("prompt", "negative_prompt"):
+        text = values.get(key)
+        if not isinstance(text, str):
+            continue
+        field = "negative" if key == "negative_prompt" or text == negative else "positive"
+        index = values.get("text_encoder_index")
+        pairs = list(zip(spec.tokenizers, spec.text_encoders, strict=True))
+        for name, encoder in pairs if index is None else [pairs[index]]:
+            tokenizer = getattr(pipe, name, None)
+            if tokenizer is None or getattr(pipe, encoder, None) is None:
+                continue
+            tokens = tokens_of(pipe, text, tokenizer)
+            limit = _limit(spec, tokenizer, values, len(tokens))
+            if len(tokens) > limit:
+                cut = tokenizer.decode(tokens[limit - 1 : -1])
+                shown = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}..."
+                warn(f"{field}: {name} reads {limit} of {len(tokens)} tokens; not read: {shown!r}")
+
+
+def _limit(spec: ModelSpec, tokenizer: Any, values: dict[str, Any], count: int) -> int:
+    """How many tokens are read; what T5 may read of more is raised where the model knows more."""
+    if "CLIP" in type(tokenizer).__name__ or values.get("max_sequence_length") is None:
+        return tokenizer.model_max_length
+    usual = values["max_sequence_length"]
+    if count > usual and spec.most_tokens > usual:
+        values["max_sequence_length"] = spec.most_tokens
+    return values["max_sequence_length"]
+
+
+def is_long(pipe: Any, spec: ModelSpec, text: str | None) -> bool:
+    """Whether some of its encoders would cut it."""
+    tokenizers = [t for name in spec.tokenizers if (t := getattr(pipe, name, None)) is not None]
+    return bool(text) and any(len(tokens_of(pipe, text or "", t)) > t.model_max_length for t in tokenizers)
+
+
+def chunks_of(text: str, notation: str | None) -> list[Chunk]:
+    """A prompt's parts; without a notation all of it weighs 1."""
+    return parse(text) if notation == "a1111" else [[(text, 1.0)]]
+
+
+def encode_chunks(pipe: Any, spec: ModelSpec, values: dict[str, Any], notation: str | None) -> None:
+    """Replace both prompts of an `encode_prompt` by embeddings, padded to one length.
+
+    Args:
+        values: its arguments by name; changed.
+    """
+    guided = values.get("do_classifier_free_guidance", True)
+    zeros = values.get("negative_prompt") is None and pipe.config.get("force_zeros_for_empty_prompt", False)
+    given = {s: t for s in ("", "negative_") if (t := values.get(f"{s}prompt_embeds")) is not None}
+    sides = [s for s in ("", "negative_") if s not in given and (not s or (guided and not zeros))]
+    texts = [values.get(f"{side}prompt") or "" for side in sides]
+    tokenized = [[_token_chunks(pipe, t, chunks_of(text, notation)) for t in _present(pipe, spec.tokenizers)]
+                 for text in texts]  # fmt: skip
+    least = [-(-tensor.shape[1] // 77) for tensor in given.values()]
+    length = max(*least, *(len(chunks) for side in tokenized for chunks in side), 1)
+    for side, encoders in zip(sides, tokenized, strict=True):
+        # As diffusers does, skipped layers are those of the positive prompt alone.
+        skip = None if side else values.get("clip_skip")
+        embeds, pooled = _encode(pipe, spec, encoders, length, skip)
+        values[f"{side}prompt_embeds"] = embeds
+        if spec.pooled_embeds:
+            values[f"{side}pooled_prompt_embeds"] = pooled
+    for side, tensor in given.items():
+        if tensor.shape[1] != length * 77:
+            name = "negative_embeds" if side else "positive_embeds"
+            raise ValueError(
+                f"{name}: must hold {length * 77} tokens beside this prompt, got {tensor.shape[1]}"
+            )
+
+
+def _present(pipe: Any, names: tuple[str, ...]) -> list[Any]:
+    return [module for name in names if (module := getattr(pipe, name, None)) is not None]
+
+
+def _token_chunks(pipe: Any, tokenizer: Any, parts: list[Chunk]) -> list[list[tuple[int, float]]]:
+    """Tokens with weights, in chunks of as many as fit between the two at the ends."""
+    size = tokenizer.model_max_length - 2
+    chunks = []
+    for part in parts:
+        tokens: list[tuple[int, float]] = []
+        for words, weight in part:
+            ids = tokens_of(pipe, words, tokenizer)[1:-1]
+            tokens += [(token, weight) for token in ids]
+        chunks += [tokens[start : start + size] for start in range(0, max(len(tokens), 1), size)]
+    return chunks
+
+
+@torch.no_grad()
+def _encode(
+    pipe: Any, spec: ModelSpec, tokenized: list[list[list[tuple[int, float]]]], length: int, skip: int | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings of all chunks one after the other, and the pooled one of the first."""
+    found, pooled = [], None
+    encoders, tokenizers = _present(pipe, spec.text_encoders), _present(pipe, spec.tokenizers)
+    for encoder, tokenizer, chunks in zip(encoders, tokenizers, tokenized, strict=True):
+        rows = []
+        for number in range(length):
+            chunk = chunks[number] if number < len(chunks) else []
+            made, of_chunk = _encode_chunk(pipe, spec, encoder, tokenizer, chunk, skip)
+            rows.append(made)
+            if number == 0 and of_chunk.ndim == 2:
+                pooled = of_chunk
+        found.append(torch.cat(rows, dim=1))
+    return torch.cat(found, dim=-1), pooled
+
+
+def _encode_chunk(
+    pipe: Any, spec: ModelSpec, encoder: Any, tokenizer: Any, chunk: list[tuple[int, float]], skip: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One chunk, called as the pipeline calls the encoder, so that a captured one is replayed."""
+    size = tokenizer.model_max_length
+    ids = [tokenizer.bos_token_id, *(token for token, _ in chunk), tokenizer.eos_token_id]
+    padded = torch.tensor([ids + [tokenizer.pad_token_id] * (size - len(ids))], device=pipe._execution_device)
+    if spec.pooled_embeds:
+        output = encoder(padded, output_hidden_states=True)
+        made = output.hidden_states[-2 - (skip or 0)]
+    else:
+        mask = None
+        if getattr(encoder.config, "use_attention_mask", False):
+            mask = (torch.arange(size, device=padded.device) < len(ids)).long()[None]
+        more = {"output_hidden_states": True} if skip else {}
+        output = encoder(padded, attention_mask=mask, **more)
+        made = output[0]
+        if skip:
+            made = encoder.text_model.final_layer_norm(output[-1][-(skip + 1)])
+    weights = [1.0, *(weight for _, weight in chunk)]
+    if any(weight != 1 for weight in weights):
+        factors = torch.tensor(weights + [1.0] * (size - len(weights)), dtype=made.dtype, device=made.device)
+        before = made.float().mean()
+        made = made * factors[None, :, None]
+        # As A1111 does; but the ratio of two means near zero says nothing.
+        ratio = float(before / made.float().mean())
+        made = made * ratio if 0.5 < ratio < 2 else made
+    return made, output[0]
+
+
+def take_notation(values: dict[str, Any], weighs: bool) -> bool:
+    """Prompts in A1111's notation as their words alone, with a warning where the encoders carry no weights.
+
+    Returns:
+        Whether there is something to weigh or to break, and `weighs`; the prompts are left as they are then.
+    """
+    texts = {key: text for key in ("prompt", "negative_prompt") if isinstance(text := values.get(key), str)}
+    words = {key: plain(text) for key, text in texts.items()}
+    noted = [key for key, (_, left_out) in words.items() if left_out]
+    if noted and weighs:
+        return True
+    values |= {key: text for key, (text, _) in words.items()}
+    if noted:
+        warn("prompt: this type's text encoders carry no weights and no BREAK; they were left out")
+    return False
+
+
+def read_all(encode: Callable[..., Any], pipe: Any, type: str, notation: str | None, /, **values: Any) -> Any:
+    """An `encode_prompt` that reads all of its prompts, in chunks."""
+    encode_chunks(pipe, MODELS[type], values, notation)
+    return encode(**values)

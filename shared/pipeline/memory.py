@@ -1,0 +1,196 @@
+"""Memory: VAE tiling and slicing, CPU offload, xformers, and what each rank reports."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import logging
+import resource
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import torch
+from accelerate.hooks import CpuOffload, add_hook_to_module
+from torch import nn
+
+from shared.launch.config import HostConfig, first_line
+from shared.models import ModelSpec
+
+log = logging.getLogger("host")
+
+WHOLE = ("MultiheadAttention", "HunyuanDiTAttentionPool")
+"""Classes that read the weights of layers inside them, without calling those: they come over in one piece."""
+OFFLOADS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
+
+
+class MemoryFlagError(ValueError):
+    """A memory flag that cannot work here; the sentence says why."""
+
+
+def check_memory_flags(config: HostConfig, device: torch.device) -> None:
+    """Refuse, before any weight is read, what this machine cannot do. Raises MemoryFlagError."""
+    for flag in OFFLOADS:
+        if getattr(config, flag) and device.type == "cpu":
+            raise MemoryFlagError(f"--{flag}: offloads from a GPU, and this rank computes on the CPU")
+    if config.xformers_efficient:
+        if device.type == "cpu":
+            raise MemoryFlagError(
+                "--xformers_efficient: xformers computes on GPUs only; CPUs use PyTorch's own attention"
+            )
+        if importlib.util.find_spec("xformers") is None:
+            raise MemoryFlagError(
+                "--xformers_efficient: the xformers package is not installed; without the flag PyTorch's own "
+                "attention is used, which is as fast"
+            )
+
+
+def apply_vae_flags(pipe: Any, config: HostConfig) -> None:
+    """Tiled and sliced decoding. Raises MemoryFlagError where the VAE has no such thing."""
+    for flag, method in (("enable_vae_tiling", "enable_tiling"), ("enable_vae_slicing", "enable_slicing")):
+        if getattr(config, flag):
+            try:
+                getattr(pipe.vae, method)()
+            except (AttributeError, NotImplementedError):
+                raise MemoryFlagError(f"--{flag}: {type(pipe.vae).__name__} has no {method}") from None
+
+
+def apply_xformers(pipe: Any, config: HostConfig) -> None:
+    """Attention of the xformers package. Raises MemoryFlagError where it does not load or fit the model."""
+    if not config.xformers_efficient:
+        return
+    try:
+        pipe.enable_xformers_memory_efficient_attention()
+    except (
+        ImportError,
+        ModuleNotFoundError,
+        ValueError,
+        NotImplementedError,
+        OSError,
+        RuntimeError,
+    ) as error:
+        raise MemoryFlagError(f"--xformers_efficient: {first_line(error)}") from None
+    log.info("xformers attention; PyTorch's own is as fast on GPUs since 2.2")
+
+
+def place(pipe: Any, spec: ModelSpec, config: HostConfig, device: torch.device, parallel: bool) -> None:
+    """Move the pipeline to this rank's device, or put it under the offload that was asked for.
+
+    Args:
+        parallel: the denoiser is going to run in parts, so that no call of the whole of it can bring it over:
+            model offload then keeps it on the device and offloads the rest.
+    """
+    if config.enable_model_cpu_offload:
+        _offload_models(pipe, device, (spec.denoiser, "controlnet") if parallel else ())
+    elif config.enable_sequential_cpu_offload:
+        _offload_layers(pipe, device)
+    elif config.enable_group_offload:
+        try:
+            _offload_groups(pipe, spec, device)
+        except ValueError as error:
+            raise MemoryFlagError(f"--enable_group_offload: {first_line(error)}") from None
+    else:
+        pipe.to(device)
+
+
+class KeptOffload(CpuOffload):
+    """accelerate's hook, less the copy back (9 GB for a T5-XXL): weights do not change on the device."""
+
+    _kept: Sequence[tuple[nn.Parameter, torch.Tensor]] = ()
+    """Weights that are on the device, and what they are on the CPU."""
+
+    def init_hook(self, module: nn.Module) -> nn.Module:
+        for weight, kept in self._kept:
+            if weight.dtype == kept.dtype:  # a VAE may come as float32 and go as float16
+                weight.data = kept
+        self._kept = ()
+        return super().init_hook(module)  # brings back the rest: buffers, quantized weights
+
+    @torch.compiler.disable
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if next(module.parameters()).device != self.execution_device:
+            self._kept = [
+                (weight, weight.data) for weight in module.parameters() if type(weight) is nn.Parameter
+            ]
+        return super().pre_forward(module, *args, **kwargs)
+
+
+def _offload_models(pipe: Any, device: torch.device, stay: tuple[str, ...]) -> None:
+    """A model is brought over when it is called, and goes when the next one is or the pipeline ends."""
+    if stay:
+        log.info("model offload: %s stays on the device, because it runs in parts", stay[0])
+    order = [name for name in pipe.model_cpu_offload_seq.split("->") if name not in stay]
+    pipe.model_cpu_offload_seq = "->".join(order)
+    pipe._exclude_from_cpu_offload = [*pipe._exclude_from_cpu_offload, *stay]
+    pipe.enable_model_cpu_offload(gpu_id=device.index or 0, device=device.type)
+    for hook in pipe._all_hooks:
+        hook.hook = KeptOffload(hook.hook.execution_device, hook.hook.prev_module_hook)
+        add_hook_to_module(hook.model, hook.hook)
+
+    def all_go() -> None:
+        for hook in pipe._all_hooks:
+            hook.offload()
+
+    # A pipeline's own ends every call by hooking all models anew, and with their forwards throws out what a
+    # parallel method has put there.
+    pipe.maybe_free_model_hooks = all_go
+
+
+def _offload_layers(pipe: Any, device: torch.device) -> None:
+    """Every layer of every model is brought over as it is called, and nothing of it stays.
+
+    As `pipe.enable_sequential_cpu_offload` does, but for WHOLE.
+    """
+    import accelerate
+
+    for module in _models(pipe).values():
+        buffers = bool(module._parameters)
+        accelerate.cpu_offload(module, device, offload_buffers=buffers, preload_module_classes=[*WHOLE])
+
+
+def _models(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device) -> None:
+    """Every layer of every model is brought over as it is called."""
+    from diffusers.hooks import apply_group_offloading
+
+    for name, module in _models(pipe).items():
+        if any(type(part).__name__ in WHOLE for part in module.modules()):
+            log.info("group offload: %s stays on the device, because it runs in one piece", name)
+            module.to(device)
+            continue
+        # Fetching ahead on a stream learns the order of layers in the first forward and then hooks them anew,
+        # which would throw out what a parallel method has put on the denoiser; nor does that keep an order.
+        ahead = device.type == "cuda" and name not in (spec.denoiser, "controlnet")
+        how: dict[str, Any] = {
+            "onload_device": device, "offload_type": "leaf_level",
+            "use_stream": ahead, "low_cpu_mem_usage": ahead,
+        }  # fmt: skip
+        if hasattr(module, "enable_group_offload"):
+            module.enable_group_offload(**how)
+        else:
+            apply_group_offloading(module, **how)
+
+
+def freeze_heap() -> None:
+    """Free what is dead, and leave what lives out of later garbage collections.
+
+    A full one walks every object of torch, diffusers and the model: 0.3 s, in the middle of a request.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+def memory_report(device: torch.device) -> dict[str, int]:
+    """Bytes that this rank uses and has used at most: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return {
+            "allocated": torch.cuda.memory_allocated(device),
+            "peak": torch.cuda.max_memory_allocated(device),
+            "reserved": torch.cuda.memory_reserved(device),
+        }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux gives KiB
+    return {"allocated": psutil.Process().memory_info().rss, "peak": peak}

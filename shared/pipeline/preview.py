@@ -1,0 +1,172 @@
+"""What a picture looks like while it forms: latents -> a small RGB picture, by a linear projection.
+
+Latents are nearly linear in the colours of the pixels they stand for, so one matrix [channels + 1, 3] shows
+them without the VAE. It is fitted to the launch's own VAE when the host starts, so that any fine-tune's
+latent space has its true colours.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from shared.api.jobs import JobQueue
+from shared.api.requests import GenerateRequest
+from shared.models import ModelSpec
+from shared.pipeline.arguments import latent_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FIT_SIDE = 256  # pixels of the picture that the projection is fitted on
+FIT_COLOURS = 8  # random colours a side in it
+MAX_SIDE = 128  # pixels of a preview; larger latents are averaged down
+
+
+class Previewer:
+    """Shows the latents of rank 0 to those who watch; does nothing while nobody does.
+
+    On CUDA the projection is queued behind the step and its copy is fetched at a later step, so the CPU
+    never waits for it.
+
+    Args:
+        pipe: the loaded pipeline; its VAE encodes one small picture here.
+        spec: of its type.
+        queue: asks for previews and takes them.
+        device: where the pipeline computes.
+    """
+
+    def __init__(self, pipe: Any, spec: ModelSpec, queue: JobQueue, device: torch.device) -> None:
+        self.pipe = pipe
+        self.spec = spec
+        self.queue = queue
+        self.projection = fit_projection(pipe.vae, device)
+        self._request: GenerateRequest | None = None
+        self._shape: torch.Size | None = None
+        self._copy: tuple[int, torch.Tensor, torch.cuda.Event] | None = None
+
+    def begin(self, request: GenerateRequest) -> None:
+        """A generation of this request starts."""
+        self._request, self._shape, self._copy = request, None, None
+
+    def after_step(self, step: int, result: Sequence[torch.Tensor], noise: torch.Tensor) -> None:
+        """The scheduler's step `step` gave `result` for the denoiser's output `noise`."""
+        self._fetch()
+        if self._copy is not None or self._request is None or not self.queue.wants_preview():
+            return
+        if self._shape is None:
+            self._shape = latent_shape(self.pipe, self.spec, self._request)
+        latents = self._clean(result, noise)
+        if latents.shape != self._shape:
+            return  # not one whole picture
+        factor = self.pipe.vae_scale_factor
+        grid = ((self._request.height or 0) // factor, (self._request.width or 0) // factor)
+        pixels = project(picture_latents(latents, self.spec.latent_layout, grid), self.projection)
+        if pixels.device.type != "cuda":
+            self._show(step, pixels)
+            return
+        held = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+        held.copy_(pixels, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._copy = (step, held, event)
+
+    def _clean(self, result: Sequence[torch.Tensor], noise: torch.Tensor) -> torch.Tensor:
+        """The latents that the denoiser is heading for, where they can be had for nothing."""
+        latents = result[0]
+        if len(result) > 1 and result[1].shape == latents.shape:
+            return result[1]  # the scheduler's own guess of the end
+        scheduler = self.pipe.scheduler
+        if self.spec.scheduler_family in ("flow", "flow_flux") and noise.shape == latents.shape:
+            # A flow's output is noise minus picture (rectified flow, arXiv 2209.03003, section 2).
+            return latents - scheduler.sigmas[scheduler.step_index] * noise
+        return latents
+
+    def _fetch(self) -> None:
+        if self._copy is not None and self._copy[2].query():
+            step, pixels, _ = self._copy
+            self._copy = None
+            self._show(step, pixels)
+
+    def _show(self, step: int, pixels: torch.Tensor) -> None:
+        height, width, _ = pixels.shape
+        self.queue.show_preview(step, width, height, pixels.numpy().tobytes())
+
+
+@torch.no_grad()
+def fit_projection(vae: Any, device: torch.device) -> torch.Tensor:
+    """The matrix float32 [channels + 1, 3] on `device` from latents, and 1, to RGB in -1 to 1.
+
+    Least squares over one picture of random colours, in squares, that the VAE encodes.
+
+    Raises:
+        RuntimeError: what the VAE made of the picture is not finite.
+    """
+    colours = torch.rand(1, 3, FIT_COLOURS, FIT_COLOURS, generator=torch.Generator("cpu").manual_seed(0))
+    pixels = F.interpolate(colours * 2 - 1, size=FIT_SIDE, mode="nearest")
+    dtype = vae.dtype
+    # Some VAEs overflow in half precision; their pipelines upcast them in the same way to decode.
+    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    if upcast:
+        vae.to(torch.float32)
+    try:
+        encoded = vae.encode(pixels.to(device, torch.float32 if upcast else dtype)).latent_dist.mode()
+    finally:
+        if upcast:
+            vae.to(dtype)
+    z = encoded.float().cpu()
+    config = vae.config
+    if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        z = (z - mean) / std
+    z = (z - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+    if not bool(z.isfinite().all()):
+        raise RuntimeError("the VAE encodes a picture to numbers that are not finite")
+    wanted = F.adaptive_avg_pool2d(pixels, z.shape[-2:])
+    return torch.linalg.lstsq(_with_one(_rows(z[0])), _rows(wanted[0])).solution.to(device)
+
+
+def picture_latents(latents: torch.Tensor, layout: str, grid: tuple[int, int]) -> torch.Tensor:
+    """One picture's latents [channels, height, width] out of a pipeline's; of a video the middle frame.
+
+    Args:
+        latents: [1, ...], laid out as ModelSpec.latent_layout says.
+        grid: (height, width) in latents, which packed latents do not tell.
+    """
+    first = latents[0]
+    if layout == "ncfhw":
+        return first[:, first.shape[1] // 2]
+    if layout == "nfchw":
+        return first[first.shape[0] // 2]
+    if layout == "packed":
+        height, width = grid
+        tiles = first.view(height // 2, width // 2, -1, 2, 2)
+        return tiles.permute(2, 0, 3, 1, 4).reshape(-1, height, width)
+    return first
+
+
+def project(latents: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+    """Latents [channels, height, width] -> RGB uint8 [height', width', 3], on the same device.
+
+    Clean latents have a standard deviation of about 1; noisier ones are scaled down to it.
+    """
+    latents = latents.detach().float()
+    shrink = math.ceil(max(latents.shape[1:]) / MAX_SIDE)
+    if shrink > 1:
+        latents = F.avg_pool2d(latents, shrink, ceil_mode=True)
+    latents = latents / latents.std().clamp(min=1.0)
+    height, width = latents.shape[1:]
+    rgb = _with_one(_rows(latents)) @ projection
+    return ((rgb + 1) * 127.5).clamp(0, 255).to(torch.uint8).view(height, width, 3)
+
+
+def _rows(image: torch.Tensor) -> torch.Tensor:
+    """[channels, height, width] -> [height * width, channels]."""
+    return image.flatten(1).T
+
+
+def _with_one(rows: torch.Tensor) -> torch.Tensor:
+    return F.pad(rows, (0, 1), value=1.0)

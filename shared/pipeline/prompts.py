@@ -1,0 +1,239 @@
+"""Prompts: plain, weighted and long (compel), or given as embeddings; and CLIP's skipped layers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from shared.models import ModelSpec
+from shared.pipeline.long_prompts import fit, is_long, named_arguments, read_all, take_notation
+
+KEPT_PROMPTS = 8
+COMPEL_LENGTH, COMPEL_MARKS, COMPEL_DEPTH = 4000, 200, 16  # what compel reads in a second or two
+
+
+class PromptError(ValueError):
+    """A prompt that this type or launch cannot take; the sentence says why."""
+
+
+class EncodedPrompts:
+    """What the text encoders made of the last prompts: another seed for the same words asks them no more."""
+
+    def __init__(self) -> None:
+        self._remembered = functools.lru_cache(KEPT_PROMPTS)(_encode)
+
+    @contextlib.contextmanager
+    def of(
+        self,
+        pipe: Any,
+        state: Hashable,
+        spec: ModelSpec | None = None,
+        notation: str | None = None,
+        negative: str | None = None,
+    ) -> Iterator[None]:
+        """Inside, the pipeline's `encode_prompt` answers from memory where it can, and cuts nothing unsaid.
+
+        Args:
+            state: what else the encoders' answer depends on (scales of LoRAs).
+            notation: "a1111" where the prompts are in that notation.
+            negative: the request's negative prompt.
+        """
+        encode = getattr(pipe, "encode_prompt", None)
+        if encode is None:
+            yield
+            return
+
+        @functools.wraps(encode)
+        def remembering(*args: Any, **kwargs: Any) -> Any:
+            call: Callable[..., Any] = encode
+            before: tuple[Any, ...] = ()
+            if spec is not None and spec.text_encoders:
+                values = named_arguments(encode, args, kwargs)
+                sides = [values.get("prompt"), values.get("negative_prompt")]
+                weighed = notation is not None and take_notation(values, spec.prompt_chunks)
+                if weighed or (spec.prompt_chunks and any(is_long(pipe, spec, text) for text in sides)):
+                    call, before, args, kwargs = read_all, (encode, pipe, spec.name, notation), (), values
+                else:
+                    if not spec.prompt_chunks:
+                        fit(pipe, spec, values, negative)
+                    args, kwargs = (), values
+            given = (*args, *kwargs.values())
+            if any(isinstance(value, torch.Tensor) or not isinstance(value, Hashable) for value in given):
+                return call(*before, *args, **kwargs)
+            return self._remembered(call, state, *before, *args, **kwargs)
+
+        pipe.encode_prompt = remembering
+        try:
+            yield
+        finally:
+            del pipe.encode_prompt
+
+    def forget(self) -> None:
+        """The encoders have changed."""
+        self._remembered.cache_clear()
+
+
+def _encode(encode: Callable[..., Any], state: Hashable, /, *args: Any, **kwargs: Any) -> Any:
+    return encode(*args, **kwargs)
+
+
+def prompt_arguments(
+    pipe: Any,
+    spec: ModelSpec,
+    positive: str | None = None,
+    negative: str | None = None,
+    positive_embeds: Mapping[str, torch.Tensor] | None = None,
+    negative_embeds: Mapping[str, torch.Tensor] | None = None,
+    clip_skip: int | None = None,
+    compel: bool = False,
+) -> dict[str, Any]:
+    """Keyword arguments of the pipeline for a prompt.
+
+    Args:
+        positive_embeds, negative_embeds: `embeds` [1, tokens, width] and, for types with pooled embeddings,
+            `pooled` [1, width]; instead of the prompt of the same side.
+        clip_skip: layers of the CLIP encoders to leave out at the end; 0 and None take the usual output.
+        compel: parse weights such as `(word)1.3` and let prompts be longer than 77 tokens.
+
+    Raises:
+        PromptError: embeddings without or with pooled ones where they (do not) belong, of a wrong shape;
+            clip_skip with compel, without a prompt, or beyond the encoder's layers; a prompt that compel
+            cannot parse.
+    """
+    if "positive" not in spec.fields:
+        return {}
+    arguments: dict[str, Any] = {}
+    if spec.embeds_mask and negative_embeds is not None and positive_embeds is None:
+        raise PromptError(f"negative_embeds: type {spec.name} takes it beside positive_embeds only")
+    if clip_skip:
+        if positive_embeds is not None and negative_embeds is not None:
+            raise PromptError("clip_skip: there is no prompt to encode, both sides are given as embeddings")
+        _check_clip_skip(pipe, clip_skip, compel)
+        arguments["clip_skip"] = clip_skip
+        _alias_text_model(pipe.text_encoder)
+    if compel and positive_embeds is None and negative_embeds is None:
+        return arguments | _compel(pipe, spec, positive or "", negative or "")
+    arguments |= _side(pipe, spec, "", positive or "", positive_embeds)
+    arguments |= _side(pipe, spec, "negative_", negative, negative_embeds)
+    return arguments
+
+
+def _side(
+    pipe: Any, spec: ModelSpec, prefix: str, prompt: str | None, embeds: Mapping[str, torch.Tensor] | None
+) -> dict[str, Any]:
+    if embeds is None:  # an absent negative prompt is left to the pipeline's default
+        return {} if prompt is None else {f"{prefix}prompt": prompt}
+    label = "negative_embeds" if prefix else "positive_embeds"
+    tensor, pooled = embeds["embeds"], embeds.get("pooled")
+    if tensor.ndim != 3 or tensor.shape[0] != 1:
+        raise PromptError(f"{label}: 'embeds' must be [1, tokens, width], got {list(tensor.shape)}")
+    width = _embeds_width(getattr(pipe, spec.denoiser).config)
+    if width is not None and tensor.shape[2] != width:
+        raise PromptError(
+            f"{label}: 'embeds' must be {width} wide for this checkpoint, got {tensor.shape[2]}"
+        )
+    if spec.pooled_embeds != (pooled is not None):
+        needs = "needs 'pooled' too" if spec.pooled_embeds else "takes no 'pooled'"
+        raise PromptError(f"{label}: type {spec.name} {needs}")
+    if pooled is not None:
+        wanted = [1, _pooled_width(getattr(pipe, spec.denoiser).config)]
+        if list(pooled.shape) != wanted:
+            raise PromptError(f"{label}: 'pooled' must be {wanted}, got {list(pooled.shape)}")
+    dtype = getattr(pipe, spec.denoiser).dtype
+    found: dict[str, Any] = {f"{prefix}prompt": None, f"{prefix}prompt_embeds": tensor.to(dtype)}
+    if pooled is not None:
+        found[f"{prefix}pooled_prompt_embeds"] = pooled.to(dtype)
+    if spec.embeds_mask:
+        found[f"{prefix}prompt_attention_mask"] = torch.ones(tensor.shape[:2], device=tensor.device)
+    return found
+
+
+def _embeds_width(config: Any) -> int | None:
+    for key in ("caption_channels", "joint_attention_dim", "cross_attention_dim"):
+        if isinstance(config.get(key), int):
+            return config[key]
+    return None
+
+
+def _pooled_width(config: Any) -> int:
+    if "pooled_projection_dim" in config:
+        return config["pooled_projection_dim"]
+    # Beside it the UNet is given six numbers of the picture's size.
+    return config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+
+
+def _check_clip_skip(pipe: Any, clip_skip: int, compel: bool) -> None:
+    if compel:
+        raise PromptError("clip_skip: compel takes the text encoder's usual output; leave one of the two out")
+    layers = pipe.text_encoder.config.num_hidden_layers
+    if clip_skip >= layers:
+        raise PromptError(
+            f"clip_skip: the text encoder has {layers} layers, so at most {layers - 1}; got {clip_skip}"
+        )
+
+
+def _alias_text_model(encoder: Any) -> None:
+    """Let `encoder.text_model` be the encoder itself, where transformers (since 5.6) has flattened the two.
+
+    Diffusers 0.42 looks for the final norm there when layers are skipped. Not registered as a submodule.
+    """
+    if not hasattr(encoder, "text_model"):
+        encoder.__dict__["text_model"] = encoder
+
+
+def _compel(pipe: Any, spec: ModelSpec, positive: str, negative: str) -> dict[str, Any]:
+    """Embeddings of both prompts, padded to one length."""
+    import compel
+    import pyparsing
+    from compel.prompt_parser import PromptParser
+
+    # Without it the time to parse brackets grows exponentially with their depth.
+    pyparsing.ParserElement.enable_packrat()
+    for field, text in (("positive", positive), ("negative", negative)):
+        _check_compel(field, text)
+    wrapper = getattr(compel, spec.compel_class or "")(pipe, device=str(pipe._execution_device))
+    try:
+        with torch.no_grad():
+            made = wrapper(positive, negative_prompt=negative)
+    except (PromptParser.ParsingException, pyparsing.ParseBaseException) as error:
+        raise PromptError(f"positive: compel cannot parse the prompt: {error}") from None
+    except RecursionError:
+        raise PromptError("positive: too many brackets in each other for compel") from None
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        raise PromptError(
+            f"positive: compel cannot read the prompt: {error or type(error).__name__}"
+        ) from None
+    if not torch.isfinite(made.embeds).all():
+        raise PromptError("positive: compel's weights are too large")
+    arguments = {"prompt_embeds": made.embeds, "negative_prompt_embeds": made.negative_embeds}
+    zeros = not negative and pipe.config.get("force_zeros_for_empty_prompt", False)
+    if spec.pooled_embeds:
+        arguments |= {
+            "pooled_prompt_embeds": made.pooled_embeds,
+            "negative_pooled_prompt_embeds": made.negative_pooled_embeds,
+        }
+    if zeros:  # what these pipelines do with an absent negative prompt
+        arguments |= {k: torch.zeros_like(v) for k, v in arguments.items() if k.startswith("negative_")}
+    return arguments
+
+
+def _check_compel(field: str, text: str) -> None:
+    """Bound the time that compel's parser takes. Raises PromptError."""
+    depth = deepest = 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        deepest = max(deepest, depth)
+    marks = sum(text.count(mark) for mark in '()"+') + text.count("--")
+    for found, most, of in (
+        (len(text), COMPEL_LENGTH, "letters"),
+        (marks, COMPEL_MARKS, "brackets, quotes, + and --"),
+        (deepest, COMPEL_DEPTH, "brackets in each other"),
+    ):
+        if found > most:
+            raise PromptError(f"{field}: with --compel it may have {most} {of}; got {found}")

@@ -1,0 +1,236 @@
+"""Quantized weights: float8, int8, int4 and int2 through optimum-quanto, and GGUF files.
+
+Why quanto: of the libraries tried it alone stores int4 and int2 packed on any device, quantizes convolutions
+(most of an SD 1.5 UNet is in them), compiles without graph breaks, and keeps the layers' classes
+(`nn.Linear`, `nn.Conv2d`), so that LoRA, IP-Adapter and the parallel surgery see what they know. torchao
+keeps int4 in bytes outside of a few GPUs' kernels, has no packed int2 and leaves convolutions alone. The C++
+and CUDA extensions that quanto would build at first use are replaced by a few lines of torch.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared.launch.config import first_line
+from shared.models import ModelSpec
+from shared.pipeline.weights_file import DENOISER
+
+log = logging.getLogger("host")
+
+ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # metadata of tensors that were reshaped to be packed
+QTYPES = {"float8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
+GROUP_SIZES = {"int4": 64, "int2": 32}  # inputs that share a scale
+# A few percent of the weights, at the ends of the model, where rounding shows most.
+KEPT = ("conv_in", "conv_out", "proj_out", "proj_out.*", "x_embedder", "context_embedder", "norm_out*",
+        "time_*", "add_embedding*", "class_embedding*", "pos_embed*", "caption_projection*", "adaln_single*",
+        "text_embedder*")  # fmt: skip
+
+
+class QuantizeError(ValueError):
+    """Weights that cannot be quantized or read; the sentence says why."""
+
+
+def quantize_pipeline(
+    pipe: Any, spec: ModelSpec, kind: str, device: torch.device
+) -> dict[str, tuple[int, int]]:
+    """Quantize the weights of the denoiser and of the text encoders, in place.
+
+    Weights only: activations keep the dtype of the launch. Scales are per output channel for 8 bits
+    (symmetric), per group of GROUP_SIZES inputs below.
+
+    Args:
+        kind: float8 (e4m3), int8, int4 or int2.
+        device: where each component is quantized, and left.
+
+    Returns:
+        bytes before and after per component.
+
+    Raises:
+        QuantizeError: a component in which no layer could be quantized.
+    """
+    import optimum.quanto as quanto
+
+    _without_extensions()
+    sizes = {}
+    for name in (spec.denoiser, *spec.text_encoders):
+        module = getattr(pipe, name, None)
+        if module is None:
+            continue
+        module.to(device)
+        before = tensor_bytes(module)
+        quanto.quantize(module, weights=getattr(quanto, QTYPES[kind]), exclude=list(KEPT))
+        layers = [m for m in module.modules() if isinstance(m, quanto.nn.QModuleMixin)]
+        for layer in layers:
+            if kind in GROUP_SIZES:
+                layer.weight_group_size = _group_size(layer, GROUP_SIZES[kind])
+        quanto.freeze(module)
+        if not any(layer.frozen for layer in layers):
+            raise QuantizeError(f"--quantize_to={kind}: no layer of {name} could be quantized")
+        module.requires_grad_(False)
+        sizes[name] = (before, tensor_bytes(module))
+        log.info(
+            "%s: %d layers to %s, %.1f MB before, %.1f MB after",
+            name, len(layers), kind, sizes[name][0] / 1e6, sizes[name][1] / 1e6,
+        )  # fmt: skip
+    return sizes
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers, packed tensors counted as they are stored."""
+    seen: set[int] = set()
+    total = 0
+    stack: list[Any] = [*module.parameters(), *module.buffers()]
+    while stack:
+        tensor = stack.pop()
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not nn.Parameter:
+            stack += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        else:
+            total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def load_gguf(path: str, spec: ModelSpec, cls: Any, config: Path, dtype: torch.dtype) -> Any:
+    """The denoiser from a GGUF file; its linear layers stay quantized and are unpacked as they are used.
+
+    Names may have the prefix `model.diffusion_model.` or not. What no linear layer can hold packed is
+    unpacked here: convolutions, norms, and rows that begin amid a block.
+
+    Args:
+        cls: the denoiser's class.
+        config: a diffusers folder with the denoiser's configuration in a folder of its name.
+
+    Raises:
+        QuantizeError: a broken file, or one for another model.
+    """
+    from diffusers import GGUFQuantizationConfig
+
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise QuantizeError(f"--gguf_model: {path!r} cannot be read: {error.strerror or error}") from None
+    if magic != b"GGUF":
+        raise QuantizeError(f"--gguf_model: {path!r} is not a GGUF file")
+    tensors = _read_gguf(path, dtype)
+    try:
+        if spec.denoiser == "unet" and any(name.startswith("input_blocks.") for name in tensors):
+            tensors = {DENOISER + name: tensor for name, tensor in tensors.items()}
+        model = cls.from_single_file(
+            tensors,
+            config=str(config),
+            subfolder=spec.denoiser,
+            quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
+            dtype=dtype,
+            local_files_only=True,
+        )
+    except (OSError, KeyError, ValueError, RuntimeError, IndexError, TypeError, AttributeError) as error:
+        raise QuantizeError(
+            f"--gguf_model: {path!r} does not fit type {spec.name}: {first_line(error)}"
+        ) from None
+    if missing := [name for name, p in model.named_parameters() if p.is_meta]:
+        raise QuantizeError(f"--gguf_model: {path!r} lacks {len(missing)} tensors, such as {missing[0]!r}")
+    _unpack_the_rest(model, dtype)
+    if wrong := _misfit(model, cls, config, spec):
+        raise QuantizeError(f"--gguf_model: {path!r} does not fit type {spec.name}: {wrong}")
+    log.info("GGUF %s: %.1f MB", path, tensor_bytes(model) / 1e6)
+    return model.eval()
+
+
+def _read_gguf(path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors in the shapes that they had before they were packed. Raises QuantizeError."""
+    import gguf
+    from diffusers.models.model_loading_utils import load_gguf_checkpoint
+    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+
+    try:
+        fields = gguf.GGUFReader(path).fields
+        shapes = {
+            name.removeprefix(ORIGINAL_SHAPE): [int(field.parts[i][0]) for i in field.data]
+            for name, field in fields.items()
+            if name.startswith(ORIGINAL_SHAPE)
+        }
+        tensors = load_gguf_checkpoint(path)
+    except ValueError as error:
+        if "quantization type" not in str(error):
+            raise QuantizeError(f"--gguf_model: {path!r} cannot be read: it is cut off or broken") from None
+        raise QuantizeError(f"--gguf_model: {path!r}: {first_line(error)}") from None
+    except (OSError, IndexError, KeyError, OverflowError, UnicodeError):
+        raise QuantizeError(f"--gguf_model: {path!r} cannot be read: it is cut off or broken") from None
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        if isinstance(tensor, GGUFParameter):
+            block, size = gguf.GGML_QUANT_SIZES[tensor.quant_type]
+            if len(shape) == 2 and shape[1] % block == 0:
+                packed = tensor.as_tensor().reshape(shape[0], shape[1] // block * size)
+                tensors[name] = GGUFParameter(packed, quant_type=tensor.quant_type)
+                continue
+            tensor = dequantize_gguf_tensor(tensor).to(dtype)
+        tensors[name] = tensor.reshape(shape)
+    return tensors
+
+
+def _unpack_the_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    """What stayed packed outside of a linear layer's weight would be taken for numbers."""
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_gguf_tensor
+
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, GGUFParameter) and not (
+                isinstance(module, GGUFLinear) and name == "weight"
+            ):
+                plain = dequantize_gguf_tensor(parameter).to(dtype)
+                module.register_parameter(name, nn.Parameter(plain, requires_grad=False))
+            elif parameter.is_floating_point() and parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+
+
+def _misfit(model: nn.Module, cls: Any, config: Path, spec: ModelSpec) -> str | None:
+    """The first tensor that the model's first call would fail on."""
+    from accelerate import init_empty_weights
+    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+
+    with init_empty_weights():
+        whole = cls.from_config(cls.load_config(config, subfolder=spec.denoiser, local_files_only=True))
+    tried = set()
+    expected = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
+        shape = list(getattr(parameter, "quant_shape", parameter.shape))
+        if isinstance(parameter, GGUFParameter) and parameter.quant_type not in tried:
+            tried.add(parameter.quant_type)
+            shape = list(dequantize_gguf_tensor(parameter).shape)
+        if name in expected and shape != list(expected[name].shape):
+            return f"{name} has the shape {shape}, it must be {list(expected[name].shape)}"
+    return None
+
+
+def _group_size(layer: Any, wanted: int) -> int | None:
+    inputs = layer.weight.numel() // layer.weight.shape[0]
+    return wanted if inputs > wanted and inputs % wanted == 0 else None
+
+
+def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 [n, ...] of 8 // bits values each -> uint8 [n * 8 // bits, ...], lowest bits first."""
+    mask = 2**bits - 1
+    return torch.cat([(packed >> (bits * i)) & mask for i in range(8 // bits)])
+
+
+def _without_extensions() -> None:
+    """Put `_unpack` in the place of quanto's extensions, and hide its CUDA kernels: both need a build."""
+    from optimum.quanto.library.extensions import extension
+
+    for name in ("quanto_cpp", "quanto_cuda", "quanto_hip"):
+        if extension.is_extension_available(name):
+            extension.get_extension(name)._lib = SimpleNamespace(unpack=_unpack)
+    for name in ("quanto_cuda", "quanto_hip"):
+        extension._extensions.pop(name, None)

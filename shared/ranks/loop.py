@@ -1,0 +1,228 @@
+"""The engine protocol, and the loop that every rank runs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Protocol
+
+from shared.api.jobs import HostStatus, Job, JobError, JobQueue
+from shared.api.requests import GenerateRequest, Reply, RequestError
+from shared.api.warned import together, warnings_told
+from shared.launch.logs import on_terminal
+from shared.ranks.comm import (
+    BrokenJobError,
+    Call,
+    Channel,
+    Generate,
+    Message,
+    OnStep,
+    Outcome,
+    Ping,
+    Stop,
+    StoppedError,
+    Verdict,
+    rank_device_info,
+)
+
+log = logging.getLogger("host")
+
+PING_SECONDS = 2.0
+TELL_SECONDS = 10.0  # between two log lines of a request that runs
+
+
+class Engine(Protocol):
+    """A loaded pipeline made parallel. All ranks call the same methods with the same arguments."""
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What runs where, as JSON, for the log and /health."""
+        ...
+
+    def generate(self, request: GenerateRequest, on_step: OnStep) -> Reply | None:
+        """Make one picture or video; the rank that holds it returns the reply, the others None.
+
+        Raises:
+            RequestError: the request was at fault; raised on all ranks alike.
+            StoppedError: passed on from `on_step`.
+        """
+        ...
+
+    def preview_to(self, queue: JobQueue) -> None:
+        """Show pictures to those who watch the queue, as they form; called on rank 0 alone."""
+        ...
+
+    def undo(self, method: str, arguments: dict[str, Any]) -> None:
+        """A call that went well on this rank has failed on another: take it back."""
+        ...
+
+    def close(self) -> None:
+        """Give the pipeline back as it was before."""
+        ...
+
+
+class RankLoop:
+    """Receives messages and carries them out, the same on every rank, until Stop.
+
+    Args:
+        engine: what carries them out.
+        channel: the control messages.
+        queue, status: rank 0's side of the HTTP server; None on the other ranks.
+        request_timeout: seconds that one request may run, with all of its pictures.
+        at_once: pictures of one request that the ranks make at the same time.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        channel: Channel,
+        queue: JobQueue | None = None,
+        status: HostStatus | None = None,
+        request_timeout: float = 1800.0,
+        at_once: int = 1,
+    ) -> None:
+        self.engine = engine
+        self.channel = channel
+        self.queue = queue
+        self.status = status
+        self.request_timeout = request_timeout
+        self.at_once = at_once
+
+    def run(self) -> None:
+        """Serve until Stop arrives.
+
+        Raises:
+            BrokenJobError: the ranks cannot go on together; the process must end.
+        """
+        while True:
+            job = self._next_job()
+            message = self.channel.publish(self._message(job))
+            if isinstance(message, Stop):
+                return
+            if isinstance(message, Ping):
+                continue
+            self._set_state("busy")
+            # When the ranks break apart the job stays the running one: whoever ends the host answers it.
+            self._finish(job, self._carry_out(message, job))
+            if job is None or not job.done:
+                continue  # with the next of the job's pictures
+            if self.queue is not None:
+                self.queue.release()
+            self._set_state("ready")
+
+    def _next_job(self) -> Job | None:
+        """The running job while it has pictures left, else the next one."""
+        return None if self.queue is None else self.queue.running or self.queue.take(PING_SECONDS)
+
+    def _message(self, job: Job | None) -> Message | None:
+        if self.queue is None:
+            return None
+        if job is None:
+            return Stop() if self.queue.closed else Ping()
+        if job.request is None:
+            return Call(job.id, *job.call)
+        return Generate(job.id, *job.draw(self.at_once))
+
+    def _carry_out(self, message: Generate | Call, job: Job | None) -> list[Outcome]:
+        rank = self.channel.world.rank
+        outcome = Outcome(rank, Verdict.FINISHED)
+        try:
+            if isinstance(message, Generate):
+                with warnings_told() as outcome.warnings:
+                    outcome.result = self._generate(message, job)
+            else:
+                outcome.result = getattr(self.engine, message.method)(**message.arguments)
+            self._agree(Verdict.FINISHED)
+        except StoppedError as stopped:
+            outcome.verdict = stopped.verdict
+            if isinstance(message, Call):
+                self.engine.undo(message.method, message.arguments)
+        except BrokenJobError:
+            raise
+        except Exception as error:
+            outcome.error = str(error) or type(error).__name__
+            if isinstance(error, RequestError):
+                outcome.status, outcome.problems = error.status, error.problems
+            else:
+                log.exception("request %s failed on rank %d", message.job_id, rank)
+            outcome.verdict = self.channel.vote(Verdict.FAILED)
+        if outcome.verdict is Verdict.FAILED:
+            outcome.result = None
+            # All ranks try the compute group or none does: one that refuses a request has not broken it.
+            hosts_fault = bool(outcome.error) and outcome.status == 500
+            doubt = self.channel.vote(Verdict.FAILED if hosts_fault else Verdict.GO_ON)
+            outcome.in_sync = doubt is Verdict.GO_ON or self.channel.compute_works()
+        outcome.device = rank_device_info(self.channel.world)
+        return self.channel.settle(outcome)
+
+    def _generate(self, message: Generate, job: Job | None) -> Reply | None:
+        """This rank's picture. A rank whose picture nobody asked for keeps step with the others."""
+        number = getattr(self.engine, "picture", 0)
+        reply = self.engine.generate(message.request.numbered(number), self._step_boundary(job))
+        return reply if number < message.pictures else None
+
+    def _agree(self, verdict: Verdict) -> None:
+        agreed = self.channel.vote(verdict)
+        if agreed is not verdict:
+            raise StoppedError(agreed)
+
+    def _step_boundary(self, job: Job | None) -> OnStep:
+        told = time.monotonic()
+
+        def on_step(step: int, steps: int) -> None:
+            nonlocal told
+            self._agree_to_go_on(job)
+            if job is None:
+                return
+            job.at_step(step, steps)
+            if time.monotonic() - told >= TELL_SECONDS and not on_terminal():  # there a bar tells
+                told = time.monotonic()
+                log.info("id=%s step %d/%d", job.id, step, steps)
+
+        return on_step
+
+    def _agree_to_go_on(self, job: Job | None) -> None:
+        mine = Verdict.GO_ON
+        if job is not None and job.cancelled:
+            mine = Verdict.CANCELLED
+        elif job is not None and job.seconds_running() > self.request_timeout:
+            mine = Verdict.TIMED_OUT
+        agreed = self.channel.vote(mine)
+        if agreed is not Verdict.GO_ON:
+            raise StoppedError(agreed)
+
+    def _finish(self, job: Job | None, outcomes: list[Outcome]) -> None:
+        """Answer the job from what all ranks said; every rank sees a broken compute group alike."""
+        if self.status is not None:
+            self.status.ranks = [o.device for o in outcomes if o.device is not None]
+        broken = [o for o in outcomes if not o.in_sync]
+        if job is not None:
+            verdict = max(o.verdict for o in outcomes)
+            if verdict is Verdict.FINISHED:
+                results = [o.result for o in outcomes if o.result is not None]
+                if job.request is None:
+                    job.finish(reply=next(iter(results), None))
+                else:
+                    for reply in results:
+                        reply.warnings = together(reply.warnings, *(o.warnings for o in outcomes))
+                    job.add(results)
+            elif not broken:
+                job.finish(error=self._job_error(verdict, outcomes))
+        if broken:
+            reasons = "; ".join(f"rank {o.rank}: {o.error}" for o in outcomes if o.error)
+            raise BrokenJobError(f"the ranks lost each other ({reasons or 'a collective failed'})")
+
+    def _job_error(self, verdict: Verdict, outcomes: list[Outcome]) -> JobError:
+        if verdict is Verdict.CANCELLED:
+            return JobError(499, "cancelled")
+        if verdict is Verdict.TIMED_OUT:
+            return JobError(504, f"timed out after {self.request_timeout:g} s")
+        failed = [o for o in outcomes if o.error]
+        hosts_fault = [o for o in failed if o.status == 500]
+        if not hosts_fault:
+            return JobError(failed[0].status, failed[0].error, failed[0].problems)
+        return JobError(500, "; ".join(f"rank {o.rank}: {o.error}" for o in hosts_fault))
+
+    def _set_state(self, state: Any) -> None:
+        if self.status is not None and self.status.state not in ("stopping", "broken"):
+            self.status.state = state

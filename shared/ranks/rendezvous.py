@@ -1,0 +1,136 @@
+"""How the ranks of one generation find each other, and how machines notice that another one has gone silent.
+
+torchrun's store outlives the ranks: after a restart it still holds what the last generation wrote. Nor does
+every machine count restarts alike, as a machine that comes back is no restart for the others. So rank 0 draws
+a name, the others answer under it, and all that this generation says in the store is said under this name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from shared.ranks.liveness import PATIENCE, Patience
+
+log = logging.getLogger("host")
+T = TypeVar("T")
+
+POLL_SECONDS = 0.05
+JOIN_SECONDS = 60.0  # at least: ranks import torch at different speeds
+
+
+class Rendezvous:
+    """Joins the ranks that torchrun's environment describes; then beats, where they are on several machines.
+
+    Args:
+        rank, size: this rank's place.
+        timeout: seconds in which a silent machine must be noticed (--collective_timeout).
+    """
+
+    def __init__(self, rank: int, size: int, timeout: float) -> None:
+        self.rank, self.size = rank, size
+        self.timeout = max(timeout, JOIN_SECONDS)
+        self.every = min(1.0, timeout / 10)
+        self._limit = timeout * PATIENCE
+        # Ranks of one launcher watch each other by themselves (liveness.Family).
+        self._machine = os.environ.get("GROUP_RANK", f"rank {rank}")
+        self._me = f"{secrets.token_hex(8)} {self._machine}"
+        self._rounds = 0  # of this rank's talk with the store
+        self._patience = Patience(self._limit, self.every)
+        self._fault: str | None = None
+        self._talking = False
+
+    def join(self) -> dist.Store:
+        """The store of this generation alone.
+
+        Raises:
+            TimeoutError: not all ranks came.
+        """
+        store = self._connect()
+        self._talking = True
+        leader, members = self._lead(store) if self.rank == 0 else self._follow(store)
+        machines = {member.partition(" ")[2] for member in members}
+        others = sorted(machines - {self._machine})
+        if others:
+            beats = dist.PrefixStore(f"{leader}/beats", self._connect())
+            threading.Thread(target=self._beat, args=(beats, others), name="beats", daemon=True).start()
+        else:
+            self._talking = False
+        return dist.PrefixStore(leader, store)
+
+    def fault(self) -> str | None:
+        """Why this rank must end: another machine or the store is silent; None while all is well."""
+        if self._talking and self._patience.over(self._rounds):
+            return f"torchrun's store has not answered for {self._limit:g} s"
+        return self._fault
+
+    def _connect(self) -> dist.Store:
+        store: dist.Store = next(rendezvous("env://", timeout=timedelta(seconds=self.timeout)))[0]
+        return dist.PrefixStore("multigpu_diffusion", store)
+
+    def _lead(self, store: dist.Store) -> tuple[str, list[str]]:
+        leader = self._me
+        store.set("leader", leader)
+        keys = [f"{leader}/{rank}" for rank in range(1, self.size)]
+
+        def answers() -> list[str] | None:
+            if keys and not store.check(keys):
+                return None
+            return [store.get(key).decode() for key in keys]
+
+        members = [leader, *self._until(answers)]
+        store.set(f"{leader}/members", json.dumps(members))
+        return leader, members
+
+    def _follow(self, store: dist.Store) -> tuple[str, list[str]]:
+        """Answer whoever leads, until one names this process: the first one found may be dead."""
+        answered = ""
+
+        def named() -> tuple[str, list[str]] | None:
+            nonlocal answered
+            if not store.check(["leader"]):
+                return None
+            leader = store.get("leader").decode()
+            if leader != answered:
+                store.set(f"{leader}/{self.rank}", self._me)
+                answered = leader
+            if not store.check([f"{leader}/members"]):
+                return None
+            members: list[str] = json.loads(store.get(f"{leader}/members"))
+            return (leader, members) if self._me in members else None
+
+        return self._until(named)
+
+    def _until(self, come: Callable[[], T | None]) -> T:
+        deadline = time.monotonic() + self.timeout
+        while (found := come()) is None:
+            self._rounds += 1
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not all {self.size} ranks have come within {self.timeout:g} s")
+            time.sleep(POLL_SECONDS)
+        return found
+
+    def _beat(self, store: dist.Store, others: list[str]) -> None:
+        """Count up for this machine, and see that the others do."""
+        patience = {machine: Patience(self._limit, self.every) for machine in others}
+        try:
+            while True:
+                store.add(self._machine, 1)
+                for machine, waiting in patience.items():
+                    if waiting.over(store.add(machine, 0)):
+                        self._fault = f"machine {machine} has been silent for {self._limit:g} s"
+                self._rounds += 1
+                time.sleep(self.every)
+        except RuntimeError as error:
+            log.debug("beats: %s", error)
+            self._fault = "torchrun's store is gone"

@@ -1,0 +1,350 @@
+"""Parsing and checking of requests: examples, and properties over any JSON and any damaged bytes."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+import safetensors.numpy
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from shared.api.codecs import picture_size
+from shared.api.requests import (
+    COMMON_FIELDS,
+    STRENGTH,
+    GenerateRequest,
+    Reply,
+    RequestError,
+    check_request,
+    parse_request,
+)
+from shared.launch.config import HostConfig
+from shared.models import MODELS
+from tests.httphost import config_of, picture
+
+CONFIG = config_of(max_pixel_steps=10**15)
+ANY_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=12,
+)
+settings.register_profile("requests", deadline=None)
+settings.load_profile("requests")
+FIELDS = sorted(GenerateRequest.model_fields)
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def tensor(**tensors: Any) -> str:
+    import numpy as np
+
+    return b64(safetensors.numpy.save({k: np.asarray(v, dtype="float32") for k, v in tensors.items()}))
+
+
+def parse(data: dict[str, Any], config: HostConfig = CONFIG) -> GenerateRequest:
+    return parse_request(json.dumps(data).encode(), config)
+
+
+def refused(data: dict[str, Any], config: HostConfig = CONFIG) -> tuple[int, dict[str, str]]:
+    with pytest.raises(RequestError) as caught:
+        parse(data, config)
+    return caught.value.status, {p.field: p.problem for p in caught.value.problems}
+
+
+# Properties.
+
+
+@given(ANY_JSON)
+def test_any_json_value_is_parsed_or_refused(value: Any) -> None:
+    try:
+        assert isinstance(parse_request(json.dumps(value).encode(), CONFIG), GenerateRequest)
+    except RequestError as error:
+        assert error.status in (400, 422) and error.problems and str(error)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_parsed_or_refused(body: bytes) -> None:
+    try:
+        parse_request(body, CONFIG)
+    except RequestError as error:
+        assert error.status in (400, 422)
+
+
+COMPANIONS = {"image", "image_scale", "ip_image_scale", "control_image_scale", "denoising_end"} | set(
+    STRENGTH
+)
+
+
+def root(field: str, data: dict[str, Any]) -> str:
+    """The request's field that a problem is about: "lora_scales" of "lora_scales.path"."""
+    return field if field in data else field.split(".")[0]
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(FIELDS) | st.text(min_size=1, max_size=10), ANY_JSON, min_size=1, max_size=8
+    ),
+    st.sampled_from(sorted(MODELS)),
+)
+@example({"add_noise": True, "strength": []}, "ad")
+def test_every_fault_is_named(data: dict[str, Any], type: str) -> None:
+    """What is refused alone is refused, by the same name, among others."""
+    backend = "xdit" if type in ("flux", "hy", "pixa", "pixs") else "asyncdiff"
+    config = config_of(type, backend=backend, max_pixel_steps=10**15)
+    try:
+        parse(data, config)
+        named: set[str] = set()
+    except RequestError as error:
+        named = {root(p.field, data) for p in error.problems}
+        assert named <= set(data) | {"image", *STRENGTH, "denoising_start", "denoising_end"}
+    for name, value in data.items():
+        try:
+            parse({name: value}, config)
+        except RequestError as error:
+            alone = {root(p.field, data) for p in error.problems}
+            # What a missing or too late companion causes is gone, or told of the companion, when it is given.
+            assert alone - COMPANIONS <= named
+
+
+VALID: dict[str, st.SearchStrategy[Any]] = {
+    "positive": st.text(min_size=1, max_size=50),
+    "negative": st.text(min_size=1, max_size=50),
+    "steps": st.integers(1, 1000),
+    "cfg": st.floats(0, 100),
+    "seed": st.integers(0, 2**64 - 1),
+    "clip_skip": st.integers(0, 12),
+    "width": st.integers(2, 1024).map(lambda n: 8 * n),
+    "height": st.integers(2, 1024).map(lambda n: 8 * n),
+    "denoising_start": st.floats(0.01, 0.5),
+    "denoising_end": st.floats(0.6, 1),
+    "scheduler": st.sampled_from(["euler", "k_euler", "DDIMScheduler", {"scheduler": "ddim", "eta": 1}]),
+    "output_format": st.sampled_from(["png", "jpeg", "webp", "latent"]),
+    "latent": st.just(tensor(latent=[[1.0]])),
+}
+
+
+@given(st.fixed_dictionaries({}, optional=VALID))
+def test_valid_requests_round_trip(data: dict[str, Any]) -> None:
+    request = parse(data)
+    for name, value in data.items():
+        got = getattr(request, name)
+        assert (b64(got) if isinstance(got, bytes) else got) == value
+    assert None not in (request.steps, request.cfg, request.seed, request.width, request.height)
+    again = request.model_dump(exclude_none=True, exclude={"frames", "fps"})
+    assert check_request(again, CONFIG) == request.model_copy(update={"frames": None, "fps": request.fps})
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(["PNG", "JPEG", "WEBP", "BMP"]),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=6),
+    st.integers(0, 400),
+)
+def test_damaged_pictures_are_read_or_refused(format: str, flips: list[tuple[int, int]], cut: int) -> None:
+    data = bytearray(picture(format, (20, 10)))
+    for position, value in flips:
+        data[position % len(data)] = value
+    damaged = bytes(data[: len(data) - cut % len(data)])
+    config = config_of(ip_adapter={"x": 1.0})
+    try:
+        request = parse({"ip_image": b64(damaged)}, config)
+        assert request.ip_image == damaged
+    except RequestError as error:
+        assert [p.field for p in error.problems] == ["ip_image"]
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), min_size=1, max_size=6))
+def test_damaged_tensors_are_read_or_refused(flips: list[tuple[int, int]]) -> None:
+    data = bytearray(base64.b64decode(tensor(latent=[[1.0, 2.0]])))
+    for position, value in flips:
+        data[position % len(data)] = value
+    try:
+        parse({"latent": b64(bytes(data))})
+    except RequestError as error:
+        assert [p.field for p in error.problems] == ["latent"]
+
+
+# Examples.
+
+
+def test_null_and_the_empty_prompt_are_absent() -> None:
+    request = parse({"positive": "", "steps": None, "image": None, "scheduler": ""})
+    assert request.positive is None and request.image is None and request.scheduler is None
+    assert request.steps == 30
+
+
+def test_a_scheduler_may_come_as_json_text() -> None:
+    assert parse({"scheduler": '{"scheduler": "ddim", "eta": 0}'}).scheduler == {
+        "scheduler": "ddim",
+        "eta": 0,
+    }
+    assert "not valid JSON" in refused({"scheduler": "{ddim"})[1]["scheduler"]
+
+
+def test_a_drawn_seed_is_told_and_changes() -> None:
+    seeds = {parse({"seed": -5}).seed for _ in range(5)} | {parse({}).seed for _ in range(5)}
+    assert len(seeds) == 10 and all(0 <= s < 2**32 for s in seeds if s is not None)
+
+
+@pytest.mark.parametrize(
+    ("data", "field", "words"),
+    [
+        ({"steps": 1001}, "steps", "at most 1000, got 1001"),
+        ({"steps": 1.5}, "steps", "integer"),
+        ({"positive": 5}, "positive", "string, got 5"),
+        ({"positive": "x" * 20_001}, "positive", "20000"),
+        ({"seed": 2**64}, "seed", "below 18446744073709551616"),
+        ({"width": 100}, "width", "multiple of 8"),
+        ({"denoise": 0.5, "strength": 0.4}, "denoise", "differ: 0.4 and 0.5"),
+        ({"strength": 0.5, "denoising_start": 0.4}, "strength", "not both"),
+        ({"strength": 0.5}, "strength", "below 1 needs a latent to start from, got 0.5 and none"),
+        ({"strength": 0, "latent": tensor(latent=[1])}, "strength", "above 0"),
+        ({"strength": 1.1}, "strength", "at most 1, got 1.1"),
+        ({"add_noise": True, "latent": tensor(latent=[1])}, "add_noise", "needs latent, and strength"),
+        ({"pictures": 0}, "pictures", "at least 1, got 0"),
+        ({"pictures": 17}, "pictures", "at most 16, got 17"),
+        ({"denoising_start": 0.5, "denoising_end": 0.5}, "denoising_end", "above denoising_start 0.5"),
+        ({"denoising_end": 0}, "denoising_end", "above denoising_start 0, got 0"),
+        ({"denoising_start": 1.0}, "denoising_start", "below 1"),
+        ({"sigmas": tensor(sigmas=[1]), "timesteps": tensor(timesteps=[1])}, "timesteps", "not both"),
+        ({"positive": "a", "positive_embeds": tensor(embeds=[1])}, "positive_embeds", "not both"),
+        ({"scheduler": {"name": "ddim"}}, "scheduler", 'under "scheduler"'),
+        ({"scheduler": 3}, "scheduler", "a name"),
+        ({"lora_scales": {"a": "b"}}, "lora_scales.a", "number"),
+        ({"output_format": "bmp"}, "output_format", "'png', 'jpeg'"),
+        ({"latent": tensor(other=[1])}, "latent", "'latent'; got 'other'"),
+        ({"latent": b64(b"x" * 30)}, "latent", "safetensors"),
+        ({"latent": tensor(latent=[])}, "latent", "empty"),
+        ({"positive_embeds": tensor(embeds=[1], pooled=[1], more=[1])}, "positive_embeds", "'more'"),
+        ({"image": "data:image/png," + b64(picture())}, "image", ";base64"),
+        ({"image": ""}, "image", "empty"),
+        ({"image": b64(picture("GIF"))}, "image", "allowed: PNG, JPEG, WebP, BMP"),
+        ({"image": b64(picture("JPEG", (64, 64))[:-100])}, "image", "broken picture"),
+    ],
+)
+def test_400(data: dict[str, Any], field: str, words: str) -> None:
+    status, problems = refused(data)
+    assert status == 400 and words in problems[field], problems
+
+
+def test_a_picture_with_too_many_pixels() -> None:
+    import io
+
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("1", (9000, 8000)).save(out, "PNG")
+    status, problems = refused({"control_image": b64(out.getvalue())})
+    assert (status, problems["control_image"]) == (400, "has 9000x8000 pixels, more than 8192x8192")
+
+
+def test_a_picture_may_not_be_scaled_beyond_the_largest_side() -> None:
+    data = {"image": b64(picture(size=(4000, 10))), "image_scale": 800}
+    status, problems = refused(data, config_of("sdup"))
+    assert status == 400 and "larger than 8192 a side; got 800 percent" in problems["image_scale"]
+    assert parse({**data, "image_scale": 200}, config_of("sdup")).image_scale == 200
+
+
+def test_a_scale_needs_its_picture() -> None:
+    status, problems = refused({"image_scale": 50}, config_of("svd"))
+    assert (status, problems["image_scale"]) == (400, "there is no image to scale")
+    status, problems = refused({"image_scale": 50}, CONFIG)
+    assert status == 422 and "takes no image_scale" in problems["image_scale"]
+
+
+def test_faults_of_form_and_of_the_launch_come_together() -> None:
+    status, problems = refused({"steps": 0, "width": 1000, "frames": 3, "x": 1}, config_of("sd3"))
+    assert status == 400 and set(problems) == {"steps", "width", "frames", "x"}
+
+
+def test_a_faulty_field_causes_no_second_fault() -> None:
+    status, problems = refused({"image": "?", "image_scale": 50}, config_of("svd"))
+    assert status == 400 and set(problems) == {"image"}
+    status, problems = refused({"denoising_start": "x", "denoising_end": 0.0})
+    assert set(problems) == {"denoising_start"}
+
+
+@pytest.mark.parametrize(
+    ("config", "data", "field", "words"),
+    [
+        (config_of("svd"), {}, "image", "needs an input image"),
+        (config_of("svd"), {"image": b64(picture()), "positive": "a"}, "positive", "takes no positive"),
+        (CONFIG, {"ip_image": b64(picture())}, "ip_image", "without --ip_adapter"),
+        (CONFIG, {"control_image": b64(picture())}, "control_image", "without --control_net"),
+        (config_of(control_net={"x": 1.0}), {}, "control_image", "started with --control_net"),
+        (config_of("svd"), {"image": b64(picture()), "clip_skip": 1}, "clip_skip", "takes no clip_skip"),
+        (CONFIG, {"scheduler": "flow_euler"}, "scheduler", "type sd1 takes"),
+        (CONFIG, {"output_format": "gif"}, "output_format", "png, jpeg, webp, latent; got 'gif'"),
+        (config_of("ad"), {"output_format": "jpeg"}, "output_format", "mp4"),
+    ],
+)
+def test_422(config: HostConfig, data: dict[str, Any], field: str, words: str) -> None:
+    status, problems = refused(data, config)
+    assert status == 422 and words in problems[field], problems
+
+
+def test_base64_may_be_a_data_uri_and_wrapped() -> None:
+    config = config_of(ip_adapter={"x": 1.0})
+    data = picture("JPEG", (30, 20))
+    text = "data:image/jpeg;base64," + base64.encodebytes(data).decode()
+    request = parse({"ip_image": text}, config)
+    assert request.ip_image == data and picture_size(data) == (30, 20)
+
+
+def test_accept_gives_the_format_where_the_body_does_not() -> None:
+    assert parse_request(b"{}", CONFIG).output_format == "png"
+    assert parse_request(b"{}", CONFIG, "jpeg").output_format == "jpeg"
+    assert parse_request(b'{"output_format": "webp"}', CONFIG, None).output_format == "webp"
+
+
+@pytest.mark.parametrize("type", sorted(MODELS))
+def test_every_type_knows_its_fields(type: str) -> None:
+    assert MODELS[type].fields | COMMON_FIELDS <= set(FIELDS)
+
+
+def test_reply_as_json() -> None:
+    one = Reply([b"a"], "png", 1, 8, 8, 2, {"total": 1, "denoise": 1, "decode": 0}, latent=b"l")
+    answer = one.answer()
+    assert (answer["output"].data, answer["latent"].data, answer["is_image"]) == (b"a", b"l", True)
+    two = Reply([b"a", b"b"], "png", 1, 8, 8, 2, {"total": 1, "denoise": 1, "decode": 0})
+    assert [file.data for file in two.answer()["output"]] == [b"a", b"b"] and two.answer()["latent"] is None
+
+
+def test_encoding_counts_as_decoding() -> None:
+    from PIL import Image
+
+    seconds = {"total": 3.0, "denoise": 2.0, "decode": 1.0}
+    reply = Reply([], "png", 1, 512, 512, 2, seconds, pictures=[Image.effect_noise((512, 512), 50)])
+    reply.encode()
+    assert reply.output[0].startswith(b"\x89PNG") and not reply.pictures
+    took = reply.seconds["decode"] - 1.0
+    assert took > 0 and reply.seconds == {"total": round(3.0 + took, 4), "denoise": 2.0, "decode": 1.0 + took}
+    made = list(reply.output)
+    reply.encode()
+    assert reply.output == made
+
+
+@pytest.mark.parametrize("name", ["sigmas", "timesteps"])
+def test_a_schedule_is_bounded_as_steps_are(name: str) -> None:
+    import base64
+
+    import numpy as np
+    import safetensors.numpy
+
+    def body(count: int) -> bytes:
+        data = safetensors.numpy.save({name: np.linspace(900, 1, count, dtype=np.float32)})
+        return json.dumps({name: base64.b64encode(data).decode()}).encode()
+
+    parse_request(body(1000), CONFIG)
+    with pytest.raises(RequestError, match="at most 1000 numbers, one a step; got 1001"):
+        parse_request(body(1001), CONFIG)

@@ -1,0 +1,432 @@
+"""clients/comfyui: the node pack in a stand-in for ComfyUI, against real hosts and real processes."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import torch
+
+from shared.launch.config import HostConfig, parse_config
+from shared.models import BACKENDS, MODELS, SCHEDULERS, schedulers_for
+from tests.comfy_stub import INPUTS, PACK, SCHEMA, WIDGETS, ComfyUI, InterruptProcessingException, install
+from tests.comfy_workflows import FOLDER, WORKFLOWS, texts
+from tests.httphost import FakeHost, config_of
+from tests.test_host import DEMO_CHECKPOINT, ROOT, Launch, alive, until
+from tests.test_matrix import psnr
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
+    models = tmp_path_factory.mktemp("models")
+    (models / "diffusers").mkdir()
+    (models / "diffusers" / "demo").symlink_to(DEMO_CHECKPOINT)
+    folders = {
+        "diffusers": ["sdxl", "sd15", "svd", "x4-upscaler"],
+        "animatediff_models": ["animatediff-motion-adapter"],
+    }
+    for kind, names in folders.items():
+        for name in names:
+            (models / kind / name).mkdir(parents=True)
+            marker = "model_index.json" if kind == "diffusers" else "config.json"
+            (models / kind / name / marker).write_text("{}")
+    (models / "loras").mkdir()
+    for name in ("a", "b"):
+        (models / "loras" / f"{name}.safetensors").write_bytes(b"")
+    with pytest.MonkeyPatch.context() as patch:
+        comfy = install(patch.setitem, models)
+        yield comfy
+        comfy.pack["launched"].HOSTS.stop_all()
+
+
+def defaults(comfy: ComfyUI, node: str, **given: Any) -> dict[str, Any]:
+    """A node of a prompt, widgets at their defaults."""
+    inputs = {}
+    for one in comfy.nodes[node].define_schema().inputs:
+        if "default" in one.given:
+            inputs[one.id] = one.given["default"]
+        elif one.given.get("options"):
+            inputs[one.id] = one.given["options"][0]
+    return {"class_type": node, "inputs": inputs | given}
+
+
+def sampler(comfy: ComfyUI, host: Launch, **given: Any) -> tuple[Any, ...]:
+    """Execute an attached sampler; values that are no JSON go to it directly."""
+    attach = defaults(comfy, "MultiGPUDiffusionAttachHost", url=host.url)
+    handle = comfy.run({"1": attach})["1"][0]
+    small = {"seed": 7, "steps": STEPS, "cfg": 4.0, "width": 128, "height": 128}
+    inputs = defaults(comfy, "MultiGPUDiffusionSampler", **small)["inputs"]
+    return comfy.nodes["MultiGPUDiffusionSampler"].execute(**(inputs | {"host": handle} | given)).args
+
+
+def pixels(image: torch.Tensor) -> np.ndarray:
+    return (image[0].numpy() * 255).round().astype(np.uint8)
+
+
+def test_the_choices_are_the_registrys(comfy: ComfyUI):
+    choices = sys.modules[comfy.pack["nodes"].__name__.replace(".nodes", ".choices")]
+    assert set(choices.TYPES) == set(MODELS) and list(BACKENDS) == choices.BACKENDS
+    assert set(choices.SCHEDULERS) == {n for spec in MODELS.values() for n in schedulers_for(spec)}
+    assert set(comfy.pack["convert"].FAMILIES) == {
+        n for n, s in MODELS.items() if s.output == "image" and s.image == "none"
+    }
+    assert {n for n, s in MODELS.items() if s.pooled_embeds} == comfy.pack["convert"].POOLED
+    assert len(choices.SCHEDULERS) == len(set(choices.SCHEDULERS)) and set(SCHEDULERS) <= set(
+        choices.SCHEDULERS
+    )
+
+
+def test_the_pack_is_a_client_and_its_pyproject_is_comfys():
+    project = tomllib.loads((PACK / "pyproject.toml").read_text())
+    assert "comfyui" not in project["project"]["name"].lower()
+    assert (PACK / project["project"]["license"]["file"]).is_file() and "DisplayName" in project["tool"][
+        "comfy"
+    ]
+    for file in PACK.glob("*.py"):
+        text = file.read_text()
+        assert "import shared" not in text and "from shared" not in text and "import torch.dist" not in text
+
+
+@pytest.mark.skipif("COMFYUI" not in os.environ, reason="COMFYUI is not set to a ComfyUI checkout")
+def test_the_stand_in_has_comfyuis_signatures():
+    code = f"""
+import inspect, sys
+sys.path.insert(0, {os.environ["COMFYUI"]!r})
+from comfy_api.latest import io
+wanted = {INPUTS!r}
+for name, (io_type, keywords) in wanted.items():
+    kind = getattr(io, name)
+    assert kind.io_type == io_type, name
+    missing = set(keywords) - set(inspect.signature(kind.Input.__init__).parameters)
+    assert not missing, (name, missing)
+assert not set({SCHEMA!r}) - set(inspect.signature(io.Schema).parameters)
+"""
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_workflows_are_current(comfy: ComfyUI):
+    for name, text in texts(comfy).items():
+        assert (FOLDER / f"{name}.json").read_text() == text, "run python -m tests.comfy_workflows"
+
+
+@pytest.mark.parametrize("name", list(WORKFLOWS))
+def test_workflows_run_and_their_launches_parse(
+    comfy: ComfyUI, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """From the saved file to a request that a host of the type accepts, and to flags that it parses."""
+    import json
+
+    flags: list[str] = []
+    hosts: list[FakeHost] = []
+
+    class NoProcess:
+        def __init__(self, project: str, backend: str, ranks: int, given: list[str], python: str) -> None:
+            flags.extend(given)
+            config = parse_config(backend, given)
+            hosts.append(FakeHost(config_of(config.type)))
+            hosts[-1].latent = np.zeros((1, 4, 128, 128), np.float32)
+            self.host = comfy.pack["host"].Host(hosts[-1].url)
+            self.pid, self.log = 0, Path("none")
+
+        def wait_until_ready(self, check: Any) -> None:
+            check()
+
+        def alive(self) -> bool:
+            return True
+
+        def stop(self) -> None:
+            hosts[-1].close()
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(comfy.pack["launched"], "HostProcess", NoProcess)
+    prompt = comfy.prompt_of(json.loads((FOLDER / f"{name}.json").read_text()))
+    try:
+        outputs = comfy.run(prompt)
+        (request,) = hosts[0].seen
+    finally:
+        comfy.pack["launched"].HOSTS.stop_all()
+    assert f"--type={hosts[0].config.type}" in flags
+    assert request.output_format == "png" and len(outputs) == len(prompt)
+    if name == "pictures":
+        assert request.scheduler == "k_dpmpp_2m" and "--auto_balance" in flags
+        assert outputs["4"][1]["samples"].shape == (1, 4, 128, 128)
+
+
+def test_a_picture_with_progress_is_the_hosts_own(comfy: ComfyUI, demo_host: Launch):
+    comfy.progress.clear()
+    image, latent = sampler(comfy, demo_host, steps=30, negative="yellow")
+    assert image.shape == (1, 128, 128, 3) and latent["samples"].shape == (1, 4, 16, 16)
+    assert comfy.progress == sorted(comfy.progress) and comfy.progress[-1] == 100
+    assert any(0 < percent < 100 for percent in comfy.progress)
+    body = {"positive": "a red circle on a blue background", "negative": "yellow", "steps": 30, "seed": 7}
+    answer = requests.post(
+        f"{demo_host.url}/generate", json=body | {"cfg": 4.0, "return_latent": True}, timeout=60
+    ).json()
+    assert torch.equal(image, comfy.pack["convert"].images(answer["output"]))
+    own = comfy.pack["convert"].latent_to_host(latent["samples"], "sd1")
+    both = [_latent(base64.b64decode(text)) for text in (own, answer["latent"])]
+    torch.testing.assert_close(*both)
+
+
+def _latent(data: bytes) -> torch.Tensor:
+    import safetensors.torch
+
+    return safetensors.torch.load(data)["latent"]
+
+
+def test_latents_in_and_out(comfy: ComfyUI, demo_host: Launch):
+    whole, finished = sampler(comfy, demo_host)
+    _, half = sampler(comfy, demo_host, stop_at=0.5)
+    rest, _ = sampler(comfy, demo_host, latent=half, denoise=0.5, add_noise=False)
+    assert psnr(pixels(rest), pixels(whole)) >= 45
+    again, _ = sampler(comfy, demo_host, latent=finished, denoise=0.34)
+    other, _ = sampler(comfy, demo_host, latent=finished, denoise=1.0, seed=8)
+    assert 15 < psnr(pixels(again), pixels(whole)) < 45
+    assert psnr(pixels(again), pixels(whole)) > psnr(pixels(other), pixels(whole))
+    # An empty latent is a size and a number of pictures.
+    both, _ = sampler(comfy, demo_host, latent={"samples": torch.zeros(2, 4, 20, 12)}, width=512)
+    assert both.shape == (2, 160, 96, 3) and not torch.equal(both[0], both[1])
+    with pytest.raises(ValueError, match="latent: needed where denoise"):
+        sampler(comfy, demo_host, denoise=0.5)
+
+
+def test_flux_latents_are_packed_and_unpacked(comfy: ComfyUI):
+    convert = comfy.pack["convert"]
+    samples = torch.randn(1, 16, 8, 12)
+    packed = convert.latent_to_host(samples, "flux")
+    assert _latent(base64.b64decode(packed)).shape == (1, 24, 64)
+    torch.testing.assert_close(convert.latent_from_host(packed, "flux", 96, 64), samples)
+    from diffusers import FluxPipeline
+
+    theirs = FluxPipeline._pack_latents((samples - 0.1159) * 0.3611, 1, 16, 8, 12)
+    torch.testing.assert_close(_latent(base64.b64decode(packed)), theirs)
+
+
+def test_conditioning_is_the_prompt(comfy: ComfyUI, demo_host: Launch):
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(DEMO_CHECKPOINT / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(DEMO_CHECKPOINT / "text_encoder")
+
+    def encode(text: str) -> list[Any]:
+        tokens = tokenizer(text, padding="max_length", truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            made = encoder(tokens.input_ids)
+        return [[made[0], {"pooled_output": made[1]}]]
+
+    usual, _ = sampler(comfy, demo_host, negative="yellow")
+    prompts = {
+        "positive": "",
+        "negative": "",
+        "positive_conditioning": encode("a red circle on a blue background"),
+    }
+    same, _ = sampler(comfy, demo_host, **prompts, negative_conditioning=encode("yellow"))
+    assert psnr(pixels(same), pixels(usual)) >= 45
+    # What is shorter is repeated; attention does not see the difference.
+    long = encode("yellow")
+    long[0][0] = long[0][0].repeat(1, 2, 1)
+    repeated, _ = sampler(comfy, demo_host, **prompts, negative_conditioning=long)
+    assert psnr(pixels(repeated), pixels(usual)) >= 45
+    masked = [[long[0][0], {"mask": torch.ones(1, 8, 8)}]]
+    with pytest.raises(ValueError, match=r"positive_embeds: .* mask"):
+        sampler(comfy, demo_host, positive_conditioning=masked)
+
+
+def test_cancel_frees_the_host_and_errors_are_the_hosts_words(comfy: ComfyUI, demo_host: Launch):
+    comfy.progress.clear()
+
+    def press() -> None:
+        until(lambda: any(comfy.progress), 20)
+        comfy.interrupted = True
+
+    threading.Thread(target=press, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(InterruptProcessingException):
+        sampler(comfy, demo_host, steps=900)
+    assert time.monotonic() - began < 20 and not comfy.interrupted
+    until(lambda: requests.get(f"{demo_host.url}/health", timeout=5).json()["state"] == "ready", 3)
+    error = comfy.pack["host"].HostError
+    with pytest.raises(error, match="control_image: the host was started without --control_net"):
+        sampler(comfy, demo_host, control_image=torch.rand(1, 64, 64, 3))
+    with pytest.raises(error, match=r"no answer from the host at http://127\.0\.0\.1:9:"):
+        comfy.run({"1": defaults(comfy, "MultiGPUDiffusionAttachHost", url="http://127.0.0.1:9")})
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A project whose host is tests/fake_host.py."""
+    script = f"import runpy\nrunpy.run_path({str(ROOT / 'tests' / 'fake_host.py')!r}, run_name='__main__')\n"
+    (tmp_path / "asyncdiff_host.py").write_text(script)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return str(tmp_path)
+
+
+def test_a_launched_host_lives_until_something_needs_another(comfy: ComfyUI, project: str):
+    hosts = comfy.pack["launched"].HOSTS
+
+    def run(**given: Any) -> int:
+        first = {"type": "sd1", "checkpoint": "demo/", "ranks": 1, "project": project}
+        launch = defaults(comfy, "MultiGPUDiffusionLaunchHost", **first | given)
+        adapter = defaults(comfy, "MultiGPUDiffusionLora", lora="a.safetensors", strength=0.5)
+        handle = comfy.run({"1": launch, "2": adapter} | ({"3": {**adapter}} if "features" in given else {}))
+        assert handle["1"][0].host.ready()
+        return hosts.pids()["1"]
+
+    first = run()
+    comfy.executed.clear()
+    assert run() == first and not comfy.executed, "an unchanged host was asked for again"
+    second = run(warm_up_steps=5)
+    assert second != first and not alive(first)
+    os.kill(second, signal.SIGTERM)
+    until(lambda: not alive(second), 5)
+    third = run(warm_up_steps=5)
+    assert third not in (first, second) and alive(third)
+    with pytest.raises(comfy.pack["host"].HostError, match="--stride: must be at most 2; got '3'"):
+        run(flags="--stride=3")
+    assert not hosts.pids() and not alive(third)
+
+
+def test_a_cancelled_launch_and_one_whose_node_is_gone_leave_nothing(comfy: ComfyUI, project: str):
+    hosts = comfy.pack["launched"].HOSTS
+    plain = {"type": "sd1", "checkpoint": "demo/", "ranks": 1, "project": project}
+    launch = defaults(comfy, "MultiGPUDiffusionLaunchHost", **plain)
+    comfy.run({"7": launch})
+    first = hosts.pids()["7"]
+    comfy.interrupted = True
+    other = defaults(comfy, "MultiGPUDiffusionLaunchHost", **plain, warm_up_steps=4)
+    with pytest.raises(InterruptProcessingException):
+        comfy.run({"8": other})
+    assert not hosts.pids() and not alive(first)
+
+
+def test_a_host_ends_with_its_launch_whatever_other_nodes_are_called(comfy: ComfyUI, project: str):
+    hosts = comfy.pack["launched"].HOSTS
+    plain = {"type": "sd1", "checkpoint": "demo/", "ranks": 1, "project": project}
+    other = defaults(comfy, "MultiGPUDiffusionScheduler")
+
+    def run(**launches: int) -> dict[str, Any]:
+        made = {
+            id[1:]: defaults(comfy, "MultiGPUDiffusionLaunchHost", **plain, warm_up_steps=steps)
+            for id, steps in launches.items()
+        }
+        return comfy.run(made if "_3" in launches else {"3": other, **made})
+
+    run(_3=1)
+    first = hosts.pids()["3"]
+    run(_2=2)  # node 3 is a scheduler now
+    assert set(hosts.pids()) == {"2"} and not alive(first)
+    # ComfyUI's cache gives node 7, which asks for the same, the handle of node 2: its host lives on.
+    asked = comfy.pack["launched"].asked_by
+    launch = defaults(comfy, "MultiGPUDiffusionLaunchHost", **plain, warm_up_steps=2)
+    assert asked("2", {"2": launch}) == asked("7", {"7": launch})
+    second = hosts.pids()["2"]
+    comfy._cache["7"] = comfy._cache["2"]
+    run(_7=2, _10=3)
+    assert set(hosts.pids()) == {"7", "10"} and hosts.pids()["7"] == second and alive(second)
+    hosts.stop_all()
+
+
+# Flags that no node has, and why.
+LEFT_OUT = {
+    "the Launch Host's text widget `flags` takes them": {
+        *("height", "width", "scheduler", "vae", "gguf_model", "motion_adapter_lora", "compel"),
+        *("compile_unet", "compile_vae", "compile_text_encoder", "compile_backend", "compile_mode"),
+        *("compile_options", "compile_fullgraph_off", "enable_vae_tiling", "enable_vae_slicing"),
+        *("xformers_efficient", "enable_model_cpu_offload", "enable_sequential_cpu_offload"),
+        *("enable_group_offload", "device"),
+    },
+    "the LoRA node names files itself": {"lora_dir"},
+    "every launch has it, for those files": {"allow_lora_paths"},
+}
+
+
+def test_every_flag_has_a_widget_and_every_widget_a_tooltip(comfy: ComfyUI):
+    named: set[str] = set()
+    for name, cls in comfy.nodes.items():
+        if name.startswith("MultiGPUDiffusion"):
+            inputs = cls.define_schema().inputs
+            named |= {one.id for one in inputs}
+            bare = [one.id for one in inputs if one.io_type in WIDGETS and not one.given.get("tooltip")]
+            assert not bare, f"{name}: no tooltip for {bare}"
+    plans = comfy.pack["nodes"].PLANS
+    for flag in dataclasses.fields(HostConfig):
+        group, backend = flag.metadata.get("group", "serving"), flag.metadata.get("backend")
+        for one in (backend or "").split():
+            assert flag.name in plans[one][1], f"--{flag.name} is in no plan of {one}"
+        if group != "serving" and not backend and flag.name != "motion_adapter":  # by motion_module
+            assert flag.name in named or any(flag.name in names for names in LEFT_OUT.values()), flag.name
+
+
+def test_scales_and_loras_need_no_other_host(comfy: ComfyUI):
+    launched = comfy.pack["launched"]
+
+    def launch(features: dict[str, Any], *flags: str) -> Any:
+        return launched.Launch("/p", "asyncdiff", "sd1", "/c", 2, flags=flags, features=features)
+
+    loras = [{"lora": {"a": 1.0}}, {"lora": {"a": 0.5, "b": 1.0}}, {}]
+    assert len({launch(f).key for f in loras}) == 1
+    assert len({launch(f, "--compile_unet").key for f in loras}) == 3, "fused LoRAs cannot change"
+    nets = [{"control_net": {"n": 1.0}}, {"control_net": {"n": 0.5}}, {"control_net": {"m": 0.5}}]
+    assert [launch(nets[0]).key == launch(f).key for f in nets] == [True, True, False]
+    assert "--allow_lora_paths" in launch({}).command_flags()
+    with FakeHost(config_of(allow_lora_paths=True)) as host:
+        process: Any = type("Process", (), {"host": comfy.pack["host"].Host(host.url)})
+        running = launched.Running(launch(loras[0]), process, launch(loras[0]).live())
+        host.loras = {"a": 1.0}
+        running.adopt(launch(loras[1]))
+        assert host.loras == {"a": 1.0, "b": 1.0}
+        assert running.handle(launch(loras[1])).scales == {"lora_scales": {"a": 0.5, "b": 1.0}}
+        running.adopt(launch(loras[2]))
+        assert not host.loras and running.handle(launch({})).scales == {}
+
+
+def test_the_host_ends_when_its_starter_is_killed(project: str):
+    code = f"""
+import sys
+sys.path.insert(0, {str(PACK)!r})
+from host import HostProcess
+flags = ["--type=sd1", {f"--checkpoint={DEMO_CHECKPOINT}"!r}]
+process = HostProcess({project!r}, "asyncdiff", 1, flags)
+process.wait_until_ready()
+print(process.pid, flush=True)
+import time; time.sleep(60)
+"""
+    starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert starter.stdout is not None
+    guard = int(starter.stdout.readline())
+    host = subprocess.run(["ps", "-o", "pid=", "--ppid", str(guard)], capture_output=True, text=True).stdout
+    starter.kill()
+    starter.wait()
+    until(lambda: not alive(guard) and not alive(int(host)), 10)
+
+
+def test_both_clients_have_the_same_link_to_a_host():
+    copies = [ROOT / "clients" / name / "host.py" for name in ("comfyui", "localai")]
+    assert copies[0].read_text() == copies[1].read_text()
+
+
+def test_every_node_gets_what_its_schema_names(comfy: ComfyUI):
+    for name, cls in comfy.nodes.items():
+        parameters = inspect.signature(cls.execute).parameters
+        named = {one.id for one in cls.define_schema().inputs}
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        known = {n for n, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
+        assert known <= named and (open_ended or known == named), name

@@ -1,0 +1,275 @@
+"""A1111's API: what SillyTavern and Open WebUI send and read."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import requests
+
+from shared.http.a1111 import SAMPLERS, SCHEDULES, samplers_for
+from shared.models import MODELS, schedulers_for
+from tests.httphost import FakeHost, config_of, picture, wait_for
+
+# The body that SillyTavern sends, its own settings among the keys.
+SILLY_TAVERN: dict[str, Any] = {
+    "url": "http://localhost:7860",
+    "auth": "",
+    "prompt": "a red circle",
+    "negative_prompt": "blurry",
+    "sampler_name": "Euler a",
+    "scheduler": "Automatic",
+    "steps": 20.0,
+    "cfg_scale": 7,
+    "width": 516,
+    "height": 512,
+    "restore_faces": False,
+    "enable_hr": False,
+    "hr_upscaler": "Latent",
+    "hr_scale": 2,
+    "hr_additional_modules": [],
+    "denoising_strength": 0.7,
+    "hr_second_pass_steps": 0,
+    "seed": 3,
+    "override_settings": {"CLIP_stop_at_last_layers": 2, "sd_vae": "Automatic"},
+    "override_settings_restore_afterwards": True,
+    "clip_skip": 2,
+    "save_images": True,
+    "send_images": True,
+    "do_not_save_grid": False,
+    "do_not_save_samples": False,
+}
+
+
+@pytest.fixture
+def host() -> Iterator[FakeHost]:
+    with FakeHost(config_of(checkpoint="/models/demo")) as host:
+        yield host
+
+
+def get(host: FakeHost, name: str) -> Any:
+    answer = host.get(f"/sdapi/v1/{name}")
+    assert answer.status_code == 200
+    return answer.json()
+
+
+def post(host: FakeHost, name: str, body: Any, **options: Any) -> requests.Response:
+    return host.post(f"/sdapi/v1/{name}", json=body, **options)
+
+
+def test_txt2img_as_sillytavern_sends_it(host: FakeHost) -> None:
+    answer = post(host, "txt2img", SILLY_TAVERN).json()
+    assert set(answer) == {"images", "parameters", "info"}
+    assert [base64.b64decode(image) for image in answer["images"]] == [picture()]
+    assert answer["parameters"] == SILLY_TAVERN
+    info = json.loads(answer["info"])
+    assert (info["seed"], info["all_seeds"], info["width"], info["sd_model_name"]) == (3, [3], 512, "demo")
+    assert "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 3, Size: 512x512" in info["infotexts"][0]
+    [seen] = host.seen
+    assert (seen.positive, seen.negative, seen.scheduler) == ("a red circle", "blurry", "euler_a")
+    assert (seen.steps, seen.cfg, seen.clip_skip, seen.seed) == (20, 7, 1, 3)
+
+
+def test_txt2img_as_open_webui_sends_it(host: FakeHost) -> None:
+    body = {"prompt": "x", "batch_size": 2, "width": 64, "height": 64, "steps": 5, "negative_prompt": ""}
+    answer = post(host, "txt2img", body).json()
+    assert len(answer["images"]) == 2
+    info = json.loads(answer["info"])
+    assert info["all_seeds"] == [host.seen[0].seed, (host.seen[0].seed or 0) + 1]
+    assert host.seen[0].scheduler is None and host.seen[0].negative is None
+
+
+def test_batches_multiply_and_have_a_limit(host: FakeHost) -> None:
+    assert len(post(host, "txt2img", {"batch_size": 2, "n_iter": 3, "steps": 1}).json()["images"]) == 6
+    answer = post(host, "txt2img", {"batch_size": 8, "n_iter": 8})
+    assert answer.status_code == 422 and "at most 16, got 64" in answer.json()["detail"]
+
+
+def test_img2img_where_the_type_takes_an_image(host: FakeHost) -> None:
+    image = base64.b64encode(picture(size=(16, 16))).decode()
+    with FakeHost(config_of("sdup")) as upscaler:
+        body = {
+            "init_images": [image],
+            "prompt": "sharp",
+            "width": 512,
+            "height": 512,
+            "denoising_strength": 0.3,
+        }
+        answer = post(upscaler, "img2img", body).json()
+        assert len(answer["images"]) == 1 and "init_images" not in answer["parameters"]
+        assert upscaler.seen[0].image == picture(size=(16, 16))
+        refused = post(upscaler, "img2img", {"init_images": [], "mask": "x"})
+        assert refused.status_code == 422 and "init_images" in refused.text and "mask" in refused.text
+        assert (
+            "init_images: is no picture"
+            in post(upscaler, "img2img", {"init_images": ["eHl6"]}).json()["detail"]
+        )
+    with FakeHost(config_of("svd")) as video:
+        assert (
+            base64.b64decode(post(video, "img2img", {"init_images": [image]}).json()["images"][0])[:3]
+            == b"GIF"
+        )
+    answer = post(host, "img2img", {"init_images": [image], "prompt": "x"})
+    assert answer.status_code == 422 and "takes no image" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"sampler_name": "Nonsense"}, 422, "sampler_name: must be one of DPM++ 2M"),
+        (
+            {"sampler_name": "DDIM", "scheduler": "Karras"},
+            422,
+            "DDIM has no Karras; samplers with it: DPM++",
+        ),
+        ({"scheduler": "Karras"}, 422, "needs a sampler_name"),
+        ({"sampler_name": "Euler", "scheduler": "Turbo"}, 422, "one of Automatic, Karras, Exponential, SGM"),
+        ({"override_settings": {"sd_model_checkpoint": "other"}}, 422, "'demo' alone; got 'other'"),
+        ({"steps": -1, "cfg_scale": "x"}, 400, "cfg_scale: must be a valid number"),
+        ({"width": 10**9}, 400, "at most 8192"),
+        ({"batch_size": "two"}, 422, "batch_size: must be 1 to 16, got 'two'"),
+        ([], 400, "JSON object"),
+    ],
+)
+def test_faults_in_a1111s_form(host: FakeHost, body: Any, status: int, words: str) -> None:
+    answer = post(host, "txt2img", body)
+    assert answer.status_code == status and words in answer.json()["detail"], answer.text
+    assert set(answer.json()) == {"error", "detail", "body", "errors"} and not host.seen
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"sampler_name": "DPM++ 2M", "scheduler": "karras"}, "k_dpmpp_2m"),
+        ({"sampler_name": "DPM++ 2M Karras"}, "k_dpmpp_2m"),
+        ({"sampler_index": "Euler"}, "euler"),
+        ({"sampler_name": "unipc", "scheduler": "normal"}, "unipc"),
+        ({"sampler_name": "Automatic", "scheduler": "Automatic"}, None),
+        ({"sampler_name": "DPM++ 2M SDE Karras"}, "k_dpmpp_2m_sde"),
+        ({"sampler_name": "DPM++ 2M Exponential"}, "exponential_dpmpp_2m"),
+        ({"sampler_name": "Euler", "scheduler": "beta"}, "beta_euler"),
+        ({"sampler_name": "Euler a", "scheduler": "SGM Uniform"}, "euler_a_trailing"),
+        ({"sampler_name": "DDIM", "scheduler": "sgm_uniform"}, "ddim_trailing"),
+        ({"sampler_name": "Euler", "scheduler": "simple"}, "euler_trailing"),
+        ({"sampler_name": "LCM"}, "lcm"),
+        ({"sampler_name": "TCD"}, "tcd"),
+    ],
+)
+def test_sampler_names(host: FakeHost, body: dict[str, Any], expected: str | None) -> None:
+    assert post(host, "txt2img", body).status_code == 200
+    assert host.seen[0].scheduler == expected
+
+
+@pytest.mark.parametrize("type", sorted(MODELS))
+def test_every_sampler_is_one_of_the_type(type: str) -> None:
+    samplers = samplers_for(config_of(type))
+    assert samplers and set(samplers) <= set(SAMPLERS)
+    assert set(samplers.values()) <= set(schedulers_for(MODELS[type]))
+
+
+def test_lists(host: FakeHost) -> None:
+    [model] = get(host, "sd-models")
+    assert (model["title"], model["model_name"]) == ("demo", "demo")
+    assert "Euler a" in [s["name"] for s in get(host, "samplers")]
+    assert [s["label"] for s in get(host, "schedulers")] == ["Automatic", *SCHEDULES]
+    assert get(host, "upscalers")[0]["name"] == "None"
+    assert get(host, "latent-upscale-modes") == [] and get(host, "sd-vae") == []
+    assert get(host, "options")["sd_model_checkpoint"] == "demo"
+    assert post(host, "options", {"sd_model_checkpoint": "demo", "other": 1}).json() is None
+    assert post(host, "options", {"sd_model_checkpoint": "other"}).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"enable_hr": True, "hr_scale": 2}, "enable_hr: is not served"),
+        ({"script_name": "x/y/z plot"}, "script_name: is not served, leave it out; got 'x/y/z plot'"),
+        ({"styles": ["anime"]}, "styles: "),
+        ({"tiling": True}, "tiling: "),
+        ({"restore_faces": True}, "restore_faces: "),
+        ({"refiner_checkpoint": "r", "refiner_switch_at": 0.8}, "refiner_checkpoint: "),
+        ({"subseed": 3, "subseed_strength": 0.5}, "subseed_strength: is not served, leave it out; got 0.5"),
+        ({"sampler_name": "DDIM", "eta": 1.0}, "eta: "),
+        ({"s_churn": 5}, "s_churn: "),
+        ({"mask": "xyz"}, "mask: "),
+        ({"firstphase_width": 64}, "firstphase_width: "),
+        ({"override_settings": {"sd_vae": "a.safetensors"}}, "override_settings.sd_vae: is not served"),
+        ({"override_settings": {"eta_noise_seed_delta": 31337}}, "override_settings.eta_noise_seed_delta: "),
+        ({"alwayson_scripts": {"ADetailer": {"args": [True, False, {"ad_model": "f.pt"}]}}}, "'ADetailer': "),
+        ({"alwayson_scripts": {"controlnet": {"args": [{"image": "x", "module": "canny"}]}}}, "module: is"),
+        (
+            {"alwayson_scripts": {"controlnet": {"args": [{"image": "x", "guidance_end": 0.5}]}}},
+            "guidance_end",
+        ),
+        ({"alwayson_scripts": {"controlnet": {"args": [{"image": "x"}] * 2}}}, "one enabled unit, got 2"),
+        ({"alwayson_scripts": {"controlnet": {"args": [{"weight": 1}]}}}, "ControlNet.image: needed"),
+    ],
+)
+def test_options_that_are_not_served_are_refused_by_name(host: FakeHost, body: Any, words: str) -> None:
+    answer = post(host, "txt2img", body)
+    assert answer.status_code == 422 and words in answer.json()["detail"], answer.text
+    assert not host.seen
+
+
+def test_options_that_mean_nothing_pass(host: FakeHost) -> None:
+    scripts = {
+        "ADetailer": {"args": [False, {"ad_model": "f.pt"}]},
+        "ControlNet": {"args": [{"enabled": False, "image": "x"}, {}]},
+        "Refiner": {"args": [False, "", 0.8]},
+        "Comments": {"args": []},
+    }
+    body: dict[str, Any] = {
+        "tiling": None,
+        "styles": [],
+        "eta": 1,
+        "sampler_name": "Euler a",
+        "s_noise": 1.0,
+        "script_name": "None",
+        "seed_resize_from_w": -1,
+        "subseed": -1,
+        "resize_mode": 1,
+        "override_settings": {"sd_vae": "Automatic", "samples_format": "png"},
+        "alwayson_scripts": scripts,
+    }
+    assert post(host, "txt2img", body).status_code == 200
+    assert host.seen[0].control_image is None
+
+
+@pytest.mark.parametrize("key", ["image", "input_image"])
+def test_control_net_of_the_launch(key: str) -> None:
+    unit = {key: base64.b64encode(picture()).decode(), "module": "none", "model": "canny", "weight": 0.5}
+    unit |= {"guidance_start": 0, "guidance_end": 1.0, "control_mode": 0, "resize_mode": "Crop and Resize"}
+    with FakeHost(config_of(control_net="/models/canny")) as host:
+        answer = post(host, "txt2img", {"alwayson_scripts": {"ControlNet": {"args": [unit]}}})
+        assert answer.status_code == 200, answer.text
+        assert (host.seen[0].control_image, host.seen[0].controlnet_scale) == (picture(), 0.5)
+        assert "needed" in post(host, "txt2img", {"prompt": "x"}).json()["detail"]
+
+
+def test_progress_and_interrupt(host: FakeHost) -> None:
+    idle = get(host, "progress")
+    assert (idle["progress"], idle["state"]["job_count"]) == (0, 0)
+    assert post(host, "interrupt", None).json() == {}
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(post, host, "txt2img", {"prompt": "slow", "steps": 100, "n_iter": 3})
+        wait_for(lambda: host.steps_run >= 2)
+        running = get(host, "progress")
+        assert 0 < running["progress"] < 1 and running["eta_relative"] > 0
+        assert (running["state"]["job_count"], running["state"]["sampling_steps"]) == (1, 100)
+        assert post(host, "interrupt", None).json() == {}
+        assert answer.result().status_code == 499 and answer.result().json()["detail"] == "cancelled"
+    assert len(host.seen) == 1
+
+
+def test_the_key_as_bearer_or_as_password() -> None:
+    with FakeHost(config_of(api_key="secret")) as host:
+        url = f"{host.url}/sdapi/v1/sd-models"
+        assert requests.get(url, timeout=5).status_code == 401
+        assert requests.get(url, auth=("me", "wrong"), timeout=5).json()["error"] == "HTTPException"
+        assert requests.get(url, auth=("me", "secret"), timeout=5).status_code == 200
+        assert requests.get(url, headers={"Authorization": "Bearer secret"}, timeout=5).status_code == 200
+        assert requests.get(f"{host.url}/progress", auth=("me", "secret"), timeout=5).status_code == 401

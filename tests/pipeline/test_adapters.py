@@ -1,0 +1,235 @@
+"""ControlNets, IP-Adapters and motion modules: effect, identity at scale 0, and refusals."""
+
+from __future__ import annotations
+
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from shared.models import MODELS
+from shared.pipeline.adapters import (
+    AdapterError,
+    control_arguments,
+    ip_arguments,
+    load_control_nets,
+    read_tensors,
+)
+from shared.pipeline.loading import LoadError
+from tests import tiny, tiny_extras
+
+IP_TYPES = [name for name, spec in MODELS.items() if spec.ip_adapter_encoder]
+CONTROL_TYPES = [name for name, spec in MODELS.items() if spec.control_net_class]
+
+
+@cache
+def plain(name: str) -> np.ndarray:
+    return tiny.run(tiny.load(name), name)
+
+
+def apart(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one - other).max())
+
+
+@pytest.mark.parametrize("name", CONTROL_TYPES)
+def test_control_net(name: str) -> None:
+    spec = MODELS[name]
+    launch = {str(tiny_extras.control_net(name)): 0.8}
+    pipe = tiny.host(name, control_net=launch)
+    assert type(pipe).__name__ == spec.control_net_pipeline
+
+    def made(*args: Any, seed: int = 5) -> np.ndarray:
+        torch.manual_seed(seed)  # some pipelines draw the control latents from the global state
+        image, scale = (*args, None)[:2]
+        return tiny.run(pipe, name, **control_arguments(spec, launch, image, scale, (64, 64), 4))
+
+    image, other = tiny.picture(64, 1), tiny.picture(64, 2)
+    none = made(None)
+    assert apart(made(image), none) > 0.02
+    assert apart(made(image), made(other)) > 1e-3
+    assert apart(made(image, 0.0), none) < 1e-6
+    assert np.array_equal(made(image), made(image)), "the same on all ranks"
+    if spec.control_net_pipeline != "FluxControlNetPipeline":  # it takes noise for the control image
+        assert np.array_equal(none, plain(name)), "scale 0 is the plain picture"
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux", "hy"])
+def test_several_control_nets(name: str) -> None:
+    paths = [str(tiny_extras.control_net(name, seed)) for seed in (0, 1)]
+    launch = dict(zip(paths, (0.8, 0.5), strict=True))
+    pipe = tiny.host(name, control_net=launch)
+
+    def made(given: dict[str, float]) -> np.ndarray:
+        torch.manual_seed(5)
+        return tiny.run(pipe, name, **control_arguments(MODELS[name], given, tiny.picture(64, 1)))
+
+    both, first, none = made(launch), made({paths[0]: 0.8, paths[1]: 0.0}), made(dict.fromkeys(paths, 0.0))
+    assert apart(both, first) > 1e-3 and apart(first, none) > 1e-3
+
+
+@pytest.mark.parametrize("name", IP_TYPES)
+def test_ip_adapter(name: str) -> None:
+    launch = {str(tiny_extras.ip_adapter(name)): 0.7}
+    pipe = tiny.host(name, ip_adapter=launch)
+
+    def made(*args: Any) -> np.ndarray:
+        return tiny.run(pipe, name, **ip_arguments(pipe, launch, *args))
+
+    image, other = tiny.picture(64, 1), tiny.picture(64, 2)
+    assert apart(made(image), plain(name)) > 0.02
+    assert apart(made(image), made(other)) > 1e-3
+    assert apart(made(image), made(image, 0.2)) > 1e-3
+    assert np.array_equal(made(None), plain(name)), "a request without ip_image is the plain picture"
+    assert apart(made(image, 0.0), plain(name)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_ip_adapter_plus_and_bin(name: str) -> None:
+    made = {}
+    for suffix in (".safetensors", ".bin"):
+        launch = {str(tiny_extras.ip_adapter(name, "plus", suffix)): 0.7}
+        pipe = tiny.host(name, ip_adapter=launch)
+        made[suffix] = tiny.run(pipe, name, **ip_arguments(pipe, launch, tiny.picture(64, 1)))
+        assert np.array_equal(tiny.run(pipe, name, **ip_arguments(pipe, launch, None)), plain(name))
+    assert np.array_equal(made[".safetensors"], made[".bin"]) and apart(made[".bin"], plain(name)) > 0.02
+
+
+def image_projection(form: str) -> dict[str, torch.Tensor]:
+    """The image_proj of other kinds of adapters, for an encoder of width 32 and a cross attention of 32."""
+    mlp = {"proj.0.bias": 32, "proj.2.bias": 32, "proj.3.bias": 32, "proj.0.weight": (32, 32)}
+    if form == "full-face":
+        sizes: dict[str, Any] = mlp | {"proj.2.weight": (32, 32), "proj.3.weight": 32}
+    elif form == "FaceID":
+        sizes = mlp | {"proj.0.weight": (64, 512), "norm.weight": 32, "norm.bias": 32}
+    elif form == "InstantID":
+        sizes = {"latents": (1, 16, 32), "proj_in.weight": (32, 512), "proj_in.bias": 32}
+    else:
+        sizes = {"something.weight": (32, 32)}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return {f"image_proj.{key}": torch.randn(size) * 0.3 for key, size in sizes.items()}
+
+
+def ip_adapter_of(form: str, folder: Path) -> Path:
+    source = tiny_extras.ip_adapter("sd1")
+    layers = {k: v for k, v in load_file(source).items() if k.startswith("ip_adapter.")}
+    shutil.copytree(source.parent / "image_encoder", folder / "image_encoder")
+    save_file(layers | image_projection(form), folder / "adapter.safetensors")
+    return folder / "adapter.safetensors"
+
+
+def test_ip_adapter_full_face_is_diffusers_picture(tmp_path) -> None:
+    path = ip_adapter_of("full-face", tmp_path)
+    launch = {str(path): 0.7}
+    pipe = tiny.host("sd1", ip_adapter=launch)
+    made = tiny.run(pipe, "sd1", **ip_arguments(pipe, launch, tiny.picture(64, 1)))
+    theirs = tiny.load("sd1")
+    encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "image_encoder")
+    theirs.register_modules(image_encoder=encoder, feature_extractor=tiny.image_processor())
+    parts: dict[str, Any] = {"image_proj": {}, "ip_adapter": {}}
+    for key, value in load_file(path).items():
+        head, _, rest = key.partition(".")
+        parts[head][rest] = value
+    theirs.load_ip_adapter(parts, subfolder="", weight_name="")
+    theirs.set_ip_adapter_scale(0.7)
+    assert apart(made, tiny.run(theirs, "sd1", ip_adapter_image=tiny.picture(64, 1))) < 1e-6
+    assert apart(made, plain("sd1")) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [("FaceID", "a FaceID adapter"), ("InstantID", "InstantID"), ("odd", "of no known kind")],
+)
+def test_other_kinds_of_ip_adapters_are_refused(form: str, says: str, tmp_path) -> None:
+    with pytest.raises(LoadError, match=says):
+        tiny.host("sd1", ip_adapter={str(ip_adapter_of(form, tmp_path)): 1.0})
+
+
+def test_image_encoder_of_the_checkpoint(tmp_path) -> None:
+    """An adapter without an encoder beside it uses the checkpoint's; where there is none, that is said."""
+    bare = {str(tiny_extras.ip_adapter("sd1", encoder=False)): 0.7}
+    with pytest.raises(LoadError, match=r"needs an image encoder of width 32 .* found none"):
+        tiny.host("sd1", ip_adapter=bare)
+    pipe = tiny.load("sd1", image_encoder=tiny.clip_vision())
+    pipe.save_pretrained(tmp_path / "sd1")
+    pipe = tiny.host("sd1", ip_adapter=bare, checkpoint=str(tmp_path / "sd1"))
+    full = {str(tiny_extras.ip_adapter("sd1")): 0.7}
+    expected = tiny.host("sd1", ip_adapter=full)
+    one, other = (tiny.run(p, "sd1", **ip_arguments(p, bare, tiny.picture(64, 1))) for p in (pipe, expected))
+    assert np.array_equal(one, other)
+
+
+def test_motion_adapters() -> None:
+    sd1 = {"checkpoint": str(tiny.checkpoint("sd1"))}
+    folder, file = str(tiny_extras.motion_adapter("folder")), str(tiny_extras.motion_adapter("file"))
+    from_folder = tiny.run(tiny.host("ad", motion_adapter=folder, **sd1), "ad")
+    assert np.array_equal(tiny.run(tiny.host("ad", motion_module=file, **sd1), "ad"), from_folder)
+    # A checkpoint with motion modules of its own takes the given one's weights in their place.
+    replaced = tiny.run(tiny.host("ad", motion_adapter=folder), "ad")
+    assert apart(replaced, plain("ad")) > 0.02
+    with pytest.raises(LoadError, match="needs --motion_adapter or --motion_module; got neither"):
+        tiny.host("ad", **sd1)
+
+
+def test_motion_lora() -> None:
+    path = str(tiny_extras.motion_lora())
+    made = tiny.host("ad", motion_adapter_lora={path: 1.0})
+    assert apart(tiny.run(made, "ad"), plain("ad")) > 0.01
+    made.lora_set.set_scales({path: 0.0})
+    assert np.array_equal(tiny.run(made, "ad"), plain("ad"))
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "says"),
+    [
+        ("sd1", lambda: {"ip_adapter": {str(tiny_extras.ip_adapter("sdxl")): 1.0}}, "made for another model"),
+        ("sd1", lambda: {"ip_adapter": {str(tiny_extras.lora("sd1")): 1.0}}, "has no image_proj"),
+        (
+            "sd1",
+            lambda: {"control_net": {str(tiny_extras.control_net("sdxl")): 1.0}},
+            "cross_attention_dim is 96, this checkpoint's is 32",
+        ),
+        (
+            "sd1",
+            lambda: {"control_net": {str(tiny_extras.control_net("sd3")): 1.0}},
+            "is a SD3ControlNetModel; type sd1 takes ControlNetModel",
+        ),
+        ("sd1", lambda: {"control_net": {str(tiny_extras.lora("sd1")): 1.0}}, "must be a diffusers folder"),
+        ("ad", lambda: {"motion_module": str(tiny_extras.lora("sd1"))}, "has no motion_modules tensors"),
+    ],
+)
+def test_refused(name: str, flags: Any, says: str) -> None:
+    with pytest.raises(LoadError, match=says):
+        tiny.host(name, **flags())
+
+
+@pytest.mark.parametrize("text", ["not JSON", "[1]", "\udcff"])
+def test_control_net_with_a_broken_config(text: str, tmp_path) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(AdapterError, match=r"config\.json must hold a JSON object"):
+        load_control_nets(MODELS["sd1"], {str(tmp_path): 1.0}, torch.float32)
+
+
+def test_a_union_control_net_is_refused(tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxControlNetModel", "num_mode": 10}')
+    with pytest.raises(AdapterError, match="a union of 10 kinds of control"):
+        load_control_nets(MODELS["flux"], {str(tmp_path): 1.0}, torch.float32)
+
+
+def test_pickles_with_code_are_refused(tmp_path) -> None:
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    torch.save({"image_proj": Trap()}, tmp_path / "trap.bin")
+    with pytest.raises(AdapterError, match="cannot be read"):
+        read_tensors(tmp_path / "trap.bin", "IP-Adapter")
+    assert not (tmp_path / "sprung").exists()
+    with pytest.raises(AdapterError, match=r"must be a \.safetensors, \.bin"):
+        read_tensors(tmp_path / "trap.pkl", "IP-Adapter")

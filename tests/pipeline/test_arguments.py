@@ -1,0 +1,363 @@
+"""The pipeline's arguments and engine on one rank: parts of a schedule, what is refused, what is counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from diffusers.image_processor import VaeImageProcessor
+
+from shared.api.media import encode_image
+from shared.api.requests import Reply, RequestError, check_request
+from shared.launch.config import HostConfig
+from shared.models import MODELS, SCHEDULERS, schedulers_for
+from shared.parallel.graphs import Graphs
+from shared.pipeline.engine import PipelineEngine, _picture
+from shared.pipeline.schedulers import scheduler_for_request
+from shared.ranks.comm import World
+from tests import tiny
+
+PAIRED = ("dpm_2", "heun", "dpmpp_sde")
+"""Schedulers whose steps come in pairs."""
+ONE_STEP = ("ddim", "euler", "k_euler")
+"""Those that remember nothing of the step before, and draw nothing."""
+DRAWING = ("ddpm", "euler_a", "dpmpp_2m_sde", "k_dpmpp_2m_sde")
+EVERY = [
+    name
+    for name in schedulers_for(MODELS["sd1"])
+    if (name in SCHEDULERS or name.startswith("k_"))
+    and not name.removeprefix("k_").startswith((*PAIRED, "lcm", "tcd"))
+]
+PARTIAL = [name for name, spec in MODELS.items() if "denoising_start" in spec.fields]
+
+
+def alone() -> World:
+    groups: Any = (None, None, None)
+    return World(0, 1, 0, torch.device("cpu"), *groups)
+
+
+@cache
+def engine(name: str) -> PipelineEngine:
+    config = tiny.config(name, width=64, height=64)
+    return PipelineEngine(tiny.load(name), config, alone())
+
+
+def reply(name: str, **fields: Any) -> Reply:
+    spec, on = MODELS[name], engine(name)
+    body = {"seed": 3, "steps": 12, "cfg": 2.0, "output_format": "latent"} | fields
+    if "positive" in spec.fields and "positive_embeds" not in body:
+        body.setdefault("positive", "a cat")
+    if spec.image == "needed":
+        body.setdefault("image", encode_image(tiny.picture(16), "png"))
+    if spec.output == "video":
+        body.setdefault("frames", 2)
+    made = on.generate(check_request(body, on.config), lambda step, steps: None)
+    assert made is not None
+    return made
+
+
+def latents(name: str, **fields: Any) -> torch.Tensor:
+    made = reply(name, **fields).latent
+    assert made is not None
+    return safetensors.torch.load(made)["latent"]
+
+
+def packed(tensor: torch.Tensor, name: str = "latent") -> bytes:
+    return safetensors.torch.save({name: tensor.contiguous()})
+
+
+def distance(made: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((made - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("scheduler", EVERY)
+def test_two_parts_make_the_whole_with_every_scheduler(scheduler: str):
+    whole = latents("sd1", scheduler=scheduler)
+    half = latents("sd1", scheduler=scheduler, denoising_end=0.5)
+    rest = latents("sd1", scheduler=scheduler, denoising_start=0.5, latent=packed(half))
+    assert torch.isfinite(rest).all() and distance(half, whole) > 0.01
+    if scheduler in ONE_STEP:
+        assert distance(rest, whole) < 1e-5
+    elif scheduler not in DRAWING:  # multistep solvers begin anew, and forget a little
+        assert distance(rest, whole) < 0.01
+    again = latents("sd1", scheduler=scheduler, denoising_start=0.3, add_noise=True, latent=packed(whole))
+    assert torch.isfinite(again).all() and distance(again, whole) < 2
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_two_parts_make_the_whole_of_every_type(name: str):
+    scheduler = {"discrete": "ddim"}.get(MODELS[name].scheduler_family, "flow_euler")
+    asked: dict[str, Any] = {"scheduler": scheduler, "steps": 4}
+    whole = latents(name, **asked)
+    half = latents(name, **asked, denoising_end=0.5)
+    rest = latents(name, **asked, denoising_start=0.5, latent=packed(half))
+    assert distance(half, whole) > 1e-3 and distance(rest, whole) < 1e-5
+
+
+STRENGTHS = [
+    *((name, None, 0.55) for name in ("sd1", "sdxl", "sd3", "flux")),
+    *(
+        ("sd1", scheduler, 0.5)
+        for scheduler in ("dpmpp_2m", "k_dpmpp_2m_sde", "heun", "dpm_2", "lms", "unipc")
+    ),
+    *(("sd1", scheduler, 0.5) for scheduler in ("ddim", "ddpm", "euler_a", "dpmpp_sde")),
+    ("flux", None, 1.0),
+]
+
+
+@pytest.mark.parametrize(("name", "scheduler", "strength"), STRENGTHS)
+def test_strength_makes_what_image_to_image_of_diffusers_makes(
+    name: str, scheduler: str | None, strength: float
+):
+    spec, pipe = MODELS[name], engine(name).pipe
+    finished = latents(name, steps=2, seed=8)
+    image = finished
+    if spec.latent_layout == "packed":
+        image = type(pipe)._unpack_latents(finished, 64, 64, pipe.vae_scale_factor)
+    made = latents(name, scheduler=scheduler, strength=strength, add_noise=True, latent=packed(finished))
+    theirs = getattr(diffusers, spec.image_pipeline)(**pipe.components)
+    with scheduler_for_request(pipe, spec, scheduler):
+        theirs.scheduler = pipe.scheduler
+        torch.manual_seed(3)  # dpmpp_sde draws from the global state
+        wanted = theirs(
+            "a cat",
+            image=image.clone(),
+            strength=strength,
+            num_inference_steps=12,
+            guidance_scale=2.0,
+            generator=torch.Generator("cpu").manual_seed(3),
+            output_type="latent",
+            **({} if name in ("sd1", "sdxl") else {"height": 64, "width": 64}),
+        ).images
+    assert distance(made, wanted) < 1e-5
+    assert distance(wanted, finished) > 0.01
+
+
+def test_strength_counts_steps():
+    start = {"latent": packed(torch.zeros(1, 4, 8, 8)), "scheduler": "ddim", "add_noise": True}
+    assert reply("sd1", **start, strength=0.3).steps == 3
+    assert reply("sd1", **start, denoise=1.0).steps == 12
+    assert reply("sd1", **start, strength=0.5, denoising_end=0.75).steps == 3
+    with pytest.raises(RequestError, match=r"strength: leaves no step to run: 0.05 of 12 steps"):
+        reply("sd1", **start, strength=0.05)
+    whole = latents("sd1", scheduler="heun")
+    assert distance(latents("sd1", scheduler="heun", steps=3, strength=1.0), whole) > 0
+
+
+def test_parts_of_pairs_are_refused():
+    for scheduler in ("heun", "dpm_2", "k_dpmpp_sde"):
+        with pytest.raises(RequestError, match="cannot run in parts"):
+            latents("sd1", scheduler=scheduler, denoising_end=0.5)
+    with pytest.raises(RequestError, match="PNDMScheduler cannot run in parts"):
+        latents("sd1", scheduler={"scheduler": "pndm", "skip_prk_steps": False}, denoising_end=0.5)
+
+
+def test_true_guidance_hears_a_negative_prompt():
+    usual = latents("flux", steps=2)
+    guided = [latents("flux", steps=2, true_cfg_scale=3.0, **more) for more in ({}, {"negative": "blur"})]
+    assert distance(guided[0], usual) > 1e-4 and distance(*guided) > 1e-4
+    assert distance(latents("flux", steps=2, true_cfg_scale=1.0), usual) == 0
+    for fields in ({}, {"true_cfg_scale": 1.0}):
+        with pytest.raises(RequestError, match="type flux hears it with true_cfg_scale above 1 alone"):
+            latents("flux", negative="blur", **fields)
+
+
+NAN = float("nan")
+EULER = {"scheduler": "euler"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "field", "words"),
+    [
+        ("sd1", {"latent": packed(torch.full((1, 4, 8, 8), NAN))}, "latent", "must hold finite numbers"),
+        ("sd1", {"latent": packed(torch.zeros(1, 4, 8, 9))}, "latent", "must have shape"),
+        ("sd1", EULER | {"sigmas": packed(torch.tensor([5.0]), "sigmas")}, "sigmas", "no step is left"),
+        ("sd1", EULER | {"sigmas": packed(torch.tensor([1.0, NAN]), "sigmas")}, "sigmas", "finite"),
+        ("sd1", EULER | {"sigmas": packed(torch.tensor([1.0, 5.0]), "sigmas")}, "sigmas", "must fall"),
+        ("sd3", {"sigmas": packed(torch.zeros(2), "sigmas")}, "sigmas", "must fall"),
+        ("sd1", {"timesteps": packed(torch.tensor([5000, 1]), "timesteps")}, "timesteps", "0 to 999"),
+        ("sd1", {"positive_embeds": packed(torch.zeros(1, 77, 5), "embeds")}, "positive_embeds", "wide"),
+        ("sd1", {"clip_skip": 5}, "clip_skip", "at most"),
+        ("sd1", {"lora_scales": {"x": 1.0}}, "lora_scales", "is not loaded"),
+        ("sd1", {"scheduler": {"scheduler": "ddim", "bogus": 1}}, "scheduler", "no setting 'bogus'"),
+        ("sd1", {"scheduler": {"scheduler": "unipc", "solver_p": "x"}}, "scheduler", "must be left out"),
+        ("pixa", {"negative_embeds": packed(torch.zeros(1, 8, 32), "embeds")}, "negative_embeds", "beside"),
+    ],
+)  # fmt: skip
+def test_a_fault_that_the_ranks_find_names_its_field(name: str, fields: dict, field: str, words: str):
+    with pytest.raises(RequestError, match=words) as refused:
+        latents(name, **{"steps": 2} | fields)
+    assert refused.value.status == 422
+    assert [problem.field for problem in refused.value.problems] == [field]
+
+
+@pytest.mark.parametrize("shape", [(2, 64), (1, 65), (1, 1, 64)])
+def test_pooled_embeddings_of_another_shape_are_refused(shape: tuple[int, ...]):
+    both = safetensors.torch.save({"embeds": torch.zeros(1, 77, 96), "pooled": torch.zeros(shape)})
+    with pytest.raises(RequestError, match=r"'pooled' must be \[1, 64\]"):
+        latents("sdxl", positive_embeds=both)
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", "heun", "dpm_2", "ddim"])
+def test_steps_are_counted_as_clients_count_them(scheduler: str):
+    assert reply("sd1", scheduler=scheduler, steps=4).steps == 4
+    if scheduler in ("pndm", "ddim"):
+        assert reply("sd1", scheduler=scheduler, steps=4, denoising_end=0.5).steps == 2
+
+
+def test_guidance_of_a_single_frame_is_the_requests():
+    made = [latents("svd", frames=1, cfg=cfg, steps=2) for cfg in (1.0, 3.0)]
+    assert distance(*made) > 1e-3
+
+
+def test_an_upscaled_picture_of_any_size():
+    image = encode_image(tiny.picture().resize((18, 13)), "png")
+    made = reply("sdup", image=image, steps=2)
+    assert made.latent is not None
+    own = safetensors.torch.load(made.latent)["latent"]
+    assert (made.width, made.height) == (own.shape[3] * 4, own.shape[2] * 4) == (64, 48)
+    assert latents("sdup", image=image, steps=2, latent=packed(own)).shape == own.shape
+
+
+@pytest.mark.parametrize("name", [name for name, spec in MODELS.items() if "positive" in spec.fields])
+def test_a_prompt_is_encoded_once(name: str) -> None:
+    asked: list[int] = []
+    hook = engine(name).pipe.text_encoder.register_forward_hook(lambda *_: asked.append(1))
+    try:
+        short: dict[str, Any] = {"steps": 2, "positive": f"words for {name} alone"}
+        first = latents(name, **short)
+        once = len(asked)
+        assert once > 0
+        other = latents(name, **short, seed=4)
+        assert len(asked) == once and distance(other, first) > 0.01
+        changed = latents(name, **(short | {"positive": "other words"}))
+        assert len(asked) > once and distance(changed, first) > 1e-6
+        assert torch.equal(latents(name, **short), first)
+        engine(name)._prompts.forget()
+        assert torch.equal(latents(name, **short), first)
+    finally:
+        hook.remove()
+
+
+def words_lora(folder: Path) -> str:
+    """A LoRA for sd1's text encoder, named words."""
+    torch.manual_seed(0)
+    tensors = {}
+    for name, module in tiny.load("sd1").text_encoder.named_modules():
+        if name.endswith("q_proj"):
+            tensors[f"text_encoder.{name}.lora_A.weight"] = torch.randn(4, module.in_features)
+            tensors[f"text_encoder.{name}.lora_B.weight"] = torch.randn(module.out_features, 4)
+    safetensors.torch.save_file(tensors, folder / "words.safetensors")
+    return str(folder / "words.safetensors")
+
+
+def check_loras_reach_prompts(on: PipelineEngine, lora: str) -> None:
+    """A text encoder's LoRA comes, is scaled to nothing, comes back and goes."""
+
+    def drawn(**fields: Any) -> torch.Tensor:
+        body = {"seed": 3, "steps": 2, "cfg": 2.0, "output_format": "latent", "positive": "a cat"} | fields
+        made = on.generate(check_request(body, on.config), lambda step, steps: None)
+        assert made is not None and made.latent is not None
+        return safetensors.torch.load(made.latent)["latent"]
+
+    usual = drawn()
+    on.add_lora(lora, 1.0)
+    try:
+        changed = drawn()
+        assert distance(changed, usual) > 1e-4
+        assert distance(drawn(lora_scales={"words": 0.0}), usual) < 1e-6
+        assert torch.equal(drawn(), changed)
+    finally:
+        on.remove_lora(lora)
+    assert torch.equal(drawn(), usual)
+
+
+def test_a_prompt_is_encoded_anew_when_loras_change(tmp_path: Path) -> None:
+    check_loras_reach_prompts(engine("sd1"), words_lora(tmp_path))
+
+
+class Remembering(Graphs):
+    """As stale as captured graphs are: the same tokens get the same answer until it is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers: dict[str, Any] = {}
+        self.calls = 0
+
+    def run(self, kind: Any, fn: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        key = f"{kind} {kwargs}"
+        if key not in self.answers:
+            self.answers[key] = fn(**kwargs)
+        return self.answers[key]
+
+    def close(self) -> None:
+        self.answers.clear()
+
+
+def test_captured_encoders_are_ready_and_forgotten_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Remembering] = []
+
+    def remembering() -> Remembering:
+        made.append(Remembering())
+        return made[-1]
+
+    monkeypatch.setattr("shared.parallel.graphs.Graphs", remembering)
+    monkeypatch.setattr(HostConfig, "captures", lambda config, device: True)
+    config = tiny.config("sd1", width=64, height=64)
+    on = PipelineEngine(tiny.load("sd1"), config, alone())
+    on.warm_up()
+    assert made[0].calls >= 2, "the first call is eager, the second is captured"
+    check_loras_reach_prompts(on, words_lora(tmp_path))
+    on.close()
+    assert "forward" not in on.pipe.text_encoder.__dict__
+    compiled = replace(config, compile_text_encoder=True)
+    assert not PipelineEngine(tiny.load("sd1"), compiled, alone())._encoders
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_pictures_are_rounded_as_diffusers_does(dtype: torch.dtype) -> None:
+    halves = (torch.arange(0, 256) + 0.5) / 255
+    pixels = torch.cat([torch.rand(6000), halves.clamp(max=1), torch.tensor([0.0, 1.0])])[:6144]
+    pixels = pixels.reshape(1, 3, 32, 64).to(dtype)
+    (wanted,) = VaeImageProcessor().postprocess(pixels, "pil", do_denormalize=[False])
+    assert np.array_equal(np.asarray(_picture(pixels[0])), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("name", ["sd1", "svd", "flux"])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_is_no_number_is_refused_in_words(name: str, broken: float) -> None:
+    """In latents and in pixels, which clamping would make black or white; the engine goes on."""
+    on = engine(name)
+    video = MODELS[name].output == "video"
+    vae = on.pipe.vae.decoder.conv_out.bias
+    denoiser = getattr(on.pipe, MODELS[name].denoiser)
+    last = denoiser.proj_out if hasattr(denoiser, "proj_out") else denoiser.conv_out
+    whole = np.asarray(reply(name, steps=2, output_format="png").pictures[0])
+    for bias, format in ((vae, "png"), (last.bias, "png"), (last.bias, "latent")):
+        kept = bias.detach().clone()
+        with torch.no_grad():
+            bias[0] = broken
+        try:
+            with pytest.raises(RequestError) as caught:
+                reply(name, steps=2, output_format=format)
+        finally:
+            bias.data.copy_(kept)
+        what = "latent" if format == "latent" else "video" if video else "picture"
+        assert caught.value.status == 422 and f"a {what} of NaN or Inf" in str(caught.value)
+    assert np.array_equal(np.asarray(reply(name, steps=2, output_format="png").pictures[0]), whole)
+
+
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+def test_consistency_models_do_not_run_in_parts(name: str):
+    with pytest.raises(RequestError, match="cannot run in parts"):
+        reply("sd1", scheduler=name, denoising_end=0.5)

@@ -1,0 +1,150 @@
+"""Compiling really compiles: graphs are counted, and the picture is the same."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shared.launch.config import UsageError
+from shared.models import MODELS
+from shared.pipeline.compile import blocks, compile_pipeline, graph_count
+from tests import tiny, tiny_extras
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    config = torch._dynamo.config
+    kept = config.recompile_limit, config.accumulated_recompile_limit, config.fail_on_recompile_limit_hit
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+    config.recompile_limit, config.accumulated_recompile_limit, config.fail_on_recompile_limit_hit = kept
+
+
+@cache
+def plain(name: str) -> np.ndarray:
+    return tiny.run(tiny.load(name), name)
+
+
+def compiled(name: str, **flags: Any) -> Any:
+    return tiny.host(name, **({"compile_backend": "eager"} | flags))
+
+
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"sd2", "sdup", "pixs"}))  # other types' classes
+def test_denoiser(name: str) -> None:
+    pipe = compiled(name, compile_unet=True)
+    denoiser = getattr(pipe, MODELS[name].denoiser)
+    regions = list(blocks(denoiser))
+    assert all(hasattr(m.forward, "_torchdynamo_orig_callable") for m in regions)
+    inside = sum(p.numel() for m in regions for p in m.parameters())
+    assert inside > 0.5 * sum(p.numel() for p in denoiser.parameters())
+    assert graph_count() == 0, "nothing is traced before the first call"
+    assert np.abs(tiny.run(pipe, name) - plain(name)).max() < 1e-5
+    count = graph_count()
+    assert 0 < count < len(regions), "one graph serves several blocks"
+    tiny.run(pipe, name, seed=1)
+    assert graph_count() == count, "a second picture compiles nothing"
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize("name", ["sd1", "svd"])
+def test_vae(name: str) -> None:
+    pipe = compiled(name, compile_vae=True)
+    made = tiny.run(pipe, name)
+    assert graph_count() > 0 and np.abs(made - plain(name)).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd3", "hy"])  # every class of encoder there is
+def test_text_encoders(name: str) -> None:
+    pipe = compiled(name, compile_text_encoder=True)
+    made = tiny.run(pipe, name)
+    assert graph_count() >= len(MODELS[name].text_encoders) and np.abs(made - plain(name)).max() < 1e-5
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_inductor_and_mode() -> None:
+    pipe = compiled("pixa", compile_unet=True, compile_backend="inductor", compile_mode="default")
+    assert np.abs(tiny.run(pipe, "pixa") - plain("pixa")).max() < 1e-3 and graph_count() > 0
+
+
+def test_backend_options_and_fullgraph_reach_torch(monkeypatch) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def noting(forward: Any, **arguments: Any) -> Any:
+        seen.append(arguments)
+        return forward
+
+    monkeypatch.setattr(torch, "compile", noting)
+    options = {"compile_options": {"max_autotune": True}, "compile_fullgraph_off": True}
+    compile_pipeline(
+        tiny.load("pixa"),
+        MODELS["pixa"],
+        tiny.config("pixa", compile_unet=True, compile_backend="x", **options),
+    )
+    assert seen and seen[0] == {
+        "fullgraph": False,
+        "dynamic": False,
+        "backend": "x",
+        "options": {"max_autotune": True},
+    }
+    seen.clear()
+    flags = tiny.config("pixa", compile_vae=True, compile_mode="max-autotune")
+    assert compile_pipeline(tiny.load("pixa"), MODELS["pixa"], flags) == {"vae": 2}
+    assert seen[0] == {"fullgraph": True, "dynamic": False, "mode": "max-autotune"}
+    # Steps are captured whole: inductor's own CUDA graphs of their regions are left out.
+    seen.clear()
+    flags = tiny.config("pixa", compile_unet=True, compile_mode="reduce-overhead")
+    compile_pipeline(tiny.load("pixa"), MODELS["pixa"], flags)
+    assert seen and {arguments["mode"] for arguments in seen} == {"default"}
+
+
+def test_parts_of_blocks_for_methods_that_work_inside_them() -> None:
+    pipe = tiny.load("sdxl")
+    flags = tiny.config("sdxl", compile_unet=True, compile_backend="eager")
+    count = compile_pipeline(pipe, MODELS["sdxl"], flags, whole_blocks=False)["unet"]
+    block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+    assert count > 0 and "forward" in vars(block.ff) and "forward" not in vars(block)
+    assert np.abs(tiny.run(pipe, "sdxl") - plain("sdxl")).max() < 1e-5 and graph_count() > 0
+
+
+def test_with_lora_quantization_control_net_and_ip_adapter() -> None:
+    from shared.pipeline.adapters import control_arguments, ip_arguments
+
+    features: dict[str, Any] = {
+        "lora": {str(tiny_extras.lora("sdxl")): 0.8},
+        "control_net": {str(tiny_extras.control_net("sdxl")): 1.0},
+        "ip_adapter": {str(tiny_extras.ip_adapter("sdxl")): 0.7},
+        "quantize_to": "int8",
+    }
+
+    def made(pipe: Any) -> np.ndarray:
+        image = tiny.picture(64, 1)
+        arguments = control_arguments(MODELS["sdxl"], features["control_net"], image)
+        return tiny.run(pipe, "sdxl", **arguments, **ip_arguments(pipe, features["ip_adapter"], image))
+
+    eager = made(tiny.host("sdxl", **features))
+    pipe = compiled("sdxl", compile_unet=True, **features)
+    assert np.abs(made(pipe) - eager).max() < 1e-4
+    assert "controlnet" in pipe.components and graph_count() > 0
+    assert "--compile_unet" in pipe.lora_set.frozen or "--quantize_to" in pipe.lora_set.frozen
+
+
+def test_another_size_is_another_graph_not_eager() -> None:
+    pipe = compiled("pixa", compile_unet=True)
+    counts = []
+    for size in (64, 96):
+        expected = tiny.run(tiny.load("pixa"), "pixa", size=size)
+        assert np.abs(tiny.run(pipe, "pixa", size=size) - expected).max() < 1e-5
+        counts.append(graph_count())
+    assert counts[0] < counts[1]
+    assert torch._dynamo.config.fail_on_recompile_limit_hit and torch._dynamo.config.recompile_limit >= 64
+
+
+def test_broken_backend_is_an_error_not_eager() -> None:
+    with pytest.raises(UsageError, match="nosuch"):
+        tiny.run(compiled("pixa", compile_unet=True, compile_backend="nosuch"), "pixa")

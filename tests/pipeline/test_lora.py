@@ -1,0 +1,426 @@
+"""LoRA on every type: formats, counts, scales, removal, fusing; and equal to diffusers' own loader."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, load_file, save_file
+
+from shared.api.requests import RequestError, check_request
+from shared.launch.config import UsageError
+from shared.models import MODELS
+from shared.pipeline.engine import NAMED_LORAS, PipelineEngine
+from shared.pipeline.loading import LoadError, check_environment, load_pipeline
+from shared.pipeline.lora import LoraError, LoraSet, loras_of, match_layers, read_lora
+from tests import test_matrix, tiny, tiny_extras
+from tests.pool import RankPool
+
+PIPELINE_LOADERS = ("sd1", "sdxl", "sd3", "flux")
+
+
+@cache
+def plain(name: str) -> np.ndarray:
+    return tiny.run(tiny.load(name), name)
+
+
+@cache
+def shared_pipe(name: str) -> Any:
+    return tiny.load(name)
+
+
+@pytest.fixture(params=tiny.BUILDERS)
+def loras(request):
+    """The LoRA set of each type's pipeline, empty before and after."""
+    found = loras_of(shared_pipe(request.param), MODELS[request.param])
+    yield found
+    for path in list(found.loaded):
+        found.remove(path)
+
+
+def change(loras: LoraSet) -> float:
+    name = loras.spec.name
+    return float(np.abs(tiny.run(loras.pipe, name) - plain(name)).max())
+
+
+def test_every_format_means_the_same(loras) -> None:
+    name = loras.spec.name
+    denoiser = getattr(loras.pipe, loras.spec.denoiser)
+    before, layers = repr(denoiser), len(tiny_extras.adapted_layers(denoiser))
+    weights = {}
+    for form in ("diffusers", "kohya", "peft"):
+        path = str(tiny_extras.lora(name, form))
+        entry = loras.add(path)
+        assert entry.matched == layers > 10 and entry.unmatched == 0
+        weights[form] = {key: value for key, value in denoiser.state_dict().items() if "lora_" in key}
+        if form == "diffusers":
+            assert change(loras) > 0.02
+            loras.set_scales({path: 0.0})
+            assert change(loras) == 0, "scale 0 is the plain picture"
+        loras.remove(path)
+        assert repr(denoiser) == before
+    assert change(loras) == 0
+    matrices = {form: [w.numpy().tobytes() for w in found.values()] for form, found in weights.items()}
+    assert len(matrices["diffusers"]) == 2 * layers
+    assert matrices["diffusers"] == matrices["kohya"] == matrices["peft"]
+
+
+def test_several_at_their_scales_and_fused(loras) -> None:
+    name = loras.spec.name
+    first, second = (str(tiny_extras.lora(name, seed=seed)) for seed in (0, 1))
+    loras.add(first, 0.7)
+    one = tiny.run(loras.pipe, name)
+    loras.add(second, 0.4)
+    both = tiny.run(loras.pipe, name)
+    assert np.abs(both - one).max() > 1e-3
+    loras.set_scales({second: 0.0})
+    assert np.abs(tiny.run(loras.pipe, name) - one).max() < 1e-5
+    loras.set_scales({})
+    assert np.array_equal(tiny.run(loras.pipe, name), both)
+
+    fused = loras_of(tiny.load(name), loras.spec)
+    fused.add(first, 0.7)
+    fused.add(second, 0.4)
+    fused.fuse("a test")
+    assert "lora" not in repr(getattr(fused.pipe, loras.spec.denoiser)).lower()
+    assert np.abs(tiny.run(fused.pipe, name) - both).max() < 1e-3
+    for act in (lambda: fused.add(first), lambda: fused.remove(first), lambda: fused.set_scales({first: 1})):
+        with pytest.raises(LoraError, match="fused into the weights because of a test"):
+            act()
+
+
+@pytest.mark.parametrize("name", PIPELINE_LOADERS)
+@pytest.mark.parametrize("text", [False, True])
+def test_equals_diffusers_own_loader(name: str, text: bool) -> None:
+    path = tiny_extras.lora(name, text=text)
+    theirs = tiny.load(name)
+    theirs.load_lora_weights(load_file(path), adapter_name="x")
+    theirs.set_adapters(["x"], [0.6])
+    ours = loras_of(tiny.load(name), MODELS[name])
+    ours.add(str(path), 0.6)
+    assert np.abs(tiny.run(ours.pipe, name) - tiny.run(theirs, name)).max() < 1e-5
+    assert np.abs(tiny.run(ours.pipe, name) - plain(name)).max() > 0.02
+
+
+def test_alpha_scales_and_original_sdxl_names(tmp_path) -> None:
+    kohya = load_file(tiny_extras.lora("sdxl", "kohya", text=True))
+    halved = {key: value / 2 if key.endswith(".alpha") else value for key, value in kohya.items()}
+    save_file(halved, tmp_path / "half.safetensors")
+    pictures = []
+    for path, scale in (
+        (tmp_path / "half.safetensors", 1.0),
+        (tiny_extras.lora("sdxl", "kohya", text=True), 0.5),
+        (tiny_extras.lora("sdxl", "sgm", text=True), 0.5),
+    ):
+        loras = loras_of(shared_pipe("sdxl"), MODELS["sdxl"])
+        entry = loras.add(str(path), scale)
+        assert entry.unmatched == 0
+        pictures.append(tiny.run(loras.pipe, "sdxl"))
+        loras.remove(str(path))
+    assert np.abs(pictures[0] - pictures[1]).max() < 1e-5
+    assert np.array_equal(pictures[1], pictures[2])
+    # Diffusers cannot read the text encoders' part of this file (0.42.1), so the denoiser's part is compared.
+    alone = {key: value for key, value in halved.items() if key.startswith("lora_unet_")}
+    save_file(alone, tmp_path / "alone.safetensors")
+    theirs = tiny.load("sdxl")
+    theirs.load_lora_weights(dict(alone))
+    loras.add(str(tmp_path / "alone.safetensors"))
+    assert np.abs(tiny.run(theirs, "sdxl") - tiny.run(loras.pipe, "sdxl")).max() < 1e-5
+    loras.remove("alone")
+
+
+def test_convolutions_too(tmp_path) -> None:
+    tensors = {}
+    for name in ("down_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.2.conv_shortcut"):
+        conv = shared_pipe("sd1").unet.get_submodule(name)
+        flat = "lora_unet_" + name.replace(".", "_")
+        tensors[f"{flat}.lora_down.weight"] = torch.randn(4, conv.in_channels, *conv.kernel_size) * 0.2
+        tensors[f"{flat}.lora_up.weight"] = torch.randn(conv.out_channels, 4, 1, 1) * 0.2
+    save_file(tensors, tmp_path / "locon.safetensors")
+    loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
+    assert loras.add(str(tmp_path / "locon.safetensors")).matched == 2
+    assert change(loras) > 0.01
+    loras.remove("locon")
+    assert change(loras) == 0
+
+
+def test_partly_matched_is_told(caplog) -> None:
+    loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
+    path = str(tiny_extras.lora("sd1", "partial"))
+    with caplog.at_level("WARNING", "host"):
+        entry = loras.add(path)
+    assert entry.matched == entry.unmatched > 0
+    assert f"{entry.matched} of {2 * entry.matched} layers fit" in caplog.text
+    loras.remove(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda tmp: tiny_extras.lora("sd1", "alien"), "fits no layer of type sd1"),
+        (lambda tmp: tiny_extras.lora("sd3"), "fits no layer of type sd1"),
+        (lambda tmp: _file(tmp / "a.safetensors", b"not a tensor file"), "cannot be read"),
+        (lambda tmp: _file(tmp / "a.bin", b"x"), r"must be a \.safetensors file"),
+        (lambda tmp: tmp, r"must hold one \.safetensors file, got 0"),
+        (lambda tmp: _lokr(tmp / "lokr.safetensors"), "DoRA, LoHa, LoKr"),
+        (lambda tmp: _linear(tmp / "flat.safetensors", down=(32,)), "fits no layer of type sd1"),
+        (lambda tmp: _linear(tmp / "flat.safetensors", up=(32,)), "fits no layer of type sd1"),
+        (lambda tmp: _linear(tmp / "rank0.safetensors", (0, 32), (32, 0)), "fits no layer of type sd1"),
+        (lambda tmp: _linear(tmp / "kernel.safetensors", (4, 32, 3, 3)), "fits no layer of type sd1"),
+        (lambda tmp: _linear(tmp / "alpha.safetensors", alpha=2), r"alpha' must be one number.*shape \[2\]"),
+        (lambda tmp: tmp / ("long" * 100 + ".safetensors"), "cannot be read: .*too long"),
+        (lambda tmp: tmp / "nul\0.safetensors", "cannot be read"),
+    ],
+)
+def test_refused(make, says, tmp_path) -> None:
+    loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
+    before = repr(loras.pipe.unet)
+    with pytest.raises(LoraError, match=says):
+        loras.add(str(make(tmp_path)))
+    assert not loras.loaded and repr(loras.pipe.unet) == before
+
+
+def test_names_of_loaded_ones() -> None:
+    loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
+    path = tiny_extras.lora("sd1")
+    loras.add(str(path))
+    assert loras.name_of(path.name) == loras.name_of(path.stem) == loras.name_of(str(path)) == str(path)
+    with pytest.raises(LoraError, match=r"'other' is not loaded; loaded: .*lora-sd1"):
+        loras.set_scales({"other": 1.0})
+    with pytest.raises(LoraError, match="loaded already"):
+        loras.add(str(path))
+    loras.remove(path.stem)
+
+
+def test_launch_flag_fuses_where_weights_are_fixed() -> None:
+    path = str(tiny_extras.lora("sd1"))
+    free, fixed = tiny.host("sd1", lora={path: 0.5}), tiny.host("sd1", lora={path: 0.5}, quantize_to="int8")
+    assert free.lora_set.frozen is None and "lora_A" in repr(free.unet)
+    assert "--quantize_to" in fixed.lora_set.frozen and "lora_A" not in repr(fixed.unet)
+    quantized = tiny.run(tiny.host("sd1", quantize_to="int8"), "sd1")
+    difference = np.abs(tiny.run(fixed, "sd1") - quantized).max()
+    assert difference > 0.02, "the LoRA is in the quantized weights"
+    assert np.abs(tiny.run(fixed, "sd1") - tiny.run(free, "sd1")).max() < difference / 2
+    with pytest.raises(LoadError, match="fits no layer"):
+        tiny.host("sd1", lora={str(tiny_extras.lora("sd1", "alien")): 1.0})
+
+
+def in_8_bits(tensors: dict[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
+    """Weights as float8 with a scale each, as `*_fp8_scaled` files have them; one scale a row for `up`."""
+    found: dict[str, torch.Tensor] = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+    for key, value in tensors.items():
+        if value.ndim < 2:
+            found[key] = value
+            continue
+        rows = value.abs().amax(1) if "up" in key else value.abs().max()
+        scale = rows / 448
+        found[key] = (value / (scale[:, None] if scale.ndim else scale)).to(torch.float8_e4m3fn)
+        found[key.removesuffix(".weight") + suffix] = scale
+    return found
+
+
+@pytest.mark.parametrize("suffix", [None, ".scale_weight", ".weight_scale"])
+def test_in_float8(tmp_path, suffix) -> None:
+    tensors = load_file(tiny_extras.lora("sdxl", "kohya"))
+    if suffix is None:
+        stored = {key: t.to(torch.float8_e4m3fn) if t.ndim else t for key, t in tensors.items()}
+    else:
+        stored = in_8_bits(tensors, suffix)
+    save_file(stored, tmp_path / "eight.safetensors")
+    loras = loras_of(shared_pipe("sdxl"), MODELS["sdxl"])
+    pictures = []
+    for path in (str(tiny_extras.lora("sdxl", "kohya")), str(tmp_path / "eight.safetensors")):
+        assert loras.add(path).unmatched == 0
+        pictures.append(tiny.run(loras.pipe, "sdxl"))
+        loras.remove(path)
+    effect = np.abs(pictures[0] - plain("sdxl")).mean()
+    assert np.abs(pictures[1] - pictures[0]).mean() < effect / 5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda t: t.fill_(float("nan")), "holds NaN or Inf"),
+        (lambda t: t.fill_(float("-inf")), "holds NaN or Inf"),
+        (lambda t: t.fill_(float("nan")).to(torch.float8_e4m3fn), "holds NaN or Inf"),
+        (lambda t: t.to(torch.int8), "must hold floats, it is int8"),
+        (lambda t: t.to(torch.int64), "must hold floats, it is int64"),
+    ],
+)
+def test_what_is_no_number_is_refused(spoil, says, tmp_path) -> None:
+    tensors = load_file(tiny_extras.lora("sd1", "kohya"))
+    key = next(key for key in tensors if "lora_up" in key)
+    tensors[key] = spoil(tensors[key].clone())
+    path = str(tmp_path / "spoilt.safetensors")
+    save_file(tensors, path)
+    loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
+    with pytest.raises(LoraError, match=f"spoilt.*{key}.*{says}"):
+        loras.add(path)
+    assert change(loras) == 0
+    with pytest.raises(UsageError, match=f"--lora: .*spoilt.*{key}.*{says}"):
+        check_environment(tiny.config("sd1", lora={path: 1.0}), torch.device("cpu"))
+
+
+def test_flux_in_float8_gets_no_wrong_reason() -> None:
+    with torch.device("meta"):
+        transformer = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"))
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = diffusers.FluxPipeline(transformer=transformer, scheduler=scheduler, **parts)
+    tensors = {
+        key: t.to(torch.float8_e4m3fn) if t.ndim else t for key, t in original_lora(BFL_LAYERS).items()
+    }
+    matched, unmatched = match_layers(pipe, MODELS["flux"], tensors)
+    assert not unmatched and len(matched["transformer"]) == 14
+
+
+def ranks_name_loras(backend: str, name: str, folder: str) -> dict[str, list[np.ndarray]]:
+    """On each rank: pictures of a host that was started with --lora_dir, and of plain pipelines."""
+    config, world, host, _ = test_matrix.launch(backend, name, {"lora_dir": (folder,)}, {})
+    engine = host.build_engine(config, world)
+    found: dict[str, list[Any]] = {"named": [], "plain": []}
+
+    def made(engine: Any, **fields: Any) -> np.ndarray | None:
+        request = check_request(test_matrix.body(name, {}) | fields, config)
+        reply = engine.generate(request, lambda step, steps: None)
+        return None if reply is None else load(reply.latent)["latent"].float().numpy()
+
+    orders: tuple[dict[str, float], ...] = ({}, {"one": 0.8}, {}, {"two": 0.5}, {"one": 0.3, "two": 0.4}, {})
+    found["named"] = [made(engine, lora_scales=scales) for scales in orders]
+    for wrong, says in (("none", "is not in --lora_dir"), ("broken", "holds NaN")):
+        with pytest.raises(RequestError, match=says) as error:
+            engine.generate(
+                check_request(test_matrix.body(name, {}) | {"lora_scales": {wrong: 1.0}}, config), print
+            )
+        assert error.value.status == 422
+    found["named"].append(made(engine))
+    for number in range(NAMED_LORAS + 1):
+        made(engine, lora_scales={f"more{number}": 0.1})
+        assert len(engine.pipe.lora_set.loaded) <= NAMED_LORAS and not engine.list_loras()
+    added = engine.add_lora(f"{folder}/more{NAMED_LORAS}.safetensors", 0.1)
+    assert [entry["scale"] for entry in added] == [0.1]
+    engine.close()
+    for scales in (*orders, {}):
+        paths = {f"{folder}/{stem}.safetensors": scale for stem, scale in scales.items()}
+        flags = replace(config, lora=paths or None, lora_dir=None)
+        pipe = load_pipeline(flags.spec, flags, world.device, quiet=True)
+        found["plain"].append(made(PipelineEngine(pipe, flags, world)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"), [("asyncdiff", "sd1"), ("distrifuser", "sdxl"), ("xdit", "pixa")]
+)
+def test_named_in_a_request_on_two_ranks(pool: RankPool, tmp_path, backend: str, name: str) -> None:
+    for stem, seed in (("one", 0), ("two", 1), *((f"more{n}", 2) for n in range(NAMED_LORAS + 1))):
+        tensors = load_file(tiny_extras.lora(name, seed=seed))
+        save_file(tensors, tmp_path / f"{stem}.safetensors")
+    save_file({key: t * float("nan") for key, t in tensors.items()}, tmp_path / "broken.safetensors")
+    ranks = pool.run(ranks_name_loras, 2, backend, name, str(tmp_path))
+    holder = next(r for r in ranks if r["named"][0] is not None)
+    for number, (named, alone) in enumerate(zip(holder["named"], holder["plain"], strict=True)):
+        assert test_matrix.psnr(named, alone) >= 60, number
+    assert test_matrix.psnr(holder["plain"][1], holder["plain"][0]) < 40
+    assert all(np.array_equal(holder["named"][0], holder["named"][n]) for n in (2, 5, 6))
+
+
+@pytest.mark.parametrize("flags", [{"quantize_to": "int8"}, {"compile_unet": True}])
+def test_named_where_weights_are_fixed_is_refused(flags, tmp_path) -> None:
+    save_file(load_file(tiny_extras.lora("sd1")), tmp_path / "style.safetensors")
+    config = tiny.config("sd1", lora_dir=(str(tmp_path),), **flags)
+    pipe = tiny.load("sd1")
+    loras_of(pipe, config.spec).freeze(f"the weights are fixed by {next(iter(flags))}")
+    world = SimpleNamespace(rank=0, size=1, device=torch.device("cpu"))
+    engine = PipelineEngine(pipe, config, world)  # type: ignore[arg-type]
+    request = check_request({"positive": "x", "lora_scales": {"style": 1.0}}, config)
+    with pytest.raises(RequestError, match="lora_scales: the weights are fixed by") as error:
+        engine.generate(request, lambda step, steps: None)
+    assert error.value.status == 422
+
+
+def test_read_folder(tmp_path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    assert list(read_lora(str(tmp_path))) == ["x"]
+
+
+def _file(path, data: bytes):
+    path.write_bytes(data)
+    return path
+
+
+def _lokr(path):
+    save_file({"lora_unet_x.lokr_w1": torch.zeros(2, 2)}, path)
+    return path
+
+
+def _linear(path, down=(4, 32), up=(32, 4), alpha=1):
+    """A LoRA on one layer of 32 inputs and outputs."""
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {"lora_down.weight": torch.ones(down), "lora_up.weight": torch.ones(up)}
+    save_file({f"{name}.{key}": t for key, t in (tensors | {"alpha": torch.ones(alpha)}).items()}, path)
+    return path
+
+
+def test_the_layer_of_the_broken_ones_fits(tmp_path) -> None:
+    loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
+    assert loras.add(str(_linear(tmp_path / "whole.safetensors"))).matched == 1
+    loras.remove("whole")
+
+
+BFL_LAYERS = {
+    "double_blocks_0_img_attn_qkv": (3072, 9216),
+    "double_blocks_0_img_attn_proj": (3072, 3072),
+    "double_blocks_0_img_mlp_0": (3072, 12288),
+    "double_blocks_0_img_mlp_2": (12288, 3072),
+    "double_blocks_0_txt_attn_qkv": (3072, 9216),
+    "single_blocks_0_linear1": (3072, 21504),
+    "single_blocks_0_linear2": (15360, 3072),
+}
+
+
+def original_lora(layers: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, (inner, outer) in layers.items():
+        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.randn(4, inner, generator=generator)
+        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.randn(outer, 4, generator=generator)
+        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(4.0)
+    return tensors
+
+
+def test_flux_in_the_names_of_its_authors() -> None:
+    """Joint projections are taken apart, at FLUX's real width, which the names rest on."""
+    with torch.device("meta"):
+        transformer = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1)
+    parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae"))
+    pipe = diffusers.FluxPipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), **parts
+    )
+    tensors = original_lora(BFL_LAYERS)
+    matched, unmatched = match_layers(pipe, MODELS["flux"], tensors)
+    pairs = matched["transformer"]
+    assert not unmatched and len(pairs) == 3 + 1 + 2 + 3 + 4 + 1
+    delta = (
+        tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"]
+        @ (tensors["lora_unet_single_blocks_0_linear1.lora_down.weight"])
+    )
+    for name, start, size in (("attn.to_q", 0, 3072), ("attn.to_v", 6144, 3072), ("proj_mlp", 9216, 12288)):
+        pair = pairs[f"single_transformer_blocks.0.{name}"]
+        assert pair.up is not None and pair.down is not None
+        scale = 1.0 if pair.alpha is None else pair.alpha / pair.rank
+        assert torch.allclose(scale * pair.up @ pair.down, delta[start : start + size], atol=1e-3)
+
+
+def test_sd3_in_the_names_of_its_authors_is_refused(tmp_path) -> None:
+    path = tmp_path / "original.safetensors"
+    layers = {f"joint_blocks_{n}_x_block_attn_qkv": (32, 96) for n in range(2)}
+    save_file(original_lora(layers), path)
+    pipe = tiny.load("sd3")
+    with pytest.raises(LoraError, match="fits no layer of type sd3: 'lora_unet_joint_blocks_0_x_block"):
+        loras_of(pipe, MODELS["sd3"]).add(str(path))

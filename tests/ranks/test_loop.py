@@ -1,0 +1,246 @@
+"""shared.ranks.comm and shared.ranks.loop: messages, votes and outcomes over real ranks."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import threading
+import time
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shared.api.jobs import HostStatus, Job, JobError, JobQueue
+from shared.api.requests import GenerateRequest
+from shared.ranks.comm import (
+    FRAME,
+    LENGTH,
+    BrokenJobError,
+    Call,
+    Channel,
+    Outcome,
+    Verdict,
+    World,
+    make_groups,
+)
+from shared.ranks.loop import RankLoop
+from tests.fake_host import FakeEngine
+from tests.pool import RankPool
+
+Told = dict[str, Any]
+
+
+def world_of_pool(collective_timeout: float = 20.0) -> World:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return World(rank, size, rank, torch.device("cpu"), *make_groups(collective_timeout, "gloo"))
+
+
+def a_job(steps: int = 3, seed: int = 1, lora: str = "", pictures: int = 1, **order: Any) -> Job:
+    if lora:
+        return Job(None, ("add_lora", {"path": lora, "scale": 1.0}))
+    return Job(
+        GenerateRequest(
+            positive=json.dumps(order) if order else None,
+            steps=steps,
+            seed=seed,
+            pictures=pictures,
+            width=64,
+            height=64,
+        )
+    )
+
+
+def told(job: Job) -> Told:
+    return {
+        "format": job.reply.format if job.request and job.reply else None,
+        "size": len(job.reply.output[0]) if job.request and job.reply else 0,
+        "error": (job.error.status, str(job.error)) if job.error else None,
+        "fields": [problem.field for problem in job.error.problems] if job.error else [],
+        "progress": job.progress,
+        "step": job.step,
+        "warnings": job.reply.warnings if job.request and job.reply else [],
+        "seeds": [reply.seed for reply in job.made],
+    }
+
+
+def serve_jobs(
+    orders: list[dict[str, Any]],
+    collective_timeout: float = 20.0,
+    request_timeout: float = 60.0,
+    cancel_after: float | None = None,
+) -> Told:
+    """Each rank's loop until rank 0's jobs are done: what clients were told, and what each rank did."""
+    world = world_of_pool(collective_timeout)
+    engine = FakeEngine(world)
+    channel = Channel(world)
+    result: Told = {"jobs": [], "broken": None}
+    if world.rank:
+        loop = RankLoop(engine, channel)
+    else:
+        queue, status = JobQueue(16), HostStatus("asyncdiff", "sd1", world.size)
+        loop = RankLoop(engine, channel, queue, status, request_timeout)
+        jobs = [a_job(**order) for order in orders]
+        for job in jobs:
+            queue.submit(job)
+
+        def wait_and_stop() -> None:
+            if cancel_after is not None:
+                time.sleep(cancel_after)
+                queue.cancel_running()
+            for job in jobs:
+                job.wait(60)
+            queue.close(JobError(503, "test is over"))
+
+        threading.Thread(target=wait_and_stop, daemon=True).start()
+    try:
+        loop.run()
+    except BrokenJobError as error:
+        result["broken"] = str(error)
+    if not world.rank:
+        result["jobs"] = [told(job) for job in jobs]
+        result["state"] = status.state
+    result["done"] = engine.done
+    return result
+
+
+def test_replies_come_from_the_rank_that_holds_them(pool: RankPool):
+    for size in (1, 2, 3):
+        ranks = pool.run(serve_jobs, size, [{"seed": 5}, {"seed": 6, "steps": 1}])
+        first, second = ranks[0]["jobs"]
+        assert first["format"] == "png" and first["size"] > 50 and first["progress"] == 100
+        assert (first["step"], second["step"]) == (3, 1)
+        assert all(r["done"] == ["5", "6"] and r["broken"] is None for r in ranks)
+
+
+def test_each_ranks_warnings_reach_the_reply_once(pool: RankPool):
+    first, second = pool.run(serve_jobs, 2, [{"warn": True}, {"seed": 7}])[0]["jobs"]
+    assert first["warnings"] == ["of rank 0", "of all", "of rank 1"] and second["warnings"] == []
+
+
+def test_a_rank_that_fails_between_collectives_fails_one_request_only(pool: RankPool):
+    for rank in (0, 1):
+        ranks = pool.run(serve_jobs, 2, [{"do": "raise", "rank": rank, "step": 2}, {"seed": 7}])
+        failed, good = ranks[0]["jobs"]
+        assert failed["error"] == (500, f"rank {rank}: out of ideas") and failed["step"] < 3
+        assert good["format"] == "png"
+        assert all(r["done"] == ["7"] for r in ranks)
+
+
+def test_a_request_that_the_ranks_refuse_is_the_clients_fault(pool: RankPool):
+    ranks = pool.run(serve_jobs, 2, [{"do": "bad_request"}, {"seed": 7}])
+    refused = ranks[0]["jobs"][0]
+    assert refused["error"] == (422, "positive: the ranks refuse it") and refused["fields"] == ["positive"]
+    assert all(r["done"] == ["7"] for r in ranks)
+
+
+def test_what_one_rank_refuses_is_undone_on_the_others(pool: RankPool):
+    orders: list[dict[str, Any]] = [{"lora": "missing 1"}, {"lora": "here"}, {"seed": 7}]
+    began = time.monotonic()
+    ranks = pool.run(serve_jobs, 2, orders, collective_timeout=15.0)
+    assert time.monotonic() - began < 12  # nobody waits in a collective for the one that refused
+    assert ranks[0]["jobs"][0]["error"] == (409, "lora: no such file")
+    assert all(r["done"] == ["here", "7"] and r["broken"] is None for r in ranks)
+
+
+def test_cancel_ends_within_a_step_on_all_ranks(pool: RankPool):
+    ranks = pool.run(serve_jobs, 2, [{"sleep": 0.1, "steps": 50}, {"seed": 8}], cancel_after=0.45)
+    cancelled = ranks[0]["jobs"][0]
+    assert cancelled["error"] == (499, "cancelled")
+    assert 2 <= cancelled["step"] <= 6
+    assert all(r["done"] == ["8"] for r in ranks)
+
+
+def test_a_request_that_takes_too_long_is_timed_out(pool: RankPool):
+    ranks = pool.run(serve_jobs, 2, [{"sleep": 0.1, "steps": 50}, {"seed": 9}], request_timeout=0.35)
+    assert ranks[0]["jobs"][0]["error"] == (504, "timed out after 0.35 s")
+    assert all(r["done"] == ["9"] for r in ranks)
+
+
+def test_pictures_of_one_request_are_made_in_a_row_as_one_job(pool: RankPool):
+    ranks = pool.run(serve_jobs, 2, [{"seed": 2**64 - 1, "pictures": 3}, {"seed": 8}])
+    several, one = ranks[0]["jobs"]
+    assert several["seeds"] == [2**64 - 1, 0, 1] and one["seeds"] == [8]
+    assert several["progress"] == 100
+    assert all(r["done"] == [str(2**64 - 1), "0", "1", "8"] for r in ranks)
+
+
+def test_cancel_and_the_time_out_end_all_pictures_of_a_request(pool: RankPool):
+    order = {"seed": 5, "pictures": 9, "steps": 3, "sleep": 0.1}
+    for limits, error in (
+        ({"cancel_after": 0.5}, (499, "cancelled")),
+        ({"request_timeout": 0.5}, (504, "timed out after 0.5 s")),
+    ):
+        ranks = pool.run(serve_jobs, 2, [order, {"seed": 8}], **limits)
+        ended = ranks[0]["jobs"][0]
+        assert ended["error"] == error and 5 < ended["progress"] < 50
+        assert all(r["done"] == ["5", "8"] for r in ranks)
+
+
+def test_an_error_inside_a_collective_breaks_the_job_in_time(pool: RankPool):
+    began = time.monotonic()
+    ranks = pool.run(serve_jobs, 2, [{"do": "raise_in_step", "rank": 1, "step": 2}], collective_timeout=2.0)
+    assert time.monotonic() - began < 15
+    assert ranks[0]["broken"] and ranks[1]["broken"]
+
+
+def votes() -> list[int]:
+    channel = Channel(world_of_pool())
+    rank = dist.get_rank()
+    return [
+        int(channel.vote(Verdict.GO_ON)),
+        int(channel.vote(Verdict.CANCELLED if rank == 0 else Verdict.GO_ON)),
+        int(channel.vote(Verdict.FAILED if rank == 1 else Verdict.FINISHED)),
+    ]
+
+
+def late_vote() -> str:
+    soon = dist.new_group(backend="gloo", timeout=timedelta(seconds=0.5))
+    channel = Channel(replace(world_of_pool(), voting=soon))
+    if dist.get_rank() == 1:
+        time.sleep(2.0)
+    try:
+        channel.vote(Verdict.GO_ON)
+    except BrokenJobError as error:
+        return str(error)
+    return ""
+
+
+def test_the_highest_vote_counts(pool: RankPool):
+    assert pool.run(votes, 3) == [[0, 2, 4]] * 3
+
+
+def test_a_rank_that_does_not_come_to_the_vote_is_noticed(pool: RankPool):
+    assert "step boundary" in pool.run(late_vote, 2)[0]
+
+
+def echoed(sizes: list[int]) -> list[tuple[bool, list[int], Any]]:
+    """Messages, errors and results of these sizes: what arrived of them."""
+    world = world_of_pool()
+    channel = Channel(world)
+    found = []
+    for size in sizes:
+        sent = Call("id", "method", {"data": bytes(range(256)) * (size // 256) + b"x" * (size % 256)})
+        received = channel.publish(sent if world.rank == 0 else None)
+        mine = "e" * size if world.rank == 1 else "short"
+        outcomes = channel.settle(Outcome(world.rank, Verdict.FAILED, mine))
+        assert [o.rank for o in outcomes] == list(range(world.size))
+        result = b"r" * size if world.rank == 1 else None
+        (_, came, _) = channel.settle(Outcome(world.rank, Verdict.FINISHED, result=result))
+        # None where it travelled to rank 0 alone.
+        found.append((received == sent, [len(o.error) for o in outcomes], came.result and len(came.result)))
+    return found
+
+
+def test_messages_and_outcomes_of_any_size(pool: RankPool):
+    call = Call("id", "method", {"data": b"x" * FRAME})
+    outcome = Outcome(1, Verdict.FAILED, "e" * FRAME, result=0)
+    # The largest that fit into one frame, and one byte to either side of them.
+    limits = [FRAME - LENGTH - (len(pickle.dumps(made)) - FRAME) for made in (call, outcome)]
+    sizes = [0, *(limit + more for limit in limits for more in (-1, 0, 1)), FRAME, 300_000, 1]
+    ranks = pool.run(echoed, 3, sizes)
+    assert ranks[0] == ranks[1] == [(True, [5, size, 5], size or b"") for size in sizes]
+    assert [found[:2] for found in ranks[2]] == [found[:2] for found in ranks[0]]
+    assert ranks[2][0][2] == b"" and ranks[2][-2][2] is None and ranks[2][-1][2] == 1

@@ -1,0 +1,129 @@
+"""Rendezvous and liveness: generations of ranks in one store, and machines that fall silent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from shared.ranks import liveness
+from shared.ranks.liveness import Patience, _is_in
+from shared.ranks.rendezvous import Rendezvous
+
+
+class Clock:
+    """time.monotonic by hand."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class OneStore(Rendezvous):
+    """A rank whose store is given, not torchrun's."""
+
+    def __init__(self, store: Any, rank: int, size: int = 2, timeout: float = 60.0) -> None:
+        self.store = store
+        super().__init__(rank, size, timeout)
+
+    def _connect(self) -> Any:
+        return self.store
+
+
+def met(stores: list[Any]) -> bool:
+    """Whether all of these hold one another's entries."""
+    stores[0].set("key", "mine")
+    return all(store.check(["key"]) and store.get("key") == b"mine" for store in stores)
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("GROUP_RANK", "0")
+    return dist.HashStore()
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_generation_shares_a_store_that_no_other_had(store: Any, late: int):
+    old: list[Any] = []
+    with ThreadPoolExecutor() as threads:
+        for _ in range(3):
+            first = threads.submit(OneStore(store, 1 - late).join)
+            time.sleep(0.15)  # it finds what the last generation left
+            assert not first.done()
+            stores = [OneStore(store, late).join(), first.result(5)]
+            assert not stores[0].check(["key"])
+            assert met(stores)
+            old += stores
+    assert [one.get("key") for one in old] == [b"mine"] * 6
+
+
+def test_a_rank_that_never_comes(store: Any):
+    rank = OneStore(store, 0)
+    rank.timeout = 0.2
+    with pytest.raises(TimeoutError, match="not all 2 ranks have come"):
+        rank.join()
+
+
+def test_a_machine_that_falls_silent(store: Any, monkeypatch: pytest.MonkeyPatch):
+    ranks = []
+    for rank in (0, 1):
+        monkeypatch.setenv("GROUP_RANK", str(rank))
+        ranks.append(OneStore(store, rank, timeout=2.0))
+    silent = threading.Event()
+    beat = Rendezvous._beat
+
+    class Still:
+        def __init__(self, store: Any) -> None:
+            self.store = store
+
+        def add(self, key: str, count: int) -> int:
+            silent.wait(60)
+            raise RuntimeError("the test is over")
+
+    monkeypatch.setattr(ranks[1], "_beat", lambda store, others: beat(ranks[1], Still(store), others))
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda rank: rank.join(), ranks))
+    began, faults = time.monotonic(), [None, None]
+    while not all(faults) and time.monotonic() - began < 5:
+        faults = [rank.fault() for rank in ranks]  # type: ignore[misc]
+        time.sleep(0.1)
+    assert time.monotonic() - began < 2.5
+    assert faults == [
+        "machine 1 has been silent for 1.3 s",
+        "torchrun's store has not answered for 1.3 s",
+    ]
+    silent.set()
+
+
+def test_patience_counts_only_while_somebody_looks(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock()
+    monkeypatch.setattr(liveness, "time", clock)
+    patience = Patience(limit=3.0, every=1.0)
+    assert not patience.over("a")
+    for clock.now in (1.0, 2.0):
+        assert not patience.over("a")
+    clock.now = 100.0  # this process itself did not run
+    assert not patience.over("b") and not patience.over("b")
+    clock.now = 200.0
+    assert not patience.over("b")
+    clock.now = 201.0
+    assert patience.over("b")
+
+
+def test_a_process_that_is_stopped():
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        assert not _is_in(process.pid, "Tt")
+        os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(0.2)
+        assert _is_in(process.pid, "Tt")
+        process.kill()
+    assert not _is_in(process.pid, "Tt")

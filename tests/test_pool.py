@@ -1,0 +1,48 @@
+"""tests.pool: the pool itself."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.pool import RankError, RankPool
+
+
+def summed(value: int) -> tuple[int, int, int]:
+    total = torch.tensor([float(value + dist.get_rank())])
+    dist.all_reduce(total)
+    return dist.get_world_size(), int(total), os.getpid()
+
+
+def one_fails_inside_a_collective() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("no such thing")
+    dist.barrier()
+
+
+def one_hangs() -> None:
+    if dist.get_rank() == 0:
+        time.sleep(60)
+
+
+def test_world_sizes_change_and_processes_stay(pool: RankPool):
+    first = pool.run(summed, 2, 10)
+    assert [r[:2] for r in first] == [(2, 21)] * 2
+    assert [r[:2] for r in pool.run(summed, 3, 0)] == [(3, 3)] * 3
+    assert pool.run(summed, 2, 10) == first
+
+
+def test_failures_bring_the_traceback_and_the_pool_recovers():
+    pool = RankPool(timeout=30)
+    try:
+        with pytest.raises(RankError, match=r"(?s)rank 1.*no such thing"):
+            pool.run(one_fails_inside_a_collective, 2)
+        with pytest.raises(RankError, match="rank 0: did not answer in time"):
+            pool.run(one_hangs, 2, timeout=4)  # the ranks must find each other in it
+        assert [r[:2] for r in pool.run(summed, 2, 1)] == [(2, 3)] * 2
+    finally:
+        pool.close()
