@@ -1,44 +1,128 @@
-"""Several parallel objects that hold one pipeline together, handled as one."""
+"""What a parallel method shows the engine that runs a pipeline under it."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from shared.parallel.surgery import Closing
 
 
-class Together:
-    """Passes `begin` and `reset` on to its members in order, and `close` in reverse order.
+class Watch(AbstractContextManager[Any], Protocol):
+    """Counts a generation's steps: at the pipeline's scheduler while it is entered, or as it is told."""
+
+    def after_step(self, latents: torch.Tensor | None, steps: int) -> None:
+        """A step of `steps` is done; None for latents that are not at hand."""
+        ...
+
+
+class Part(Closing):
+    """Something that takes hold of modules until ``close``. What it must give back is put on `held`."""
+
+    def __init__(self) -> None:
+        self.held = contextlib.ExitStack()
+
+    def begin(self, steps: int) -> None:
+        """A new generation of `steps` denoiser calls starts."""
+
+    def reset(self) -> None:
+        """Forget what was traced, captured or recorded: weights or scales of adapters have changed."""
+
+    def close(self) -> None:
+        """Give everything back as it was, the last taken first. May be called any number of times."""
+        self.held.close()
+
+
+class Method(Part):
+    """A parallel method that has taken hold of a pipeline.
+
+    ``begin`` is called before each generation, and ``run`` for it, on all ranks alike.
 
     Args:
-        members: the first one's plan is the plan; the others may lack `begin` and `reset`.
-        note: what the plan says beside it.
+        pipeline: the diffusers pipeline.
     """
 
-    def __init__(self, members: Sequence[Any], note: dict[str, Any] | None = None) -> None:
-        self.members, self.note = list(members), note or {}
+    decodes_together = False
+    """Whether all ranks must decode, as each decodes a part."""
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__()
+        self.pipeline = pipeline
 
     @property
     def plan(self) -> dict[str, Any]:
-        return self.note | self.members[0].plan
+        """What runs where, as JSON."""
+        raise NotImplementedError
 
     @property
     def warm_up_calls(self) -> int:
         """Denoiser calls after which every kind of step has run and been captured."""
-        return max(getattr(member, "warm_up_calls", 1) for member in self.members)
+        return 1
+
+    def run(self, arguments: dict[str, Any], watch: Watch) -> Any:
+        """What ``pipeline(**arguments)`` gives, with its steps told to `watch`."""
+        with watch:
+            return self.pipeline(**arguments)
+
+
+class Plain(Method):
+    """The pipeline as it is."""
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        return {"method": "plain pipeline"}
+
+
+class Together(Method):
+    """A method and further parts that hold one pipeline together, handled as one.
+
+    Args:
+        method: its plan is the plan, its `run` runs the pipeline.
+        parts: put on after it, and closed before it.
+        note: what the plan says beside it.
+    """
+
+    def __init__(
+        self, method: Method, parts: Sequence[Part] = (), note: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(method.pipeline)
+        self.method, self.parts, self.note = method, [method, *parts], note or {}
+        self.decodes_together = method.decodes_together
+        for part in self.parts:
+            self.held.enter_context(part)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        return self.note | self.method.plan
+
+    @property
+    def warm_up_calls(self) -> int:
+        return max(part.warm_up_calls for part in self.parts if isinstance(part, Method))
 
     def begin(self, steps: int) -> None:
-        """A new generation of `steps` steps starts."""
-        for member in self.members:
-            if hasattr(member, "begin"):
-                member.begin(steps)
+        for part in self.parts:
+            part.begin(steps)
 
     def reset(self) -> None:
-        """Forget what was traced and captured."""
-        for member in self.members:
-            if hasattr(member, "reset"):
-                member.reset()
+        for part in self.parts:
+            part.reset()
 
-    def close(self) -> None:
-        """Undo all surgery, the last put on first."""
-        for member in reversed(self.members):
-            member.close()
+    def run(self, arguments: dict[str, Any], watch: Watch) -> Any:
+        return self.method.run(arguments, watch)
+
+
+def control_nets(pipeline: Any) -> list[Any]:
+    """The ControlNets of a pipeline, one by one.
+
+    Raises:
+        ValueError: one of them is there twice: it would be called twice a step.
+    """
+    net = getattr(pipeline, "controlnet", None)
+    nets = [] if net is None else list(getattr(net, "nets", [net]))
+    if len({id(n) for n in nets}) < len(nets):
+        raise ValueError("the same ControlNet object is given twice; load it twice")
+    return nets

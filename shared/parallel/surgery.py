@@ -1,4 +1,4 @@
-"""Override ``forward`` on module instances, and undo it.
+"""Override attributes of instances, classes and modules, and undo it.
 
 Nothing is renamed or wrapped: the module tree, the state-dict keys and the ``repr`` stay what they are, so
 LoRA, IP-Adapter, quantized layers and hooks keep working underneath.
@@ -15,6 +15,8 @@ from torch import nn
 
 Forward = Callable[..., Any]
 
+_ABSENT = object()
+
 
 class Closing(AbstractContextManager[Any]):
     """A `with` block around it ends in `close()`."""
@@ -28,14 +30,14 @@ class Closing(AbstractContextManager[Any]):
 
 
 class Surgery(Closing):
-    """A list of overridden forwards that ``close`` takes back, last first.
+    """A list of overrides that ``close`` takes back, last first.
 
-    A module whose instance already has a ``forward`` of its own (accelerate's hooks and torch.compile leave
-    one) gets exactly that one back.
+    An owner that already has an attribute of its own under the name (accelerate's hooks and torch.compile
+    leave a ``forward`` on instances) gets exactly that one back; one that inherits it inherits it again.
     """
 
     def __init__(self) -> None:
-        self._undo: list[tuple[nn.Module, Forward, Forward | None]] = []
+        self._undo: list[tuple[Any, str, Any, Any]] = []
 
     def __len__(self) -> int:
         return len(self._undo)
@@ -56,28 +58,47 @@ class Surgery(Closing):
         def override(*args: Any, **kwargs: Any) -> Any:
             return forward(original, args, kwargs)
 
-        self._undo.append((module, override, module.__dict__.get("forward")))
-        module.__dict__["forward"] = override
+        self.replace(module, "forward", override)
         return original
 
-    def close(self) -> None:
-        """Give every module its former forward back. May be called any number of times.
+    def replace(self, owner: Any, name: str, value: Any) -> Any:
+        """Give ``owner`` (an instance, a class or a module) ``value`` under ``name``.
+
+        Returns:
+            what it had there before.
 
         Raises:
-            RuntimeError: a forward was overridden again by someone else and is still so; all others have
+            AttributeError: there was nothing under this name.
+        """
+        before = getattr(owner, name)
+        self._undo.append((owner, name, value, _own(owner, name)))
+        setattr(owner, name, value)
+        return before
+
+    def close(self) -> None:
+        """Give every owner its former attribute back. May be called any number of times.
+
+        Raises:
+            RuntimeError: an attribute was overridden again by someone else and is still so; all others have
                 been given back.
         """
         foreign = []
         while self._undo:
-            module, override, previous = self._undo.pop()
-            if module.__dict__.get("forward") is not override:
-                foreign.append(type(module).__name__)
-            elif previous is None:
-                del module.__dict__["forward"]
+            owner, name, value, previous = self._undo.pop()
+            if _own(owner, name) is not value:
+                foreign.append(f"{getattr(owner, '__name__', type(owner).__name__)}.{name}")
+            elif previous is _ABSENT:
+                delattr(owner, name)
             else:
-                module.__dict__["forward"] = previous
+                setattr(owner, name, previous)
         if foreign:
             raise RuntimeError(
-                f"cannot give back the forward of {', '.join(foreign)}: it was overridden again after this "
-                "surgery; undo the later override first"
+                f"cannot give back {', '.join(foreign)}: it was overridden again after this surgery; "
+                "undo the later override first"
             )
+
+
+def _own(owner: Any, name: str) -> Any:
+    """What the owner itself holds under a name, as it lies there; _ABSENT where it inherits it."""
+    own = vars(owner)
+    return own.get(name, own.get("_modules", {}).get(name, _ABSENT))

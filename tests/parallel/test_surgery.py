@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import pytest
 import torch
@@ -67,8 +68,50 @@ def test_a_later_override_by_someone_else_is_reported_and_the_rest_given_back():
     surgery.override(module[0], doubled)
     surgery.override(module[2], doubled)
     module[0].forward = functools.partial(module[0].forward)
-    with pytest.raises(RuntimeError, match="forward of Linear"):
+    with pytest.raises(RuntimeError, match=r"Linear\.forward"):
         surgery.close()
     assert "forward" not in module[2].__dict__
     del module[0].forward
     assert torch.equal(module(x), output)
+
+
+class Base:
+    kind = "base"
+
+    @staticmethod
+    def name() -> str:
+        return "name"
+
+
+class Derived(Base):
+    pass
+
+
+def test_attributes_of_instances_classes_and_modules_come_back() -> None:
+    thing, library = Derived(), types.ModuleType("library")
+    library.answer = 1  # type: ignore[attr-defined]
+    own_name = vars(Base)["name"]
+    with Surgery() as surgery:
+        assert surgery.replace(thing, "kind", "own") == "base"
+        assert surgery.replace(Derived, "kind", "derived") == "base"
+        surgery.replace(Base, "name", staticmethod(lambda: "other"))
+        assert surgery.replace(library, "answer", 2) == 1
+        assert (thing.kind, Derived().kind, Base.name(), library.answer) == ("own", "derived", "other", 2)
+    assert "kind" not in vars(thing) and "kind" not in vars(Derived)
+    assert vars(Base)["name"] is own_name and library.answer == 1
+
+
+def test_a_submodule_comes_back_as_a_submodule() -> None:
+    module, x = net(), torch.randn(3, 4)
+    before, output, keys = module[0], module(x), list(module.state_dict())
+    with Surgery() as surgery:
+        surgery.replace(module, "0", nn.Identity())
+        assert not torch.equal(module(x), output)
+    assert module[0] is before and list(module.state_dict()) == keys
+    assert torch.equal(module(x), output)
+
+
+def test_nothing_is_replaced_where_there_is_nothing() -> None:
+    with Surgery() as surgery, pytest.raises(AttributeError):
+        surgery.replace(Derived(), "absent", 1)
+    assert len(surgery) == 0
