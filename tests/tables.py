@@ -1,7 +1,7 @@
-"""README.md, generated parts: compatibility tables from the registry and the last test run, and the files.
+"""Generated parts of the documents: README.md's compatibility tables, docs/DESIGN.md's list of files.
 
 python -m tests.tables            print them
-python -m tests.tables --write    put them between the markers in README.md (`make matrix` tests first)
+python -m tests.tables --write    put them between their markers (`make matrix` tests first)
 """
 
 from __future__ import annotations
@@ -81,22 +81,22 @@ def results() -> dict[str, str]:
 def put(text: str, name: str, content: str) -> str:
     """`text` with what stands between the markers `name` replaced."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    assert pattern.search(text), f"README.md has no markers {name}"
+    assert pattern.search(text), f"there are no markers {name}"
     return pattern.sub(lambda found: f"{found.group(1)}{content}\n{found.group(2)}", text)
 
 
 def main() -> None:
-    generated = {"files": file_tree()}
+    generated = {"docs/DESIGN.md": {"files": file_tree()}}
     if RESULTS.exists():  # a table of untested cells would replace what is known
-        generated["compatibility"] = compatibility(results())
-    if "--write" not in sys.argv:
-        print("\n\n".join(generated.values()))
-        return
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, content in generated.items():
-        text = put(text, name, content)
-    readme.write_text(text)
+        generated["README.md"] = {"compatibility": compatibility(results())}
+    for document, parts in generated.items():
+        text = (ROOT / document).read_text()
+        for name, content in parts.items():
+            if "--write" in sys.argv:
+                text = put(text, name, content)
+            else:
+                print(content, end="\n\n")
+        (ROOT / document).write_text(text)
 
 
 if __name__ == "__main__":

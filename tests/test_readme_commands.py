@@ -1,4 +1,4 @@
-"""The READMEs' commands and code work.
+"""The READMEs' and the manual's commands and code work.
 
 Curl lines and Python blocks run against a real host. Launches are parsed by torchrun's and the host's own
 parsers; `make`, `pip` and scripts are looked up. A command that nobody here knows is a failure.
@@ -20,7 +20,7 @@ from PIL import Image
 from shared.launch.config import parse_config
 from tests.test_host import ROOT, Launch
 
-READMES = ["README.md", "clients/comfyui/README.md", "clients/localai/README.md"]
+READMES = ["README.md", "docs/USING.md", "clients/comfyui/README.md", "clients/localai/README.md"]
 COMMANDS = ("curl", "torchrun", "python", "python3", "pip", "make", "ln", "local-ai")
 ADDRESS = re.compile(r"(localhost|127\.0\.0\.1):6000")
 ELLIPSIS = {"…", "..."}
