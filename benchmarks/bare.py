@@ -10,7 +10,6 @@ with 50 ms between two pictures, as a host waits for its client.
 from __future__ import annotations
 
 import argparse
-import importlib
 import statistics
 import sys
 import time
@@ -23,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from shared.api.media import encode_image
 from shared.api.requests import GenerateRequest
-from shared.launch.config import parse_or_exit
+from shared.backends import BACKENDS
+from shared.launch.parser import parse_or_exit
 from shared.pipeline.arguments import call_arguments
 from shared.pipeline.schedulers import scheduler_for_request
 from shared.ranks.comm import init_world
@@ -32,14 +32,15 @@ from shared.ranks.comm import init_world
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("backend", choices=("asyncdiff", "distrifuser", "xdit"))
+    parser.add_argument("backend", choices=list(BACKENDS))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--pause", default="0", help="seconds between two pictures, one row for each")
     parser.add_argument("--cfg", type=float, default=5.0)
     options, flags = parser.parse_known_args()
-    config = parse_or_exit(options.backend, flags)
+    backend = BACKENDS[options.backend]
+    config = parse_or_exit(backend, BACKENDS, flags)
     world = init_world(config.device, config.collective_timeout)
-    engine = importlib.import_module(f"{options.backend}_host").build_engine(config, world)
+    engine = backend.build_engine(config, world)
     engine.pipe.set_progress_bar_config(disable=True)
     inputs = {"positive": "a red cat", "steps": options.steps, "seed": 1, "cfg": options.cfg}
     request = GenerateRequest.model_construct(**inputs).filled(config)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.models import MAKERS, call_arguments
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 from shared.models import MODELS
 from shared.parallel.surgery import Closing
 from shared.pipeline.compile import compile_pipeline

@@ -96,22 +96,25 @@ class Result:
 
 def cells() -> list[str]:
     """`backend:type:feature:plan` of all that a launch on two ranks does not refuse."""
-    from shared.launch.config import HostConfig, UsageError, check_config
-    from shared.models import BACKENDS, MODELS, refusal
+    from shared.backends import BACKENDS
+    from shared.launch.checks import check_config
+    from shared.launch.errors import UsageError
+    from shared.launch.flags import HostConfig
+    from shared.models import MODELS
     from tests import tiny
 
     found = []
     for backend in BACKENDS.values():
         for name in backend.types:
             for feature, flag in FEATURES.items():
-                if not flag or refusal(backend, MODELS[name], flag) is None:
+                if not flag or backend.refusal(MODELS[name], flag) is None:
                     found.append(f"{backend.name}:{name}:{feature}:")
             for plan, flags in PLANS[backend.name].items():
                 config = HostConfig(
                     backend=backend.name, type=name, checkpoint=str(tiny.checkpoint(name)), **flags
                 )
                 try:
-                    check_config(config, 2)
+                    check_config(config, backend, 2)
                 except UsageError:
                     continue
                 found.append(f"{backend.name}:{name}:nothing:{plan}")
@@ -123,7 +126,8 @@ def cells() -> list[str]:
 
 def flags_of(backend: str, name: str, feature: str) -> dict[str, Any]:
     """The launch flags of a feature."""
-    from shared.models import BACKENDS, MODELS, refusal
+    from shared.backends import BACKENDS
+    from shared.models import MODELS
     from tests import tiny_extras
 
     if feature in OFFLOADS:
@@ -139,7 +143,7 @@ def flags_of(backend: str, name: str, feature: str) -> dict[str, Any]:
     return {
         flag: {str(make(name)): 1.0}
         for flag, make in makers.items()
-        if flag in wanted and refusal(BACKENDS[backend], MODELS[name], flag) is None
+        if flag in wanted and BACKENDS[backend].refusal(MODELS[name], flag) is None
     }
 
 
@@ -206,7 +210,10 @@ def try_cell(cell: str, world: Any) -> Result:
     import safetensors.torch
 
     from shared.api.requests import check_request
-    from shared.launch.config import HostConfig, check_config
+    from shared.backends import BACKENDS
+    from shared.launch.backend import Needs
+    from shared.launch.checks import check_config
+    from shared.launch.flags import HostConfig
     from shared.pipeline.engine import PipelineEngine
     from shared.pipeline.loading import load_pipeline
     from tests import tiny, tiny_extras
@@ -225,10 +232,10 @@ def try_cell(cell: str, world: Any) -> Result:
         **flags,
         **(PLANS[backend][plan] if plan else {}),
     )
-    check_config(config, 2)
+    check_config(config, BACKENDS[backend], 2)
     asked = {key: check_request(body, config) for key, body in bodies(name, flags).items()}
     names = order(asked, feature in OFFLOADS)
-    host = importlib.import_module(f"{backend}_host")
+    host = importlib.import_module(f"shared.backends.{backend}")
 
     def run(engine: Any) -> list[Any]:
         made = []
@@ -250,7 +257,7 @@ def try_cell(cell: str, world: Any) -> Result:
     engine.close()
     kept: dict[str, Any] = dict.fromkeys(OFFLOADS, False)
     without = replace(config, **kept)
-    pipe = load_pipeline(config.spec, without, world.device) if feature in OFFLOADS else engine.pipe
+    pipe = load_pipeline(config.spec, without, world.device, Needs()) if feature in OFFLOADS else engine.pipe
     plain = run(PipelineEngine(pipe, without, world))
     del engine, pipe
 

@@ -17,26 +17,16 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shared.launch.config import (
-    EXIT_USAGE,
-    RANK_0_SECONDS,
-    HostConfig,
-    LoadError,
-    UsageError,
-    exit_usage,
-    first_line,
-    idle_flags,
-    parse_or_exit,
-    usage_line,
-    world_from_environment,
-)
-from shared.launch.logs import adopt_libraries, finish, guard_streams, set_up_logging
+from shared.backends import BACKENDS
+from shared.launch.backend import Backend
+from shared.launch.errors import LoadError, UsageError, first_line
+from shared.launch.flags import HostConfig
+from shared.launch.logs import adopt_libraries, finish, guard_streams, set_up_logging, world_from_environment
+from shared.launch.parser import EXIT_USAGE, RANK_0_SECONDS, exit_usage, parse_or_exit, usage_line
 from shared.ranks.liveness import PATIENCE, Family, dead_ranks, died
 
 if TYPE_CHECKING:
     from shared.api.jobs import HostStatus, JobQueue
-    from shared.pipeline.engine import PipelineEngine
-    from shared.ranks.comm import World
 
 log = logging.getLogger("host")
 
@@ -50,21 +40,15 @@ LINGER_SECONDS = (
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-BuildEngine = Callable[[HostConfig, "World"], "PipelineEngine"]
 
-
-def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
+def serve(backend: Backend) -> NoReturn:
     """Run one rank of a host until it is stopped; never returns.
 
     Exit codes: 2 for a usage error, 1 when loading fails or the ranks lose each other, 130 after Ctrl-C,
     0 after SIGTERM (torchrun ends in peace when its ranks end with 0).
-
-    Args:
-        backend: name in shared.models.BACKENDS.
-        build_engine: loads the pipeline and makes it parallel; called on every rank.
     """
     guard_streams()
-    config = parse_or_exit(backend)
+    config = parse_or_exit(backend, BACKENDS)
     rank, world_size = world_from_environment()
     set_up_logging(config, rank)
     from shared.api.jobs import HostStatus, JobQueue
@@ -76,15 +60,15 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
     status = HostStatus(config.backend, config.type, world_size)
     queue = JobQueue(config.max_queue)
     if rank == 0:
-        _start_server(config, status, queue, lifeline)
-        for line in [*unguarded(config), *idle_flags(config, world_size)]:
+        _start_server(config, backend, status, queue, lifeline)
+        for line in [*unguarded(config), *backend.idle(config, world_size)]:
             log.warning("%s", line)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
-        _load_and_loop(config, build_engine, status, queue, lifeline)
+        _load_and_loop(config, backend, status, queue, lifeline)
     except UsageError as error:
         reason = usage_line(backend, error)
         lifeline.fail(EXIT_USAGE, reason, lambda: print(reason, file=sys.stderr, flush=True))
@@ -97,7 +81,9 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
     lifeline.end(0, lifeline.stopping or "stopped", failed=False)
 
 
-def _start_server(config: HostConfig, status: HostStatus, queue: JobQueue, lifeline: Lifeline) -> None:
+def _start_server(
+    config: HostConfig, backend: Backend, status: HostStatus, queue: JobQueue, lifeline: Lifeline
+) -> None:
     from shared.api.jobs import JobError
     from shared.http.server import Server, create_app, refuses_unread
 
@@ -105,7 +91,7 @@ def _start_server(config: HostConfig, status: HostStatus, queue: JobQueue, lifel
         app = create_app(config, status, queue)
         server = Server(app, config.host, config.port, config.max_queue, refuses_unread(config))
     except (OSError, UnicodeError) as error:
-        exit_usage(config.backend, UsageError(_cannot_serve(config, error)))
+        exit_usage(backend, UsageError(_cannot_serve(config, error)))
     log.info(
         "serving http://%s:%d, loading %s from %s", config.host, config.port, config.type, config.checkpoint
     )
@@ -133,11 +119,7 @@ def _cannot_serve(config: HostConfig, error: OSError | UnicodeError) -> str:
 
 
 def _load_and_loop(
-    config: HostConfig,
-    build_engine: BuildEngine,
-    status: HostStatus,
-    queue: JobQueue,
-    lifeline: Lifeline,
+    config: HostConfig, backend: Backend, status: HostStatus, queue: JobQueue, lifeline: Lifeline
 ) -> None:
     began = time.monotonic()
     from shared.api.requests import RequestError
@@ -147,7 +129,7 @@ def _load_and_loop(
 
     world = init_world(config.device, config.collective_timeout, lifeline.watch)
     limit_threads(world.device.type)
-    engine = build_engine(config, world)
+    engine = backend.build_engine(config, world)
     adopt_libraries()
     try:
         engine.warm_up()
@@ -179,7 +161,7 @@ def _load_and_loop(
         queue if on_server else None,
         status if on_server else None,
         config.request_timeout,
-        config.data_parallel_degree or 1,
+        backend.pictures_at_once(config),
     ).run()
 
 

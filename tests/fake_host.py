@@ -17,7 +17,7 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from shared.api.requests import GenerateRequest, Reply
-    from shared.launch.config import HostConfig
+    from shared.launch.flags import HostConfig
     from shared.ranks.comm import OnStep, World
 
 
@@ -98,13 +98,16 @@ class FakeEngine:
 
 def build_engine(config: HostConfig, world: World) -> Any:
     if str(world.rank) in os.environ.get("FAKE_LOAD_FAILS", "").split():
-        from shared.launch.config import LoadError
+        from shared.launch.errors import LoadError
 
         raise LoadError("no weights")
     return FakeEngine(world)
 
 
 if __name__ == "__main__":
+    from dataclasses import replace
+
+    from shared.backends import BACKENDS
     from shared.host import serve
 
-    serve("asyncdiff", build_engine)
+    serve(replace(BACKENDS["asyncdiff"], build_engine=build_engine))

@@ -6,6 +6,7 @@ import io
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from PIL import Image
 
 from shared.api.jobs import HostStatus, Job, JobError, JobQueue
 from shared.api.requests import GenerateRequest, Reply
+from shared.backends import BACKENDS
 from shared.http.server import Server, create_app, refuses_unread
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
+from shared.launch.parser import parse_config
 
 
 def picture(format: str = "PNG", size: tuple[int, int] = (8, 8), frames: int = 1) -> bytes:
@@ -32,6 +35,11 @@ def config_of(type: str = "sd1", **changes: Any) -> HostConfig:
     return HostConfig(
         **{"backend": "asyncdiff", "type": type, "checkpoint": "/models/x", "port": 0, **changes}
     )
+
+
+def asyncdiff(argv: Sequence[str]) -> HostConfig:
+    """The launch of asyncdiff_host.py with these arguments."""
+    return parse_config(BACKENDS["asyncdiff"], BACKENDS, argv)
 
 
 class FakeHost:

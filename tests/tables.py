@@ -27,7 +27,8 @@ COLUMNS = {
 
 def compatibility(results: dict[str, str]) -> str:
     """One table a backend. `results` maps "backend/type/feature" to passed or failed."""
-    from shared.models import BACKENDS, MODELS, refusal
+    from shared.backends import BACKENDS
+    from shared.models import MODELS
 
     parts = []
     for backend in BACKENDS.values():
@@ -38,7 +39,7 @@ def compatibility(results: dict[str, str]) -> str:
         for name in backend.types:
             cells = []
             for flags in COLUMNS.values():
-                reason = refusal(backend, MODELS[name], flags[0])
+                reason = backend.refusal(MODELS[name], flags[0])
                 if reason is not None:
                     if reason not in notes:
                         notes.append(reason)

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from shared.models import BACKENDS, FEATURES, MODELS, refusal
+from shared.backends import BACKENDS
+from shared.models import FEATURES, MODELS
 from tests import tiny, tiny_extras
 from tests.pool import RankPool
 
@@ -86,7 +87,8 @@ def launch(
     import torch
 
     from shared.api.requests import check_request
-    from shared.launch.config import HostConfig, check_config
+    from shared.launch.checks import check_config
+    from shared.launch.flags import HostConfig
     from shared.ranks.comm import World, make_groups
 
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -95,7 +97,7 @@ def launch(
     common: Flags = {"backend": backend, "type": name, "width": 64, "height": 64}
     common["checkpoint"] = parallel_flags.pop("checkpoint", str(tiny.checkpoint(name)))
     config = HostConfig(**common, **flags, **{"warm_up_steps": STEPS, **parallel_flags})
-    check_config(config, size)
+    check_config(config, BACKENDS[backend], size)
     request = check_request(body(name, flags), config)
 
     def latents(engine: Any) -> np.ndarray | None:
@@ -106,7 +108,7 @@ def launch(
 
         return safetensors.torch.load(reply.latent)["latent"].float().numpy()
 
-    return config, world, importlib.import_module(f"{backend}_host"), latents
+    return config, world, importlib.import_module(f"shared.backends.{backend}"), latents
 
 
 def run_cell(
@@ -164,7 +166,7 @@ def cells(backend: str) -> list[Any]:
     found: list[Any] = []
     for name in spec.types:
         found.append((name, "nothing"))
-        yes = [f for f in FEATURES if f in SETTINGS and refusal(spec, MODELS[name], f) is None]
+        yes = [f for f in FEATURES if f in SETTINGS and spec.refusal(MODELS[name], f) is None]
         for feature in yes:
             slow = (feature == "compile_unet" and name not in COMPILED[backend]) or name in ALIKE[backend]
             found.append(pytest.param(name, feature, marks=[pytest.mark.slow] if slow else []))
@@ -179,7 +181,7 @@ def flags_of(backend: str, name: str, feature: str) -> Flags:
     features = [feature]
     if feature == "everything":
         left_out = () if name in COMPILED[backend] else ("compile_unet",)
-        yes = [f for f in EVERYTHING if refusal(BACKENDS[backend], MODELS[name], f) is None]
+        yes = [f for f in EVERYTHING if BACKENDS[backend].refusal(MODELS[name], f) is None]
         features = [f for f in yes if f not in left_out]
     flags: Flags = {}
     for f in features:
@@ -256,7 +258,7 @@ def pairs() -> list[Any]:
             able = [
                 name
                 for name in spec.types
-                if not refusal(spec, MODELS[name], a) and not refusal(spec, MODELS[name], b)
+                if not spec.refusal(MODELS[name], a) and not spec.refusal(MODELS[name], b)
             ]
             chosen = able[number % len(able)]
             for name in able:

@@ -17,7 +17,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from shared.launch.config import parse_config
+from shared.backends import BACKENDS
+from shared.launch.parser import parse_config
 from tests.test_host import ROOT, Launch
 
 READMES = ["README.md", "docs/USING.md", "clients/comfyui/README.md", "clients/localai/README.md"]
@@ -137,7 +138,7 @@ def _launch(folder: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.
             (local / "model_index.json").write_text("{}")
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     flags = [flag.replace("/models/", f"{tmp_path}/models/") for flag in flags]
-    config = parse_config(script.name.removesuffix("_host.py"), flags)
+    config = parse_config(BACKENDS[script.name.removesuffix("_host.py")], BACKENDS, flags)
     assert config.type
 
 

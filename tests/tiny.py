@@ -29,8 +29,9 @@ import torch
 import transformers
 from PIL import Image
 
-from shared.launch.config import HostConfig
-from shared.models import BACKENDS, MODELS
+from shared.backends import BACKENDS
+from shared.launch.flags import HostConfig
+from shared.models import MODELS
 from shared.pipeline.loading import load_pipeline
 
 diffusers.utils.logging.disable_progress_bar()
@@ -344,7 +345,9 @@ def config(name: str, **flags: Any) -> HostConfig:
 
 def host(name: str, **flags: Any) -> Any:
     """The pipeline that a host loads for these flags, on the CPU."""
-    return load_pipeline(MODELS[name], config(name, **flags), torch.device("cpu"), quiet=True)
+    launch = config(name, **flags)
+    needs = BACKENDS[launch.backend].needs(launch, 1)
+    return load_pipeline(MODELS[name], launch, torch.device("cpu"), needs, quiet=True)
 
 
 def picture(size: int = PIXELS, seed: int = 0) -> Image.Image:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 
 SUFFIX = ".safetensors"
 HEADER_BYTES = 16 << 20  # of a file that is read for what it says of itself

@@ -30,7 +30,8 @@ from shared.api.codecs import (
 )
 from shared.api.media import encode
 from shared.api.warned import together, told_in
-from shared.launch.config import HostConfig, scheduler_problem
+from shared.launch.checks import scheduler_problem
+from shared.launch.flags import HostConfig
 from shared.launch.wording import MAX_VALUE, cut, shown
 
 IMAGE_FORMATS = ("png", "jpeg", "webp", "latent")

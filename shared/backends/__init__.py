@@ -1,1 +1,13 @@
-"""The three backends: their types, refusals, checks, and how each takes hold of a pipeline."""
+"""The backends: each with its types, flags, refusals and checks, and how it takes hold of a pipeline.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+from shared.backends import asyncdiff, distrifuser, xdit
+from shared.launch.backend import Backend
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (asyncdiff.BACKEND, distrifuser.BACKEND, xdit.BACKEND)
+}

@@ -1,18 +1,19 @@
-"""What a launch of xdit_host.py asks for: its degrees, and flags that do not go together. Without torch."""
+"""What a launch of xdit_host.py may ask for: flags, degrees, and what does not go together. Without torch."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
-from shared.models import BACKENDS, scheduler_named
+from shared.models import scheduler_named
 from shared.parallel.xdit.degrees import (
     DUAL_ATTENTION,
-    FLAGS,
     ONE_PATCH,
     Degrees,
     choose_degrees,
@@ -25,10 +26,44 @@ from shared.parallel.xdit.degrees import (
 SINGLE_FILE_CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 HEADS = "num_attention_heads"
 
+DEGREES = {
+    "data": "data_parallel_degree",
+    "cfg": "use_cfg_parallel",
+    "pipefusion": "pipefusion_parallel_degree",
+    "ring": "ring_degree",
+    "ulysses": "ulysses_degree",
+    "tensor": "tensor_parallel_degree",
+}
+"""Field of Degrees -> the flag that asks for it."""
+FLAGS = frozenset(
+    {
+        *DEGREES.values(),
+        "num_pipeline_patch",
+        "attn_layer_num_for_pp",
+        "use_parallel_vae",
+        "use_teacache",
+        "use_fbcache",
+    }
+)
+
+_NOT_FLUX = {
+    "tensor_parallel_degree": "xDiT divides no layers of it; type with them: flux",
+    "use_teacache": "xfuser's caches support only the blocks of flux",
+    "use_fbcache": "xfuser's caches support only the blocks of flux",
+}
+_HY = _NOT_FLUX | {"attn_layer_num_for_pp": "its skip connections need equal stages"}
+REFUSES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "flux": MappingProxyType({"use_cfg_parallel": "its transformer computes guidance in one branch"}),
+        "hy": MappingProxyType(_HY),
+        **{name: MappingProxyType(_NOT_FLUX) for name in ("pixa", "pixs", "sd3")},
+    }
+)
+
 
 def xdit_degrees(config: HostConfig, world_size: int) -> Degrees:
-    """How xDiT divides the ranks. Raises ValueError where the flags and the world size do not fit."""
-    given = {name: getattr(config, flag) for name, flag in FLAGS.items() if getattr(config, flag)}
+    """How xDiT divides the ranks. Raises UsageError where the flags and the world size do not fit."""
+    given = {name: getattr(config, flag) for name, flag in DEGREES.items() if getattr(config, flag)}
     if "cfg" in given:
         given["cfg"] = 2
     heads = _number(_denoiser(config), HEADS)
@@ -36,13 +71,16 @@ def xdit_degrees(config: HostConfig, world_size: int) -> Degrees:
     ulysses = given.get("ulysses", 1)
     for path, found in nets.items():
         if found and found % ulysses:
-            raise ValueError(
+            raise UsageError(
                 f"--ulysses_degree: must divide the {found} attention heads of --control_net {path!r}; got "
                 f"{ulysses}"
             )
     if heads and "ulysses" not in given:
         heads = math.gcd(heads, *(found for found in nets.values() if found))
-    return choose_degrees(world_size, given, config.spec.guidance_branches, heads)
+    try:
+        return choose_degrees(world_size, given, config.spec.guidance_branches, heads)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _folder(config: HostConfig) -> Path:
@@ -87,26 +125,26 @@ def _scheduler(config: HostConfig) -> tuple[str, dict[str, Any]]:
     return entry.cls, settings | dict(entry.settings) | dict(variant) | given
 
 
-def check_xdit(config: HostConfig, world_size: int) -> None:
-    """Refuse what xDiT cannot do with these flags. Raises ValueError, with the flag and what is allowed."""
-    for flag, reason in BACKENDS["xdit"].refuses.get(config.type, {}).items():
+def check(config: HostConfig, world_size: int) -> None:
+    """Refuse what xDiT cannot do with these flags and so many ranks. Raises UsageError."""
+    for flag, reason in REFUSES.get(config.type, {}).items():
         value = getattr(config, flag)
         if value and (value is True or value != 1):  # a degree of 1 divides nothing
-            raise ValueError(f"--{flag}: not for type {config.type} on xdit_host.py: {reason}")
+            raise UsageError(f"--{flag}: not for type {config.type} on xdit_host.py: {reason}")
     degrees = xdit_degrees(config, world_size)
     for flag, value, wrong in _xdit_conflicts(config, degrees):
         if value:
-            raise ValueError(f"--{flag}: {wrong}")
+            raise UsageError(f"--{flag}: {wrong}")
     unit = config.spec.size_multiple * degrees.sequence
     if degrees.pipefusion > 1 and config.size[1] % unit:
-        raise ValueError(
+        raise UsageError(
             f"--height: must be a multiple of {unit} with {degrees}; got {config.size[1]} "
             f"(nearest: {fitting_sizes(config.size[1], unit)})"
         )
     if _needs_patches(config, degrees):
         patches = config.num_pipeline_patch or degrees.pipefusion
         if patch_count(config.size[1], patches, degrees.sequence) == 1:
-            raise ValueError(
+            raise UsageError(
                 f"--height: must be {2 * unit} or more with {degrees}; {config.size[1]} makes 1 patch: "
                 f"{ONE_PATCH}"
             )
@@ -185,7 +223,7 @@ def _pipefusion_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tupl
     denoiser, stages = _denoiser(config), config.attn_layer_num_for_pp
     blocks = (_number(denoiser, "num_layers") or 0) + (_number(denoiser, "num_single_layers") or 0)
     if blocks:
-        equal = "attn_layer_num_for_pp" in BACKENDS["xdit"].refuses.get(config.type, {})
+        equal = "attn_layer_num_for_pp" in REFUSES.get(config.type, {})
         problem = stages_problem(degrees.pipefusion, blocks, stages, equal)
         yield "attn_layer_num_for_pp" if stages else "pipefusion_parallel_degree", problem, str(problem)
     dual = degrees.sequence > 1 and denoiser.get("dual_attention_layers")

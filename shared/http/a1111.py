@@ -30,7 +30,7 @@ from shared.api.warned import together, told_in, warn
 from shared.http.a1111_options import check_options
 from shared.http.dispatch import ApiError, Dispatcher, check_json_type
 from shared.http.openai import model_id
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 from shared.models import schedulers_for, with_variant
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.api.requests import FieldProblem
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 
 # Option -> the values that mean nothing, beside those of `_is_nothing`.

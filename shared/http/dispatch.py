@@ -21,7 +21,7 @@ from shared.api.requests import MAX_TOLD, FieldProblem, GenerateRequest, Reply, 
 from shared.api.warned import together, warnings_told
 from shared.http.metrics import Metrics
 from shared.http.wsgi import PARSING
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 from shared.launch.wording import MAX_TEXT, cut, shown
 
 log = logging.getLogger("host")

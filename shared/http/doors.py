@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 from flask import Request, Response
 
-from shared.launch.config import API_KEY_VARIABLE, HostConfig
+from shared.launch.flags import HostConfig
+from shared.launch.parser import API_KEY_VARIABLE
 from shared.launch.wording import shown
 
 _EXPOSED = "X-Seed, X-Steps, X-Size, X-Request-Id, X-Warnings, Server-Timing, Retry-After, Location"

@@ -30,7 +30,7 @@ from shared.api.requests import (
 )
 from shared.http.dispatch import ApiError, Dispatcher, check_json_type
 from shared.http.unpickle import ForbiddenPickleError, Picture, Tensor, unpickle
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 
 PICTURES = frozenset({"image", "ip_image", "control_image"})
 TENSORS = {

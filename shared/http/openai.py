@@ -26,7 +26,7 @@ from shared.api.requests import (
 )
 from shared.api.warned import together, told_in
 from shared.http.dispatch import ApiError, Dispatcher, check_json_type
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 
 MAX_PICTURES = 10  # of one request, as there

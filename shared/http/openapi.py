@@ -16,7 +16,7 @@ from shared.api.requests import (
     LoraChange,
 )
 from shared.http.negotiate import JSON, RAW_FORMATS
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 
 ERRORS = {
     400: "Bad request; all of its faults at once",

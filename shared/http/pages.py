@@ -26,7 +26,7 @@ from shared.api.requests import COMMON_FIELDS, NEEDS_FLAG
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.negotiate import RAW_FORMATS
 from shared.http.wsgi import MAX_WATCHERS
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 from shared.models import schedulers_for
 
 FOLDER = Path(__file__).parent / "web"

@@ -47,7 +47,7 @@ from shared.http.doors import Doors, is_preflight
 from shared.http.negotiate import negotiate
 from shared.http.openapi import openapi
 from shared.http.wsgi import MAX_BODY, NO_ROOM, TOO_LARGE, Refuse, Server
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 from shared.launch.wording import cut, shown
 
 __all__ = ["Server", "create_app", "refuses_unread"]

@@ -1,6 +1,6 @@
 """The flags: every one with its default, its help and its bounds, as fields of one frozen dataclass.
 
-`HostConfig` owns the defaults; the parser in shared.launch.config quotes them. Imports no torch.
+`HostConfig` owns the defaults; shared.launch.parser quotes them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from shared.launch.logs import on_terminal
@@ -124,7 +124,7 @@ def _flag(
     least: int | None = None,
     most: int | None = None,
     aliases: Sequence[str] = (),
-    backend: str | None = None,
+    common: bool = True,
     path: bool = False,
     several: bool = False,
 ) -> Any:
@@ -137,7 +137,7 @@ def _flag(
         least=least,
         most=most,
         aliases=tuple(aliases),
-        backend=backend,
+        common=common,
         path=path,
         several=several,
     )
@@ -186,6 +186,11 @@ _HOST, _MODEL, _FEATURES, _COMPILE, _MEMORY, _PARALLEL = (
     "memory",
     "parallel",
 )
+
+
+def _method_flag(default: Any, help: str, parse: Callable[[Any], Any] | None = None, **bounds: Any) -> Any:
+    """A flag that belongs to the backends which name it among theirs (shared.launch.backend)."""
+    return _flag(default, _PARALLEL, help, parse, common=False, **bounds)
 
 
 @dataclass(frozen=True)
@@ -284,137 +289,76 @@ class HostConfig:
         aliases=("warm_up", "warmup_steps"),
     )
     device: str = _flag("auto", _PARALLEL, "where to compute", _text, choices=("auto", "cuda", "cpu"))
-    model_n: int | None = _flag(
-        None,
-        _PARALLEL,
-        "stages of the denoiser (default: from the world size)",
-        _integer,
-        least=1,
-        most=4,
-        backend="asyncdiff",
+    model_n: int | None = _method_flag(
+        None, "stages of the denoiser (default: from the world size)", _integer, least=1, most=4
     )
-    stride: int = _flag(
-        1, _PARALLEL, "steps served by one parallel batch", _integer, least=1, most=2, backend="asyncdiff"
-    )
-    async_steps: int | None = _flag(
+    stride: int = _method_flag(1, "steps served by one parallel batch", _integer, least=1, most=2)
+    async_steps: int | None = _method_flag(
         None,
-        _PARALLEL,
         "asynchronous steps after the warm-up, then exact ones (default: all); with --use_cfg_parallel on 2 "
         "ranks: steps in which both share one guidance branch (default: none)",
         _integer,
         least=1,
         most=1000,
-        backend="asyncdiff",
     )
-    time_shift: bool = _flag(
-        False, _PARALLEL, "use the time embedding of the step before", backend="asyncdiff"
+    time_shift: bool = _method_flag(False, "use the time embedding of the step before")
+    stage_weights: tuple[float, ...] | None = _method_flag(
+        None, "relative speed of each stage's GPU, 1,1,0.5", _weights
     )
-    stage_weights: tuple[float, ...] | None = _flag(
-        None, _PARALLEL, "relative speed of each stage's GPU, 1,1,0.5", _weights, backend="asyncdiff"
+    auto_balance: bool = _method_flag(False, "cut by the measured time of each part and speed of each GPU")
+    parallelism: str = _method_flag(
+        "patch", "how the work is divided", _text, choices=("patch", "tensor", "naive_patch")
     )
-    auto_balance: bool = _flag(
-        False, _PARALLEL, "cut by the measured time of each part and speed of each GPU", backend="asyncdiff"
-    )
-    parallelism: str = _flag(
-        "patch",
-        _PARALLEL,
-        "how the work is divided",
-        _text,
-        choices=("patch", "tensor", "naive_patch"),
-        backend="distrifuser",
-    )
-    split_scheme: str = _flag(
+    split_scheme: str = _method_flag(
         "row",
-        _PARALLEL,
         "how pictures are cut into patches: rows, columns, or by turns (naive_patch)",
         _text,
         choices=("row", "col", "alternate"),
-        backend="distrifuser",
     )
-    sync_mode: str = _flag(
+    sync_mode: str = _method_flag(
         "corrected_async_gn",
-        _PARALLEL,
         "what is exchanged after warm-up",
         _text,
         choices=("corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "full_sync", "no_sync"),
-        backend="distrifuser",
     )
-    no_split_batch: bool = _flag(
-        False, _PARALLEL, "do not put the guidance branches on different ranks", backend="distrifuser"
-    )
-    use_cfg_parallel: bool = _flag(
-        False, _PARALLEL, "guidance branches on two halves of the ranks", backend="asyncdiff xdit"
-    )
-    no_cuda_graph: bool = _flag(False, _PARALLEL, "do not capture steps", backend="asyncdiff distrifuser")
-    ulysses_degree: int | None = _flag(
+    no_split_batch: bool = _method_flag(False, "do not put the guidance branches on different ranks")
+    use_cfg_parallel: bool = _method_flag(False, "guidance branches on two halves of the ranks")
+    no_cuda_graph: bool = _method_flag(False, "do not capture steps")
+    ulysses_degree: int | None = _method_flag(
         None,
-        _PARALLEL,
         "parts of the sequence, exchanged for attention heads (default: what the heads divide)",
         _integer,
         least=1,
         most=8,
-        backend="xdit",
     )
-    ring_degree: int | None = _flag(
+    ring_degree: int | None = _method_flag(
         None,
-        _PARALLEL,
         "parts of the sequence, keys and values handed around (default: what is left)",
         _integer,
         least=1,
         most=8,
-        backend="xdit",
     )
-    pipefusion_parallel_degree: int | None = _flag(
-        None,
-        _PARALLEL,
-        "PipeFusion stages; asynchronous after --warm_up_steps (default: 1)",
-        _integer,
-        least=1,
-        most=8,
-        backend="xdit",
+    pipefusion_parallel_degree: int | None = _method_flag(
+        None, "PipeFusion stages; asynchronous after --warm_up_steps (default: 1)", _integer, least=1, most=8
     )
-    tensor_parallel_degree: int | None = _flag(
-        None,
-        _PARALLEL,
-        "parts of the feed-forward layers, type flux (default: 1)",
-        _integer,
-        least=1,
-        most=8,
-        backend="xdit",
+    tensor_parallel_degree: int | None = _method_flag(
+        None, "parts of the feed-forward layers, type flux (default: 1)", _integer, least=1, most=8
     )
-    data_parallel_degree: int | None = _flag(
-        None,
-        _PARALLEL,
-        "pictures of one request made at the same time (default: 1)",
-        _integer,
-        least=1,
-        most=8,
-        backend="xdit",
+    data_parallel_degree: int | None = _method_flag(
+        None, "pictures of one request made at the same time (default: 1)", _integer, least=1, most=8
     )
-    num_pipeline_patch: int | None = _flag(
-        None,
-        _PARALLEL,
-        "patches of PipeFusion (default: as many as stages)",
-        _integer,
-        least=1,
-        most=64,
-        backend="xdit",
+    num_pipeline_patch: int | None = _method_flag(
+        None, "patches of PipeFusion (default: as many as stages)", _integer, least=1, most=64
     )
-    attn_layer_num_for_pp: tuple[int, ...] | None = _flag(
-        None,
-        _PARALLEL,
-        "transformer blocks of each PipeFusion stage, 10,9 (default: equal)",
-        _counts,
-        backend="xdit",
+    attn_layer_num_for_pp: tuple[int, ...] | None = _method_flag(
+        None, "transformer blocks of each PipeFusion stage, 10,9 (default: equal)", _counts
     )
-    use_parallel_vae: bool = _flag(
-        False, _PARALLEL, "decode in patches, one on each rank that shares the picture", backend="xdit"
+    use_parallel_vae: bool = _method_flag(
+        False, "decode in patches, one on each rank that shares the picture"
     )
-    use_teacache: bool = _flag(
-        False, _PARALLEL, "leave out steps in which little changes, TeaCache (flux)", backend="xdit"
-    )
-    use_fbcache: bool = _flag(
-        False, _PARALLEL, "leave out steps in which little changes, first-block cache (flux)", backend="xdit"
+    use_teacache: bool = _method_flag(False, "leave out steps in which little changes, TeaCache (flux)")
+    use_fbcache: bool = _method_flag(
+        False, "leave out steps in which little changes, first-block cache (flux)"
     )
 
     port: int = _flag(6000, _HOST, "port that rank 0 serves", _integer, least=1, most=65535)
@@ -456,6 +400,11 @@ class HostConfig:
     @property
     def spec(self) -> ModelSpec:
         return MODELS[self.type]
+
+    def changed(self, *flags: str) -> list[str]:
+        """Those of the flags that are not at their defaults."""
+        defaults = {f.name: f.default for f in fields(self)}
+        return [flag for flag in flags if getattr(self, flag) != defaults[flag]]
 
     @property
     def offloads(self) -> bool:

@@ -1,4 +1,4 @@
-"""The registry: all that is known of a model type and of a backend, as data.
+"""The registry: all that is known of a model type, as data.
 
 Nothing else in the code asks for a type by name. Reading this file answers which types there are, what
 each needs and takes, which features it has and, where it has none, why. Imports no torch.
@@ -63,16 +63,6 @@ class ModelSpec:
     single_file_config: str | None = None  # folder under configs/, to load a single file offline
     pipeline_defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     refuses: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-
-
-@dataclass(frozen=True)
-class BackendSpec:
-    """What one host serves: its types, and per type the flags that its method refuses, with reasons."""
-
-    name: str
-    title: str
-    types: tuple[str, ...]
-    refuses: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}))
 
 
 PROMPTS = frozenset({"positive", "negative", "prompt_syntax"})
@@ -379,39 +369,6 @@ MODELS: dict[str, ModelSpec] = {
     )
 }
 
-_ONE_BRANCH = "its transformer computes guidance in one branch"
-_NOT_FLUX = {
-    "tensor_parallel_degree": "xDiT divides no layers of it; type with them: flux",
-    "use_teacache": "xfuser's caches know the blocks of flux alone",
-    "use_fbcache": "xfuser's caches know the blocks of flux alone",
-}
-_EQUAL_STAGES = "its skip connections need equal stages"
-
-BACKENDS: dict[str, BackendSpec] = {
-    "asyncdiff": BackendSpec(
-        name="asyncdiff",
-        title="AsyncDiff: asynchronous model parallelism (arXiv 2406.06911)",
-        types=("ad", "sd1", "sd2", "sd3", "sdup", "sdxl", "svd"),
-    ),
-    "distrifuser": BackendSpec(
-        name="distrifuser",
-        title="DistriFusion: displaced patch parallelism (arXiv 2402.19481)",
-        types=("sd1", "sd2", "sdxl"),
-    ),
-    "xdit": BackendSpec(
-        name="xdit",
-        title="xDiT: sequence, pipeline and guidance parallelism through xfuser (arXiv 2411.01738)",
-        types=("flux", "hy", "pixa", "pixs", "sd3"),
-        refuses=MappingProxyType(
-            {
-                "flux": MappingProxyType({"use_cfg_parallel": _ONE_BRANCH}),
-                "hy": MappingProxyType(_NOT_FLUX | {"attn_layer_num_for_pp": _EQUAL_STAGES}),
-                **{name: MappingProxyType(_NOT_FLUX) for name in ("pixa", "pixs", "sd3")},
-            }
-        ),
-    ),
-}
-
 # Launch flags that are features of a model, in the order in which the compatibility tables show them.
 FEATURES: dict[str, str] = {
     "lora": "LoRA",
@@ -524,11 +481,6 @@ def schedulers_for(spec: ModelSpec) -> list[str]:
     """Short names that the type may use, sorted, and then those of variants."""
     fitting = (name for name, (s, _) in _NAMED.items() if spec.scheduler_family in s.families)
     return sorted(fitting, key=lambda name: (name not in SCHEDULERS, name))
-
-
-def refusal(backend: BackendSpec, spec: ModelSpec, flag: str) -> str | None:
-    """Why this backend and type refuse a launch flag, or None when they serve it."""
-    return spec.refuses.get(flag) or backend.refuses.get(spec.name, MappingProxyType({})).get(flag)
 
 
 @dataclass(frozen=True)

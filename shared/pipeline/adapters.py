@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from shared.launch.config import first_line
+from shared.launch.errors import first_line
 from shared.models import ModelSpec
 
 log = logging.getLogger("host")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from shared.api.media import decode_image
 from shared.api.requests import FieldProblem, GenerateRequest, RequestError
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
 from shared.pipeline.adapters import control_arguments, ip_arguments
 from shared.pipeline.prompts import prompt_arguments

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
 
 log = logging.getLogger("host")

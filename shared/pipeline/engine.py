@@ -18,7 +18,7 @@ from shared.api.jobs import JobQueue
 from shared.api.lora_dir import LoraNameError, find_lora
 from shared.api.media import encode_image
 from shared.api.requests import FieldProblem, GenerateRequest, Reply, RequestError
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
 from shared.parallel.graphs import Captured
 from shared.pipeline.arguments import call_arguments, part_of_schedule

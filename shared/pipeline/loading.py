@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
-from shared.launch.config import HostConfig, LoadError, UsageError, first_line, world_from_environment
+from shared.launch.backend import Needs
+from shared.launch.errors import LoadError, UsageError, first_line
+from shared.launch.flags import HostConfig
 from shared.models import MODELS, OTHER_PIPELINES, ModelSpec
 from shared.pipeline import adapters, memory, quantize
 from shared.pipeline.arguments import INPAINT_CHANNELS
@@ -44,11 +46,14 @@ OUR_ERRORS = (
 )  # fmt: skip
 
 
-def load_pipeline(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool = False) -> Any:
+def load_pipeline(
+    spec: ModelSpec, config: HostConfig, device: torch.device, needs: Needs, quiet: bool = False
+) -> Any:
     """Load the checkpoint and put every feature of the launch on it. Reads local files only.
 
     Args:
         device: this rank's; where the pipeline ends unless it is offloaded.
+        needs: those of the parallel method that takes hold of it.
         quiet: show no progress bars.
 
     Returns:
@@ -60,14 +65,14 @@ def load_pipeline(spec: ModelSpec, config: HostConfig, device: torch.device, qui
     """
     check_environment(config, device)
     try:
-        pipe = _load(spec, config, device, quiet)
+        pipe = _load(spec, config, device, needs, quiet)
     except OUR_ERRORS as error:
         raise LoadError(str(error)) from error
     return pipe
 
 
 def check_environment(config: HostConfig, device: torch.device) -> None:
-    """What must hold before any weight is read, beyond shared.launch.config's checks. Raises UsageError."""
+    """What must hold before any weight is read, beyond shared.launch.checks. Raises UsageError."""
     try:
         memory.check_memory_flags(config, device)
     except memory.MemoryFlagError as error:
@@ -133,14 +138,13 @@ def compute_dtype(config: HostConfig, device: torch.device) -> torch.dtype:
     return DTYPES[config.variant or ("fp32" if device.type == "cpu" else "fp16")]
 
 
-def _load(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool) -> Any:
+def _load(spec: ModelSpec, config: HostConfig, device: torch.device, needs: Needs, quiet: bool) -> Any:
     import diffusers
     import transformers
 
     if quiet:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    parallel = world_from_environment()[1] > 1
     dtype = compute_dtype(config, device)
     pipe = _load_components(spec, config, dtype)
     _check_tokenizers(pipe, spec, config)
@@ -152,7 +156,7 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool
     if config.control_net:
         adapters.check_control_nets(pipe, spec)
     set_scheduler(pipe, spec, config.scheduler)
-    _load_loras(pipe, spec, config)
+    _load_loras(pipe, spec, config, needs)
     if config.ip_adapter:
         for path, scale in config.ip_adapter.items():
             adapters.load_ip_adapter(pipe, spec, path, scale, dtype)
@@ -164,26 +168,19 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, quiet: bool
     if config.compile_unet and device.type == "cuda" and not config.quantize_to:
         # Compiled convolutions are fastest in this layout: 15 % of an SDXL step on an H200.
         getattr(pipe, spec.denoiser).to(memory_format=torch.channels_last)
-    pipefused = (config.pipefusion_parallel_degree or 1) > 1
-    # PipeFusion works inside of blocks; every other method runs whole ones.
-    compile_pipeline(pipe, spec, config, whole_blocks=not (parallel and pipefused))
-    memory.place(pipe, spec, config, device, parallel and (config.backend != "xdit" or pipefused))
+    compile_pipeline(pipe, spec, config, whole_blocks=not needs.inside_blocks)
+    memory.place(pipe, spec, config, device, needs.in_parts)
     used = memory.memory_report(device)
     log.info("loaded %s in %s, %.1f MB in use on %s", spec.name, dtype, used["allocated"] / 1e6, device)
     return pipe
 
 
-def _load_loras(pipe: Any, spec: ModelSpec, config: HostConfig) -> None:
+def _load_loras(pipe: Any, spec: ModelSpec, config: HostConfig, needs: Needs) -> None:
     loras = loras_of(pipe, spec)
     for path, scale in {**(config.lora or {}), **(config.motion_adapter_lora or {})}.items():
         loras.add(path, scale)
     flags = ("quantize_to", "compile_unet", "compile_text_encoder")
-    reason = next((f"--{flag}" for flag in flags if getattr(config, flag)), None)
-    if config.backend == "distrifuser" and config.parallelism == "tensor":
-        reason = reason or "--parallelism=tensor"
-    for flag in ("pipefusion_parallel_degree", "tensor_parallel_degree"):
-        if (getattr(config, flag) or 1) > 1:
-            reason = reason or f"--{flag}"
+    reason = next((f"--{flag}" for flag in flags if getattr(config, flag)), needs.divides_weights)
     if reason and config.gguf_model:
         loras.freeze(f"no LoRA can be added, removed or scaled under {reason}")
     elif reason:

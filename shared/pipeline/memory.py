@@ -14,7 +14,8 @@ import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module
 from torch import nn
 
-from shared.launch.config import HostConfig, first_line
+from shared.launch.errors import first_line
+from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
 
 log = logging.getLogger("host")

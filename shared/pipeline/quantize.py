@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.launch.config import first_line
+from shared.launch.errors import first_line
 from shared.models import ModelSpec
 from shared.pipeline.weights_file import DENOISER
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from shared.launch.config import scheduler_problem
+from shared.launch.checks import scheduler_problem
 from shared.models import EDM_CLASSES, SCHEDULERS, ModelSpec, SchedulerSpec, scheduler_named
 
 BOUNDS = {"num_train_timesteps": (1, 10000), "solver_order": (1, 3)}

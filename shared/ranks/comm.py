@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from shared.api.requests import FieldProblem, GenerateRequest
-from shared.launch.config import UsageError, first_line
+from shared.launch.errors import UsageError, first_line
 from shared.pipeline.memory import memory_report
 from shared.ranks.rendezvous import Rendezvous
 

@@ -21,7 +21,7 @@ from shared.api.requests import (
     check_request,
     parse_request,
 )
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 from shared.models import MODELS
 from tests.httphost import config_of, picture
 

@@ -21,8 +21,10 @@ import pytest
 import requests
 import torch
 
-from shared.launch.config import HostConfig, parse_config
-from shared.models import BACKENDS, MODELS, SCHEDULERS, schedulers_for
+from shared.backends import BACKENDS
+from shared.launch.flags import HostConfig
+from shared.launch.parser import parse_config
+from shared.models import MODELS, SCHEDULERS, schedulers_for
 from tests.comfy_stub import INPUTS, PACK, SCHEMA, WIDGETS, ComfyUI, InterruptProcessingException, install
 from tests.comfy_workflows import FOLDER, WORKFLOWS, texts
 from tests.httphost import FakeHost, config_of
@@ -140,7 +142,7 @@ def test_workflows_run_and_their_launches_parse(
     class NoProcess:
         def __init__(self, project: str, backend: str, ranks: int, given: list[str], python: str) -> None:
             flags.extend(given)
-            config = parse_config(backend, given)
+            config = parse_config(BACKENDS[backend], BACKENDS, given)
             hosts.append(FakeHost(config_of(config.type)))
             hosts[-1].latent = np.zeros((1, 4, 128, 128), np.float32)
             self.host = comfy.pack["host"].Host(hosts[-1].url)

@@ -17,7 +17,8 @@ import pytest
 import requests
 import yaml
 
-from shared.launch.config import parse_config
+from shared.backends import BACKENDS
+from shared.launch.parser import parse_config
 from tests.httphost import FakeHost, config_of
 from tests.test_host import DEMO_CHECKPOINT, ROOT, Launch, alive, children, free_port, until
 
@@ -123,7 +124,7 @@ def test_options_become_flags_that_the_host_parses(
     )
     plan = options.plan(given)
     monkeypatch.setenv("WORLD_SIZE", str(plan.ranks))
-    config = parse_config(plan.backend, list(plan.flags))
+    config = parse_config(BACKENDS[plan.backend], BACKENDS, list(plan.flags))
     assert (config.type, config.variant, config.scheduler) == ("sdxl", "bf16", "k_dpmpp_2m")
     assert config.auto_balance and plan.ranks == 2 and plan.defaults == {"cfg": 5.0}
     assert config.lora == {str(tmp_path / "style.safetensors"): 0.8, str(tmp_path / "line.safetensors"): 0.5}

@@ -14,8 +14,9 @@ import pytest
 import requests
 
 from shared.http.doors import unguarded
-from shared.launch.config import API_KEY_VARIABLE, UsageError, parse_config
-from tests.httphost import FakeHost, config_of
+from shared.launch.errors import UsageError
+from shared.launch.parser import API_KEY_VARIABLE
+from tests.httphost import FakeHost, asyncdiff, config_of
 
 MANY = b"{" + b",".join(b'"%d":1' % i for i in range(90_000)) + b"}"
 LONG = "A" * (4 << 20)
@@ -199,18 +200,18 @@ def test_the_key_comes_from_a_file_or_the_environment(
     (tmp_path / "key").write_text(" of-the-file\n")
     (tmp_path / "empty").write_text("\n")
     launch = ["--type=sd1", f"--checkpoint={tmp_path}"]
-    assert parse_config("asyncdiff", launch).api_key is None
-    assert parse_config("asyncdiff", [*launch, f"--api_key_file={tmp_path}/key"]).api_key == "of-the-file"
+    assert asyncdiff(launch).api_key is None
+    assert asyncdiff([*launch, f"--api_key_file={tmp_path}/key"]).api_key == "of-the-file"
     with pytest.raises(UsageError, match="is empty"):
-        parse_config("asyncdiff", [*launch, f"--api_key_file={tmp_path}/empty"])
+        asyncdiff([*launch, f"--api_key_file={tmp_path}/empty"])
     with pytest.raises(UsageError, match="one of the two"):
-        parse_config("asyncdiff", [*launch, f"--api_key_file={tmp_path}/key", "--api_key=a"])
+        asyncdiff([*launch, f"--api_key_file={tmp_path}/key", "--api_key=a"])
     monkeypatch.setenv(API_KEY_VARIABLE, "of-the-variable")
-    assert parse_config("asyncdiff", launch).api_key == "of-the-variable"
-    assert parse_config("asyncdiff", [*launch, "--api_key=a"]).api_key == "a"
+    assert asyncdiff(launch).api_key == "of-the-variable"
+    assert asyncdiff([*launch, "--api_key=a"]).api_key == "a"
     monkeypatch.setenv(API_KEY_VARIABLE, "")
     with pytest.raises(UsageError, match=API_KEY_VARIABLE):
-        parse_config("asyncdiff", launch)
+        asyncdiff(launch)
 
 
 def test_a_launch_that_anyone_can_reach_is_warned_of() -> None:
@@ -225,7 +226,9 @@ def test_a_launch_that_anyone_can_reach_is_warned_of() -> None:
 def test_names_and_pages_of_the_flags_are_checked(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     launch = ["--type=sd1", f"--checkpoint={tmp_path}"]
-    config = parse_config("asyncdiff", [*launch, "--trusted_hosts=a.b, c", "--allow_origin=https://a.b,null"])
+    config = asyncdiff(
+        [*launch, "--trusted_hosts=a.b, c", "--allow_origin=https://a.b,null"],
+    )
     assert (config.trusted_hosts, config.allow_origin) == (("a.b", "c"), ("https://a.b", "null"))
     for flag in (
         "--trusted_hosts=http://a.b",
@@ -234,7 +237,7 @@ def test_names_and_pages_of_the_flags_are_checked(tmp_path: Path) -> None:
         "--allow_origin=",
     ):
         with pytest.raises(UsageError, match=flag.split("=")[0]):
-            parse_config("asyncdiff", [*launch, flag])
+            asyncdiff([*launch, flag])
 
 
 # What a picture may cost.

@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 
-from shared.launch.config import HostConfig, UsageError, build_parser, config_flags, idle_flags, parse_config
-from shared.models import BACKENDS, FEATURES, MODELS, refusal, schedulers_for
+from shared.backends import BACKENDS
+from shared.launch.errors import UsageError
+from shared.launch.flags import HostConfig
+from shared.launch.parser import build_parser, parse_config
+from shared.models import FEATURES, MODELS, schedulers_for
+from tests.httphost import asyncdiff
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +46,7 @@ def parse(
 
     argv = [f"--type={type}", f"--checkpoint={folder / 'model'}", *flags, *beside]
     with mock.patch.dict(os.environ, {"WORLD_SIZE": str(world)}):
-        return parse_config(backend, argv)
+        return parse_config(BACKENDS[backend], BACKENDS, argv)
 
 
 def refused(folder: Path, *flags: str, **options: Any) -> str:
@@ -127,11 +131,11 @@ VALUES |= {
 
 
 def served_types(backend: str, flag: str) -> list[str]:
-    return [t for t in BACKENDS[backend].types if not refusal(BACKENDS[backend], MODELS[t], flag)]
+    return [t for t in BACKENDS[backend].types if not BACKENDS[backend].refusal(MODELS[t], flag)]
 
 
 DEEP = '{"a":' * 100_000
-CASES = [(b, f.name) for b in BACKENDS for f in config_flags(b) if served_types(b, f.name)]
+CASES = [(b, f.name) for b in BACKENDS for f in BACKENDS[b].config_flags if served_types(b, f.name)]
 
 
 def filled(value: Any, folder: Path) -> Any:
@@ -155,7 +159,7 @@ def test_lora_dir_several_times_and_in_yaml(folder: Path) -> None:
 @pytest.mark.parametrize(("backend", "name"), CASES)
 def test_every_flag_parses(folder: Path, backend: str, name: str) -> None:
     options = {"type": served_types(backend, name)[-1], "backend": backend, **COMPANY.get(name, {})}
-    [f] = [f for f in config_flags(backend) if f.name == name]
+    [f] = [f for f in BACKENDS[backend].config_flags if f.name == name]
     if f.metadata["parse"] is None:
         assert getattr(parse(folder, f"--{name}", **options), name) is True
         return
@@ -175,7 +179,7 @@ def test_every_flag_parses(folder: Path, backend: str, name: str) -> None:
 @pytest.mark.parametrize(("backend", "name"), CASES)
 def test_every_default_is_the_dataclass_default(folder: Path, backend: str, name: str) -> None:
     config = parse(folder, backend=backend, type=BACKENDS[backend].types[-1])
-    [f] = [f for f in config_flags(backend) if f.name == name]
+    [f] = [f for f in BACKENDS[backend].config_flags if f.name == name]
     if name not in ("type", "checkpoint"):
         assert getattr(config, name) == f.default
 
@@ -229,20 +233,20 @@ def test_a_wrong_value_names_flag_value_and_choices(folder: Path, flag: str, wor
 
 def test_type_and_checkpoint(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"--type: asyncdiff_host\.py serves ad, sd1.*; got nothing"):
-        parse_config("asyncdiff", [])
+        asyncdiff([])
     assert "xdit_host.py serves it" in refused(folder, type="flux")
     with pytest.raises(UsageError, match="--checkpoint: needed"):
-        parse_config("asyncdiff", ["--type=sd1"])
+        asyncdiff(["--type=sd1"])
     for given, words in (
         (folder, "no model_index.json"),
         (folder / "file.ckpt", "must be .safetensors"),
         (folder / "nothing", "no such file or folder"),
     ):
         with pytest.raises(UsageError, match=words):
-            parse_config("asyncdiff", ["--type=sd1", f"--checkpoint={given}"])
+            asyncdiff(["--type=sd1", f"--checkpoint={given}"])
     with pytest.raises(UsageError, match="loads from a diffusers folder only"):
-        parse_config("asyncdiff", ["--type=svd", f"--checkpoint={folder / 'file.safetensors'}"])
-    single = parse_config("asyncdiff", ["--type=sd1", f"--checkpoint={folder / 'file.safetensors'}"])
+        asyncdiff(["--type=svd", f"--checkpoint={folder / 'file.safetensors'}"])
+    single = asyncdiff(["--type=sd1", f"--checkpoint={folder / 'file.safetensors'}"])
     assert single.checkpoint.endswith("file.safetensors")
 
 
@@ -289,7 +293,7 @@ REFUSALS = [
     for backend, spec in BACKENDS.items()
     for type in spec.types
     for flag in FEATURES
-    if refusal(spec, MODELS[type], flag)
+    if spec.refusal(MODELS[type], flag)
 ]
 
 
@@ -352,7 +356,7 @@ def test_world_size_of_asyncdiff(folder: Path, world: int, flags: list[str], fit
 def test_flags_that_do_nothing_are_told(
     folder: Path, backend: str, world: int, flags: list[str], idle: list[str]
 ) -> None:
-    lines = idle_flags(parse(folder, *flags, backend=backend, world=world), world)
+    lines = BACKENDS[backend].idle(parse(folder, *flags, backend=backend, world=world), world)
     assert [line.split(" has no effect: ")[0] for line in lines] == [f"--{flag}" for flag in idle]
     assert all(line.split(": ")[1] for line in lines)
 
@@ -408,8 +412,8 @@ def test_wrong_yaml(folder: Path, text: str, words: str) -> None:
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
 def test_help_tells_every_flag(backend: str) -> None:
-    text = build_parser(backend).format_help()
-    for f in config_flags(backend):
+    text = build_parser(BACKENDS[backend]).format_help()
+    for f in BACKENDS[backend].config_flags:
         assert f"--{f.name}" in text
     assert all(t in text for t in BACKENDS[backend].types)
 
@@ -421,9 +425,10 @@ def test_help_tells_every_flag(backend: str) -> None:
 def test_answers_in_half_a_second_without_torch(backend: str, argument: str, code: int) -> None:
     script = f"""
 import atexit, sys
-from shared.launch.config import parse_or_exit
+from shared.backends import BACKENDS
+from shared.launch.parser import parse_or_exit
 assert "torch" not in sys.modules and "flask" not in sys.modules
-parse_or_exit({backend!r})
+parse_or_exit(BACKENDS[{backend!r}], BACKENDS)
 """
     seconds = []
     for _ in range(3):  # the best of three: other processes share the machine
@@ -447,6 +452,6 @@ def test_paths_may_begin_at_home(folder: Path, monkeypatch) -> None:
     assert (config.checkpoint, config.vae) == (f"{folder}/model", f"{folder}/file.safetensors")
     assert config.lora == {f"{folder}/file.safetensors": 0.5, f"{folder}/other.safetensors": 1.0}
     (folder / "flags.yaml").write_text("checkpoint: ~/model\ngguf_model: ~/file.gguf\ntype: sd1\n")
-    from_yaml = parse_config("asyncdiff", ["--config=~/flags.yaml"])
+    from_yaml = asyncdiff(["--config=~/flags.yaml"])
     assert (from_yaml.checkpoint, from_yaml.gguf_model) == (f"{folder}/model", f"{folder}/file.gguf")
     assert "no such file or folder" in refused(folder, "--vae=~/nothing")

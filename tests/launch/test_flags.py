@@ -31,15 +31,16 @@ import torch.distributed as dist
 from PIL import Image
 
 from shared.api.requests import check_request
-from shared.launch.config import UsageError, check_config, config_flags, parse_config
+from shared.backends import BACKENDS
+from shared.launch.checks import check_config
+from shared.launch.errors import UsageError
 from shared.launch.logs import set_up_logging
-from shared.models import BACKENDS
 from shared.pipeline.compile import graph_count
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import load_pipeline
 from shared.ranks.comm import World, init_world, make_groups
 from tests import tiny, tiny_extras, tiny_original
-from tests.httphost import FakeHost, config_of
+from tests.httphost import FakeHost, asyncdiff, config_of
 from tests.pool import RankPool
 from tests.test_matrix import body, psnr
 
@@ -73,8 +74,9 @@ def made(name: Any = "sd1", ask: Any = None, **flags: Any) -> Made:
     """One request to a host of one rank, in this process."""
     size = {"width": 64, "height": 64} | {k: flags.pop(k) for k in ("width", "height") if k in flags}
     config = tiny.config(name, **size, **flags)
-    check_config(config, 1)
-    pipe = load_pipeline(config.spec, config, CPU, quiet=True)
+    backend = BACKENDS[config.backend]
+    check_config(config, backend, 1)
+    pipe = load_pipeline(config.spec, config, CPU, backend.needs(config, 1), quiet=True)
     world = World(0, 1, 0, CPU, *[None] * 3)
     return answer(PipelineEngine(pipe, config, world), config, ask or {})
 
@@ -110,8 +112,8 @@ def rank_made(backend: str, name: str, flags: dict[str, Any]) -> dict[str, Any]:
     world = World(rank, size, rank, CPU, *make_groups(60, "gloo"))
     launch: dict[str, Any] = {"backend": backend, "width": 64, "height": 64, "warm_up_steps": 1}
     config = replace(tiny.config(name), **launch | flags)
-    check_config(config, size)
-    engine = importlib.import_module(f"{backend}_host").build_engine(config, world)
+    check_config(config, BACKENDS[backend], size)
+    engine = BACKENDS[backend].build_engine(config, world)
     found = answer(engine, config, ask)
     engine.close()
     return {"latents": found.latents, "picture": found.picture, "plan": found.plan}
@@ -408,7 +410,7 @@ def _(ground: Ground) -> None:
     ground.patch.setattr("shared.parallel.asyncdiff.AsyncDiff", note)
     ground.patch.setattr("shared.parallel.distrifusion.DistriFusion", note)
     for backend in ("asyncdiff", "distrifuser"):
-        attach = importlib.import_module(f"{backend}_host").attach
+        attach = importlib.import_module(f"shared.backends.{backend}").attach
         assert attach(plain().pipe, replace(tiny.config("sd1"), backend=backend), world) is not None
         assert (
             attach(plain().pipe, replace(tiny.config("sd1"), backend=backend, no_cuda_graph=True), world)
@@ -425,7 +427,7 @@ def test_one_stage_on_a_gpu_takes_the_flags_of_several(monkeypatch: pytest.Monke
         return SimplePlan()
 
     monkeypatch.setattr("shared.parallel.asyncdiff.AsyncDiff", note)
-    attach = importlib.import_module("asyncdiff_host").attach
+    attach = importlib.import_module("shared.backends.asyncdiff").attach
     config = tiny.config("sd1", warm_up_steps=0, stage_weights=(1.0, 1.0))
     attach(plain().pipe, config, World(0, 1, 0, torch.device("cuda"), *[None] * 3))
     assert given == [(1, 1, None)]
@@ -597,7 +599,7 @@ def _(ground: Ground) -> None:
 def _(ground: Ground) -> None:
     (ground.folder / "key").write_text("of-the-file\n")
     launch = ["--type=sd1", f"--checkpoint={tiny.checkpoint('sd1')}"]
-    config = parse_config("asyncdiff", [*launch, f"--api_key_file={ground.folder}/key"])
+    config = asyncdiff([*launch, f"--api_key_file={ground.folder}/key"])
     assert config.api_key == "of-the-file"
 
 
@@ -634,7 +636,7 @@ def _(ground: Ground) -> None:
 def _(ground: Ground) -> None:
     path = ground.folder / "host.yaml"
     path.write_text(f"type: sd1\ncheckpoint: {tiny.checkpoint('sd1')}\nport: 7777\nwidth: 128\n")
-    config = parse_config("asyncdiff", [f"--config={path}", "--width=96"])
+    config = asyncdiff([f"--config={path}", "--width=96"])
     assert (config.type, config.port, config.width) == ("sd1", 7777, 96)
 
 
@@ -653,5 +655,5 @@ def test_the_flag_has_its_effect(
 
 
 def test_no_flag_is_left_out() -> None:
-    flags = {f.name for backend in BACKENDS for f in config_flags(backend)} | {"config"}
+    flags = {f.name for backend in BACKENDS for f in BACKENDS[backend].config_flags} | {"config"}
     assert set(EFFECTS) == flags

@@ -239,7 +239,7 @@ def limited(name: str, hybrid: bool) -> dict[str, Any]:
             world, rank = dist.group.WORLD, dist.get_rank()
             split = HybridSplit([denoiser(pipe)], world, rank, parallel.asynchronous)
             members.append(stack.enter_context(split))
-        both = Together(members)
+        both = Together(members[0], members[1:])
 
         def run() -> np.ndarray:
             both.begin(STEPS)

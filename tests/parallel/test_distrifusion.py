@@ -20,7 +20,9 @@ from optimum.quanto import freeze, qint8, quantize
 from peft import LoraConfig
 from torch import nn
 
-from shared.launch.config import PLANS, HostConfig, UsageError
+from shared.backends import BACKENDS
+from shared.launch.errors import UsageError
+from shared.launch.flags import HostConfig
 from shared.parallel.cfg_split import CfgSplit
 from shared.parallel.distrifusion import DistriFusion
 from shared.parallel.distrifusion.decoder import PatchDecoder
@@ -722,7 +724,9 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str)
 )
 def test_impossible_launches_are_refused(flags: dict[str, Any], ranks: int, problem: str):
     with pytest.raises(UsageError, match=problem):
-        PLANS["distrifuser"](HostConfig(backend="distrifuser", type="sd1", checkpoint="x", **flags), ranks)
+        BACKENDS["distrifuser"].check(
+            HostConfig(backend="distrifuser", type="sd1", checkpoint="x", **flags), ranks
+        )
 
 
 @pytest.mark.parametrize(
@@ -734,4 +738,4 @@ def test_impossible_launches_are_refused(flags: dict[str, Any], ranks: int, prob
     ],
 )
 def test_possible_launches_are_not(flags: dict[str, Any]):
-    PLANS["distrifuser"](HostConfig(backend="distrifuser", type="sd1", checkpoint="x", **flags), 7)
+    BACKENDS["distrifuser"].check(HostConfig(backend="distrifuser", type="sd1", checkpoint="x", **flags), 7)

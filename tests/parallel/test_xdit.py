@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load
 
-import xdit_host
 from shared.api.jobs import Job, JobError, JobQueue
 from shared.api.requests import GenerateRequest, check_request
+from shared.backends import BACKENDS
 from shared.backends.xdit_plan import xdit_degrees
-from shared.launch.config import PLANS, check_config
+from shared.launch.checks import check_config
 from shared.parallel.xdit.cpu import trimmed
 from shared.parallel.xdit.degrees import Degrees, choose_degrees
 from shared.parallel.xdit.exact import XDiT, attention_backend
@@ -315,7 +315,7 @@ def decoded(name: str) -> list[float]:
     world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
     flags = {"pipefusion_parallel_degree": 2, "warm_up_steps": 9, "use_parallel_vae": True}
     config = tiny.config(name, width=64, height=64, **flags)
-    engine = xdit_host.build_engine(config, world)
+    engine = BACKENDS["xdit"].build_engine(config, world)
     assert engine.plan["parallel_vae"] and engine.plan["previews"] is False
 
     def pictures() -> list[np.ndarray]:
@@ -347,7 +347,7 @@ def several(pictures: int) -> Any:
     rank, size = dist.get_rank(), dist.get_world_size()
     world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
     config = tiny.config("pixa", width=64, height=64, data_parallel_degree=2, warm_up_steps=1)
-    engine = xdit_host.build_engine(config, world)
+    engine = BACKENDS["xdit"].build_engine(config, world)
     request = GenerateRequest(positive="a cat", seed=2**64 - 1, steps=STEPS).filled(config)
     jobs = [Job(request.model_copy(update={"pictures": pictures})), Job(request), Job(request.numbered(1))]
     queue = JobQueue(8) if rank == 0 else None
@@ -398,9 +398,9 @@ def feature_cell(name: str, flags: Case, plan: Case) -> dict[str, Any]:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
     config = replace(tiny.config(name, width=80, height=48, **flags, **plan), backend="xdit")
-    check_config(config, size)
+    check_config(config, BACKENDS["xdit"], size)
     request = check_request(test_matrix.body(name, flags), config)
-    engine = xdit_host.build_engine(config, world)
+    engine = BACKENDS["xdit"].build_engine(config, world)
 
     def latents() -> np.ndarray | None:
         reply = engine.generate(request, lambda step, steps: None)
@@ -462,7 +462,7 @@ def test_launches_that_cannot_work_are_refused(name: str, flags: Case, world: in
     if name == "sd3" and "height" in flags:
         config = replace(config, ulysses_degree=2)
     with pytest.raises(ValueError, match=words):
-        PLANS["xdit"](replace(config, backend="xdit"), world)
+        BACKENDS["xdit"].check(replace(config, backend="xdit"), world)
 
 
 @pytest.mark.parametrize("name", ["pixa", "flux"])
@@ -473,7 +473,7 @@ def test_schedulers_of_pipefusion_are_let_through(name: str):
     }
     flags: Case = {"pipefusion_parallel_degree": 2, "width": 64, "height": 64}
     for scheduler in (None, mine[name]):
-        PLANS["xdit"](replace(tiny.config(name, **flags, scheduler=scheduler), backend="xdit"), 2)
+        BACKENDS["xdit"].check(replace(tiny.config(name, **flags, scheduler=scheduler), backend="xdit"), 2)
 
 
 def changed(root: Path, name: str, path: str, changes: Case) -> str:
@@ -504,9 +504,9 @@ def test_checkpoints_that_pipefusion_cannot_run_are_refused(
         **{"width": 64, "height": 64, "pipefusion_parallel_degree": 2, "ulysses_degree": 2},
     )
     with pytest.raises(ValueError, match=words):
-        PLANS["xdit"](replace(config, backend="xdit"), 4)
+        BACKENDS["xdit"].check(replace(config, backend="xdit"), 4)
     plain = replace(config, backend="xdit", pipefusion_parallel_degree=None, warm_up_steps=1)
-    PLANS["xdit"](plain, 4)
+    BACKENDS["xdit"].check(plain, 4)
 
 
 def test_the_heads_of_a_control_net_are_looked_at(tmp_path: Path):

@@ -16,7 +16,7 @@ from diffusers.image_processor import VaeImageProcessor
 
 from shared.api.media import encode_image
 from shared.api.requests import Reply, RequestError, check_request
-from shared.launch.config import HostConfig
+from shared.launch.flags import HostConfig
 from shared.models import MODELS, SCHEDULERS, schedulers_for
 from shared.parallel.graphs import Graphs
 from shared.pipeline.engine import PipelineEngine, _picture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.launch.config import UsageError
+from shared.launch.errors import UsageError
 from shared.models import MODELS
 from shared.pipeline.compile import blocks, compile_pipeline, graph_count
 from tests import tiny, tiny_extras

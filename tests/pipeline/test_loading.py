@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.launch.config import UsageError
+from shared.launch.errors import UsageError
 from shared.models import MODELS
 from shared.pipeline.loading import LoadError, check_environment, compute_dtype, pick_variant
 from shared.pipeline.lora import LoraError
@@ -193,10 +193,11 @@ def test_safety_checker_is_dropped(tmp_path: Path) -> None:
 
 
 def test_progress_bars_only_where_asked(capsys) -> None:
+    from shared.launch.backend import Needs
     from shared.pipeline.loading import load_pipeline
 
     for quiet in (True, False):
-        pipe = load_pipeline(MODELS["pixa"], tiny.config("pixa"), torch.device("cpu"), quiet=quiet)
+        pipe = load_pipeline(MODELS["pixa"], tiny.config("pixa"), torch.device("cpu"), Needs(), quiet=quiet)
         capsys.readouterr()
         tiny.run(pipe, "pixa")
         assert ("it/s" in capsys.readouterr().err) is not quiet

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load, load_file, save_file
 
 from shared.api.requests import RequestError, check_request
-from shared.launch.config import UsageError
+from shared.launch.backend import Needs
+from shared.launch.errors import UsageError
 from shared.models import MODELS
 from shared.pipeline.engine import NAMED_LORAS, PipelineEngine
 from shared.pipeline.loading import LoadError, check_environment, load_pipeline
@@ -309,7 +310,7 @@ def ranks_name_loras(backend: str, name: str, folder: str) -> dict[str, list[np.
     for scales in (*orders, {}):
         paths = {f"{folder}/{stem}.safetensors": scale for stem, scale in scales.items()}
         flags = replace(config, lora=paths or None, lora_dir=None)
-        pipe = load_pipeline(flags.spec, flags, world.device, quiet=True)
+        pipe = load_pipeline(flags.spec, flags, world.device, Needs(), quiet=True)
         found["plain"].append(made(PipelineEngine(pipe, flags, world)))
     return found
 

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from shared.launch.config import UsageError
+from shared.backends import BACKENDS
+from shared.launch.backend import Needs
+from shared.launch.errors import UsageError
 from shared.models import MODELS
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import load_pipeline
@@ -166,10 +168,10 @@ def offloaded(backend: str, name: str, flags: dict[str, Any], how: str) -> list[
     # A scheduler may call the denoiser more often than there are steps.
     config, world, host, latents = launch(backend, name, flags, {"warm_up_steps": 99})
     spec, cpu = MODELS[name], world.device
-    pipe = load_pipeline(spec, config, cpu, quiet=True)
+    pipe = load_pipeline(spec, config, cpu, Needs(), quiet=True)
     plain = latents(PipelineEngine(pipe, config, world))
     offload: dict[str, Any] = {f"enable_{how}_offload": True}
-    place(pipe, spec, replace(config, **offload), cpu, parallel=backend != "xdit")
+    place(pipe, spec, replace(config, **offload), cpu, BACKENDS[backend].needs(config, world.size).in_parts)
     groups = [host.make_groups(config, world)] if hasattr(host, "make_groups") else []
     engine = PipelineEngine(pipe, config, world, lambda p: host.attach(p, config, world, *groups))
     made = [latents(engine) for _ in range(2)]
@@ -226,7 +228,7 @@ def test_offload_on_a_gpu(flag: str) -> None:
     from shared.pipeline.loading import load_pipeline
 
     config = tiny.config("sd1", variant="fp32", **{flag: True})
-    pipe = load_pipeline(MODELS["sd1"], config, CUDA, quiet=True)
+    pipe = load_pipeline(MODELS["sd1"], config, CUDA, Needs(), quiet=True)
     for _ in range(2):
         assert np.abs(tiny.run(pipe, "sd1") - plain("sd1")).max() < 0.01
     assert next(pipe.unet.parameters()).device.type in ("cpu", "meta")

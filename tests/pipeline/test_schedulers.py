@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.launch.config import UsageError
+from shared.launch.errors import UsageError
 from shared.models import MODELS, SCHEDULERS, scheduler_named, schedulers_for
 from shared.pipeline.engine import StepWatch
 from shared.pipeline.schedulers import SchedulerError, make_scheduler, scheduler_for_request, unhurried_step
@@ -68,7 +68,7 @@ def test_every_name_of_a_family_runs(family: str) -> None:
 )
 def test_the_picture_is_plain_diffusers(wanted: Any, cls: str, settings: dict[str, Any], eta: Any) -> None:
     from shared.api.requests import GenerateRequest
-    from shared.launch.config import HostConfig
+    from shared.launch.flags import HostConfig
     from shared.pipeline.engine import PipelineEngine
 
     pipe, launched = pipe_of("sd1"), pipe_of("sd1").scheduler

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shared.launch.config import UsageError
+from shared.launch.errors import UsageError
 from shared.models import MODELS
 from shared.pipeline.loading import LoadError
 from shared.pipeline.single_file import CONFIGS, clip_tokenizer

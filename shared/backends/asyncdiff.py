@@ -1,0 +1,173 @@
+"""AsyncDiff, asynchronous model parallelism: its types, flags and plan, and how it is put on a pipeline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from shared.launch.backend import Backend, Needs
+from shared.launch.errors import UsageError
+from shared.launch.flags import HostConfig
+
+if TYPE_CHECKING:
+    from shared.parallel.method import Together
+    from shared.pipeline.engine import PipelineEngine
+    from shared.ranks.comm import World
+
+
+def shares_branch(config: HostConfig, world_size: int) -> bool:
+    """Whether two ranks divide the guidance branches in some steps and stages of one of them in others."""
+    return config.use_cfg_parallel and config.async_steps is not None and world_size == 2
+
+
+def stages(config: HostConfig, world_size: int) -> int:
+    """Number of stages, model_n: world size = (model_n + stride - 1) x (2 with use_cfg_parallel).
+
+    Raises:
+        UsageError: where the world size and the flags do not fit each other.
+    """
+    branches = 2 if config.use_cfg_parallel and not shares_branch(config, world_size) else 1
+    if world_size == 1:
+        if config.model_n not in (None, 1) or config.stride != 1 or config.use_cfg_parallel:
+            raise UsageError(
+                f"--model_n={config.model_n or 2} --stride={config.stride} needs "
+                f"{branches * ((config.model_n or 2) + config.stride - 1)} ranks; the world size is 1 "
+                "(start it under torchrun --nproc_per_node=N)"
+            )
+        return 1
+    least, most = (1 if branches == 2 else 2), 4
+    model_n = config.model_n
+    if model_n is None:
+        model_n = world_size // branches - config.stride + 1
+    needed = branches * (model_n + config.stride - 1)
+    allowed = sorted({branches * (n + config.stride - 1) for n in range(least, most + 1)})
+    if needed != world_size or not least <= model_n <= most:
+        formula = "model_n + stride - 1" if branches == 1 else "2 x (model_n + stride - 1)"
+        raise UsageError(
+            f"--model_n: the world size must be {formula} with model_n {least} to {most}; got world size "
+            f"{world_size}, stride {config.stride}"
+            + (f", model_n {config.model_n}" if config.model_n else "")
+            + f" (world sizes that fit this stride: {', '.join(map(str, allowed))})"
+        )
+    if model_n == 1 and config.stride == 2:
+        raise UsageError("--stride: 2 needs model_n of 2 or more; got model_n 1")
+    if config.stage_weights and len(config.stage_weights) != model_n:
+        raise UsageError(
+            f"--stage_weights: one number for each of the {model_n} stages; got {len(config.stage_weights)}"
+        )
+    return model_n
+
+
+def check(config: HostConfig, world_size: int) -> None:
+    """Refuse a plan that does not fit the world size. Raises UsageError."""
+    stages(config, world_size)
+    if world_size > 1 and config.warm_up_steps < 1:
+        raise UsageError("--warm_up_steps: must be at least 1 (the first step fills the activations); got 0")
+    if config.auto_balance and config.stage_weights:
+        raise UsageError("--auto_balance: measures what --stage_weights tells; give one of the two")
+
+
+def idle(config: HostConfig, world_size: int) -> list[str]:
+    """A line for each flag that changes nothing in this launch."""
+    if stages(config, world_size) > 1:
+        return []
+    changed = config.changed("time_shift", "stage_weights", "auto_balance", "async_steps")
+    return [f"--{flag} has no effect: there is one stage" for flag in changed]
+
+
+def needs(config: HostConfig, world_size: int) -> Needs:
+    """Stages call parts of the denoiser."""
+    return Needs(in_parts=world_size > 1)
+
+
+def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
+    """Cut the denoiser and the ControlNets into stages, and put the guidance branches on halves of the ranks.
+
+    One rank alone runs the plain pipeline, on a GPU as CUDA graphs like the others.
+    """
+    from shared.parallel.asyncdiff import AsyncDiff
+    from shared.parallel.cfg_split import CfgSplit, HybridSplit
+    from shared.parallel.method import Together
+    from shared.ranks.comm import branch_groups, measured_speeds
+
+    graphs = config.captures(world.device.type)
+    model_n = stages(config, world.size)
+    if world.size == 1 and not graphs:
+        return None
+    group, hybrid = world.compute, shares_branch(config, world.size)
+    if config.use_cfg_parallel and not hybrid:
+        group, pair, branch = branch_groups(world, config.collective_timeout)
+    weights = config.stage_weights if model_n > 1 else None
+    if config.auto_balance and model_n > 1:
+        # With stride 2 the last rank repeats the last stage: the slower of the two counts.
+        speeds = measured_speeds(world, group)
+        weights = (*speeds[: model_n - 1], min(speeds[model_n - 1 :]))
+    denoiser = getattr(pipe, config.spec.denoiser)
+    control = getattr(pipe, "controlnet", None)
+    nets = [] if control is None else list(getattr(control, "nets", [control]))
+    members: list[Any] = [
+        AsyncDiff(
+            pipe,
+            model_n,
+            config.stride,
+            max(config.warm_up_steps, 1),
+            config.time_shift,
+            group=group,
+            stage_weights=weights,
+            cuda_graph=graphs,
+            measure_units=config.auto_balance,
+            denoiser=module,
+            async_steps=config.async_steps,
+        )
+        for module in (denoiser, *nets)
+    ]
+    guided = (lambda: pipe.do_classifier_free_guidance) if nets else None
+    if hybrid:
+        shared = members[0].asynchronous
+        members.append(HybridSplit([denoiser], group, world.rank, shared, local=nets, guided=guided))
+    elif config.use_cfg_parallel:
+        members.append(CfgSplit([denoiser], pair, branch, local=nets, guided=guided))
+    note = {
+        "cfg_split": config.use_cfg_parallel,
+        "hybrid": hybrid,
+        "control_nets": len(nets),
+        "stage_weights": weights,
+    }
+    return Together(members[0], members[1:], note)
+
+
+def build_engine(config: HostConfig, world: World) -> PipelineEngine:
+    """Load the pipeline on this rank's device and make it parallel."""
+    from shared.pipeline.engine import PipelineEngine
+    from shared.pipeline.loading import load_pipeline
+
+    pipe = load_pipeline(
+        config.spec,
+        config,
+        world.device,
+        needs(config, world.size),
+        quiet=not config.shows_progress(world.rank),
+    )
+    return PipelineEngine(pipe, config, world, lambda pipe: attach(pipe, config, world))
+
+
+BACKEND = Backend(
+    name="asyncdiff",
+    title="AsyncDiff: asynchronous model parallelism (arXiv 2406.06911)",
+    types=("ad", "sd1", "sd2", "sd3", "sdup", "sdxl", "svd"),
+    flags=frozenset(
+        {
+            "model_n",
+            "stride",
+            "async_steps",
+            "time_shift",
+            "stage_weights",
+            "auto_balance",
+            "use_cfg_parallel",
+            "no_cuda_graph",
+        }
+    ),
+    check=check,
+    idle=idle,
+    needs=needs,
+    build_engine=build_engine,
+)

@@ -1,0 +1,113 @@
+"""DistriFusion, displaced patch parallelism: its types, flags and plan, and how it is put on a pipeline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from shared.launch.backend import Backend, Needs
+from shared.launch.errors import UsageError
+from shared.launch.flags import HostConfig
+
+if TYPE_CHECKING:
+    from shared.parallel.distrifusion import DistriFusion
+    from shared.pipeline.engine import PipelineEngine
+    from shared.ranks.comm import World
+
+
+def check(config: HostConfig, world_size: int) -> None:
+    """Refuse a plan that does not fit the world size. Raises UsageError."""
+    if world_size > 8:
+        raise UsageError(f"--parallelism: 1 to 8 ranks; the world size is {world_size}")
+    if config.split_scheme == "alternate" and config.parallelism == "patch":
+        raise UsageError(
+            "--split_scheme: alternate is for --parallelism=naive_patch; other patches stay in place from "
+            "step to step (row, col); got alternate with patch"
+        )
+    patched = config.parallelism == "patch" and config.sync_mode != "full_sync"
+    if patched and world_size > 1 and config.warm_up_steps < 1:
+        raise UsageError("--warm_up_steps: must be at least 1 (the first step fills the activations); got 0")
+    if config.parallelism == "tensor":
+        # A LoRA is fused when it is loaded.
+        flags = ("quantize_to", "gguf_model", "compile_unet")
+        given = next((f"--{flag}" for flag in flags if getattr(config, flag)), None)
+        if given or config.offloads:
+            raise UsageError(
+                f"--parallelism: tensor divides plain weights in memory, so not with "
+                f"{given or 'an --enable_..._offload flag'}; patch goes with all of them"
+            )
+
+
+def idle(config: HostConfig, world_size: int) -> list[str]:
+    """A line for each flag that changes nothing in this launch."""
+    changed: list[str] = []
+    reason = ""
+    if config.parallelism == "tensor":
+        changed, reason = config.changed("split_scheme", "sync_mode"), "--parallelism=tensor cuts no patches"
+    elif config.parallelism == "naive_patch" and config.sync_mode != "full_sync":
+        changed = config.changed("sync_mode")
+        reason = "naive patches tell each other nothing, except under full_sync"
+    return [f"--{flag} has no effect: {reason}" for flag in changed]
+
+
+def needs(config: HostConfig, world_size: int) -> Needs:
+    """Patches and parts of layers are computed inside the UNet."""
+    divides = "--parallelism=tensor" if config.parallelism == "tensor" else None
+    return Needs(in_parts=world_size > 1, divides_weights=divides)
+
+
+def attach(pipe: Any, config: HostConfig, world: World, branches: Any = None) -> DistriFusion | None:
+    """Divide the UNet, the ControlNets and the VAE's decoder over the ranks.
+
+    One rank alone runs the plain pipeline, on a GPU as CUDA graphs like the others.
+
+    Args:
+        branches: shared.ranks.comm.branch_groups where the guidance branches are split, else None.
+    """
+    from shared.parallel.distrifusion import DistriFusion
+
+    graphs = config.captures(world.device.type)
+    if world.size == 1 and not graphs:
+        return None
+    return DistriFusion(
+        pipe,
+        config.parallelism,  # type: ignore[arg-type]
+        config.split_scheme,  # type: ignore[arg-type]
+        config.sync_mode,  # type: ignore[arg-type]
+        config.warm_up_steps if world.size > 1 else max(config.warm_up_steps, 1),
+        split_batch=branches is not None,
+        group=world.compute,
+        branches=branches,
+        cuda_graph=graphs,
+        # A compiled decoder is one piece.
+        split_decode=not config.compile_vae,
+    )
+
+
+def build_engine(config: HostConfig, world: World) -> PipelineEngine:
+    """Load the pipeline on this rank's device and make it parallel."""
+    from shared.pipeline.engine import PipelineEngine
+    from shared.pipeline.loading import load_pipeline
+    from shared.ranks.comm import branch_groups
+
+    pipe = load_pipeline(
+        config.spec,
+        config,
+        world.device,
+        needs(config, world.size),
+        quiet=not config.shows_progress(world.rank),
+    )
+    split = world.size % 2 == 0 and not config.no_split_batch
+    branches = branch_groups(world, config.collective_timeout) if split else None
+    return PipelineEngine(pipe, config, world, lambda pipe: attach(pipe, config, world, branches))
+
+
+BACKEND = Backend(
+    name="distrifuser",
+    title="DistriFusion: displaced patch parallelism (arXiv 2402.19481)",
+    types=("sd1", "sd2", "sdxl"),
+    flags=frozenset({"parallelism", "split_scheme", "sync_mode", "no_split_batch", "no_cuda_graph"}),
+    check=check,
+    idle=idle,
+    needs=needs,
+    build_engine=build_engine,
+)

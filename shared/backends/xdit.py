@@ -1,0 +1,113 @@
+"""xDiT: transformers through the package xfuser. Its types and flags, and how it takes hold of a pipeline."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from shared.backends.xdit_plan import FLAGS, REFUSES, check, xdit_degrees
+from shared.launch.backend import Backend, Needs
+from shared.launch.errors import LoadError
+from shared.launch.flags import HostConfig
+
+if TYPE_CHECKING:
+    from shared.parallel.xdit.exact import XDiT
+    from shared.parallel.xdit.groups import XfuserGroups
+    from shared.parallel.xdit.pipefusion import XDiTPipeFusion
+    from shared.pipeline.engine import PipelineEngine
+    from shared.ranks.comm import World
+
+log = logging.getLogger("host")
+
+
+def needs(config: HostConfig, world_size: int) -> Needs:
+    """PipeFusion's stages work inside of blocks; every other method runs the whole transformer."""
+    pipefused = world_size > 1 and (config.pipefusion_parallel_degree or 1) > 1
+    flags = ("pipefusion_parallel_degree", "tensor_parallel_degree")
+    divides = next((f"--{flag}" for flag in flags if (getattr(config, flag) or 1) > 1), None)
+    return Needs(in_parts=pipefused, inside_blocks=pipefused, divides_weights=divides)
+
+
+def make_groups(config: HostConfig, world: World) -> XfuserGroups | None:
+    """The process groups of the launch's degrees; None for one rank. All ranks must ask at the same time."""
+    from shared.parallel.xdit.groups import XfuserGroups
+
+    degrees = xdit_degrees(config, world.size)
+    if world.size == 1 and not (config.use_teacache or config.use_fbcache or world.device.type == "cuda"):
+        return None
+    return XfuserGroups(degrees, world.device, config.collective_timeout)
+
+
+def attach(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups | None) -> Any:
+    """Share the transformer among the ranks; one rank alone runs it plain, on a GPU as CUDA graphs."""
+    if groups is None:
+        return None
+    return _exact(pipe, config, world, groups) if groups.degrees.exact else _pipefusion(pipe, config, groups)
+
+
+def _exact(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups) -> XDiT:
+    from shared.parallel.xdit.exact import XDiT
+
+    return XDiT(
+        pipe,
+        groups.degrees,
+        groups,
+        cache="teacache" if config.use_teacache else "fbcache" if config.use_fbcache else None,
+        parallel_vae=config.use_parallel_vae,
+        cuda_graph=config.captures(world.device.type),
+    )
+
+
+def _pipefusion(pipe: Any, config: HostConfig, groups: XfuserGroups) -> XDiTPipeFusion:
+    from shared.parallel.xdit.pipefusion import XDiTPipeFusion
+
+    return XDiTPipeFusion(
+        pipe,
+        groups.degrees,
+        groups,
+        warm_up_steps=config.warm_up_steps,
+        patches=config.num_pipeline_patch,
+        stages=config.attn_layer_num_for_pp,
+        parallel_vae=config.use_parallel_vae,
+        free_other_stages=not config.offloads,
+    )
+
+
+def build_engine(config: HostConfig, world: World) -> PipelineEngine:
+    """Load the pipeline on this rank's device and share it among the ranks."""
+    from shared.pipeline.engine import PipelineEngine
+    from shared.pipeline.loading import load_pipeline
+
+    pipe = load_pipeline(
+        config.spec,
+        config,
+        world.device,
+        needs(config, world.size),
+        quiet=not config.shows_progress(world.rank),
+    )
+    groups = make_groups(config, world)
+    # Every rank ends with the picture of its replica; the first of each decodes it.
+    picture = groups.picture if groups else 0
+    replicas = groups.degrees.data if groups else 1
+    if groups and not groups.degrees.exact:
+        log.info("the page shows no previews with PipeFusion: no rank has the whole picture during steps")
+    holder = picture * (world.size // replicas)
+    try:
+        return PipelineEngine(
+            pipe, config, world, lambda p: attach(p, config, world, groups), holder, picture
+        )
+    except ValueError as error:
+        raise LoadError(str(error)) from error
+
+
+BACKEND = Backend(
+    name="xdit",
+    title="xDiT: sequence, pipeline and guidance parallelism through xfuser (arXiv 2411.01738)",
+    types=("flux", "hy", "pixa", "pixs", "sd3"),
+    flags=FLAGS,
+    refuses=REFUSES,
+    check=check,
+    needs=needs,
+    build_engine=build_engine,
+    pictures_at_once=lambda config: config.data_parallel_degree or 1,
+)

@@ -1,0 +1,68 @@
+"""What a launch asks of a backend, as data and functions. Those of each backend are in shared.backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from shared.launch.flags import HostConfig
+from shared.models import ModelSpec
+
+if TYPE_CHECKING:
+    from shared.pipeline.engine import PipelineEngine
+    from shared.ranks.comm import World
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a parallel method needs of a pipeline before it takes hold of it."""
+
+    in_parts: bool = False  # it never calls the denoiser whole: model offload leaves it on the device
+    inside_blocks: bool = False  # it works inside the denoiser's blocks: compilation leaves whole ones apart
+    divides_weights: str | None = None  # the flag by which it does: LoRAs are fused, and stay
+
+
+def _no_idle_flags(config: HostConfig, world_size: int) -> list[str]:
+    return []
+
+
+def _one_picture(config: HostConfig) -> int:
+    return 1
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One host: what it serves, and how it makes a pipeline parallel.
+
+    The functions take a launch and its world size (or this rank's World), and import torch only when called.
+    """
+
+    name: str
+    title: str
+    types: tuple[str, ...]
+    flags: frozenset[str]  # that not every host has
+    check: Callable[[HostConfig, int], None]  # raises UsageError where the plan does not fit the ranks
+    needs: Callable[[HostConfig, int], Needs]
+    build_engine: Callable[[HostConfig, World], PipelineEngine]  # on every rank; loads and makes parallel
+    refuses: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}))
+    """Type -> flag -> the reason why this method has no such thing for this type."""
+    idle: Callable[[HostConfig, int], list[str]] = _no_idle_flags  # a line for each flag that changes nothing
+    pictures_at_once: Callable[[HostConfig], int] = _one_picture  # of one request
+
+    @property
+    def script(self) -> str:
+        """The file that starts it."""
+        return f"{self.name}_host.py"
+
+    def refusal(self, spec: ModelSpec, flag: str) -> str | None:
+        """Why this backend or the type refuses a flag, or None where they serve it."""
+        return spec.refuses.get(flag) or self.refuses.get(spec.name, {}).get(flag)
+
+    @property
+    def config_flags(self) -> list[Field[Any]]:
+        """Its flags, common ones too, in the order of their definition."""
+        return [
+            f for f in fields(HostConfig) if f.metadata and (f.metadata["common"] or f.name in self.flags)
+        ]

@@ -1,0 +1,160 @@
+"""What a launch cannot do, whatever the backend: refused before any weight is read, without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from shared.launch.backend import Backend
+from shared.launch.errors import UsageError
+from shared.launch.flags import HostConfig
+from shared.launch.wording import shown
+from shared.models import FEATURES, SCHEDULERS, ModelSpec, schedulers_for
+
+
+def check_type(name: str, backend: Backend, backends: Mapping[str, Backend]) -> None:
+    """Refuse a type that the backend does not serve, and say who does. Raises UsageError."""
+    if name not in backend.types:
+        scripts = " and ".join(b.script for b in backends.values() if name in b.types)
+        given = repr(name) if name else "nothing"
+        raise UsageError(
+            f"--type: {backend.script} serves {', '.join(backend.types)}; got {given}"
+            + (f" ({scripts} serves it)" if scripts else "")
+        )
+
+
+def check_config(config: HostConfig, backend: Backend, world_size: int) -> None:
+    """Refuse what cannot work, before any weight is read. Raises UsageError.
+
+    Args:
+        config: of a type that the backend serves.
+    """
+    if not config.checkpoint:
+        raise UsageError("--checkpoint: needed, a diffusers folder or a .safetensors file; got nothing")
+    _check_paths(config)
+    _check_features(config, backend)
+    _check_size(config)
+    _check_scheduler(config)
+    backend.check(config, world_size)
+
+
+_FOLDERS = ("control_net",)
+_FILES = ("gguf_model",)
+_LORAS = ("lora", "motion_adapter_lora")
+
+
+def _check_paths(config: HostConfig) -> None:
+    for f in fields(HostConfig):
+        value = getattr(config, f.name)
+        if not f.metadata.get("path") or value is None:
+            continue
+        for path in value if isinstance(value, dict | tuple) else [value]:
+            if not os.path.exists(path):
+                raise UsageError(f"--{f.name}: no such file or folder: {path!r}")
+            if f.name in _FOLDERS and not os.path.isdir(path):
+                raise UsageError(f"--{f.name}: must be a diffusers folder; got the file {path!r}")
+            if f.name == "lora_dir" and not os.path.isdir(path):
+                raise UsageError(f"--lora_dir: must be a folder; got the file {path!r}")
+            if f.name in _FILES and os.path.isdir(path):
+                raise UsageError(f"--{f.name}: must be a file; got the folder {path!r}")
+            if f.name in _LORAS and os.path.isfile(path) and not path.endswith(".safetensors"):
+                raise UsageError(f"--{f.name}: a file must be .safetensors (no pickles); got {path!r}")
+    checkpoint = Path(config.checkpoint)
+    if checkpoint.is_dir() and not (checkpoint / "model_index.json").is_file():
+        raise UsageError(
+            f"--checkpoint: no model_index.json in {config.checkpoint!r}; not a diffusers folder"
+        )
+    if checkpoint.is_file():
+        if checkpoint.suffix not in (".safetensors", ".sft"):
+            hint = "; a .gguf goes to --gguf_model" if checkpoint.suffix == ".gguf" else ""
+            raise UsageError(
+                f"--checkpoint: a single file must be .safetensors or .sft (no pickles{hint}); "
+                f"got {config.checkpoint!r}"
+            )
+        if config.spec.single_file_config is None:
+            raise UsageError(
+                f"--checkpoint: type {config.type} loads from a diffusers folder only; "
+                f"got the file {config.checkpoint!r}"
+            )
+
+
+_UNTRACEABLE = "it moves every layer as it is called, which torch.compile cannot trace"
+_PACKED = "it takes apart every layer's weights, which must stay together when they are packed"
+_COMPILED = {flag: _UNTRACEABLE for flag in ("compile_unet", "compile_vae", "compile_text_encoder")}
+_OF_COMPILE = ("compile_backend", "compile_mode", "compile_options", "compile_fullgraph_off")
+_LAYER_BY_LAYER: dict[str, dict[str, str]] = {
+    "enable_sequential_cpu_offload": {
+        **_COMPILED,
+        "quantize_to": _PACKED,
+        "gguf_model": _PACKED,
+        "compel": "compel works where the text encoder's weights are, and they are nowhere between calls",
+    },
+    "enable_group_offload": {**_COMPILED, "quantize_to": _PACKED},
+}
+"""What does not go with layers that come to the GPU one by one, and why."""
+
+
+def _check_features(config: HostConfig, backend: Backend) -> None:
+    spec = config.spec
+    for flag in FEATURES:
+        if getattr(config, flag) and (reason := backend.refusal(spec, flag)):
+            raise UsageError(f"--{flag}: not for type {spec.name} on {backend.script}: {reason}")
+    offloads = [
+        flag
+        for flag in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
+        if getattr(config, flag)
+    ]
+    if len(offloads) > 1:
+        raise UsageError(f"--{offloads[1]}: one way to offload at a time; --{offloads[0]} is given too")
+    if offloads and config.device == "cpu":
+        raise UsageError(f"--{offloads[0]}: offloads from a GPU; with --device=cpu there is none")
+    for flag, others in _LAYER_BY_LAYER.items():
+        for other, why in others.items():
+            if getattr(config, flag) and getattr(config, other):
+                raise UsageError(
+                    f"--{flag}: not with --{other}: {why}; --enable_model_cpu_offload goes with it"
+                )
+    if config.gguf_model and config.quantize_to:
+        raise UsageError(
+            "--quantize_to: the weights of --gguf_model are quantized already; give one of the two"
+        )
+    if config.compile_mode and config.compile_options:
+        raise UsageError(
+            "--compile_options: torch.compile takes a mode or options; --compile_mode is given too"
+        )
+    idle = next((flag for flag in _OF_COMPILE if getattr(config, flag)), None)
+    if idle and not any(getattr(config, flag) for flag in _COMPILED):
+        raise UsageError(f"--{idle}: does nothing without {' or '.join(f'--{flag}' for flag in _COMPILED)}")
+    if config.ip_adapter and len(config.ip_adapter) > 1:
+        raise UsageError(f"--ip_adapter: one adapter at a time; got {len(config.ip_adapter)}")
+    if config.motion_module and config.motion_adapter:
+        raise UsageError("--motion_module: a file or --motion_adapter's folder, not both")
+
+
+def _check_size(config: HostConfig) -> None:
+    multiple = config.spec.size_multiple
+    for name, value in zip(("width", "height"), config.size, strict=True):
+        if value % multiple:
+            low = value // multiple * multiple
+            raise UsageError(
+                f"--{name}: must be a multiple of {multiple} for type {config.type}; got {value} "
+                f"(nearest: {max(low, multiple)} and {low + multiple})"
+            )
+
+
+def _check_scheduler(config: HostConfig) -> None:
+    if config.scheduler is not None and (problem := scheduler_problem(config.spec, config.scheduler)):
+        raise UsageError(f"--scheduler: {problem}")
+
+
+def scheduler_problem(spec: ModelSpec, scheduler: str | dict[str, Any]) -> str | None:
+    """Why the type cannot use this scheduler, or None. Names are short names or diffusers class names."""
+    name = scheduler["scheduler"] if isinstance(scheduler, dict) else scheduler
+    short = schedulers_for(spec)
+    classes = sorted({s.cls for s in SCHEDULERS.values() if spec.scheduler_family in s.families})
+    if name in short or name in classes:
+        return None
+    return f"type {spec.name} takes {', '.join(short)} or {', '.join(classes)}; got {shown(name)}"
