@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-from shared.models import ENCODERS, VAE_PREFIXES, ModelSpec
+from shared.models import VAE_PREFIXES, ModelSpec
 from shared.pipeline.arguments import INPAINT_CHANNELS
 from shared.pipeline.single_file_schedule import has_guidance, schedule_of
 from shared.pipeline.weights_file import (
@@ -80,9 +80,7 @@ def load_single_file(
         )
     weights = _grouped(spec, read_weights(file, dtype))
     # diffusers finds each text encoder among all of them.
-    encoders = {
-        k: t for part in ENCODERS[spec.single_file_config or ""] for k, t in weights.get(part, {}).items()
-    }
+    encoders = {k: t for part in spec.single_file_encoders for k, t in weights.get(part, {}).items()}
     for name, (library, class_name) in sorted(listed.items()):
         if name in found:
             continue
@@ -137,7 +135,7 @@ def _missing(
 ) -> dict[str, str]:
     """The components that are neither in the file nor beside it, with the keys that they would have."""
     beside = header.file.with_suffix("")
-    encoders = ENCODERS[spec.single_file_config or ""]
+    encoders = spec.single_file_encoders
     prefixes = {name: (prefix,) for name, prefix in encoders.items()} | {"vae": VAE_PREFIXES}
     missing = {}
     for name, wanted in prefixes.items():
@@ -154,7 +152,7 @@ def _missing(
 
 def _grouped(spec: ModelSpec, tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors by component; "marks" are those of none."""
-    encoders = ENCODERS[spec.single_file_config or ""]
+    encoders = spec.single_file_encoders
     groups: dict[str, dict[str, torch.Tensor]] = {spec.denoiser: {}, "marks": {}}
     for name, tensor in tensors.items():
         owner = next((part for part, prefix in encoders.items() if name.startswith(prefix)), None)

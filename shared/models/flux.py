@@ -1,0 +1,81 @@
+"""FLUX.1."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from shared.models.files import FileKind
+from shared.models.spec import (
+    CONTROL,
+    EMBEDS,
+    IP,
+    LORA,
+    NO_MOTION,
+    PARTIAL,
+    PROMPTS,
+    SIZE,
+    Family,
+    ModelSpec,
+    refusals,
+)
+
+FILES = (
+    FileKind("Chroma", marks=("distilled_guidance_layer.",), hint="no type here loads it"),
+    FileKind("FLUX.2", marks=("double_stream_modulation_img.", "single_stream_modulation."),
+             hint="no type here loads it"),
+    FileKind("FLUX.1", "flux", ("double_blocks.0.img_attn.", "single_transformer_blocks.0.")),
+)  # fmt: skip
+
+FAMILY = Family(
+    rows=(
+        ModelSpec(
+            name="flux",
+            title="FLUX.1",
+            pipeline="FluxPipeline",
+            image_pipeline="FluxImg2ImgPipeline",
+            denoiser="transformer",
+            latent_layout="packed",
+            output="image",
+            width=1024,
+            height=1024,
+            steps=28,
+            cfg=3.5,
+            size_multiple=16,
+            text_encoders=("text_encoder", "text_encoder_2"),
+            tokenizers=("tokenizer", "tokenizer_2"),
+            pooled_embeds=True,
+            scheduler_family="flow_flux",
+            compel_class="CompelForFlux",
+            guidance_branches=1,
+            fields=PROMPTS
+            | EMBEDS
+            | CONTROL
+            | IP
+            | SIZE
+            | PARTIAL
+            | LORA
+            | {"sigmas", "latent", "true_cfg_scale"},
+            control_net_class="FluxControlNetModel",
+            control_net_pipeline="FluxControlNetPipeline",
+            control_image_field="control_image",
+            ip_adapter_encoder="clip",
+            single_file_config="flux",
+            single_file_encoders=MappingProxyType(
+                {
+                    "text_encoder": "text_encoders.clip_l.transformer.",
+                    "text_encoder_2": "text_encoders.t5xxl.transformer.",
+                }
+            ),
+            refuses=refusals(NO_MOTION),
+        ),
+    ),
+    files=FILES,
+    other_pipelines=MappingProxyType(
+        {
+            "FluxFillPipeline": "FLUX.1 Fill",
+            "FluxControlPipeline": "FLUX.1 Canny or Depth",
+            "Flux2Pipeline": "FLUX.2",
+            "ChromaPipeline": "Chroma",
+        }
+    ),
+)

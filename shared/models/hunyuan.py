@@ -1,0 +1,54 @@
+"""HunyuanDiT."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from shared.models.spec import (
+    CONTROL,
+    LORA,
+    NO_COMPEL,
+    NO_GGUF,
+    NO_IP,
+    NO_MOTION,
+    PARTIAL,
+    PROMPTS,
+    SIZE,
+    Family,
+    ModelSpec,
+    refusals,
+)
+
+FAMILY = Family(
+    rows=(
+        ModelSpec(
+            name="hy",
+            title="HunyuanDiT",
+            pipeline="HunyuanDiTPipeline",
+            denoiser="transformer",
+            output="image",
+            width=1024,
+            height=1024,
+            steps=25,
+            cfg=5.0,
+            size_multiple=16,
+            text_encoders=("text_encoder", "text_encoder_2"),
+            tokenizers=("tokenizer", "tokenizer_2"),
+            fields=PROMPTS | CONTROL | SIZE | PARTIAL | LORA | {"latent"},
+            control_net_class="HunyuanDiT2DControlNetModel",
+            control_net_pipeline="HunyuanDiTControlNetPipeline",
+            control_image_field="control_image",
+            lora_loader="peft",
+            pipeline_defaults=MappingProxyType({"use_resolution_binning": False}),
+            refuses=refusals(
+                NO_MOTION,
+                {
+                    "ip_adapter": NO_IP,
+                    "gguf_model": NO_GGUF,
+                    "compel": NO_COMPEL,
+                    "enable_group_offload": "diffusers has no group offloading for HunyuanDiT2DModel",
+                },
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,60 @@
+"""PixArt-alpha and PixArt-Sigma."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from shared.models.spec import (
+    EMBEDS,
+    LORA,
+    NO_COMPEL,
+    NO_CONTROL,
+    NO_GGUF,
+    NO_IP,
+    NO_MOTION,
+    PARTIAL,
+    PROMPTS,
+    SCHEDULE,
+    SIZE,
+    Family,
+    ModelSpec,
+    refusals,
+)
+
+FAMILY = Family(
+    rows=(
+        *(
+            ModelSpec(
+                name=name,
+                title=title,
+                pipeline=pipeline,
+                denoiser="transformer",
+                output="image",
+                width=1024,
+                height=1024,
+                steps=20,
+                cfg=4.5,
+                size_multiple=16,
+                text_encoders=("text_encoder",),
+                tokenizers=("tokenizer",),
+                embeds_mask=True,
+                fields=PROMPTS | EMBEDS | SIZE | SCHEDULE | PARTIAL | LORA | {"latent"},
+                lora_loader="peft",
+                pipeline_defaults=MappingProxyType({"use_resolution_binning": False, "clean_caption": False}),
+                refuses=refusals(
+                    NO_MOTION,
+                    {
+                        "control_net": NO_CONTROL,
+                        "ip_adapter": NO_IP,
+                        "gguf_model": NO_GGUF,
+                        "compel": NO_COMPEL,
+                    },
+                ),
+            )
+            for name, title, pipeline in (
+                ("pixa", "PixArt-alpha", "PixArtAlphaPipeline"),
+                ("pixs", "PixArt-Sigma", "PixArtSigmaPipeline"),
+            )
+        ),
+    ),
+)

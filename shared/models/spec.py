@@ -1,0 +1,100 @@
+"""What is known of one model type, and the words in which types refuse what they do not have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from shared.models.files import FileKind
+
+
+def refusals(*groups: Mapping[str, str]) -> Mapping[str, str]:
+    """Groups of reasons as one."""
+    merged: dict[str, str] = {}
+    for group in groups:
+        merged.update(group)
+    return MappingProxyType(merged)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What is known of one model type.
+
+    `fields` are the request fields it takes beyond the common ones; `refuses` maps a launch flag to the
+    reason why this type has no such thing, whatever the backend.
+    """
+
+    name: str
+    title: str
+    pipeline: str  # diffusers class names are strings, resolved by shared.pipeline.loading
+    denoiser: Literal["unet", "transformer"]
+    output: Literal["image", "video"]
+    width: int
+    height: int
+    steps: int
+    cfg: float
+    cfg_field: str = "guidance_scale"
+    size_multiple: int = 8
+    size_scale: int = 1  # output pixels per pixel of the size that the pipeline is given (x4 upscaler: 4)
+    frames: int | None = None
+    fps: int = 8
+    text_encoders: tuple[str, ...] = ()
+    tokenizers: tuple[str, ...] = ()
+    image: Literal["none", "needed"] = "none"
+    latent_layout: Literal["nchw", "ncfhw", "nfchw", "packed"] = "nchw"
+    pooled_embeds: bool = False
+    prompt_chunks: bool = False  # whether its denoiser reads a prompt of any length, in CLIP's chunks
+    most_tokens: int = 0  # that T5 may read, where that is more than usual
+    embeds_mask: bool = False  # whether embeddings come with an attention mask
+    scheduler_family: Literal["discrete", "video", "flow", "flow_flux"] = "discrete"
+    fields: frozenset[str] = frozenset()
+    image_pipeline: str = "StableDiffusionImg2ImgPipeline"  # whose `strength` is ours
+    inpaint_pipeline: str | None = None  # for checkpoints whose UNet has 9 input channels
+    control_net_class: str | None = None
+    control_net_pipeline: str | None = None
+    control_image_field: str = "image"  # the ControlNet pipeline's argument for the control image
+    ip_adapter_encoder: Literal["clip", "siglip"] | None = None
+    compel_class: str | None = None  # compel's wrapper for its text encoders
+    guidance_branches: int = 2  # that one call of the denoiser computes, with and without the prompt
+    lora_loader: Literal["pipeline", "peft"] = "pipeline"
+    single_file_config: str | None = None  # folder under configs/, to load a single file offline
+    single_file_encoders: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """How single files name the tensors of each text encoder: what their names begin with."""
+    pipeline_defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    refuses: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one file of this folder brings: its types, and what files and folders of such models look like."""
+
+    rows: tuple[ModelSpec, ...]
+    files: tuple[FileKind, ...] = ()
+    other_pipelines: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Classes in model_index.json that share components with a type here and mean another model."""
+
+
+PROMPTS = frozenset({"positive", "negative", "prompt_syntax"})
+EMBEDS = frozenset({"positive_embeds", "negative_embeds"})
+CONTROL = frozenset({"control_image", "control_image_scale", "controlnet_scale"})
+IP = frozenset({"ip_image", "ip_image_scale", "ip_adapter_scale"})
+IMAGE = frozenset({"image", "image_scale"})
+SIZE = frozenset({"width", "height"})
+SCHEDULE = frozenset({"sigmas", "timesteps"})
+PARTIAL = frozenset({"strength", "denoise", "denoising_start", "denoising_end", "add_noise"})
+VIDEO = frozenset({"frames", "decode_chunk_size", "fps"})
+LORA = frozenset({"lora_scales"})
+
+SD_FIELDS = PROMPTS | EMBEDS | CONTROL | IP | SIZE | SCHEDULE | PARTIAL | LORA | {"clip_skip", "latent"}
+
+# {types} stands for the types that do not refuse the flag; the registry fills it in.
+NO_MOTION = {
+    flag: "only AnimateDiff (type ad) has motion modules"
+    for flag in ("motion_module", "motion_adapter", "motion_adapter_lora")
+}
+NO_GGUF = "there is no GGUF loader in diffusers for this denoiser; types with one: {types}"
+NO_CONTROL = "diffusers has no ControlNet pipeline for it; types with one: {types}"
+NO_IP = "there is no IP-Adapter for it in diffusers; types with one: {types}"
+NO_COMPEL = "compel has no support for its text encoders; types with it: {types}"
