@@ -16,11 +16,10 @@ from flask import request as http
 
 from shared.a1111_options import check_options
 from shared.a1111_prompts import NotationError, take_networks
+from shared.a1111_samplers import AUTOMATIC, SCHEDULES, samplers_for, scheduler_for, taken_variant
 from shared.codecs import MAX_SIDE
 from shared.config import HostConfig
 from shared.dispatch import ApiError, Dispatcher, check_json_type
-from shared.models import schedulers_for, with_variant
-from shared.openai_api import model_id
 from shared.requests import (
     MAX_PICTURES,
     FieldProblem,
@@ -35,33 +34,6 @@ from shared.warned import together, told_in, warn
 from shared.wording import shown
 
 PREFIX = "/sdapi/"
-AUTOMATIC = "Automatic"
-# Their names for our schedulers; the first that the type has is meant.
-SAMPLERS: dict[str, tuple[str, ...]] = {
-    "DPM++ 2M": ("dpmpp_2m", "flow_dpmpp_2m"),
-    "DPM++ SDE": ("dpmpp_sde",),
-    "DPM++ 2M SDE": ("dpmpp_2m_sde",),
-    "Euler": ("euler", "flow_euler"),
-    "Euler a": ("euler_a",),
-    "Heun": ("heun", "flow_heun"),
-    "LMS": ("lms",),
-    "DPM2": ("dpm_2",),
-    "DPM2 a": ("dpm_2_a",),
-    "DDIM": ("ddim",),
-    "DDPM": ("ddpm",),
-    "PLMS": ("pndm",),
-    "UniPC": ("unipc", "flow_unipc"),
-    "LCM": ("lcm", "flow_lcm"),
-    "TCD": ("tcd",),
-}
-# Their names for the variants of our schedulers.
-SCHEDULES = {
-    "Karras": "k_",
-    "Exponential": "exponential_",
-    "SGM Uniform": "_trailing",
-    "Simple": "_trailing",
-    "Beta": "beta_",
-}
 _OURS = {
     "prompt": "positive",
     "negative_prompt": "negative",
@@ -87,21 +59,14 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"error": kind, "detail": text, "body": "", "errors": text}
 
 
-def samplers_for(config: HostConfig) -> dict[str, str]:
-    """A1111's sampler names -> scheduler names of the type."""
-    have = schedulers_for(config.spec)
-    found = {name: next((s for s in ours if s in have), None) for name, ours in SAMPLERS.items()}
-    return {name: ours for name, ours in found.items() if ours is not None}
-
-
 def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
     """Add the routes under /sdapi/v1."""
     config, queue = dispatcher.config, dispatcher.queue
-    name, samplers = model_id(config), samplers_for(config)
+    name, samplers = config.model_id, samplers_for(config)
     schedulers = [_scheduler_entry(AUTOMATIC, -1.0)] + [
         _scheduler_entry(label, 7.0 if label == "Karras" else -1.0)
         for label, variant in SCHEDULES.items()
-        if any(_takes(ours, variant) for ours in samplers.values())
+        if any(taken_variant(ours, variant) for ours in samplers.values())
     ]
     vaes = [config.vae] if config.vae else []
     options = {
@@ -243,13 +208,13 @@ def _info(asked: dict[str, Any], replies: list[Reply], config: HostConfig) -> di
         "cfg_scale": cfg,
         "steps": first.steps,
         "batch_size": 1,
-        "sd_model_name": model_id(config),
+        "sd_model_name": config.model_id,
         "index_of_first_image": 0,
         "infotexts": [
             f"{prompt}\n"
             + (f"Negative prompt: {negative}\n" if negative else "")
             + f"Steps: {first.steps}, Sampler: {sampler}, CFG scale: {cfg}, Seed: {seed}, "
-            + f"Size: {first.width}x{first.height}, Model: {model_id(config)}"
+            + f"Size: {first.width}x{first.height}, Model: {config.model_id}"
             for seed in seeds
         ],
     }
@@ -266,7 +231,7 @@ def translate(
     spec, problems = config.spec, []
     overrides = asked.get("override_settings")
     overrides = overrides if isinstance(overrides, dict) else {}
-    _check_model(overrides.get("sd_model_checkpoint"), model_id(config))
+    _check_model(overrides.get("sd_model_checkpoint"), config.model_id)
     data = {
         ours: _number(theirs, asked[theirs])
         for theirs, ours in _OURS.items()
@@ -283,7 +248,7 @@ def translate(
     skip = _number("steps", overrides.get("CLIP_stop_at_last_layers", asked.get("clip_skip")))
     if isinstance(skip, int) and skip > 1 and "clip_skip" in spec.fields:
         data["clip_skip"] = skip - 1  # theirs counts the last layer as 1
-    scheduler, problem = _scheduler(asked, samplers)
+    scheduler, problem = scheduler_for(asked, samplers)
     if scheduler:
         data["scheduler"] = scheduler
     if problem:
@@ -341,44 +306,3 @@ def _notation(data: dict[str, Any]) -> list[FieldProblem]:
         for scale in taken.left_out:
             warn(f"{theirs}: a LoRA has one scale here; left out: {scale}")
     return problems
-
-
-def _takes(ours: str, variant: str) -> str | None:
-    """Our name for a sampler with one of A1111's schedulers; None where there is no such pair."""
-    if ours.startswith("flow_") and variant == "_trailing":
-        return ours  # flow matching is spaced so as it is
-    return with_variant(ours, variant)
-
-
-def _scheduler(asked: dict[str, Any], samplers: dict[str, str]) -> tuple[str | None, FieldProblem | None]:
-    """Sampler and scheduler of a request -> our scheduler's name, None for the checkpoint's own."""
-    sampler = asked.get("sampler_name") or asked.get("sampler_index") or AUTOMATIC
-    noise = str(asked.get("scheduler") or AUTOMATIC).lower().replace("_", " ")
-    known = {name.lower(): ours for name, ours in samplers.items()} | {
-        ours: ours for ours in samplers.values()
-    }
-    labels = {label.lower(): label for label in SCHEDULES}
-    wanted = str(sampler).lower()
-    for label in labels:  # as in older versions: "DPM++ 2M Karras"
-        if wanted.endswith(f" {label}"):
-            wanted, noise = wanted.removesuffix(f" {label}"), label
-    if noise not in (AUTOMATIC.lower(), "normal", *labels):
-        allowed = ", ".join((AUTOMATIC, *SCHEDULES))
-        return None, FieldProblem("scheduler", f"must be one of {allowed}; got {shown(asked['scheduler'])}")
-    if wanted == AUTOMATIC.lower():
-        if noise in labels:
-            return None, FieldProblem("scheduler", f"{labels[noise]} needs a sampler_name")
-        return None, None
-    ours = known.get(wanted)
-    if ours is None:
-        return None, FieldProblem(
-            "sampler_name", f"must be one of {', '.join(samplers)}; got {shown(sampler)}"
-        )
-    if noise not in labels:
-        return ours, None
-    variant = SCHEDULES[labels[noise]]
-    if name := _takes(ours, variant):
-        return name, None
-    fitting = [theirs for theirs, ours in samplers.items() if _takes(ours, variant)]
-    text = f"{sampler} has no {labels[noise]}; samplers with it: {', '.join(fitting) or 'none'}"
-    return None, FieldProblem("scheduler", text)

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from shared.logs import on_terminal
@@ -456,6 +457,11 @@ class HostConfig:
     @property
     def spec(self) -> ModelSpec:
         return MODELS[self.type]
+
+    @property
+    def model_id(self) -> str:
+        """The checkpoint's name, without folder and suffix."""
+        return Path(self.checkpoint).name.removesuffix(".safetensors") or self.type
 
     @property
     def offloads(self) -> bool:

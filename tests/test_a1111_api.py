@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import requests
 
-from shared.a1111_api import SAMPLERS, SCHEDULES, samplers_for
+from shared.a1111_samplers import SAMPLERS, SCHEDULES, samplers_for
 from shared.models import MODELS, schedulers_for
 from tests.httphost import FakeHost, config_of, picture, wait_for
 
