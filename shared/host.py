@@ -99,11 +99,11 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
 
 def _start_server(config: HostConfig, status: HostStatus, queue: JobQueue, lifeline: Lifeline) -> None:
     from shared.jobs import JobError
-    from shared.server import Server, create_app, refuses_unread
+    from shared.server import Server, body_bound, create_app
 
     try:
         app = create_app(config, status, queue)
-        server = Server(app, config.host, config.port, config.max_queue, refuses_unread(config))
+        server = Server(app, config.host, config.port, config.max_queue, body_bound(app, config))
     except (OSError, UnicodeError) as error:
         exit_usage(config.backend, UsageError(_cannot_serve(config, error)))
     log.info(

@@ -25,7 +25,7 @@ ERRORS = {
     405: "No such method on this route",
     409: "Not in this state: the LoRA's weights were fused, quantized or compiled, or it is loaded already",
     408: "The request came too slowly",
-    413: "The body is larger than 64 MiB",
+    413: "The body is larger than this route takes (64 MiB with pictures, else 64 KiB)",
     415: "The body is not JSON",
     422: "A request that this model or this launch cannot serve",
     499: "Cancelled, by POST /cancel or because the client left",

@@ -16,7 +16,7 @@ from PIL import Image
 from shared.config import HostConfig
 from shared.jobs import HostStatus, Job, JobError, JobQueue
 from shared.requests import GenerateRequest, Reply
-from shared.server import Server, create_app, refuses_unread
+from shared.server import Server, body_bound, create_app
 
 
 def picture(format: str = "PNG", size: tuple[int, int] = (8, 8), frames: int = 1) -> bytes:
@@ -51,7 +51,11 @@ class FakeHost:
         self.queue = JobQueue(self.config.max_queue)
         self.app = create_app(self.config, self.status, self.queue)
         self.server = Server(
-            self.app, self.config.host, self.config.port, self.config.max_queue, refuses_unread(self.config)
+            self.app,
+            self.config.host,
+            self.config.port,
+            self.config.max_queue,
+            body_bound(self.app, self.config),
         )
         self.url = f"http://127.0.0.1:{self.server.port}"
         self.seen: list[GenerateRequest] = []

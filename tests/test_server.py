@@ -401,7 +401,7 @@ def test_413_for_100_mb(host: FakeHost, chunked: bool) -> None:
     headers = {"Content-Type": "application/json"}
     data: Any = iter(lambda: zeros.read(), b"") if chunked else zeros
     answer = requests.post(f"{host.url}/generate", data=data, headers=headers, timeout=30)
-    check_error(answer, 413, "64 MiB")
+    check_error(answer, 413, f"{MAX_BODY} bytes")
     assert zeros.left == 0
     assert resident_mib() - before < 40
     assert host.generate({}).status_code == 200
