@@ -30,7 +30,7 @@ from shared.config import (
     usage_line,
     world_from_environment,
 )
-from shared.liveness import PATIENCE, Family, dead_ranks, died
+from shared.liveness import PATIENCE, STOP_TOGETHER, Family, dead_ranks, died, stop_others
 from shared.logs import adopt_libraries, finish, guard_streams, set_up_logging
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def serve(backend: str, build_engine: BuildEngine) -> NoReturn:
     """Run one rank of a host until it is stopped; never returns.
 
     Exit codes: 2 for a usage error, 1 when loading fails or the ranks lose each other, 130 after Ctrl-C,
-    0 after SIGTERM (torchrun ends in peace when its ranks end with 0).
+    0 on every rank after SIGTERM or SIGHUP to any of them: who was told to stop is not restarted.
 
     Args:
         backend: name in shared.models.BACKENDS.
@@ -222,7 +222,8 @@ class Lifeline:
 
     Signals are only noted by their C handler (`signal.set_wakeup_fd`); a thread reads them, because a Python
     handler would wait for the main thread to come back from a collective. The first SIGTERM or SIGHUP of a
-    host that serves lets what runs be finished within `grace` seconds; any other signal ends at once.
+    host that serves lets what runs be finished within `grace` seconds; any other signal ends at once. A rank
+    that was told alone tells the others, so that all of them end with 0 and the launcher restarts none.
 
     Args:
         launched: whether a launcher started this process, whose death must be ours.
@@ -237,6 +238,8 @@ class Lifeline:
         self.hurried = True  # whether the end waits for no answer
         self._rank, self._grace = rank, grace
         self._deadline = math.inf  # time.monotonic()
+        self._launched = launched
+        self._told = False  # a signal came to this rank itself
         self._failing = False
         self._signalled = threading.Event()
         self._on_stop: list[Callable[[str], None]] = []
@@ -251,6 +254,7 @@ class Lifeline:
         for number in ENDING_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 signal.signal(number, lambda *_: None)
+        signal.signal(STOP_TOGETHER, lambda *_: None)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
@@ -283,7 +287,11 @@ class Lifeline:
 
         The launcher ends all ranks of a machine with the first one, so the others let rank 0 go first. One
         that hears the launcher's signal before its turn is silent only where a rank before it has spoken.
+        What fails once a stop has begun is the stop.
         """
+        time.sleep(LINGER_SECONDS if self._launched else 0.0)  # another rank's word has come before its end
+        if self.stopping:
+            self.end(0, self.stopping, failed=False)
         if self._rank and not self.serving:
             self._failing = True
             self._signalled.wait(RANK_0_SECONDS + self._rank - 1)
@@ -305,23 +313,31 @@ class Lifeline:
                 self.end(0, f"{self.stopping} and --stop_grace is over", failed=False)
 
     def _signal(self, number: int) -> None:
-        if number not in ENDING_SIGNALS:
+        if number not in (*ENDING_SIGNALS, STOP_TOGETHER):
             return
         if self._failing:
             self._signalled.set()
             return
-        name = signal.Signals(number).name
+        own = number != STOP_TOGETHER
+        reason = f"{signal.Signals(number).name} was received" if own else "another rank was told to stop"
         # The launcher sends its signal when a rank has died, too: what runs has failed then.
-        if number != signal.SIGINT and not self.stopping and (dead := dead_ranks()):
+        if own and number != signal.SIGINT and not self.stopping and (dead := dead_ranks()):
             log.log(logging.INFO if self._rank else logging.ERROR, "%s, ending", died(dead))
             self.end(EXIT_FAILED, f"broken: {died(dead)}")
-        if number == signal.SIGINT or not self.serving or self.stopping:
-            log.info("%s, ending", name)
+        again, self._told = self._told and own, self._told or own
+        if own and number != signal.SIGINT and not again and self._launched:
+            stop_others()
+        if number == signal.SIGINT or not self.serving or again:
+            log.info("%s, ending", reason)
             self._deadline = 0.0
-            self.end(128 + number if number == signal.SIGINT else 0, f"{name} was received", failed=False)
-        self.stopping = f"{name} was received"
+            self.end(128 + number if number == signal.SIGINT else 0, reason, failed=False)
+        if self.stopping:
+            return
+        self.stopping = reason
         self._deadline = time.monotonic() + self._grace
-        log.info("%s: what runs may be finished within %g s; a second signal ends at once", name, self._grace)
+        log.info(
+            "%s: what runs may be finished within %g s; a second signal ends at once", reason, self._grace
+        )
         for callback in self._on_stop:
             callback(self.stopping)
 

@@ -101,6 +101,7 @@ def build_engine(config: HostConfig, world: World) -> Any:
         from shared.config import LoadError
 
         raise LoadError("no weights")
+    time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", "0")))
     return FakeEngine(world)
 
 
