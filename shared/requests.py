@@ -243,8 +243,11 @@ def check_request(data: dict[str, Any], config: HostConfig, accept: str | None =
 
 def _unknown(data: dict[str, Any], model: type[BaseModel]) -> list[FieldProblem]:
     """A fault for each name that the model has not; pydantic would take seconds to say so of 100,000."""
-    text = f"unknown field; allowed: {', '.join(sorted(model.model_fields))}"
-    return [FieldProblem(name, text) for name in data if name not in model.model_fields]
+    unknown = [FieldProblem(name, "unknown field") for name in data if name not in model.model_fields]
+    if unknown:  # told once
+        text = f"unknown field; allowed: {', '.join(sorted(model.model_fields))}"
+        unknown[0] = FieldProblem(unknown[0].field, text)
+    return unknown
 
 
 def _problems_of(error: PydanticError) -> list[FieldProblem]:

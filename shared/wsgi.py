@@ -66,6 +66,7 @@ class _Parser(HTTPRequestParser):
     expect_continue: bool = False
     error: Error | None
     body_rcv: Any
+    path: str | None = None
     refusal: tuple[int, str] | None = None
     """Status and reason, where the application is to refuse the request."""
     _most = MAX_BODY
@@ -84,10 +85,12 @@ class _Parser(HTTPRequestParser):
             logging.getLogger("host").error("a body could not be kept: %s", error)
             self.refuse(507, NO_ROOM)
             return len(data)
-        if self.body_rcv is None:
+        if self.error and self.path is not None:
+            # A transfer coding that waitress does not have is its one 501; the client is to blame for it.
+            code = self.error.code if self.error.code < 500 else 400
+            self.refuse(code, f"{self.error.reason}: {self.error.body}")
+        elif self.body_rcv is None:
             pass
-        elif self.error:  # in the body's own form
-            self.refuse(self.error.code, f"{self.error.reason}: {self.error.body}")
         elif in_headers:
             self._most = self.channel.server.bound(self.command, self.path, self.headers)
             if self.content_length > self._most or (self.chunked and not self._most):
