@@ -20,6 +20,7 @@ from shared.a1111_samplers import AUTOMATIC, SCHEDULES, samplers_for, scheduler_
 from shared.codecs import MAX_SIDE
 from shared.config import HostConfig
 from shared.dispatch import ApiError, Dispatcher, check_json_type
+from shared.metadata import infotext, png_info
 from shared.requests import (
     MAX_PICTURES,
     FieldProblem,
@@ -126,6 +127,11 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
     def a1111_img2img() -> Response:
         return _answer(dispatcher, samplers, with_image=True)
 
+    @app.post("/sdapi/v1/png-info")
+    def a1111_png_info() -> Response:
+        check_json_type()
+        return jsonify(dispatcher.read(lambda: png_info(parse_object(http.get_data(cache=False)))))
+
 
 def _scheduler_entry(label: str, rho: float) -> dict[str, Any]:
     return {
@@ -173,14 +179,18 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
     check_json_type()
     config = dispatcher.config
     asked: dict[str, Any] = {}
+    requests: list[GenerateRequest] = []
 
     def parse() -> GenerateRequest:
         asked.update(parse_object(http.get_data(cache=False)))
-        return check_request(translate(asked, config, samplers, with_image), config)
+        requests.append(check_request(translate(asked, config, samplers, with_image), config))
+        return requests[0]
 
     replies = dispatcher.run(parse)
     told = {k: v for k, v in asked.items() if k not in ("init_images", "alwayson_scripts")}
-    info = _info(asked, replies, config)
+    info = _info(asked, replies, config) | {
+        "infotexts": [infotext(requests[0], reply, config) for reply in replies]
+    }
     body = {
         "images": [reply.answer()["output"] for reply in replies],
         "parameters": told,
@@ -210,13 +220,6 @@ def _info(asked: dict[str, Any], replies: list[Reply], config: HostConfig) -> di
         "batch_size": 1,
         "sd_model_name": config.model_id,
         "index_of_first_image": 0,
-        "infotexts": [
-            f"{prompt}\n"
-            + (f"Negative prompt: {negative}\n" if negative else "")
-            + f"Steps: {first.steps}, Sampler: {sampler}, CFG scale: {cfg}, Seed: {seed}, "
-            + f"Size: {first.width}x{first.height}, Model: {config.model_id}"
-            for seed in seeds
-        ],
     }
 
 
@@ -240,6 +243,8 @@ def translate(
     problems += _notation(data)
     if spec.output == "video":
         data["output_format"] = "gif"
+    if overrides.get("enable_pnginfo") is False:
+        data["metadata"] = False
     for side in ("width", "height"):
         if side not in spec.fields:
             data.pop(side, None)

@@ -45,6 +45,18 @@ def samplers_for(config: HostConfig) -> dict[str, str]:
     return {name: ours for name, ours in found.items() if ours is not None}
 
 
+def sampler_labels(name: str) -> tuple[str, str | None]:
+    """A1111's sampler and scheduler for a name of ours; the name itself where A1111 has none for it."""
+    for theirs, ours in SAMPLERS.items():
+        for short in ours:
+            if name == short:
+                return theirs, None
+            for label, variant in SCHEDULES.items():
+                if with_variant(short, variant) == name:
+                    return theirs, label
+    return name, None
+
+
 def taken_variant(ours: str, variant: str) -> str | None:
     """Our name for a sampler with one of A1111's schedulers; None where there is no such pair."""
     if ours.startswith("flow_") and variant == "_trailing":

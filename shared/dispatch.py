@@ -18,6 +18,7 @@ from flask import request as http
 from shared.config import HostConfig
 from shared.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError
 from shared.media import side_by_side
+from shared.metadata import made_by
 from shared.metrics import Metrics
 from shared.requests import MAX_TOLD, FieldProblem, GenerateRequest, Reply, RequestError
 from shared.warned import together, warnings_told
@@ -101,7 +102,7 @@ class Dispatcher:
             began = time.monotonic()
             job = Job(request, id=g.request_id)
             self._submit(job)
-            _encode(job.made)
+            self._encode(job)
             for reply in job.made:
                 self.metrics.made(reply, time.monotonic() - began)
                 reply.warnings = together(told, reply.warnings)
@@ -124,6 +125,22 @@ class Dispatcher:
         finally:
             self._slots.release()
 
+    def read(self, parse: Callable[[], Any]) -> Any:
+        """Parse a body that may hold pictures and asks nothing of the ranks; what `parse` gives.
+
+        Raises:
+            ApiError: 503 where too many are parsed already, else the fault that `parse` finds.
+        """
+        if not self._slots.acquire(blocking=False):
+            raise ApiError.unavailable("full", "too many requests at once")
+        try:
+            with self._parsing:
+                return parse()
+        except RequestError as error:
+            raise ApiError.from_request(error) from None
+        finally:
+            self._slots.release()
+
     def _submit(self, job: Job) -> Any:
         g.job = job
         try:
@@ -136,15 +153,18 @@ class Dispatcher:
         while not job.wait(DISCONNECT_POLL):
             if not job.cancelled and gone():
                 self.queue.drop(job)
-            _encode(job.made)  # here, so that the ranks draw the next picture meanwhile
+            self._encode(job)  # here, so that the ranks draw the next picture meanwhile
         if job.error is not None:
             raise _api_error(job.error)
         return job.reply
 
+    def _encode(self, job: Job) -> None:
+        """Encode the pictures of those replies that still have them."""
 
-def _encode(replies: Iterable[Reply]) -> None:
-    """Encode the pictures of those that still have them."""
-    side_by_side(Reply.encode, [reply for reply in replies if reply.pictures])
+        def encode(reply: Reply) -> None:
+            reply.encode(None if job.request is None else made_by(job.request, reply, self.config))
+
+        side_by_side(encode, [reply for reply in job.made if reply.pictures])
 
 
 def _api_error(error: JobError) -> ApiError:

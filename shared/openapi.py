@@ -347,6 +347,7 @@ def _guest_paths() -> dict[str, Any]:
         "/v1/images/edits": ("post", "OpenAI: a picture from a picture, where the type takes one"),
         "/sdapi/v1/txt2img": ("post", "A1111: pictures from a prompt"),
         "/sdapi/v1/img2img": ("post", "A1111: a picture from a picture, where the type takes one"),
+        "/sdapi/v1/png-info": ("post", "A1111: what a picture's file says of how it was made"),
         "/sdapi/v1/progress": ("get", "A1111: progress and jobs"),
         "/sdapi/v1/interrupt": ("post", "A1111: cancel the running request"),
         "/sdapi/v1/options": ("get", "A1111: the checkpoint"),

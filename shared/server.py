@@ -59,6 +59,7 @@ OPEN_ROUTES = pages.OPEN_ROUTES | {"health"}  # endpoints that ask for no token
 PICTURE_ROUTES = frozenset(
     {"generate", "openai_generations", "openai_edits", "a1111_txt2img", "a1111_img2img"}
 )
+LARGE_BODIES = PICTURE_ROUTES | {"a1111_png_info"}
 ERROR_FORMS = {openai_api.PREFIX: openai_api.error_body, a1111_api.PREFIX: a1111_api.error_body}
 
 
@@ -173,7 +174,7 @@ def body_bound(app: Flask, config: HostConfig) -> Bound:
             and endpoint not in OPEN_ROUTES
             and not token_fits(api_key, path, headers.get("AUTHORIZATION", ""))
         )
-        return 0 if refused else MAX_BODY if endpoint in PICTURE_ROUTES else SMALL_BODY
+        return 0 if refused else MAX_BODY if endpoint in LARGE_BODIES else SMALL_BODY
 
     return bound
 
