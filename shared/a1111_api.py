@@ -7,6 +7,7 @@ type takes. What cannot be done is refused in words, never done in another way.
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,15 @@ def _scheduler_entry(label: str, rho: float) -> dict[str, Any]:
     }
 
 
+_TITLE = re.compile(
+    r"(\.safetensors|\.sft|\.ckpt)?( \[[0-9a-f]+\])?$"
+)  # what A1111 writes behind a model's name
+
+
 def _check_model(wanted: Any, name: str) -> None:
-    if wanted not in (None, "", name):
+    """Raise ApiError 422 for another checkpoint than the launch's, by its name or by A1111's title of it."""
+    title = _TITLE.sub("", wanted, count=1) if isinstance(wanted, str) else wanted
+    if name not in (wanted, title) and wanted not in (None, ""):
         raise ApiError(422, f"this host serves the checkpoint {name!r} alone; got {shown(wanted)}")
 
 

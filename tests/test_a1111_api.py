@@ -180,7 +180,12 @@ def test_lists(host: FakeHost) -> None:
     assert get(host, "latent-upscale-modes") == [] and get(host, "sd-vae") == []
     assert get(host, "options")["sd_model_checkpoint"] == "demo"
     assert post(host, "options", {"sd_model_checkpoint": "demo", "other": 1}).json() is None
-    assert post(host, "options", {"sd_model_checkpoint": "other"}).status_code == 422
+    for title in ("demo.safetensors", "demo [1f3a]", "demo.safetensors [1f3a]"):
+        assert post(host, "options", {"sd_model_checkpoint": title}).status_code == 200
+        made = post(host, "txt2img", {"override_settings": {"sd_model_checkpoint": title}})
+        assert made.status_code == 200
+    for other in ("other", "demo2.safetensors", "demo [no hash]", ["demo"], {"demo": 1}):
+        assert post(host, "options", {"sd_model_checkpoint": other}).status_code == 422
 
 
 @pytest.mark.parametrize(
