@@ -140,20 +140,25 @@ def _load_and_loop(
     lifeline: Lifeline,
 ) -> None:
     began = time.monotonic()
+    status.at(5, "importing libraries")
     from shared.comm import Channel, init_world, rank_device_info
     from shared.engine import RankLoop
     from shared.memory import freeze_heap
     from shared.requests import RequestError
 
+    status.at(15, "waiting for the other ranks")
     world = init_world(config.device, config.collective_timeout, lifeline.watch)
     limit_threads(world.device.type)
+    status.at(20, "loading the model")
     engine = build_engine(config, world)
     adopt_libraries()
+    status.at(75, "warming up")
     try:
         engine.warm_up()
     except RequestError as error:
         raise LoadError(f"the launch's own picture is refused: {error}") from error
     on_server = world.rank == 0
+    status.at(95, "waiting for the other ranks")
     if on_server:
         engine.preview_to(queue)
     freeze_heap()
@@ -162,7 +167,7 @@ def _load_and_loop(
     lifeline.serving = True
     status.plan = engine.plan
     status.versions = versions()
-    status.state = "ready"
+    status.ready()
     log.info(
         "ready after %.1f s: %s %s on %d x %s",
         time.monotonic() - began,

@@ -265,17 +265,29 @@ class HostStatus:
     type: str
     world_size: int
     state: State = "loading"
-    message: str = ""  # why the host is broken, or what it is loading
+    message: str = ""  # why the host is broken, or what it is at while it loads
+    loaded: int = 0  # percent of the way to ready, by the stages of loading
     plan: dict[str, Any] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)  # device and memory of each rank
     versions: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
+
+    def at(self, loaded: int, message: str) -> None:
+        """The host has come so far in loading, percent, and is at `message`; nothing once it is broken."""
+        if self.state == "loading":
+            self.loaded, self.message = loaded, message
+
+    def ready(self) -> None:
+        """The host is loaded and takes requests."""
+        self.at(100, "")
+        self.state = "ready"
 
     def health(self, queue: JobQueue) -> dict[str, Any]:
         """The JSON of GET /health."""
         return {
             "state": self.state,
             "message": self.message,
+            "loaded": self.loaded,
             "backend": self.backend,
             "type": self.type,
             "plan": self.plan,

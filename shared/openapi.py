@@ -197,7 +197,11 @@ _SCHEMAS: dict[str, Any] = {
         "required": ["state", "backend", "type", "plan", "world_size", "queue_length", "ranks", "versions"],
         "properties": {
             "state": {"enum": ["loading", "ready", "busy", "broken", "stopping"]},
-            "message": {"type": "string", "description": "why the host is broken"},
+            "message": {
+                "type": "string",
+                "description": "why the host is broken, or what it is at in loading",
+            },
+            "loaded": {"type": "integer", "description": "percent of the way to ready, by stages of loading"},
             "backend": {"type": "string"},
             "type": {"type": "string"},
             "plan": {"type": "object", "description": "how the work is divided over the ranks"},
