@@ -106,7 +106,7 @@ class PipelineEngine:
         if self._previewer is not None:
             self._previewer.begin(request)
         try:
-            with scheduler_for_request(self.pipe, self.spec, request.scheduler):
+            with scheduler_for_request(self.pipe, self.spec, request.scheduler, request.steps):
                 output = self._call(request, watch, holds_picture)
         except RequestError:
             raise
