@@ -15,12 +15,14 @@ from typing import Any
 from flask import Flask, Response, jsonify
 from flask import request as http
 
-from shared.a1111_options import check_options
+from shared import a1111_hires as hires
+from shared.a1111_options import check_options, is_img2img
 from shared.a1111_prompts import NotationError, take_networks
 from shared.a1111_samplers import AUTOMATIC, SCHEDULES, samplers_for, scheduler_for, taken_variant
 from shared.codecs import MAX_SIDE
 from shared.config import HostConfig
 from shared.dispatch import ApiError, Dispatcher, check_json_type
+from shared.jobs import SecondPass
 from shared.metadata import infotext, png_info
 from shared.requests import (
     MAX_PICTURES,
@@ -36,6 +38,7 @@ from shared.warned import together, told_in, warn
 from shared.wording import shown
 
 PREFIX = "/sdapi/"
+IMG2IMG_STRENGTH = 0.75  # A1111's default
 _OURS = {
     "prompt": "positive",
     "negative_prompt": "negative",
@@ -47,6 +50,7 @@ _OURS = {
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {
     "image": "init_images",
+    "strength": "denoising_strength",
     "control_image": "alwayson_scripts.ControlNet.image",
     "controlnet_scale": "alwayson_scripts.ControlNet.weight",
 }
@@ -91,10 +95,8 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
         ],
         "samplers": [{"name": theirs, "aliases": [ours], "options": {}} for theirs, ours in samplers.items()],
         "schedulers": schedulers,
-        "upscalers": [
-            {"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 4}
-        ],
-        "latent-upscale-modes": [],
+        "upscalers": [],
+        "latent-upscale-modes": [{"name": name} for name in hires.served(config.spec)],
         "sd-vae": [{"model_name": Path(vae).name, "filename": vae} for vae in vaes],
     }
     for path, answer in lists.items():
@@ -187,17 +189,24 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
     check_json_type()
     config = dispatcher.config
     asked: dict[str, Any] = {}
-    requests: list[GenerateRequest] = []
+    passes: list[tuple[GenerateRequest, SecondPass | None]] = []
 
-    def parse() -> GenerateRequest:
+    def check(options: dict[str, Any], more: dict[str, Any]) -> GenerateRequest:
+        return check_request(translate(options, config, samplers, with_image) | more, config)
+
+    def parse() -> tuple[GenerateRequest, SecondPass | None]:
         asked.update(parse_object(http.get_data(cache=False)))
-        requests.append(check_request(translate(asked, config, samplers, with_image), config))
-        return requests[0]
+        if with_image or not hires.is_asked(asked):
+            passes.append((check(asked, {}), None))
+        else:
+            passes.append(hires.two_passes(asked, config, check))
+        return passes[0]
 
     replies = dispatcher.run(parse)
     told = {k: v for k, v in asked.items() if k not in ("init_images", "alwayson_scripts")}
-    info = _info(asked, replies, config) | {
-        "infotexts": [infotext(requests[0], reply, config) for reply in replies]
+    first, second = passes[0]
+    info = _info(asked, replies, config, first if second else None) | {
+        "infotexts": [infotext(first, reply, config, second) for reply in replies]
     }
     body = {
         "images": [reply.answer()["output"] for reply in replies],
@@ -207,8 +216,11 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
     return jsonify(told_in(body, together(*(reply.warnings for reply in replies))))
 
 
-def _info(asked: dict[str, Any], replies: list[Reply], config: HostConfig) -> dict[str, Any]:
-    first = replies[0]
+def _info(
+    asked: dict[str, Any], replies: list[Reply], config: HostConfig, first_pass: GenerateRequest | None
+) -> dict[str, Any]:
+    """What A1111 tells of its pictures; with the hires fix, size and steps are the first pass'."""
+    first = first_pass or replies[0]
     prompt, negative = str(asked.get("prompt") or ""), str(asked.get("negative_prompt") or "")
     sampler = str(asked.get("sampler_name") or asked.get("sampler_index") or AUTOMATIC)
     cfg = asked.get("cfg_scale") or config.spec.cfg
@@ -218,7 +230,7 @@ def _info(asked: dict[str, Any], replies: list[Reply], config: HostConfig) -> di
         "all_prompts": [prompt] * len(replies),
         "negative_prompt": negative,
         "all_negative_prompts": [negative] * len(replies),
-        "seed": first.seed,
+        "seed": seeds[0],
         "all_seeds": seeds,
         "width": first.width,
         "height": first.height,
@@ -248,7 +260,7 @@ def translate(
         for theirs, ours in _OURS.items()
         if asked.get(theirs) is not None
     }
-    problems += _notation(data)
+    problems += _notation(data, bool(asked.get("disable_extra_networks")))
     if spec.output == "video":
         data["output_format"] = "gif"
     if overrides.get("enable_pnginfo") is False:
@@ -257,7 +269,7 @@ def translate(
         if side not in spec.fields:
             data.pop(side, None)
         elif isinstance(value := data.get(side), int) and abs(value) <= MAX_SIDE:
-            data[side] = max(round(value / spec.size_multiple), 1) * spec.size_multiple
+            data[side] = hires.rounded(value, spec.size_multiple)
     skip = _number("steps", overrides.get("CLIP_stop_at_last_layers", asked.get("clip_skip")))
     if isinstance(skip, int) and skip > 1 and "clip_skip" in spec.fields:
         data["clip_skip"] = skip - 1  # theirs counts the last layer as 1
@@ -273,6 +285,11 @@ def translate(
             problems.append(FieldProblem("init_images", f"must hold one picture, got {found}"))
         else:
             data["image"] = images[0]
+        strength = asked.get("denoising_strength")
+        if is_img2img(spec):
+            data["strength"] = IMG2IMG_STRENGTH if strength is None else strength
+        elif strength is not None:
+            warn(f"denoising_strength: type {spec.name} ({spec.title}) takes none with a picture; left out")
     more, faults = check_options(asked, config, with_image)
     data |= more
     problems += faults
@@ -300,7 +317,7 @@ def _number(key: str, value: Any) -> Any:
     return value
 
 
-def _notation(data: dict[str, Any]) -> list[FieldProblem]:
+def _notation(data: dict[str, Any], without_loras: bool) -> list[FieldProblem]:
     """Mark the prompts as A1111's and take the LoRAs out of them; what cannot be read."""
     problems = []
     for theirs, ours in (("prompt", "positive"), ("negative_prompt", "negative")):
@@ -312,6 +329,8 @@ def _notation(data: dict[str, Any]) -> list[FieldProblem]:
             problems.append(FieldProblem(theirs, str(error)))
             continue
         data[ours], data["prompt_syntax"] = taken.text, "a1111"
+        if without_loras:
+            continue
         if taken.loras and ours == "positive":
             data["lora_scales"] = taken.loras
         elif taken.loras:

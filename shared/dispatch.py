@@ -16,7 +16,7 @@ from flask import g
 from flask import request as http
 
 from shared.config import HostConfig
-from shared.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError
+from shared.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError, SecondPass
 from shared.media import side_by_side
 from shared.metadata import made_by
 from shared.metrics import Metrics
@@ -84,8 +84,13 @@ class Dispatcher:
         if state in ("loading", "broken", "stopping"):
             raise ApiError.unavailable(state, f"the host is {state}" + (f": {message}" if message else ""))
 
-    def run(self, parse: Callable[[], GenerateRequest]) -> list[Reply]:
+    def run(
+        self, parse: Callable[[], GenerateRequest | tuple[GenerateRequest, SecondPass | None]]
+    ) -> list[Reply]:
         """Parse a request, wait for its turn and for all of its pictures. A client that leaves cancels it.
+
+        Args:
+            parse: gives the request, and what is made of its latents where its pictures take two passes.
 
         Raises:
             ApiError: with the status of PROTOCOL's error table.
@@ -96,11 +101,12 @@ class Dispatcher:
         try:
             try:
                 with self._parsing, warnings_told() as told:
-                    request = parse()
+                    parsed = parse()
             except RequestError as error:
                 raise ApiError.from_request(error) from None
             began = time.monotonic()
-            job = Job(request, id=g.request_id)
+            request, second = parsed if isinstance(parsed, tuple) else (parsed, None)
+            job = Job(request, id=g.request_id, second=second)
             self._submit(job)
             self._encode(job)
             for reply in job.made:
@@ -162,7 +168,9 @@ class Dispatcher:
         """Encode the pictures of those replies that still have them."""
 
         def encode(reply: Reply) -> None:
-            reply.encode(None if job.request is None else made_by(job.request, reply, self.config))
+            reply.encode(
+                None if job.request is None else made_by(job.request, reply, self.config, job.second)
+            )
 
         side_by_side(encode, [reply for reply in job.made if reply.pictures])
 

@@ -24,6 +24,7 @@ from pydantic_core import PydanticCustomError
 from shared.a1111_samplers import AUTOMATIC, sampler_labels
 from shared.codecs import IMAGE_INPUTS, LEFT_OUT, check_image
 from shared.config import HostConfig
+from shared.jobs import SecondPass
 from shared.lora_dir import SUFFIX, is_named, lora_files
 from shared.requests import COMMON_FIELDS, FieldProblem, GenerateRequest, Reply, RequestError
 
@@ -71,15 +72,18 @@ class Metadata:
         return exif.tobytes()
 
 
-def made_by(request: GenerateRequest, reply: Reply, config: HostConfig) -> Metadata | None:
+def made_by(
+    request: GenerateRequest, reply: Reply, config: HostConfig, second: SecondPass | None = None
+) -> Metadata | None:
     """What the reply's files tell of the request; None where they have no place for it, or shall not.
 
     A JPEG's EXIF has 64 KB. Of longer texts the body is left out, and then A1111's; `reply.warnings` says so.
     """
     if request.metadata is False or reply.format not in _FORMATS:
         return None
-    body = json.dumps(body_of(request, reply.seed, config))
-    made = Metadata(infotext(request, reply, config), body)
+    last = request if second is None else second.request
+    body = json.dumps(body_of(last, reply.seed, config))
+    made = Metadata(infotext(request, reply, config, second), body)
     if reply.format != "jpeg":
         return made
     for left in (made, replace(made, body="")):
@@ -130,8 +134,13 @@ def _public(name: str, config: HostConfig) -> str:
     return next((end for end in ends if sum(is_named(path, end) for path in known) < 2), LEFT_OUT)
 
 
-def infotext(request: GenerateRequest, reply: Reply, config: HostConfig) -> str:
-    """A picture's parameters as A1111 writes them: the prompts, and a line from "Steps" to "Model"."""
+def infotext(
+    request: GenerateRequest, reply: Reply, config: HostConfig, second: SecondPass | None = None
+) -> str:
+    """A picture's parameters as A1111 writes them: the prompts, and a line from "Steps" to "Model".
+
+    With a second pass, steps and size are the first one's.
+    """
     loras = {_public(name, config): scale for name, scale in (request.lora_scales or {}).items()}
     networks = "".join(f" <lora:{name}:{_number(scale)}>" for name, scale in loras.items())
     scheduler = request.scheduler or config.scheduler or AUTOMATIC
@@ -150,6 +159,14 @@ def infotext(request: GenerateRequest, reply: Reply, config: HostConfig) -> str:
         if request.clip_skip
         else None,  # theirs counts the last layer as 1
     }
+    if second is not None:
+        told |= {
+            "Size": f"{request.width}x{request.height}",
+            "Denoising strength": second.request.strength,
+            "Hires resize": f"{second.request.width}x{second.request.height}",
+            "Hires steps": second.request.steps,
+            "Hires upscaler": second.upscaler,
+        }
     return _infotext(f"{request.positive or ''}{networks}", request.negative or "", told)
 
 
