@@ -166,7 +166,7 @@ def test_a_host_that_loads_is_seen_to(comfy: ComfyUI, project: str, caplog: pyte
     plain = {"type": "sd1", "checkpoint": "demo/", "ranks": 1, "project": project}
     comfy.run({"9": defaults(comfy, "MultiGPUDiffusionLaunchHost", **plain)})
     comfy.pack["launched"].HOSTS.stop_all()
-    assert comfy.progress and comfy.progress == sorted(set(comfy.progress)) and comfy.progress[-1] < 100
+    assert 5 in comfy.progress and comfy.progress == sorted(set(comfy.progress))
     assert "the host is loading: importing libraries" in [r.getMessage() for r in caplog.records]
 
 
