@@ -3,6 +3,7 @@
     python benchmarks/faults.py                     every row: a quarter of an hour on two cores
     python benchmarks/faults.py --only "idle/.*"    some of them, by state/victim/signal/restarts
     python benchmarks/faults.py --write             also into docs/MEASURED.md, in place of these rows
+    python benchmarks/faults.py --netns             instead: the cable between two machines is cut (as root)
 
 The hosts are asyncdiff_host.py on the demo checkpoint, two CPU ranks. With --max-restarts one host takes many
 faults one after the other; each time it must be back and make the first picture again, byte for byte.
@@ -38,6 +39,7 @@ CHECKPOINT = ROOT / "demo" / "checkpoint"
 TIMEOUT = 8  # --collective_timeout, seconds
 LAUNCHER_GRACE = 30  # torchrun's, from SIGTERM to SIGKILL
 START = 90  # seconds that a host may take to start
+BAD = re.compile("HANGS|NOT BACK|ANOTHER|LATE|SAYS NOTHING")
 COLUMNS = (
     "state",
     "victim",
@@ -71,7 +73,7 @@ def all_faults() -> list[Fault]:
     states = ("loading", "idle", "warm-up", "steady", "decoding", "LoRA")
     ranks = ("rank 0", "rank 1")
     again = [Fault(s, v, "KILL", True) for s, v in itertools.product(states, ranks)]
-    again += [Fault(s, v, "TERM", True) for s, v in itertools.product(("idle", "steady"), ranks)]
+    again += [Fault(s, v, "TERM", True) for s, v in itertools.product(states, ranks)]
     again += [Fault(s, "rank 1", "STOP", True) for s in states]
     again += [Fault(s, "rank 0", "STOP", True) for s in ("idle", "steady")]
     once = [Fault(s, "launcher", "KILL", False) for s in states]
@@ -179,7 +181,7 @@ class Host:
         return not self.ended() and self.state() == "ready"
 
     def ask(self, route: str = "/generate", **body: Any) -> requests.Response:
-        return requests.post(self.url + route, json=body, timeout=TIMEOUT + LAUNCHER_GRACE + 30)
+        return requests.post(self.url + route, json=body, timeout=4 * START)
 
     def ask_later(self, route: str = "/generate", **body: Any) -> Answer:
         answer = Answer()
@@ -204,7 +206,7 @@ class Host:
                 return float(requests.get(f"{self.url}/progress", timeout=3).text) >= least
             return False
 
-        return until(lambda: self.state() == "busy" and reached(), 60)
+        return until(lambda: self.state() == "busy" and reached(), 2 * START)
 
     def end(self) -> None:
         self.ranks()
@@ -260,7 +262,7 @@ def suffer(host: Host, fault: Fault, first: bytes) -> dict[str, str]:
         row["back"] += ", same picture" if same else ", ANOTHER PICTURE"
     elif fault.restarts:
         stopped = fault.signal == "TERM" and host.process.poll() == 0
-        row |= {"back": "was told to stop", "launcher": "exit 0"} if stopped else {"back": "NOT BACK"}
+        row |= {"back": "told to stop", "launcher": "exit 0"} if stopped else {"back": "NOT BACK"}
     else:
         row["launcher"] = f"exit {host.process.returncode}" if until(host.ended, limit) else "HANGS"
     row["running request"] = ""
@@ -340,22 +342,44 @@ def run(faults: list[Fault], jobs: int = 1) -> list[tuple[Fault, dict[str, str]]
     return sorted(rows, key=lambda row: faults.index(row[0]))
 
 
+def write(name: str, text: str) -> None:
+    """Put a table into docs/MEASURED.md."""
+    from tests.tables import put
+
+    MEASURED.write_text(put(MEASURED.read_text(), name, text))
+
+
+def cut_links(only: str, into_page: bool) -> None:
+    """The rows of benchmarks/netns.py; `only` is a regular expression of state/restarts."""
+    from benchmarks import netns
+
+    with tempfile.TemporaryDirectory() as name:
+        rows = netns.run(Path(name), only)
+    text = netns.table(rows)
+    print(text)
+    if into_page:
+        write("links", text)
+    if bad := [row["state"] for row in rows if any(map(BAD.search, row.values()))]:
+        raise SystemExit(f"wrong: {', '.join(bad)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=".*", help="regular expression of state/victim/signal/restarts")
     parser.add_argument("--jobs", type=int, default=1, help="hosts at a time")
     parser.add_argument("--write", action="store_true", help="also into docs/MEASURED.md")
+    parser.add_argument("--netns", action="store_true", help="cut links between two network namespaces")
     options = parser.parse_args()
+    if options.netns:
+        cut_links(options.only, options.write)
+        return
     faults = [f for f in all_faults() if re.fullmatch(options.only, f.key)]
     rows = run(faults, options.jobs)
     text = table(rows)
     print(text)
     if options.write:
-        from tests.tables import put
-
-        page = MEASURED.read_text()
-        MEASURED.write_text(put(page, "faults", table(rows, page)))
-    bad = [f.key for f, row in rows if any(re.search("HANGS|NOT|ANOTHER", cell) for cell in row.values())]
+        write("faults", table(rows, MEASURED.read_text() if len(faults) < len(all_faults()) else ""))
+    bad = [f.key for f, row in rows if any(map(BAD.search, row.values()))]
     if bad or len(rows) < len(faults):
         raise SystemExit(f"{len(rows)} of {len(faults)} rows; wrong: {', '.join(bad) or 'none'}")
 

@@ -23,7 +23,7 @@ from shared.launch.errors import LoadError, UsageError, first_line
 from shared.launch.flags import HostConfig
 from shared.launch.logs import adopt_libraries, finish, guard_streams, set_up_logging, world_from_environment
 from shared.launch.parser import EXIT_USAGE, RANK_0_SECONDS, exit_usage, parse_or_exit, usage_line
-from shared.ranks.liveness import PATIENCE, Family, dead_ranks, died
+from shared.ranks.liveness import PATIENCE, STOP_TOGETHER, Family, dead_ranks, died, stop_others
 
 if TYPE_CHECKING:
     from shared.api.jobs import HostStatus, JobQueue
@@ -45,7 +45,7 @@ def serve(backend: Backend) -> NoReturn:
     """Run one rank of a host until it is stopped; never returns.
 
     Exit codes: 2 for a usage error, 1 when loading fails or the ranks lose each other, 130 after Ctrl-C,
-    0 after SIGTERM (torchrun ends in peace when its ranks end with 0).
+    0 on every rank after SIGTERM or SIGHUP to any of them: who was told to stop is not restarted.
     """
     guard_streams()
     config = parse_or_exit(backend, BACKENDS)
@@ -85,11 +85,11 @@ def _start_server(
     config: HostConfig, backend: Backend, status: HostStatus, queue: JobQueue, lifeline: Lifeline
 ) -> None:
     from shared.api.jobs import JobError
-    from shared.http.server import Server, create_app, refuses_unread
+    from shared.http.server import Server, body_bound, create_app
 
     try:
         app = create_app(config, status, queue)
-        server = Server(app, config.host, config.port, config.max_queue, refuses_unread(config))
+        server = Server(app, config.host, config.port, config.max_queue, body_bound(app, config))
     except (OSError, UnicodeError) as error:
         exit_usage(backend, UsageError(_cannot_serve(config, error)))
     log.info(
@@ -122,20 +122,25 @@ def _load_and_loop(
     config: HostConfig, backend: Backend, status: HostStatus, queue: JobQueue, lifeline: Lifeline
 ) -> None:
     began = time.monotonic()
+    status.at(5, "importing libraries")
     from shared.api.requests import RequestError
     from shared.pipeline.memory import freeze_heap
     from shared.ranks.comm import Channel, init_world, rank_device_info
     from shared.ranks.loop import RankLoop
 
+    status.at(15, "waiting for the other ranks")
     world = init_world(config.device, config.collective_timeout, lifeline.watch)
     limit_threads(world.device.type)
+    status.at(20, "loading the model")
     engine = backend.build_engine(config, world)
     adopt_libraries()
+    status.at(75, "warming up")
     try:
         engine.warm_up()
     except RequestError as error:
         raise LoadError(f"the launch's own picture is refused: {error}") from error
     on_server = world.rank == 0
+    status.at(95, "waiting for the other ranks")
     if on_server:
         engine.preview_to(queue)
     freeze_heap()
@@ -144,7 +149,7 @@ def _load_and_loop(
     lifeline.serving = True
     status.plan = engine.plan
     status.versions = versions()
-    status.state = "ready"
+    status.ready()
     log.info(
         "ready after %.1f s: %s %s on %d x %s",
         time.monotonic() - began,
@@ -204,7 +209,8 @@ class Lifeline:
 
     Signals are only noted by their C handler (`signal.set_wakeup_fd`); a thread reads them, because a Python
     handler would wait for the main thread to come back from a collective. The first SIGTERM or SIGHUP of a
-    host that serves lets what runs be finished within `grace` seconds; any other signal ends at once.
+    host that serves lets what runs be finished within `grace` seconds; any other signal ends at once. A rank
+    that was told alone tells the others, so that all of them end with 0 and the launcher restarts none.
 
     Args:
         launched: whether a launcher started this process, whose death must be ours.
@@ -219,6 +225,8 @@ class Lifeline:
         self.hurried = True  # whether the end waits for no answer
         self._rank, self._grace = rank, grace
         self._deadline = math.inf  # time.monotonic()
+        self._launched = launched
+        self._told = False  # a signal came to this rank itself
         self._failing = False
         self._signalled = threading.Event()
         self._on_stop: list[Callable[[str], None]] = []
@@ -233,6 +241,7 @@ class Lifeline:
         for number in ENDING_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
                 signal.signal(number, lambda *_: None)
+        signal.signal(STOP_TOGETHER, lambda *_: None)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
@@ -265,7 +274,11 @@ class Lifeline:
 
         The launcher ends all ranks of a machine with the first one, so the others let rank 0 go first. One
         that hears the launcher's signal before its turn is silent only where a rank before it has spoken.
+        What fails once a stop has begun is the stop.
         """
+        time.sleep(LINGER_SECONDS if self._launched else 0.0)  # another rank's word has come before its end
+        if self.stopping:
+            self.end(0, self.stopping, failed=False)
         if self._rank and not self.serving:
             self._failing = True
             self._signalled.wait(RANK_0_SECONDS + self._rank - 1)
@@ -287,23 +300,31 @@ class Lifeline:
                 self.end(0, f"{self.stopping} and --stop_grace is over", failed=False)
 
     def _signal(self, number: int) -> None:
-        if number not in ENDING_SIGNALS:
+        if number not in (*ENDING_SIGNALS, STOP_TOGETHER):
             return
         if self._failing:
             self._signalled.set()
             return
-        name = signal.Signals(number).name
+        own = number != STOP_TOGETHER
+        reason = f"{signal.Signals(number).name} was received" if own else "another rank was told to stop"
         # The launcher sends its signal when a rank has died, too: what runs has failed then.
-        if number != signal.SIGINT and not self.stopping and (dead := dead_ranks()):
+        if own and number != signal.SIGINT and not self.stopping and (dead := dead_ranks()):
             log.log(logging.INFO if self._rank else logging.ERROR, "%s, ending", died(dead))
             self.end(EXIT_FAILED, f"broken: {died(dead)}")
-        if number == signal.SIGINT or not self.serving or self.stopping:
-            log.info("%s, ending", name)
+        again, self._told = self._told and own, self._told or own
+        if own and number != signal.SIGINT and not again and self._launched:
+            stop_others()
+        if number == signal.SIGINT or not self.serving or again:
+            log.info("%s, ending", reason)
             self._deadline = 0.0
-            self.end(128 + number if number == signal.SIGINT else 0, f"{name} was received", failed=False)
-        self.stopping = f"{name} was received"
+            self.end(128 + number if number == signal.SIGINT else 0, reason, failed=False)
+        if self.stopping:
+            return
+        self.stopping = reason
         self._deadline = time.monotonic() + self._grace
-        log.info("%s: what runs may be finished within %g s; a second signal ends at once", name, self._grace)
+        log.info(
+            "%s: what runs may be finished within %g s; a second signal ends at once", reason, self._grace
+        )
         for callback in self._on_stop:
             callback(self.stopping)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 PACK = Path(__file__).resolve().parent.parent / "clients" / "comfyui"
 _ANY = ("id", "display_name", "optional", "tooltip", "lazy")
@@ -185,6 +186,8 @@ class ComfyUI:
         self.kinds = {kind: [models / kind] for kind in ("checkpoints", "diffusers", "loras", "controlnet")}
         self.interrupted = False
         self.progress: list[int] = []
+        self.previews: list[Image.Image] = []
+        self.on_progress: Callable[[], None] = lambda: None  # after each
         self.nodes: dict[str, Any] = {
             cls.define_schema().node_id: cls for cls in (LoadImage, SaveImage, SaveAnimatedWEBP)
         }
@@ -211,7 +214,14 @@ class ComfyUI:
                 self.total = total
 
             def update_absolute(self, value: int, total: int | None = None, preview: Any = None) -> None:
+                assert 0 <= value <= (total or self.total)
                 outer.progress.append(value)
+                if preview is not None:
+                    format, picture, side = preview
+                    assert format in ("JPEG", "PNG") and isinstance(side, int)
+                    assert isinstance(picture, Image.Image)
+                    outer.previews.append(picture)
+                outer.on_progress()
 
         contents: dict[str, dict[str, Any]] = {
             "comfy": {},
@@ -252,6 +262,8 @@ class ComfyUI:
     def load(self) -> None:
         """Load the pack as ComfyUI does: by its path, under a name made of it."""
         name = str(PACK).replace(".", "_x_")
+        for earlier in [n for n in sys.modules if n == name or n.startswith(f"{name}.")]:
+            del sys.modules[earlier]  # it holds on to the stand-in that it was loaded into
         spec = importlib.util.spec_from_file_location(name, PACK / "__init__.py")
         assert spec is not None and spec.loader is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -261,7 +273,8 @@ class ComfyUI:
         assert isinstance(extension, ComfyExtension)
         for cls in asyncio.run(extension.get_node_list()):
             self.nodes[cls.define_schema().node_id] = cls
-        self.pack = {part: sys.modules[f"{name}.{part}"] for part in ("host", "launched", "convert", "nodes")}
+        parts = ("host", "launched", "convert", "nodes", "samplers")
+        self.pack = {part: sys.modules[f"{name}.{part}"] for part in parts}
 
     def prompt_of(self, workflow: dict[str, Any]) -> dict[str, Any]:
         """A saved workflow as the prompt that the browser makes of it."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.pool import RankPool
 from tests.tables import RESULTS, results
 from tests.test_host import DEMO_CHECKPOINT, DEMO_STEPS, Launch
+
+if TYPE_CHECKING:
+    from tests.comfy_stub import ComfyUI
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +40,32 @@ def demo_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
         yield launch.ready()
     finally:
         launch.end()
+
+
+@pytest.fixture(scope="module")
+def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
+    """The node pack in a stand-in for ComfyUI, with some model files."""
+    from tests.comfy_stub import install
+
+    models = tmp_path_factory.mktemp("models")
+    (models / "diffusers").mkdir()
+    (models / "diffusers" / "demo").symlink_to(DEMO_CHECKPOINT)
+    folders = {
+        "diffusers": ["sdxl", "sd15", "svd", "x4-upscaler"],
+        "animatediff_models": ["animatediff-motion-adapter"],
+    }
+    for kind, names in folders.items():
+        for name in names:
+            (models / kind / name).mkdir(parents=True)
+            marker = "model_index.json" if kind == "diffusers" else "config.json"
+            (models / kind / name / marker).write_text("{}")
+    (models / "loras").mkdir()
+    for name in ("a", "b"):
+        (models / "loras" / f"{name}.safetensors").write_bytes(b"")
+    with pytest.MonkeyPatch.context() as patch:
+        comfy = install(patch.setitem, models)
+        yield comfy
+        comfy.pack["launched"].HOSTS.stop_all()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 if TYPE_CHECKING:
+    from shared.api.jobs import SecondPass
     from shared.api.requests import GenerateRequest, Reply
     from shared.launch.flags import HostConfig
     from shared.ranks.comm import OnStep, World
@@ -28,6 +29,11 @@ class FakeEngine:
         self.world = world
         self.plan: dict[str, Any] = {"method": "fake"}
         self.done: list[str] = []
+
+    def enlarge(self, draft: Reply, second: SecondPass) -> bytes:
+        from shared.pipeline.latents import enlarged
+
+        return enlarged(draft, second)
 
     def generate(self, request: GenerateRequest, on_step: OnStep) -> Reply | None:
         import torch
@@ -101,6 +107,7 @@ def build_engine(config: HostConfig, world: World) -> Any:
         from shared.launch.errors import LoadError
 
         raise LoadError("no weights")
+    time.sleep(float(os.environ.get("FAKE_LOAD_SECONDS", "0")))
     return FakeEngine(world)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from shared.api.jobs import HostStatus, Job, JobError, JobQueue
 from shared.api.requests import GenerateRequest, Reply
 from shared.backends import BACKENDS
-from shared.http.server import Server, create_app, refuses_unread
+from shared.http.server import Server, body_bound, create_app
 from shared.launch.flags import HostConfig
 from shared.launch.parser import parse_config
 
@@ -59,7 +59,11 @@ class FakeHost:
         self.queue = JobQueue(self.config.max_queue)
         self.app = create_app(self.config, self.status, self.queue)
         self.server = Server(
-            self.app, self.config.host, self.config.port, self.config.max_queue, refuses_unread(self.config)
+            self.app,
+            self.config.host,
+            self.config.port,
+            self.config.max_queue,
+            body_bound(self.app, self.config),
         )
         self.url = f"http://127.0.0.1:{self.server.port}"
         self.seen: list[GenerateRequest] = []

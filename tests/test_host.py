@@ -226,6 +226,40 @@ def test_the_grace_ends_and_a_second_signal_ends_it_sooner(launch: Callable[...,
         until(lambda: host.process.poll() is not None, 10)  # noqa: B023
 
 
+@pytest.mark.parametrize("told", [0, 1])
+@pytest.mark.parametrize("state", ["loading", "idle", "busy", "longer than the grace"])
+def test_a_rank_that_is_told_to_stop_alone_ends_all_for_good(
+    launch: Callable[..., Launch], monkeypatch: pytest.MonkeyPatch, told: int, state: str
+):
+    monkeypatch.setenv("FAKE_LOAD_SECONDS", "60" if state == "loading" else "0")
+    grace = 1 if state == "longer than the grace" else 20
+    host = launch(2, f"--stop_grace={grace}", torchrun=("--max-restarts=3",))
+    if state == "loading":
+        until(lambda: "serving" in host.log.read_text(), 20)
+        answers = None
+    else:
+        answers = host.ready() and state != "idle" and host.post_later(sleep=0.1, steps=30 * 20 // grace)[1]
+    ranks = children(host.process.pid)
+    os.kill(ranks[told], signal.SIGTERM)
+    until(lambda: host.process.poll() is not None, 15)
+    assert host.process.returncode == 0, host.log.read_text()
+    assert not any(map(alive, ranks)) and "Traceback" not in host.log.read_text()
+    if answers:
+        assert answers[0].status_code == (200 if state == "busy" else 503)
+
+
+def test_a_rank_that_is_told_twice_ends_all_at_once(launch: Callable[..., Launch]):
+    host = launch(2, torchrun=("--max-restarts=3",)).ready()
+    _, answers = host.post_later(sleep=0.1, steps=500)
+    worker = children(host.process.pid)[1]
+    for _ in range(2):
+        os.kill(worker, signal.SIGTERM)
+        time.sleep(0.5)
+    until(lambda: host.process.poll() is not None, 5)
+    assert host.process.returncode == 0, host.log.read_text()
+    assert answers[0].status_code == 503 and answers[0].headers["Retry-After"]
+
+
 def test_the_reason_is_the_rank_that_died(launch: Callable[..., Launch]):
     host = launch(2).ready()
     os.kill(children(host.process.pid)[1], signal.SIGKILL)

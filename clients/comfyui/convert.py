@@ -48,7 +48,7 @@ def picture(image: torch.Tensor | None, name: str) -> str | None:
 
 
 def images(output: str | list[str]) -> torch.Tensor:
-    """A host's `output`, one file or one a frame, as IMAGE."""
+    """A host's `output`, one file, or one a frame or a picture, as IMAGE."""
     frames = []
     for text in [output] if isinstance(output, str) else output:
         with Image.open(io.BytesIO(base64.b64decode(text))) as file:
@@ -71,10 +71,15 @@ def _encoded(**tensors: torch.Tensor) -> str:
     return base64.b64encode(safetensors.torch.save(plain)).decode()
 
 
+def is_empty(samples: torch.Tensor) -> bool:
+    """Whether a LATENT holds no picture, as ComfyUI takes it: all zeros, which it does not shift either."""
+    return not bool(samples.count_nonzero())
+
+
 def latent_to_host(samples: torch.Tensor, type: str) -> str:
     """Samples [1, channels, h, w] as a host's `latent`."""
     scale, shift = FAMILIES[type]
-    latent = (samples.float() - shift) * scale
+    latent = (samples.float() - (0.0 if is_empty(samples) else shift)) * scale
     if type == "flux":  # 2x2 patches in a row: [1, h/2 * w/2, channels * 4]
         n, c, h, w = latent.shape
         latent = latent.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
@@ -82,10 +87,12 @@ def latent_to_host(samples: torch.Tensor, type: str) -> str:
     return _encoded(latent=latent)
 
 
-def latent_from_host(text: str, type: str, width: int, height: int) -> torch.Tensor:
-    """A host's `latent` of a picture of that size, pixels, as samples [1, channels, h, w]."""
+def latent_from_host(given: str | list[str], type: str, width: int, height: int) -> torch.Tensor:
+    """A host's `latent`, one a picture of that size, pixels, as samples [N, channels, h, w]."""
+    if isinstance(given, list):
+        return torch.cat([latent_from_host(one, type, width, height) for one in given])
     scale, shift = FAMILIES[type]
-    latent = safetensors.torch.load(base64.b64decode(text))["latent"].float()
+    latent = safetensors.torch.load(base64.b64decode(given))["latent"].float()
     if type == "flux":
         h, w = height // LATENT_FACTOR, width // LATENT_FACTOR
         n, c = latent.shape[0], latent.shape[2] // 4

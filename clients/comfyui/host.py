@@ -22,13 +22,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 END_SECONDS = 20.0  # what a host gets between Ctrl-C and SIGKILL
 QUICK_SECONDS = 10.0  # what a host gets to answer anything but /generate
+EVENT_SECONDS = 30.0  # what it may be silent in GET /events, where it sends something every 10 s
 LORA_SECONDS = 600.0  # what it gets to add or remove a LoRA, which waits in its queue
 
 
@@ -85,6 +86,23 @@ class Host:
     def _no_answer(self, error: Exception) -> HostError:
         return HostError(f"no answer from the host at {self.url}: {str(error) or type(error).__name__}")
 
+    @contextlib.contextmanager
+    def events(self) -> Iterator[tuple[Callable[[], None], http.client.HTTPResponse]]:
+        """GET /events: what hangs up, from any thread, and the open stream. Raises HostError."""
+        with contextlib.closing(self._connection(EVENT_SECONDS)) as connection:
+            headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+            try:
+                connection.connect()
+                sock = connection.sock  # the connection lets go of it where the answer says "close"
+                connection.request("GET", self._parts.path.rstrip("/") + "/events", headers=headers)
+                answer = connection.getresponse()
+                if answer.status != 200:
+                    raise HostError(_message(answer.read(), answer.status), answer.status)
+            except (OSError, http.client.HTTPException) as error:
+                raise self._no_answer(error) from None
+            with answer:
+                yield lambda: _hang_up(sock), answer
+
     def call(
         self, method: str, path: str, body: Any = None, timeout: float = QUICK_SECONDS
     ) -> tuple[int, bytes]:
@@ -103,6 +121,13 @@ class Host:
         _, data = self.call("GET", "/health")
         return _object(data)
 
+    def launch(self) -> dict[str, Any]:
+        """What it was launched for: the request `fields` that it takes, ... Raises HostError."""
+        status, data = self.call("GET", "/launch")
+        if status != 200:
+            raise HostError(_message(data, status), status)
+        return _object(data)
+
     def ready(self) -> bool:
         """Whether it can take a request. Raises HostError where it says why it cannot at all."""
         status, data = self.call("GET", "/initialize")
@@ -111,31 +136,31 @@ class Host:
         raise HostError(_message(data, status), status)
 
     def progress(self) -> float:
-        """Of the running request, 0 to 100."""
+        """Of whichever request runs, 0 to 100."""
         status, data = self.call("GET", "/progress")
         return float(data) if status == 200 else 0.0
 
     def generate(
         self,
         body: dict[str, Any],
-        on_progress: Callable[[float], None] = lambda percent: None,
         check: Callable[[], None] = lambda: None,
         interval: float = 0.2,
+        id: str = "",
     ) -> dict[str, Any]:
         """POST /generate.
 
         Args:
             body: the request; keys whose value is None are left out.
-            on_progress: told the progress in percent, when it changes.
-            check: called every `interval` seconds on the calling thread; what it raises cancels the request
-                and is raised here.
+            check: called every `interval` seconds on the calling thread; what it raises cancels this request
+                and no other, and is raised here.
+            id: by which the host's events name it, 8 to 64 letters and digits; drawn where there is none.
 
         Raises:
             HostError: in the host's words.
         """
         answers: list[tuple[int, bytes]] = []
         failures: list[HostError] = []
-        name = secrets.token_hex(8)
+        id = id or secrets.token_hex(8)
         connection = self._connection(QUICK_SECONDS)
         try:
             connection.connect()  # here, so that there is a socket to hang up
@@ -146,27 +171,21 @@ class Host:
         def post() -> None:
             try:
                 given = {name: value for name, value in body.items() if value is not None}
-                answers.append(self._send(connection, "POST", "/generate", given, name))
+                answers.append(self._send(connection, "POST", "/generate", given, id))
             except HostError as error:
                 failures.append(error)
 
         worker = threading.Thread(target=post, daemon=True)
         worker.start()
-        told = -1.0
         try:
             while worker.is_alive():
                 worker.join(interval)
                 check()
-                with contextlib.suppress(HostError):  # the request itself tells what is wrong
-                    percent = self.progress()
-                    if percent not in (told, 100.0):  # 100 may still be the request's before
-                        told = percent
-                        on_progress(percent)
         except BaseException:
             # By name, so that nobody else's request ends; where that fails, leaving cancels it too.
             with contextlib.suppress(HostError):
-                self.call("POST", f"/cancel?id={name}")
-            _hang_up(connection)
+                self.call("POST", f"/cancel?id={id}")
+            _hang_up(connection.sock)
             worker.join(QUICK_SECONDS)
             raise
         finally:
@@ -176,14 +195,13 @@ class Host:
         status, data = answers[0]
         if status != 200:
             raise HostError(_message(data, status), status)
-        on_progress(100.0)
         return _object(data)
 
 
-def _hang_up(connection: http.client.HTTPConnection) -> None:
-    if connection.sock is not None:
+def _hang_up(sock: socket.socket | None) -> None:
+    if sock is not None:
         with contextlib.suppress(OSError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
+            sock.shutdown(socket.SHUT_RDWR)
 
 
 def _object(data: bytes) -> dict[str, Any]:
@@ -263,11 +281,17 @@ class HostProcess:
     def alive(self) -> bool:
         return self._guard.poll() is None
 
-    def wait_until_ready(self, check: Callable[[], None] = lambda: None, interval: float = 0.25) -> None:
+    def wait_until_ready(
+        self,
+        check: Callable[[], None] = lambda: None,
+        on_loading: Callable[[dict[str, Any]], None] = lambda health: None,
+        interval: float = 0.25,
+    ) -> None:
         """Wait for the model to be loaded.
 
         Args:
             check: called every `interval` seconds; what it raises ends the host and is raised here.
+            on_loading: told the host's /health as often, once it answers.
 
         Raises:
             HostError: the host ended; with the line in which it said why.
@@ -280,6 +304,7 @@ class HostProcess:
                 with contextlib.suppress(HostError):
                     if self.host.ready():
                         return
+                    on_loading(self.host.health())
                 time.sleep(interval)
         except BaseException:
             self.stop()

@@ -143,13 +143,19 @@ class LaunchedHosts:
             return {node: running.process.pid for node, running in self._running.items()}
 
     def launch(
-        self, node: str, launch: Launch, prompt: Mapping[str, Any], check: Callable[[], None]
+        self,
+        node: str,
+        launch: Launch,
+        prompt: Mapping[str, Any],
+        check: Callable[[], None],
+        on_loading: Callable[[dict[str, Any]], None] = lambda health: None,
     ) -> Handle:
         """The node's host: the running one where nothing has changed that needs another, else a new one.
 
         Args:
             prompt: all nodes by id; hosts that none of them launches are ended, they hold memory.
             check: called while the host loads; what it raises ends the host.
+            on_loading: told its /health meanwhile.
 
         Raises:
             HostError: the host ended while loading; with its words.
@@ -176,7 +182,7 @@ class LaunchedHosts:
             )
             self._running[node] = Running(launch, process, launch.live(), asked)
             try:
-                process.wait_until_ready(check)
+                process.wait_until_ready(check, on_loading)
             except BaseException:
                 del self._running[node]
                 raise

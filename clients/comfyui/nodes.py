@@ -7,10 +7,9 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.model_management
 from comfy_api.latest import io
 
-from . import choices
+from . import choices, progress
 from .host import Host
 from .launched import HOSTS, LAUNCHES, Handle, Launch
 
@@ -62,8 +61,16 @@ class LaunchHost(io.ComfyNode):
                     multiline=True,
                     tooltip="further flags, as on a command line: --enable_vae_tiling --vae=/models/v",
                 ),
-                PLAN.Input("plan", optional=True),
-                FEATURES.Input("features", optional=True),
+                PLAN.Input(
+                    "plan",
+                    optional=True,
+                    tooltip="how the GPUs share the work, of a plan node of the same backend",
+                ),
+                FEATURES.Input(
+                    "features",
+                    optional=True,
+                    tooltip="LoRAs, ControlNet and the like: the last of such nodes in a row",
+                ),
             ],
             outputs=[HOST.Output(display_name="host")],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
@@ -105,8 +112,8 @@ class LaunchHost(io.ComfyNode):
             features=features or {},
         )
         prompt = cls.hidden.prompt or {}
-        check = comfy.model_management.throw_exception_if_processing_interrupted
-        return io.NodeOutput(HOSTS.launch(str(cls.hidden.unique_id), launch, prompt, check))
+        node = str(cls.hidden.unique_id)
+        return io.NodeOutput(HOSTS.launch(node, launch, prompt, progress.check, progress.Loading().show))
 
 
 class AttachHost(io.ComfyNode):
@@ -118,7 +125,7 @@ class AttachHost(io.ComfyNode):
             node_id="MultiGPUDiffusionAttachHost",
             display_name="Attach to Host (multi-GPU)",
             category=CATEGORY,
-            description="Uses a host that runs already, on this machine or another one.",
+            description="Uses a host that somebody else runs, here or elsewhere; waits while it loads.",
             inputs=[
                 io.String.Input("url", default="http://127.0.0.1:6000", tooltip="the host's address"),
                 io.String.Input("api_key", default="", tooltip="where the host was started with --api_key"),
@@ -129,7 +136,7 @@ class AttachHost(io.ComfyNode):
     @classmethod
     def execute(cls, url: str, api_key: str) -> io.NodeOutput:
         host = Host(url, api_key)
-        return io.NodeOutput(Handle(host, str(host.health()["type"])))
+        return io.NodeOutput(Handle(host, str(progress.loaded(host)["type"])))
 
 
 def _with(features: Mapping[str, Any] | None, name: str, value: Any) -> io.NodeOutput:
@@ -148,6 +155,10 @@ def _strength(least: float) -> Any:
     )
 
 
+def _earlier() -> Any:
+    return FEATURES.Input("features", optional=True, tooltip="the features before this one, which stay")
+
+
 class Lora(io.ComfyNode):
     """A LoRA; several in a row."""
 
@@ -160,7 +171,7 @@ class Lora(io.ComfyNode):
             inputs=[
                 io.Combo.Input("lora", options=list(choices.loras()), tooltip="a file of models/loras"),
                 _strength(-10.0),
-                FEATURES.Input("features", optional=True),
+                _earlier(),
             ],
             outputs=[FEATURES.Output(display_name="features")],
         )
@@ -187,7 +198,7 @@ class ControlNet(io.ComfyNode):
                     tooltip="a diffusers folder of models/controlnet",
                 ),
                 _strength(0.0),
-                FEATURES.Input("features", optional=True),
+                _earlier(),
             ],
             outputs=[FEATURES.Output(display_name="features")],
         )
@@ -215,7 +226,7 @@ class IPAdapter(io.ComfyNode):
                     "ip_adapter", options=list(choices.ip_adapters()), tooltip="a file of models/ipadapter"
                 ),
                 _strength(0.0),
-                FEATURES.Input("features", optional=True),
+                _earlier(),
             ],
             outputs=[FEATURES.Output(display_name="features")],
         )
@@ -244,7 +255,7 @@ class MotionModule(io.ComfyNode):
                     options=list(choices.motion_modules()),
                     tooltip="of models/animatediff_models",
                 ),
-                FEATURES.Input("features", optional=True),
+                _earlier(),
             ],
             outputs=[FEATURES.Output(display_name="features")],
         )
@@ -270,7 +281,7 @@ class Quantization(io.ComfyNode):
                 io.Combo.Input(
                     "quantize_to", options=choices.QUANTIZATIONS, default="int8", tooltip="bits of a weight"
                 ),
-                FEATURES.Input("features", optional=True),
+                _earlier(),
             ],
             outputs=[FEATURES.Output(display_name="features")],
         )
@@ -355,7 +366,10 @@ PLANS: dict[str, tuple[str, dict[str, tuple[list[str] | str, str]]]] = {
             "tensor_parallel_degree": (_DEGREES, "parts of the feed-forward layers, type flux"),
             "use_cfg_parallel": (SWITCH, "guidance branches on two halves of the ranks"),
             "use_parallel_vae": (SWITCH, "decode on all ranks"),
-            "data_parallel_degree": (_DEGREES, "pictures of one request made at the same time"),
+            "data_parallel_degree": (
+                _DEGREES,
+                "pictures of one request made at the same time; the sampler asks for several",
+            ),
             "num_pipeline_patch": ([AUTO, "1", "2", "4", "8", "16"], "patches of PipeFusion"),
             "attn_layer_num_for_pp": (TEXT, "transformer blocks of each PipeFusion stage, such as 10,9"),
             "use_teacache": (SWITCH, "leave out steps in which little changes, TeaCache (flux)"),

@@ -1,33 +1,27 @@
-"""The nodes that ask a host for pictures and videos, with ComfyUI's progress bar and Cancel button."""
+"""The nodes that ask a host for pictures and videos."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 import torch
 from comfy_api.latest import io
 
 from . import convert
 from .launched import Handle
 from .nodes import CATEGORY, HOST, SCHEDULER
+from .progress import ask
 
-MAX_SIDE = 8192
+MAX_SIDE = 8192  # pixels
+MAX_PICTURES = 16  # of one request
 
 
-def ask(handle: Handle, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """POST /generate for each body, in turn. Raises HostError in the host's words."""
-    bar = comfy.utils.ProgressBar(100)
-    answers = []
-    for index, body in enumerate(bodies):
+def _host() -> io.Input:
+    return HOST.Input("host", tooltip="that makes it: of Launch Host or Attach to Host")
 
-        def show(percent: float, index: int = index) -> None:
-            bar.update_absolute(int((100 * index + percent) / len(bodies)), 100)
 
-        check = comfy.model_management.throw_exception_if_processing_interrupted
-        answers.append(handle.host.generate(handle.scales | body, show, check))
-    return answers
+def _scheduler() -> io.Input:
+    return SCHEDULER.Input("scheduler", optional=True, tooltip="instead of the checkpoint's own")
 
 
 def _prompts(positive: str, negative: str) -> list[io.Input]:
@@ -43,9 +37,20 @@ def _prompts(positive: str, negative: str) -> list[io.Input]:
 def _numbers(steps: int, cfg: float) -> list[io.Input]:
     return [
         io.Int.Input(
-            "seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip="of the noise"
+            "seed",
+            default=0,
+            min=0,
+            max=2**64 - 1,
+            control_after_generate=True,
+            tooltip="of the noise; further pictures have the seeds after it",
         ),
-        io.Int.Input("steps", default=steps, min=1, max=1000, tooltip="of the schedule"),
+        io.Int.Input(
+            "steps",
+            default=steps,
+            min=1,
+            max=1000,
+            tooltip="of the whole schedule, of which denoise runs a part",
+        ),
         io.Float.Input("cfg", default=cfg, min=0.0, max=100.0, step=0.1, tooltip="guidance"),
     ]
 
@@ -57,13 +62,19 @@ def _size(width: int, height: int) -> list[io.Input]:
     ]
 
 
-def _conditioned() -> list[io.Input]:
+def _conditionings() -> list[io.Input]:
     return [
         io.Conditioning.Input("positive_conditioning", optional=True, tooltip="instead of the positive text"),
         io.Conditioning.Input("negative_conditioning", optional=True, tooltip="instead of the negative text"),
+    ]
+
+
+def _conditioned() -> list[io.Input]:
+    return [
+        *_conditionings(),
         io.Image.Input("control_image", optional=True, tooltip="for the host's ControlNet"),
         io.Image.Input("ip_image", optional=True, tooltip="for the host's IP-Adapter"),
-        SCHEDULER.Input("scheduler", optional=True),
+        _scheduler(),
     ]
 
 
@@ -106,7 +117,7 @@ class PictureSampler(io.ComfyNode):
             category=CATEGORY,
             description="Pictures of sd1, sd2, sdxl, sd3, flux, hy, pixa and pixs hosts.",
             inputs=[
-                HOST.Input("host"),
+                _host(),
                 *_prompts("a red circle on a blue background", ""),
                 *_numbers(30, 5.0),
                 io.Float.Input(
@@ -115,7 +126,8 @@ class PictureSampler(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="the part of the schedule to run; below 1 it starts from the latent",
+                    tooltip="how much of the schedule is run from the latent, 1: all of it. KSampler "
+                    "lengthens the schedule so that as many steps are run; here they become fewer",
                 ),
                 io.Float.Input(
                     "stop_at",
@@ -129,15 +141,16 @@ class PictureSampler(io.ComfyNode):
                 io.Boolean.Input(
                     "add_noise",
                     default=True,
-                    tooltip="on: the seed's noise on the latent, as strong as denoise says. off: the latent "
-                    "is noisy already; with denoise 1 it is the noise itself",
+                    tooltip="on: the seed's noise on the latent, as strong as denoise says. off: the "
+                    "latent is noisy already, as stop_at = 1 - denoise left it; with denoise 1 it is noise",
                 ),
                 *_size(1024, 1024),
                 _clip_skip(),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="what to start from; it decides the size and the number of pictures",
+                    tooltip="what to start from; it decides the size. A batch makes as many pictures, an "
+                    "empty one in one request",
                 ),
                 *_conditioned(),
                 io.Float.Input(
@@ -148,6 +161,15 @@ class PictureSampler(io.ComfyNode):
                     step=0.1,
                     optional=True,
                     tooltip="flux alone: above 1 the negative prompt is heard, at twice the work",
+                ),
+                io.Int.Input(
+                    "pictures",
+                    default=1,
+                    min=1,
+                    max=MAX_PICTURES,
+                    optional=True,
+                    tooltip="for each of the latent batch, with seeds seed, seed + 1, ...; a host with "
+                    "data_parallel_degree makes so many at the same time",
                 ),
             ],
             outputs=[io.Image.Output(display_name="image"), io.Latent.Output(display_name="latent")],
@@ -175,6 +197,7 @@ class PictureSampler(io.ComfyNode):
         ip_image: torch.Tensor | None = None,
         scheduler: Any = None,
         true_cfg_scale: float = 1.0,
+        pictures: int = 1,
     ) -> io.NodeOutput:
         if host.type not in convert.FAMILIES:
             raise ValueError(
@@ -184,10 +207,14 @@ class PictureSampler(io.ComfyNode):
             *(host, positive, negative, clip_skip, positive_conditioning, negative_conditioning),
             *(control_image, ip_image, scheduler),
         )
-        samples = None
+        starts: list[dict[str, Any]] = [{}]
         if latent is not None:
             samples = convert.samples_of(latent)
             height, width = (int(side) * convert.LATENT_FACTOR for side in samples.shape[2:])
+            if denoise == 1 and add_noise and convert.is_empty(samples):
+                pictures *= samples.shape[0]
+            else:
+                starts = [_start(one[None], host.type, denoise, add_noise) for one in samples]
         elif denoise < 1 or not add_noise:
             raise ValueError("latent: needed where denoise is below 1 or add_noise is off")
         body |= {
@@ -196,22 +223,36 @@ class PictureSampler(io.ComfyNode):
             "true_cfg_scale": true_cfg_scale if true_cfg_scale > 1 else None,
             "width": width,
             "height": height,
-            "denoising_start": round(1 - denoise, 6) or None,
             "denoising_end": stop_at if stop_at < 1 else None,
             "output_format": "png",
             "return_latent": True,
         }
         bodies = []
-        for index in range(1 if samples is None else samples.shape[0]):
-            one = body | {"seed": (seed + index) % 2**64}
-            if samples is not None and (denoise < 1 or not add_noise):
-                one["latent"] = convert.latent_to_host(samples[index : index + 1], host.type)
-                one["add_noise"] = add_noise or None
-            bodies.append(one)
+        for start in starts:
+            for first in range(0, pictures, MAX_PICTURES):
+                count = min(MAX_PICTURES, pictures - first)
+                bodies.append(body | start | _seeds(seed, count))
+                seed += count
         answers = ask(host, bodies)
         made = [convert.latent_from_host(a["latent"], host.type, width, height) for a in answers]
-        pictures = torch.cat([convert.images(a["output"]) for a in answers])
-        return io.NodeOutput(pictures, {"samples": torch.cat(made)})
+        images = torch.cat([convert.images(a["output"]) for a in answers])
+        return io.NodeOutput(images, {"samples": torch.cat(made)})
+
+
+def _start(samples: torch.Tensor, type: str, denoise: float, add_noise: bool) -> dict[str, Any]:
+    """What a request starts from: samples of one picture.
+
+    A host counts `strength` in steps, as KSampler does denoise. Latents that stop_at left noisy go on where
+    that was cut, which is in time: denoising_start.
+    """
+    start: dict[str, Any] = {"latent": convert.latent_to_host(samples, type)}
+    if add_noise:
+        return start | {"strength": denoise, "add_noise": True}
+    return start | {"denoising_start": round(1 - denoise, 6) or None}
+
+
+def _seeds(seed: int, pictures: int) -> dict[str, Any]:
+    return {"seed": seed % 2**64, "pictures": pictures if pictures > 1 else None}
 
 
 class AnimateDiffSampler(io.ComfyNode):
@@ -225,7 +266,7 @@ class AnimateDiffSampler(io.ComfyNode):
             category=CATEGORY,
             description="The frames of a video, of a host of type ad.",
             inputs=[
-                HOST.Input("host"),
+                _host(),
                 *_prompts("a red circle on a blue background", ""),
                 *_numbers(25, 7.5),
                 io.Int.Input("frames", default=16, min=1, max=1024, tooltip="of the video"),
@@ -275,8 +316,8 @@ class VideoSampler(io.ComfyNode):
             category=CATEGORY,
             description="The frames of a video that starts with a picture, of a host of type svd.",
             inputs=[
-                HOST.Input("host"),
-                io.Image.Input("image"),
+                _host(),
+                io.Image.Input("image", tooltip="one picture, with which the video starts"),
                 *_numbers(25, 3.0),
                 io.Int.Input("frames", default=14, min=1, max=1024, tooltip="of the video"),
                 *_size(1024, 576),
@@ -293,7 +334,7 @@ class VideoSampler(io.ComfyNode):
                 io.Int.Input(
                     "decode_chunk_size", default=8, min=1, max=1024, tooltip="frames decoded at once"
                 ),
-                SCHEDULER.Input("scheduler", optional=True),
+                _scheduler(),
             ],
             outputs=[io.Image.Output(display_name="frames")],
         )
@@ -318,14 +359,13 @@ class Upscaler(io.ComfyNode):
             category=CATEGORY,
             description="Each side four times as long, by a host of type sdup; picture after picture.",
             inputs=[
-                HOST.Input("host"),
-                io.Image.Input("image"),
+                _host(),
+                io.Image.Input("image", tooltip="the pictures to enlarge, one after the other"),
                 *_prompts("", ""),
                 *_numbers(30, 9.0),
                 _clip_skip(),
-                io.Conditioning.Input("positive_conditioning", optional=True),
-                io.Conditioning.Input("negative_conditioning", optional=True),
-                SCHEDULER.Input("scheduler", optional=True),
+                *_conditionings(),
+                _scheduler(),
             ],
             outputs=[io.Image.Output(display_name="image")],
         )

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from host import Host, HostError, HostProcess  # noqa: E402
-from options import LoadPlan, OptionError, plan  # noqa: E402
+from options import NOTHING_TO_START_FROM, LoadPlan, OptionError, plan  # noqa: E402
 
 messages, services = grpc.protos_and_services("backend.proto")  # grpcio-tools; found on sys.path
 
@@ -59,7 +59,7 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
         self.plan = LoadPlan()
         self.model = ""
         self.type = ""
-        self.features: set[str] = set()
+        self.controlled = False  # whether the host has a ControlNet
         self._loading = threading.Lock()
 
     def Health(self, request: Any, context: grpc.ServicerContext) -> Any:
@@ -88,6 +88,7 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
                 self.plan = plan(request)
                 self._load(_check(context))
             except OptionError as error:
+                self.end()
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
             except HostError as error:
                 self.end()
@@ -112,6 +113,9 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
             except HostError as error:
                 raise HostError(str(error), 400 if "error: --" in str(error) else 500) from None
             host = self.process.host
+        self.controlled = "control_image" in host.launch()["fields"]
+        if self.controlled and wanted.strength is not None:
+            raise OptionError(NOTHING_TO_START_FROM)
         self.type = str(host.health()["type"])
         self.host = host
 
@@ -132,8 +136,9 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
         }
         if self.type != "sdup":  # the upscaler's size is that of its picture
             body |= {"width": request.width, "height": request.height}
-        controlled = any(flag.startswith("--control_net") for flag in self.plan.flags)
-        body["control_image" if controlled else "image"] = _file(request.src, "src", context)
+        body["control_image" if self.controlled else "image"] = _file(request.src, "src", context)
+        if request.src and not self.controlled:
+            body["strength"] = self.plan.strength
         if len(request.ref_images) > 1:
             _refuse(context, f"ref_images: one picture, for the IP-Adapter; got {len(request.ref_images)}")
         body["ip_image"] = _file("".join(request.ref_images), "ref_images", context)
@@ -195,6 +200,8 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
             context.abort(grpc.StatusCode.CANCELLED, "cancelled")
         except HostError as error:
             context.abort(CODES.get(error.status, grpc.StatusCode.INTERNAL), str(error))
+        for warning in answer.get("warnings", []):
+            print(f"the host at {host.url}: warning: {warning}", file=sys.stderr, flush=True)
         try:
             Path(dst).write_bytes(base64.b64decode(answer["output"]))
         except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 # Options that are not flags of a host.
-OWN = ("project", "backend", "ranks", "python", "host_url", "api_key")
+OWN = ("project", "backend", "ranks", "python", "host_url", "api_key", "strength")
 BACKENDS = ("asyncdiff", "distrifuser", "xdit")
 # `type` where the options do not say it: what LocalAI calls the pipeline.
 PIPELINES = {
@@ -24,6 +24,7 @@ PIPELINES = {
     "PixArtAlphaPipeline": "pixa",
     "PixArtSigmaPipeline": "pixs",
 }
+NOTHING_TO_START_FROM = "strength: with a ControlNet `src` is its image, and no picture starts from one"
 
 
 class OptionError(ValueError):
@@ -38,6 +39,7 @@ class LoadPlan:
         host_url: a running host to ask; empty where one is to be started.
         flags: of the host to start.
         defaults: request fields of every picture: cfg, clip_skip.
+        strength: of the pictures that start from another one, 0 to 1; None: the host's own.
     """
 
     host_url: str = ""
@@ -48,6 +50,7 @@ class LoadPlan:
     python: str = ""
     flags: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
+    strength: float | None = None
 
 
 def plan(request: Any) -> LoadPlan:
@@ -64,12 +67,14 @@ def plan(request: Any) -> LoadPlan:
             "img2img: a host takes a picture where its type needs one (sdup, svd) or for its ControlNet; "
             "leave diffusers.img2img out"
         )
+    strength = _strength(own, bool(request.ControlNet or "control_net" in given))
     if own.get("host_url"):
-        extra = sorted([*given, *(set(own) - {"host_url", "api_key"})])
+        extra = sorted([*given, *(set(own) - {"host_url", "api_key", "strength"})])
         if extra or request.LoraAdapters or request.ControlNet or request.SchedulerType or request.LowVRAM:
             named = ", ".join(extra) or "LoRA, ControlNet, scheduler and low_vram"
             raise OptionError(f"host_url: the host runs already, so it takes no {named}")
-        return LoadPlan(host_url=own["host_url"], api_key=own.get("api_key", ""), defaults=defaults)
+        api_key = own.get("api_key", "")
+        return LoadPlan(host_url=own["host_url"], api_key=api_key, defaults=defaults, strength=strength)
     backend = own.get("backend", "asyncdiff")
     if backend not in BACKENDS:
         raise OptionError(f"backend: must be one of {', '.join(BACKENDS)}; got {backend!r}")
@@ -83,7 +88,22 @@ def plan(request: Any) -> LoadPlan:
         python=own.get("python", ""),
         flags=tuple(f"--{name}" if value is None else f"--{name}={value}" for name, value in flags.items()),
         defaults=defaults,
+        strength=strength,
     )
+
+
+def _strength(own: dict[str, Any], controlled: bool) -> float | None:
+    if "strength" not in own:
+        return None
+    if controlled:
+        raise OptionError(NOTHING_TO_START_FROM)
+    try:
+        strength = float(own["strength"])
+    except ValueError:
+        strength = 0.0
+    if not 0 < strength <= 1:
+        raise OptionError(f"strength: a number above 0 and at most 1, got {own['strength']!r}")
+    return strength
 
 
 def _pairs(options: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ MAX_SIDE = 8192  # pixels
 MAX_STEPS = 1000  # of one schedule
 MAX_IMAGE_PIXELS = MAX_SIDE * MAX_SIDE
 IMAGE_INPUTS = ("PNG", "JPEG", "WEBP", "BMP")
+LEFT_OUT = "(left out)"  # in place of pictures and tensors in the body that a picture's metadata holds
 TENSOR_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
 
 
@@ -28,6 +29,8 @@ def problem(text: str) -> PydanticCustomError:
 def decode_base64(value: Any) -> bytes:
     if not isinstance(value, str):
         raise problem(f"must be base64 text, got {type(value).__name__}")
+    if value == LEFT_OUT:
+        raise problem("was left out of the picture's metadata: give it again")
     if value[:5].lower() == "data:":
         head, comma, value = value.partition(",")
         if not comma or not head.lower().endswith(";base64"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shared.api.requests import FieldProblem, GenerateRequest, Reply
+from shared.api.warned import together
 
 State = Literal["loading", "ready", "busy", "broken", "stopping"]
 PREVIEW_SECONDS = 0.25  # between two previews of a picture that forms
@@ -42,6 +43,26 @@ class Preview:
     rgb: bytes
 
 
+@dataclass(frozen=True)
+class SecondPass:
+    """What a job makes of its first pass' latents, enlarged (A1111's hires fix)."""
+
+    request: GenerateRequest  # another latent stands in its place until the first pass is over
+    upscaler: str  # as A1111 calls it
+    mode: str  # of torch.nn.functional.interpolate
+    antialias: bool
+    layout: str  # ModelSpec.latent_layout
+    covers: tuple[int, int]  # width and height in pixels of the enlarged latents, before they are cut
+
+    def work(self) -> float:
+        """Pixels times steps."""
+        return _work(self.request) * (self.request.strength or 1.0)
+
+
+def _work(request: GenerateRequest) -> float:
+    return (request.width or 1) * (request.height or 1) * (request.steps or 1)
+
+
 @dataclass(eq=False)
 class Job:
     """One request from its acceptance to its answer. Written by rank 0's loop, read by HTTP threads."""
@@ -57,6 +78,9 @@ class Job:
     preview: Preview | None = None  # the newest, while somebody watches
     made: list[Reply] = field(default_factory=list)  # the pictures so far, their seeds in a row
     drawing: int = 1  # pictures that are made now, at the same time
+    second: SecondPass | None = None  # each picture takes two passes: `request` makes latents for this one
+    drafts: list[Reply] = field(default_factory=list)  # first passes whose second is next, or runs
+    starts: tuple[bytes, ...] = ()  # their latents, enlarged
     reply: Any = None  # the first picture's Reply, or what the engine's method returned
     error: JobError | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event)
@@ -86,8 +110,15 @@ class Job:
     def at_step(self, step: int, steps: int) -> None:
         """Denoising step `step` of `steps` is done."""
         self.step, self.steps, self.stepped = step, steps, time.monotonic()
-        pictures = len(self.made) + self.drawing * min(step / max(steps, 1), 1.0)
+        pictures = len(self.made) + self.drawing * self._share(min(step / max(steps, 1), 1.0))
         self.progress = max(self.progress, 99.0 * min(pictures / self.pictures, 1.0))
+
+    def _share(self, done: float) -> float:
+        """The part of a picture that is made when this part of a pass is."""
+        if self.second is None or self.request is None:
+            return done
+        first, second = _work(self.request), self.second.work()
+        return (first + second * done if self.drafts else first * done) / (first + second)
 
     @property
     def pictures(self) -> int:
@@ -95,18 +126,33 @@ class Job:
         return (self.request and self.request.pictures) or 1
 
     def draw(self, at_once: int) -> tuple[GenerateRequest, int]:
-        """The request for the pictures that come next, and how many are made at the same time."""
+        """The request for the pictures that come next, and how many are made at the same time.
+
+        Where there are drafts it is their second pass, and each picture starts from its own draft.
+        """
         assert self.request is not None
-        self.drawing = min(at_once, self.pictures - len(self.made))
-        return self.request.numbered(len(self.made)), self.drawing
+        request = self.request
+        if self.second is not None and self.drafts:
+            request = self.second.request
+        else:
+            self.drawing = min(at_once, self.pictures - len(self.made))
+        return request.numbered(len(self.made)), self.drawing
 
     def add(self, replies: Sequence[Reply]) -> None:
-        """Pictures are made; with the last one the job is done."""
+        """Pictures are made, or the first passes of them; with the last one the job is done."""
         if len(replies) != self.drawing:
             self.finish(
                 error=JobError(500, f"the ranks gave {len(replies)} pictures instead of {self.drawing}")
             )
             return
+        if self.second is not None and not self.drafts:
+            self.drafts = list(replies)
+            return
+        for reply, draft in zip(replies, self.drafts, strict=False):
+            reply.warnings = together(draft.warnings, reply.warnings)
+            for name, seconds in draft.seconds.items():
+                reply.seconds[name] = round(reply.seconds.get(name, 0.0) + seconds, 4)
+        self.drafts, self.starts = [], ()
         self.made += replies
         if len(self.made) == self.pictures:
             self.finish(reply=self.made[0])
@@ -265,17 +311,29 @@ class HostStatus:
     type: str
     world_size: int
     state: State = "loading"
-    message: str = ""  # why the host is broken, or what it is loading
+    message: str = ""  # why the host is broken, or what it is at while it loads
+    loaded: int = 0  # percent of the way to ready, by the stages of loading
     plan: dict[str, Any] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)  # device and memory of each rank
     versions: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
+
+    def at(self, loaded: int, message: str) -> None:
+        """The host has come so far in loading, percent, and is at `message`; nothing once it is broken."""
+        if self.state == "loading":
+            self.loaded, self.message = loaded, message
+
+    def ready(self) -> None:
+        """The host is loaded and takes requests."""
+        self.at(100, "")
+        self.state = "ready"
 
     def health(self, queue: JobQueue) -> dict[str, Any]:
         """The JSON of GET /health."""
         return {
             "state": self.state,
             "message": self.message,
+            "loaded": self.loaded,
             "backend": self.backend,
             "type": self.type,
             "plan": self.plan,

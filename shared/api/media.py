@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -18,6 +18,9 @@ try:
     import imagecodecs
 except ImportError:
     imagecodecs = None  # type: ignore[assignment]  # Pillow makes the same pixels in three to five times the time
+
+if TYPE_CHECKING:
+    from shared.api.metadata import Metadata
 
 # zlib's run lengths alone take less time than its level 1, for fewer bytes. Pillow tries all filters for each
 # row; Paeth's alone, which it mostly takes, makes files of the same size.
@@ -51,11 +54,13 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
 
 
-def encode(pictures: Sequence[Image.Image], format: str, fps: int | None = None) -> list[bytes]:
+def encode(
+    pictures: Sequence[Image.Image], format: str, fps: int | None = None, metadata: Metadata | None = None
+) -> list[bytes]:
     """Pictures as one file each; with `fps` they are a video's frames, and one file where the format can."""
     if fps is not None and format in VIDEO_FILES:
-        return [encode_video(pictures, format, fps)]
-    return side_by_side(lambda picture: encode_image(picture, format), pictures)
+        return [encode_video(pictures, format, fps, metadata)]
+    return side_by_side(lambda picture: encode_image(picture, format, metadata), pictures)
 
 
 def side_by_side(call: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
@@ -66,22 +71,42 @@ def side_by_side(call: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         return list(pool.map(call, items))
 
 
-def encode_image(image: Image.Image, format: str) -> bytes:
+def encode_image(image: Image.Image, format: str, metadata: Metadata | None = None) -> bytes:
     """One picture as png, jpeg or webp."""
-    if format == "png" and imagecodecs is not None and image.mode == "RGB":
-        return bytes(imagecodecs.png_encode(np.asarray(image), level=1, strategy=Z_RLE, filter=PAETH))
-    options = {"compress_level": 1, "compress_type": Z_RLE} if format == "png" else {"quality": QUALITY}
+    if format == "png":
+        file = _encode_png(image)
+        return file if metadata is None else metadata.in_png(file)
+    options: dict[str, Any] = {"quality": QUALITY}
+    if metadata is not None:
+        options["exif"] = metadata.exif()
     out = io.BytesIO()
     image.save(out, format=format.upper(), **options)
     return out.getvalue()
 
 
-def encode_video(frames: Sequence[Image.Image], format: str, fps: int) -> bytes:
-    """Frames as one mp4 (H.264), gif or animated webp, looping without end where the format can."""
+def _encode_png(image: Image.Image) -> bytes:
+    if imagecodecs is not None and image.mode == "RGB":
+        return bytes(imagecodecs.png_encode(np.asarray(image), level=1, strategy=Z_RLE, filter=PAETH))
+    out = io.BytesIO()
+    image.save(out, format="PNG", compress_level=1, compress_type=Z_RLE)
+    return out.getvalue()
+
+
+def encode_video(
+    frames: Sequence[Image.Image], format: str, fps: int, metadata: Metadata | None = None
+) -> bytes:
+    """Frames as one mp4 (H.264), gif or animated webp, looping without end where the format can.
+
+    Of them a webp alone holds metadata.
+    """
     if format == "mp4":
         return _encode_mp4(frames, fps)
     out = io.BytesIO()
-    options = {"quality": QUALITY} if format == "webp" else {"optimize": False}
+    options: dict[str, Any] = {"quality": QUALITY} if format == "webp" else {"optimize": False}
+    if format == "webp" and metadata is not None:
+        options["exif"] = metadata.exif().removeprefix(
+            b"Exif\0\0"
+        )  # Pillow does so for single pictures alone
     # Browsers show a gif's frame for a tenth of a second when it asks for less than a fiftieth.
     shortest = SHORTEST_GIF if format == "gif" else 1
     frames[0].save(

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -33,6 +33,9 @@ from shared.api.warned import together, told_in
 from shared.launch.checks import scheduler_problem
 from shared.launch.flags import HostConfig
 from shared.launch.wording import MAX_VALUE, cut, shown
+
+if TYPE_CHECKING:
+    from shared.api.metadata import Metadata
 
 IMAGE_FORMATS = ("png", "jpeg", "webp", "latent")
 MAX_VALUES = 200_000  # in the JSON of a body: a picture is one, an empty object takes 64 bytes of memory
@@ -160,6 +163,9 @@ class GenerateRequest(BaseModel):
     scheduler: Annotated[str | dict[str, Any] | None, BeforeValidator(_check_scheduler)] = None
     output_format: Literal["png", "jpeg", "webp", "mp4", "gif", "latent"] | None = None
     return_latent: Annotated[bool, Field(description="the answer has `latent` too")] | None = None
+    metadata: (
+        Annotated[bool, Field(description="png, jpeg and webp say what made them; default: true")] | None
+    ) = None
 
     def numbered(self, number: int) -> GenerateRequest:
         """The request for picture `number` of several: its seed is so many further."""
@@ -244,8 +250,11 @@ def check_request(data: dict[str, Any], config: HostConfig, accept: str | None =
 
 def _unknown(data: dict[str, Any], model: type[BaseModel]) -> list[FieldProblem]:
     """A fault for each name that the model has not; pydantic would take seconds to say so of 100,000."""
-    text = f"unknown field; allowed: {', '.join(sorted(model.model_fields))}"
-    return [FieldProblem(name, text) for name in data if name not in model.model_fields]
+    unknown = [FieldProblem(name, "unknown field") for name in data if name not in model.model_fields]
+    if unknown:  # told once
+        text = f"unknown field; allowed: {', '.join(sorted(model.model_fields))}"
+        unknown[0] = FieldProblem(unknown[0].field, text)
+    return unknown
 
 
 def _problems_of(error: PydanticError) -> list[FieldProblem]:
@@ -331,7 +340,9 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
 
 
 STRENGTH = ("strength", "denoise")  # two words for one thing
-COMMON_FIELDS = frozenset({"steps", "cfg", "seed", "pictures", "scheduler", "output_format", "return_latent"})
+COMMON_FIELDS = frozenset(
+    {"steps", "cfg", "seed", "pictures", "scheduler", "output_format", "return_latent", "metadata"}
+)
 
 # A field that needs a launch flag to mean anything.
 NEEDS_FLAG = {
@@ -503,12 +514,12 @@ class Reply:
     fps: int | None = None  # of a video, whose frames the pictures are
     warnings: list[str] = field(default_factory=list)  # by `shared.api.warned.warn`
 
-    def encode(self) -> None:
+    def encode(self, metadata: Metadata | None = None) -> None:
         """Fill `output` from `pictures`; the seconds that it takes count as decoding."""
         if not self.pictures:
             return
         began = time.perf_counter()
-        self.output, self.pictures = encode(self.pictures, self.format, self.fps), []
+        self.output, self.pictures = encode(self.pictures, self.format, self.fps, metadata), []
         took = time.perf_counter() - began
         for name in ("total", "decode"):
             self.seconds[name] = round(self.seconds[name] + took, 4)

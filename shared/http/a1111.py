@@ -7,6 +7,7 @@ type takes. What cannot be done is refused in words, never done in another way.
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from flask import request as http
 
 from shared.api.a1111_prompts import NotationError, take_networks
 from shared.api.codecs import MAX_SIDE
+from shared.api.jobs import SecondPass
+from shared.api.metadata import infotext, png_info
 from shared.api.requests import (
     MAX_PICTURES,
     FieldProblem,
@@ -27,41 +30,15 @@ from shared.api.requests import (
     parse_object,
 )
 from shared.api.warned import together, told_in, warn
-from shared.http.a1111_options import check_options
+from shared.http import a1111_hires as hires
+from shared.http.a1111_options import check_options, is_img2img
+from shared.http.a1111_samplers import AUTOMATIC, SCHEDULES, samplers_for, scheduler_for, taken_variant
 from shared.http.dispatch import ApiError, Dispatcher, check_json_type
-from shared.http.openai import model_id
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
-from shared.models import schedulers_for, with_variant
 
 PREFIX = "/sdapi/"
-AUTOMATIC = "Automatic"
-# Their names for our schedulers; the first that the type has is meant.
-SAMPLERS: dict[str, tuple[str, ...]] = {
-    "DPM++ 2M": ("dpmpp_2m", "flow_dpmpp_2m"),
-    "DPM++ SDE": ("dpmpp_sde",),
-    "DPM++ 2M SDE": ("dpmpp_2m_sde",),
-    "Euler": ("euler", "flow_euler"),
-    "Euler a": ("euler_a",),
-    "Heun": ("heun", "flow_heun"),
-    "LMS": ("lms",),
-    "DPM2": ("dpm_2",),
-    "DPM2 a": ("dpm_2_a",),
-    "DDIM": ("ddim",),
-    "DDPM": ("ddpm",),
-    "PLMS": ("pndm",),
-    "UniPC": ("unipc", "flow_unipc"),
-    "LCM": ("lcm", "flow_lcm"),
-    "TCD": ("tcd",),
-}
-# Their names for the variants of our schedulers.
-SCHEDULES = {
-    "Karras": "k_",
-    "Exponential": "exponential_",
-    "SGM Uniform": "_trailing",
-    "Simple": "_trailing",
-    "Beta": "beta_",
-}
+IMG2IMG_STRENGTH = 0.75  # A1111's default
 _OURS = {
     "prompt": "positive",
     "negative_prompt": "negative",
@@ -73,6 +50,7 @@ _OURS = {
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {
     "image": "init_images",
+    "strength": "denoising_strength",
     "control_image": "alwayson_scripts.ControlNet.image",
     "controlnet_scale": "alwayson_scripts.ControlNet.weight",
 }
@@ -87,21 +65,14 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"error": kind, "detail": text, "body": "", "errors": text}
 
 
-def samplers_for(config: HostConfig) -> dict[str, str]:
-    """A1111's sampler names -> scheduler names of the type."""
-    have = schedulers_for(config.spec)
-    found = {name: next((s for s in ours if s in have), None) for name, ours in SAMPLERS.items()}
-    return {name: ours for name, ours in found.items() if ours is not None}
-
-
 def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
     """Add the routes under /sdapi/v1."""
     config, queue = dispatcher.config, dispatcher.queue
-    name, samplers = model_id(config), samplers_for(config)
+    name, samplers = config.model_id, samplers_for(config)
     schedulers = [_scheduler_entry(AUTOMATIC, -1.0)] + [
         _scheduler_entry(label, 7.0 if label == "Karras" else -1.0)
         for label, variant in SCHEDULES.items()
-        if any(_takes(ours, variant) for ours in samplers.values())
+        if any(taken_variant(ours, variant) for ours in samplers.values())
     ]
     vaes = [config.vae] if config.vae else []
     options = {
@@ -124,10 +95,8 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
         ],
         "samplers": [{"name": theirs, "aliases": [ours], "options": {}} for theirs, ours in samplers.items()],
         "schedulers": schedulers,
-        "upscalers": [
-            {"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 4}
-        ],
-        "latent-upscale-modes": [],
+        "upscalers": [],
+        "latent-upscale-modes": [{"name": name} for name in hires.served(config.spec)],
         "sd-vae": [{"model_name": Path(vae).name, "filename": vae} for vae in vaes],
     }
     for path, answer in lists.items():
@@ -161,6 +130,11 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
     def a1111_img2img() -> Response:
         return _answer(dispatcher, samplers, with_image=True)
 
+    @app.post("/sdapi/v1/png-info")
+    def a1111_png_info() -> Response:
+        check_json_type()
+        return jsonify(dispatcher.read(lambda: png_info(parse_object(http.get_data(cache=False)))))
+
 
 def _scheduler_entry(label: str, rho: float) -> dict[str, Any]:
     return {
@@ -172,8 +146,15 @@ def _scheduler_entry(label: str, rho: float) -> dict[str, Any]:
     }
 
 
+_TITLE = re.compile(
+    r"(\.safetensors|\.sft|\.ckpt)?( \[[0-9a-f]+\])?$"
+)  # what A1111 writes behind a model's name
+
+
 def _check_model(wanted: Any, name: str) -> None:
-    if wanted not in (None, "", name):
+    """Raise ApiError 422 for another checkpoint than the launch's, by its name or by A1111's title of it."""
+    title = _TITLE.sub("", wanted, count=1) if isinstance(wanted, str) else wanted
+    if name not in (wanted, title) and wanted not in (None, ""):
         raise ApiError(422, f"this host serves the checkpoint {name!r} alone; got {shown(wanted)}")
 
 
@@ -208,14 +189,25 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
     check_json_type()
     config = dispatcher.config
     asked: dict[str, Any] = {}
+    passes: list[tuple[GenerateRequest, SecondPass | None]] = []
 
-    def parse() -> GenerateRequest:
+    def check(options: dict[str, Any], more: dict[str, Any]) -> GenerateRequest:
+        return check_request(translate(options, config, samplers, with_image) | more, config)
+
+    def parse() -> tuple[GenerateRequest, SecondPass | None]:
         asked.update(parse_object(http.get_data(cache=False)))
-        return check_request(translate(asked, config, samplers, with_image), config)
+        if with_image or not hires.is_asked(asked):
+            passes.append((check(asked, {}), None))
+        else:
+            passes.append(hires.two_passes(asked, config, check))
+        return passes[0]
 
     replies = dispatcher.run(parse)
     told = {k: v for k, v in asked.items() if k not in ("init_images", "alwayson_scripts")}
-    info = _info(asked, replies, config)
+    first, second = passes[0]
+    info = _info(asked, replies, config, first if second else None) | {
+        "infotexts": [infotext(first, reply, config, second) for reply in replies]
+    }
     body = {
         "images": [reply.answer()["output"] for reply in replies],
         "parameters": told,
@@ -224,8 +216,11 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
     return jsonify(told_in(body, together(*(reply.warnings for reply in replies))))
 
 
-def _info(asked: dict[str, Any], replies: list[Reply], config: HostConfig) -> dict[str, Any]:
-    first = replies[0]
+def _info(
+    asked: dict[str, Any], replies: list[Reply], config: HostConfig, first_pass: GenerateRequest | None
+) -> dict[str, Any]:
+    """What A1111 tells of its pictures; with the hires fix, size and steps are the first pass'."""
+    first = first_pass or replies[0]
     prompt, negative = str(asked.get("prompt") or ""), str(asked.get("negative_prompt") or "")
     sampler = str(asked.get("sampler_name") or asked.get("sampler_index") or AUTOMATIC)
     cfg = asked.get("cfg_scale") or config.spec.cfg
@@ -235,7 +230,7 @@ def _info(asked: dict[str, Any], replies: list[Reply], config: HostConfig) -> di
         "all_prompts": [prompt] * len(replies),
         "negative_prompt": negative,
         "all_negative_prompts": [negative] * len(replies),
-        "seed": first.seed,
+        "seed": seeds[0],
         "all_seeds": seeds,
         "width": first.width,
         "height": first.height,
@@ -243,15 +238,8 @@ def _info(asked: dict[str, Any], replies: list[Reply], config: HostConfig) -> di
         "cfg_scale": cfg,
         "steps": first.steps,
         "batch_size": 1,
-        "sd_model_name": model_id(config),
+        "sd_model_name": config.model_id,
         "index_of_first_image": 0,
-        "infotexts": [
-            f"{prompt}\n"
-            + (f"Negative prompt: {negative}\n" if negative else "")
-            + f"Steps: {first.steps}, Sampler: {sampler}, CFG scale: {cfg}, Seed: {seed}, "
-            + f"Size: {first.width}x{first.height}, Model: {model_id(config)}"
-            for seed in seeds
-        ],
     }
 
 
@@ -266,24 +254,26 @@ def translate(
     spec, problems = config.spec, []
     overrides = asked.get("override_settings")
     overrides = overrides if isinstance(overrides, dict) else {}
-    _check_model(overrides.get("sd_model_checkpoint"), model_id(config))
+    _check_model(overrides.get("sd_model_checkpoint"), config.model_id)
     data = {
         ours: _number(theirs, asked[theirs])
         for theirs, ours in _OURS.items()
         if asked.get(theirs) is not None
     }
-    problems += _notation(data)
+    problems += _notation(data, bool(asked.get("disable_extra_networks")))
     if spec.output == "video":
         data["output_format"] = "gif"
+    if overrides.get("enable_pnginfo") is False:
+        data["metadata"] = False
     for side in ("width", "height"):
         if side not in spec.fields:
             data.pop(side, None)
         elif isinstance(value := data.get(side), int) and abs(value) <= MAX_SIDE:
-            data[side] = max(round(value / spec.size_multiple), 1) * spec.size_multiple
+            data[side] = hires.rounded(value, spec.size_multiple)
     skip = _number("steps", overrides.get("CLIP_stop_at_last_layers", asked.get("clip_skip")))
     if isinstance(skip, int) and skip > 1 and "clip_skip" in spec.fields:
         data["clip_skip"] = skip - 1  # theirs counts the last layer as 1
-    scheduler, problem = _scheduler(asked, samplers)
+    scheduler, problem = scheduler_for(asked, samplers)
     if scheduler:
         data["scheduler"] = scheduler
     if problem:
@@ -295,6 +285,11 @@ def translate(
             problems.append(FieldProblem("init_images", f"must hold one picture, got {found}"))
         else:
             data["image"] = images[0]
+        strength = asked.get("denoising_strength")
+        if is_img2img(spec):
+            data["strength"] = IMG2IMG_STRENGTH if strength is None else strength
+        elif strength is not None:
+            warn(f"denoising_strength: type {spec.name} ({spec.title}) takes none with a picture; left out")
     more, faults = check_options(asked, config, with_image)
     data |= more
     problems += faults
@@ -322,7 +317,7 @@ def _number(key: str, value: Any) -> Any:
     return value
 
 
-def _notation(data: dict[str, Any]) -> list[FieldProblem]:
+def _notation(data: dict[str, Any], without_loras: bool) -> list[FieldProblem]:
     """Mark the prompts as A1111's and take the LoRAs out of them; what cannot be read."""
     problems = []
     for theirs, ours in (("prompt", "positive"), ("negative_prompt", "negative")):
@@ -334,6 +329,8 @@ def _notation(data: dict[str, Any]) -> list[FieldProblem]:
             problems.append(FieldProblem(theirs, str(error)))
             continue
         data[ours], data["prompt_syntax"] = taken.text, "a1111"
+        if without_loras:
+            continue
         if taken.loras and ours == "positive":
             data["lora_scales"] = taken.loras
         elif taken.loras:
@@ -341,44 +338,3 @@ def _notation(data: dict[str, Any]) -> list[FieldProblem]:
         for scale in taken.left_out:
             warn(f"{theirs}: a LoRA has one scale here; left out: {scale}")
     return problems
-
-
-def _takes(ours: str, variant: str) -> str | None:
-    """Our name for a sampler with one of A1111's schedulers; None where there is no such pair."""
-    if ours.startswith("flow_") and variant == "_trailing":
-        return ours  # flow matching is spaced so as it is
-    return with_variant(ours, variant)
-
-
-def _scheduler(asked: dict[str, Any], samplers: dict[str, str]) -> tuple[str | None, FieldProblem | None]:
-    """Sampler and scheduler of a request -> our scheduler's name, None for the checkpoint's own."""
-    sampler = asked.get("sampler_name") or asked.get("sampler_index") or AUTOMATIC
-    noise = str(asked.get("scheduler") or AUTOMATIC).lower().replace("_", " ")
-    known = {name.lower(): ours for name, ours in samplers.items()} | {
-        ours: ours for ours in samplers.values()
-    }
-    labels = {label.lower(): label for label in SCHEDULES}
-    wanted = str(sampler).lower()
-    for label in labels:  # as in older versions: "DPM++ 2M Karras"
-        if wanted.endswith(f" {label}"):
-            wanted, noise = wanted.removesuffix(f" {label}"), label
-    if noise not in (AUTOMATIC.lower(), "normal", *labels):
-        allowed = ", ".join((AUTOMATIC, *SCHEDULES))
-        return None, FieldProblem("scheduler", f"must be one of {allowed}; got {shown(asked['scheduler'])}")
-    if wanted == AUTOMATIC.lower():
-        if noise in labels:
-            return None, FieldProblem("scheduler", f"{labels[noise]} needs a sampler_name")
-        return None, None
-    ours = known.get(wanted)
-    if ours is None:
-        return None, FieldProblem(
-            "sampler_name", f"must be one of {', '.join(samplers)}; got {shown(sampler)}"
-        )
-    if noise not in labels:
-        return ours, None
-    variant = SCHEDULES[labels[noise]]
-    if name := _takes(ours, variant):
-        return name, None
-    fitting = [theirs for theirs, ours in samplers.items() if _takes(ours, variant)]
-    text = f"{sampler} has no {labels[noise]}; samplers with it: {', '.join(fitting) or 'none'}"
-    return None, FieldProblem("scheduler", text)

@@ -5,6 +5,7 @@ Whatever is not served and means something is refused by name. Keys outside A111
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 from shared.api.requests import FieldProblem
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
+from shared.models import ModelSpec
 
-# Option -> the values that mean nothing, beside those of `_is_nothing`.
+# Option -> the values that mean nothing, beside those of `is_nothing`.
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "enable_hr": (),
     "firstphase_width": (),
     "firstphase_height": (),
+    "firstpass_image": (),
+    "infotext": (),
     "restore_faces": (),
     "tiling": (),
     "styles": (),
@@ -27,17 +30,36 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "seed_resize_from_w": (-1,),
     "seed_resize_from_h": (-1,),
     "s_churn": (),
+    "s_tmin": (),
+    "s_tmax": (),
     "s_min_uncond": (),
     "s_noise": (1,),
     "mask": (),
     "latent_mask": (),
 }
-OF_IMAGES: dict[str, tuple[Any, ...]] = {"resize_mode": (), "initial_noise_multiplier": (1,)}
+OF_IMAGES: dict[str, tuple[Any, ...]] = {
+    "enable_hr": (),
+    "resize_mode": (),
+    "initial_noise_multiplier": (1,),
+    "image_cfg_scale": (1, 1.5),  # which only InstructPix2Pix reads
+}
+# They do nothing without a mask.
+OF_MASKS: dict[str, tuple[Any, ...]] = {
+    "mask_blur": (),
+    "mask_blur_x": (),
+    "mask_blur_y": (),
+    "inpainting_fill": (1,),
+    "inpaint_full_res": (),
+    "inpaint_full_res_padding": (),
+    "inpainting_mask_invert": (),
+}
 OVERRIDES: dict[str, tuple[Any, ...]] = {
     "eta_noise_seed_delta": (),
     "eta_ancestral": (1,),
     "eta_ddim": (),
     "s_churn": (),
+    "s_tmin": (),
+    "s_tmax": (),
     "s_min_uncond": (),
     "s_noise": (1,),
     "sigma_min": (),
@@ -54,6 +76,20 @@ OVERRIDES: dict[str, tuple[Any, ...]] = {
     "always_discard_next_to_last_sigma": (),
     "sgm_noise_multiplier": (),
     "skip_early_cond": (),
+    "img2img_extra_noise": (),
+    "img2img_color_correction": (),
+    "img2img_fix_steps": (),
+    "k_sched_type": (),
+    "sd_noise_schedule": ("Default",),
+    "emphasis": ("Original",),
+    "use_old_emphasis_implementation": (),
+    "use_old_karras_scheduler_sigmas": (),
+    "use_old_hires_fix_width_height": (),
+    "use_old_scheduling": (),
+    "uni_pc_variant": ("bh1",),
+    "uni_pc_skip_type": ("time_uniform",),
+    "sdxl_crop_top": (),
+    "sdxl_crop_left": (),
 }
 # A ControlNet unit's fields; the preprocessor's own do nothing without one.
 _UNIT: dict[str, tuple[Any, ...]] = {
@@ -65,18 +101,23 @@ _UNIT: dict[str, tuple[Any, ...]] = {
     "mask": (),
     "mask_image": (),
     "effective_region_mask": (),
+    "hr_option": ("Both",),
+    "union_control_type": ("Unknown",),
 }
 _CONTROL_NET = "controlnet"
+_HASH = re.compile(r"\s*\[[^\]]*\]$")  # "name [a1b2c3d4]"
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 _NOTHING = ("none", "automatic")
 
 
-def _is_nothing(value: Any, more: tuple[Any, ...] = ()) -> bool:
+def is_nothing(value: Any, more: tuple[Any, ...] = ()) -> bool:
+    """Whether an option's value asks for nothing; `more` values do so for this option."""
     return not value or value in more or (isinstance(value, str) and value.lower() in _NOTHING)
 
 
 def _refused(values: dict[str, Any], table: dict[str, tuple[Any, ...]], where: str) -> Iterator[FieldProblem]:
     for key, more in table.items():
-        if not _is_nothing(value := values.get(key), more):
+        if not is_nothing(value := values.get(key), more):
             yield FieldProblem(f"{where}{key}", f"is not served, leave it out; got {shown(value)}")
 
 
@@ -94,7 +135,7 @@ def _args(script: Any) -> list[Any]:
 
 
 def _is_on(unit: dict[str, Any]) -> bool:
-    if "ad_model" in unit and _is_nothing(unit["ad_model"]):
+    if "ad_model" in unit and is_nothing(unit["ad_model"]):
         return False
     return bool(unit) and not any(unit.get(key) is False for key in ("enabled", "enable", "is_enabled"))
 
@@ -103,7 +144,9 @@ def check_options(
     asked: dict[str, Any], config: HostConfig, with_image: bool
 ) -> tuple[dict[str, Any], list[FieldProblem]]:
     """What A1111's options add to a body of POST /generate, and the faults of those that are not served."""
-    problems = list(_refused(asked, OPTIONS | (OF_IMAGES if with_image else {}), ""))
+    masked = any(not is_nothing(asked.get(key)) for key in ("mask", "latent_mask"))
+    table = OPTIONS | (OF_IMAGES if with_image else {}) | (OF_MASKS if masked else {})
+    problems = list(_refused(asked, table, ""))
     sampler = str(asked.get("sampler_name") or asked.get("sampler_index") or "").lower()
     ancestral = sampler.split(" karras")[0].endswith((" a", "_a", "sde"))
     problems += _refused(asked, {"eta": (1,) if ancestral else ()}, "")
@@ -111,7 +154,7 @@ def check_options(
     if isinstance(overrides, dict):
         vae = (config.vae, Path(config.vae).name) if config.vae else ()
         problems += _refused(overrides, OVERRIDES | {"sd_vae": vae}, "override_settings.")
-    elif not _is_nothing(overrides):
+    elif not is_nothing(overrides):
         problems.append(FieldProblem("override_settings", f"must be an object, got {shown(overrides)}"))
     scripts = asked.get("alwayson_scripts") or {}
     if not isinstance(scripts, dict):
@@ -131,16 +174,33 @@ def check_options(
     elif units and not isinstance(units[0], dict):
         problems.append(FieldProblem(field, f"takes a unit as an object, got {shown(units[0])}"))
     elif units:
-        data, faults = _control(units[0], field)
+        data, faults = _control(units[0], field, config)
         problems += faults
     return data, problems
 
 
-def _control(unit: dict[str, Any], field: str) -> tuple[dict[str, Any], list[FieldProblem]]:
-    """One ControlNet unit -> our fields. The model is the launch's, whatever name a client gives it."""
+def is_img2img(spec: ModelSpec) -> bool:
+    """Whether a picture is where the type starts from, as far as `strength` says."""
+    return {"image", "strength"} <= spec.fields and spec.image != "needed"
+
+
+def _stem(name: str) -> str:
+    """A ControlNet's name without folder, suffix and A1111's hash."""
+    name = _HASH.sub("", name.strip()).replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
+    return name.removesuffix(next((end for end in _SUFFIXES if name.endswith(end)), ""))
+
+
+def _control(
+    unit: dict[str, Any], field: str, config: HostConfig
+) -> tuple[dict[str, Any], list[FieldProblem]]:
+    """One ControlNet unit -> our fields. It may name a ControlNet of the launch, and no other."""
     problems = list(_refused(unit, _UNIT, f"{field}."))
+    launched, model = list(config.control_net or ()), unit.get("model")
+    if launched and model and not (isinstance(model, str) and _stem(model) in map(_stem, launched)):
+        names = ", ".join(Path(path).name for path in launched)
+        problems.append(FieldProblem(f"{field}.model", f"must be {names}, as launched; got {shown(model)}"))
     # A given 0 is not the end's default: the ControlNet would act nowhere.
-    if unit.get("guidance_end") is not None and _is_nothing(unit["guidance_end"]):
+    if unit.get("guidance_end") is not None and is_nothing(unit["guidance_end"]):
         problems.append(
             FieldProblem(f"{field}.guidance_end", f"must be 1, got {shown(unit['guidance_end'])}")
         )

@@ -15,8 +15,9 @@ from typing import Any
 from flask import g
 from flask import request as http
 
-from shared.api.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError
+from shared.api.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError, SecondPass
 from shared.api.media import side_by_side
+from shared.api.metadata import made_by
 from shared.api.requests import MAX_TOLD, FieldProblem, GenerateRequest, Reply, RequestError
 from shared.api.warned import together, warnings_told
 from shared.http.metrics import Metrics
@@ -83,8 +84,13 @@ class Dispatcher:
         if state in ("loading", "broken", "stopping"):
             raise ApiError.unavailable(state, f"the host is {state}" + (f": {message}" if message else ""))
 
-    def run(self, parse: Callable[[], GenerateRequest]) -> list[Reply]:
+    def run(
+        self, parse: Callable[[], GenerateRequest | tuple[GenerateRequest, SecondPass | None]]
+    ) -> list[Reply]:
         """Parse a request, wait for its turn and for all of its pictures. A client that leaves cancels it.
+
+        Args:
+            parse: gives the request, and what is made of its latents where its pictures take two passes.
 
         Raises:
             ApiError: with the status of PROTOCOL's error table.
@@ -95,13 +101,14 @@ class Dispatcher:
         try:
             try:
                 with self._parsing, warnings_told() as told:
-                    request = parse()
+                    parsed = parse()
             except RequestError as error:
                 raise ApiError.from_request(error) from None
             began = time.monotonic()
-            job = Job(request, id=g.request_id)
+            request, second = parsed if isinstance(parsed, tuple) else (parsed, None)
+            job = Job(request, id=g.request_id, second=second)
             self._submit(job)
-            _encode(job.made)
+            self._encode(job)
             for reply in job.made:
                 self.metrics.made(reply, time.monotonic() - began)
                 reply.warnings = together(told, reply.warnings)
@@ -124,6 +131,22 @@ class Dispatcher:
         finally:
             self._slots.release()
 
+    def read(self, parse: Callable[[], Any]) -> Any:
+        """Parse a body that may hold pictures and asks nothing of the ranks; what `parse` gives.
+
+        Raises:
+            ApiError: 503 where too many are parsed already, else the fault that `parse` finds.
+        """
+        if not self._slots.acquire(blocking=False):
+            raise ApiError.unavailable("full", "too many requests at once")
+        try:
+            with self._parsing:
+                return parse()
+        except RequestError as error:
+            raise ApiError.from_request(error) from None
+        finally:
+            self._slots.release()
+
     def _submit(self, job: Job) -> Any:
         g.job = job
         try:
@@ -136,15 +159,20 @@ class Dispatcher:
         while not job.wait(DISCONNECT_POLL):
             if not job.cancelled and gone():
                 self.queue.drop(job)
-            _encode(job.made)  # here, so that the ranks draw the next picture meanwhile
+            self._encode(job)  # here, so that the ranks draw the next picture meanwhile
         if job.error is not None:
             raise _api_error(job.error)
         return job.reply
 
+    def _encode(self, job: Job) -> None:
+        """Encode the pictures of those replies that still have them."""
 
-def _encode(replies: Iterable[Reply]) -> None:
-    """Encode the pictures of those that still have them."""
-    side_by_side(Reply.encode, [reply for reply in replies if reply.pictures])
+        def encode(reply: Reply) -> None:
+            reply.encode(
+                None if job.request is None else made_by(job.request, reply, self.config, job.second)
+            )
+
+        side_by_side(encode, [reply for reply in job.made if reply.pictures])
 
 
 def _api_error(error: JobError) -> ApiError:

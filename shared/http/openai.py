@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, jsonify
@@ -59,16 +58,11 @@ def error_body(error: ApiError) -> dict[str, Any]:
     }
 
 
-def model_id(config: HostConfig) -> str:
-    """The checkpoint's name, without folder and suffix."""
-    return Path(config.checkpoint).name.removesuffix(".safetensors") or config.type
-
-
 def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
     """Add /v1/models, /v1/images/generations and /v1/images/edits."""
     config = dispatcher.config
     model = {
-        "id": model_id(config),
+        "id": config.model_id,
         "object": "model",
         "created": int(dispatcher.status.started),
         "owned_by": config.backend,

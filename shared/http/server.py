@@ -46,24 +46,22 @@ from shared.http.dispatch import ApiError, Dispatcher, check_json_type
 from shared.http.doors import Doors, is_preflight
 from shared.http.negotiate import negotiate
 from shared.http.openapi import openapi
-from shared.http.wsgi import MAX_BODY, NO_ROOM, TOO_LARGE, Refuse, Server
+from shared.http.wsgi import MAX_BODY, NO_ROOM, SMALL_BODY, Bound, Server
 from shared.launch.flags import HostConfig
 from shared.launch.wording import cut, shown
 
-__all__ = ["Server", "create_app", "refuses_unread"]
+__all__ = ["Server", "body_bound", "create_app"]
 
 log = logging.getLogger("host")
 
 REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{8,64}")  # what a client may call its request
-SMALL_BODY = (
-    64 << 10
-)  # bytes, of routes that take no pictures: they are parsed without a limit of their number
 MAX_ROUTE = 200  # characters of a path in the log
 REASONS = {499: "Client Closed Request"}
 OPEN_ROUTES = pages.OPEN_ROUTES | {"health"}  # endpoints that ask for no token
 PICTURE_ROUTES = frozenset(
     {"generate", "openai_generations", "openai_edits", "a1111_txt2img", "a1111_img2img"}
 )
+LARGE_BODIES = PICTURE_ROUTES | {"a1111_png_info"}
 ERROR_FORMS = {openai_api.PREFIX: openai_api.error_body, a1111_api.PREFIX: a1111_api.error_body}
 
 
@@ -119,16 +117,14 @@ def _add_frame(app: Flask, dispatcher: Dispatcher) -> None:
         given = http.headers.get("X-Request-Id", "")
         g.request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         g.began = time.monotonic()
-        if refusal := doors.refusal(http.headers.get("Host", ""), http.headers.get("Origin")):
-            raise ApiError(403, refusal)
+        if foreign := doors.refusal(http.headers.get("Host", ""), http.headers.get("Origin")):
+            raise ApiError(403, foreign)
         if is_preflight(http):  # it carries no token
             return Response(status=204)
         if api_key is not None and http.endpoint not in OPEN_ROUTES:
             _check_token(api_key)
-        if http.endpoint not in PICTURE_ROUTES and (http.content_length or 0) > SMALL_BODY:
-            raise ApiError(
-                413, f"the body of this route may have {SMALL_BODY} bytes; got {http.content_length}"
-            )
+        if refusal := http.environ.get("host.refusal"):
+            raise ApiError(*refusal)
         return None
 
     @app.errorhandler(Exception)
@@ -165,16 +161,24 @@ def token_fits(api_key: str, path: str, authorization: str) -> bool:
     return scheme.lower() == "bearer" and hmac.compare_digest(given, api_key.encode())
 
 
-def refuses_unread(config: HostConfig) -> Refuse:
-    """What the server refuses by its headers, before it keeps a body: foreign pages, and no token."""
+def body_bound(app: Flask, config: HostConfig) -> Bound:
+    """How large a body the server receives: none of foreign pages, and none without the token."""
     api_key, doors = config.api_key, Doors(config)
+    routes = app.url_map.bind("")
 
-    def refuses(path: str, headers: dict[str, str]) -> bool:
-        if doors.refusal(headers.get("HOST", ""), headers.get("ORIGIN")):
-            return True
-        return api_key is not None and not token_fits(api_key, path, headers.get("AUTHORIZATION", ""))
+    def bound(method: str, path: str, headers: dict[str, str]) -> int:
+        try:
+            endpoint, _ = routes.match(path, method)
+        except HTTPException:
+            endpoint = ""
+        refused = doors.refusal(headers.get("HOST", ""), headers.get("ORIGIN")) or (
+            api_key is not None
+            and endpoint not in OPEN_ROUTES
+            and not token_fits(api_key, path, headers.get("AUTHORIZATION", ""))
+        )
+        return 0 if refused else MAX_BODY if endpoint in LARGE_BODIES else SMALL_BODY
 
-    return refuses
+    return bound
 
 
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="multigpu diffusion"'}
@@ -213,8 +217,8 @@ def as_api_error(error: Exception) -> ApiError:
             allowed = headers.get("Allow", "")
             path, method = shown(http.path, MAX_ROUTE), cut(http.method, 20)
             return ApiError(405, f"{path} takes {allowed}; got {method}", headers=headers)
-        if code == 413:
-            return ApiError(413, TOO_LARGE)
+        if code == 413:  # of werkzeug, whose words tell neither; bodies are bounded before
+            return ApiError(413, "the form has too many parts, or too large ones")
         return ApiError(code, error.description or _reason(code), headers=headers)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         log.error("id=%s %s", g.request_id, error)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import resource
 import secrets
 import socket
 import threading
@@ -18,47 +19,35 @@ from typing import Any
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
-from waitress.receiver import ChunkedReceiver, FixedStreamReceiver
 from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, WSGITask
-from waitress.utilities import Error, RequestEntityTooLarge
+from waitress.utilities import Error
 
 from shared.api.requests import ErrorAnswer
 
-MAX_BODY = 64 << 20  # bytes
-MAX_DRAIN = 1 << 30  # bytes of a body that is too large which are read and thrown away, before the answer
+MAX_BODY = 64 << 20  # bytes, of routes that take pictures
+SMALL_BODY = 64 << 10  # bytes, of all others
+MAX_DRAIN = (
+    1 << 30
+)  # bytes of a refused body that are read and thrown away, so that its client reads the answer
 PARSING = 4  # requests that may be read and checked beside those that wait or run
 SPARE_THREADS = 4  # for /health, /progress and /cancel, whatever /generate does
 MAX_WATCHERS = 16  # open streams of GET /events; each holds a thread
-TOO_LARGE = f"the body is larger than {MAX_BODY >> 20} MiB"
+CHUNK_LINES = 4 << 10  # bytes that the lines of a chunked body may have beside as much as its content
 NO_ROOM = "the host has no room for this body: its temporary folder is full"
 HEADER_SECONDS = 20.0  # from the first byte of a request to the end of its headers
 BODY_SECONDS = 60.0  # for a body or an answer, and what it takes at SLOWEST besides
 SLOWEST = 16 << 10  # bytes a second
-LINGER_SECONDS = 10.0  # for which a refused body is read away, so that the client reads the answer
+LINGER_SECONDS = 10.0  # for a refused body after its answer, and what it takes at SLOWEST besides
 IDLE_CONNECTIONS = 256  # beside those whose requests wait or run; then the longest idle ones are closed
 PER_ADDRESS = 192  # connections
+OTHER_FILES = 64  # open ones of a process that are not connections
 
-Refuse = Callable[[str, dict[str, str]], bool]
-"""Whether a request of this path and these headers (WSGI's names without HTTP_) is refused unread."""
+Bound = Callable[[str, str, dict[str, str]], int]
+"""How many bytes of body a request of this method, path and headers (WSGI's names without HTTP_) may have."""
 
 # `localhost` often names an IPv6 address that a container does not have.
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-
-
-class _Nowhere:
-    """A buffer that keeps nothing but the count."""
-
-    size = 0
-
-    def append(self, data: bytes) -> None:
-        self.size += len(data)
-
-    def __len__(self) -> int:
-        return self.size
-
-    def close(self) -> None:
-        pass
 
 
 class _TooSlow(Error):
@@ -66,24 +55,21 @@ class _TooSlow(Error):
     reason = "Request Timeout"
 
 
-class _NoRoom(Error):
-    code = 507
-    reason = "Insufficient Storage"
-
-
 class _Parser(HTTPRequestParser):
-    """Reads the rest of a body that is too large before it is answered.
+    """Reads a request as far as its route takes it.
 
-    Closing a socket with unread data resets the connection, and the client would lose its 413. A client that
-    sent `Expect: 100-continue` has not begun and is answered at once.
-
-    A request that is refused by its headers is complete with them: its answer does not wait for the body,
-    which the channel throws away.
+    One that is refused is complete then: the application answers it in its route's form, and the channel
+    throws away what else comes. Closing a socket with unread data would reset the connection, and the client
+    would lose its answer.
     """
 
     expect_continue: bool = False
+    error: Error | None
     body_rcv: Any
-    _drain: FixedStreamReceiver | ChunkedReceiver | None = None
+    path: str | None = None
+    refusal: tuple[int, str] | None = None
+    """Status and reason, where the application is to refuse the request."""
+    _most = MAX_BODY
 
     def __init__(self, adj: Any, channel: _Channel) -> None:
         super().__init__(adj)
@@ -91,41 +77,41 @@ class _Parser(HTTPRequestParser):
         self.began = time.monotonic()
 
     def received(self, data: bytes) -> int:
-        if self._drain is not None:
-            consumed = self._drain.received(data)
-            self.completed = self._drain.completed or bool(self._drain.error) or len(self._drain) > MAX_DRAIN
-            return consumed
         in_headers = not self.headers_finished
         try:
             consumed = super().received(data)
         except OSError as error:
             # The receiver has counted nothing of this piece, and no byte of the body is of use any more.
             logging.getLogger("host").error("a body could not be kept: %s", error)
-            self.error = _NoRoom(NO_ROOM)
-            return self._end_unread(data)
-        if in_headers and self.headers_finished and self.body_rcv is not None and not self.error:
-            refuse = self.channel.server.refuse
-            if refuse is not None and refuse(self.path, self.headers):
-                self.headers["CONTENT_LENGTH"] = "0"
-                self.body_rcv, self.expect_continue = None, False
-                return self._end_unread(data)
-        if isinstance(self.error, RequestEntityTooLarge) and not self.expect_continue:
-            if self.chunked:
-                self.body_rcv.buf.close()
-                self.body_rcv.buf = _Nowhere()
-                self._drain = self.body_rcv
-            elif self.content_length <= MAX_DRAIN:
-                self._drain = FixedStreamReceiver(self.content_length, _Nowhere())
-            self.completed = self._drain is None
+            self.refuse(507, NO_ROOM)
+            return len(data)
+        if self.error and self.path is not None:
+            # A transfer coding that waitress does not have is its one 501; the client is to blame for it.
+            code = self.error.code if self.error.code < 500 else 400
+            self.refuse(code, f"{self.error.reason}: {self.error.body}")
+        elif self.body_rcv is None:
+            pass
+        elif in_headers:
+            self._most = self.channel.server.bound(self.command, self.path, self.headers)
+            if self.content_length > self._most or (self.chunked and not self._most):
+                self._refuse_size()
+        elif len(self.body_rcv) > self._most or self.body_bytes_received > 2 * self._most + CHUNK_LINES:
+            self._refuse_size()
         if self.completed:
             self.expect_continue = False
-        return consumed
+        return consumed if self.refusal is None else len(data)
 
-    def _end_unread(self, data: bytes) -> int:
+    def _refuse_size(self) -> None:
+        self.refuse(413, f"the body of this route may have {self._most} bytes")
+
+    def refuse(self, status: int, reason: str) -> None:
         """The request ends here; whatever else comes on this connection is thrown away."""
-        self.headers["CONNECTION"] = "close"
+        self.refusal, self.error = (status, reason), None
+        self.headers["CONTENT_LENGTH"], self.headers["CONNECTION"] = "0", "close"
+        if self.body_rcv is not None:
+            self.body_rcv.getbuf().close()
+        self.body_rcv, self.expect_continue = None, False
         self.completed = self.channel.discarding = True
-        return len(data)
 
     def too_slow(self) -> str:
         """Why the client has had its time for what is not complete, else nothing."""
@@ -138,12 +124,11 @@ class _Parser(HTTPRequestParser):
 
 
 class _JsonErrorTask(ErrorTask):
-    """Answers what never became a request: malformed HTTP, headers or a body too large."""
+    """Answers what never became a request: malformed HTTP, headers too large or too slow."""
 
     def execute(self) -> None:
         error = self.request.error
-        own = {RequestEntityTooLarge: TOO_LARGE, _NoRoom: NO_ROOM}
-        text = own.get(type(error)) or f"{error.reason}: {error.body}"
+        text = f"{error.reason}: {error.body}"
         request_id = secrets.token_hex(8)
         logging.getLogger("host").info("id=%s status=%d %s", request_id, error.code, text)
         body = ErrorAnswer(message=text).model_dump_json().encode()
@@ -155,12 +140,12 @@ class _JsonErrorTask(ErrorTask):
 
 
 class _Task(WSGITask):
-    """Tells the application how many bytes of its answer the client has not taken yet."""
+    """Tells the application why it is to refuse, and how many bytes of its answer are still to be taken."""
 
     def get_environment(self) -> dict[str, Any]:
-        if self.environ is None:
-            super().get_environment()["host.unsent"] = lambda: self.channel.total_outbufs_len
-        environ: dict[str, Any] = self.environ
+        environ: dict[str, Any] = super().get_environment()
+        environ["host.unsent"] = lambda: self.channel.total_outbufs_len
+        environ["host.refusal"] = self.request.refusal
         return environ
 
 
@@ -172,7 +157,8 @@ class _Channel(HTTPChannel):
     request: _Parser | None
     discarding = False
     """What comes is thrown away: it belongs to a body that was refused."""
-    _lingers_until: float | None = None
+    _discarded = 0  # bytes
+    _lingers_since: float | None = None
     _must_take_by: float | None = None
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -183,13 +169,17 @@ class _Channel(HTTPChannel):
         return _Parser(adj, self)
 
     def received(self, data: bytes) -> bool:
-        return True if self.discarding else bool(super().received(data))
+        if self.discarding:
+            self._discarded += len(data)
+            return True
+        return bool(super().received(data))
 
     def readable(self) -> bool:
         """Asked in each round of the loop, at least once a second."""
         now = time.monotonic()
-        if self._lingers_until is not None:
-            if now > self._lingers_until:
+        if self._lingers_since is not None:
+            most = LINGER_SECONDS + self._discarded / SLOWEST
+            if now > self._lingers_since + most or self._discarded > MAX_DRAIN:
                 self.will_close = True
             return not self.will_close
         self._bound_request()
@@ -202,12 +192,12 @@ class _Channel(HTTPChannel):
         return bool(super().readable())
 
     def writable(self) -> bool:
-        return bool(self.will_close if self._lingers_until is not None else super().writable())
+        return bool(self.will_close if self._lingers_since is not None else super().writable())
 
     def handle_close(self) -> None:
-        if self.discarding and self.connected and self._lingers_until is None:
+        if self.discarding and self.connected and self._lingers_since is None:
             # A close with unread bytes would be a reset, and the client would lose its answer.
-            self._lingers_until = time.monotonic() + LINGER_SECONDS
+            self._lingers_since = time.monotonic()
             self.will_close = self.close_when_flushed = False
             with contextlib.suppress(OSError):
                 self.socket.shutdown(socket.SHUT_WR)
@@ -219,8 +209,11 @@ class _Channel(HTTPChannel):
         if request is None or self.requests or not (why := request.too_slow()):
             return
         with self.requests_lock:
-            request.error, request.completed = _TooSlow(why), True
-            self.discarding = True
+            if request.headers_finished:
+                request.refuse(408, why)
+            else:
+                request.error = _TooSlow(why)
+            request.completed = self.discarding = True
             self.requests.append(request)
             self.request = None
         self.server.add_task(self)
@@ -257,17 +250,21 @@ class Server:
         app: the application.
         host, port: where to serve; port 0 takes a free one.
         max_queue: requests that may wait; each holds one thread, and some are left for the quick routes.
-        refuse: what is refused unread, if anything.
+        bound: how large the body of a request may be; 0 where it is refused by its headers.
 
     Raises:
         OSError: the port is in use, or the address is not this machine's.
     """
 
-    def __init__(self, app: Any, host: str, port: int, max_queue: int, refuse: Refuse | None = None) -> None:
+    def __init__(
+        self, app: Any, host: str, port: int, max_queue: int, bound: Bound = lambda *_: MAX_BODY
+    ) -> None:
         self._sockets = _bind(host, port)
         self.host = host
         self.port: int = self._sockets[0].getsockname()[1]
         threads = max_queue + 1 + PARSING + SPARE_THREADS + MAX_WATCHERS
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most_connections = min(threads + IDLE_CONNECTIONS, max(files - OTHER_FILES, OTHER_FILES // 4))
         # A full queue is answered 503; that waitress has tasks waiting for a thread says nothing more.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self._map: dict[int, Any] = {}
@@ -279,7 +276,7 @@ class Server:
             ident="",
             # One request is read ahead, for a client that leaves is noticed only while its socket is read.
             channel_request_lookahead=1,
-            max_request_body_size=MAX_BODY + 1,
+            max_request_body_size=1 << 62,  # each route has its own bound
             max_request_header_size=64 << 10,
             # Reached only when so many are at work: idle ones are closed before.
             connection_limit=threads + 2 * IDLE_CONNECTIONS,
@@ -295,8 +292,8 @@ class Server:
         self._listeners = [d for d in self._map.values() if isinstance(d, BaseWSGIServer)]
         for listener in self._listeners:
             listener.channel_class = _Channel
-            listener.refuse = refuse
-            listener.most_connections = threads + IDLE_CONNECTIONS
+            listener.bound = bound
+            listener.most_connections = most_connections
         self._thread = threading.Thread(target=self._server.run, name="http", daemon=True)
         self._thread.start()
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from shared.launch.logs import on_terminal
@@ -405,6 +406,11 @@ class HostConfig:
         """Those of the flags that are not at their defaults."""
         defaults = {f.name: f.default for f in fields(self)}
         return [flag for flag in flags if getattr(self, flag) != defaults[flag]]
+
+    @property
+    def model_id(self) -> str:
+        """The checkpoint's name, without folder and suffix."""
+        return Path(self.checkpoint).name.removesuffix(".safetensors") or self.type
 
     @property
     def offloads(self) -> bool:

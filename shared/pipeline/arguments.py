@@ -55,7 +55,7 @@ def call_arguments(
         _tensors("positive_embeds", request.positive_embeds, device),
         _tensors("negative_embeds", request.negative_embeds, device),
         request.clip_skip,
-        config.compel,
+        config.compel and request.prompt_syntax is None,  # A1111's notation is read elsewhere
     )
     if "width" in spec.fields:
         arguments |= {"width": request.width, "height": request.height}

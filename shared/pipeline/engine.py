@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from shared.api.jobs import JobQueue
+from shared.api.jobs import JobQueue, SecondPass
 from shared.api.lora_dir import LoraNameError, find_lora
 from shared.api.media import encode_image
 from shared.api.requests import FieldProblem, GenerateRequest, Reply, RequestError
@@ -22,6 +22,7 @@ from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
 from shared.parallel.graphs import Captured
 from shared.pipeline.arguments import call_arguments, part_of_schedule
+from shared.pipeline.latents import enlarged
 from shared.pipeline.lora import LoraError, LoraSet, loras_of
 from shared.pipeline.memory import freeze_heap
 from shared.pipeline.preview import Previewer
@@ -106,7 +107,7 @@ class PipelineEngine:
         if self._previewer is not None:
             self._previewer.begin(request)
         try:
-            with scheduler_for_request(self.pipe, self.spec, request.scheduler):
+            with scheduler_for_request(self.pipe, self.spec, request.scheduler, request.steps):
                 output = self._call(request, watch, holds_picture)
         except RequestError:
             raise
@@ -244,6 +245,10 @@ class PipelineEngine:
             self._previewer = Previewer(self.pipe, self.spec, queue, self.world.device)
         except (RuntimeError, ValueError, AttributeError) as error:
             log.warning("the page shows no previews: %s", error)
+
+    def enlarge(self, draft: Reply, second: SecondPass) -> bytes:
+        """The safetensors of a first pass' latents as its second pass takes them."""
+        return enlarged(draft, second)
 
     def list_loras(self) -> list[dict[str, Any]]:
         """The LoRAs in use, with their scales and how many of their layers fit."""

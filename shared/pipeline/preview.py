@@ -17,6 +17,7 @@ from shared.api.jobs import JobQueue
 from shared.api.requests import GenerateRequest
 from shared.models import ModelSpec
 from shared.pipeline.arguments import latent_shape
+from shared.pipeline.latents import picture_latents
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,25 +128,6 @@ def fit_projection(vae: Any, device: torch.device) -> torch.Tensor:
         raise RuntimeError("the VAE encodes a picture to numbers that are not finite")
     wanted = F.adaptive_avg_pool2d(pixels, z.shape[-2:])
     return torch.linalg.lstsq(_with_one(_rows(z[0])), _rows(wanted[0])).solution.to(device)
-
-
-def picture_latents(latents: torch.Tensor, layout: str, grid: tuple[int, int]) -> torch.Tensor:
-    """One picture's latents [channels, height, width] out of a pipeline's; of a video the middle frame.
-
-    Args:
-        latents: [1, ...], laid out as ModelSpec.latent_layout says.
-        grid: (height, width) in latents, which packed latents do not tell.
-    """
-    first = latents[0]
-    if layout == "ncfhw":
-        return first[:, first.shape[1] // 2]
-    if layout == "nfchw":
-        return first[first.shape[0] // 2]
-    if layout == "packed":
-        height, width = grid
-        tiles = first.view(height // 2, width // 2, -1, 2, 2)
-        return tiles.permute(2, 0, 3, 1, 4).reshape(-1, height, width)
-    return first
 
 
 def project(latents: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:

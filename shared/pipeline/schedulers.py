@@ -32,13 +32,16 @@ class SchedulerError(ValueError):
     """A scheduler that this type or installation does not have; the sentence says what there is."""
 
 
-def make_scheduler(current: Any, spec: ModelSpec, wanted: str | Mapping[str, Any]) -> Any:
+def make_scheduler(
+    current: Any, spec: ModelSpec, wanted: str | Mapping[str, Any], steps: int | None = None
+) -> Any:
     """A new scheduler with the settings of `current`, changed by what the name and the JSON say.
 
     Args:
         current: the checkpoint's scheduler: its betas, prediction type and so on stay.
         wanted: `"k_euler"`, `"EulerDiscreteScheduler"`, or `{"scheduler": name, **settings}`; a setting `eta`
             is what the pipeline hands to the scheduler's steps.
+        steps: of the request; some settings break longer schedules only.
 
     Raises:
         SchedulerError: not on the type's list, a setting that the class does not take, a package missing.
@@ -75,7 +78,7 @@ def make_scheduler(current: Any, spec: ModelSpec, wanted: str | Mapping[str, Any
     try:
         made = cls.from_config(current.config, **{**entry.settings, **settings, **given})
         if given:
-            _try_out(cls.from_config(made.config))
+            _try_out(cls.from_config(made.config), steps or TRIED_STEPS)
     except ImportError as error:
         raise SchedulerError(f"{name} needs a package that is not installed: {_last_line(error)}") from None
     except Exception as error:  # whatever a setting of another type or size leads to
@@ -84,20 +87,22 @@ def make_scheduler(current: Any, spec: ModelSpec, wanted: str | Mapping[str, Any
     return made
 
 
-def set_scheduler(pipe: Any, spec: ModelSpec, wanted: str | Mapping[str, Any] | None) -> None:
+def set_scheduler(
+    pipe: Any, spec: ModelSpec, wanted: str | Mapping[str, Any] | None, steps: int | None = None
+) -> None:
     """Make it the pipeline's scheduler; None leaves the checkpoint's. Raises SchedulerError."""
     if wanted is not None:
-        pipe.register_modules(scheduler=make_scheduler(pipe.scheduler, spec, wanted))
+        pipe.register_modules(scheduler=make_scheduler(pipe.scheduler, spec, wanted, steps))
 
 
 @contextlib.contextmanager
 def scheduler_for_request(
-    pipe: Any, spec: ModelSpec, wanted: str | Mapping[str, Any] | None
+    pipe: Any, spec: ModelSpec, wanted: str | Mapping[str, Any] | None, steps: int | None = None
 ) -> Iterator[None]:
-    """Another scheduler for one call; the launch's is back afterwards. Raises SchedulerError."""
+    """Another scheduler for one call of `steps`; the launch's is back afterwards. Raises SchedulerError."""
     launched = pipe.scheduler
     try:
-        set_scheduler(pipe, spec, wanted)
+        set_scheduler(pipe, spec, wanted, steps)
         yield
     finally:
         pipe.register_modules(scheduler=launched)
@@ -248,12 +253,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def _try_out(scheduler: Any) -> None:
-    """A few steps: what settings break is told before the ranks are at work. Raises whatever they raise."""
+def _try_out(scheduler: Any, steps: int) -> None:
+    """All steps on a tiny sample: what settings break is told before the ranks work. Raises anything."""
     shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
     drawn = "generator" in inspect.signature(scheduler.step).parameters
     with torch.random.fork_rng(devices=[]):
-        scheduler.set_timesteps(TRIED_STEPS, **shift)
+        scheduler.set_timesteps(steps, **shift)
         sample = torch.ones(1, 4, 8, 8)
         for timestep in scheduler.timesteps:
             if hasattr(scheduler, "scale_model_input"):

@@ -177,6 +177,7 @@ class Generate:
     job_id: str
     request: GenerateRequest
     pictures: int = 1  # ranks that work on another picture than the first take the seeds after this one
+    latents: tuple[bytes, ...] = ()  # what each picture starts from, in place of the request's
 
 
 @dataclass(frozen=True)

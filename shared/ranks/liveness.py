@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 # Of --collective_timeout: how long somebody may stand still. The rest is for noticing it and ending.
 PATIENCE = 0.65
+
+# From a rank that was told to stop to the others: so all of them end in order, whichever was told.
+STOP_TOGETHER = signal.SIGUSR1
+HEEDED_SECONDS = 5.0  # in which another rank must have come far enough to hear it
 
 
 class Patience:
@@ -84,6 +89,28 @@ def dead_ranks() -> list[int]:
         *(int(_rank_of(child) or -1) for child in _children(os.getppid()) if not _is_in(child, "ZX")),
     }
     return sorted(set(range(first, first + count)) - alive)
+
+
+def stop_others() -> None:
+    """Tell the other ranks that the launcher of this machine started; those that have just begun as well."""
+    others = [child for child in _children(os.getppid()) if child != os.getpid() and _rank_of(child)]
+    deadline = time.monotonic() + HEEDED_SECONDS
+    for pid in others:
+        while not (heeds := _heeds(pid)) and not _is_in(pid, "ZX") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with contextlib.suppress(OSError):  # it has just ended
+            if heeds:
+                os.kill(pid, STOP_TOGETHER)
+
+
+def _heeds(pid: int) -> bool:
+    """Whether a process handles STOP_TOGETHER, which would kill it otherwise."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (STOP_TOGETHER - 1) & 1)
 
 
 def died(ranks: list[int]) -> str:

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any, Protocol
 
-from shared.api.jobs import HostStatus, Job, JobError, JobQueue
+from shared.api.jobs import HostStatus, Job, JobError, JobQueue, SecondPass
 from shared.api.requests import GenerateRequest, Reply, RequestError
 from shared.api.warned import together, warnings_told
 from shared.launch.logs import on_terminal
@@ -50,6 +50,10 @@ class Engine(Protocol):
 
     def preview_to(self, queue: JobQueue) -> None:
         """Show pictures to those who watch the queue, as they form; called on rank 0 alone."""
+        ...
+
+    def enlarge(self, draft: Reply, second: SecondPass) -> bytes:
+        """The safetensors of a first pass' latents as its second pass takes them; called on rank 0 only."""
         ...
 
     def undo(self, method: str, arguments: dict[str, Any]) -> None:
@@ -105,7 +109,7 @@ class RankLoop:
             # When the ranks break apart the job stays the running one: whoever ends the host answers it.
             self._finish(job, self._carry_out(message, job))
             if job is None or not job.done:
-                continue  # with the next of the job's pictures
+                continue  # with the next of the job's pictures, or the second pass of this one
             if self.queue is not None:
                 self.queue.release()
             self._set_state("ready")
@@ -121,7 +125,8 @@ class RankLoop:
             return Stop() if self.queue.closed else Ping()
         if job.request is None:
             return Call(job.id, *job.call)
-        return Generate(job.id, *job.draw(self.at_once))
+        request, pictures = job.draw(self.at_once)
+        return Generate(job.id, request, pictures, job.starts)
 
     def _carry_out(self, message: Generate | Call, job: Job | None) -> list[Outcome]:
         rank = self.channel.world.rank
@@ -158,7 +163,11 @@ class RankLoop:
     def _generate(self, message: Generate, job: Job | None) -> Reply | None:
         """This rank's picture. A rank whose picture nobody asked for keeps step with the others."""
         number = getattr(self.engine, "picture", 0)
-        reply = self.engine.generate(message.request.numbered(number), self._step_boundary(job))
+        request = message.request.numbered(number)
+        if message.latents:
+            latent = message.latents[min(number, len(message.latents) - 1)]
+            request = request.model_copy(update={"latent": latent})
+        reply = self.engine.generate(request, self._step_boundary(job))
         return reply if number < message.pictures else None
 
     def _agree(self, verdict: Verdict) -> None:
@@ -206,11 +215,22 @@ class RankLoop:
                     for reply in results:
                         reply.warnings = together(reply.warnings, *(o.warnings for o in outcomes))
                     job.add(results)
+                    self._enlarge(job)
             elif not broken:
                 job.finish(error=self._job_error(verdict, outcomes))
         if broken:
             reasons = "; ".join(f"rank {o.rank}: {o.error}" for o in outcomes if o.error)
             raise BrokenJobError(f"the ranks lost each other ({reasons or 'a collective failed'})")
+
+    def _enlarge(self, job: Job) -> None:
+        """Make the second passes' latents out of the first ones'."""
+        if job.second is None or not job.drafts or job.done:
+            return
+        try:
+            job.starts = tuple(self.engine.enlarge(draft, job.second) for draft in job.drafts)
+        except Exception as error:
+            log.exception("request %s failed between its passes", job.id)
+            job.finish(error=JobError(500, str(error) or type(error).__name__))
 
     def _job_error(self, verdict: Verdict, outcomes: list[Outcome]) -> JobError:
         if verdict is Verdict.CANCELLED:

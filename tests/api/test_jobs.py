@@ -189,3 +189,20 @@ def test_health() -> None:
     queue.submit(job())
     health = HostStatus("asyncdiff", "sd1", 2).health(queue)
     assert (health["state"], health["queue_length"], health["world_size"]) == ("loading", 1, 2)
+    assert health["loaded"] == 0
+
+
+def test_loading_is_told_until_the_host_is_ready_or_broken() -> None:
+    status, queue = HostStatus("asyncdiff", "sd1", 2), JobQueue(2)
+
+    def told() -> tuple[str, int, str]:
+        health = status.health(queue)
+        return health["state"], health["loaded"], health["message"]
+
+    status.at(20, "loading the model")
+    assert told() == ("loading", 20, "loading the model")
+    status.ready()
+    assert told() == ("ready", 100, "")
+    status.state, status.message = "broken", "rank 1 died"
+    status.at(75, "warming up")
+    assert told() == ("broken", 100, "rank 1 died")

@@ -2,59 +2,28 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import inspect
+import logging
 import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import requests
-import torch
 
 from shared.backends import BACKENDS
 from shared.launch.flags import HostConfig
 from shared.launch.parser import parse_config
 from shared.models import MODELS, SCHEDULERS, schedulers_for
-from tests.comfy_stub import INPUTS, PACK, SCHEMA, WIDGETS, ComfyUI, InterruptProcessingException, install
+from tests.comfy_stub import INPUTS, PACK, SCHEMA, ComfyUI, InterruptProcessingException
 from tests.comfy_workflows import FOLDER, WORKFLOWS, texts
 from tests.httphost import FakeHost, config_of
-from tests.test_host import DEMO_CHECKPOINT, ROOT, Launch, alive, until
-from tests.test_matrix import psnr
-
-STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
-    models = tmp_path_factory.mktemp("models")
-    (models / "diffusers").mkdir()
-    (models / "diffusers" / "demo").symlink_to(DEMO_CHECKPOINT)
-    folders = {
-        "diffusers": ["sdxl", "sd15", "svd", "x4-upscaler"],
-        "animatediff_models": ["animatediff-motion-adapter"],
-    }
-    for kind, names in folders.items():
-        for name in names:
-            (models / kind / name).mkdir(parents=True)
-            marker = "model_index.json" if kind == "diffusers" else "config.json"
-            (models / kind / name / marker).write_text("{}")
-    (models / "loras").mkdir()
-    for name in ("a", "b"):
-        (models / "loras" / f"{name}.safetensors").write_bytes(b"")
-    with pytest.MonkeyPatch.context() as patch:
-        comfy = install(patch.setitem, models)
-        yield comfy
-        comfy.pack["launched"].HOSTS.stop_all()
+from tests.test_host import DEMO_CHECKPOINT, ROOT, alive, until
 
 
 def defaults(comfy: ComfyUI, node: str, **given: Any) -> dict[str, Any]:
@@ -66,19 +35,6 @@ def defaults(comfy: ComfyUI, node: str, **given: Any) -> dict[str, Any]:
         elif one.given.get("options"):
             inputs[one.id] = one.given["options"][0]
     return {"class_type": node, "inputs": inputs | given}
-
-
-def sampler(comfy: ComfyUI, host: Launch, **given: Any) -> tuple[Any, ...]:
-    """Execute an attached sampler; values that are no JSON go to it directly."""
-    attach = defaults(comfy, "MultiGPUDiffusionAttachHost", url=host.url)
-    handle = comfy.run({"1": attach})["1"][0]
-    small = {"seed": 7, "steps": STEPS, "cfg": 4.0, "width": 128, "height": 128}
-    inputs = defaults(comfy, "MultiGPUDiffusionSampler", **small)["inputs"]
-    return comfy.nodes["MultiGPUDiffusionSampler"].execute(**(inputs | {"host": handle} | given)).args
-
-
-def pixels(image: torch.Tensor) -> np.ndarray:
-    return (image[0].numpy() * 255).round().astype(np.uint8)
 
 
 def test_the_choices_are_the_registrys(comfy: ComfyUI):
@@ -148,7 +104,7 @@ def test_workflows_run_and_their_launches_parse(
             self.host = comfy.pack["host"].Host(hosts[-1].url)
             self.pid, self.log = 0, Path("none")
 
-        def wait_until_ready(self, check: Any) -> None:
+        def wait_until_ready(self, check: Any, on_loading: Any) -> None:
             check()
 
         def alive(self) -> bool:
@@ -170,106 +126,6 @@ def test_workflows_run_and_their_launches_parse(
     if name == "pictures":
         assert request.scheduler == "k_dpmpp_2m" and "--auto_balance" in flags
         assert outputs["4"][1]["samples"].shape == (1, 4, 128, 128)
-
-
-def test_a_picture_with_progress_is_the_hosts_own(comfy: ComfyUI, demo_host: Launch):
-    comfy.progress.clear()
-    image, latent = sampler(comfy, demo_host, steps=30, negative="yellow")
-    assert image.shape == (1, 128, 128, 3) and latent["samples"].shape == (1, 4, 16, 16)
-    assert comfy.progress == sorted(comfy.progress) and comfy.progress[-1] == 100
-    assert any(0 < percent < 100 for percent in comfy.progress)
-    body = {"positive": "a red circle on a blue background", "negative": "yellow", "steps": 30, "seed": 7}
-    answer = requests.post(
-        f"{demo_host.url}/generate", json=body | {"cfg": 4.0, "return_latent": True}, timeout=60
-    ).json()
-    assert torch.equal(image, comfy.pack["convert"].images(answer["output"]))
-    own = comfy.pack["convert"].latent_to_host(latent["samples"], "sd1")
-    both = [_latent(base64.b64decode(text)) for text in (own, answer["latent"])]
-    torch.testing.assert_close(*both)
-
-
-def _latent(data: bytes) -> torch.Tensor:
-    import safetensors.torch
-
-    return safetensors.torch.load(data)["latent"]
-
-
-def test_latents_in_and_out(comfy: ComfyUI, demo_host: Launch):
-    whole, finished = sampler(comfy, demo_host)
-    _, half = sampler(comfy, demo_host, stop_at=0.5)
-    rest, _ = sampler(comfy, demo_host, latent=half, denoise=0.5, add_noise=False)
-    assert psnr(pixels(rest), pixels(whole)) >= 45
-    again, _ = sampler(comfy, demo_host, latent=finished, denoise=0.34)
-    other, _ = sampler(comfy, demo_host, latent=finished, denoise=1.0, seed=8)
-    assert 15 < psnr(pixels(again), pixels(whole)) < 45
-    assert psnr(pixels(again), pixels(whole)) > psnr(pixels(other), pixels(whole))
-    # An empty latent is a size and a number of pictures.
-    both, _ = sampler(comfy, demo_host, latent={"samples": torch.zeros(2, 4, 20, 12)}, width=512)
-    assert both.shape == (2, 160, 96, 3) and not torch.equal(both[0], both[1])
-    with pytest.raises(ValueError, match="latent: needed where denoise"):
-        sampler(comfy, demo_host, denoise=0.5)
-
-
-def test_flux_latents_are_packed_and_unpacked(comfy: ComfyUI):
-    convert = comfy.pack["convert"]
-    samples = torch.randn(1, 16, 8, 12)
-    packed = convert.latent_to_host(samples, "flux")
-    assert _latent(base64.b64decode(packed)).shape == (1, 24, 64)
-    torch.testing.assert_close(convert.latent_from_host(packed, "flux", 96, 64), samples)
-    from diffusers import FluxPipeline
-
-    theirs = FluxPipeline._pack_latents((samples - 0.1159) * 0.3611, 1, 16, 8, 12)
-    torch.testing.assert_close(_latent(base64.b64decode(packed)), theirs)
-
-
-def test_conditioning_is_the_prompt(comfy: ComfyUI, demo_host: Launch):
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(DEMO_CHECKPOINT / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(DEMO_CHECKPOINT / "text_encoder")
-
-    def encode(text: str) -> list[Any]:
-        tokens = tokenizer(text, padding="max_length", truncation=True, return_tensors="pt")
-        with torch.no_grad():
-            made = encoder(tokens.input_ids)
-        return [[made[0], {"pooled_output": made[1]}]]
-
-    usual, _ = sampler(comfy, demo_host, negative="yellow")
-    prompts = {
-        "positive": "",
-        "negative": "",
-        "positive_conditioning": encode("a red circle on a blue background"),
-    }
-    same, _ = sampler(comfy, demo_host, **prompts, negative_conditioning=encode("yellow"))
-    assert psnr(pixels(same), pixels(usual)) >= 45
-    # What is shorter is repeated; attention does not see the difference.
-    long = encode("yellow")
-    long[0][0] = long[0][0].repeat(1, 2, 1)
-    repeated, _ = sampler(comfy, demo_host, **prompts, negative_conditioning=long)
-    assert psnr(pixels(repeated), pixels(usual)) >= 45
-    masked = [[long[0][0], {"mask": torch.ones(1, 8, 8)}]]
-    with pytest.raises(ValueError, match=r"positive_embeds: .* mask"):
-        sampler(comfy, demo_host, positive_conditioning=masked)
-
-
-def test_cancel_frees_the_host_and_errors_are_the_hosts_words(comfy: ComfyUI, demo_host: Launch):
-    comfy.progress.clear()
-
-    def press() -> None:
-        until(lambda: any(comfy.progress), 20)
-        comfy.interrupted = True
-
-    threading.Thread(target=press, daemon=True).start()
-    began = time.monotonic()
-    with pytest.raises(InterruptProcessingException):
-        sampler(comfy, demo_host, steps=900)
-    assert time.monotonic() - began < 20 and not comfy.interrupted
-    until(lambda: requests.get(f"{demo_host.url}/health", timeout=5).json()["state"] == "ready", 3)
-    error = comfy.pack["host"].HostError
-    with pytest.raises(error, match="control_image: the host was started without --control_net"):
-        sampler(comfy, demo_host, control_image=torch.rand(1, 64, 64, 3))
-    with pytest.raises(error, match=r"no answer from the host at http://127\.0\.0\.1:9:"):
-        comfy.run({"1": defaults(comfy, "MultiGPUDiffusionAttachHost", url="http://127.0.0.1:9")})
 
 
 @pytest.fixture
@@ -304,6 +160,16 @@ def test_a_launched_host_lives_until_something_needs_another(comfy: ComfyUI, pro
     with pytest.raises(comfy.pack["host"].HostError, match="--stride: must be at most 2; got '3'"):
         run(flags="--stride=3")
     assert not hosts.pids() and not alive(third)
+
+
+def test_a_host_that_loads_is_seen_to(comfy: ComfyUI, project: str, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO)
+    comfy.progress.clear()
+    plain = {"type": "sd1", "checkpoint": "demo/", "ranks": 1, "project": project}
+    comfy.run({"9": defaults(comfy, "MultiGPUDiffusionLaunchHost", **plain)})
+    comfy.pack["launched"].HOSTS.stop_all()
+    assert 5 in comfy.progress and comfy.progress == sorted(set(comfy.progress))
+    assert "the host is loading: importing libraries" in [r.getMessage() for r in caplog.records]
 
 
 def test_a_cancelled_launch_and_one_whose_node_is_gone_leave_nothing(comfy: ComfyUI, project: str):
@@ -360,13 +226,13 @@ LEFT_OUT = {
 }
 
 
-def test_every_flag_has_a_widget_and_every_widget_a_tooltip(comfy: ComfyUI):
+def test_every_flag_has_a_widget_and_every_input_a_tooltip(comfy: ComfyUI):
     named: set[str] = set()
     for name, cls in comfy.nodes.items():
         if name.startswith("MultiGPUDiffusion"):
             inputs = cls.define_schema().inputs
             named |= {one.id for one in inputs}
-            bare = [one.id for one in inputs if one.io_type in WIDGETS and not one.given.get("tooltip")]
+            bare = [one.id for one in inputs if not one.given.get("tooltip")]
             assert not bare, f"{name}: no tooltip for {bare}"
     plans = comfy.pack["nodes"].PLANS
     for flag in dataclasses.fields(HostConfig):

@@ -141,6 +141,10 @@ def test_options_become_flags_that_the_host_parses(
     )
     assert "img2img" in refused(IMG2IMG=True)
     assert "it takes no type" in refused(Options=["host_url:http://x", "type:sd1"])
+    for wrong in ("strength:0", "strength:1.5", "strength:much"):
+        assert "strength: a number above 0 and at most 1" in refused(Options=["host_url:http://x", wrong])
+    assert "strength: with a ControlNet" in refused(Options=["type:sd1", "strength:0.5"], ControlNet="x")
+    assert options.plan(messages.ModelOptions(Options=["type:sd1", "strength:0.4"])).strength == 0.4
     assert "stride is given twice" in refused(Options=["stride:1", "stride:2"])
     assert options.plan(
         messages.ModelOptions(
@@ -241,6 +245,55 @@ def test_a_running_host_is_asked_for_a_video(client: Client, tmp_path: Path):
         assert code == CODE.INVALID_ARGUMENT and "makes videos" in told
     assert client.state() == -1
     assert client.fails("LoadModel", "ModelOptions", Options=[f"host_url:{host.url}"])[0] == CODE.UNAVAILABLE
+
+
+def test_src_starts_at_the_models_strength(client: Client, tmp_path: Path):
+    picture = tmp_path / "start.png"
+    picture.write_bytes(base64.b64decode(_PNG))
+    given: dict[str, Any] = {"src": str(picture), "dst": str(tmp_path / "out.png"), "positive_prompt": "x"}
+    with FakeHost(config_of("sdup")) as host:
+        options = [f"host_url:{host.url}"]
+        client.call("LoadModel", "ModelOptions", Options=[*options, "strength:1"])
+        client.call("GenerateImage", "GenerateImageRequest", **given)
+        client.call("LoadModel", "ModelOptions", Options=options)
+        client.call("GenerateImage", "GenerateImageRequest", **given)
+        assert [one.strength for one in host.seen] == [1.0, None]
+        client.call("LoadModel", "ModelOptions", Options=[*options, "strength:0.4"])
+        code, told = client.fails("GenerateImage", "GenerateImageRequest", **given)
+        assert code == CODE.INVALID_ARGUMENT and "strength: below 1 needs" in told and "got 0.4" in told
+    with FakeHost(config_of("sd1")) as host:
+        client.call("LoadModel", "ModelOptions", Options=[f"host_url:{host.url}", "strength:0.4"])
+        client.call("GenerateImage", "GenerateImageRequest", **given | {"src": ""})
+        assert host.seen[0].strength is None
+
+
+def test_src_is_the_image_of_a_running_hosts_control_net(client: Client, tmp_path: Path):
+    picture = tmp_path / "control.png"
+    picture.write_bytes(base64.b64decode(_PNG))
+    with FakeHost(config_of("sd1", control_net={"/x": 1.0})) as host:
+        options = [f"host_url:{host.url}"]
+        code, told = client.fails("LoadModel", "ModelOptions", Options=[*options, "strength:0.4"])
+        assert code == CODE.INVALID_ARGUMENT and "strength: with a ControlNet" in told
+        assert client.state() == 0
+        client.call("LoadModel", "ModelOptions", Options=options)
+        dst = str(tmp_path / "out.png")
+        client.call("GenerateImage", "GenerateImageRequest", src=str(picture), dst=dst)
+        assert host.seen[0].control_image and host.seen[0].image is None
+
+
+def test_warnings_are_in_the_log(client: Client, tmp_path: Path):
+    assert client.process.stderr is not None
+    with FakeHost(config_of("sd1")) as host:
+        client.call("LoadModel", "ModelOptions", Options=[f"host_url:{host.url}"])
+        fields: dict[str, Any] = {
+            "positive_prompt": "warn: the prompt was cut",
+            "dst": str(tmp_path / "out.png"),
+        }
+        client.call("GenerateImage", "GenerateImageRequest", **fields)
+        wanted = f"the host at {host.url}: warning: warn: the prompt was cut\n"
+    os.set_blocking(client.process.stderr.fileno(), False)
+    said = (client.process.stderr.read() or b"").decode()
+    assert said.count(wanted) == 1
 
 
 _PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="

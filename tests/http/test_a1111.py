@@ -6,13 +6,16 @@ import base64
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import requests
 
-from shared.http.a1111 import SAMPLERS, SCHEDULES, samplers_for
+from shared.http.a1111 import translate
+from shared.http.a1111_samplers import SAMPLERS, SCHEDULES, samplers_for
 from shared.models import MODELS, schedulers_for
+from shared.models.spec import IMAGE
 from tests.httphost import FakeHost, config_of, picture, wait_for
 
 # The body that SillyTavern sends, its own settings among the keys.
@@ -176,17 +179,20 @@ def test_lists(host: FakeHost) -> None:
     assert (model["title"], model["model_name"]) == ("demo", "demo")
     assert "Euler a" in [s["name"] for s in get(host, "samplers")]
     assert [s["label"] for s in get(host, "schedulers")] == ["Automatic", *SCHEDULES]
-    assert get(host, "upscalers")[0]["name"] == "None"
-    assert get(host, "latent-upscale-modes") == [] and get(host, "sd-vae") == []
+    assert get(host, "sd-vae") == []
     assert get(host, "options")["sd_model_checkpoint"] == "demo"
     assert post(host, "options", {"sd_model_checkpoint": "demo", "other": 1}).json() is None
-    assert post(host, "options", {"sd_model_checkpoint": "other"}).status_code == 422
+    for title in ("demo.safetensors", "demo [1f3a]", "demo.safetensors [1f3a]"):
+        assert post(host, "options", {"sd_model_checkpoint": title}).status_code == 200
+        made = post(host, "txt2img", {"override_settings": {"sd_model_checkpoint": title}})
+        assert made.status_code == 200
+    for other in ("other", "demo2.safetensors", "demo [no hash]", ["demo"], {"demo": 1}):
+        assert post(host, "options", {"sd_model_checkpoint": other}).status_code == 422
 
 
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"enable_hr": True, "hr_scale": 2}, "enable_hr: is not served"),
         ({"script_name": "x/y/z plot"}, "script_name: is not served, leave it out; got 'x/y/z plot'"),
         ({"styles": ["anime"]}, "styles: "),
         ({"tiling": True}, "tiling: "),
@@ -195,10 +201,21 @@ def test_lists(host: FakeHost) -> None:
         ({"subseed": 3, "subseed_strength": 0.5}, "subseed_strength: is not served, leave it out; got 0.5"),
         ({"sampler_name": "DDIM", "eta": 1.0}, "eta: "),
         ({"s_churn": 5}, "s_churn: "),
+        ({"s_tmin": 0.5}, "s_tmin: is not served, leave it out; got 0.5"),
+        ({"s_tmax": 5.5}, "s_tmax: is not served"),
+        ({"firstpass_image": "xyz"}, "firstpass_image: "),
+        ({"infotext": "a cat\nSteps: 3"}, "infotext: "),
         ({"mask": "xyz"}, "mask: "),
+        ({"mask": "xyz", "mask_blur": 4}, "mask_blur: "),
+        ({"mask": "xyz", "inpainting_fill": 2}, "inpainting_fill: "),
+        ({"latent_mask": "xyz", "inpaint_full_res": True}, "inpaint_full_res: "),
+        ({"mask": "xyz", "inpainting_mask_invert": 1}, "inpainting_mask_invert: "),
         ({"firstphase_width": 64}, "firstphase_width: "),
         ({"override_settings": {"sd_vae": "a.safetensors"}}, "override_settings.sd_vae: is not served"),
         ({"override_settings": {"eta_noise_seed_delta": 31337}}, "override_settings.eta_noise_seed_delta: "),
+        ({"override_settings": {"s_tmin": 1}}, "override_settings.s_tmin: "),
+        ({"override_settings": {"emphasis": "No norm"}}, "override_settings.emphasis: "),
+        ({"override_settings": {"sd_noise_schedule": "Zero Terminal SNR"}}, "sd_noise_schedule: "),
         ({"alwayson_scripts": {"ADetailer": {"args": [True, False, {"ad_model": "f.pt"}]}}}, "'ADetailer': "),
         ({"alwayson_scripts": {"controlnet": {"args": [{"image": "x", "module": "canny"}]}}}, "module: is"),
         (
@@ -207,6 +224,10 @@ def test_lists(host: FakeHost) -> None:
         ),
         ({"alwayson_scripts": {"controlnet": {"args": [{"image": "x"}] * 2}}}, "one enabled unit, got 2"),
         ({"alwayson_scripts": {"controlnet": {"args": [{"weight": 1}]}}}, "ControlNet.image: needed"),
+        (
+            {"alwayson_scripts": {"controlnet": {"args": [{"image": "x", "hr_option": "Low res only"}]}}},
+            "hr_option: is not served",
+        ),
     ],
 )
 def test_options_that_are_not_served_are_refused_by_name(host: FakeHost, body: Any, words: str) -> None:
@@ -228,11 +249,19 @@ def test_options_that_mean_nothing_pass(host: FakeHost) -> None:
         "eta": 1,
         "sampler_name": "Euler a",
         "s_noise": 1.0,
+        "s_tmin": 0,
+        "s_tmax": None,
+        "mask": None,
+        "mask_blur": 4,
+        "inpainting_fill": 0,
+        "inpaint_full_res": True,
+        "inpaint_full_res_padding": 32,
+        "inpainting_mask_invert": 1,
         "script_name": "None",
         "seed_resize_from_w": -1,
         "subseed": -1,
         "resize_mode": 1,
-        "override_settings": {"sd_vae": "Automatic", "samples_format": "png"},
+        "override_settings": {"sd_vae": "Automatic", "samples_format": "png", "emphasis": "Original"},
         "alwayson_scripts": scripts,
     }
     assert post(host, "txt2img", body).status_code == 200
@@ -241,13 +270,73 @@ def test_options_that_mean_nothing_pass(host: FakeHost) -> None:
 
 @pytest.mark.parametrize("key", ["image", "input_image"])
 def test_control_net_of_the_launch(key: str) -> None:
-    unit = {key: base64.b64encode(picture()).decode(), "module": "none", "model": "canny", "weight": 0.5}
+    unit = {key: base64.b64encode(picture()).decode(), "module": "none", "weight": 0.5}
     unit |= {"guidance_start": 0, "guidance_end": 1.0, "control_mode": 0, "resize_mode": "Crop and Resize"}
-    with FakeHost(config_of(control_net="/models/canny")) as host:
+    with FakeHost(config_of(control_net={"/models/canny": 1.0})) as host:
         answer = post(host, "txt2img", {"alwayson_scripts": {"ControlNet": {"args": [unit]}}})
         assert answer.status_code == 200, answer.text
         assert (host.seen[0].control_image, host.seen[0].controlnet_scale) == (picture(), 0.5)
         assert "needed" in post(host, "txt2img", {"prompt": "x"}).json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("model", "is_launched"),
+    [
+        *((name, True) for name in (None, "", "canny", "Canny [d14c016b]", "sub/depth-v1.1.safetensors")),
+        ("depth-v1.1 [00000000]", True),
+        *((name, False) for name in ("None", "openpose", "depth-v1", "depth-v1.2", 3, ["canny"])),
+    ],
+)
+def test_a_unit_names_a_control_net_of_the_launch(model: Any, is_launched: bool) -> None:
+    unit = {"image": base64.b64encode(picture()).decode(), "model": model}
+    nets = {"/models/canny": 1.0, "/models/depth-v1.1/": 0.5}
+    with FakeHost(config_of(control_net=nets)) as host:
+        answer = post(host, "txt2img", {"alwayson_scripts": {"ControlNet": {"args": [unit]}}})
+        assert answer.status_code == (200 if is_launched else 422), answer.text
+        if not is_launched:
+            told = f"ControlNet.model: must be canny, depth-v1.1, as launched; got {model!r}"
+            assert told in answer.json()["detail"] and not host.seen
+
+
+def test_disabled_networks_are_taken_out_of_the_prompt_and_not_used(host: FakeHost) -> None:
+    for disabled, scales in ((True, None), (False, {"x": 0.5})):
+        body = {"prompt": "a cat<lora:x:0.5>", "disable_extra_networks": disabled}
+        assert post(host, "txt2img", body).status_code == 200
+        assert (host.seen[-1].positive, host.seen[-1].lora_scales) == ("a cat", scales)
+
+
+def test_denoising_strength_is_how_much_of_img2img_is_run() -> None:
+    image = base64.b64encode(picture()).decode()
+    body: dict[str, Any] = {"init_images": [image]}
+    sd1 = MODELS["sd1"]
+    able = replace(sd1, fields=sd1.fields | IMAGE)
+    config = config_of()
+    samplers = samplers_for(config)
+    for asked, strength in (
+        ({}, 0.75),
+        ({"denoising_strength": None}, 0.75),
+        ({"denoising_strength": 0.3}, 0.3),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(MODELS, "sd1", able)
+            data = translate(body | asked, config, samplers, with_image=True)
+        assert (data["strength"], data["image"]) == (strength, image)
+    for name in ("sdup", "svd"):
+        with FakeHost(config_of(name)) as host:
+            answer = post(host, "img2img", body | {"denoising_strength": 0.3}).json()
+            [told] = answer["warnings"]
+            assert told.startswith(f"denoising_strength: type {name} (") and host.seen[-1].strength is None
+            assert "warnings" not in post(host, "img2img", body).json()
+
+
+def test_options_of_img2img_alone(host: FakeHost) -> None:
+    image = base64.b64encode(picture(size=(16, 16))).decode()
+    with FakeHost(config_of("sdup")) as upscaler:
+        for option, value in (("image_cfg_scale", 3.5), ("enable_hr", True), ("resize_mode", 2)):
+            answer = post(upscaler, "img2img", {"init_images": [image], option: value})
+            assert answer.status_code == 422 and f"{option}: is not served" in answer.json()["detail"]
+        passing = {"image_cfg_scale": 1.5, "enable_hr": False, "mask_blur": 4}
+        assert post(upscaler, "img2img", {"init_images": [image], **passing}).status_code == 200
 
 
 def test_progress_and_interrupt(host: FakeHost) -> None:

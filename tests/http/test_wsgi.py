@@ -13,7 +13,7 @@ import requests
 
 from shared.http import wsgi
 from shared.http.wsgi import NO_ROOM
-from tests.httphost import FakeHost, config_of
+from tests.httphost import FakeHost, config_of, wait_for
 
 
 @pytest.fixture
@@ -83,6 +83,25 @@ def test_a_refused_client_that_goes_on_sending_reads_its_answer() -> None:
             assert answer(connection).startswith(b"HTTP/1.1 401 ")
 
 
+def test_a_refused_client_may_send_longer_than_the_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wsgi, "LINGER_SECONDS", 0.3)
+    with FakeHost() as host, connect(host, post(200 << 20)) as connection:
+        for _ in range(10):
+            connection.sendall(b"A" * (1 << 20))
+            time.sleep(0.1)
+        connection.shutdown(socket.SHUT_WR)
+        assert answer(connection).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"), [("/v1/images/edits", b'"error":{'), ("/sdapi/v1/txt2img", b"detail")]
+)
+def test_a_broken_body_is_answered_in_its_routes_form(host: FakeHost, path: str, said: bytes) -> None:
+    head = f"POST {path} HTTP/1.1\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    got = answer(connect(host, head.encode() + b"zz\r\n"))
+    assert got.startswith(b"HTTP/1.1 400 ") and said in got
+
+
 def test_with_the_token_all_is_read() -> None:
     with FakeHost(config_of(api_key="secret")) as host:
         body = {"positive": "A" * (1 << 10), "steps": 1}
@@ -107,6 +126,16 @@ def test_many_half_requests_shut_nobody_out(host: FakeHost, monkeypatch: pytest.
     assert busy.recv(100).startswith(b"HTTP/1.1 200 "), "a request that runs was closed as idle"
     for connection in half:
         connection.close()
+
+
+def test_few_open_files_shut_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (wsgi.OTHER_FILES + 20, 1024))
+    with FakeHost() as host:
+        half = [connect(host, b"GET /health HTTP/1.1\r\nHo") for _ in range(60)]
+        assert healthy(host)
+        wait_for(lambda: len(host.server._listeners[0].active_channels) <= 25)
+        for connection in half:
+            connection.close()
 
 
 def test_slow_headers_and_bodies_end(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
+from shared.api.requests import check_request
 from shared.api.warned import warnings_told
+from shared.launch.flags import HostConfig
 from shared.models import MODELS
 from shared.parallel.graphs import Captured, Graphs, signature
+from shared.pipeline.arguments import call_arguments
 from shared.pipeline.prompts import KEPT_PROMPTS, EncodedPrompts, PromptError, prompt_arguments
 from tests import tiny
 
@@ -68,6 +71,13 @@ def pictured(name: str, positive: str, negative: str | None, notation: str | Non
         picture = made(name, positive=positive, negative=negative)
     pictured.told = told  # type: ignore[attr-defined]
     return picture
+
+
+def test_a1111s_notation_is_not_compels() -> None:
+    config = HostConfig(backend="asyncdiff", type="sd1", checkpoint="/m/x", compel=True)
+    for notation, argument in ((None, "prompt_embeds"), ("a1111", "prompt")):
+        request = check_request({"positive": "a (red:1.3) cat", "prompt_syntax": notation}, config)
+        assert argument in call_arguments(pipe_of("sd1"), config, request, torch.device("cpu"))
 
 
 CHUNKED = [name for name, spec in MODELS.items() if spec.prompt_chunks]

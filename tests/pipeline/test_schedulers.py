@@ -156,6 +156,20 @@ def test_refused(name: str, wanted: Any, says: str) -> None:
         make_scheduler(pipe_of(name).scheduler, MODELS[name], wanted)
 
 
+@pytest.mark.parametrize("setting", [{"steps_offset": 150}, {"trained_betas": [0.01] * 900}])
+def test_settings_that_break_longer_schedules_only(setting: dict[str, Any]) -> None:
+    pipe, wanted = pipe_of("sd1"), {"scheduler": "ddim", "timestep_spacing": "leading", **setting}
+    with scheduler_for_request(pipe, MODELS["sd1"], wanted, 5):
+        tiny.run(pipe, "sd1", steps=5)
+    launched = pipe.scheduler
+    with (
+        pytest.raises(SchedulerError, match="out of bounds"),
+        scheduler_for_request(pipe, MODELS["sd1"], wanted, 50),
+    ):
+        pass
+    assert pipe.scheduler is launched
+
+
 def test_launch_flag() -> None:
     assert type(tiny.host("sd1", scheduler="k_dpmpp_2m").scheduler).__name__ == "DPMSolverMultistepScheduler"
     with pytest.raises(UsageError, match="--scheduler: type sd1 takes"):

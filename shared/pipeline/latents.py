@@ -1,0 +1,66 @@
+"""Latents between two passes of a picture, enlarged and cut to size; one picture's out of a pipeline's."""
+
+from __future__ import annotations
+
+import math
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+from shared.api.jobs import SecondPass
+from shared.api.requests import Reply
+
+
+def enlarged(draft: Reply, second: SecondPass) -> bytes:
+    """The safetensors of a first pass' `latent`, for the second: as A1111 enlarges it.
+
+    A picture of other proportions than the first one's is cut out of the middle of what covers it.
+    """
+    latent = safetensors.torch.load(draft.output[0])["latent"]
+    kind = latent.dtype
+    if second.layout == "packed":
+        factor = math.isqrt(draft.width * draft.height // (4 * latent.shape[1]))
+        grid = (draft.height // factor, draft.width // factor)
+        frames = picture_latents(latent, second.layout, grid)[None]
+    else:
+        factor = draft.height // latent.shape[-2]
+        # Of a video [1, channels, frames, height, width]: each frame by itself.
+        frames = latent.movedim(1, 2).flatten(0, 1) if second.layout == "ncfhw" else latent
+    covers = [side // factor for side in second.covers]
+    sides = [(second.request.width or 0) // factor, (second.request.height or 0) // factor]
+    to = (covers[1], covers[0])
+    frames = F.interpolate(frames.float(), to, mode=second.mode, antialias=second.antialias)
+    left, top = ((cover - side) // 2 for cover, side in zip(covers, sides, strict=True))
+    frames = frames[..., top : top + sides[1], left : left + sides[0]].to(kind)
+    if second.layout == "packed":
+        frames = _packed(frames)
+    elif second.layout == "ncfhw":
+        frames = frames[None].movedim(2, 1)
+    return safetensors.torch.save({"latent": frames.contiguous()})
+
+
+def picture_latents(latents: torch.Tensor, layout: str, grid: tuple[int, int]) -> torch.Tensor:
+    """One picture's latents [channels, height, width] out of a pipeline's; of a video the middle frame.
+
+    Args:
+        latents: [1, ...], laid out as ModelSpec.latent_layout says.
+        grid: (height, width) in latents, which packed latents do not tell.
+    """
+    first = latents[0]
+    if layout == "ncfhw":
+        return first[:, first.shape[1] // 2]
+    if layout == "nfchw":
+        return first[first.shape[0] // 2]
+    if layout == "packed":
+        height, width = grid
+        tiles = first.view(height // 2, width // 2, -1, 2, 2)
+        return tiles.permute(2, 0, 3, 1, 4).reshape(-1, height, width)
+    return first
+
+
+def _packed(latents: torch.Tensor) -> torch.Tensor:
+    """[1, channels, height, width] -> squares of 2 x 2, as FLUX's transformer reads them."""
+    _, channels, height, width = latents.shape
+    tiles = latents.view(1, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tiles.reshape(1, (height // 2) * (width // 2), channels * 4)
