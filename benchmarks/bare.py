@@ -24,6 +24,7 @@ from shared.api.media import encode_image
 from shared.api.requests import GenerateRequest
 from shared.backends import BACKENDS
 from shared.launch.parser import parse_or_exit
+from shared.parallel.method import Unwatched
 from shared.pipeline.arguments import call_arguments
 from shared.pipeline.schedulers import scheduler_for_request
 from shared.ranks.comm import init_world
@@ -45,18 +46,17 @@ def main() -> None:
     inputs = {"positive": "a red cat", "steps": options.steps, "seed": 1, "cfg": options.cfg}
     request = GenerateRequest.model_construct(**inputs).filled(config)
 
-    decodes = world.rank == 0 or getattr(engine.parallel, "decodes_together", False)
+    decodes = world.rank == 0 or engine.parallel.decodes_together
 
     def once(output: str, pause: float) -> float:
         time.sleep(pause)
         dist.barrier(world.control)
         began = time.perf_counter()
         arguments = call_arguments(engine.pipe, config, request, world.device)
-        if engine.parallel is not None:
-            engine.parallel.begin(arguments["num_inference_steps"])
-        run = getattr(engine.parallel, "run", None) or (lambda given: engine.pipe(**given))
+        engine.parallel.begin(arguments["num_inference_steps"])
+        arguments |= {"output_type": output if decodes else "latent"}
         with scheduler_for_request(engine.pipe, engine.spec, request.scheduler):
-            made = run(arguments | {"output_type": output if decodes else "latent"}).images
+            made = engine.parallel.run(arguments, Unwatched()).images
         if output == "pil" and world.rank == 0:
             encode_image(made[0], "png")
         elif world.device.type == "cuda":

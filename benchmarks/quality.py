@@ -92,9 +92,9 @@ def hybrid(pipe: Any, warm_up: int, async_steps: int) -> Iterator[Any]:
     from shared.parallel.cfg_split import HybridSplit
     from shared.parallel.method import Together
 
-    stages: Any = AsyncDiff(pipe, 2, warm_up_steps=warm_up, async_steps=async_steps)
-    split: Any = HybridSplit([pipe.unet], dist.group.WORLD, dist.get_rank(), stages.asynchronous)
-    with contextlib.closing(Together(stages, [split])) as both:
+    stages = AsyncDiff(pipe, 2, warm_up_steps=warm_up, async_steps=async_steps)
+    split = HybridSplit([pipe.unet], dist.group.WORLD, dist.get_rank(), stages.asynchronous)
+    with Together(stages, [split]) as both:
         yield both
 
 

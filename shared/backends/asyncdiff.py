@@ -9,7 +9,7 @@ from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
 
 if TYPE_CHECKING:
-    from shared.parallel.method import Together
+    from shared.parallel.method import Method, Part
     from shared.pipeline.engine import PipelineEngine
     from shared.ranks.comm import World
 
@@ -79,20 +79,20 @@ def needs(config: HostConfig, world_size: int) -> Needs:
     return Needs(in_parts=world_size > 1)
 
 
-def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
+def attach(pipe: Any, config: HostConfig, world: World) -> Method:
     """Cut the denoiser and the ControlNets into stages, and put the guidance branches on halves of the ranks.
 
     One rank alone runs the plain pipeline, on a GPU as CUDA graphs like the others.
     """
     from shared.parallel.asyncdiff import AsyncDiff
     from shared.parallel.cfg_split import CfgSplit, HybridSplit
-    from shared.parallel.method import Together
+    from shared.parallel.method import Plain, Together, control_nets
     from shared.ranks.comm import branch_groups, measured_speeds
 
     graphs = config.captures(world.device.type)
     model_n = stages(config, world.size)
     if world.size == 1 and not graphs:
-        return None
+        return Plain(pipe)
     group, hybrid = world.compute, shares_branch(config, world.size)
     if config.use_cfg_parallel and not hybrid:
         group, pair, branch = branch_groups(world, config.collective_timeout)
@@ -102,9 +102,8 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
         speeds = measured_speeds(world, group)
         weights = (*speeds[: model_n - 1], min(speeds[model_n - 1 :]))
     denoiser = getattr(pipe, config.spec.denoiser)
-    control = getattr(pipe, "controlnet", None)
-    nets = [] if control is None else list(getattr(control, "nets", [control]))
-    members: list[Any] = [
+    nets = control_nets(pipe)
+    method, *others = [
         AsyncDiff(
             pipe,
             model_n,
@@ -120,19 +119,20 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Together | None:
         )
         for module in (denoiser, *nets)
     ]
+    parts: list[Part] = [*others]
     guided = (lambda: pipe.do_classifier_free_guidance) if nets else None
     if hybrid:
-        shared = members[0].asynchronous
-        members.append(HybridSplit([denoiser], group, world.rank, shared, local=nets, guided=guided))
+        shared = method.asynchronous
+        parts.append(HybridSplit([denoiser], group, world.rank, shared, local=nets, guided=guided))
     elif config.use_cfg_parallel:
-        members.append(CfgSplit([denoiser], pair, branch, local=nets, guided=guided))
+        parts.append(CfgSplit([denoiser], pair, branch, local=nets, guided=guided))
     note = {
         "cfg_split": config.use_cfg_parallel,
         "hybrid": hybrid,
         "control_nets": len(nets),
         "stage_weights": weights,
     }
-    return Together(members[0], members[1:], note)
+    return Together(method, parts, note)
 
 
 def build_engine(config: HostConfig, world: World) -> PipelineEngine:

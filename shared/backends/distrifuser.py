@@ -9,7 +9,7 @@ from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
 
 if TYPE_CHECKING:
-    from shared.parallel.distrifusion import DistriFusion
+    from shared.parallel.method import Method
     from shared.pipeline.engine import PipelineEngine
     from shared.ranks.comm import World
 
@@ -55,7 +55,7 @@ def needs(config: HostConfig, world_size: int) -> Needs:
     return Needs(in_parts=world_size > 1, divides_weights=divides)
 
 
-def attach(pipe: Any, config: HostConfig, world: World, branches: Any = None) -> DistriFusion | None:
+def attach(pipe: Any, config: HostConfig, world: World, branches: Any = None) -> Method:
     """Divide the UNet, the ControlNets and the VAE's decoder over the ranks.
 
     One rank alone runs the plain pipeline, on a GPU as CUDA graphs like the others.
@@ -64,10 +64,11 @@ def attach(pipe: Any, config: HostConfig, world: World, branches: Any = None) ->
         branches: shared.ranks.comm.branch_groups where the guidance branches are split, else None.
     """
     from shared.parallel.distrifusion import DistriFusion
+    from shared.parallel.method import Plain
 
     graphs = config.captures(world.device.type)
     if world.size == 1 and not graphs:
-        return None
+        return Plain(pipe)
     return DistriFusion(
         pipe,
         config.parallelism,  # type: ignore[arg-type]

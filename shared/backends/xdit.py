@@ -11,6 +11,7 @@ from shared.launch.errors import LoadError
 from shared.launch.flags import HostConfig
 
 if TYPE_CHECKING:
+    from shared.parallel.method import Method
     from shared.parallel.xdit.exact import XDiT
     from shared.parallel.xdit.groups import XfuserGroups
     from shared.parallel.xdit.pipefusion import XDiTPipeFusion
@@ -38,10 +39,12 @@ def make_groups(config: HostConfig, world: World) -> XfuserGroups | None:
     return XfuserGroups(degrees, world.device, config.collective_timeout)
 
 
-def attach(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups | None) -> Any:
+def attach(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups | None) -> Method:
     """Share the transformer among the ranks; one rank alone runs it plain, on a GPU as CUDA graphs."""
+    from shared.parallel.method import Plain
+
     if groups is None:
-        return None
+        return Plain(pipe)
     return _exact(pipe, config, world, groups) if groups.degrees.exact else _pipefusion(pipe, config, groups)
 
 

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from shared.parallel.exchange import all_gather
-from shared.parallel.surgery import Closing, Forward, Surgery
+from shared.parallel.exchange import Ranks, all_gather
+from shared.parallel.method import Part
+from shared.parallel.surgery import Forward, Surgery
 
 BATCH = 2
 """Guidance doubles the batch, without it there is one picture: [without prompt, with prompt]."""
@@ -21,7 +22,7 @@ RESIDUALS = frozenset({"down_block_additional_residuals", "mid_block_additional_
 """What a UNet is given of ControlNets that are halved themselves."""
 
 
-class CfgSplit(Closing):
+class CfgSplit(Part):
     """Makes modules compute one guidance branch only, and answer with both.
 
     A call whose first argument has a batch of two is halved: of every tensor among its arguments whose first
@@ -49,27 +50,25 @@ class CfgSplit(Closing):
         local: Sequence[nn.Module] = (),
         guided: Callable[[], bool] | None = None,
     ) -> None:
-        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        if ranks != BATCH or branch != rank:
+        super().__init__()
+        ranks = Ranks.of(group)
+        if ranks.size != BATCH or branch != ranks.rank:
             raise ValueError(
-                f"branch {branch} on rank {rank} of a group of {ranks}: 2 ranks are needed, in branch order"
+                f"branch {branch} on rank {ranks.rank} of a group of {ranks.size}: 2 ranks are needed, in "
+                "branch order"
             )
         self.group, self.branch, self.guided = group, branch, guided
         self._whole = POSITIONS | RESIDUALS if local else POSITIONS
         self.active = False
         """Whether a halved call is under way."""
-        self._surgery = Surgery()
+        surgery = self.held.enter_context(Surgery())
         for module in (*modules, *local):
-            self._surgery.override(module, self._gathering if module in modules else self._local)
+            surgery.override(module, self._gathering if module in modules else self._local)
 
     @property
     def taken(self) -> int:
         """The branch that this rank computes."""
         return self.branch
-
-    def close(self) -> None:
-        """Give the modules back as they were. May be called any number of times."""
-        self._surgery.close()
 
     def _gathering(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         if not _guided(args, kwargs):
@@ -129,7 +128,7 @@ class HybridSplit(CfgSplit):
         self._difference: list[torch.Tensor] | None = None
 
     def begin(self, steps: int) -> None:
-        """A new generation starts."""
+        super().begin(steps)
         self._step, self._difference = 0, None
 
     @property

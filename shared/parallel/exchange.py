@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 # torch 2.13 gave it this name and warns, on every rank, at the one that older releases know.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Ranks(NamedTuple):
+    """Ranks that share something: their group, this rank's place in it, their number."""
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
+        """The ranks of a group; None for all, and for this one alone without torch.distributed."""
+        if not dist.is_initialized():
+            return cls(None, 0, 1)
+        return cls(group, dist.get_rank(group), dist.get_world_size(group))
+
+    def to_global(self, rank: int) -> int:
+        """What torch.distributed calls a rank of the group."""
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
 def all_gather(own: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -32,7 +51,7 @@ class Exchange:
     """
 
     def __init__(self, group: dist.ProcessGroup | None, early: bool) -> None:
-        self.group, self.early = group, early
+        self.ranks, self.early = Ranks.of(group), early
         self._later: list[tuple[int, int, Any, torch.Tensor]] = []
         self._pending: list[tuple[Any, torch.Tensor | None]] = []
 
@@ -55,7 +74,7 @@ class Exchange:
         if self._later:
             # Sorted by tag, so that both sides of a pair name their transfers in the same order.
             ops = [
-                dist.P2POp(op, flat, self._global(peer), group=self.group, tag=tag)
+                dist.P2POp(op, flat, self.ranks.to_global(peer), group=self.ranks.group, tag=tag)
                 for tag, peer, op, flat in sorted(self._later, key=lambda entry: entry[:2])
             ]
             self._pending += [(work, None) for work in dist.batch_isend_irecv(ops)]
@@ -67,9 +86,8 @@ class Exchange:
         flat = tensor.as_strided((tensor.numel(),), (1,))
         if self.early:
             # The tensor is kept with its transfer: gloo does not hold on to it.
-            self._pending.append((op(flat, self._global(peer), group=self.group, tag=tag), flat))
+            self._pending.append(
+                (op(flat, self.ranks.to_global(peer), group=self.ranks.group, tag=tag), flat)
+            )
         else:
             self._later.append((tag, peer, op, flat))
-
-    def _global(self, peer: int) -> int:
-        return peer if self.group is None else dist.get_global_rank(self.group, peer)

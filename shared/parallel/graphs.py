@@ -6,7 +6,6 @@ Without CUDA the function is simply called: one code path for all devices.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from shared.parallel.surgery import Closing, Surgery
+from shared.parallel.method import Part
+from shared.parallel.shapes import Latest
+from shared.parallel.surgery import Surgery
 
 
 def signature(tree: Any) -> Hashable:
@@ -36,6 +37,13 @@ class _Graph:
     output: Any
 
 
+@dataclass
+class _Seen:
+    """A call that has run; its graph once it has run twice."""
+
+    graph: _Graph | None = None
+
+
 class Graphs:
     """Captured calls by kind and signature, least recently used ones dropped.
 
@@ -50,8 +58,7 @@ class Graphs:
 
     def __init__(self, enabled: bool = True, size: int = 8) -> None:
         self.enabled = enabled
-        self.size = size
-        self._graphs: OrderedDict[Hashable, _Graph | None] = OrderedDict()
+        self._seen: Latest[_Seen] = Latest(size)
         self._pool: Any = None
 
     def run(self, kind: Hashable, fn: Callable[..., Any], **kwargs: Any) -> Any:
@@ -61,16 +68,14 @@ class Graphs:
         if not self.enabled or device is None:
             return fn(**kwargs)
         key = (kind, signature(kwargs))
-        if key not in self._graphs:
-            self._graphs[key] = None
-            while len(self._graphs) > self.size:
-                self._graphs.popitem(last=False)
+        seen = self._seen.get(key)
+        if seen is None:
+            self._seen.put(key, _Seen())
             return fn(**kwargs)
-        self._graphs.move_to_end(key)
-        graph = self._graphs[key]
-        if graph is None:
+        if seen.graph is None:
             inputs = [self._static(leaf, device) for leaf in leaves]
-            graph = self._graphs[key] = self._capture(fn, inputs, tree_unflatten(inputs, spec))
+            seen.graph = self._capture(fn, inputs, tree_unflatten(inputs, spec))
+        graph = seen.graph
         for static, leaf in zip(graph.inputs, leaves, strict=True):
             if isinstance(leaf, torch.Tensor):
                 static.copy_(leaf, non_blocking=True)
@@ -87,7 +92,7 @@ class Graphs:
 
     def close(self) -> None:
         """Drop all graphs and their memory."""
-        self._graphs.clear()
+        self._seen.clear()
         self._pool = None
 
     @staticmethod
@@ -105,7 +110,7 @@ class Graphs:
         return _Graph(graph, inputs, output)
 
 
-class Captured(Closing):
+class Captured(Part):
     """Models of a pipeline as CUDA graphs, each whole: text encoders are bound by Python and by launches.
 
     Args:
@@ -115,19 +120,15 @@ class Captured(Closing):
     """
 
     def __init__(self, pipe: Any, names: Sequence[str], enabled: bool = True) -> None:
-        self._graphs, self._surgery = Graphs(), Surgery()
+        super().__init__()
+        self._graphs = Graphs()
+        self.held.callback(self._graphs.close)
+        surgery = self.held.enter_context(Surgery())
         for name in names if enabled else ():
             if (model := getattr(pipe, name, None)) is not None:
-                self._surgery.override(model, self._graphs.around(name))
-
-    def __bool__(self) -> bool:
-        return len(self._surgery) > 0
+                surgery.override(model, self._graphs.around(name))
+        self.captures = len(surgery) > 0
+        """Whether there is any model to capture."""
 
     def reset(self) -> None:
-        """Forget what was captured: scales of LoRAs are numbers inside it."""
-        self._graphs.close()
-
-    def close(self) -> None:
-        """Give the models back as they were. May be called any number of times."""
-        self._surgery.close()
         self._graphs.close()

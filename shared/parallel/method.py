@@ -20,14 +20,29 @@ class Watch(AbstractContextManager[Any], Protocol):
         ...
 
 
+class Unwatched(contextlib.nullcontext[None]):
+    """A Watch that counts nothing."""
+
+    def after_step(self, latents: torch.Tensor | None, steps: int) -> None:
+        """Nobody asks."""
+
+
 class Part(Closing):
     """Something that takes hold of modules until ``close``. What it must give back is put on `held`."""
 
     def __init__(self) -> None:
         self.held = contextlib.ExitStack()
+        self._steps: int | None = None
 
     def begin(self, steps: int) -> None:
         """A new generation of `steps` denoiser calls starts."""
+        self._steps = steps
+
+    def check_begun(self) -> int:
+        """The denoiser calls of this generation. Raises RuntimeError where ``begin`` was not called."""
+        if self._steps is None:
+            raise RuntimeError("begin(steps) must be called before a generation")
+        return self._steps
 
     def reset(self) -> None:
         """Forget what was traced, captured or recorded: weights or scales of adapters have changed."""

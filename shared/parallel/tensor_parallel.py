@@ -20,12 +20,14 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional as F
 
+from shared.parallel.exchange import Ranks
+from shared.parallel.method import Part
 from shared.parallel.surgery import Forward, Surgery
 
 Span = tuple[int, int]
 
 
-class TensorParallel:
+class TensorParallel(Part):
     """Divides the layers of models over the ranks of a group.
 
     What has fewer parts (heads, groups of channels) than there are ranks is computed whole by each.
@@ -39,29 +41,23 @@ class TensorParallel:
     """
 
     def __init__(self, models: Sequence[nn.Module], group: dist.ProcessGroup | None = None) -> None:
-        self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
-        self._surgery = Surgery()
-        self._heads: list[tuple[Attention, int]] = []
+        super().__init__()
+        self.ranks = Ranks.of(group)
+        self._surgery = self.held.enter_context(Surgery())
         try:
             for model in models:
                 for name, module in model.named_modules():
                     self._divide(name, module)
-                if hasattr(model, "conv_out"):
-                    self._row("conv_out", model.conv_out, self._share(model.conv_out.in_channels))
+                if (last := getattr(model, "conv_out", None)) is not None:
+                    self._row("conv_out", last, self._share(last.in_channels))
         except ValueError:
             self.close()
             raise
 
-    def close(self) -> None:
-        """Give the models back as they were. May be called any number of times."""
-        self._surgery.close()
-        while self._heads:
-            attention, heads = self._heads.pop()
-            attention.heads = heads
-
     def _share(self, parts: int, each: int = 1) -> Span:
         """This rank's share of so many parts, in elements."""
-        return self.rank * parts // self.ranks * each, (self.rank + 1) * parts // self.ranks * each
+        _, rank, size = self.ranks
+        return rank * parts // size * each, (rank + 1) * parts // size * each
 
     def _divide(self, name: str, module: nn.Module) -> None:
         if isinstance(module, Attention):
@@ -77,7 +73,7 @@ class TensorParallel:
                 self._row(f"{name}.conv", conv, self._share(base.in_channels))
 
     def _attention(self, name: str, module: Attention) -> None:
-        if module.heads < self.ranks:
+        if module.heads < self.ranks.size:
             return
         if module.norm_q is not None or getattr(module, "fused_projections", False):
             raise ValueError(f"{name}: attention with normed or fused queries cannot be divided")
@@ -90,8 +86,7 @@ class TensorParallel:
         for key, layer in layers.items():
             self._column(f"{name}.{key}", layer, [span])
         self._row(f"{name}.to_out.0", module.to_out[0], span)
-        self._heads.append((module, module.heads))
-        module.heads = (span[1] - span[0]) // size
+        self._surgery.replace(module, "heads", (span[1] - span[0]) // size)
 
     def _feed_forward(self, name: str, module: FeedForward) -> None:
         first, last = module.net[0].proj, module.net[2]
@@ -105,7 +100,7 @@ class TensorParallel:
 
     def _resnet(self, name: str, module: ResnetBlock2D) -> None:
         norm = module.norm2
-        if not isinstance(norm, nn.GroupNorm) or norm.num_groups < self.ranks:
+        if not isinstance(norm, nn.GroupNorm) or norm.num_groups < self.ranks.size:
             return
         low, high = span = self._share(norm.num_groups, norm.num_channels // norm.num_groups)
         self._column(f"{name}.conv1", module.conv1, [span])
@@ -136,7 +131,7 @@ class TensorParallel:
             if x.shape[axis] == features:
                 x = x.narrow(axis, low, high - low)
             out = function(x).contiguous()
-            dist.all_reduce(out, group=self.group)
+            dist.all_reduce(out, group=self.ranks.group)
             if bias is None:
                 return out
             return out + (bias.view(-1, 1, 1) if axis == 1 else bias)

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,6 +21,7 @@ from shared.api.requests import FieldProblem, GenerateRequest, Reply, RequestErr
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
 from shared.parallel.graphs import Captured
+from shared.parallel.method import Method, Plain
 from shared.pipeline.arguments import call_arguments, part_of_schedule
 from shared.pipeline.latents import enlarged
 from shared.pipeline.lora import LoraError, LoraSet, loras_of
@@ -35,27 +36,6 @@ log = logging.getLogger("host")
 NAMED_LORAS = 4  # of --lora_dir stay loaded between requests
 
 
-class Parallel(Protocol):
-    """A parallel method that has taken hold of a pipeline (shared.parallel)."""
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """What runs where, as JSON."""
-        ...
-
-    def begin(self, steps: int) -> None:
-        """A new generation of `steps` denoiser calls starts."""
-        ...
-
-    def reset(self) -> None:
-        """Forget what was captured or recorded: scales of adapters have changed."""
-        ...
-
-    def close(self) -> None:
-        """Undo the surgery."""
-        ...
-
-
 class PipelineEngine:
     """An engine (shared.ranks.loop.Engine) around one diffusers pipeline.
 
@@ -63,7 +43,7 @@ class PipelineEngine:
         pipe: the loaded pipeline, on this rank's device.
         config: the launch.
         world: this rank's place.
-        make_parallel: takes hold of the pipeline; None where it runs plain.
+        make_parallel: takes hold of the pipeline.
         output_rank: the rank that decodes and holds the picture; the others stop at the latents.
         picture: which of the pictures of one request this rank works on.
     """
@@ -73,7 +53,7 @@ class PipelineEngine:
         pipe: Any,
         config: HostConfig,
         world: World,
-        make_parallel: Callable[[Any], Parallel | None] = lambda pipe: None,
+        make_parallel: Callable[[Any], Method] = Plain,
         output_rank: int = 0,
         picture: int = 0,
     ) -> None:
@@ -95,7 +75,7 @@ class PipelineEngine:
 
     @property
     def plan(self) -> dict[str, Any]:
-        return {"method": "plain pipeline"} if self.parallel is None else self.parallel.plan
+        return self.parallel.plan
 
     def generate(self, request: GenerateRequest, on_step: OnStep) -> Reply | None:
         began = time.perf_counter()
@@ -133,13 +113,10 @@ class PipelineEngine:
             loras_of(self.pipe, self.spec).set_scales(request.lora_scales or {})
         arguments = call_arguments(self.pipe, self.config, request, self.world.device)
         watch.asked = arguments["num_inference_steps"]
-        joint = getattr(self.parallel, "decodes_together", False)
-        decode = (holds_picture or joint) and request.output_format != "latent"
+        decode = (holds_picture or self.parallel.decodes_together) and request.output_format != "latent"
         arguments["output_type"] = "pt" if decode else "latent"
         self._note_adapters(request)
-        if self.parallel is not None:
-            self.parallel.begin(arguments["num_inference_steps"])
-        run = getattr(self.parallel, "run", None)
+        self.parallel.begin(arguments["num_inference_steps"])
         try:
             with (
                 _noting_broken_pixels(self.pipe, watch.finite),
@@ -152,10 +129,7 @@ class PipelineEngine:
                     request.negative,
                 ),
             ):
-                if run is not None:
-                    return run(arguments, watch.after_step)
-                with watch:
-                    return self.pipe(**arguments)
+                return self.parallel.run(arguments, watch)
         finally:
             self.pipe.maybe_free_model_hooks()  # which a pipeline that is cut short does not reach
 
@@ -164,8 +138,7 @@ class PipelineEngine:
         state = (request.lora_scales, request.ip_adapter_scale, request.ip_image is None)
         if state != self._adapter_state and self._adapter_state is not None:
             self._encoders.reset()
-            if self.parallel is not None:
-                self.parallel.reset()
+            self.parallel.reset()
         self._adapter_state = state
 
     def _reply(self, request: GenerateRequest, output: Any, watch: StepWatch) -> Reply:
@@ -211,7 +184,7 @@ class PipelineEngine:
         Plans, compiles, captures and opens connections. Runs whole, with decoding, where the VAE is compiled.
         """
         whole = self.config.compile_vae
-        steps = getattr(self.parallel, "warm_up_calls", 1)
+        steps = self.parallel.warm_up_calls
         image = encode_image(Image.new("RGB", (64, 64)), "png")
         inputs: dict[str, Any] = {"seed": 0, "output_format": "png" if whole else "latent"}
         if self.spec.image == "needed":
@@ -234,7 +207,7 @@ class PipelineEngine:
         shown = getattr(self.pipe, "_progress_bar_config", {})
         self.pipe.set_progress_bar_config(disable=True)
         run(None, None if whole else steps)
-        if self._encoders:
+        if self._encoders.captures:
             # They are captured at their second call, and only other words let them be called again.
             run("again", 1)
         self.pipe.set_progress_bar_config(**shown)
@@ -370,8 +343,7 @@ class PipelineEngine:
 
     def _operate(self, change: Callable[[LoraSet], None]) -> None:
         """Layers are replaced, so the surgery is undone before and done again after."""
-        if self.parallel is not None:
-            self.parallel.close()
+        self.parallel.close()
         self._prompts.forget()
         self._encoders.reset()
         try:
@@ -381,8 +353,7 @@ class PipelineEngine:
             freeze_heap()
 
     def close(self) -> None:
-        if self.parallel is not None:
-            self.parallel.close()
+        self.parallel.close()
         self._encoders.close()
 
 

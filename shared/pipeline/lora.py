@@ -299,11 +299,11 @@ def _pairs(tensors: Mapping[str, torch.Tensor], alphas: Mapping[str, float] | No
             pairs.setdefault(found["layer"], Pair()).alpha = float(value)
         else:
             pairs.setdefault(key, Pair())
-    for key, value in (alphas or {}).items():
+    for key, alpha in (alphas or {}).items():
         layer = key.removesuffix(".alpha").removesuffix(".lora")
         layer = KEY.sub(r"\g<layer>", f"{layer}.weight")
         if layer in pairs:
-            pairs[layer].alpha = float(value)
+            pairs[layer].alpha = float(alpha)
     return pairs
 
 

@@ -26,7 +26,7 @@ from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.asyncdiff.partition import Partition
 from shared.parallel.cfg_split import HybridSplit
 from shared.parallel.exchange import Exchange
-from shared.parallel.method import Together
+from shared.parallel.method import Part, Together
 from shared.pipeline.adapters import load_ip_adapter
 from tests import tiny, tiny_extras
 from tests.pool import RankPool
@@ -234,12 +234,11 @@ def limited(name: str, hybrid: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         parallel = stack.enter_context(AsyncDiff(pipe, 2, warm_up_steps=STEPS + 2, async_steps=2))
-        members: list[Any] = [parallel]
+        parts: list[Part] = []
         if hybrid:
             world, rank = dist.group.WORLD, dist.get_rank()
-            split = HybridSplit([denoiser(pipe)], world, rank, parallel.asynchronous)
-            members.append(stack.enter_context(split))
-        both = Together(members[0], members[1:])
+            parts.append(HybridSplit([denoiser(pipe)], world, rank, parallel.asynchronous))
+        both = stack.enter_context(Together(parallel, parts))
 
         def run() -> np.ndarray:
             both.begin(STEPS)

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from shared.api.requests import GenerateRequest, check_request
 from shared.backends import BACKENDS
 from shared.backends.xdit_plan import xdit_degrees
 from shared.launch.checks import check_config
+from shared.parallel.method import Plain, Unwatched
 from shared.parallel.xdit.cpu import trimmed
 from shared.parallel.xdit.degrees import Degrees, choose_degrees
 from shared.parallel.xdit.exact import XDiT, attention_backend
@@ -125,7 +127,8 @@ def pipefused(
                     )
                 parallel.begin(arguments["num_inference_steps"])
                 told: list[Any] = []
-                made = parallel.run(arguments, lambda *step, told=told: told.append(step)).images
+                watch = Noting(lambda *step, told=told: told.append(step))
+                made = parallel.run(arguments, watch).images
                 assert [steps for _, steps in told] == [arguments["num_inference_steps"]] * len(told)
                 assert len(told) == arguments["num_inference_steps"] and told[-1][0] is not None
                 row.append(psnr(np.asarray(made), wanted))
@@ -273,6 +276,17 @@ def test_ring_takes_values_from_fused_projections(pool: RankPool):
     assert min(pool.run(fused_projections, 2, "flux")) >= EXACT
 
 
+class Noting(Unwatched):
+    """A watch that hands on what it is told."""
+
+    def __init__(self, note: Callable[[Any, int], None]) -> None:
+        super().__init__()
+        self.note = note
+
+    def after_step(self, latents: Any, steps: int) -> None:
+        self.note(latents, steps)
+
+
 class EndedError(Exception):
     """What ends a generation in a test."""
 
@@ -294,7 +308,7 @@ def ended_early(name: str, at: int) -> list[float]:
             arguments["generator"].manual_seed(0)
             parallel.begin(6)
             with pytest.raises(EndedError):
-                parallel.run(arguments, on_step)
+                parallel.run(arguments, Noting(on_step))
             assert len(told) == at
             parallel.begin(6)
             arguments["generator"].manual_seed(0)
@@ -327,7 +341,7 @@ def decoded(name: str) -> list[float]:
 
     made = pictures()
     engine.close()
-    engine.parallel = None
+    engine.parallel = Plain(engine.pipe)
     return [psnr(a, b) for a, b in zip(made, pictures(), strict=True)]
 
 
@@ -408,7 +422,7 @@ def feature_cell(name: str, flags: Case, plan: Case) -> dict[str, Any]:
 
     exact = latents()
     engine.close()
-    engine.parallel = None
+    engine.parallel = Plain(engine.pipe)
     return {"exact": exact, "plain": latents()}
 
 

@@ -321,7 +321,7 @@ def test_captured_encoders_are_ready_and_forgotten_in_time(
     on.close()
     assert "forward" not in on.pipe.text_encoder.__dict__
     compiled = replace(config, compile_text_encoder=True)
-    assert not PipelineEngine(tiny.load("sd1"), compiled, alone())._encoders
+    assert not PipelineEngine(tiny.load("sd1"), compiled, alone())._encoders.captures
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -267,9 +267,9 @@ def test_captured_encoders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     plain = made(name, positive=TEXT)
     monkeypatch.setattr(Graphs, "run", noting)
-    assert not Captured(pipe, spec.text_encoders, enabled=False)
+    assert not Captured(pipe, spec.text_encoders, enabled=False).captures
     with Captured(pipe, spec.text_encoders) as encoders:
-        assert encoders
+        assert encoders.captures
         assert np.array_equal(made(name, positive=TEXT), plain)
         assert seen == set(spec.text_encoders)
         encoders.reset()

@@ -11,8 +11,8 @@ with the current one; the following step computes nothing.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ from shared.parallel.asyncdiff.partition import Partition, partition
 from shared.parallel.asyncdiff.stage import Run, Stage
 from shared.parallel.asyncdiff.timing import UnitTimer
 from shared.parallel.asyncdiff.trace import Trace, candidates, parameter_names, trace
-from shared.parallel.exchange import Exchange
+from shared.parallel.exchange import Exchange, Ranks
 from shared.parallel.graphs import Graphs, signature
-from shared.parallel.surgery import Closing, Forward, Surgery
+from shared.parallel.method import Method
+from shared.parallel.shapes import Latest
+from shared.parallel.surgery import Forward, Surgery
 
 
-class AsyncDiff(Closing):
+class AsyncDiff(Method):
     """Makes the denoiser of a diffusers pipeline run in stages on the ranks of a process group.
 
     Every rank holds the whole pipeline and makes the same calls with the same arguments. ``begin`` must be
@@ -80,7 +82,7 @@ class AsyncDiff(Closing):
             raise ValueError(f"warm_up_steps {warm_up_steps}: at least one step must be synchronous")
         if stage_weights is not None and len(stage_weights) != model_n:
             raise ValueError(f"{len(stage_weights)} stage weights for {model_n} stages")
-        ranks = dist.get_world_size(group) if dist.is_initialized() else 1
+        _, rank, ranks = Ranks.of(group)
         if ranks != model_n + stride - 1:
             raise ValueError(
                 f"model_n {model_n} with stride {stride} takes {model_n + stride - 1} ranks "
@@ -89,31 +91,30 @@ class AsyncDiff(Closing):
         found = denoiser or getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
         if not isinstance(found, nn.Module):
             raise ValueError(f"{type(pipeline).__name__} has no unet or transformer: name its denoiser")
-        self.pipeline, self.denoiser, self.group = pipeline, found, group
+        super().__init__(pipeline)
+        self.denoiser, self.group = found, group
         self.model_n, self.stride, self.time_shift = model_n, stride, time_shift
         self.warm_up_steps, self.async_steps = warm_up_steps, async_steps
         self.stage_weights = stage_weights
-        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
-        self.ranks = ranks
+        self.rank, self.ranks = rank, ranks
         self.stage = min(self.rank, model_n - 1)
         self.extra = self.rank == model_n
         """Whether this rank repeats the last stage for the current step (stride 2)."""
         self.executions: Counter[str] = Counter()
         """How often each unit ran here in this generation's asynchronous steps, graph replays not counted."""
         self.measure_units = measure_units
-        self._cuda_graph, self._max_shapes = cuda_graph, max_shapes
-        self._stages: OrderedDict[Hashable, Stage] = OrderedDict()
-        self._steps: int | None = None
+        self._cuda_graph = cuda_graph
+        self._stages: Latest[Stage] = Latest(max_shapes, lambda stage: stage.graphs.close())
         self._names = parameter_names(found)
         self._run: Run | UnitTimer | None = None
-        self._surgery = Surgery()
-        self._surgery.override(found, self._forward)
+        self.held.callback(self.reset)
+        surgery = self.held.enter_context(Surgery())
+        surgery.override(found, self._forward)
         for name, module, _ in candidates(found):
-            self._surgery.override(module, self._part(name))
+            surgery.override(module, self._part(name))
 
     @property
     def warm_up_calls(self) -> int:
-        """Denoiser calls after which every kind of step has run once and, on CUDA, been captured."""
         captures = self._cuda_graph and next(self.denoiser.parameters()).is_cuda
         return self.warm_up_steps + 2 * self.stride if captures else 1
 
@@ -124,26 +125,19 @@ class AsyncDiff(Closing):
 
     def begin(self, steps: int) -> None:
         """A new generation of ``steps`` steps starts: its first ``warm_up_steps`` are exact again."""
-        self._steps = steps
+        super().begin(steps)
         self.executions.clear()
-        for stage in self._stages.values():
+        for stage in self._stages:
             stage.calls = 0
 
     def reset(self) -> None:
         """Forget all traces, partitions, buffers and graphs: after adapters or weights have changed."""
-        for stage in self._stages.values():
-            stage.graphs.close()
         self._stages.clear()
-
-    def close(self) -> None:
-        """Give the denoiser back as it was. May be called any number of times."""
-        self._surgery.close()
-        self.reset()
 
     @property
     def partition(self) -> Partition | None:
         """The division in use for the latest signature; None before the first step."""
-        return next(reversed(self._stages.values())).partition if self._stages else None
+        return self._stages.last.partition if self._stages.last else None
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -168,8 +162,7 @@ class AsyncDiff(Closing):
         return answer
 
     def _forward(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        if self._steps is None:
-            raise RuntimeError("begin(steps) must be called before a generation")
+        steps = self.check_begun()
         kwargs = dict(zip(self._names, args, strict=False)) | kwargs
         sample, t = kwargs[self._names[0]], kwargs["timestep"]
         if not isinstance(t, torch.Tensor):
@@ -180,9 +173,9 @@ class AsyncDiff(Closing):
         step, stage.calls = stage.calls, stage.calls + 1
         if step == 0:
             stage.start = self._position(t)
-        if step >= max(self._steps, len(self.pipeline.scheduler.timesteps)):
+        if step >= max(steps, len(self.pipeline.scheduler.timesteps)):
             raise RuntimeError(
-                f"the denoiser was called {step + 1} times since begin(steps={self._steps}): "
+                f"the denoiser was called {step + 1} times since begin(steps={steps}): "
                 "call begin before each generation"
             )
         if not self.asynchronous(step):
@@ -197,16 +190,15 @@ class AsyncDiff(Closing):
     def _stage_for(self, original: Forward, kwargs: dict[str, Any], device: torch.device) -> Stage:
         # Numbers (a ControlNet's scale) make other graphs, not other stages.
         key = signature({name: None if isinstance(x, float) else x for name, x in kwargs.items()})
-        if key not in self._stages:
-            traced, _ = trace(self.denoiser, kwargs, original)
-            costs = self._unit_seconds(traced, original, kwargs, device) if self.measure_units else None
-            plan = partition(traced, self.model_n, self.stage_weights, costs)
-            while len(self._stages) >= self._max_shapes:
-                self._stages.popitem(last=False)[1].graphs.close()
-            predictions = 0 if self.ranks == 1 else self.stride
-            self._stages[key] = Stage(plan, self.stage, device, Graphs(self._cuda_graph), predictions)
-        self._stages.move_to_end(key)
-        return self._stages[key]
+        if (known := self._stages.get(key)) is not None:
+            return known
+        traced, _ = trace(self.denoiser, kwargs, original)
+        costs = self._unit_seconds(traced, original, kwargs, device) if self.measure_units else None
+        plan = partition(traced, self.model_n, self.stage_weights, costs)
+        predictions = 0 if self.ranks == 1 else self.stride
+        self._stages.make_room()  # before the buffers of another stage are made
+        stage = Stage(plan, self.stage, device, Graphs(self._cuda_graph), predictions)
+        return self._stages.put(key, stage)
 
     def _unit_seconds(
         self, traced: Trace, original: Forward, kwargs: dict[str, Any], device: torch.device
@@ -241,7 +233,11 @@ class AsyncDiff(Closing):
 
     def _synchronous(self, stage: Stage, original: Forward, kwargs: dict[str, Any]) -> Any:
         """The whole denoiser, recording what this stage will take from others."""
-        record = Run(stage.takes, lambda value, x: stage.inbox[value].copy_(x), {}, {}, self.executions)
+
+        def keep(value: int, tensor: torch.Tensor) -> None:
+            stage.inbox[value].copy_(tensor)
+
+        record = Run(stage.takes, keep, {}, {}, self.executions)
         return self._under(record, original, kwargs)
 
     def _asynchronous(self, stage: Stage, original: Forward, kwargs: dict[str, Any]) -> Any:

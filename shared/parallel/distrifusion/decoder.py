@@ -11,10 +11,12 @@ import torch.distributed as dist
 from shared.parallel.distrifusion.layers import PatchLayers, PatchRun
 from shared.parallel.distrifusion.patch_exchange import PatchExchange
 from shared.parallel.distrifusion.patched import cuts, gather
-from shared.parallel.surgery import Closing, Forward, Surgery
+from shared.parallel.exchange import Ranks
+from shared.parallel.method import Part
+from shared.parallel.surgery import Forward, Surgery
 
 
-class PatchDecoder(Closing):
+class PatchDecoder(Part):
     """Makes ``vae.decode`` a joint work of all ranks, each of which gets the whole picture.
 
     Every rank must decode the same latents at the same time. Tiling and slicing go on working. Latents with
@@ -26,28 +28,25 @@ class PatchDecoder(Closing):
     """
 
     def __init__(self, vae: Any, group: dist.ProcessGroup | None = None) -> None:
-        self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
-        self._surgery = Surgery()
-        self._layers = PatchLayers(vae.decoder, self._surgery)
-        self._surgery.override(vae.decoder, self._forward)
-
-    def close(self) -> None:
-        """Give the decoder back as it was. May be called any number of times."""
-        self._surgery.close()
+        super().__init__()
+        self.ranks = Ranks.of(group)
+        surgery = self.held.enter_context(Surgery())
+        self._layers = PatchLayers(vae.decoder, surgery)
+        surgery.override(vae.decoder, self._forward)
 
     def _forward(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         kwargs = dict(zip(("sample", "latent_embeds"), args, strict=False)) | kwargs
         whole: torch.Tensor = kwargs["sample"]
-        rows = whole.shape[2]
-        if self.ranks == 1 or rows < self.ranks:
+        rows, (group, rank, ranks) = whole.shape[2], self.ranks
+        if ranks == 1 or rows < ranks:
             return original(**kwargs)
-        ends = cuts(rows, 1, self.ranks)
+        ends = cuts(rows, 1, ranks)
         sizes = [stop - start for start, stop in pairwise(ends)]
-        start = ends[self.rank]
-        patch = kwargs["sample"] = whole.narrow(2, start, sizes[self.rank])
-        exchange = PatchExchange(self.group, whole.device, sizes=sizes)
+        start = ends[rank]
+        patch = kwargs["sample"] = whole.narrow(2, start, sizes[rank])
+        exchange = PatchExchange(group, whole.device, sizes=sizes)
         exchange.start()
         with self._layers.running(PatchRun(exchange, 2, whole=whole, start=start, patch=patch)):
             decoded = original(**kwargs)
         ratio = decoded.shape[2] // patch.shape[2]
-        return gather(decoded, 2, [size * ratio for size in sizes], self.group)
+        return gather(decoded, 2, [size * ratio for size in sizes], group)

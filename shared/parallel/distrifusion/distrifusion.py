@@ -7,6 +7,7 @@ own patch fresh and the others' as of the step before; what it makes travels whi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal, get_args
 
@@ -16,8 +17,10 @@ from torch import nn
 
 from shared.parallel.cfg_split import CfgSplit
 from shared.parallel.distrifusion.decoder import PatchDecoder
-from shared.parallel.distrifusion.patched import Patched, Ranks, Schedule, SyncMode
-from shared.parallel.surgery import Closing, Surgery
+from shared.parallel.distrifusion.patched import Patched, Schedule, SyncMode
+from shared.parallel.exchange import Ranks
+from shared.parallel.method import Method, control_nets
+from shared.parallel.surgery import Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 
 Parallelism = Literal["patch", "tensor", "naive_patch"]
@@ -26,7 +29,7 @@ STATE = ("active_adapters", "merged_adapters", "disable_adapters")
 SplitScheme = Literal["row", "col", "alternate"]
 
 
-class DistriFusion(Closing):
+class DistriFusion(Method):
     """Makes a diffusers pipeline with a UNet run on all ranks of a process group.
 
     Every rank holds the whole pipeline and makes the same calls with the same arguments. ``begin`` must be
@@ -85,7 +88,8 @@ class DistriFusion(Closing):
             raise ValueError(f"warm_up_steps {warm_up_steps}: at least one step must be synchronous")
         if not isinstance(getattr(pipeline, "unet", None), nn.Module):
             raise ValueError(f"{type(pipeline).__name__} has no unet")
-        self.pipeline, self.parallelism, self.group = pipeline, parallelism, group
+        super().__init__(pipeline)
+        self.parallelism, self.group = parallelism, group
         self.schedule = Schedule(parallelism == "naive_patch", split_scheme, sync_mode, warm_up_steps)
         self.cuda_graph, self.max_shapes, self.bundle_bytes = cuda_graph, max_shapes, bundle_bytes
         self.all = Ranks.of(group)
@@ -96,12 +100,8 @@ class DistriFusion(Closing):
         self.decodes_together = (
             split_decode and self.all.size > 1 and getattr(pipeline, "vae", None) is not None
         )
-        """Whether all ranks must decode, as each decodes a patch."""
         self.models: list[Patched] = []
         self._split: CfgSplit | None = None
-        self._decoder: PatchDecoder | None = None
-        self._tensor: TensorParallel | None = None
-        self._surgery = Surgery()
         self._install()
 
     def begin(self, steps: int) -> None:
@@ -109,27 +109,19 @@ class DistriFusion(Closing):
 
         What has changed since the last one in adapters (loaded, scaled, merged) is taken up here.
         """
+        super().begin(steps)
         if adapters(self.pipeline) != self._adapters:
             self.reset()
         for model in self.models:
-            model.begin()
+            model.begin(steps)
 
     def reset(self) -> None:
         """Take hold of the models anew, without old buffers and graphs: after weights or layers changed."""
         self.close()
         self._install()
 
-    def close(self) -> None:
-        """Give all models back as they were. May be called any number of times."""
-        for part in (self._split, self._decoder, self._surgery, *self.models, self._tensor):
-            if part is not None:
-                part.close()
-        self._split = self._decoder = self._tensor = None
-        self.models = []
-
     @property
     def warm_up_calls(self) -> int:
-        """Steps after which every kind of step has been captured."""
         return self.schedule.warm_up_steps + 3
 
     @property
@@ -166,44 +158,36 @@ class DistriFusion(Closing):
     def _install(self) -> None:
         self._adapters = adapters(self.pipeline)
         unet, nets = self.pipeline.unet, control_nets(self.pipeline)
-        if self.parallelism == "tensor" and self.half.size > 1:
-            self._tensor = TensorParallel([unet, *nets], self.half.group)
-        for model in (unet, *nets):
-            self.models.append(
-                Patched(
-                    model,
-                    self._ranks,
-                    self.schedule,
-                    self._surgery,
-                    cuda_graph=self.cuda_graph,
-                    max_shapes=self.max_shapes,
-                    bundle_bytes=self.bundle_bytes,
-                    pixels=getattr(self.pipeline, "vae_scale_factor", 8),
-                )
-            )
-        if self.pair is not None:
-            self._split = CfgSplit([unet], self.pair, self.branch, local=nets)
-        if self.decodes_together:
-            self._decoder = PatchDecoder(self.pipeline.vae, self.group)
+        with contextlib.ExitStack() as held:
+            held.callback(self.models.clear)
+            if self.parallelism == "tensor" and self.half.size > 1:
+                held.enter_context(TensorParallel([unet, *nets], self.half.group))
+            surgery = held.enter_context(Surgery())
+            for model in (unet, *nets):
+                self.models.append(held.enter_context(self._patched(model, surgery)))
+            if self.pair is not None:
+                self._split = held.enter_context(CfgSplit([unet], self.pair, self.branch, local=nets))
+            if self.decodes_together:
+                held.enter_context(PatchDecoder(self.pipeline.vae, self.group))
+            self.held = held.pop_all()
+
+    def _patched(self, model: nn.Module, surgery: Surgery) -> Patched:
+        return Patched(
+            model,
+            self._ranks,
+            self.schedule,
+            surgery,
+            cuda_graph=self.cuda_graph,
+            max_shapes=self.max_shapes,
+            bundle_bytes=self.bundle_bytes,
+            pixels=getattr(self.pipeline, "vae_scale_factor", 8),
+        )
 
     def _ranks(self) -> Ranks:
         """Who shares the picture in the call that is under way."""
         if self.parallelism == "tensor":
             return Ranks(None, 0, 1)
         return self.half if self._split is not None and self._split.active else self.all
-
-
-def control_nets(pipeline: Any) -> list[nn.Module]:
-    """The ControlNets of a pipeline, one by one.
-
-    Raises:
-        ValueError: one of them is there twice: it would be called twice a step.
-    """
-    net = getattr(pipeline, "controlnet", None)
-    nets = [] if net is None else list(getattr(net, "nets", [net]))
-    if len({id(n) for n in nets}) < len(nets):
-        raise ValueError("the same ControlNet object is given twice; load it twice")
-    return nets
 
 
 def adapters(pipeline: Any) -> Hashable:

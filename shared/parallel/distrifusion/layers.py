@@ -120,7 +120,7 @@ class PatchLayers:
             if run is None or run.exchange is None:
                 return original(*args, **kwargs)
             x, axis = args[0], run.dim - 2
-            pad = base.padding[axis]
+            pad = _pad(base)[axis]
             if not pad:
                 return original(*args, **kwargs)
             after = base.dilation[axis] * (base.kernel_size[axis] - 1) - pad - base.stride[axis] + 1
@@ -129,10 +129,10 @@ class PatchLayers:
             else:
                 strip = _with_rows(run, x, pad, after)
             # The convolutions do not pad along the cut: their input brings what is there.
-            before = [conv.padding for conv in inner]
+            before = [_pad(conv) for conv in inner]
             try:
-                for conv in inner:
-                    conv.padding = (0, conv.padding[1]) if axis == 0 else (conv.padding[0], 0)
+                for conv, (rows, columns) in zip(inner, before, strict=True):
+                    conv.padding = (0, columns) if axis == 0 else (rows, 0)
                 return original(strip, *args[1:], **kwargs)
             finally:
                 for conv, padding in zip(inner, before, strict=True):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from shared.parallel.distrifusion.buffers import Bundle, Kind, Offer, Shape, Slot, make_bundles, part_for
 from shared.parallel.distrifusion.moments import Shares, StaleMoments, join_moments, known_others
+from shared.parallel.exchange import Ranks
 
 
 class PatchExchange:
@@ -47,7 +48,8 @@ class PatchExchange:
         sizes: Sequence[int] | None = None,
     ) -> None:
         self.group, self.device = group, device
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        ranks = Ranks.of(group)
+        _, self.rank, self.ranks = ranks
         self.deferred, self.posting, self.bundle_bytes = frozenset(deferred), posting, bundle_bytes
         self.sizes, self.forecast = sizes, forecast
         self.recording, self.synchronous = sizes is None, True
@@ -60,7 +62,7 @@ class PatchExchange:
         self._stale: list[StaleMoments] = []
         self._peers = [p for p in range(self.ranks) if p != self.rank]
         self._shares = Shares.of(sizes or [1] * self.ranks, self.rank, device)
-        self._to_global = [p if group is None else dist.get_global_rank(group, p) for p in range(self.ranks)]
+        self._to_global = [ranks.to_global(p) for p in range(self.ranks)]
 
     @property
     def held_bytes(self) -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,8 +17,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from shared.parallel.distrifusion.layers import PatchLayers, PatchRun
 from shared.parallel.distrifusion.patch_exchange import Kind, PatchExchange
-from shared.parallel.exchange import all_gather
+from shared.parallel.exchange import Ranks, all_gather
 from shared.parallel.graphs import Graphs
+from shared.parallel.method import Part
+from shared.parallel.shapes import Latest
 from shared.parallel.surgery import Forward, Surgery
 
 SyncMode = Literal["corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "full_sync", "no_sync"]
@@ -37,24 +38,6 @@ CUT = (
     "controlnet_cond",
 )
 """Arguments besides the sample that are pictures."""
-
-
-class Ranks(NamedTuple):
-    """Ranks that share something: their group, this rank's place in it, their number."""
-
-    group: dist.ProcessGroup | None
-    rank: int
-    size: int
-
-    @classmethod
-    def of(cls, group: dist.ProcessGroup | None) -> Ranks:
-        """The ranks of a group; None for all, and for this one alone without torch.distributed."""
-        if not dist.is_initialized():
-            return cls(None, 0, 1)
-        return cls(group, dist.get_rank(group), dist.get_world_size(group))
-
-    def to_global(self, rank: int) -> int:
-        return rank if self.group is None else dist.get_global_rank(self.group, rank)
 
 
 @dataclass(frozen=True)
@@ -139,7 +122,7 @@ class _Layout:
         )
 
 
-class Patched:
+class Patched(Part):
     """Runs a model on this rank's patch; a UNet's answer is gathered, a ControlNet's stays a patch.
 
     Args:
@@ -163,39 +146,38 @@ class Patched:
         bundle_bytes: int = 4 << 20,
         pixels: int = 8,
     ) -> None:
+        super().__init__()
         self.model, self.ranks, self.schedule = model, ranks, schedule
         self.cuda_graph, self.bundle_bytes, self.pixels = cuda_graph, bundle_bytes, pixels
-        self.max_shapes = max_shapes * (2 if schedule.split_scheme == "alternate" else 1)
+        kept = max_shapes * (2 if schedule.split_scheme == "alternate" else 1)
+        self.layouts: Latest[_Layout] = Latest(kept, lambda layout: layout.graphs.close())
+        self.held.callback(self.layouts.clear)
         self.is_control = hasattr(model, "controlnet_cond_embedding")
-        self.calls: int | None = None
-        self.unit = 2 ** sum(bool(getattr(block, "downsamplers", None)) for block in model.down_blocks)
-        self.layouts: OrderedDict[Hashable, _Layout] = OrderedDict()
+        self.calls = 0
+        blocks = model.get_submodule("down_blocks").children()
+        self.unit = 2 ** sum(bool(getattr(block, "downsamplers", None)) for block in blocks)
         self._names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
         self.layers = PatchLayers(model, surgery)
         surgery.override(model, self._forward)
 
-    def begin(self) -> None:
-        """A new generation starts."""
+    def begin(self, steps: int) -> None:
+        super().begin(steps)
         self.calls = 0
-        for layout in self.layouts.values():
+        for layout in self.layouts:
             layout.fresh = layout.prompted = False
             if layout.exchange is not None:
                 layout.exchange.reset()
 
-    def close(self) -> None:
-        """Drop buffers and graphs."""
-        for layout in self.layouts.values():
-            layout.graphs.close()
+    def reset(self) -> None:
         self.layouts.clear()
 
     @property
     def held_bytes(self) -> int:
         """Memory of all buffers."""
-        return sum(x.exchange.held_bytes for x in self.layouts.values() if x.exchange is not None)
+        return sum(x.exchange.held_bytes for x in self.layouts if x.exchange is not None)
 
     def _forward(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        if self.calls is None:
-            raise RuntimeError("begin(steps) must be called before a generation")
+        self.check_begun()
         kwargs = dict(zip(self._names, args, strict=False)) | kwargs
         return_dict = kwargs.pop("return_dict", True)
         sample, t = kwargs["sample"], kwargs["timestep"]
@@ -229,14 +211,12 @@ class Patched:
         ranks = self.ranks()
         shapes = [(x.shape, x.dtype, x.device) for x in tree_leaves(kwargs) if isinstance(x, torch.Tensor)]
         key = (ranks.size, dim, tuple(shapes))
-        if key not in self.layouts:
-            length = kwargs["sample"].shape[dim]
-            layout = _Layout(ranks, dim, length, self.unit, self.pixels, Graphs(self.cuda_graph))
-            while len(self.layouts) >= self.max_shapes:
-                self.layouts.popitem(last=False)[1].graphs.close()
-            self.layouts[key] = layout
-        self.layouts.move_to_end(key)
-        return self.layouts[key]
+        if (known := self.layouts.get(key)) is not None:
+            return known
+        length = kwargs["sample"].shape[dim]
+        return self.layouts.put(
+            key, _Layout(ranks, dim, length, self.unit, self.pixels, Graphs(self.cuda_graph))
+        )
 
     def _record(self, layout: _Layout, original: Forward, kwargs: dict[str, Any], exchanging: bool) -> None:
         """One forward whose answer is dropped: it shows what there will be to exchange, and makes room for

@@ -19,11 +19,13 @@ from torch import nn
 from shared.parallel.cfg_split import CfgSplit
 from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.graphs import Graphs
-from shared.parallel.surgery import Closing, Forward, Surgery
+from shared.parallel.method import Method, control_nets
+from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 from shared.parallel.xdit.degrees import Degrees
 from shared.parallel.xdit.groups import XfuserGroups
-from shared.parallel.xdit.sequence import Method, SequenceParallel
+from shared.parallel.xdit.sequence import Method as SharedBy
+from shared.parallel.xdit.sequence import SequenceParallel
 
 Cache = Literal["teacache", "fbcache"]
 Blocks = tuple[nn.ModuleList, nn.ModuleList]
@@ -33,7 +35,7 @@ times the speed) and ParaAttention take it. xfuser's own for TeaCache is 0.12, w
 never falls below: no step would be left out."""
 
 
-class XDiT(Closing):
+class XDiT(Method):
     """Makes a diffusers pipeline with a transformer run on all ranks, exactly.
 
     Every rank holds the whole pipeline and makes the same calls with the same arguments; with data
@@ -70,8 +72,8 @@ class XDiT(Closing):
         cuda_graph: bool = True,
     ) -> None:
         check_model(pipeline, degrees, cache)
-        self.pipeline, self.degrees = pipeline, degrees
-        self.cache = cache
+        super().__init__(pipeline)
+        self.degrees, self.cache = degrees, cache
         self.cache_threshold = (
             CACHE_THRESHOLDS.get(cache or "") if cache_threshold is None else cache_threshold
         )
@@ -104,7 +106,7 @@ class XDiT(Closing):
             if degrees.tensor > 1:
                 self._members.append(FeedForwardParallel(models, groups.tensor))
             if degrees.sequence > 1:
-                by: Method = "ulysses" if degrees.ring == 1 else "ring" if degrees.ulysses == 1 else "both"
+                by: SharedBy = "ulysses" if degrees.ring == 1 else "ring" if degrees.ulysses == 1 else "both"
                 for model in models:
                     SequenceParallel(model, groups.sequence, self.attention, self._surgery, by)
             if self.cache is not None:
@@ -244,12 +246,6 @@ def check_model(pipeline: Any, degrees: Degrees, cache: str | None = None) -> No
             f"{cache}: for FLUX without ControlNet, with Ulysses, ring and data parallelism only; got "
             f"{type(transformer).__name__}, {len(nets)} ControlNets, {degrees}"
         )
-
-
-def control_nets(pipeline: Any) -> list[nn.Module]:
-    """The ControlNets of a pipeline, one by one."""
-    net = getattr(pipeline, "controlnet", None)
-    return [] if net is None else list(getattr(net, "nets", [net]))
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, degrees: Degrees) -> str:

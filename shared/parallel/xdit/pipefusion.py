@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from shared.parallel.distrifusion.decoder import PatchDecoder
-from shared.parallel.surgery import Closing, Forward, Surgery
+from shared.parallel.method import Method, Unwatched, Watch, control_nets
+from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.degrees import (
     DUAL_ATTENTION,
     ONE_PATCH,
@@ -25,10 +26,10 @@ from shared.parallel.xdit.degrees import (
     scheduler_problem,
     stages_problem,
 )
-from shared.parallel.xdit.exact import attention_backend, check_model, control_nets, plan
+from shared.parallel.xdit.exact import attention_backend, check_model, plan
 from shared.parallel.xdit.groups import XfuserGroups
 from shared.parallel.xdit.sequence import BLOCKS
-from shared.parallel.xdit.stages import OnStep, Snapshot, StepTeller, noise_of_whole_pictures
+from shared.parallel.xdit.stages import Snapshot, StepTeller, noise_of_whole_pictures
 
 UNHEARD = ("sigmas", "timesteps", "true_cfg_scale", "ip_adapter_image", "ip_adapter_image_embeds")
 """Arguments that xfuser's pipelines take and leave alone, or do not keep in step between the stages."""
@@ -36,7 +37,7 @@ NEUTRAL = {"max_sequence_length": 256}
 """Arguments that some of xfuser's pipelines do not take, with the value that they take instead."""
 
 
-class XDiTPipeFusion(Closing):
+class XDiTPipeFusion(Method):
     """Runs a diffusers pipeline through xfuser's PipeFusion, alone or with the other degrees.
 
     Generate with ``run`` instead of calling the pipeline, on all ranks alike, ``begin`` before it. The first
@@ -57,8 +58,6 @@ class XDiTPipeFusion(Closing):
         ValueError: what PipeFusion cannot do with this model.
     """
 
-    warm_up_calls = 2
-
     def __init__(
         self,
         pipeline: Any,
@@ -73,7 +72,8 @@ class XDiTPipeFusion(Closing):
         free_other_stages: bool = True,
     ) -> None:
         check_model(pipeline, degrees)
-        self.pipeline, self.degrees, self.warm_up_steps = pipeline, degrees, warm_up_steps
+        super().__init__(pipeline)
+        self.degrees, self.warm_up_steps = degrees, warm_up_steps
         self.decodes_together = parallel_vae
         """Whether all ranks must decode, as each decodes a patch."""
         self.patches = self._patches = patches or degrees.pipefusion
@@ -169,8 +169,13 @@ class XDiTPipeFusion(Closing):
             "blocks": len(self._blocks),
         }
 
+    @property
+    def warm_up_calls(self) -> int:
+        return 2
+
     def begin(self, steps: int) -> None:
         """A new generation starts: whatever the last one left in xfuser's buffers is forgotten."""
+        super().begin(steps)
         from xfuser.core.distributed import get_runtime_state
 
         state = get_runtime_state()
@@ -181,13 +186,14 @@ class XDiTPipeFusion(Closing):
     def reset(self) -> None:
         """Nothing is captured."""
 
-    def run(self, arguments: dict[str, Any], on_step: OnStep = lambda latents, steps: None) -> Any:
+    def run(self, arguments: dict[str, Any], watch: Watch | None = None) -> Any:
         """What ``pipeline(**arguments)`` gives, on every rank; output_type is pil, np, pt or latent.
 
         Args:
-            on_step: called with (None, steps) after each step that this rank has finished, in order, in a
-                thread of its own; after the last one with the latents. What it raises ends the generation on
-                this rank, which goes on passing messages without computing, and is raised here.
+            watch: is not entered, for xfuser's scheduler runs in patches, but told (None, steps) after each
+                step that this rank has finished, in order, in a thread of its own; after the last one with
+                the latents. What it raises ends the generation on this rank, which goes on passing messages
+                without computing, and is raised here.
 
         Raises:
             ValueError: an argument that xfuser's pipeline would not hear, or a size that does not divide.
@@ -196,19 +202,19 @@ class XDiTPipeFusion(Closing):
         arguments = self._heard(arguments) | {"output_type": "latent", "return_dict": True}
         pipe = self.pipeline
         plain = pipe.scheduler, pipe.transformer
-        self._watch = StepTeller(self._steps, on_step, self.groups.device)
+        on_step = (watch or Unwatched()).after_step
+        teller = self._watch = StepTeller(arguments["num_inference_steps"], on_step, self.groups.device)
         try:
             pipe.scheduler, pipe.transformer = self._scheduler(pipe.scheduler), self._stages
             with noise_of_whole_pictures():
                 output = self._wrapped(**arguments)
         finally:
             pipe.scheduler, pipe.transformer = plain
-            failed = self._watch.finish()
-            watch, self._watch = self._watch, None
+            failed, self._watch = teller.finish(), None
         if failed is not None:
             raise failed
         latents = self._share(None if output is None else output.images)
-        on_step(latents, watch.steps)
+        on_step(latents, teller.steps)
         return self._decoded(latents, arguments, wanted)
 
     def close(self) -> None:
@@ -259,7 +265,7 @@ class XDiTPipeFusion(Closing):
         patches = patch_count(height, self.patches, self.degrees.sequence)
         if patches == 1 and self.flux and self.degrees.sequence > 1:
             raise ValueError(f"the height must be {2 * unit} or more; {height} makes 1 patch: {ONE_PATCH}")
-        self._steps, self._patches = arguments["num_inference_steps"], patches
+        self._patches = patches
         heard = {name: value for name, value in arguments.items() if name in names}
         if self.flux and heard.get("prompt_embeds") is not None:
             # xfuser's stages send each other text of this length, whatever the embeddings have.

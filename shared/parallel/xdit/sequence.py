@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from shared.parallel.exchange import all_gather
+from shared.parallel.exchange import Ranks, all_gather
 from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.attention import Gathering, joined, ring, token_major, ulysses, usp, usp_operator
 
@@ -28,7 +28,8 @@ class Shares:
     """How the tokens of a sequence are shared: in equal parts; what is left over belongs to every rank."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group, self.rank, self.ranks = group, dist.get_rank(group), dist.get_world_size(group)
+        self.group = group
+        _, self.rank, self.ranks = Ranks.of(group)
 
     def cut(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """This rank's tokens of `x`, then the left-over ones."""
