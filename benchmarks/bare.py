@@ -27,7 +27,7 @@ from shared.launch.parser import parse_or_exit
 from shared.parallel.method import Unwatched
 from shared.pipeline.arguments import call_arguments
 from shared.pipeline.schedulers import scheduler_for_request
-from shared.ranks.comm import init_world
+from shared.ranks.groups import init_world
 
 
 def main() -> None:

@@ -142,9 +142,8 @@ class Host:
         command += ["--max-restarts=80"] if restarts else []
         command += ["asyncdiff_host.py", "--type=sd1", f"--checkpoint={CHECKPOINT}", f"--port={self.port}"]
         command += ["--width=128", "--height=128", "--warm_up_steps=40", f"--collective_timeout={TIMEOUT}"]
-        command += (
-            [f"--lora_dir={folder}"] if "lora_dir" in (ROOT / "shared" / "flags.py").read_text() else []
-        )
+        if "lora_dir" in (ROOT / "shared" / "launch" / "flags.py").read_text():
+            command.append(f"--lora_dir={folder}")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

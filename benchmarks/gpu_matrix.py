@@ -307,7 +307,7 @@ def work(device: str, out: Path, todo: list[str]) -> None:
     import torch.distributed as dist
 
     warnings.filterwarnings("ignore")
-    from shared.ranks.comm import World, make_groups
+    from shared.ranks.groups import World, make_groups
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     rank = int(os.environ["RANK"])

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from shared.api.jobs import SecondPass
     from shared.api.requests import GenerateRequest, Reply
     from shared.launch.flags import HostConfig
-    from shared.ranks.comm import OnStep, World
+    from shared.ranks.groups import World
+    from shared.ranks.messages import OnStep
 
 
 class FakeEngine:

@@ -89,7 +89,7 @@ def launch(
     from shared.api.requests import check_request
     from shared.launch.checks import check_config
     from shared.launch.flags import HostConfig
-    from shared.ranks.comm import World, make_groups
+    from shared.ranks.groups import World, make_groups
 
     rank, size = dist.get_rank(), dist.get_world_size()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))

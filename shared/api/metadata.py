@@ -21,11 +21,11 @@ from PIL.ExifTags import IFD, Base
 from PIL.PngImagePlugin import PngInfo, putchunk
 from pydantic_core import PydanticCustomError
 
+from shared.api.a1111_samplers import AUTOMATIC, sampler_labels
 from shared.api.codecs import IMAGE_INPUTS, LEFT_OUT, check_image
 from shared.api.jobs import SecondPass
 from shared.api.lora_dir import SUFFIX, is_named, lora_files
 from shared.api.requests import COMMON_FIELDS, FieldProblem, GenerateRequest, Reply, RequestError
-from shared.http.a1111_samplers import AUTOMATIC, sampler_labels
 from shared.launch.flags import HostConfig
 
 KEY = "multigpu_diffusion"

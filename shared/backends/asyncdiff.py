@@ -11,7 +11,7 @@ from shared.launch.flags import HostConfig
 if TYPE_CHECKING:
     from shared.parallel.method import Method, Part
     from shared.pipeline.engine import PipelineEngine
-    from shared.ranks.comm import World
+    from shared.ranks.groups import World
 
 
 def shares_branch(config: HostConfig, world_size: int) -> bool:
@@ -87,7 +87,8 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Method:
     from shared.parallel.asyncdiff import AsyncDiff
     from shared.parallel.cfg_split import CfgSplit, HybridSplit
     from shared.parallel.method import Plain, Together, control_nets
-    from shared.ranks.comm import branch_groups, measured_speeds
+    from shared.ranks.device import measured_speeds
+    from shared.ranks.groups import branch_groups
 
     graphs = config.captures(world.device.type)
     model_n = stages(config, world.size)

@@ -11,7 +11,7 @@ from shared.launch.flags import HostConfig
 if TYPE_CHECKING:
     from shared.parallel.method import Method
     from shared.pipeline.engine import PipelineEngine
-    from shared.ranks.comm import World
+    from shared.ranks.groups import World
 
 
 def check(config: HostConfig, world_size: int) -> None:
@@ -61,7 +61,7 @@ def attach(pipe: Any, config: HostConfig, world: World, branches: Any = None) ->
     One rank alone runs the plain pipeline, on a GPU as CUDA graphs like the others.
 
     Args:
-        branches: shared.ranks.comm.branch_groups where the guidance branches are split, else None.
+        branches: shared.ranks.groups.branch_groups where the guidance branches are split, else None.
     """
     from shared.parallel.distrifusion import DistriFusion
     from shared.parallel.method import Plain
@@ -88,7 +88,7 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     """Load the pipeline on this rank's device and make it parallel."""
     from shared.pipeline.engine import PipelineEngine
     from shared.pipeline.loading import load_pipeline
-    from shared.ranks.comm import branch_groups
+    from shared.ranks.groups import branch_groups
 
     pipe = load_pipeline(
         config.spec,

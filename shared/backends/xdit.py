@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from shared.parallel.xdit.groups import XfuserGroups
     from shared.parallel.xdit.pipefusion import XDiTPipeFusion
     from shared.pipeline.engine import PipelineEngine
-    from shared.ranks.comm import World
+    from shared.ranks.groups import World
 
 log = logging.getLogger("host")
 

@@ -16,6 +16,7 @@ from flask import Flask, Response, jsonify
 from flask import request as http
 
 from shared.api.a1111_prompts import NotationError, take_networks
+from shared.api.a1111_samplers import AUTOMATIC, SCHEDULES, samplers_for, scheduler_for, taken_variant
 from shared.api.codecs import MAX_SIDE
 from shared.api.jobs import SecondPass
 from shared.api.metadata import infotext, png_info
@@ -32,7 +33,6 @@ from shared.api.requests import (
 from shared.api.warned import together, told_in, warn
 from shared.http import a1111_hires as hires
 from shared.http.a1111_options import check_options, is_img2img
-from shared.http.a1111_samplers import AUTOMATIC, SCHEDULES, samplers_for, scheduler_for, taken_variant
 from shared.http.dispatch import ApiError, Dispatcher, check_json_type
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown

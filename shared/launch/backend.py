@@ -12,7 +12,7 @@ from shared.models import ModelSpec
 
 if TYPE_CHECKING:
     from shared.pipeline.engine import PipelineEngine
-    from shared.ranks.comm import World
+    from shared.ranks.groups import World
 
 
 @dataclass(frozen=True)

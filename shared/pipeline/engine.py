@@ -29,7 +29,8 @@ from shared.pipeline.memory import freeze_heap
 from shared.pipeline.preview import Previewer
 from shared.pipeline.prompts import EncodedPrompts
 from shared.pipeline.schedulers import SchedulerError, scheduler_for_request, unhurried_step
-from shared.ranks.comm import OnStep, StoppedError, Verdict, World
+from shared.ranks.groups import World
+from shared.ranks.messages import OnStep, StoppedError, Verdict
 
 log = logging.getLogger("host")
 

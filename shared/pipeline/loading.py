@@ -36,6 +36,7 @@ from shared.pipeline.weights_file import (
     read_weights,
     scale_names,
 )
+from shared.ranks.device import memory_report
 
 log = logging.getLogger("host")
 
@@ -170,7 +171,7 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, needs: Need
         getattr(pipe, spec.denoiser).to(memory_format=torch.channels_last)
     compile_pipeline(pipe, spec, config, whole_blocks=not needs.inside_blocks)
     memory.place(pipe, spec, config, device, needs.in_parts)
-    used = memory.memory_report(device)
+    used = memory_report(device)
     log.info("loaded %s in %s, %.1f MB in use on %s", spec.name, dtype, used["allocated"] / 1e6, device)
     return pipe
 

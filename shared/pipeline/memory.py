@@ -1,15 +1,13 @@
-"""Memory: VAE tiling and slicing, CPU offload, xformers, and what each rank reports."""
+"""Memory: VAE tiling and slicing, CPU offload, xformers."""
 
 from __future__ import annotations
 
 import gc
 import importlib.util
 import logging
-import resource
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module
 from torch import nn
@@ -183,15 +181,3 @@ def freeze_heap() -> None:
     gc.unfreeze()
     gc.collect()
     gc.freeze()
-
-
-def memory_report(device: torch.device) -> dict[str, int]:
-    """Bytes that this rank uses and has used at most: of the GPU, or of the process on a CPU."""
-    if device.type == "cuda":
-        return {
-            "allocated": torch.cuda.memory_allocated(device),
-            "peak": torch.cuda.max_memory_allocated(device),
-            "reserved": torch.cuda.memory_reserved(device),
-        }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux gives KiB
-    return {"allocated": psutil.Process().memory_info().rss, "peak": peak}

@@ -10,10 +10,11 @@ from shared.api.jobs import HostStatus, Job, JobError, JobQueue, SecondPass
 from shared.api.requests import GenerateRequest, Reply, RequestError
 from shared.api.warned import together, warnings_told
 from shared.launch.logs import on_terminal
-from shared.ranks.comm import (
+from shared.ranks.channel import Channel
+from shared.ranks.device import rank_device_info
+from shared.ranks.messages import (
     BrokenJobError,
     Call,
-    Channel,
     Generate,
     Message,
     OnStep,
@@ -22,7 +23,6 @@ from shared.ranks.comm import (
     Stop,
     StoppedError,
     Verdict,
-    rank_device_info,
 )
 
 log = logging.getLogger("host")

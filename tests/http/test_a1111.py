@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import requests
 
+from shared.api.a1111_samplers import SAMPLERS, SCHEDULES, samplers_for
 from shared.http.a1111 import translate
-from shared.http.a1111_samplers import SAMPLERS, SCHEDULES, samplers_for
 from shared.models import MODELS, schedulers_for
 from shared.models.spec import IMAGE
 from tests.httphost import FakeHost, config_of, picture, wait_for

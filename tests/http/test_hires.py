@@ -17,14 +17,14 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
+from shared.api.a1111_samplers import samplers_for
 from shared.api.jobs import HostStatus, Job, JobError, JobQueue, SecondPass
 from shared.api.requests import GenerateRequest, Reply, check_request
 from shared.http.a1111 import translate
 from shared.http.a1111_hires import UPSCALERS, two_passes
-from shared.http.a1111_samplers import samplers_for
 from shared.models import MODELS
 from shared.pipeline.latents import enlarged
-from shared.ranks.comm import Channel
+from shared.ranks.channel import Channel
 from shared.ranks.loop import RankLoop
 from tests.httphost import FakeHost, config_of, picture, wait_for
 from tests.pool import RankPool

@@ -38,7 +38,7 @@ from shared.launch.logs import set_up_logging
 from shared.pipeline.compile import graph_count
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import load_pipeline
-from shared.ranks.comm import World, init_world, make_groups
+from shared.ranks.groups import World, init_world, make_groups
 from tests import tiny, tiny_extras, tiny_original
 from tests.httphost import FakeHost, asyncdiff, config_of
 from tests.pool import RankPool

@@ -30,7 +30,8 @@ from shared.parallel.xdit.exact import XDiT, attention_backend
 from shared.parallel.xdit.pipefusion import XDiTPipeFusion
 from shared.parallel.xdit.stages import StepTeller
 from shared.pipeline.compile import blocks, graph_count
-from shared.ranks.comm import Channel, World, make_groups
+from shared.ranks.channel import Channel
+from shared.ranks.groups import World, make_groups
 from shared.ranks.loop import RankLoop
 from tests import test_matrix, tiny, tiny_original
 from tests.pool import RankPool

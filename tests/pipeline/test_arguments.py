@@ -21,7 +21,7 @@ from shared.models import MODELS, SCHEDULERS, schedulers_for
 from shared.parallel.graphs import Graphs
 from shared.pipeline.engine import PipelineEngine, _picture
 from shared.pipeline.schedulers import scheduler_for_request
-from shared.ranks.comm import World
+from shared.ranks.groups import World
 from tests import tiny
 
 PAIRED = ("dpm_2", "heun", "dpmpp_sde")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import mmap
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +26,6 @@ from shared.pipeline.memory import (
     apply_vae_flags,
     check_memory_flags,
     freeze_heap,
-    memory_report,
     place,
 )
 from tests import tiny
@@ -232,14 +230,6 @@ def test_offload_on_a_gpu(flag: str) -> None:
     for _ in range(2):
         assert np.abs(tiny.run(pipe, "sd1") - plain("sd1")).max() < 0.01
     assert next(pipe.unet.parameters()).device.type in ("cpu", "meta")
-
-
-def test_report() -> None:
-    before = memory_report(torch.device("cpu"))
-    with mmap.mmap(-1, 40_000_000) as kept:  # pages of its own: a tensor may get what the heap has left
-        kept.write(b"1" * len(kept))
-        after = memory_report(torch.device("cpu"))
-    assert after["allocated"] - before["allocated"] > 30_000_000 and after["peak"] >= after["allocated"] * 0.9
 
 
 def test_a_frozen_heap_still_gives_back_what_dies() -> None:

@@ -15,7 +15,7 @@ from shared.api.jobs import PREVIEW_SECONDS, Job, JobQueue
 from shared.api.requests import COMMON_FIELDS, GenerateRequest
 from shared.models import MODELS
 from shared.pipeline.preview import Previewer, fit_projection, picture_latents, project
-from shared.ranks.comm import World
+from shared.ranks.groups import World
 from tests.httphost import config_of, picture
 from tests.pool import RankPool
 

@@ -15,7 +15,7 @@ from shared.launch.errors import UsageError
 from shared.models import MODELS, SCHEDULERS, scheduler_named, schedulers_for
 from shared.pipeline.engine import StepWatch
 from shared.pipeline.schedulers import SchedulerError, make_scheduler, scheduler_for_request, unhurried_step
-from shared.ranks.comm import World
+from shared.ranks.groups import World
 from tests import tiny
 
 FAMILIES = {"discrete": "sd1", "video": "svd", "flow": "sd3", "flow_flux": "flux"}

@@ -1,4 +1,4 @@
-"""shared.ranks.comm and shared.ranks.loop: messages, votes and outcomes over real ranks."""
+"""shared.ranks.channel and shared.ranks.loop: messages, votes and outcomes over real ranks."""
 
 from __future__ import annotations
 
@@ -15,18 +15,10 @@ import torch.distributed as dist
 
 from shared.api.jobs import HostStatus, Job, JobError, JobQueue
 from shared.api.requests import GenerateRequest
-from shared.ranks.comm import (
-    FRAME,
-    LENGTH,
-    BrokenJobError,
-    Call,
-    Channel,
-    Outcome,
-    Verdict,
-    World,
-    make_groups,
-)
+from shared.ranks.channel import FRAME, LENGTH, Channel
+from shared.ranks.groups import World, make_groups
 from shared.ranks.loop import RankLoop
+from shared.ranks.messages import BrokenJobError, Call, Outcome, Verdict
 from tests.fake_host import FakeEngine
 from tests.pool import RankPool
 

@@ -1,0 +1,61 @@
+"""What a rank tells of its device: its memory in use, and how fast it is."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from shared.ranks.groups import World
+
+
+def memory_report(device: torch.device) -> dict[str, int]:
+    """Bytes that this rank uses and has used at most: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return {
+            "allocated": torch.cuda.memory_allocated(device),
+            "peak": torch.cuda.max_memory_allocated(device),
+            "reserved": torch.cuda.memory_reserved(device),
+        }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux gives KiB
+    return {"allocated": psutil.Process().memory_info().rss, "peak": peak}
+
+
+def rank_device_info(world: World) -> dict[str, Any]:
+    """Device and memory of this rank, for /health: memory in MiB."""
+    info: dict[str, Any] = {"rank": world.rank, "device": str(world.device)}
+    if world.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(world.device)
+        info |= {
+            "name": torch.cuda.get_device_name(world.device),
+            "memory_used_mib": (total - free) >> 20,
+            "memory_total_mib": total >> 20,
+            "memory_peak_mib": torch.cuda.max_memory_allocated(world.device) >> 20,
+        }
+    else:
+        info["memory_used_mib"] = memory_report(world.device)["allocated"] >> 20
+    return info
+
+
+def measured_speeds(world: World, group: dist.ProcessGroup, size: int = 2048) -> list[float]:
+    """How fast each rank of the group multiplies matrices [size, size], relative to the fastest."""
+    dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
+    a = torch.randn(size, size, device=world.device, dtype=dtype)
+
+    def seconds() -> float:
+        began = time.perf_counter()
+        for _ in range(3):
+            a @ a
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    mine = 1 / min(seconds() for _ in range(4))
+    speeds = [torch.zeros(1, device=world.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(speeds, torch.tensor([mine], device=world.device), group=group)
+    fastest = max(float(speed) for speed in speeds)
+    return [round(float(speed) / fastest, 2) for speed in speeds]

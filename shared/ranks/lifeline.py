@@ -1,0 +1,150 @@
+"""The end of a rank's process: signals, a launcher or another rank that is gone. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from shared.launch.logs import finish
+from shared.launch.parser import RANK_0_SECONDS
+from shared.ranks.liveness import PATIENCE, STOP_TOGETHER, Family, dead_ranks, died, stop_others
+
+log = logging.getLogger("host")
+
+EXIT_FAILED = 1
+LINGER_SECONDS = 0.2  # that a signalled worker stays, so that its peers hear the signal before its absence
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Lifeline:
+    """Ends the process when a signal comes, or the launcher or another rank is gone or stopped.
+
+    It does so whatever the main thread is stuck in, and as long as that takes: loading may take its time.
+
+    Signals are only noted by their C handler (`signal.set_wakeup_fd`); a thread reads them, because a Python
+    handler would wait for the main thread to come back from a collective. The first SIGTERM or SIGHUP of a
+    host that serves lets what runs be finished within `grace` seconds; any other signal ends at once. A rank
+    that was told alone tells the others, so that all of them end with 0 and the launcher restarts none.
+
+    Args:
+        launched: whether a launcher started this process, whose death must be ours.
+        patience: seconds in which a stopped rank or launcher must be noticed.
+        rank: this process's.
+        grace: seconds between the first signal and the end.
+    """
+
+    def __init__(self, launched: bool, patience: float, rank: int, grace: float) -> None:
+        self.serving = False  # written by the main thread, once all ranks are loaded
+        self.stopping = ""  # the reason, between the first signal and the end
+        self.hurried = True  # whether the end waits for no answer
+        self._rank, self._grace = rank, grace
+        self._deadline = math.inf  # time.monotonic()
+        self._launched = launched
+        self._told = False  # a signal came to this rank itself
+        self._failing = False
+        self._signalled = threading.Event()
+        self._on_stop: list[Callable[[str], None]] = []
+        self._callbacks: list[Callable[[str, bool], None]] = []
+        self._lock = threading.Lock()
+        self._every = min(0.5, patience / 10)
+        self._watched: list[Callable[[], str | None]] = []
+        if launched:
+            self.watch(Family(patience * PATIENCE, self._every).fault)
+        self._read, write = os.pipe()
+        os.set_blocking(write, False)
+        for number in ENDING_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+                signal.signal(number, lambda *_: None)
+        signal.signal(STOP_TOGETHER, lambda *_: None)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
+
+    def watch(self, fault: Callable[[], str | None]) -> None:
+        """Ask `fault` now and then; what it says is the reason to end."""
+        self._watched.append(fault)
+
+    def before_stop(self, callback: Callable[[str], None]) -> None:
+        """Call `callback(reason)` at the first signal of a host that serves."""
+        self._on_stop.append(callback)
+
+    def before_end(self, callback: Callable[[str, bool], None]) -> None:
+        """Call `callback(reason, failed)` before the process ends."""
+        self._callbacks.append(callback)
+
+    def end(self, code: int, reason: str, failed: bool = True) -> NoReturn:
+        """Run the callbacks, which answer the clients, and end the process at once."""
+        with self._lock:
+            self.hurried = failed or not self.stopping or time.monotonic() > self._deadline
+            for callback in self._callbacks:
+                callback(reason, failed)
+            log.disabled = True  # what the main thread meets from here on is the end itself
+            if not self._callbacks:
+                time.sleep(LINGER_SECONDS)
+            finish()
+            os._exit(code)
+
+    def fail(self, code: int, reason: str, report: Callable[[], None]) -> NoReturn:
+        """End as failed. While loading, the lowest rank that failed says why, for most fail alike.
+
+        The launcher ends all ranks of a machine with the first one, so the others let rank 0 go first. One
+        that hears the launcher's signal before its turn is silent only where a rank before it has spoken.
+        What fails once a stop has begun is the stop.
+        """
+        time.sleep(LINGER_SECONDS if self._launched else 0.0)  # another rank's word has come before its end
+        if self.stopping:
+            self.end(0, self.stopping, failed=False)
+        if self._rank and not self.serving:
+            self._failing = True
+            self._signalled.wait(RANK_0_SECONDS + self._rank - 1)
+        if self.serving or min(dead_ranks(), default=self._rank) >= self._rank:
+            report()
+        self.end(code, reason)
+
+    def _watch(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._read], [], [], self._every)
+            if ready:
+                self._signal(os.read(self._read, 1)[0])
+            for fault in list(self._watched):
+                if reason := fault():
+                    log.error("%s, ending", reason)
+                    self.end(EXIT_FAILED, f"broken: {reason}")
+            if time.monotonic() > self._deadline:
+                log.warning("what ran was not done within %g s, ending", self._grace)
+                self.end(0, f"{self.stopping} and --stop_grace is over", failed=False)
+
+    def _signal(self, number: int) -> None:
+        if number not in (*ENDING_SIGNALS, STOP_TOGETHER):
+            return
+        if self._failing:
+            self._signalled.set()
+            return
+        own = number != STOP_TOGETHER
+        reason = f"{signal.Signals(number).name} was received" if own else "another rank was told to stop"
+        # The launcher sends its signal when a rank has died, too: what runs has failed then.
+        if own and number != signal.SIGINT and not self.stopping and (dead := dead_ranks()):
+            log.log(logging.INFO if self._rank else logging.ERROR, "%s, ending", died(dead))
+            self.end(EXIT_FAILED, f"broken: {died(dead)}")
+        again, self._told = self._told and own, self._told or own
+        if own and number != signal.SIGINT and not again and self._launched:
+            stop_others()
+        if number == signal.SIGINT or not self.serving or again:
+            log.info("%s, ending", reason)
+            self._deadline = 0.0
+            self.end(128 + number if number == signal.SIGINT else 0, reason, failed=False)
+        if self.stopping:
+            return
+        self.stopping = reason
+        self._deadline = time.monotonic() + self._grace
+        log.info(
+            "%s: what runs may be finished within %g s; a second signal ends at once", reason, self._grace
+        )
+        for callback in self._on_stop:
+            callback(self.stopping)

@@ -1,0 +1,82 @@
+"""What the ranks tell each other: rank 0's messages, votes at step boundaries, outcomes. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from shared.api.requests import FieldProblem, GenerateRequest
+
+# Called by an engine after denoising step `step` of `steps`; raises StoppedError on all ranks alike.
+OnStep = Callable[[int, int], None]
+
+
+class Verdict(IntEnum):
+    """What a rank votes at a step boundary; the highest vote counts for all."""
+
+    GO_ON = 0
+    FINISHED = 1
+    CANCELLED = 2
+    TIMED_OUT = 3
+    FAILED = 4
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Rank 0 to all: make this picture. Images and tensors inside the request are encoded bytes."""
+
+    job_id: str
+    request: GenerateRequest
+    pictures: int = 1  # ranks that work on another picture than the first take the seeds after this one
+    latents: tuple[bytes, ...] = ()  # what each picture starts from, in place of the request's
+
+
+@dataclass(frozen=True)
+class Call:
+    """Rank 0 to all: call a method of the engine, between two generations (adding a LoRA, say)."""
+
+    job_id: str
+    method: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Rank 0 to all, while idle: a rank that died is noticed."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Rank 0 to all: leave the loop."""
+
+
+Message = Generate | Call | Ping | Stop
+
+
+@dataclass
+class Outcome:
+    """What one rank has to say when a message was carried out."""
+
+    rank: int
+    verdict: Verdict
+    error: str = ""
+    status: int = 500  # HTTP status of the error; 500 is the host's fault, the others the request's
+    problems: list[FieldProblem] = field(default_factory=list)  # the request's faults, by field
+    in_sync: bool = True  # the compute group still works
+    result: Any = None
+    warnings: list[str] = field(default_factory=list)  # of this rank, for the client
+    device: dict[str, Any] | None = None
+
+
+class BrokenJobError(RuntimeError):
+    """The ranks cannot go on together: one died or hangs, or a collective failed."""
+
+
+class StoppedError(RuntimeError):
+    """Raised at a step boundary on all ranks alike: the generation ends here."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        self.verdict = verdict
+        super().__init__(verdict.name.lower())
