@@ -1,0 +1,81 @@
+"""shared.backends: whose flag is whose, what a backend needs of a pipeline, and what loading makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from shared.backends import BACKENDS
+from shared.launch.backend import Needs
+from shared.launch.flags import HostConfig
+from shared.models import MODELS
+from shared.pipeline.loading import load_pipeline
+from tests import tiny, tiny_extras
+
+APART = Needs(in_parts=True)
+
+
+def test_every_flag_of_a_method_is_named_by_a_backend() -> None:
+    flags = [f for f in fields(HostConfig) if f.metadata]
+    named = set().union(*(backend.flags for backend in BACKENDS.values()))
+    assert named == {f.name for f in flags if not f.metadata["common"]}
+    for backend in BACKENDS.values():
+        common = {f.name for f in backend.config_flags} - backend.flags
+        assert common == {f.name for f in flags if f.metadata["common"]}
+
+
+def test_every_type_of_a_backend_is_a_model() -> None:
+    for name, backend in BACKENDS.items():
+        assert backend.name == name and set(backend.types) <= set(MODELS)
+        assert set(backend.refuses) <= set(backend.types)
+
+
+@pytest.mark.parametrize(
+    ("backend", "world", "flags", "needs"),
+    [
+        ("asyncdiff", 1, {}, Needs()),
+        ("asyncdiff", 2, {}, APART),
+        ("asyncdiff", 2, {"use_cfg_parallel": True}, APART),
+        ("distrifuser", 1, {}, Needs()),
+        ("distrifuser", 2, {}, APART),
+        (
+            "distrifuser",
+            2,
+            {"parallelism": "tensor"},
+            Needs(in_parts=True, divides_weights="--parallelism=tensor"),
+        ),
+        ("xdit", 2, {}, Needs()),
+        ("xdit", 2, {"tensor_parallel_degree": 2}, Needs(divides_weights="--tensor_parallel_degree")),
+        (
+            "xdit",
+            2,
+            {"pipefusion_parallel_degree": 2},
+            Needs(in_parts=True, inside_blocks=True, divides_weights="--pipefusion_parallel_degree"),
+        ),
+        ("xdit", 2, {"pipefusion_parallel_degree": 1, "tensor_parallel_degree": 1}, Needs()),
+    ],
+)
+def test_what_a_backend_needs(backend: str, world: int, flags: dict[str, Any], needs: Needs) -> None:
+    config = HostConfig(backend=backend, type=BACKENDS[backend].types[0], checkpoint="x", **flags)
+    assert BACKENDS[backend].needs(config, world) == needs
+
+
+def test_pictures_at_once() -> None:
+    config = HostConfig(backend="xdit", type="flux", checkpoint="x", data_parallel_degree=2)
+    assert BACKENDS["xdit"].pictures_at_once(config) == 2
+    assert BACKENDS["asyncdiff"].pictures_at_once(config) == 1
+
+
+@pytest.mark.parametrize("needs", [Needs(), Needs(divides_weights="--parallelism=tensor")])
+def test_loras_are_fused_where_weights_are_divided(needs: Needs) -> None:
+    config = tiny.config("sd1", lora={str(tiny_extras.lora("sd1")): 1.0})
+    pipe = load_pipeline(MODELS["sd1"], config, torch.device("cpu"), needs, quiet=True)
+    layers = [layer for layer in pipe.unet.modules() if isinstance(layer, BaseTunerLayer)]
+    if needs.divides_weights:
+        assert "--parallelism=tensor" in pipe.lora_set.frozen and not layers
+    else:
+        assert pipe.lora_set.frozen is None and layers
