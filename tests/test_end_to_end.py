@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ import requests
 import torch
 from PIL import Image
 
+from shared.api.metadata import KEY
 from tests.test_host import DEMO_CHECKPOINT, DEMO_STEPS, ROOT, Launch, until
 from tests.test_matrix import psnr
 
@@ -82,6 +84,17 @@ def test_formats_and_raw_bytes(host: Launch):
     raw = post(host, accept="image/png", seed=-1)
     assert Image.open(io.BytesIO(raw.content)).size == (128, 128)
     assert int(raw.headers["X-Seed"]) >= 0
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_the_body_in_a_file_gives_the_same_bytes(host: Launch, format: str):
+    made = post(host, seed=None, pictures=2, scheduler="euler_a", output_format=format).json()
+    for output, seed in zip(made["output"], made["seeds"], strict=True):
+        image = Image.open(io.BytesIO(base64.b64decode(output)))
+        body = json.loads(image.info[KEY] if format == "png" else image.getexif()[0x010E])
+        assert body["seed"] == seed
+        again = requests.post(f"{host.url}/generate", json=body, timeout=120).json()
+        assert again["output"] == output
 
 
 def test_the_openai_sdk(host: Launch):
