@@ -147,7 +147,7 @@ def _load_and_loop(
     from shared.requests import RequestError
 
     status.at(15, "waiting for the other ranks")
-    world = init_world(config.device, config.collective_timeout, lifeline.watch)
+    world = init_world(config.device, config.collective_timeout, lifeline.watch, lifeline.when_told)
     limit_threads(world.device.type)
     status.at(20, "loading the model")
     engine = build_engine(config, world)
@@ -244,6 +244,7 @@ class Lifeline:
         self._rank, self._grace = rank, grace
         self._deadline = math.inf  # time.monotonic()
         self._launched = launched
+        self._when_told: list[Callable[[], None]] = [stop_others] if launched else []
         self._told = False  # a signal came to this rank itself
         self._failing = False
         self._signalled = threading.Event()
@@ -266,6 +267,10 @@ class Lifeline:
     def watch(self, fault: Callable[[], str | None]) -> None:
         """Ask `fault` now and then; what it says is the reason to end."""
         self._watched.append(fault)
+
+    def when_told(self, tell: Callable[[], None]) -> None:
+        """Call `tell` when this rank itself is told to stop, so that other ranks stop as well."""
+        self._when_told.append(tell)
 
     def before_stop(self, callback: Callable[[str], None]) -> None:
         """Call `callback(reason)` at the first signal of a host that serves."""
@@ -330,8 +335,9 @@ class Lifeline:
             log.log(logging.INFO if self._rank else logging.ERROR, "%s, ending", died(dead))
             self.end(EXIT_FAILED, f"broken: {died(dead)}")
         again, self._told = self._told and own, self._told or own
-        if own and number != signal.SIGINT and not again and self._launched:
-            stop_others()
+        if own and number != signal.SIGINT and not again:
+            for tell in list(self._when_told):
+                tell()
         if number == signal.SIGINT or not self.serving or again:
             log.info("%s, ending", reason)
             self._deadline = 0.0
