@@ -154,19 +154,39 @@ def test_a_machine_that_is_told_to_stop_tells_the_others(store: Any, monkeypatch
         monkeypatch.setenv("GROUP_RANK", str(rank))
         ranks.append(OneStore(store, rank, timeout=1.0))
     told: list[tuple[bool, int]] = []
-    heard = threading.Event()
+    heard, over = threading.Event(), threading.Event()
+    beat = Rendezvous._beat
+
+    class Ending:
+        """A store that is gone with the test, for the threads outlast it."""
+
+        def __init__(self, store: Any) -> None:
+            self.store = store
+
+        def add(self, key: str, count: int) -> int:
+            if over.is_set():
+                raise RuntimeError("the test is over")
+            return int(self.store.add(key, count))
 
     def kill(pid: int, number: int) -> None:
         told.append((threading.current_thread() is ranks[0]._beats, number))
         heard.set()
 
     monkeypatch.setattr(os, "kill", kill)
+    for one in ranks:
+        monkeypatch.setattr(one, "_beat", lambda store, others, one=one: beat(one, Ending(store), others))
     with ThreadPoolExecutor() as threads:
         list(threads.map(lambda rank: rank.join(), ranks))
-    time.sleep(0.3)
-    assert not told
-    ranks[1].stop_others()
-    assert heard.wait(5) and told[0] == (True, signal.SIGUSR1)
+    try:
+        time.sleep(0.3)
+        assert not told
+        ranks[1].stop_others()
+        assert heard.wait(5) and told[0] == (True, signal.SIGUSR1)
+    finally:
+        over.set()
+        for one in ranks:
+            assert one._beats is not None
+            one._beats.join(5)
 
 
 def test_patience_counts_only_while_somebody_looks(monkeypatch: pytest.MonkeyPatch):
