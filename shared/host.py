@@ -123,7 +123,7 @@ def _load_and_loop(
     from shared.ranks.loop import RankLoop
 
     status.at(15, "waiting for the other ranks")
-    world = init_world(config.device, config.collective_timeout, lifeline.watch)
+    world = init_world(config.device, config.collective_timeout, lifeline.watch, lifeline.when_told)
     limit_threads(world.device.type)
     status.at(20, "loading the model")
     engine = backend.build_engine(config, world)

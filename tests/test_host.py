@@ -71,7 +71,7 @@ class Launch:
             command,
             cwd=ROOT,
             env=environment,
-            stdout=self.log.open("w"),
+            stdout=self.log.open("a"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
@@ -235,7 +235,7 @@ def test_a_rank_that_is_told_to_stop_alone_ends_all_for_good(
     grace = 1 if state == "longer than the grace" else 20
     host = launch(2, f"--stop_grace={grace}", torchrun=("--max-restarts=3",))
     if state == "loading":
-        until(lambda: "serving" in host.log.read_text(), 20)
+        until(lambda: "serving" in host.log.read_text(), 60)
         answers = None
     else:
         answers = host.ready() and state != "idle" and host.post_later(sleep=0.1, steps=30 * 20 // grace)[1]
@@ -246,6 +246,21 @@ def test_a_rank_that_is_told_to_stop_alone_ends_all_for_good(
     assert not any(map(alive, ranks)) and "Traceback" not in host.log.read_text()
     if answers:
         assert answers[0].status_code == (200 if state == "busy" else 503)
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_machines_stop_together(launch: Callable[..., Launch], told: int):
+    meet = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=x")
+    hosts = [launch(1, torchrun=(*meet, "--max-restarts=3")) for _ in range(2)]
+    until(lambda: "ready after" in hosts[0].log.read_text(), 60)
+    ranks = {
+        int(Path(f"/proc/{pid}/environ").read_text().split("\0RANK=")[1].split("\0")[0]): pid
+        for host in hosts
+        for pid in children(host.process.pid)
+    }
+    os.kill(ranks[told], signal.SIGTERM)
+    until(lambda: all(host.process.poll() is not None for host in hosts), 15)
+    assert [host.process.returncode for host in hosts] == [0, 0], hosts[0].log.read_text()
 
 
 def test_a_rank_that_is_told_twice_ends_all_at_once(launch: Callable[..., Launch]):

@@ -53,6 +53,7 @@ def init_world(
     device: str,
     collective_timeout: float,
     watch: Callable[[Callable[[], str | None]], None] = lambda _: None,
+    when_stopped: Callable[[Callable[[], None]], None] = lambda _: None,
 ) -> World:
     """Join the process group that torchrun's environment describes; alone without torchrun.
 
@@ -60,6 +61,7 @@ def init_world(
         device: auto, cuda or cpu. auto takes CUDA when every rank of every machine has a GPU of its own.
         collective_timeout: seconds that the compute group waits for a rank.
         watch: takes what says why the ranks have lost each other, to be asked now and then.
+        when_stopped: takes what tells other machines, to be called when this rank is told to stop.
 
     Raises:
         UsageError: cuda was asked for and a rank has no GPU of its own.
@@ -71,6 +73,7 @@ def init_world(
         if "MASTER_ADDR" in os.environ:
             meeting = Rendezvous(rank, size, collective_timeout)
             watch(meeting.fault)
+            when_stopped(meeting.stop_others)
             within = timedelta(seconds=meeting.timeout)
             dist.init_process_group("gloo", store=meeting.join(), rank=rank, world_size=size, timeout=within)
         else:

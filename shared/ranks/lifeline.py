@@ -47,6 +47,7 @@ class Lifeline:
         self._rank, self._grace = rank, grace
         self._deadline = math.inf  # time.monotonic()
         self._launched = launched
+        self._when_told: list[Callable[[], None]] = [stop_others] if launched else []
         self._told = False  # a signal came to this rank itself
         self._failing = False
         self._signalled = threading.Event()
@@ -69,6 +70,10 @@ class Lifeline:
     def watch(self, fault: Callable[[], str | None]) -> None:
         """Ask `fault` now and then; what it says is the reason to end."""
         self._watched.append(fault)
+
+    def when_told(self, tell: Callable[[], None]) -> None:
+        """Call `tell` when this rank itself is told to stop, so that other ranks stop as well."""
+        self._when_told.append(tell)
 
     def before_stop(self, callback: Callable[[str], None]) -> None:
         """Call `callback(reason)` at the first signal of a host that serves."""
@@ -133,8 +138,9 @@ class Lifeline:
             log.log(logging.INFO if self._rank else logging.ERROR, "%s, ending", died(dead))
             self.end(EXIT_FAILED, f"broken: {died(dead)}")
         again, self._told = self._told and own, self._told or own
-        if own and number != signal.SIGINT and not again and self._launched:
-            stop_others()
+        if own and number != signal.SIGINT and not again:
+            for tell in list(self._when_told):
+                tell()
         if number == signal.SIGINT or not self.serving or again:
             log.info("%s, ending", reason)
             self._deadline = 0.0

@@ -70,10 +70,10 @@ class Family:
         return None
 
     def _stopped(self) -> str | None:
-        if _is_in(self.launcher, "Tt"):
+        if is_stopped(self.launcher):
             return "the launcher"
         for child in _children(self.launcher):
-            if _is_in(child, "Tt") and (rank := _rank_of(child)):
+            if is_stopped(child) and (rank := _rank_of(child)):
                 return f"rank {rank}"
         return None
 
@@ -111,6 +111,11 @@ def _heeds(pid: int) -> bool:
         return False
     caught = int(status.partition("SigCgt:")[2].split()[0], 16)
     return bool(caught >> (STOP_TOGETHER - 1) & 1)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, by SIGSTOP or a debugger."""
+    return _is_in(pid, "Tt")
 
 
 def died(ranks: list[int]) -> str:

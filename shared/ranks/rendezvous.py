@@ -20,12 +20,14 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from shared.ranks.liveness import PATIENCE, Patience
+from shared.ranks import beats as beater
+from shared.ranks.liveness import PATIENCE, STOP_TOGETHER, Patience
 
 log = logging.getLogger("host")
 T = TypeVar("T")
 
 POLL_SECONDS = 0.05
+KEYS = "multigpu_diffusion"
 JOIN_SECONDS = 60.0  # at least: ranks import torch at different speeds
 
 
@@ -49,6 +51,8 @@ class Rendezvous:
         self._patience = Patience(self._limit, self.every)
         self._fault: str | None = None
         self._talking = False
+        self._beats: threading.Thread | None = None
+        self._stop, self._said = threading.Event(), threading.Event()
 
     def join(self) -> dist.Store:
         """The store of this generation alone.
@@ -63,7 +67,10 @@ class Rendezvous:
         others = sorted(machines - {self._machine})
         if others:
             beats = dist.PrefixStore(f"{leader}/beats", self._connect())
-            threading.Thread(target=self._beat, args=(beats, others), name="beats", daemon=True).start()
+            self._beats = threading.Thread(target=self._beat, args=(beats, others), name="beats", daemon=True)
+            self._beats.start()
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                beater.start(f"{KEYS}/{leader}/beats", self._machine, self.every)
         else:
             self._talking = False
         return dist.PrefixStore(leader, store)
@@ -74,9 +81,15 @@ class Rendezvous:
             return f"torchrun's store has not answered for {self._limit:g} s"
         return self._fault
 
+    def stop_others(self) -> None:
+        """Tell the ranks on other machines to stop in order; returns when it is said, or two beats later."""
+        self._stop.set()
+        if self._beats is not None:
+            self._said.wait(2 * self.every)
+
     def _connect(self) -> dist.Store:
         store: dist.Store = next(rendezvous("env://", timeout=timedelta(seconds=self.timeout)))[0]
-        return dist.PrefixStore("multigpu_diffusion", store)
+        return dist.PrefixStore(KEYS, store)
 
     def _lead(self, store: dist.Store) -> tuple[str, list[str]]:
         leader = self._me
@@ -121,16 +134,24 @@ class Rendezvous:
         return found
 
     def _beat(self, store: dist.Store, others: list[str]) -> None:
-        """Count up for this machine, and see that the others do."""
+        """Count up for this machine, and see that the others do and none was told to stop."""
         patience = {machine: Patience(self._limit, self.every) for machine in others}
         try:
             while True:
+                if self._stop.is_set() and not self._said.is_set():
+                    store.add("stop", 1)
+                    self._said.set()
+                elif store.add("stop", 0):
+                    os.kill(os.getpid(), STOP_TOGETHER)
                 store.add(self._machine, 1)
                 for machine, waiting in patience.items():
                     if waiting.over(store.add(machine, 0)):
                         self._fault = f"machine {machine} has been silent for {self._limit:g} s"
                 self._rounds += 1
-                time.sleep(self.every)
+                if self._said.is_set():
+                    time.sleep(self.every)
+                else:
+                    self._stop.wait(self.every)
         except RuntimeError as error:
             log.debug("beats: %s", error)
             self._fault = "torchrun's store is gone"

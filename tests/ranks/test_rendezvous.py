@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from shared.ranks import liveness
+from shared.ranks import beats, liveness
 from shared.ranks.liveness import Patience, _is_in
 from shared.ranks.rendezvous import Rendezvous
 
@@ -37,6 +37,12 @@ class OneStore(Rendezvous):
 
     def _connect(self) -> Any:
         return self.store
+
+
+@pytest.fixture(autouse=True)
+def no_beater(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OneStore's store is of this process alone."""
+    monkeypatch.setattr(beats, "start", lambda *_: None)
 
 
 def met(stores: list[Any]) -> bool:
@@ -102,6 +108,85 @@ def test_a_machine_that_falls_silent(store: Any, monkeypatch: pytest.MonkeyPatch
         "torchrun's store has not answered for 1.3 s",
     ]
     silent.set()
+
+
+HOLDER = """
+import ctypes, os
+from shared.ranks import beats
+beats.start("beats", "0", 0.1)
+ctypes.PyDLL(None).sleep(300)  # holds Python's lock
+"""
+
+
+def test_a_rank_that_holds_the_lock_beats_and_one_that_is_stopped_does_not():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "RANK": "0", "WORLD_SIZE": "2"}
+    count = dist.PrefixStore("beats", server)
+
+    def grows(seconds: float) -> bool:
+        before, end = count.add("0", 0), time.monotonic() + seconds
+        while time.monotonic() < end:
+            if count.add("0", 0) > before + 1:
+                return True
+            time.sleep(0.05)
+        return False
+
+    with subprocess.Popen([sys.executable, "-c", HOLDER], env={**os.environ, **where}) as rank:
+        try:
+            assert grows(60)
+            [beater] = liveness._children(rank.pid)
+            os.kill(rank.pid, signal.SIGSTOP)
+            time.sleep(0.5)
+            assert not grows(1.5)
+            os.kill(rank.pid, signal.SIGCONT)
+            assert grows(10)
+        finally:
+            rank.kill()
+    end = time.monotonic() + 5
+    while not _is_in(beater, "ZX") and time.monotonic() < end:
+        time.sleep(0.05)
+    assert _is_in(beater, "ZX")
+
+
+def test_a_machine_that_is_told_to_stop_tells_the_others(store: Any, monkeypatch: pytest.MonkeyPatch):
+    ranks = []
+    for rank in (0, 1):
+        monkeypatch.setenv("GROUP_RANK", str(rank))
+        ranks.append(OneStore(store, rank, timeout=1.0))
+    told: list[tuple[bool, int]] = []
+    heard, over = threading.Event(), threading.Event()
+    beat = Rendezvous._beat
+
+    class Ending:
+        """A store that is gone with the test, for the threads outlast it."""
+
+        def __init__(self, store: Any) -> None:
+            self.store = store
+
+        def add(self, key: str, count: int) -> int:
+            if over.is_set():
+                raise RuntimeError("the test is over")
+            return int(self.store.add(key, count))
+
+    def kill(pid: int, number: int) -> None:
+        told.append((threading.current_thread() is ranks[0]._beats, number))
+        heard.set()
+
+    monkeypatch.setattr(os, "kill", kill)
+    for one in ranks:
+        monkeypatch.setattr(one, "_beat", lambda store, others, one=one: beat(one, Ending(store), others))
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(lambda rank: rank.join(), ranks))
+    try:
+        time.sleep(0.3)
+        assert not told
+        ranks[1].stop_others()
+        assert heard.wait(5) and told[0] == (True, signal.SIGUSR1)
+    finally:
+        over.set()
+        for one in ranks:
+            assert one._beats is not None
+            one._beats.join(5)
 
 
 def test_patience_counts_only_while_somebody_looks(monkeypatch: pytest.MonkeyPatch):
