@@ -1,0 +1,140 @@
+"""From a flag's text or YAML value to what it means. Each function raises ValueError with what it must be."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+NOT_NUMBERS = (ValueError, TypeError, OverflowError)
+
+
+def as_number(value: Any) -> float:
+    """A finite number. Raises one of NOT_NUMBERS."""
+    number = float(value)
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def from_json(text: str) -> Any:
+    """Raises ValueError, for NaN (which JSON has not) and for what is nested too deeply as well."""
+    try:
+        return json.loads(text, parse_constant=as_number)
+    except RecursionError:
+        raise ValueError from None
+
+
+def as_text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text that is not empty")
+    return value
+
+
+def as_integer(value: Any) -> int:
+    try:
+        return int(str(value))
+    except ValueError:
+        raise ValueError("a whole number") from None
+
+
+def as_seconds(value: Any) -> float:
+    try:
+        seconds = as_number(value)
+    except NOT_NUMBERS:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:
+        raise ValueError("a number of seconds above 0")
+    return seconds
+
+
+def as_folders(value: Any) -> tuple[str, ...]:
+    """Folders: a list, or a text with commas between; each text of a list may be either."""
+    given = value if isinstance(value, list | tuple) else [value]
+    if not given or not all(isinstance(text, str) and text.strip() for text in given):
+        raise ValueError("folders with commas between")
+    return tuple(part.strip() for text in given for part in text.split(",") if part.strip())
+
+
+def as_scales(value: Any) -> dict[str, float]:
+    """JSON `{"path": scale, ...}`."""
+    wanted = 'JSON such as {"path": 1.0}'
+    try:
+        data = from_json(value) if isinstance(value, str) else value
+        scales = {str(path): as_number(scale) for path, scale in data.items()}
+        if len(scales) != len(data) or not scales:
+            raise ValueError
+    except (*NOT_NUMBERS, AttributeError):
+        raise ValueError(wanted) from None
+    return scales
+
+
+def as_scales_or_path(value: Any) -> dict[str, float]:
+    if isinstance(value, str) and not value.lstrip().startswith("{"):
+        return {as_text(value): 1.0}
+    return as_scales(value)
+
+
+def as_json_object(value: Any) -> dict[str, Any]:
+    try:
+        data = from_json(value) if isinstance(value, str) else value
+    except ValueError:
+        data = None
+    if not isinstance(data, dict):
+        raise ValueError("a JSON object")
+    return data
+
+
+def as_scheduler(value: Any) -> str | dict[str, Any]:
+    if isinstance(value, dict) or str(value).lstrip().startswith("{"):
+        data = as_json_object(value)
+        if not isinstance(data.get("scheduler"), str):
+            raise ValueError('a name, or JSON with the name under "scheduler"')
+        return data
+    return as_text(value)
+
+
+def as_weights(value: Any) -> tuple[float, ...]:
+    try:
+        data = value if isinstance(value, list | tuple) else str(value).strip("[]").split(",")
+        weights = tuple(as_number(w) for w in data)
+    except NOT_NUMBERS:
+        weights = ()
+    if not weights or min(weights) <= 0:
+        raise ValueError("numbers above 0 with commas between, such as 1,1,0.5")
+    return weights
+
+
+def as_counts(value: Any) -> tuple[int, ...]:
+    try:
+        data = value if isinstance(value, list | tuple) else str(value).strip("[]").split(",")
+        counts = tuple(int(str(n)) for n in data)
+    except ValueError:
+        counts = ()
+    if not counts or min(counts) < 1:
+        raise ValueError("whole numbers above 0 with commas between, such as 10,9")
+    return counts
+
+
+def as_names(value: Any) -> tuple[str, ...]:
+    """Names with commas between, or a list of YAML."""
+    names = value if isinstance(value, list | tuple) else str(value).split(",")
+    names = tuple(str(name).strip() for name in names)
+    if not all(names):
+        raise ValueError("names with commas between")
+    return names
+
+
+def as_hosts(value: Any) -> tuple[str, ...]:
+    names = as_names(value)
+    if any("/" in name for name in names):
+        raise ValueError("names without http:// and path, such as gpu.example.org")
+    return names
+
+
+def as_origins(value: Any) -> tuple[str, ...]:
+    origins = as_names(value)
+    if not all(o in ("*", "null") or re.fullmatch(r"[\w.+-]+://[^/]+/?", o) for o in origins):
+        raise ValueError("pages such as https://app.example.org, without a path; or *")
+    return origins
