@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from shared.backends.xdit_plan import FLAGS, REFUSES, check, xdit_degrees
+from shared.backends.xdit_plan import FLAGS, REFUSES, TYPES, check, xdit_degrees
 from shared.launch.backend import Backend, Needs
 from shared.launch.errors import LoadError
 from shared.launch.flags import HostConfig
@@ -106,7 +106,7 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
 BACKEND = Backend(
     name="xdit",
     title="xDiT: sequence, pipeline and guidance parallelism through xfuser (arXiv 2411.01738)",
-    types=("flux", "hy", "pixa", "pixs", "sd3"),
+    types=TYPES,
     flags=FLAGS,
     refuses=REFUSES,
     check=check,

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
-from shared.models import scheduler_named
+from shared.models import CACHES, MODELS, StagePlan, TokenPlan, scheduler_named
 from shared.parallel.xdit.degrees import (
-    DUAL_ATTENTION,
-    ONE_PATCH,
     Degrees,
     choose_degrees,
     fitting_sizes,
@@ -46,18 +44,35 @@ FLAGS = frozenset(
     }
 )
 
-_NOT_FLUX = {
-    "tensor_parallel_degree": "xDiT divides no layers of it; type with them: flux",
-    "use_teacache": "xfuser's caches support only the blocks of flux",
-    "use_fbcache": "xfuser's caches support only the blocks of flux",
-}
-_HY = _NOT_FLUX | {"attn_layer_num_for_pp": "its skip connections need equal stages"}
+PLANS: Mapping[str, TokenPlan] = {name: spec.tokens for name, spec in MODELS.items() if spec.tokens}
+TYPES = tuple(sorted(PLANS))
+"""The types whose transformer has a token plan."""
+
+
+def _refused(plan: TokenPlan) -> Iterator[tuple[str, str]]:
+    """The flags that a transformer does not support, and why."""
+
+    def types(fitting: Callable[[TokenPlan], Any]) -> str:
+        return ", ".join(name for name in TYPES if fitting(PLANS[name]))
+
+    if plan.branches == 1:
+        yield "use_cfg_parallel", "its transformer computes guidance in one branch"
+    if not plan.tensor:
+        have = types(lambda other: other.tensor)
+        yield "tensor_parallel_degree", f"xDiT divides no layers of it; types with them: {have}"
+    for cache in CACHES:
+        if cache not in plan.caches:
+            have = types(lambda other, cache=cache: cache in other.caches)  # type: ignore[misc]
+            yield f"use_{cache}", f"this cache does not support it; types with it: {have}"
+    if plan.stages is None:
+        have = types(lambda other: other.stages)
+        yield "pipefusion_parallel_degree", f"xfuser has no stages of it; types with them: {have}"
+    elif plan.stages.equal:
+        yield "attn_layer_num_for_pp", "its skip connections need equal stages"
+
+
 REFUSES: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {
-        "flux": MappingProxyType({"use_cfg_parallel": "its transformer computes guidance in one branch"}),
-        "hy": MappingProxyType(_HY),
-        **{name: MappingProxyType(_NOT_FLUX) for name in ("pixa", "pixs", "sd3")},
-    }
+    {name: MappingProxyType(dict(_refused(plan))) for name, plan in PLANS.items()}
 )
 
 
@@ -78,9 +93,21 @@ def xdit_degrees(config: HostConfig, world_size: int) -> Degrees:
     if heads and "ulysses" not in given:
         heads = math.gcd(heads, *(found for found in nets.values() if found))
     try:
-        return choose_degrees(world_size, given, config.spec.guidance_branches, heads)
+        return choose_degrees(world_size, given, tokens_of(config).branches, heads)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def tokens_of(config: HostConfig) -> TokenPlan:
+    """What is known of the transformer of the launch's type, which all types of xdit have."""
+    assert config.spec.tokens is not None
+    return config.spec.tokens
+
+
+def _cut_of(config: HostConfig) -> StagePlan:
+    """How PipeFusion cuts it; other types are refused before."""
+    assert (cut := tokens_of(config).stages) is not None
+    return cut
 
 
 def _folder(config: HostConfig) -> Path:
@@ -141,18 +168,19 @@ def check(config: HostConfig, world_size: int) -> None:
             f"--height: must be a multiple of {unit} with {degrees}; got {config.size[1]} "
             f"(nearest: {fitting_sizes(config.size[1], unit)})"
         )
-    if _needs_patches(config, degrees):
+    if problem := _one_patch(config, degrees):
         patches = config.num_pipeline_patch or degrees.pipefusion
         if patch_count(config.size[1], patches, degrees.sequence) == 1:
             raise UsageError(
                 f"--height: must be {2 * unit} or more with {degrees}; {config.size[1]} makes 1 patch: "
-                f"{ONE_PATCH}"
+                f"{problem}"
             )
 
 
-def _needs_patches(config: HostConfig, degrees: Degrees) -> bool:
-    """Whether PipeFusion must not have the picture in one piece (FLUX over several ranks)."""
-    return degrees.pipefusion > 1 and degrees.sequence > 1 and config.spec.latent_layout == "packed"
+def _one_patch(config: HostConfig, degrees: Degrees) -> str | None:
+    """Why PipeFusion must not have the picture in one piece, or None."""
+    shared = degrees.pipefusion > 1 and degrees.sequence > 1
+    return _cut_of(config).one_patch if shared else None
 
 
 def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str, Any, str]]:
@@ -220,16 +248,17 @@ def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str,
 
 def _pipefusion_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str, Any, str]]:
     """What PipeFusion's stages cannot run, as far as the checkpoint's configurations tell."""
-    denoiser, stages = _denoiser(config), config.attn_layer_num_for_pp
+    cut, denoiser, stages = _cut_of(config), _denoiser(config), config.attn_layer_num_for_pp
     blocks = (_number(denoiser, "num_layers") or 0) + (_number(denoiser, "num_single_layers") or 0)
     if blocks:
-        equal = "attn_layer_num_for_pp" in REFUSES.get(config.type, {})
-        problem = stages_problem(degrees.pipefusion, blocks, stages, equal)
+        problem = stages_problem(degrees.pipefusion, blocks, stages, cut.equal)
         yield "attn_layer_num_for_pp" if stages else "pipefusion_parallel_degree", problem, str(problem)
-    dual = degrees.sequence > 1 and denoiser.get("dual_attention_layers")
-    yield "pipefusion_parallel_degree", dual, f"not with {degrees} on this checkpoint: {DUAL_ATTENTION}"
-    single = config.num_pipeline_patch == 1 and _needs_patches(config, degrees)
-    yield "num_pipeline_patch", single, f"must be 2 or more with {degrees}: {ONE_PATCH}"
+    for setting, why in cut.unshared.items():
+        found = degrees.sequence > 1 and denoiser.get(setting)
+        yield "pipefusion_parallel_degree", found, f"not with {degrees} on this checkpoint: {why}"
+    problem = _one_patch(config, degrees)
+    single = config.num_pipeline_patch == 1 and problem
+    yield "num_pipeline_patch", single, f"must be 2 or more with {degrees}: {problem}"
     name, settings = _scheduler(config)
-    problem = scheduler_problem(config.spec.scheduler_family.startswith("flow"), name, settings)
+    problem = scheduler_problem(tokens_of(config).flow, name, settings)
     yield "scheduler", name and problem, str(problem)

@@ -21,8 +21,10 @@ from shared.models.schedulers import (
     with_variant,
 )
 from shared.models.spec import Family, ModelSpec
+from shared.models.tokens import CACHES, Cache, Site, StagePlan, Stream, TokenPlan
 
 __all__ = [
+    "CACHES",
     "EDM_CLASSES",
     "FAMILIES",
     "FEATURES",
@@ -31,14 +33,21 @@ __all__ = [
     "MODELS",
     "OTHER_PIPELINES",
     "SCHEDULERS",
+    "TOKEN_PLANS",
     "VAE_PREFIXES",
     "VARIANTS",
+    "Cache",
     "Family",
     "FileKind",
     "ModelSpec",
     "SchedulerSpec",
+    "Site",
+    "StagePlan",
+    "Stream",
+    "TokenPlan",
     "scheduler_named",
     "schedulers_for",
+    "token_plan",
     "with_variant",
 ]
 
@@ -61,6 +70,25 @@ def _collected(rows: tuple[ModelSpec, ...]) -> dict[str, ModelSpec]:
 
 
 MODELS = _collected(tuple(row for family in FAMILIES for row in family.rows))
+
+TOKEN_PLANS: dict[str, TokenPlan] = {
+    plan.name: plan
+    for spec in MODELS.values()
+    if spec.tokens
+    for plan in (spec.tokens, spec.tokens.control_net)
+    if plan
+}
+"""By class name: of transformers and of their ControlNets."""
+
+
+def token_plan(class_name: str) -> TokenPlan:
+    """What is known of a class of transformers. Raises ValueError, with those that are known."""
+    if class_name not in TOKEN_PLANS:
+        raise ValueError(
+            f"{class_name} has no token plan; classes with one: {', '.join(sorted(TOKEN_PLANS))}"
+        )
+    return TOKEN_PLANS[class_name]
+
 
 FILE_KINDS: tuple[FileKind, ...] = (*PARTS, *(kind for family in FAMILIES for kind in family.files))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 from shared.models.files import FileKind
@@ -17,6 +18,40 @@ from shared.models.spec import (
     Family,
     ModelSpec,
     refusals,
+)
+from shared.models.tokens import Site, StagePlan, TokenPlan
+
+_INPUTS = Site("x_embedder", "input")
+
+CONTROL_NET = TokenPlan(
+    name="FluxControlNetModel",
+    title="FLUX",
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    attention=("attn",),
+    picture=(_INPUTS, Site("controlnet_x_embedder", "input")),
+    text=(Site("context_embedder", "input"),),
+    positions=(Site("pos_embed", "input", dim=0, of=("text", "picture")),),
+    joined=("text", "picture"),
+    output=None,
+    guidance="embedded",
+    flow=True,
+    packed=True,
+)
+
+TOKENS = replace(
+    CONTROL_NET,
+    name="FluxTransformer2DModel",
+    picture=(_INPUTS,),
+    output="proj_out",
+    adapter="call",
+    tensor=("ff", "ff_context"),
+    caches=frozenset({"teacache", "fbcache"}),
+    stages=StagePlan(
+        returns=("text", "picture"),
+        one_patch="with one patch, xfuser counts FLUX's text once for every rank that shares the sequence",
+        sized_text=True,
+    ),
+    control_net=CONTROL_NET,
 )
 
 FILES = (
@@ -34,6 +69,7 @@ FAMILY = Family(
             pipeline="FluxPipeline",
             image_pipeline="FluxImg2ImgPipeline",
             denoiser="transformer",
+            tokens=TOKENS,
             latent_layout="packed",
             output="image",
             width=1024,

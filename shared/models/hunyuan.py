@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 from shared.models.spec import (
@@ -18,6 +19,25 @@ from shared.models.spec import (
     ModelSpec,
     refusals,
 )
+from shared.models.tokens import Site, StagePlan, TokenPlan
+
+CONTROL_NET = TokenPlan(
+    name="HunyuanDiT2DControlNetModel",
+    title="HunyuanDiT",
+    blocks=("blocks",),
+    attention=("attn1",),
+    picture=(Site("pos_embed", "output"),),
+    positions=(Site("image_rotary_emb", "argument", dim=0),),
+    output=None,
+)
+
+TOKENS = replace(
+    CONTROL_NET,
+    name="HunyuanDiT2DModel",
+    output="proj_out",
+    stages=StagePlan(equal=True),
+    control_net=CONTROL_NET,
+)
 
 FAMILY = Family(
     rows=(
@@ -26,6 +46,7 @@ FAMILY = Family(
             title="HunyuanDiT",
             pipeline="HunyuanDiTPipeline",
             denoiser="transformer",
+            tokens=TOKENS,
             output="image",
             width=1024,
             height=1024,

@@ -20,6 +20,16 @@ from shared.models.spec import (
     ModelSpec,
     refusals,
 )
+from shared.models.tokens import Site, StagePlan, TokenPlan
+
+TOKENS = TokenPlan(
+    name="PixArtTransformer2DModel",
+    title="PixArt",
+    blocks=("transformer_blocks",),
+    attention=("attn1",),
+    picture=(Site("pos_embed", "output"),),
+    stages=StagePlan(),
+)
 
 FAMILY = Family(
     rows=(
@@ -29,6 +39,7 @@ FAMILY = Family(
                 title=title,
                 pipeline=pipeline,
                 denoiser="transformer",
+                tokens=TOKENS,
                 output="image",
                 width=1024,
                 height=1024,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 from shared.models.files import FileKind
@@ -19,6 +20,39 @@ from shared.models.spec import (
     ModelSpec,
     refusals,
 )
+from shared.models.tokens import Site, StagePlan, TokenPlan
+
+CONTROL_NET = TokenPlan(
+    name="SD3ControlNetModel",
+    title="Stable Diffusion 3",
+    blocks=("transformer_blocks",),
+    attention=("attn", "attn2"),
+    # Those of Stable Diffusion 3.5 large take the tokens of the transformer, and no text.
+    picture=(Site("pos_embed", "output", optional=True), Site("pos_embed_input", "output")),
+    text=(Site("context_embedder", "input", optional=True),),
+    joined=("picture", "text"),
+    output=None,
+    flow=True,
+)
+
+TOKENS = replace(
+    CONTROL_NET,
+    name="SD3Transformer2DModel",
+    picture=(Site("pos_embed", "output"),),
+    text=(Site("context_embedder", "input"),),
+    output="proj_out",
+    adapter="keys",
+    stages=StagePlan(
+        returns=("text", "picture"),
+        unshared=MappingProxyType(
+            {
+                "dual_attention_layers": "xfuser's stages cannot share the dual attention of Stable "
+                "Diffusion 3.5 medium"
+            }
+        ),
+    ),
+    control_net=CONTROL_NET,
+)
 
 FILES = (
     FileKind("Stable Diffusion 3", "sd3", ("joint_blocks.0.", "transformer_blocks.0.attn.add_q_proj.")),
@@ -33,6 +67,7 @@ FAMILY = Family(
             pipeline="StableDiffusion3Pipeline",
             image_pipeline="StableDiffusion3Img2ImgPipeline",
             denoiser="transformer",
+            tokens=TOKENS,
             output="image",
             width=1024,
             height=1024,

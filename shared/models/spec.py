@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from shared.models.files import FileKind
+from shared.models.tokens import TokenPlan
 
 
 def refusals(*groups: Mapping[str, str]) -> Mapping[str, str]:
@@ -58,6 +59,7 @@ class ModelSpec:
     ip_adapter_encoder: Literal["clip", "siglip"] | None = None
     compel_class: str | None = None  # compel's wrapper for its text encoders
     guidance_branches: int = 2  # that one call of the denoiser computes, with and without the prompt
+    tokens: TokenPlan | None = None  # of its transformer; UNets have none
     lora_loader: Literal["pipeline", "peft"] = "pipeline"
     single_file_config: str | None = None  # folder under configs/, to load a single file offline
     single_file_encoders: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

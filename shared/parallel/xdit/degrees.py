@@ -55,8 +55,6 @@ FLAGS = {
 }
 
 
-ONE_PATCH = "with one patch, xfuser counts FLUX's text once for every rank that shares the sequence"
-DUAL_ATTENTION = "xfuser's stages cannot share the dual attention of Stable Diffusion 3.5 medium"
 PIPEFUSION_SCHEDULERS: dict[bool, dict[str, dict[str, Any]]] = {
     True: {"FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": False}},
     False: {
@@ -93,7 +91,7 @@ def stages_problem(degree: int, blocks: int, stages: tuple[int, ...] | None, equ
         )
     if equal and (stages is not None or degree % 2 or blocks % degree):
         return (
-            f"HunyuanDiT's skip connections need an even number of equal stages; got {degree} for "
+            f"its skip connections need an even number of equal stages; got {degree} for "
             f"{blocks} blocks" + (f", stages {list(stages)}" if stages else "")
         )
     if stages is None and -(-blocks // degree) * (degree - 1) >= blocks:

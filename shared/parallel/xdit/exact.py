@@ -9,13 +9,13 @@ meaning and every rank ends with the picture. PipeFusion is in shared.parallel.x
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from diffusers.models.attention import FeedForward
 from torch import nn
 
+from shared.models import Cache, TokenPlan, token_plan
 from shared.parallel.cfg_split import CfgSplit
 from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.graphs import Graphs
@@ -24,11 +24,9 @@ from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 from shared.parallel.xdit.degrees import Degrees
 from shared.parallel.xdit.groups import XfuserGroups
-from shared.parallel.xdit.sequence import Method as SharedBy
-from shared.parallel.xdit.sequence import SequenceParallel
+from shared.parallel.xdit.sequence import SequenceParallel, SharedBy, blocks_of
 
-Cache = Literal["teacache", "fbcache"]
-Blocks = tuple[nn.ModuleList, nn.ModuleList]
+Blocks = dict[str, nn.ModuleList]
 CACHE_THRESHOLDS = {"teacache": 0.25, "fbcache": 0.12}
 """Relative change below which a step's blocks are left out, as TeaCache's paper (arXiv 2411.19108, for 1.5
 times the speed) and ParaAttention take it. xfuser's own for TeaCache is 0.12, which its polynomial for FLUX
@@ -43,20 +41,20 @@ class XDiT(Method):
     may follow each other.
 
     Args:
-        pipeline: FLUX, SD3, PixArt or HunyuanDiT, with or without ControlNet; loaded with adapters, quantized
-            and compiled as wanted.
+        pipeline: its transformer and ControlNets have token plans; loaded with adapters, quantized and
+            compiled as wanted.
         degrees: how the ranks are divided, without PipeFusion.
         groups: the process groups of these degrees; None makes them, and ends them in ``close``.
         attention: name of xfuser's attention backend; None: cuDNN's on GPUs in half precision, else torch's.
-        cache: leave out the blocks of steps in which little changes (FLUX): an approximation. Guidance
-            branches have caches of their own where the pipeline names them, as FluxPipeline does.
+        cache: leave out the blocks of steps in which little changes: an approximation. Guidance branches have
+            caches of their own where the pipeline names them, as FluxPipeline does.
         cache_threshold: relative change below which a step's blocks are left out; 0 computes all,
             None takes CACHE_THRESHOLDS.
         parallel_vae: decode in patches, one on each rank; all ranks of a replica must then decode.
         cuda_graph: capture and replay the transformer on CUDA. Not with offloaded weights, which move.
 
     Raises:
-        ValueError: degrees or a cache that this model cannot have.
+        ValueError: a model without a token plan, degrees or a cache that it cannot have.
     """
 
     def __init__(
@@ -71,7 +69,7 @@ class XDiT(Method):
         parallel_vae: bool = False,
         cuda_graph: bool = True,
     ) -> None:
-        check_model(pipeline, degrees, cache)
+        self.tokens = check_model(pipeline, degrees, cache)
         super().__init__(pipeline)
         self.degrees, self.cache = degrees, cache
         self.cache_threshold = (
@@ -104,7 +102,7 @@ class XDiT(Method):
         groups.start(self.pipeline, groups.engine_config(self.transformer.dtype, self.attention))
         try:
             if degrees.tensor > 1:
-                self._members.append(FeedForwardParallel(models, groups.tensor))
+                self._members.append(FeedForwardParallel(models, self.tokens, groups.tensor))
             if degrees.sequence > 1:
                 by: SharedBy = "ulysses" if degrees.ring == 1 else "ring" if degrees.ulysses == 1 else "both"
                 for model in models:
@@ -113,7 +111,7 @@ class XDiT(Method):
                 self._blocks = self._take_blocks()
                 self._cache_context = self.transformer.cache_context
                 self.transformer.__dict__["cache_context"] = self._branch
-                for block in (*self._blocks[0], *self._blocks[1]):
+                for block in blocks_of(self.transformer, self.tokens):
                     self._surgery.override(block, self._counted)
             if self._graphs.enabled:
                 for index, model in enumerate(models):
@@ -183,8 +181,8 @@ class XDiT(Method):
         assert self.cache is not None
         preset = {"residual_diff_threshold": self.cache_threshold}
         apply_cache(self.cache, self._steps, self.pipeline, self.transformer, preset)
-        cached = self.transformer.transformer_blocks[0]
-        blocks = {m for group in self._blocks or () for block in group for m in block.modules()}
+        cached = blocks_of(self.transformer, self.tokens)[0]
+        blocks = {m for group in (self._blocks or {}).values() for m in group.modules()}
         for module in set(cached.modules()) - blocks:
             # xfuser puts its numbers on the first GPU.
             for name, buffer in module._buffers.items():
@@ -209,43 +207,63 @@ class XDiT(Method):
             self._put_blocks(self._blocks)
 
     def _take_blocks(self) -> Blocks:
-        return self.transformer.transformer_blocks, self.transformer.single_transformer_blocks
+        return {name: getattr(self.transformer, name) for name in self.tokens.blocks}
 
     def _put_blocks(self, blocks: Blocks) -> None:
-        self.transformer.transformer_blocks, self.transformer.single_transformer_blocks = blocks
+        for name, group in blocks.items():
+            setattr(self.transformer, name, group)
 
 
 class FeedForwardParallel(TensorParallel):
-    """Tensor parallelism of the feed-forward layers alone, which is what xDiT divides in FLUX."""
+    """Tensor parallelism of feed-forward layers only, which is what xDiT divides.
+
+    Args:
+        models: a transformer and its ControlNets.
+        plan: the transformer's.
+        group: the ranks that share them.
+    """
+
+    def __init__(
+        self, models: Sequence[nn.Module], plan: TokenPlan, group: torch.distributed.ProcessGroup
+    ) -> None:
+        self._layers = plan.tensor
+        super().__init__(models, group)
 
     def _divide(self, name: str, module: nn.Module) -> None:
-        if isinstance(module, FeedForward):
-            self._feed_forward(name, module)
+        if name.rpartition(".")[2] in self._layers:
+            self._feed_forward(name, module)  # type: ignore[arg-type]
 
 
-def check_model(pipeline: Any, degrees: Degrees, cache: str | None = None) -> None:
-    """Whether this model can be divided so. Raises ValueError."""
-    transformer = getattr(pipeline, "transformer", None)
-    if not isinstance(transformer, nn.Module):
+def check_model(pipeline: Any, degrees: Degrees, cache: Cache | None = None) -> TokenPlan:
+    """The token plan of a pipeline's transformer, which can be divided so.
+
+    Raises:
+        ValueError: there is no transformer, it or a ControlNet has no plan, or they cannot be divided so.
+    """
+    transformer = pipeline.components.get("transformer")
+    if transformer is None:
         raise ValueError(f"{type(pipeline).__name__} has no transformer")
-    nets = control_nets(pipeline)
+    tokens, nets = token_plan(type(transformer).__name__), control_nets(pipeline)
     for model in (transformer, *nets):
+        token_plan(type(model).__name__)
         heads = model.config.num_attention_heads
         if heads % degrees.ulysses:
             raise ValueError(
                 f"ulysses degree {degrees.ulysses} must divide the {heads} attention heads of "
                 f"{type(model).__name__}"
             )
-    flux = hasattr(transformer, "single_transformer_blocks")
-    if degrees.tensor > 1 and not flux:
-        raise ValueError(f"tensor degree {degrees.tensor}: only FLUX has layers that xDiT divides")
-    if degrees.cfg == 2 and flux:
-        raise ValueError("cfg degree 2: FLUX computes its guidance in one branch")
-    if cache is not None and (not flux or nets or degrees.cfg * degrees.tensor * degrees.pipefusion > 1):
+    if degrees.tensor > 1 and not tokens.tensor:
+        raise ValueError(f"tensor degree {degrees.tensor}: xDiT divides no layers of {tokens.name}")
+    if degrees.cfg == 2 and tokens.branches == 1:
+        raise ValueError(f"cfg degree 2: {tokens.name} computes its guidance in one branch")
+    if cache is not None and cache not in tokens.caches:
+        raise ValueError(f"{cache}: does not fit {tokens.name}")
+    if cache is not None and (nets or degrees.cfg * degrees.tensor * degrees.pipefusion > 1):
         raise ValueError(
-            f"{cache}: for FLUX without ControlNet, with Ulysses, ring and data parallelism only; got "
-            f"{type(transformer).__name__}, {len(nets)} ControlNets, {degrees}"
+            f"{cache}: only with Ulysses, ring and data parallelism and without ControlNet; got {degrees}, "
+            f"{len(nets)} ControlNets"
         )
+    return tokens
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, degrees: Degrees) -> str:

@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from shared.models import StagePlan, Stream
 from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.method import Method, Unwatched, Watch, control_nets
 from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.degrees import (
-    DUAL_ATTENTION,
-    ONE_PATCH,
     Degrees,
     fitting_sizes,
     patch_count,
@@ -28,11 +27,13 @@ from shared.parallel.xdit.degrees import (
 )
 from shared.parallel.xdit.exact import attention_backend, check_model, plan
 from shared.parallel.xdit.groups import XfuserGroups
-from shared.parallel.xdit.sequence import BLOCKS
+from shared.parallel.xdit.sequence import blocks_of
 from shared.parallel.xdit.stages import Snapshot, StepTeller, noise_of_whole_pictures
 
 UNHEARD = ("sigmas", "timesteps", "true_cfg_scale", "ip_adapter_image", "ip_adapter_image_embeds")
 """Arguments that xfuser's pipelines take and leave alone, or do not keep in step between the stages."""
+STREAMS: dict[Stream, str] = {"picture": "hidden_states", "text": "encoder_hidden_states"}
+"""A block's first two arguments."""
 NEUTRAL = {"max_sequence_length": 256}
 """Arguments that some of xfuser's pipelines do not take, with the value that they take instead."""
 
@@ -44,7 +45,7 @@ class XDiTPipeFusion(Method):
     ``warm_up_steps`` steps are exact, those after them see the other patches as of the step before.
 
     Args:
-        pipeline: FLUX, SD3, PixArt or HunyuanDiT without ControlNet and IP-Adapter; LoRAs fused.
+        pipeline: its transformer's token plan has stages; without ControlNet and IP-Adapter; LoRAs fused.
         degrees: how the ranks are divided; pipefusion is 2 or more.
         groups: the process groups of these degrees; None makes them, and ends them in ``close``.
         warm_up_steps: synchronous steps at the start of each generation, 1 or more.
@@ -71,15 +72,14 @@ class XDiTPipeFusion(Method):
         parallel_vae: bool = False,
         free_other_stages: bool = True,
     ) -> None:
-        check_model(pipeline, degrees)
+        self.tokens = check_model(pipeline, degrees)
         super().__init__(pipeline)
         self.degrees, self.warm_up_steps = degrees, warm_up_steps
         self.decodes_together = parallel_vae
         """Whether all ranks must decode, as each decodes a patch."""
         self.patches = self._patches = patches or degrees.pipefusion
         self.transformer: nn.Module = pipeline.transformer
-        self.flux = hasattr(self.transformer, "single_transformer_blocks")
-        self._check(stages)
+        self.cut = self._check(stages)
         weight = next(self.transformer.parameters())
         self._own_groups = groups is None
         self.groups = groups or XfuserGroups(degrees, getattr(pipeline, "_execution_device", weight.device))
@@ -100,8 +100,10 @@ class XDiTPipeFusion(Method):
             self.close()
             raise
 
-    def _check(self, stages: tuple[int, ...] | None) -> None:
-        d, blocks = self.degrees, sum(len(getattr(self.transformer, name, ())) for name in BLOCKS)
+    def _check(self, stages: tuple[int, ...] | None) -> StagePlan:
+        d, cut, blocks = self.degrees, self.tokens.stages, blocks_of(self.transformer, self.tokens)
+        if cut is None:
+            raise ValueError(f"PipeFusion: xfuser has no stages of {self.tokens.name}")
         if d.pipefusion < 2:
             raise ValueError(f"PipeFusion needs a degree of 2 or more; got {d.pipefusion}")
         if self.warm_up_steps < 1:
@@ -112,13 +114,15 @@ class XDiTPipeFusion(Method):
             raise ValueError("PipeFusion: xfuser's stages take no ControlNet residuals")
         if d.tensor > 1:
             raise ValueError(f"tensor degree {d.tensor}: not with PipeFusion")
-        skips = hasattr(self.transformer, "blocks")
-        if problem := stages_problem(d.pipefusion, blocks, stages, skips):
+        if problem := stages_problem(d.pipefusion, len(blocks), stages, cut.equal):
             raise ValueError(f"PipeFusion's stages: {problem}")
-        if d.sequence > 1 and getattr(self.transformer.config, "dual_attention_layers", None):
-            raise ValueError(f"PipeFusion with {d}: {DUAL_ATTENTION}")
-        if d.sequence > 1 and self.flux and self.patches == 1:
-            raise ValueError(f"PipeFusion with {d}, 1 patch: {ONE_PATCH}")
+        if d.sequence > 1:
+            for setting, problem in cut.unshared.items():
+                if self.transformer.config[setting]:
+                    raise ValueError(f"PipeFusion with {d}: {problem}")
+            if cut.one_patch and self.patches == 1:
+                raise ValueError(f"PipeFusion with {d}, 1 patch: {cut.one_patch}")
+        return cut
 
     def _install(self, config: Any, free: bool) -> None:
         import xfuser.model_executor.layers.attention_processor as attentions
@@ -133,7 +137,7 @@ class XDiTPipeFusion(Method):
             return self._usp(*args, attn_layer=attn_layer if sequence > 1 else None, **kwargs)
 
         attentions.USP = usp
-        blocks = {b for name in BLOCKS for b in getattr(self.transformer, name, ())}
+        blocks = set(blocks_of(self.transformer, self.tokens))
         assert pipelines  # its import registers the pipelines
         wrapper = xFuserPipelineWrapperRegister.get_class(pipe)
         scheduler, transformer = pipe.scheduler, pipe.transformer
@@ -143,7 +147,7 @@ class XDiTPipeFusion(Method):
         finally:
             # The pipeline keeps its own parts; xfuser's take their place during a call.
             pipe.scheduler, pipe.transformer = scheduler, transformer
-        mine = {b for name in BLOCKS for b in getattr(self._stages, name, ())}
+        mine = set(blocks_of(self._stages, self.tokens))
         self._blocks = mine
         for block in mine:
             self._surgery.override(block, self._passable)
@@ -245,13 +249,13 @@ class XDiTPipeFusion(Method):
         } - set(UNHEARD)
         empty = [name for name, value in arguments.items() if value is None or value == ""]
         if "negative_prompt" not in names and (arguments.get("true_cfg_scale") or 1.0) <= 1:
-            # FLUX has no use for these without true guidance, in diffusers either.
+            # Without true guidance they have no effect, in diffusers either.
             empty += ["true_cfg_scale", *(name for name in arguments if name.startswith("negative_"))]
         empty += [name for name, value in NEUTRAL.items() if arguments.get(name) == value]
         lost = sorted(set(arguments) - names - set(empty))
         if lost:
             raise ValueError(f"PipeFusion cannot serve {', '.join(lost)}; the other degrees can")
-        if not self.flux and arguments.get("guidance_scale", 2.0) <= 1:
+        if self.tokens.branches == 2 and arguments.get("guidance_scale", 2.0) <= 1:
             raise ValueError("PipeFusion needs guidance: cfg must be above 1; the other degrees serve 1")
         if "set_timesteps" in vars(self.pipeline.scheduler):
             raise ValueError("PipeFusion runs whole schedules, not parts of them; the other degrees can")
@@ -263,11 +267,13 @@ class XDiTPipeFusion(Method):
                 f"{fitting_sizes(height, unit)})"
             )
         patches = patch_count(height, self.patches, self.degrees.sequence)
-        if patches == 1 and self.flux and self.degrees.sequence > 1:
-            raise ValueError(f"the height must be {2 * unit} or more; {height} makes 1 patch: {ONE_PATCH}")
+        if patches == 1 and self.cut.one_patch and self.degrees.sequence > 1:
+            raise ValueError(
+                f"the height must be {2 * unit} or more; {height} makes 1 patch: {self.cut.one_patch}"
+            )
         self._patches = patches
         heard = {name: value for name, value in arguments.items() if name in names}
-        if self.flux and heard.get("prompt_embeds") is not None:
+        if self.cut.sized_text and heard.get("prompt_embeds") is not None:
             # xfuser's stages send each other text of this length, whatever the embeddings have.
             heard["max_sequence_length"] = heard["prompt_embeds"].shape[1]
         return heard
@@ -275,8 +281,7 @@ class XDiTPipeFusion(Method):
     def _scheduler(self, scheduler: Any) -> Any:
         from xfuser.model_executor.schedulers.register import xFuserSchedulerWrappersRegister
 
-        flow = hasattr(self.transformer, "context_embedder")
-        if problem := scheduler_problem(flow, type(scheduler).__name__, scheduler.config):
+        if problem := scheduler_problem(self.tokens.flow, type(scheduler).__name__, scheduler.config):
             raise ValueError(problem)
         return xFuserSchedulerWrappersRegister.get_wrapper(scheduler)(scheduler)
 
@@ -294,10 +299,10 @@ class XDiTPipeFusion(Method):
         """A block that hands its input on once the generation is to end: messages keep their shapes."""
         if self._watch is None or self._watch.error is None:
             return original(*args, **kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if hasattr(self.transformer, "context_embedder"):
-            return (args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]), hidden
-        return hidden
+        given: dict[Stream, Any] = dict(zip(("picture", "text"), args, strict=False))
+        given |= {stream: kwargs[name] for stream, name in STREAMS.items() if name in kwargs}
+        answer = tuple(given[stream] for stream in self.cut.returns)
+        return answer if len(answer) > 1 else answer[0]
 
     def _share(self, latents: torch.Tensor | None) -> torch.Tensor:
         """The latents of the rank that has them, on every rank of the replica."""
@@ -319,7 +324,7 @@ class XDiTPipeFusion(Method):
         if wanted == "latent":
             return ImagePipelineOutput(images=latents)
         pipe, config = self.pipeline, self.pipeline.vae.config
-        if hasattr(pipe, "_unpack_latents"):
+        if self.tokens.packed:
             size = arguments["height"], arguments["width"]
             latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
         latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)

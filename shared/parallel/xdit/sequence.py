@@ -7,6 +7,7 @@ last layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -14,14 +15,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from shared.models import Site, Stream, TokenPlan, token_plan
 from shared.parallel.exchange import Ranks, all_gather
 from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.attention import Gathering, joined, ring, token_major, ulysses, usp, usp_operator
 
-BLOCKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
-"""Names of the lists of blocks of diffusers' transformers."""
-
-Method = Literal["ulysses", "ring", "both"]
+SharedBy = Literal["ulysses", "ring", "both"]
 
 
 class Shares:
@@ -46,6 +45,11 @@ class Shares:
         return torch.cat([parts, x[:, each:]], 1) if rest else parts
 
 
+def blocks_of(model: nn.Module, plan: TokenPlan) -> list[nn.Module]:
+    """The blocks of a transformer or ControlNet, in order."""
+    return [block for name in plan.blocks for block in model.get_submodule(name).children()]
+
+
 class SequenceParallel:
     """Makes a transformer, or a ControlNet made of such blocks, compute this rank's tokens only.
 
@@ -53,14 +57,14 @@ class SequenceParallel:
     transformer adds. Any number of tokens works: what does not divide is computed by every rank.
 
     Args:
-        model: FLUX, SD3, PixArt or HunyuanDiT of diffusers, or a ControlNet of theirs.
+        model: a transformer or ControlNet of diffusers with a token plan.
         group: the ranks that share the sequence.
         backend: name of xfuser's attention backend.
         surgery: collects what is overridden.
         by: how they share it.
 
     Raises:
-        ValueError: a model of another kind.
+        ValueError: a model without a token plan.
     """
 
     def __init__(
@@ -69,85 +73,80 @@ class SequenceParallel:
         group: dist.ProcessGroup,
         backend: str,
         surgery: Surgery,
-        by: Method,
+        by: SharedBy,
     ) -> None:
+        self.plan = token_plan(type(model).__name__)
         self.shares, self.backend, self.by = Shares(group), backend, by
-        self.text = self.image = 0
-        """Tokens of the whole sequence in the call that is under way."""
-        self.ids = hasattr(model, "x_embedder")
-        """Whether positions come as ids, and text stands before the picture (FLUX)."""
+        self.tokens: dict[Stream, int] = {}
+        """Of each stream's whole sequence in the call that is under way."""
         self._inside = self._answered = False
         self._sent: Gathering | None = None
-        self._embed(model, surgery)
-        attentions = [
-            module
-            for name in BLOCKS
-            for block in getattr(model, name, ())
-            for module in block.modules()
-            if hasattr(module, "processor") and not getattr(module, "is_cross_attention", False)
-        ]
-        if not attentions:
-            raise ValueError(f"{type(model).__name__} has no self-attention that can be shared")
-        for module in attentions:
-            surgery.override(module, self._attention)
-            if by == "ring":
-                surgery.override(module.to_v, self._value)
+        for site in (*self.plan.picture, *self.plan.text, *self.plan.positions):
+            self._divide(model, site, surgery)
+        if self.plan.output is not None:
+            surgery.override(model.get_submodule(self.plan.output), self._output)
+        for block in blocks_of(model, self.plan):
+            for name, module in block.named_children():
+                if name in self.plan.attention:
+                    surgery.override(module, self._attention)
+                    if by == "ring":
+                        surgery.override(module.get_submodule("to_v"), self._value)
         surgery.override(model, self._model)
 
-    def _embed(self, model: nn.Module, surgery: Surgery) -> None:
-        """Cut tokens where they are embedded, gather them behind the last layer."""
-        if self.ids:
-            surgery.override(model.x_embedder, self._image_input)
-            surgery.override(model.pos_embed, self._positions)
-            if hasattr(model, "controlnet_x_embedder"):
-                surgery.override(model.controlnet_x_embedder, self._image_input)
-        else:
-            for name in ("pos_embed", "pos_embed_input"):
-                if getattr(model, name, None) is not None:
-                    surgery.override(getattr(model, name), self._image_output)
-        if getattr(model, "context_embedder", None) is not None:
-            surgery.override(model.context_embedder, self._text_input)
-        if hasattr(model, "proj_out"):
-            surgery.override(model.proj_out, self._output)
+    def _divide(self, model: nn.Module, site: Site, surgery: Surgery) -> None:
+        """Cut tokens, or what belongs to them, where the model takes them in."""
+
+        def from_input(original: Forward, args: tuple, kwargs: dict) -> Any:
+            return original(self._cut(args[0], site), *args[1:], **kwargs)
+
+        def from_output(original: Forward, args: tuple, kwargs: dict) -> Any:
+            return self._cut(original(*args, **kwargs), site)
+
+        def from_argument(original: Forward, args: tuple, kwargs: dict) -> Any:
+            return original(*args, **kwargs | {site.name: self._cut(kwargs.get(site.name), site)})
+
+        if site.at == "argument":
+            surgery.override(model, from_argument)
+            return
+        if site.optional and getattr(model, site.name) is None:
+            return
+        module = model.get_submodule(site.name)
+        surgery.override(module, from_input if site.at == "input" else from_output)
+
+    def _cut(self, value: Any, site: Site) -> Any:
+        """This rank's share of what is at a site."""
+        if value is None:
+            return None
+        if site.each:
+            each = [replace(site, of=(stream,), each=False) for stream in site.of]
+            return tuple(self._cut(item, one) for item, one in zip(value, each, strict=True))
+        if isinstance(value, tuple):
+            return tuple(self._cut(item, site) for item in value)
+        if site in (*self.plan.picture, *self.plan.text):
+            self.tokens[site.of[0]] = value.shape[site.dim]
+        if len(site.of) == 1:
+            return self.shares.cut(value, site.dim)
+        lengths = [self.tokens[stream] for stream in site.of]
+        if sum(lengths) != value.shape[site.dim]:
+            have = " and ".join(f"{n} {stream}" for n, stream in zip(lengths, site.of, strict=True))
+            raise ValueError(
+                f"{value.shape[site.dim]} positions for {have} tokens: this {self.plan.name} adds tokens of "
+                "its own and cannot share the sequence"
+            )
+        parts = value.split(lengths, site.dim)
+        return torch.cat([self.shares.cut(part, site.dim) for part in parts], site.dim)
 
     def _model(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        if kwargs.get("image_rotary_emb") is not None:
-            cut = [self.shares.cut(part, 0) for part in kwargs["image_rotary_emb"]]
-            kwargs = kwargs | {"image_rotary_emb": tuple(cut)}
-        plain, self.text = F.scaled_dot_product_attention, 0
+        self.tokens = dict.fromkeys(self.plan.joined, 0)
         self._inside = self._answered = False
-        # Every processor of diffusers ends here; which calls are to see all tokens, self._inside tells.
-        F.scaled_dot_product_attention = self._attend(plain)
-        try:
+        with Surgery() as during:
+            # Every processor of diffusers ends here; which calls are to see all tokens, self._inside tells.
+            shared = self._attend(F.scaled_dot_product_attention)
+            during.replace(F, "scaled_dot_product_attention", shared)
             return original(*args, **kwargs)
-        finally:
-            F.scaled_dot_product_attention = plain
-
-    def _image_input(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        self.image = args[0].shape[1]
-        return original(self.shares.cut(args[0], 1))
-
-    def _image_output(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        tokens = original(*args, **kwargs)
-        self.image = tokens.shape[1]
-        return self.shares.cut(tokens, 1)
-
-    def _text_input(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        self.text = args[0].shape[1]
-        return original(self.shares.cut(args[0], 1))
-
-    def _positions(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        ids = args[0]
-        if len(ids) != self.text + self.image:
-            raise ValueError(
-                f"{len(ids)} positions for {self.text} text and {self.image} picture tokens: this ControlNet "
-                "adds tokens of its own and cannot share the sequence"
-            )
-        text, image = ids.split([self.text, self.image])
-        return original(torch.cat([self.shares.cut(text, 0), self.shares.cut(image, 0)]))
 
     def _output(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        return self.shares.gather(original(*args, **kwargs), self.image)
+        return self.shares.gather(original(*args, **kwargs), self.tokens["picture"])
 
     def _attention(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         self._inside, self._sent = True, None
@@ -180,8 +179,8 @@ class SequenceParallel:
             is_causal: bool = False,
             **others: Any,
         ) -> torch.Tensor:
-            # In FLUX a further call in one attention is that of the IP-Adapter: picture tokens to its tokens.
-            if not self._inside or (self.ids and self._answered):
+            # A further call in one attention is that of the IP-Adapter: picture tokens to its tokens.
+            if not self._inside or (self.plan.adapter == "call" and self._answered):
                 return plain(
                     query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **others
                 )
@@ -199,7 +198,7 @@ class SequenceParallel:
     def _shared(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attention over all ranks' tokens; [batch, heads, tokens, channels]."""
         group, backend, runs = self.shares.group, self.backend, self._runs(query.shape[2])
-        # Keys behind the tokens (an IP-Adapter's in SD3) are the same on every rank.
+        # Keys behind the tokens (an IP-Adapter's) are the same on every rank.
         further = key.shape[2] - query.shape[2]
         (k, common_k), (v, common_v) = (_sort(x, [*runs, (further, False)], 2) for x in (key, value))
         if self.by == "ring":
@@ -226,24 +225,24 @@ class SequenceParallel:
         rest = value.shape[2] - sent.tokens
         if not rest:
             return [sent]
-        return [value[:, :, :rest], sent] if self.ids else [sent, value[:, :, sent.tokens :]]
+        if self.plan.joined[0] == "text":
+            return [value[:, :, :rest], sent]
+        return [sent, value[:, :, sent.tokens :]]
 
     def _runs(self, tokens: int) -> list[tuple[int, bool]]:
         """(length, whether they are this rank's own) of the runs of tokens in a sequence of this length."""
         ranks = self.shares.ranks
 
-        def stream(total: int) -> list[tuple[int, bool]]:
+        def stream(name: Stream) -> list[tuple[int, bool]]:
+            total = self.tokens[name]
             return [(total // ranks, True), (total % ranks, False)]
 
-        image, text = stream(self.image), stream(self.text)
-        both = [*text, *image] if self.ids else [*image, *text]
-        for runs in (both, image):
+        joined = [run for name in self.plan.joined for run in stream(name)]
+        for runs in (joined, stream("picture")):
             if sum(length for length, _ in runs) == tokens:
                 return runs
-        raise ValueError(
-            f"attention over {tokens} tokens, where this rank has {sum(n for n, _ in image)} of the picture "
-            f"and {sum(n for n, _ in text)} of the text"
-        )
+        have = ", ".join(f"{sum(n for n, _ in stream(name))} of the {name}" for name in self.plan.joined)
+        raise ValueError(f"attention over {tokens} tokens, where this rank has {have}")
 
 
 def _sort(

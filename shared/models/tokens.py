@@ -1,0 +1,95 @@
+"""What is known of a class of transformers: where its tokens are, how attention joins them, what fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, get_args
+
+Stream = Literal["picture", "text"]
+Cache = Literal["teacache", "fbcache"]
+CACHES: tuple[Cache, ...] = get_args(Cache)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a model holds tokens, or something for each of them (positions, masks).
+
+    What is there is a tensor or a tuple of tensors (cosines and sines), all of them with the same tokens.
+    """
+
+    name: str
+    """Path of a module in the model, or the name of an argument of the model's forward."""
+    at: Literal["input", "output", "argument"]
+    """The module's first input, its output, or the argument."""
+    dim: int = 1
+    """Along which the tokens lie."""
+    of: tuple[Stream, ...] = ("picture",)
+    """Whose tokens, in this order."""
+    each: bool = False
+    """Whether it is a tuple with one item for each of `of`, not one tensor over all of them."""
+    optional: bool = False
+    """Whether some checkpoints have None there."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """How PipeFusion cuts a transformer into stages."""
+
+    returns: tuple[Stream, ...] = ("picture",)
+    """What a block returns, in this order."""
+    equal: bool = False
+    """Whether skip connections join the first blocks to the last, so that stages must be equal."""
+    one_patch: str | None = None
+    """Why a picture in one patch cannot be shared as a sequence as well; None: it can."""
+    sized_text: bool = False
+    """Whether stages send text of `max_sequence_length` tokens, whatever length embeddings have."""
+    unshared: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Settings of a checkpoint with which stages cannot share a sequence as well, and why."""
+
+
+@dataclass(frozen=True)
+class TokenPlan:
+    """What is known of one class of transformers, or of the ControlNets made of their blocks."""
+
+    name: str
+    """The class in diffusers."""
+    title: str
+    """What people call it."""
+    blocks: tuple[str, ...]
+    """The module lists of the blocks that repeat."""
+    attention: tuple[str, ...]
+    """What a block calls its self-attention; some blocks may lack some of them."""
+    picture: tuple[Site, ...]
+    """Where the picture's tokens come in."""
+    text: tuple[Site, ...] = ()
+    """Where the text's tokens come in, if they take part in self-attention."""
+    positions: tuple[Site, ...] = ()
+    """Where positions and masks come in."""
+    joined: tuple[Stream, ...] = ("picture",)
+    """Whose tokens self-attention sees, in this order; so do blocks of one stream. Blocks for the picture's
+    tokens only may lie between."""
+    output: str | None = "proj_out"
+    """The last module that has tokens, [batch, picture's tokens, channels]; None: residuals stay in parts."""
+    guidance: Literal["batch", "calls", "embedded"] = "batch"
+    """Both guidance branches in one batch, each in a call of its own, or the scale as an input."""
+    flow: bool = False
+    """Whether it predicts flow: noise less picture."""
+    packed: bool = False
+    """Whether the pipeline's latents are tokens of 2 x 2 latents [batch, tokens, 4 x channels]."""
+    adapter: Literal["call", "keys"] | None = None
+    """An IP-Adapter's tokens: in a further call of attention in the layer, or as keys behind the others."""
+    tensor: tuple[str, ...] = ()
+    """What a block calls the feed-forward layers that tensor parallelism divides."""
+    caches: frozenset[Cache] = frozenset()
+    """The step caches that fit."""
+    stages: StagePlan | None = None
+    """For PipeFusion; None: xfuser has no stages of it."""
+    control_net: TokenPlan | None = None
+    """The ControlNet's, whose residuals it adds."""
+
+    @property
+    def branches(self) -> int:
+        """Guidance branches in one call: 1 or 2."""
+        return 2 if self.guidance == "batch" else 1

@@ -1,0 +1,112 @@
+"""Token plans: what they say of the models' classes, and that a class without one is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+from torch import nn
+
+from shared.models import MODELS, TOKEN_PLANS, TokenPlan, token_plan
+from shared.parallel.xdit.degrees import Degrees
+from shared.parallel.xdit.exact import XDiT
+from shared.parallel.xdit.pipefusion import XDiTPipeFusion
+from shared.parallel.xdit.sequence import blocks_of
+from tests import tiny, tiny_extras
+
+PLANNED = [name for name, spec in MODELS.items() if spec.tokens]
+
+
+def models(name: str) -> list[Any]:
+    """The tiny transformer of a type, and its ControlNet if there is one."""
+    spec, found = MODELS[name], [tiny.load(name).transformer]
+    if spec.control_net_class:
+        net = getattr(diffusers, spec.control_net_class)
+        found.append(net.from_pretrained(tiny_extras.control_net(name)))
+    return found
+
+
+def self_attention(model: nn.Module) -> list[nn.Module]:
+    """The layers that diffusers runs as self-attention of all tokens."""
+    processed: list[Any] = [m for m in model.modules() if "processor" in vars(m) or "processor" in m._modules]
+    return [m for m in processed if not vars(m).get("is_cross_attention", False)]
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_plan_names_what_its_model_has(name: str):
+    spec, every = MODELS[name], models(name)
+    plans = [spec.tokens, spec.tokens and spec.tokens.control_net]
+    assert [type(model).__name__ for model in every] == [plan.name for plan in plans if plan]
+    for model in every:
+        plan = token_plan(type(model).__name__)
+        blocks = blocks_of(model, plan)
+        planned = [m for block in blocks for key, m in block.named_children() if key in plan.attention]
+        assert planned and set(planned) == set(self_attention(model))
+        assert all(
+            isinstance(planned_v, nn.Module) for m in planned for planned_v in [m.get_submodule("to_v")]
+        )
+        for site in (*plan.picture, *plan.text, *plan.positions):
+            assert site.at == "argument" or isinstance(model.get_submodule(site.name), nn.Module)
+        assert (plan.output is None) == (model is not every[0])
+
+
+def test_every_plan_is_found_by_its_class():
+    assert {plan.name: plan for plan in TOKEN_PLANS.values()} == TOKEN_PLANS
+    assert all(plan.name in dir(diffusers) for plan in TOKEN_PLANS.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("flux", {"branches": 1, "flow": True, "packed": True, "joined": ("text", "picture")}),
+        ("sd3", {"branches": 2, "flow": True, "packed": False, "joined": ("picture", "text")}),
+        ("hy", {"branches": 2, "flow": False, "packed": False, "joined": ("picture",)}),
+        ("pixs", {"branches": 2, "flow": False, "packed": False, "joined": ("picture",)}),
+    ],
+)
+def test_a_plan_says_how_its_model_works(name: str, expected: dict[str, Any]):
+    plan: Any = MODELS[name].tokens
+    assert {key: getattr(plan, key) for key in expected} == expected
+
+
+def qwen() -> Any:
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16,
+        num_attention_heads=3, joint_attention_dim=16, guidance_embeds=False, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.QwenImagePipeline(
+        scheduler=scheduler, vae=None, text_encoder=None, tokenizer=None, transformer=transformer
+    )
+
+
+def wan() -> Any:
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+        text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+    )  # fmt: skip
+    return diffusers.WanPipeline(
+        scheduler=diffusers.UniPCMultistepScheduler(), vae=None, text_encoder=None, tokenizer=None,
+        transformer=transformer,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [qwen, wan])
+def test_a_class_without_a_plan_is_refused_by_name_before_surgery(make: Any):
+    pipe = make()
+    before = repr(pipe.transformer)
+    words = f"{type(pipe.transformer).__name__} has no token plan; .*FluxTransformer2DModel, Hunyuan"
+    for method, degrees in ((XDiT, Degrees(ulysses=2)), (XDiTPipeFusion, Degrees(pipefusion=2))):
+        with pytest.raises(ValueError, match=words):
+            method(pipe, degrees)
+    assert repr(pipe.transformer) == before
+    assert not any("forward" in vars(module) for module in pipe.transformer.modules())
+
+
+def test_a_transformer_without_stages_is_refused(monkeypatch: pytest.MonkeyPatch):
+    pipe = tiny.load("pixa")
+    plan = TokenPlan("PixArtTransformer2DModel", "PixArt", ("transformer_blocks",), ("attn1",), ())
+    monkeypatch.setitem(TOKEN_PLANS, plan.name, plan)
+    with pytest.raises(ValueError, match="no stages of PixArtTransformer2DModel"):
+        XDiTPipeFusion(pipe, Degrees(pipefusion=2))
