@@ -106,7 +106,8 @@ def tokens_of(config: HostConfig) -> TokenPlan:
 
 def _cut_of(config: HostConfig) -> StagePlan:
     """How PipeFusion cuts it; other types are refused before."""
-    assert (cut := tokens_of(config).stages) is not None
+    cut = tokens_of(config).stages
+    assert cut is not None
     return cut
 
 

@@ -435,8 +435,8 @@ STOCHASTIC = {"scheduler": "flow_euler", "stochastic_sampling": True}
     ("name", "flags", "world", "words"),
     [
         ("flux", {"use_cfg_parallel": True}, 2, "one branch"),
-        ("sd3", {"tensor_parallel_degree": 2}, 2, "type with them: flux"),
-        ("pixa", {"use_teacache": True}, 2, "flux alone"),
+        ("sd3", {"tensor_parallel_degree": 2}, 2, "divides no layers of it; types with them: flux"),
+        ("pixa", {"use_teacache": True}, 2, "types with it: flux"),
         ("flux", {"use_teacache": True, "use_fbcache": True}, 2, "one cache"),
         ("flux", {"use_fbcache": True, "control_net": {"x": 1.0}}, 2, "without --control_net"),
         ("flux", {"control_net": {"x": 1.0}, "pipefusion_parallel_degree": 2}, 2, "not with PipeFusion"),

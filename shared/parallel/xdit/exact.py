@@ -8,8 +8,7 @@ meaning and every rank ends with the picture. PipeFusion is in shared.parallel.x
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,17 +19,12 @@ from shared.parallel.cfg_split import CfgSplit
 from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.graphs import Graphs
 from shared.parallel.method import Method, control_nets
-from shared.parallel.surgery import Forward, Surgery
+from shared.parallel.surgery import Surgery
 from shared.parallel.tensor_parallel import TensorParallel
+from shared.parallel.xdit.caches import StepCache, step_cache
 from shared.parallel.xdit.degrees import Degrees
 from shared.parallel.xdit.groups import XfuserGroups
-from shared.parallel.xdit.sequence import SequenceParallel, SharedBy, blocks_of
-
-Blocks = dict[str, nn.ModuleList]
-CACHE_THRESHOLDS = {"teacache": 0.25, "fbcache": 0.12}
-"""Relative change below which a step's blocks are left out, as TeaCache's paper (arXiv 2411.19108, for 1.5
-times the speed) and ParaAttention take it. xfuser's own for TeaCache is 0.12, which its polynomial for FLUX
-never falls below: no step would be left out."""
+from shared.parallel.xdit.sequence import SequenceParallel, SharedBy
 
 
 class XDiT(Method):
@@ -46,10 +40,9 @@ class XDiT(Method):
         degrees: how the ranks are divided, without PipeFusion.
         groups: the process groups of these degrees; None makes them, and ends them in ``close``.
         attention: name of xfuser's attention backend; None: cuDNN's on GPUs in half precision, else torch's.
-        cache: leave out the blocks of steps in which little changes: an approximation. Guidance branches have
-            caches of their own where the pipeline names them, as FluxPipeline does.
-        cache_threshold: relative change below which a step's blocks are left out; 0 computes all,
-            None takes CACHE_THRESHOLDS.
+        cache: leave out the blocks of steps in which little changes: an approximation.
+        cache_threshold: relative change below which a step's blocks are left out; 0 computes all, None takes
+            the cache's usual one.
         parallel_vae: decode in patches, one on each rank; all ranks of a replica must then decode.
         cuda_graph: capture and replay the transformer on CUDA. Not with offloaded weights, which move.
 
@@ -71,59 +64,57 @@ class XDiT(Method):
     ) -> None:
         self.tokens = check_model(pipeline, degrees, cache)
         super().__init__(pipeline)
-        self.degrees, self.cache = degrees, cache
-        self.cache_threshold = (
-            CACHE_THRESHOLDS.get(cache or "") if cache_threshold is None else cache_threshold
-        )
+        self.degrees = degrees
         self.transformer: nn.Module = pipeline.transformer
         if degrees.pipefusion > 1:
             raise ValueError("PipeFusion is XDiTPipeFusion's, not XDiT's")
-        weight = next(self.transformer.parameters())
-        device = getattr(pipeline, "_execution_device", weight.device)
-        self._own_groups = groups is None
-        self.groups = groups or XfuserGroups(degrees, device)
-        self.attention = attention or attention_backend(self.groups.device, self.transformer.dtype, degrees)
+        if groups is None:
+            groups = XfuserGroups(degrees, pipeline._execution_device)
+            self.held.callback(groups.close)
+        self.groups = groups
+        self.attention = attention or attention_backend(groups.device, self.transformer.dtype, degrees)
         # Which blocks a cache computes is decided by numbers, which a captured graph cannot do.
         self._graphs = Graphs(cuda_graph and cache is None)
+        self.cache: StepCache | None = None
         self.decodes_together = parallel_vae and degrees.world > degrees.data
         """Whether all ranks must decode, as each decodes a patch."""
-        self.computed_blocks = 0
-        """Transformer blocks that this rank has computed since ``begin``; counted under a cache only."""
-        self._surgery, self._members = Surgery(), []  # type: ignore[var-annotated]
-        self._blocks: Blocks | None = None
-        self._caches: dict[str, Blocks] = {}
-        self._steps = 0
-        self._install(parallel_vae)
-
-    def _install(self, parallel_vae: bool) -> None:
-        degrees, groups = self.degrees, self.groups
-        nets = control_nets(self.pipeline)
-        models = [self.transformer, *nets]
-        groups.start(self.pipeline, groups.engine_config(self.transformer.dtype, self.attention))
         try:
-            if degrees.tensor > 1:
-                self._members.append(FeedForwardParallel(models, self.tokens, groups.tensor))
-            if degrees.sequence > 1:
-                by: SharedBy = "ulysses" if degrees.ring == 1 else "ring" if degrees.ulysses == 1 else "both"
-                for model in models:
-                    SequenceParallel(model, groups.sequence, self.attention, self._surgery, by)
-            if self.cache is not None:
-                self._blocks = self._take_blocks()
-                self._cache_context = self.transformer.cache_context
-                self.transformer.__dict__["cache_context"] = self._branch
-                for block in blocks_of(self.transformer, self.tokens):
-                    self._surgery.override(block, self._counted)
-            if self._graphs.enabled:
-                for index, model in enumerate(models):
-                    self._surgery.override(model, self._graphs.around(index))
-            if degrees.cfg == 2:
-                branch = torch.distributed.get_rank(groups.branches)
-                self._members.append(CfgSplit([self.transformer], groups.branches, branch, local=nets))
-            if self.decodes_together and parallel_vae:
-                self._members.append(PatchDecoder(self.pipeline.vae, groups.replica))
+            self._install(cache, cache_threshold)
         except ValueError:
             self.close()
             raise
+
+    def _install(self, cache: Cache | None, threshold: float | None) -> None:
+        degrees, groups, held = self.degrees, self.groups, self.held
+        nets = control_nets(self.pipeline)
+        models = [self.transformer, *nets]
+        groups.start(self.pipeline, groups.engine_config(self.transformer.dtype, self.attention))
+        if degrees.tensor > 1:
+            held.enter_context(FeedForwardParallel(models, self.tokens, groups.tensor))
+        surgery = held.enter_context(Surgery())
+        if degrees.sequence > 1:
+            by: SharedBy = "ulysses" if degrees.ring == 1 else "ring" if degrees.ulysses == 1 else "both"
+            for model in models:
+                SequenceParallel(model, groups.sequence, self.attention, surgery, by)
+        if cache is not None:
+            shared = groups.sequence if degrees.sequence > 1 else None
+            self.cache = held.enter_context(
+                step_cache(cache, self.pipeline, self.tokens, threshold, groups.device, shared)
+            )
+        if self._graphs.enabled:
+            held.callback(self._graphs.close)
+            for index, model in enumerate(models):
+                surgery.override(model, self._graphs.around(index))
+        if degrees.cfg == 2:
+            branch = torch.distributed.get_rank(groups.branches)
+            held.enter_context(CfgSplit([self.transformer], groups.branches, branch, local=nets))
+        if self.decodes_together:
+            held.enter_context(PatchDecoder(self.pipeline.vae, groups.replica))
+
+    @property
+    def computed_blocks(self) -> int:
+        """Transformer blocks that this rank has computed since ``begin``; counted under a cache only."""
+        return 0 if self.cache is None else self.cache.computed_blocks
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -131,7 +122,7 @@ class XDiT(Method):
         return plan(self.degrees, self.attention) | {
             "method": "xdit",
             "exact": self.cache is None,
-            "cache": self.cache,
+            "cache": self.cache and self.cache.kind,
             "parallel_vae": self.decodes_together,
             "cuda_graph": self._graphs.enabled,
         }
@@ -142,76 +133,13 @@ class XDiT(Method):
         return 2 if self._graphs.enabled else 1
 
     def begin(self, steps: int) -> None:
-        """A new generation of `steps` steps starts."""
-        self.computed_blocks = 0
+        super().begin(steps)
         if self.cache is not None:
-            self._start_cache(steps)
+            self.cache.begin(steps)
 
     def reset(self) -> None:
         """Forget captured graphs: scales of adapters are numbers inside them."""
         self._graphs.close()
-
-    def close(self) -> None:
-        """Give the pipeline back as it was. May be called any number of times."""
-        self._stop_cache()
-        self.transformer.__dict__.pop("cache_context", None)
-        self._graphs.close()
-        while self._members and not isinstance(self._members[-1], FeedForwardParallel):
-            self._members.pop().close()
-        self._surgery.close()
-        while self._members:
-            self._members.pop().close()
-        if self._own_groups:
-            self.groups.close()
-
-    def _counted(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        self.computed_blocks += 1
-        return original(*args, **kwargs)
-
-    def _start_cache(self, steps: int) -> None:
-        """Fresh caches: xfuser's keep residuals, and count steps, from one generation to the next."""
-        self._steps, self._caches = steps, {}
-        # For pipelines that do not tell their guidance branches apart.
-        self._put_blocks(self._new_cache())
-
-    def _new_cache(self) -> Blocks:
-        from xfuser.model_executor.cache import apply_cache
-
-        self._stop_cache()
-        assert self.cache is not None
-        preset = {"residual_diff_threshold": self.cache_threshold}
-        apply_cache(self.cache, self._steps, self.pipeline, self.transformer, preset)
-        cached = blocks_of(self.transformer, self.tokens)[0]
-        blocks = {m for group in (self._blocks or {}).values() for m in group.modules()}
-        for module in set(cached.modules()) - blocks:
-            # xfuser puts its numbers on the first GPU.
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(self.groups.device)
-        return self._take_blocks()
-
-    @contextlib.contextmanager
-    def _branch(self, name: str, **settings: Any) -> Iterator[None]:
-        """What the pipeline enters around its calls of a guidance branch: each branch has its own cache."""
-        before = self._take_blocks()
-        if name not in self._caches:
-            self._caches[name] = self._new_cache()
-        self._put_blocks(self._caches[name])
-        try:
-            with self._cache_context(name, **settings):
-                yield
-        finally:
-            self._put_blocks(before)
-
-    def _stop_cache(self) -> None:
-        if self._blocks is not None:
-            self._put_blocks(self._blocks)
-
-    def _take_blocks(self) -> Blocks:
-        return {name: getattr(self.transformer, name) for name in self.tokens.blocks}
-
-    def _put_blocks(self, blocks: Blocks) -> None:
-        for name, group in blocks.items():
-            setattr(self.transformer, name, group)
 
 
 class FeedForwardParallel(TensorParallel):
@@ -231,7 +159,7 @@ class FeedForwardParallel(TensorParallel):
 
     def _divide(self, name: str, module: nn.Module) -> None:
         if name.rpartition(".")[2] in self._layers:
-            self._feed_forward(name, module)  # type: ignore[arg-type]
+            self._feed_forward(name, module)
 
 
 def check_model(pipeline: Any, degrees: Degrees, cache: Cache | None = None) -> TokenPlan:

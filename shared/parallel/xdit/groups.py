@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shared.parallel.surgery import Surgery
 from shared.parallel.xdit.cpu import load_xfuser
 from shared.parallel.xdit.degrees import Degrees
 
@@ -181,8 +182,6 @@ def _new_groups(backend: str, timeout: timedelta, made: list[Any]) -> Iterator[N
             made.append(group)
         return group
 
-    dist.new_group = noting
-    try:
+    with Surgery() as during:
+        during.replace(dist, "new_group", noting)
         yield
-    finally:
-        dist.new_group = new_group

@@ -80,21 +80,19 @@ class XDiTPipeFusion(Method):
         self.patches = self._patches = patches or degrees.pipefusion
         self.transformer: nn.Module = pipeline.transformer
         self.cut = self._check(stages)
-        weight = next(self.transformer.parameters())
-        self._own_groups = groups is None
-        self.groups = groups or XfuserGroups(degrees, getattr(pipeline, "_execution_device", weight.device))
+        if groups is None:
+            groups = XfuserGroups(degrees, pipeline._execution_device)
+            self.held.callback(groups.close)
+        self.groups = groups
         # xfuser's layers ask for the log-sum-exp under ring only, but the stages must agree.
-        self.attention = attention or attention_backend(self.groups.device, self.transformer.dtype, degrees)
-        self._before = Snapshot(self.transformer)
-        self._surgery = Surgery()
+        self.attention = attention or attention_backend(groups.device, self.transformer.dtype, degrees)
         self._watch: StepTeller | None = None
-        self._decoder: PatchDecoder | None = None
         self._freed: list[nn.Module] = []
         try:
-            config = self.groups.engine_config(
+            config = groups.engine_config(
                 self.transformer.dtype, self.attention, warm_up_steps, patches, stages
             )
-            self.groups.start(pipeline, config)
+            groups.start(pipeline, config)
             self._install(config, free_other_stages)
         except (ValueError, AssertionError):
             self.close()
@@ -125,18 +123,23 @@ class XDiTPipeFusion(Method):
         return cut
 
     def _install(self, config: Any, free: bool) -> None:
+        import xfuser.core.cache_manager.cache_manager as caches
         import xfuser.model_executor.layers.attention_processor as attentions
         import xfuser.model_executor.pipelines as pipelines
         from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
-        pipe = self.pipeline
-        self._usp, sequence = attentions.USP, self.degrees.sequence
+        pipe, held = self.pipeline, self.held
+        held.callback(caches.get_cache_manager().cache.clear)
+        held.callback(self._bring_back)
+        held.callback(Snapshot(self.transformer).restore)
+        surgery = held.enter_context(Surgery())
+        plain, sequence = attentions.USP, self.degrees.sequence
 
         def usp(*args: Any, attn_layer: Any = None, **kwargs: Any) -> Any:
             # Without sequence parallelism SD3's layer has put keys and values into its cache already.
-            return self._usp(*args, attn_layer=attn_layer if sequence > 1 else None, **kwargs)
+            return plain(*args, attn_layer=attn_layer if sequence > 1 else None, **kwargs)
 
-        attentions.USP = usp
+        surgery.replace(attentions, "USP", usp)
         blocks = set(blocks_of(self.transformer, self.tokens))
         assert pipelines  # its import registers the pipelines
         wrapper = xFuserPipelineWrapperRegister.get_class(pipe)
@@ -150,15 +153,15 @@ class XDiTPipeFusion(Method):
         mine = set(blocks_of(self._stages, self.tokens))
         self._blocks = mine
         for block in mine:
-            self._surgery.override(block, self._passable)
-        self._surgery.override(self._stages, self._counted)
+            surgery.override(block, self._passable)
+        surgery.override(self._stages, self._counted)
         if free and self.groups.device.type == "cuda":
             self._freed = list(blocks - mine)
             for block in self._freed:
                 block.to("cpu")
             torch.cuda.empty_cache()
         if self.decodes_together:
-            self._decoder = PatchDecoder(pipe.vae, self.groups.replica)
+            held.enter_context(PatchDecoder(pipe.vae, self.groups.replica))
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -187,9 +190,6 @@ class XDiTPipeFusion(Method):
         # xfuser lowers it for good where a request has fewer steps.
         state.runtime_config.warmup_steps = min(self.warm_up_steps, steps)
 
-    def reset(self) -> None:
-        """Nothing is captured."""
-
     def run(self, arguments: dict[str, Any], watch: Watch | None = None) -> Any:
         """What ``pipeline(**arguments)`` gives, on every rank; output_type is pil, np, pt or latent.
 
@@ -205,15 +205,14 @@ class XDiTPipeFusion(Method):
         wanted = arguments.get("output_type", "pil")
         arguments = self._heard(arguments) | {"output_type": "latent", "return_dict": True}
         pipe = self.pipeline
-        plain = pipe.scheduler, pipe.transformer
         on_step = (watch or Unwatched()).after_step
         teller = self._watch = StepTeller(arguments["num_inference_steps"], on_step, self.groups.device)
         try:
-            pipe.scheduler, pipe.transformer = self._scheduler(pipe.scheduler), self._stages
-            with noise_of_whole_pictures():
+            with Surgery() as during, noise_of_whole_pictures():
+                during.replace(pipe, "scheduler", self._scheduler(pipe.scheduler))
+                during.replace(pipe, "transformer", self._stages)
                 output = self._wrapped(**arguments)
         finally:
-            pipe.scheduler, pipe.transformer = plain
             failed, self._watch = teller.finish(), None
         if failed is not None:
             raise failed
@@ -222,23 +221,12 @@ class XDiTPipeFusion(Method):
         return self._decoded(latents, arguments, wanted)
 
     def close(self) -> None:
-        """Give the pipeline back as it was. May be called any number of times."""
-        import xfuser.core.cache_manager.cache_manager as caches
-        import xfuser.model_executor.layers.attention_processor as attentions
+        super().close()
+        self._wrapped = self._stages = None
 
-        if self._decoder is not None:
-            self._decoder.close()
-        self._surgery.close()
-        self._before.restore()
-        if hasattr(self, "_usp"):
-            attentions.USP = self._usp
-            del self._usp
-        caches.get_cache_manager().cache.clear()
+    def _bring_back(self) -> None:
         while self._freed:
             self._freed.pop().to(self.groups.device)
-        self._wrapped = self._stages = None
-        if self._own_groups:
-            self.groups.close()
 
     def _heard(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments for xfuser's pipeline. Raises ValueError where one would have no effect."""
@@ -327,7 +315,7 @@ class XDiTPipeFusion(Method):
         if self.tokens.packed:
             size = arguments["height"], arguments["width"]
             latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
-        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
         with torch.no_grad():
             decoded = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
         pipe.maybe_free_model_hooks()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared.parallel.surgery import Surgery
+
 STEPS_AHEAD = 2
 """Steps that a rank may be ahead of the last one that all ranks have finished."""
 
@@ -101,11 +103,10 @@ def noise_of_whole_pictures() -> Iterator[None]:
         rows = [rows[state.pipeline_patch_idx]] if state.patch_mode else rows
         return torch.cat([whole[:, :, start:end] for start, end in rows], 2)
 
-    ddpm.randn_tensor = dpmsolver.randn_tensor = randn
-    try:
+    with Surgery() as during:
+        for module in (ddpm, dpmsolver):
+            during.replace(module, "randn_tensor", randn)
         yield
-    finally:
-        ddpm.randn_tensor = dpmsolver.randn_tensor = draw
 
 
 class Snapshot:
