@@ -29,7 +29,7 @@ CONTROL_NET = TokenPlan(
     blocks=("transformer_blocks", "single_transformer_blocks"),
     attention=("attn",),
     picture=(_INPUTS, Site("controlnet_x_embedder", "input")),
-    text=(Site("context_embedder", "input"),),
+    text=(Site("context_embedder", "input", of=("text",)),),
     positions=(Site("pos_embed", "input", dim=0, of=("text", "picture")),),
     joined=("text", "picture"),
     output=None,

@@ -29,7 +29,7 @@ CONTROL_NET = TokenPlan(
     attention=("attn", "attn2"),
     # Those of Stable Diffusion 3.5 large take the tokens of the transformer, and no text.
     picture=(Site("pos_embed", "output", optional=True), Site("pos_embed_input", "output")),
-    text=(Site("context_embedder", "input", optional=True),),
+    text=(Site("context_embedder", "input", of=("text",), optional=True),),
     joined=("picture", "text"),
     output=None,
     flow=True,
@@ -39,7 +39,7 @@ TOKENS = replace(
     CONTROL_NET,
     name="SD3Transformer2DModel",
     picture=(Site("pos_embed", "output"),),
-    text=(Site("context_embedder", "input"),),
+    text=(Site("context_embedder", "input", of=("text",)),),
     output="proj_out",
     adapter="keys",
     stages=StagePlan(

@@ -48,6 +48,9 @@ def test_a_plan_names_what_its_model_has(name: str):
         )
         for site in (*plan.picture, *plan.text, *plan.positions):
             assert site.at == "argument" or isinstance(model.get_submodule(site.name), nn.Module)
+        assert {site.of for site in plan.picture} == {("picture",)} and {s.of for s in plan.text} <= {
+            ("text",)
+        }
         assert (plan.output is None) == (model is not every[0])
 
 
