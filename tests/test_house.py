@@ -96,3 +96,10 @@ def test_torch_waits_until_it_is_needed(room: str) -> None:
     code += "sys.exit(', '.join({'torch', 'diffusers', 'transformers'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "path", [p for p, room in FILES.items() if room == "parallel"], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_parallel_speaks_no_flags(path: Path) -> None:
+    assert not [text for text in texts(path.read_text()) if "--" in text]

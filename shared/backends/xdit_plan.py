@@ -14,6 +14,7 @@ from shared.launch.flags import HostConfig
 from shared.models import CACHES, MODELS, StagePlan, TokenPlan, scheduler_named
 from shared.parallel.xdit.degrees import (
     Degrees,
+    DegreesError,
     choose_degrees,
     fitting_sizes,
     patch_count,
@@ -94,8 +95,11 @@ def xdit_degrees(config: HostConfig, world_size: int) -> Degrees:
         heads = math.gcd(heads, *(found for found in nets.values() if found))
     try:
         return choose_degrees(world_size, given, tokens_of(config).branches, heads)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    except DegreesError as error:
+        asked = [f"--{DEGREES[name]}={value}" for name, value in error.asked.items()]
+        first = DEGREES[next(iter(error.asked), "ulysses")]
+        got = ", ".join(asked) or "no degree"
+        raise UsageError(f"--{first}: {error.must}; got {got}{error.more}") from None
 
 
 def tokens_of(config: HostConfig) -> TokenPlan:

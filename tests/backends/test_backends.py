@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import re
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from shared.backends import BACKENDS
+from shared.backends.xdit_plan import xdit_degrees
 from shared.launch.backend import Needs
+from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
+from shared.parallel.xdit.degrees import Degrees
 from shared.pipeline.loading import load_pipeline
 from tests import tiny, tiny_extras
 
@@ -79,3 +83,46 @@ def test_loras_are_fused_where_weights_are_divided(needs: Needs) -> None:
         assert "--parallelism=tensor" in pipe.lora_set.frozen and not layers
     else:
         assert pipe.lora_set.frozen is None and layers
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "words"),
+    [
+        (
+            4,
+            {"ring_degree": 3},
+            "--ring_degree: the product of all degrees must divide the world size 4; got --ring_degree=3, "
+            "product 3 (world sizes that fit: 3, 6)",
+        ),
+        (
+            4,
+            {"ulysses_degree": 2, "ring_degree": 1, "data_parallel_degree": 1, "use_cfg_parallel": True},
+            None,
+        ),
+        (
+            2,
+            {"ulysses_degree": 2, "use_cfg_parallel": True},
+            "--use_cfg_parallel: the product of all degrees must divide the world size 2; got "
+            "--use_cfg_parallel=2, --ulysses_degree=2, product 4 (world sizes that fit: 4, 8)",
+        ),
+        (
+            3,
+            {"ulysses_degree": 3},
+            "--ulysses_degree: must divide the model's 4 attention heads; got --ulysses_degree=3 "
+            "(fits: 1, 2, 4)",
+        ),
+        (
+            6,
+            {"ulysses_degree": 2, "ring_degree": 1},
+            "--ring_degree: the product of all degrees must be the world size 6; got --ring_degree=1, "
+            "--ulysses_degree=2, product 2",
+        ),
+    ],
+)
+def test_degrees_that_do_not_fit_are_told_as_flags(world: int, flags: dict[str, Any], words: str | None):
+    config = replace(tiny.config("sd3"), backend="xdit", **flags)
+    if words is None:
+        assert xdit_degrees(config, world) == Degrees(cfg=2, ulysses=2)
+        return
+    with pytest.raises(UsageError, match=f"^{re.escape(words)}$"):
+        xdit_degrees(config, world)

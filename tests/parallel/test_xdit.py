@@ -641,9 +641,9 @@ def test_degrees_are_chosen_by_the_rule(
 @pytest.mark.parametrize(
     ("world", "given", "words"),
     [
-        (4, {"ring": 3}, "world size 4; got --ring_degree=3"),
-        (2, {"ulysses": 2, "ring": 2}, "product 4"),
-        (5, {"ulysses": 5}, "--ulysses_degree: must divide the model's 24"),
+        (4, {"ring": 3}, "divide the world size 4; got ring 3, product 3"),
+        (2, {"ulysses": 2, "ring": 2}, "got ulysses 2 x ring 2, product 4"),
+        (5, {"ulysses": 5}, "must divide the model's 24 attention heads; got ulysses 5"),
         (4, {"ulysses": 2, "ring": 1, "cfg": 1}, "must be the world size 4"),
     ],
 )

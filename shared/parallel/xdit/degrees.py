@@ -45,14 +45,19 @@ class Degrees:
         return " x ".join(parts) or "one rank"
 
 
-FLAGS = {
-    "data": "data_parallel_degree",
-    "cfg": "use_cfg_parallel",
-    "pipefusion": "pipefusion_parallel_degree",
-    "ring": "ring_degree",
-    "ulysses": "ulysses_degree",
-    "tensor": "tensor_parallel_degree",
-}
+class DegreesError(ValueError):
+    """Degrees that do not make a plan.
+
+    Args:
+        must: what has to hold.
+        asked: the degrees in question, by field name of Degrees.
+        more: what follows from them.
+    """
+
+    def __init__(self, must: str, asked: Mapping[str, int], more: str) -> None:
+        self.must, self.asked, self.more = must, asked, more
+        got = " x ".join(f"{name} {value}" for name, value in asked.items()) or "no degree"
+        super().__init__(f"{must}; got {got}{more}")
 
 
 PIPEFUSION_SCHEDULERS: dict[bool, dict[str, dict[str, Any]]] = {
@@ -125,21 +130,21 @@ def choose_degrees(world: int, given: dict[str, int], branches: int, heads: int 
         heads: attention heads of the model; None where unknown.
 
     Raises:
-        ValueError: naming the flag, what was given and what fits.
+        DegreesError: what was given and what fits.
     """
     product = math.prod(given.values())
-    asked = ", ".join(f"--{FLAGS[name]}={value}" for name, value in given.items()) or "no degree"
-    first = f"--{FLAGS[next(iter(given))]}" if given else "--ulysses_degree"
     if world % product:
         fits = [n for n in range(1, 9) if n % product == 0]
-        raise ValueError(
-            f"{first}: the product of all degrees must divide the world size {world}; got {asked}, "
-            f"product {product} (world sizes that fit: {', '.join(map(str, fits)) or 'more than 8'})"
+        raise DegreesError(
+            f"the product of all degrees must divide the world size {world}",
+            given,
+            f", product {product} (world sizes that fit: {', '.join(map(str, fits)) or 'more than 8'})",
         )
     if heads is not None and heads % given.get("ulysses", 1):
-        raise ValueError(
-            f"--ulysses_degree: must divide the model's {heads} attention heads; got {given['ulysses']} "
-            f"(fits: {', '.join(str(n) for n in range(1, 9) if heads % n == 0)})"
+        raise DegreesError(
+            f"must divide the model's {heads} attention heads",
+            {"ulysses": given["ulysses"]},
+            f" (fits: {', '.join(str(n) for n in range(1, 9) if heads % n == 0)})",
         )
     chosen, rest = dict(given), world // product
     if "cfg" not in chosen and branches == 2 and rest % 2 == 0:
@@ -150,9 +155,8 @@ def choose_degrees(world: int, given: dict[str, int], branches: int, heads: int 
     if "ring" not in chosen:
         chosen["ring"], rest = rest, 1
     if rest != 1:
-        raise ValueError(
-            f"{first}: the product of all degrees must be the world size {world}; got {asked}, product "
-            f"{world // rest}"
+        raise DegreesError(
+            f"the product of all degrees must be the world size {world}", given, f", product {world // rest}"
         )
     return Degrees(**chosen)
 
