@@ -21,9 +21,9 @@ import torch.distributed as dist
 from benchmarks.models import MAKERS, call_arguments
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
-from shared.parallel.surgery import Closing
+from shared.parallel.surgery import Surgery
 from shared.pipeline.compile import compile_pipeline
-from shared.pipeline.schedulers import unhurried_step
+from shared.pipeline.steps import step_without_sync
 from tests import tiny
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -52,15 +52,11 @@ def measure(run: Any, device: torch.device, repeats: int) -> tuple[float, float,
     return statistics.median(seconds for seconds, _ in runs), peak, runs[-1][1]
 
 
-class Unhurried(Closing):
+def without_sync(scheduler: Any) -> Surgery:
     """The pipeline's scheduler as a host runs it."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self.scheduler = scheduler
-        scheduler.step = unhurried_step(scheduler)
-
-    def close(self) -> None:
-        del self.scheduler.step
+    surgery = Surgery()
+    surgery.replace(scheduler, "step", step_without_sync(scheduler))
+    return surgery
 
 
 class Bench(ABC):
@@ -169,7 +165,7 @@ class Bench(ABC):
             try:
                 held += self.attach(pipe, system)
                 if system not in self.foreign:
-                    held.append(Unhurried(pipe.scheduler))
+                    held.append(without_sync(pipe.scheduler))
                 seconds, peak, made = measure(generation, self.device, self.options.repeats)
                 self._row(label, prefix + system, seconds, peak, made, time.perf_counter() - began)
                 if self.options.profile:

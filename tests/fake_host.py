@@ -17,6 +17,7 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from shared.api.jobs import SecondPass
+    from shared.api.operations import Operation
     from shared.api.requests import GenerateRequest, Reply
     from shared.launch.flags import HostConfig
     from shared.ranks.groups import World
@@ -28,6 +29,7 @@ class FakeEngine:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.picture = 0
         self.plan: dict[str, Any] = {"method": "fake"}
         self.done: list[str] = []
 
@@ -95,9 +97,14 @@ class FakeEngine:
         self.done.append(path)
         return self.done
 
-    def undo(self, method: str, arguments: dict[str, Any]) -> None:
+    def remove_lora(self, path: str) -> list[str]:
+        """Takes it off its notes."""
+        self.done.remove(path)
+        return self.done
+
+    def undo(self, operation: Operation) -> None:
         """Takes a LoRA off again."""
-        self.done.remove(arguments["path"])
+        self.remove_lora(operation.path)
 
     def close(self) -> None:
         """Nothing to undo."""

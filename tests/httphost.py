@@ -15,6 +15,7 @@ import safetensors.numpy
 from PIL import Image
 
 from shared.api.jobs import HostStatus, Job, JobError, JobQueue
+from shared.api.operations import AddLora, Operation, RemoveLora
 from shared.api.requests import GenerateRequest, Reply
 from shared.backends import BACKENDS
 from shared.http.server import Server, body_bound, create_app
@@ -69,7 +70,7 @@ class FakeHost:
         self.seen: list[GenerateRequest] = []
         self.steps_run = 0
         self.go_on = threading.Event()
-        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.calls: list[Operation] = []
         self.loras = dict(self.config.lora or {})
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -95,8 +96,8 @@ class FakeHost:
                 continue
             self.status.state = "busy"
             try:
-                if job.request is None:
-                    job.finish(reply=self._call(*job.call))
+                if job.call is not None:
+                    job.finish(reply=self._call(job.call))
                 while not job.done:
                     request, _ = job.draw(1)
                     job.add([self._make(job, request)])
@@ -131,16 +132,16 @@ class FakeHost:
         reply.warnings = [prompt] if prompt.startswith("warn") else []
         return reply
 
-    def _call(self, method: str, arguments: dict[str, Any]) -> Any:
+    def _call(self, operation: Operation) -> Any:
         """Plays the engine's LoRA methods; the path "fused" is refused, "broken" fails."""
-        self.calls.append((method, arguments))
-        path = arguments["path"]
-        if path == "fused" or (method == "remove_lora" and path not in self.loras):
+        self.calls.append(operation)
+        path = operation.path
+        if path == "fused" or (isinstance(operation, RemoveLora) and path not in self.loras):
             raise JobError(409, f"lora: {path} cannot be changed")
         if path == "broken":
             raise JobError(500, "rank 0: broken file")
-        if method == "add_lora":
-            self.loras[path] = arguments["scale"]
+        if isinstance(operation, AddLora):
+            self.loras[path] = operation.scale
         else:
             del self.loras[path]
         return [{"path": p, "scale": s, "layers": 4, "layers_left_out": 0} for p, s in self.loras.items()]

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from shared.api.operations import Operation
 from shared.api.requests import FieldProblem, GenerateRequest, Reply
 from shared.api.warned import together
 
@@ -68,7 +69,7 @@ class Job:
     """One request from its acceptance to its answer. Written by rank 0's loop, read by HTTP threads."""
 
     request: GenerateRequest | None
-    call: tuple[str, dict[str, Any]] = ("", {})  # without a request: the engine's method, its arguments
+    call: Operation | None = None  # without a request: what to do in place of a generation
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     step: int = 0
     steps: int = 0
@@ -81,7 +82,7 @@ class Job:
     second: SecondPass | None = None  # each picture takes two passes: `request` makes latents for this one
     drafts: list[Reply] = field(default_factory=list)  # first passes whose second is next, or runs
     starts: tuple[bytes, ...] = ()  # their latents, enlarged
-    reply: Any = None  # the first picture's Reply, or what the engine's method returned
+    reply: Any = None  # the first picture's Reply, or what the operation returned
     error: JobError | None = None
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _done: threading.Event = field(default_factory=threading.Event)

@@ -18,6 +18,7 @@ from flask import request as http
 from shared.api.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError, SecondPass
 from shared.api.media import side_by_side
 from shared.api.metadata import made_by
+from shared.api.operations import Operation
 from shared.api.requests import MAX_TOLD, FieldProblem, GenerateRequest, Reply, RequestError
 from shared.api.warned import together, warnings_told
 from shared.http.metrics import Metrics
@@ -117,8 +118,8 @@ class Dispatcher:
         finally:
             self._slots.release()
 
-    def call(self, method: str, arguments: dict[str, Any]) -> Any:
-        """Call a method of the engine on all ranks, between two generations; what it returned.
+    def call(self, operation: Operation) -> Any:
+        """Have an operation done on all ranks, between two generations; what it returned.
 
         Raises:
             ApiError: with the status of PROTOCOL's error table.
@@ -127,7 +128,7 @@ class Dispatcher:
         if not self._slots.acquire(blocking=False):
             raise ApiError.unavailable("full", "too many requests at once")
         try:
-            return self._submit(Job(None, (method, arguments), id=g.request_id))
+            return self._submit(Job(None, operation, id=g.request_id))
         finally:
             self._slots.release()
 

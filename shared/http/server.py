@@ -24,6 +24,7 @@ from werkzeug.http import HTTP_STATUS_CODES
 
 from shared.api.jobs import HostStatus, JobQueue
 from shared.api.lora_dir import LoraNameError, list_loras, lora_path
+from shared.api.operations import AddLora, RemoveLora
 from shared.api.requests import (
     MIME_TYPES,
     ErrorAnswer,
@@ -367,9 +368,9 @@ def _add_lora(app: Flask, dispatcher: Dispatcher) -> None:
             raise ApiError.unavailable("full", "another LoRA is being changed")
         try:
             if http.method == "POST":
-                entries = dispatcher.call("add_lora", {"path": change.path, "scale": change.scale})
+                entries = dispatcher.call(AddLora(change.path, change.scale))
             else:
-                entries = dispatcher.call("remove_lora", {"path": change.path})
+                entries = dispatcher.call(RemoveLora(change.path))
             in_use = [LoraEntry.model_validate(entry) for entry in entries]
         finally:
             one_at_a_time.release()

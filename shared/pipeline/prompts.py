@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from shared.models import ModelSpec
+from shared.parallel.surgery import Surgery
 from shared.pipeline.long_prompts import fit, is_long, named_arguments, read_all, take_notation
 
 KEPT_PROMPTS = 8
@@ -66,11 +67,9 @@ class EncodedPrompts:
                 return call(*before, *args, **kwargs)
             return self._remembered(call, state, *before, *args, **kwargs)
 
-        pipe.encode_prompt = remembering
-        try:
+        with Surgery() as surgery:
+            surgery.replace(pipe, "encode_prompt", remembering)
             yield
-        finally:
-            del pipe.encode_prompt
 
     def forget(self) -> None:
         """The encoders have changed."""

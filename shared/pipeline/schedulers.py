@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import math
-import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from shared.launch.checks import scheduler_problem
 from shared.models import EDM_CLASSES, SCHEDULERS, ModelSpec, SchedulerSpec, scheduler_named
@@ -106,70 +103,6 @@ def scheduler_for_request(
         yield
     finally:
         pipe.register_modules(scheduler=launched)
-
-
-def unhurried_step(scheduler: Any) -> Callable[..., Any]:
-    """`scheduler.step` without its waits for the GPU: the same numbers, from the CPU.
-
-    Some schedulers look their tables up by timesteps on the GPU (DDIM, DDPM, LCM, PNDM), and noise that a
-    CPU's generator draws is copied with a wait (DDPM, Euler ancestral). Each waits, in every step, until the
-    GPU has done all that is queued, and then the GPU waits for the next step.
-    """
-    inner = scheduler.step
-    names = vars(sys.modules[type(scheduler).__module__])
-    timesteps: torch.Tensor | None = None
-    on_host: torch.Tensor | None = None
-
-    @functools.wraps(inner)
-    def step(model_output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal timesteps, on_host
-        if timesteps is not scheduler.timesteps or on_host is None:
-            timesteps = scheduler.timesteps
-            on_host = timesteps.to("cpu", copy=True)
-        if _is_one_of(timestep, timesteps):
-            timestep = on_host[timestep.storage_offset() - timesteps.storage_offset()]
-        with _replaced(vars(scheduler), "timesteps", on_host), _replaced(names, "randn_tensor", _noise):
-            return inner(model_output, timestep, *args, **kwargs)
-
-    return step
-
-
-@contextlib.contextmanager
-def _replaced(names: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """Another value under a name, where there is one."""
-    if name not in names:
-        yield
-        return
-    before = names[name]
-    names[name] = value
-    try:
-        yield
-    finally:
-        names[name] = before
-
-
-def _noise(
-    shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, layout: Any = None
-) -> torch.Tensor:
-    """diffusers' `randn_tensor`; what a CPU's generator draws reaches the GPU without a wait."""
-    first = generator[0] if isinstance(generator, list) else generator
-    drawn_here = first is not None and first.device.type == "cpu"
-    if not drawn_here or device is None or torch.device(device).type != "cuda":
-        return randn_tensor(shape, generator, device, dtype, layout)
-    drawn = randn_tensor(shape, generator, torch.device("cpu"), dtype, layout)
-    return drawn.pin_memory().to(device, non_blocking=True)
-
-
-def _is_one_of(timestep: Any, timesteps: torch.Tensor) -> bool:
-    """Whether it is an element of them: a view, as pipelines get when they go through them."""
-    return (
-        isinstance(timestep, torch.Tensor)
-        and timestep.ndim == 0
-        and timesteps.stride() == (1,)
-        and timestep.dtype == timesteps.dtype
-        and timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
-        and 0 <= timestep.storage_offset() - timesteps.storage_offset() < len(timesteps)
-    )
 
 
 def _entry(name: str, spec: ModelSpec) -> tuple[SchedulerSpec, dict[str, Any]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from shared.api.jobs import HostStatus, Job, JobError, JobQueue, SecondPass
+from shared.api.operations import AddLora, Operation, RemoveLora
 from shared.api.requests import GenerateRequest, Reply, RequestError
 from shared.api.warned import together, warnings_told
 from shared.launch.logs import on_terminal
@@ -34,6 +36,9 @@ TELL_SECONDS = 10.0  # between two log lines of a request that runs
 class Engine(Protocol):
     """A loaded pipeline made parallel. All ranks call the same methods with the same arguments."""
 
+    picture: int
+    """Which of the pictures of one request this rank works on, from 0."""
+
     @property
     def plan(self) -> dict[str, Any]:
         """What runs where, as JSON, for the log and /health."""
@@ -48,16 +53,32 @@ class Engine(Protocol):
         """
         ...
 
+    def warm_up(self) -> None:
+        """Plan, compile, capture and open connections before the first request.
+
+        Raises:
+            RequestError: the launch's own picture is refused.
+        """
+        ...
+
     def preview_to(self, queue: JobQueue) -> None:
-        """Show pictures to those who watch the queue, as they form; called on rank 0 alone."""
+        """Show pictures to those who watch the queue, as they form; called on rank 0 only."""
         ...
 
     def enlarge(self, draft: Reply, second: SecondPass) -> bytes:
         """The safetensors of a first pass' latents as its second pass takes them; called on rank 0 only."""
         ...
 
-    def undo(self, method: str, arguments: dict[str, Any]) -> None:
-        """A call that went well on this rank has failed on another: take it back."""
+    def add_lora(self, path: str, scale: float) -> Sequence[object]:
+        """Add a LoRA; those in use afterwards, as JSON. Raises RequestError."""
+        ...
+
+    def remove_lora(self, path: str) -> Sequence[object]:
+        """Take a LoRA off; those in use afterwards, as JSON. Raises RequestError."""
+        ...
+
+    def undo(self, operation: Operation) -> None:
+        """An operation that went well on this rank has failed on another: take it back."""
         ...
 
     def close(self) -> None:
@@ -124,7 +145,8 @@ class RankLoop:
         if job is None:
             return Stop() if self.queue.closed else Ping()
         if job.request is None:
-            return Call(job.id, *job.call)
+            assert job.call is not None
+            return Call(job.id, job.call)
         request, pictures = job.draw(self.at_once)
         return Generate(job.id, request, pictures, job.starts)
 
@@ -136,12 +158,12 @@ class RankLoop:
                 with warnings_told() as outcome.warnings:
                     outcome.result = self._generate(message, job)
             else:
-                outcome.result = getattr(self.engine, message.method)(**message.arguments)
+                outcome.result = self._operate(message.operation)
             self._agree(Verdict.FINISHED)
         except StoppedError as stopped:
             outcome.verdict = stopped.verdict
             if isinstance(message, Call):
-                self.engine.undo(message.method, message.arguments)
+                self.engine.undo(message.operation)
         except BrokenJobError:
             raise
         except Exception as error:
@@ -162,13 +184,20 @@ class RankLoop:
 
     def _generate(self, message: Generate, job: Job | None) -> Reply | None:
         """This rank's picture. A rank whose picture nobody asked for keeps step with the others."""
-        number = getattr(self.engine, "picture", 0)
+        number = self.engine.picture
         request = message.request.numbered(number)
         if message.latents:
             latent = message.latents[min(number, len(message.latents) - 1)]
             request = request.model_copy(update={"latent": latent})
         reply = self.engine.generate(request, self._step_boundary(job))
         return reply if number < message.pictures else None
+
+    def _operate(self, operation: Operation) -> Sequence[object]:
+        match operation:
+            case AddLora():
+                return self.engine.add_lora(operation.path, operation.scale)
+            case RemoveLora():
+                return self.engine.remove_lora(operation.path)
 
     def _agree(self, verdict: Verdict) -> None:
         agreed = self.channel.vote(verdict)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+from shared.api.operations import Operation
 from shared.api.requests import FieldProblem, GenerateRequest
 
 # Called by an engine after denoising step `step` of `steps`; raises StoppedError on all ranks alike.
@@ -35,11 +36,10 @@ class Generate:
 
 @dataclass(frozen=True)
 class Call:
-    """Rank 0 to all: call a method of the engine, between two generations (adding a LoRA, say)."""
+    """Rank 0 to all: do this between two generations."""
 
     job_id: str
-    method: str
-    arguments: dict[str, Any]
+    operation: Operation
 
 
 @dataclass(frozen=True)

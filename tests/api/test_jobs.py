@@ -8,6 +8,7 @@ import time
 import pytest
 
 from shared.api.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError
+from shared.api.operations import RemoveLora
 from shared.api.requests import GenerateRequest, Reply
 
 
@@ -97,7 +98,7 @@ def test_cancel_takes_the_running_job_else_the_next() -> None:
 
 def test_a_change_of_loras_is_cancelled_while_it_waits_alone() -> None:
     queue = JobQueue(2)
-    running, waiting = (Job(None, call=("add_lora", {"path": path})) for path in "ab")
+    running, waiting = (Job(None, call=RemoveLora(path)) for path in "ab")
     queue.submit(running)
     assert queue.take(0) is running
     assert queue.cancel_running() is False and queue.cancel(running.id) is False and not running.cancelled
@@ -108,7 +109,7 @@ def test_a_change_of_loras_is_cancelled_while_it_waits_alone() -> None:
 def test_progress_of_the_running_else_of_the_last() -> None:
     queue = JobQueue(2)
     assert queue.progress() == 0
-    first, call = job(), Job(None, ("add_lora", {}))
+    first, call = job(), Job(None, RemoveLora("a"))
     queue.submit(first)
     queue.submit(call)
     assert queue.progress() == 0

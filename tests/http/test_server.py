@@ -562,7 +562,7 @@ def test_loras_by_name(tmp_path: Path) -> None:
             (str(folder / "in.safetensors"), "in"),
         ):  # fmt: skip
             assert host.post("/lora", json={"path": name}).status_code == 200
-            assert host.calls[-1][1]["path"] == f"{folder}/{path}.safetensors"
+            assert host.calls[-1].path == f"{folder}/{path}.safetensors"
         made = len(host.calls)
         for given in ("out", str(secret), "../secret", f"{folder}/../secret.safetensors", "sub/../ink", "/"):
             check_error(host.post("/lora", json={"path": given}), 422, "--lora_dir", "--allow_lora_paths")

@@ -19,7 +19,8 @@ from shared.api.requests import Reply, RequestError, check_request
 from shared.launch.flags import HostConfig
 from shared.models import MODELS, SCHEDULERS, schedulers_for
 from shared.parallel.graphs import Graphs
-from shared.pipeline.engine import PipelineEngine, _picture
+from shared.pipeline.engine import PipelineEngine
+from shared.pipeline.pictures import to_picture
 from shared.pipeline.schedulers import scheduler_for_request
 from shared.ranks.groups import World
 from tests import tiny
@@ -330,7 +331,7 @@ def test_pictures_are_rounded_as_diffusers_does(dtype: torch.dtype) -> None:
     pixels = torch.cat([torch.rand(6000), halves.clamp(max=1), torch.tensor([0.0, 1.0])])[:6144]
     pixels = pixels.reshape(1, 3, 32, 64).to(dtype)
     (wanted,) = VaeImageProcessor().postprocess(pixels, "pil", do_denormalize=[False])
-    assert np.array_equal(np.asarray(_picture(pixels[0])), np.asarray(wanted))
+    assert np.array_equal(np.asarray(to_picture(pixels[0])), np.asarray(wanted))
 
 
 @pytest.mark.parametrize("name", ["sd1", "svd", "flux"])

@@ -17,9 +17,10 @@ from shared.api.requests import RequestError, check_request
 from shared.launch.backend import Needs
 from shared.launch.errors import UsageError
 from shared.models import MODELS
-from shared.pipeline.engine import NAMED_LORAS, PipelineEngine
+from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import LoadError, check_environment, load_pipeline
 from shared.pipeline.lora import LoraError, LoraSet, loras_of, match_layers, read_lora
+from shared.pipeline.lora_by_name import NAMED_LORAS
 from tests import test_matrix, tiny, tiny_extras
 from tests.pool import RankPool
 

@@ -13,8 +13,8 @@ import torch
 
 from shared.launch.errors import UsageError
 from shared.models import MODELS, SCHEDULERS, scheduler_named, schedulers_for
-from shared.pipeline.engine import StepWatch
-from shared.pipeline.schedulers import SchedulerError, make_scheduler, scheduler_for_request, unhurried_step
+from shared.pipeline.schedulers import SchedulerError, make_scheduler, scheduler_for_request
+from shared.pipeline.steps import StepWatch, step_without_sync
 from shared.ranks.groups import World
 from tests import tiny
 
@@ -186,7 +186,7 @@ def test_steps_get_their_timestep_from_a_copy() -> None:
     scheduler = diffusers.DDIMScheduler()
     seen: list[Any] = []
     scheduler.step = lambda output, timestep, sample: seen.append(timestep)
-    step = unhurried_step(scheduler)
+    step = step_without_sync(scheduler)
     for steps in (4, 7):
         scheduler.set_timesteps(steps)
         for timestep in scheduler.timesteps[2:]:  # as image-to-image does
@@ -203,7 +203,7 @@ def test_steps_look_up_a_copy_of_the_timesteps() -> None:
     scheduler.set_timesteps(4)
     launched, seen = scheduler.timesteps, []
     scheduler.step = lambda output, timestep, sample: seen.append(scheduler.timesteps)
-    unhurried_step(scheduler)(None, launched[0], None)
+    step_without_sync(scheduler)(None, launched[0], None)
     assert seen[0] is not launched and torch.equal(seen[0], launched) and scheduler.timesteps is launched
 
 
@@ -240,7 +240,7 @@ def test_steps_do_not_wait_for_the_gpu(family: str) -> None:
         plain, unhurried = (make_scheduler(current, spec, wanted) for _ in range(2))
         usual, waits = stepped(plain, plain.step, None), named(wanted)[0].name in WAITS
         try:
-            made = stepped(unhurried, unhurried_step(unhurried), None if waits else 1)
+            made = stepped(unhurried, step_without_sync(unhurried), None if waits else 1)
         except RuntimeError as error:
             failed[wanted] = str(error)
             continue

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from shared.api.jobs import HostStatus, Job, JobError, JobQueue
+from shared.api.operations import AddLora, RemoveLora
 from shared.api.requests import GenerateRequest
 from shared.ranks.channel import FRAME, LENGTH, Channel
 from shared.ranks.groups import World, make_groups
@@ -32,7 +33,7 @@ def world_of_pool(collective_timeout: float = 20.0) -> World:
 
 def a_job(steps: int = 3, seed: int = 1, lora: str = "", pictures: int = 1, **order: Any) -> Job:
     if lora:
-        return Job(None, ("add_lora", {"path": lora, "scale": 1.0}))
+        return Job(None, AddLora(lora, 1.0))
     return Job(
         GenerateRequest(
             positive=json.dumps(order) if order else None,
@@ -214,7 +215,7 @@ def echoed(sizes: list[int]) -> list[tuple[bool, list[int], Any]]:
     channel = Channel(world)
     found = []
     for size in sizes:
-        sent = Call("id", "method", {"data": bytes(range(256)) * (size // 256) + b"x" * (size % 256)})
+        sent = Call("id", RemoveLora("letters " * (size // 8) + "x" * (size % 8)))
         received = channel.publish(sent if world.rank == 0 else None)
         mine = "e" * size if world.rank == 1 else "short"
         outcomes = channel.settle(Outcome(world.rank, Verdict.FAILED, mine))
@@ -227,7 +228,7 @@ def echoed(sizes: list[int]) -> list[tuple[bool, list[int], Any]]:
 
 
 def test_messages_and_outcomes_of_any_size(pool: RankPool):
-    call = Call("id", "method", {"data": b"x" * FRAME})
+    call = Call("id", RemoveLora("x" * FRAME))
     outcome = Outcome(1, Verdict.FAILED, "e" * FRAME, result=0)
     # The largest that fit into one frame, and one byte to either side of them.
     limits = [FRAME - LENGTH - (len(pickle.dumps(made)) - FRAME) for made in (call, outcome)]

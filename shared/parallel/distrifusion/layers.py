@@ -129,14 +129,11 @@ class PatchLayers:
             else:
                 strip = _with_rows(run, x, pad, after)
             # The convolutions do not pad along the cut: their input brings what is there.
-            before = [_pad(conv) for conv in inner]
-            try:
-                for conv, (rows, columns) in zip(inner, before, strict=True):
-                    conv.padding = (0, columns) if axis == 0 else (rows, 0)
+            with Surgery() as surgery:
+                for conv in inner:
+                    rows, columns = _pad(conv)
+                    surgery.replace(conv, "padding", (0, columns) if axis == 0 else (rows, 0))
                 return original(strip, *args[1:], **kwargs)
-            finally:
-                for conv, padding in zip(inner, before, strict=True):
-                    conv.padding = padding
 
         return answer
 

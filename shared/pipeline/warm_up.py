@@ -1,0 +1,49 @@
+"""The first steps of a generation before the first request: they plan, compile, capture, open connections."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+from PIL import Image
+
+from shared.api.media import encode_image
+from shared.api.requests import GenerateRequest
+from shared.launch.flags import HostConfig
+from shared.ranks.loop import Engine
+from shared.ranks.messages import StoppedError, Verdict
+
+log = logging.getLogger("host")
+
+
+def warm_up(engine: Engine, config: HostConfig, steps: int, twice: bool) -> None:
+    """Generate at the launch's size, up to step `steps`; whole, with decoding, where the VAE is compiled.
+
+    Args:
+        twice: whether other words follow: captured text encoders are called again for those only, and are
+            captured at their second call.
+    """
+    whole = config.compile_vae
+    image = encode_image(Image.new("RGB", (64, 64)), "png")
+    inputs: dict[str, Any] = {"seed": 0, "output_format": "png" if whole else "latent"}
+    if config.spec.image == "needed":
+        inputs["image"] = image
+    if config.control_net:
+        inputs["control_image"] = image
+    request = GenerateRequest.model_construct(**inputs).filled(config)
+
+    def run(words: str | None, last: int | None) -> None:
+        """A generation up to step `last`; None: to its end."""
+
+        def on_step(step: int, _: int) -> None:
+            if last is not None and step >= last:
+                raise StoppedError(Verdict.FINISHED)
+
+        with contextlib.suppress(StoppedError):
+            engine.generate(request.model_copy(update={"positive": words}), on_step)
+
+    log.info("warming up at %sx%s", request.width, request.height)
+    run(None, None if whole else steps)
+    if twice:
+        run("again", 1)
