@@ -63,7 +63,7 @@ def check(config: HostConfig, world_size: int) -> None:
     if world_size > 1 and config.warm_up_steps < 1:
         raise UsageError("--warm_up_steps: must be at least 1 (the first step fills the activations); got 0")
     if config.auto_balance and config.stage_weights:
-        raise UsageError("--auto_balance: measures what --stage_weights tells; give one of the two")
+        raise UsageError("--auto_balance: measures what --stage_weights states; give only one of them")
 
 
 def idle(config: HostConfig, world_size: int) -> list[str]:
@@ -82,7 +82,7 @@ def needs(config: HostConfig, world_size: int) -> Needs:
 def attach(pipe: Any, config: HostConfig, world: World) -> Method:
     """Cut the denoiser and the ControlNets into stages, and put the guidance branches on halves of the ranks.
 
-    One rank alone runs the plain pipeline, on a GPU as CUDA graphs like the others.
+    A single rank runs the plain pipeline, on a GPU as CUDA graphs like the others.
     """
     from shared.parallel.asyncdiff import AsyncDiff
     from shared.parallel.cfg_split import CfgSplit, HybridSplit

@@ -32,8 +32,8 @@ def check(config: HostConfig, world_size: int) -> None:
         given = next((f"--{flag}" for flag in flags if getattr(config, flag)), None)
         if given or config.offloads:
             raise UsageError(
-                f"--parallelism: tensor divides plain weights in memory, so not with "
-                f"{given or 'an --enable_..._offload flag'}; patch goes with all of them"
+                f"--parallelism: tensor divides plain weights in memory and is not supported with "
+                f"{given or 'CPU offload'}; patch is"
             )
 
 
@@ -58,7 +58,7 @@ def needs(config: HostConfig, world_size: int) -> Needs:
 def attach(pipe: Any, config: HostConfig, world: World, branches: Any = None) -> Method:
     """Divide the UNet, the ControlNets and the VAE's decoder over the ranks.
 
-    One rank alone runs the plain pipeline, on a GPU as CUDA graphs like the others.
+    A single rank runs the plain pipeline, on a GPU as CUDA graphs like the others.
 
     Args:
         branches: shared.ranks.groups.branch_groups where the guidance branches are split, else None.

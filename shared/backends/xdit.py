@@ -40,7 +40,7 @@ def make_groups(config: HostConfig, world: World) -> XfuserGroups | None:
 
 
 def attach(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups | None) -> Method:
-    """Share the transformer among the ranks; one rank alone runs it plain, on a GPU as CUDA graphs."""
+    """Share the transformer among the ranks; a single rank runs it plain, on a GPU as CUDA graphs."""
     from shared.parallel.method import Plain
 
     if groups is None:

@@ -189,7 +189,7 @@ def _one_patch(config: HostConfig, degrees: Degrees) -> str | None:
 
 
 def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str, Any, str]]:
-    """(flag, whether it is in the way, why) for the flags that do not go with these degrees."""
+    """(flag, whether it is in the way, why) for the flags that these degrees do not support."""
     pipefusion, tensor = degrees.pipefusion > 1, degrees.tensor > 1
     cached = config.use_teacache or config.use_fbcache
     no_pipefusion = "is for PipeFusion; give --pipefusion_parallel_degree of 2 or more with it"
@@ -212,42 +212,46 @@ def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str,
         yield (
             flag,
             pipefusion and getattr(config, flag),
-            f"not with PipeFusion ({degrees}), the others have it",
+            f"not supported with PipeFusion ({degrees}); the other methods support it",
         )
     for flag in ("enable_sequential_cpu_offload", "enable_group_offload"):
-        why = "PipeFusion's layers read weights themselves; --enable_model_cpu_offload goes with it"
+        why = "PipeFusion's layers read weights themselves; use --enable_model_cpu_offload"
         yield flag, pipefusion and getattr(config, flag), why
-    yield "pipefusion_parallel_degree", pipefusion and tensor, "not with --tensor_parallel_degree"
+    yield "pipefusion_parallel_degree", pipefusion and tensor, "not supported with --tensor_parallel_degree"
     for flag in ("quantize_to", "gguf_model", "compile_unet"):
-        why = "--tensor_parallel_degree divides plain weights in memory, so not with it"
+        why = "not supported with --tensor_parallel_degree, which divides plain weights in memory"
         yield flag, tensor and getattr(config, flag), why
     yield (
         "tensor_parallel_degree",
         tensor and config.offloads,
-        "divides weights in memory, so not with offload",
+        "not supported with CPU offload, as it divides weights in memory",
     )
-    yield "use_fbcache", config.use_fbcache and config.use_teacache, "--use_teacache is given too; one cache"
+    yield (
+        "use_fbcache",
+        config.use_fbcache and config.use_teacache,
+        "give only one cache; --use_teacache is given too",
+    )
     cache = "use_teacache" if config.use_teacache else "use_fbcache"
     yield (
         cache,
         cached and (config.control_net or pipefusion or tensor),
-        f"for Ulysses, ring and data parallelism without --control_net; got {degrees}"
+        f"supported only with Ulysses, ring and data parallelism, without --control_net; got {degrees}"
         + (" with --control_net" if config.control_net else ""),
     )
     yield (
         "use_parallel_vae",
         config.use_parallel_vae and degrees.world == degrees.data,
-        (f"needs ranks that share a picture; got {degrees}"),
+        f"needs ranks that share a picture; got {degrees}",
     )
     yield (
         "compile_vae",
         config.compile_vae and config.use_parallel_vae,
-        ("a compiled decoder is one piece, so not with --use_parallel_vae"),
+        "not supported with --use_parallel_vae, as a compiled decoder is one piece",
     )
     yield (
         "xformers_efficient",
         config.xformers_efficient and degrees.world > 1,
-        ("xDiT brings the attention of its own that all ranks share"),
+        "not supported on several ranks, where xDiT uses an attention of its own",
     )
 
 

@@ -108,18 +108,16 @@ def _check_features(config: HostConfig, backend: Backend) -> None:
         if getattr(config, flag)
     ]
     if len(offloads) > 1:
-        raise UsageError(f"--{offloads[1]}: one way to offload at a time; --{offloads[0]} is given too")
+        raise UsageError(f"--{offloads[1]}: give only one way to offload; --{offloads[0]} is given too")
     if offloads and config.device == "cpu":
         raise UsageError(f"--{offloads[0]}: offloads from a GPU; with --device=cpu there is none")
     for flag, others in _LAYER_BY_LAYER.items():
         for other, why in others.items():
             if getattr(config, flag) and getattr(config, other):
-                raise UsageError(
-                    f"--{flag}: not with --{other}: {why}; --enable_model_cpu_offload goes with it"
-                )
+                raise UsageError(f"--{flag}: not with --{other}: {why}; use --enable_model_cpu_offload")
     if config.gguf_model and config.quantize_to:
         raise UsageError(
-            "--quantize_to: the weights of --gguf_model are quantized already; give one of the two"
+            "--quantize_to: the weights of --gguf_model are quantized already; give only one of them"
         )
     if config.compile_mode and config.compile_options:
         raise UsageError(

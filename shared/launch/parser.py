@@ -110,7 +110,7 @@ def _api_key(parsed: dict[str, Any]) -> str | None:
             raise UsageError(f"{API_KEY_VARIABLE}: must be a key, or not set; it is empty")
         return key
     if "api_key" in parsed:
-        raise UsageError("--api_key_file: not with --api_key; give one of the two")
+        raise UsageError("--api_key_file: not with --api_key; give only one of them")
     try:
         key = Path(file).read_text().strip()
     except (OSError, UnicodeError) as error:
@@ -121,7 +121,7 @@ def _api_key(parsed: dict[str, Any]) -> str | None:
 
 
 def parse_or_exit(backend: Backend, backends: Backends, argv: Sequence[str] | None = None) -> HostConfig:
-    """`parse_config`; a usage error ends the process with exit code 2 and one line from rank 0 alone."""
+    """`parse_config`; a usage error ends the process with exit code 2 and one line, from rank 0 only."""
     try:
         return parse_config(backend, backends, argv)
     except UsageError as error:
@@ -129,7 +129,7 @@ def parse_or_exit(backend: Backend, backends: Backends, argv: Sequence[str] | No
 
 
 def exit_usage(backend: Backend, error: Exception) -> NoReturn:
-    """End this rank with exit code 2; rank 0 alone says why, in one line.
+    """End this rank with exit code 2; only rank 0 says why, in one line.
 
     torchrun ends all ranks of a machine with the first one, so the others let rank 0 go first. One that is
     still there after that has met what rank 0 has not (a file that this machine lacks), and says so itself.

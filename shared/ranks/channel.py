@@ -78,7 +78,7 @@ class Channel:
         return Verdict(int(self._ballot[0]))
 
     def settle(self, outcome: Outcome) -> list[Outcome]:
-        """Gather every rank's outcome on every rank; results not small, and rank 0's, on rank 0 alone.
+        """Gather every rank's outcome on every rank; large results, and rank 0's, on rank 0 only.
 
         Raises:
             BrokenJobError: a rank is gone, or did not come in time.

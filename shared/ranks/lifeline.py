@@ -31,7 +31,7 @@ class Lifeline:
     Signals are only noted by their C handler (`signal.set_wakeup_fd`); a thread reads them, because a Python
     handler would wait for the main thread to come back from a collective. The first SIGTERM or SIGHUP of a
     host that serves lets what runs be finished within `grace` seconds; any other signal ends at once. A rank
-    that was told alone tells the others, so that all of them end with 0 and the launcher restarts none.
+    that gets a signal tells the others, so that all of them end with 0 and the launcher restarts none.
 
     Args:
         launched: whether a launcher started this process, whose death must be ours.

@@ -107,6 +107,7 @@ def test_options_become_flags_that_the_host_parses(
     proto: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     options = importlib.import_module("options")
+    assert list(options.BACKENDS) == list(BACKENDS)
     messages, _ = proto
     model = yaml.safe_load((FOLDER / "model.yaml").read_text())
     (tmp_path / "sdxl").mkdir()
