@@ -14,7 +14,7 @@ import requests
 import safetensors.numpy
 from PIL import Image
 
-from shared.api.jobs import HostStatus, Job, JobError, JobQueue
+from shared.api.jobs import GenerationJob, HostStatus, JobError, JobQueue, OperationJob
 from shared.api.operations import AddLora, Operation, RemoveLora
 from shared.api.requests import GenerateRequest, Reply
 from shared.backends import BACKENDS
@@ -96,18 +96,20 @@ class FakeHost:
                 continue
             self.status.state = "busy"
             try:
-                if job.call is not None:
-                    job.finish(reply=self._call(job.call))
-                while not job.done:
-                    request, _ = job.draw(1)
-                    job.add([self._make(job, request)])
+                match job:
+                    case OperationJob():
+                        job.succeed(self._operate(job.operation))
+                    case GenerationJob():
+                        while not job.done:
+                            request, _ = job.draw(1)
+                            job.add([self._make(job, request)])
             except JobError as error:
-                job.finish(error=error)
+                job.finish(error)
             self.queue.release()
             if self.status.state == "busy":
                 self.status.state = "ready"
 
-    def _make(self, job: Job, request: GenerateRequest) -> Reply:
+    def _make(self, job: GenerationJob, request: GenerateRequest) -> Reply:
         self.seen.append(request)
         prompt = request.positive or ""
         for step in range(request.steps or 1):
@@ -132,7 +134,7 @@ class FakeHost:
         reply.warnings = [prompt] if prompt.startswith("warn") else []
         return reply
 
-    def _call(self, operation: Operation) -> Any:
+    def _operate(self, operation: Operation) -> list[object]:
         """Plays the engine's LoRA methods; the path "fused" is refused, "broken" fails."""
         self.calls.append(operation)
         path = operation.path

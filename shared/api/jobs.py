@@ -64,26 +64,21 @@ def _work(request: GenerateRequest) -> float:
     return (request.width or 1) * (request.height or 1) * (request.steps or 1)
 
 
-@dataclass(eq=False)
-class Job:
-    """One request from its acceptance to its answer. Written by rank 0's loop, read by HTTP threads."""
+@dataclass(frozen=True)
+class Order:
+    """What a client asks for: pictures of `request`; where they take two passes, `second` says the other."""
 
-    request: GenerateRequest | None
-    call: Operation | None = None  # without a request: what to do in place of a generation
+    request: GenerateRequest
+    second: SecondPass | None = None
+
+
+@dataclass(eq=False, kw_only=True)
+class _Job:
+    """What every job has. Written by rank 0's loop, read by HTTP threads."""
+
     id: str = field(default_factory=lambda: secrets.token_hex(8))
-    step: int = 0
-    steps: int = 0
-    progress: float = 0.0  # 0 to 100, never falling
     started: float | None = None  # time.monotonic()
-    stepped: float | None = None  # the same, of its last step
-    preview: Preview | None = None  # the newest, while somebody watches
-    made: list[Reply] = field(default_factory=list)  # the pictures so far, their seeds in a row
-    drawing: int = 1  # pictures that are made now, at the same time
-    second: SecondPass | None = None  # each picture takes two passes: `request` makes latents for this one
-    drafts: list[Reply] = field(default_factory=list)  # first passes whose second is next, or runs
-    starts: tuple[bytes, ...] = ()  # their latents, enlarged
-    reply: Any = None  # the first picture's Reply, or what the operation returned
-    error: JobError | None = None
+    error: JobError | None = None  # why it failed; None where it did not, or is not done
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _done: threading.Event = field(default_factory=threading.Event)
     _ending: threading.Lock = field(default_factory=threading.Lock)
@@ -100,38 +95,90 @@ class Job:
     def done(self) -> bool:
         return self._done.is_set()
 
+    def start(self) -> None:
+        """The job has left the queue."""
+        self.started = time.monotonic()
+
     def seconds_running(self) -> float:
         """Seconds since the job left the queue."""
         return 0.0 if self.started is None else time.monotonic() - self.started
+
+    def step_age(self) -> float:
+        """Seconds since the last step, or since the job left the queue where it has none."""
+        return self.seconds_running()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the job is done, at most `timeout` seconds; whether it is done."""
         return self._done.wait(timeout)
 
-    def at_step(self, step: int, steps: int) -> None:
-        """Denoising step `step` of `steps` is done."""
-        self.step, self.steps, self.stepped = step, steps, time.monotonic()
-        pictures = len(self.made) + self.drawing * self._share(min(step / max(steps, 1), 1.0))
-        self.progress = max(self.progress, 99.0 * min(pictures / self.pictures, 1.0))
+    def finish(self, error: JobError | None = None) -> None:
+        """End the job, with an error unless it succeeded; the first end counts."""
+        with self._ending:
+            if not self._done.is_set():
+                self.error = error
+                self._done.set()
 
-    def _share(self, done: float) -> float:
-        """The part of a picture that is made when this part of a pass is."""
-        if self.second is None or self.request is None:
-            return done
-        first, second = _work(self.request), self.second.work()
-        return (first + second * done if self.drafts else first * done) / (first + second)
+
+@dataclass(eq=False)
+class OperationJob(_Job):
+    """An operation on the pipeline between two generations. Once it runs it cannot be cancelled."""
+
+    operation: Operation
+    result: Sequence[object] = ()  # what the engine returned
+
+    def succeed(self, result: Sequence[object]) -> None:
+        """The operation is done on all ranks."""
+        self.result = result
+        self.finish()
+
+
+@dataclass(eq=False)
+class GenerationJob(_Job):
+    """Pictures of one request, in one pass or two. It can be cancelled at each step."""
+
+    request: GenerateRequest
+    second: SecondPass | None = None  # each picture takes two passes: `request` makes latents for this one
+    step: int = 0
+    steps: int = 0
+    stepped: float | None = None  # time.monotonic() of the last step
+    preview: Preview | None = None  # the newest, while somebody watches
+    made: list[Reply] = field(default_factory=list)  # the pictures so far, their seeds in a row
+    drawing: int = 1  # pictures that are made now, at the same time
+    drafts: list[Reply] = field(default_factory=list)  # first passes whose second is next, or runs
+    starts: tuple[bytes, ...] = ()  # their latents, enlarged
+    _progress: float = field(default=0.0, init=False)
+
+    @property
+    def progress(self) -> float:
+        """0 to 100, never falling."""
+        return 100.0 if self.done and self.error is None else self._progress
 
     @property
     def pictures(self) -> int:
         """How many are asked for."""
-        return (self.request and self.request.pictures) or 1
+        return self.request.pictures or 1
+
+    def step_age(self) -> float:
+        return super().step_age() if self.stepped is None else time.monotonic() - self.stepped
+
+    def at_step(self, step: int, steps: int) -> None:
+        """Denoising step `step` of `steps` is done."""
+        self.step, self.steps, self.stepped = step, steps, time.monotonic()
+        pictures = len(self.made) + self.drawing * self._share(min(step / max(steps, 1), 1.0))
+        self._progress = max(self._progress, 99.0 * min(pictures / self.pictures, 1.0))
+
+    def _share(self, done: float) -> float:
+        """The part of a picture that is made when this part of a pass is."""
+        if self.second is None:
+            return done
+        first, second = _work(self.request), self.second.work()
+        return (first + second * done if self.drafts else first * done) / (first + second)
 
     def draw(self, at_once: int) -> tuple[GenerateRequest, int]:
         """The request for the pictures that come next, and how many are made at the same time.
 
         Where there are drafts it is their second pass, and each picture starts from its own draft.
         """
-        assert self.request is not None
         request = self.request
         if self.second is not None and self.drafts:
             request = self.second.request
@@ -142,9 +189,7 @@ class Job:
     def add(self, replies: Sequence[Reply]) -> None:
         """Pictures are made, or the first passes of them; with the last one the job is done."""
         if len(replies) != self.drawing:
-            self.finish(
-                error=JobError(500, f"the ranks gave {len(replies)} pictures instead of {self.drawing}")
-            )
+            self.finish(JobError(500, f"the ranks gave {len(replies)} pictures instead of {self.drawing}"))
             return
         if self.second is not None and not self.drafts:
             self.drafts = list(replies)
@@ -156,17 +201,10 @@ class Job:
         self.drafts, self.starts = [], ()
         self.made += replies
         if len(self.made) == self.pictures:
-            self.finish(reply=self.made[0])
+            self.finish()
 
-    def finish(self, reply: Any = None, error: JobError | None = None) -> None:
-        """End the job with its reply or its error; the first end counts."""
-        with self._ending:
-            if self._done.is_set():
-                return
-            self.reply, self.error = reply, error
-            if error is None:
-                self.progress = 100.0
-            self._done.set()
+
+Job = GenerationJob | OperationJob
 
 
 class JobQueue:
@@ -175,7 +213,7 @@ class JobQueue:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.running: Job | None = None
-        self.last: Job | None = None  # the newest job with a request that left the queue
+        self.last: GenerationJob | None = None  # the newest that left the queue
         self.watchers = 0  # who would see a preview; written by the HTTP threads
         self._previewed = 0.0  # time.monotonic()
         self._waiting: deque[Job] = deque()
@@ -185,6 +223,11 @@ class JobQueue:
     def __len__(self) -> int:
         """Number of jobs that wait."""
         return len(self._waiting)
+
+    @property
+    def generation(self) -> GenerationJob | None:
+        """The running job where it is a generation."""
+        return self.running if isinstance(self.running, GenerationJob) else None
 
     def waiting(self) -> list[Job]:
         """The jobs that wait, the next one first."""
@@ -223,12 +266,11 @@ class JobQueue:
                 while self._waiting:
                     job = self._waiting.popleft()
                     if job.cancelled:
-                        job.finish(error=JobError(499, "cancelled"))
+                        job.finish(JobError(499, "cancelled"))
                         continue
-                    job.started = job.stepped = time.monotonic()
+                    job.start()
                     self.running = job
-                    if job.request is not None:
-                        self.last = job
+                    self.last = self.generation or self.last
                     return job
                 left = 0.0 if self._closed else deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
@@ -246,7 +288,7 @@ class JobQueue:
         with self._changed:
             if job in self._waiting:
                 self._waiting.remove(job)
-                job.finish(error=JobError(499, "cancelled"))
+                job.finish(JobError(499, "cancelled"))
 
     def cancel_running(self) -> bool:
         """Cancel the running job, or the next one where rank 0 is between two; whether there was one."""
@@ -267,8 +309,8 @@ class JobQueue:
         return bool(found)
 
     def _cancellable(self, job: Job) -> bool:
-        """Not when it is done; and a change of LoRAs that runs has no steps between which it could end."""
-        return not job.done and (job is not self.running or job.request is not None)
+        """Not when it is done; and an operation that runs has no steps between which it could end."""
+        return not job.done and (job is not self.running or isinstance(job, GenerationJob))
 
     def wants_preview(self) -> bool:
         """Whether somebody watches and the last preview is old enough."""
@@ -277,19 +319,18 @@ class JobQueue:
     def show_preview(self, step: int, width: int, height: int, rgb: bytes) -> None:
         """What the running job's picture looks like after `step`."""
         self._previewed = time.monotonic()
-        if self.running is not None:
-            self.running.preview = Preview(step, width, height, rgb)
+        if (job := self.generation) is not None:
+            job.preview = Preview(step, width, height, rgb)
 
     def progress(self) -> float:
-        """0 to 100, of the running request, else of the last one; 0 before there was any."""
-        running = self.running
-        job = running if running is not None and running.request is not None else self.last
+        """0 to 100, of the running generation, else of the last one; 0 before there was any."""
+        job = self.generation or self.last
         return 0.0 if job is None else job.progress
 
     def step_age(self) -> float | None:
         """Seconds since the running job's last step, or since its start; None where none runs."""
         job = self.running
-        return None if job is None or job.stepped is None else time.monotonic() - job.stepped
+        return None if job is None else job.step_age()
 
     def close(self, error: JobError, running: bool = True) -> None:
         """End those that wait and new ones with 503, and with `error` the running job unless it may go on."""
@@ -299,9 +340,9 @@ class JobQueue:
             self._waiting.clear()
             self._changed.notify_all()
         if ending is not None:
-            ending.finish(error=error)
+            ending.finish(error)
         for job in waiting:
-            job.finish(error=closed)
+            job.finish(closed)
 
 
 @dataclass

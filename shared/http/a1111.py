@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, jsonify
-from flask import request as http
 
 from shared.api.a1111_prompts import NotationError, take_networks
 from shared.api.a1111_samplers import AUTOMATIC, SCHEDULES, samplers_for, scheduler_for, taken_variant
 from shared.api.codecs import MAX_SIDE
-from shared.api.jobs import SecondPass
+from shared.api.jobs import Order
 from shared.api.metadata import infotext, png_info
 from shared.api.requests import (
     MAX_PICTURES,
@@ -28,12 +28,12 @@ from shared.api.requests import (
     RequestError,
     all_faults,
     check_request,
-    parse_object,
 )
 from shared.api.warned import together, told_in, warn
 from shared.http import a1111_hires as hires
 from shared.http.a1111_options import check_options, is_img2img
-from shared.http.dispatch import ApiError, Dispatcher, check_json_type
+from shared.http.dispatch import ApiError, Dispatcher
+from shared.http.incoming import caller, check_json_type, json_body
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 
@@ -109,7 +109,7 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
     @app.post("/sdapi/v1/options")
     def a1111_set_options() -> Response:
         check_json_type()
-        wanted = parse_object(http.get_data(cache=False)).get("sd_model_checkpoint")
+        wanted = json_body().get("sd_model_checkpoint")
         _check_model(wanted, name)
         return jsonify(None)
 
@@ -133,7 +133,7 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
     @app.post("/sdapi/v1/png-info")
     def a1111_png_info() -> Response:
         check_json_type()
-        return jsonify(dispatcher.read(lambda: png_info(parse_object(http.get_data(cache=False)))))
+        return jsonify(dispatcher.read(lambda: png_info(json_body())))
 
 
 def _scheduler_entry(label: str, rho: float) -> dict[str, Any]:
@@ -159,9 +159,7 @@ def _check_model(wanted: Any, name: str) -> None:
 
 
 def _progress(dispatcher: Dispatcher) -> dict[str, Any]:
-    job = dispatcher.queue.running
-    if job is not None and job.request is None:
-        job = None
+    job = dispatcher.queue.generation
     waiting = len(dispatcher.queue)
     left = 0.0
     if job is not None and 0 < job.progress < 100:
@@ -185,28 +183,30 @@ def _progress(dispatcher: Dispatcher) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _Asked(Order):
+    """An order, and the options that it was made of, in A1111's words."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+
+
 def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) -> Response:
     check_json_type()
     config = dispatcher.config
-    asked: dict[str, Any] = {}
-    passes: list[tuple[GenerateRequest, SecondPass | None]] = []
 
     def check(options: dict[str, Any], more: dict[str, Any]) -> GenerateRequest:
         return check_request(translate(options, config, samplers, with_image) | more, config)
 
-    def parse() -> tuple[GenerateRequest, SecondPass | None]:
-        asked.update(parse_object(http.get_data(cache=False)))
-        if with_image or not hires.is_asked(asked):
-            passes.append((check(asked, {}), None))
-        else:
-            passes.append(hires.two_passes(asked, config, check))
-        return passes[0]
+    def parse() -> _Asked:
+        options = json_body()
+        if with_image or not hires.is_asked(options):
+            return _Asked(check(options, {}), options=options)
+        return _Asked(*hires.two_passes(options, config, check), options=options)
 
-    replies = dispatcher.run(parse)
-    told = {k: v for k, v in asked.items() if k not in ("init_images", "alwayson_scripts")}
-    first, second = passes[0]
-    info = _info(asked, replies, config, first if second else None) | {
-        "infotexts": [infotext(first, reply, config, second) for reply in replies]
+    asked, replies = dispatcher.run(caller(), parse)
+    told = {k: v for k, v in asked.options.items() if k not in ("init_images", "alwayson_scripts")}
+    info = _info(asked, replies, config) | {
+        "infotexts": [infotext(asked.request, reply, config, asked.second) for reply in replies]
     }
     body = {
         "images": [reply.answer()["output"] for reply in replies],
@@ -216,14 +216,13 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
     return jsonify(told_in(body, together(*(reply.warnings for reply in replies))))
 
 
-def _info(
-    asked: dict[str, Any], replies: list[Reply], config: HostConfig, first_pass: GenerateRequest | None
-) -> dict[str, Any]:
+def _info(asked: _Asked, replies: list[Reply], config: HostConfig) -> dict[str, Any]:
     """What A1111 tells of its pictures; with the hires fix, size and steps are the first pass'."""
-    first = first_pass or replies[0]
-    prompt, negative = str(asked.get("prompt") or ""), str(asked.get("negative_prompt") or "")
-    sampler = str(asked.get("sampler_name") or asked.get("sampler_index") or AUTOMATIC)
-    cfg = asked.get("cfg_scale") or config.spec.cfg
+    options = asked.options
+    first = replies[0] if asked.second is None else asked.request
+    prompt, negative = str(options.get("prompt") or ""), str(options.get("negative_prompt") or "")
+    sampler = str(options.get("sampler_name") or options.get("sampler_index") or AUTOMATIC)
+    cfg = options.get("cfg_scale") or config.spec.cfg
     seeds = [reply.seed for reply in replies]
     return {
         "prompt": prompt,

@@ -1,32 +1,37 @@
 """From an HTTP request to the ranks and back: what every way in to the host shares.
 
-A way in (the own API, OpenAI's, A1111's) turns its request into a `GenerateRequest`, gives it to
-`Dispatcher.run`, and words the reply or the `ApiError` in its own form.
+A way in (the own API, OpenAI's, A1111's) turns its request into an `Order`, gives it to `Dispatcher.run`, and
+words the replies or the `ApiError` in its own form. Nothing here knows Flask.
 """
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
-from flask import g
-from flask import request as http
-
-from shared.api.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError, SecondPass
+from shared.api.jobs import (
+    GenerationJob,
+    HostStatus,
+    Job,
+    JobError,
+    JobQueue,
+    OperationJob,
+    Order,
+    QueueFullError,
+)
 from shared.api.media import side_by_side
 from shared.api.metadata import made_by
 from shared.api.operations import Operation
-from shared.api.requests import MAX_TOLD, FieldProblem, GenerateRequest, Reply, RequestError
+from shared.api.requests import MAX_TOLD, FieldProblem, Reply, RequestError
 from shared.api.warned import together, warnings_told
 from shared.http.metrics import Metrics
 from shared.http.wsgi import PARSING
 from shared.launch.flags import HostConfig
-from shared.launch.wording import MAX_TEXT, cut, shown
-
-log = logging.getLogger("host")
+from shared.launch.wording import MAX_TEXT, cut
 
 DISCONNECT_POLL = 0.1  # seconds between two looks whether the client is still there
 PARSED_AT_ONCE = 2  # a body, its text and its pictures may take some hundred MB while they are checked
@@ -61,6 +66,21 @@ class ApiError(Exception):
         return cls(503, message, headers={"Retry-After": str(RETRY_AFTER[why])})
 
 
+@dataclass
+class Caller:
+    """Who sent a request, and what is noted while it is answered."""
+
+    id: str  # X-Request-Id
+    gone: Callable[[], bool] = lambda: False  # whether the client has closed its connection
+    job: Job | None = None  # what it waits for
+    warnings: list[str] = field(default_factory=list)  # of all of its pictures
+    error: str = ""  # the message that it is answered with, if that is an error
+
+
+Asked = TypeVar("Asked", bound=Order)
+Parsed = TypeVar("Parsed")
+
+
 class Dispatcher:
     """Checks, queues and awaits requests, from the threads of the HTTP server.
 
@@ -85,93 +105,92 @@ class Dispatcher:
         if state in ("loading", "broken", "stopping"):
             raise ApiError.unavailable(state, f"the host is {state}" + (f": {message}" if message else ""))
 
-    def run(
-        self, parse: Callable[[], GenerateRequest | tuple[GenerateRequest, SecondPass | None]]
-    ) -> list[Reply]:
+    def run(self, caller: Caller, parse: Callable[[], Asked]) -> tuple[Asked, list[Reply]]:
         """Parse a request, wait for its turn and for all of its pictures. A client that leaves cancels it.
 
         Args:
-            parse: gives the request, and what is made of its latents where its pictures take two passes.
+            caller: who sent it; gets the warnings.
+            parse: reads and checks the body.
+
+        Returns:
+            What `parse` gave, and the pictures.
 
         Raises:
             ApiError: with the status of PROTOCOL's error table.
         """
         self.check_ready()
-        if not self._slots.acquire(blocking=False):
-            raise ApiError.unavailable("full", "too many requests at once")
-        try:
-            try:
-                with self._parsing, warnings_told() as told:
-                    parsed = parse()
-            except RequestError as error:
-                raise ApiError.from_request(error) from None
+        with self._slot():
+            with warnings_told() as told:
+                asked = self._parsed(parse)
             began = time.monotonic()
-            request, second = parsed if isinstance(parsed, tuple) else (parsed, None)
-            job = Job(request, id=g.request_id, second=second)
-            self._submit(job)
-            self._encode(job)
+            job = GenerationJob(asked.request, asked.second, id=caller.id)
+            self._await(job, caller, meanwhile=lambda: self._encode(job))
             for reply in job.made:
                 self.metrics.made(reply, time.monotonic() - began)
                 reply.warnings = together(told, reply.warnings)
-            g.warnings = together(*(reply.warnings for reply in job.made))
-            return job.made
-        finally:
-            self._slots.release()
+            caller.warnings = together(*(reply.warnings for reply in job.made))
+            return asked, job.made
 
-    def call(self, operation: Operation) -> Any:
+    def operate(self, caller: Caller, operation: Operation) -> Sequence[object]:
         """Have an operation done on all ranks, between two generations; what it returned.
 
         Raises:
             ApiError: with the status of PROTOCOL's error table.
         """
         self.check_ready()
-        if not self._slots.acquire(blocking=False):
-            raise ApiError.unavailable("full", "too many requests at once")
-        try:
-            return self._submit(Job(None, operation, id=g.request_id))
-        finally:
-            self._slots.release()
+        with self._slot():
+            job = OperationJob(operation, id=caller.id)
+            self._await(job, caller)
+            return job.result
 
-    def read(self, parse: Callable[[], Any]) -> Any:
+    def read(self, parse: Callable[[], Parsed]) -> Parsed:
         """Parse a body that may hold pictures and asks nothing of the ranks; what `parse` gives.
 
         Raises:
             ApiError: 503 where too many are parsed already, else the fault that `parse` finds.
         """
+        with self._slot():
+            return self._parsed(parse)
+
+    @contextlib.contextmanager
+    def _slot(self) -> Iterator[None]:
+        """One of the requests that are at work. Raises ApiError 503 where there are too many."""
         if not self._slots.acquire(blocking=False):
             raise ApiError.unavailable("full", "too many requests at once")
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+    def _parsed(self, parse: Callable[[], Parsed]) -> Parsed:
         try:
             with self._parsing:
                 return parse()
         except RequestError as error:
             raise ApiError.from_request(error) from None
-        finally:
-            self._slots.release()
 
-    def _submit(self, job: Job) -> Any:
-        g.job = job
+    def _await(self, job: Job, caller: Caller, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Queue a job and wait until it is done; `meanwhile` is called now and then, and at the end."""
+        caller.job = job
         try:
             self.queue.submit(job)
         except QueueFullError as error:
             raise ApiError.unavailable("full", f"the queue is full: {error}") from None
         except JobError as error:
             raise ApiError.unavailable("stopping", str(error)) from None
-        gone = http.environ.get("waitress.client_disconnected", lambda: False)
         while not job.wait(DISCONNECT_POLL):
-            if not job.cancelled and gone():
+            if not job.cancelled and caller.gone():
                 self.queue.drop(job)
-            self._encode(job)  # here, so that the ranks draw the next picture meanwhile
+            meanwhile()
         if job.error is not None:
             raise _api_error(job.error)
-        return job.reply
+        meanwhile()
 
-    def _encode(self, job: Job) -> None:
-        """Encode the pictures of those replies that still have them."""
+    def _encode(self, job: GenerationJob) -> None:
+        """Encode the pictures that are made so far; the ranks make the next ones at the same time."""
 
         def encode(reply: Reply) -> None:
-            reply.encode(
-                None if job.request is None else made_by(job.request, reply, self.config, job.second)
-            )
+            reply.encode(made_by(job.request, reply, self.config, job.second))
 
         side_by_side(encode, [reply for reply in job.made if reply.pictures])
 
@@ -184,14 +203,3 @@ def _api_error(error: JobError) -> ApiError:
     if error.status == 503:
         return ApiError.unavailable("stopping", message)
     return ApiError(error.status, message, error.problems)
-
-
-def check_json_type() -> None:
-    """Raise ApiError 415 unless the body says that it is JSON in UTF-8, uncompressed."""
-    charset = http.mimetype_params.get("charset", "utf-8").lower()
-    coding = http.headers.get("Content-Encoding", "identity").lower()
-    if http.mimetype != "application/json" or charset not in ("utf-8", "utf8", "us-ascii"):
-        given = http.headers.get("Content-Type") or "none"
-        raise ApiError(415, f"Content-Type must be application/json (UTF-8); got {shown(given)}")
-    if coding != "identity":
-        raise ApiError(415, f"Content-Encoding must be absent; got {shown(coding)}")

@@ -26,9 +26,9 @@ from shared.api.requests import (
     GenerateRequest,
     Reply,
     RequestError,
-    parse_object,
 )
-from shared.http.dispatch import ApiError, Dispatcher, check_json_type
+from shared.http.dispatch import ApiError, Dispatcher
+from shared.http.incoming import check_json_type, json_body
 from shared.http.unpickle import ForbiddenPickleError, Picture, Tensor, unpickle
 from shared.launch.flags import HostConfig
 
@@ -194,7 +194,7 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
     @app.post("/apply", endpoint="legacy_apply")
     def apply() -> Response:
         check_json_type()
-        problems = _unlike_launch(parse_object(http.get_data(cache=False)), config)
+        problems = _unlike_launch(json_body(), config)
         if problems:
             raise ApiError.from_request(RequestError(409, problems))
         dispatcher.check_ready()

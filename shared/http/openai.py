@@ -9,22 +9,23 @@ from __future__ import annotations
 import base64
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 from flask import Flask, Response, jsonify
 from flask import request as http
 from pydantic_core import from_json
 
+from shared.api.jobs import Order
 from shared.api.requests import (
     FieldProblem,
     File,
-    GenerateRequest,
     RequestError,
     check_request,
-    parse_object,
 )
 from shared.api.warned import together, told_in
-from shared.http.dispatch import ApiError, Dispatcher, check_json_type
+from shared.http.dispatch import ApiError, Dispatcher
+from shared.http.incoming import caller, check_json_type, json_body
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 
@@ -81,7 +82,7 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
     @app.post("/v1/images/generations")
     def openai_generations() -> Response:
         check_json_type()
-        return _answer(dispatcher, lambda: parse_object(http.get_data(cache=False)))
+        return _answer(dispatcher, json_body)
 
     @app.post("/v1/images/edits")
     def openai_edits() -> Response:
@@ -131,13 +132,13 @@ def _form() -> dict[str, Any]:
     return data
 
 
-def _answer(dispatcher: Dispatcher, read: Any) -> Response:
+def _answer(dispatcher: Dispatcher, read: Callable[[], dict[str, Any]]) -> Response:
     config = dispatcher.config
 
-    def parse() -> GenerateRequest:
-        return check_request(translate(read(), config), config)
+    def parse() -> Order:
+        return Order(check_request(translate(read(), config), config))
 
-    replies = dispatcher.run(parse)
+    _, replies = dispatcher.run(caller(), parse)
     body = {
         "created": int(time.time()),
         "data": [{"b64_json": File(r.output[0]), "seed": r.seed} for r in replies],

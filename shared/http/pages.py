@@ -20,7 +20,7 @@ from flask import request as http
 from PIL import Image
 from werkzeug.exceptions import NotFound
 
-from shared.api.jobs import HostStatus, Job, JobQueue, Preview
+from shared.api.jobs import GenerationJob, HostStatus, JobQueue, Preview
 from shared.api.media import encode_image
 from shared.api.requests import COMMON_FIELDS, NEEDS_FLAG
 from shared.http.dispatch import ApiError, Dispatcher
@@ -180,15 +180,14 @@ class Watchers:
         health = self.status.health(self.queue)
         del health["uptime_seconds"], health["queue_length"]
         yield "host", json.dumps(health)
-        running = self.queue.running
-        if running is not None and (running.request is None or running.done):
-            running = None
+        running = self.queue.generation
         jobs = {
-            "running": running
-            and {
+            "running": None
+            if running is None or running.done
+            else {
                 "id": running.id,
                 "step": running.step,
-                "steps": running.steps or (running.request and running.request.steps),
+                "steps": running.steps or running.request.steps,
                 "progress": round(running.progress, 1),
             },
             "waiting": [job.id for job in self.queue.waiting()],
@@ -196,7 +195,7 @@ class Watchers:
         yield "jobs", json.dumps(jobs)
 
     def _preview(self) -> tuple[str, Preview] | None:
-        job = self.queue.running
+        job = self.queue.generation
         return None if job is None or job.done or job.preview is None else (job.id, job.preview)
 
 
@@ -208,7 +207,7 @@ def _preview_text(id: str, preview: Preview) -> str:
     return json.dumps({"id": id, "step": preview.step, "jpeg": data})
 
 
-def _end(job: Job) -> dict[str, Any]:
+def _end(job: GenerationJob) -> dict[str, Any]:
     error = job.error
     if error is None:
         return {"id": job.id, "outcome": "done", "message": "OK"}

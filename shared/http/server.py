@@ -12,6 +12,7 @@ import re
 import secrets
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -22,7 +23,7 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.formparser import FormDataParser
 from werkzeug.http import HTTP_STATUS_CODES
 
-from shared.api.jobs import HostStatus, JobQueue
+from shared.api.jobs import GenerationJob, HostStatus, JobQueue, Order
 from shared.api.lora_dir import LoraNameError, list_loras, lora_path
 from shared.api.operations import AddLora, RemoveLora
 from shared.api.requests import (
@@ -36,15 +37,15 @@ from shared.api.requests import (
     RequestError,
     check_request,
     parse_lora_change,
-    parse_object,
 )
 from shared.api.warned import header_text
 from shared.http import a1111 as a1111_api
 from shared.http import legacy, metrics, pages
 from shared.http import openai as openai_api
 from shared.http.answers import Json
-from shared.http.dispatch import ApiError, Dispatcher, check_json_type
+from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.doors import Doors, is_preflight
+from shared.http.incoming import caller, check_json_type, enter, json_body
 from shared.http.negotiate import negotiate
 from shared.http.openapi import openapi
 from shared.http.wsgi import MAX_BODY, NO_ROOM, SMALL_BODY, Bound, Server
@@ -116,7 +117,7 @@ def _add_frame(app: Flask, dispatcher: Dispatcher) -> None:
     @app.before_request
     def begin() -> Response | None:
         given = http.headers.get("X-Request-Id", "")
-        g.request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        enter(given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8))
         g.began = time.monotonic()
         if foreign := doors.refusal(http.headers.get("Host", ""), http.headers.get("Origin")):
             raise ApiError(403, foreign)
@@ -134,10 +135,10 @@ def _add_frame(app: Flask, dispatcher: Dispatcher) -> None:
 
     @app.after_request
     def end(response: Response) -> Response:
-        response.headers["X-Request-Id"] = g.request_id
+        response.headers["X-Request-Id"] = caller().id
         response.headers.setdefault("Cache-Control", "no-store")
         doors.cors(http, response)
-        if warnings := g.get("warnings"):
+        if warnings := caller().warnings:
             response.headers["X-Warnings"] = header_text(warnings)
         if http.endpoint in PICTURE_ROUTES and http.method == "POST":
             dispatcher.metrics.answered(response.status_code)
@@ -188,7 +189,7 @@ _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="multigpu diffusion"'}
 def error_response(error: Exception) -> Response:
     """Any exception as JSON, in the form of the route's own API (PROTOCOL's but for OpenAI's and A1111's)."""
     api_error = as_api_error(error)
-    g.message = api_error.message
+    caller().error = api_error.message
     for prefix, body in ERROR_FORMS.items():
         if http.path.startswith(prefix):
             response = jsonify(body(api_error))
@@ -222,9 +223,9 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(413, "the form has too many parts, or too large ones")
         return ApiError(code, error.description or _reason(code), headers=headers)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        log.error("id=%s %s", g.request_id, error)
+        log.error("id=%s %s", caller().id, error)
         return ApiError(507, NO_ROOM)
-    log.error("id=%s failed in the server", g.request_id, exc_info=error)
+    log.error("id=%s failed in the server", caller().id, exc_info=error)
     return ApiError(500, "the server failed at this request; its log has the reason, under X-Request-Id")
 
 
@@ -234,22 +235,23 @@ def _reason(status: int) -> str:
 
 def _log_outcome(response: Response) -> None:
     """One line a request; requests that reached the queue tell their size, steps and seed."""
+    asker = caller()
     fields: dict[str, Any] = {
-        "id": g.request_id,
+        "id": asker.id,
         "status": response.status_code,
         "seconds": round(time.monotonic() - g.began, 3),
         "route": cut(f"{http.method} {quote(http.path)}", MAX_ROUTE),
     }
-    job = g.get("job")
-    if job is not None and job.request is not None:
-        made: Reply | GenerateRequest = job.reply or job.request
+    job = asker.job
+    if isinstance(job, GenerationJob):
+        made: Reply | GenerateRequest = job.made[0] if job.done and job.error is None else job.request
         fields |= {"size": f"{made.width}x{made.height}", "steps": made.steps, "seed": made.seed}
     text = " ".join(f"{k}={v}" for k, v in fields.items())
-    if warnings := g.get("warnings"):
-        fields["warnings"] = warnings
-        text += f" warnings={'; '.join(warnings)!r}"
-    if message := g.get("message"):
-        message = fields["error"] = cut(message)
+    if asker.warnings:
+        fields["warnings"] = asker.warnings
+        text += f" warnings={'; '.join(asker.warnings)!r}"
+    if asker.error:
+        message = fields["error"] = cut(asker.error)
         text += f" error={message!r}"
     level = logging.DEBUG
     if response.status_code >= 500:
@@ -307,20 +309,25 @@ def _text(text: str, status: int = 200) -> Response:
     return Response(text, status, mimetype="text/plain")
 
 
+@dataclass(frozen=True)
+class _Generate(Order):
+    """What POST /generate asks for, and in which form."""
+
+    raw: str | None = None  # the format of an answer that is the file itself, not JSON
+    pickled: bool = False  # --legacy_pickle: the answer's pictures are pickled
+
+
 def _add_generate(app: Flask, dispatcher: Dispatcher) -> None:
     config = dispatcher.config
 
     @app.post("/generate")
     def generate() -> Response:
         check_json_type()
-        raw: str | None = None
-        pickled = False
 
-        def parse() -> GenerateRequest:
-            nonlocal raw, pickled
-            data = parse_object(http.get_data(cache=False))
+        def parse() -> _Generate:
+            data = json_body()
+            pickled = legacy.is_legacy(data, config)
             if config.legacy_pickle:
-                pickled = legacy.is_legacy(data, config)
                 data = legacy.translate(data, config)
             raw, problem = negotiate(http.accept_mimetypes, config.spec, data.get("output_format"))
             try:
@@ -331,12 +338,12 @@ def _add_generate(app: Flask, dispatcher: Dispatcher) -> None:
                 problem = FieldProblem("pictures", f"needs an output_format, got {request.pictures} and none")
             if problem:
                 raise RequestError(422, [problem])
-            return request
+            return _Generate(request, raw=raw, pickled=pickled)
 
-        reply, *others = dispatcher.run(parse)
-        if raw is not None:
+        asked, (reply, *others) = dispatcher.run(caller(), parse)
+        if asked.raw is not None:
             return raw_response(reply)
-        return jsonify(legacy.answer(reply, config) if pickled else reply.answer(others))
+        return jsonify(legacy.answer(reply, config) if asked.pickled else reply.answer(others))
 
 
 def _add_lora(app: Flask, dispatcher: Dispatcher) -> None:
@@ -368,9 +375,9 @@ def _add_lora(app: Flask, dispatcher: Dispatcher) -> None:
             raise ApiError.unavailable("full", "another LoRA is being changed")
         try:
             if http.method == "POST":
-                entries = dispatcher.call(AddLora(change.path, change.scale))
+                entries = dispatcher.operate(caller(), AddLora(change.path, change.scale))
             else:
-                entries = dispatcher.call(RemoveLora(change.path))
+                entries = dispatcher.operate(caller(), RemoveLora(change.path))
             in_use = [LoraEntry.model_validate(entry) for entry in entries]
         finally:
             one_at_a_time.release()
@@ -385,6 +392,6 @@ def raw_response(reply: Reply) -> Response:
     response.headers["X-Size"] = f"{reply.width}x{reply.height}"
     for name, seconds in reply.seconds.items():
         response.headers.add("Server-Timing", f"{name};dur={1000 * seconds:.1f}")
-    response.headers["Content-Disposition"] = f'inline; filename="{g.request_id}.{reply.format}"'
+    response.headers["Content-Disposition"] = f'inline; filename="{caller().id}.{reply.format}"'
     response.headers["Vary"] = "Accept"
     return response

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from shared.api.jobs import HostStatus, Job, JobError, JobQueue, SecondPass
+from shared.api.jobs import GenerationJob, HostStatus, Job, JobError, JobQueue, OperationJob, SecondPass
 from shared.api.operations import AddLora, Operation, RemoveLora
 from shared.api.requests import GenerateRequest, Reply, RequestError
 from shared.api.warned import together, warnings_told
@@ -128,7 +128,7 @@ class RankLoop:
                 continue
             self._set_state("busy")
             # When the ranks break apart the job stays the running one: whoever ends the host answers it.
-            self._finish(job, self._carry_out(message, job))
+            self._finish(job, self._carry_out(message))
             if job is None or not job.done:
                 continue  # with the next of the job's pictures, or the second pass of this one
             if self.queue is not None:
@@ -142,21 +142,22 @@ class RankLoop:
     def _message(self, job: Job | None) -> Message | None:
         if self.queue is None:
             return None
-        if job is None:
-            return Stop() if self.queue.closed else Ping()
-        if job.request is None:
-            assert job.call is not None
-            return Call(job.id, job.call)
-        request, pictures = job.draw(self.at_once)
-        return Generate(job.id, request, pictures, job.starts)
+        match job:
+            case None:
+                return Stop() if self.queue.closed else Ping()
+            case OperationJob():
+                return Call(job.id, job.operation)
+            case GenerationJob():
+                request, pictures = job.draw(self.at_once)
+                return Generate(job.id, request, pictures, job.starts)
 
-    def _carry_out(self, message: Generate | Call, job: Job | None) -> list[Outcome]:
+    def _carry_out(self, message: Generate | Call) -> list[Outcome]:
         rank = self.channel.world.rank
         outcome = Outcome(rank, Verdict.FINISHED)
         try:
             if isinstance(message, Generate):
                 with warnings_told() as outcome.warnings:
-                    outcome.result = self._generate(message, job)
+                    outcome.result = self._generate(message)
             else:
                 outcome.result = self._operate(message.operation)
             self._agree(Verdict.FINISHED)
@@ -182,13 +183,14 @@ class RankLoop:
         outcome.device = rank_device_info(self.channel.world)
         return self.channel.settle(outcome)
 
-    def _generate(self, message: Generate, job: Job | None) -> Reply | None:
+    def _generate(self, message: Generate) -> Reply | None:
         """This rank's picture. A rank whose picture nobody asked for keeps step with the others."""
         number = self.engine.picture
         request = message.request.numbered(number)
         if message.latents:
             latent = message.latents[min(number, len(message.latents) - 1)]
             request = request.model_copy(update={"latent": latent})
+        job = None if self.queue is None else self.queue.generation
         reply = self.engine.generate(request, self._step_boundary(job))
         return reply if number < message.pictures else None
 
@@ -204,7 +206,7 @@ class RankLoop:
         if agreed is not verdict:
             raise StoppedError(agreed)
 
-    def _step_boundary(self, job: Job | None) -> OnStep:
+    def _step_boundary(self, job: GenerationJob | None) -> OnStep:
         told = time.monotonic()
 
         def on_step(step: int, steps: int) -> None:
@@ -219,7 +221,7 @@ class RankLoop:
 
         return on_step
 
-    def _agree_to_go_on(self, job: Job | None) -> None:
+    def _agree_to_go_on(self, job: GenerationJob | None) -> None:
         mine = Verdict.GO_ON
         if job is not None and job.cancelled:
             mine = Verdict.CANCELLED
@@ -237,21 +239,26 @@ class RankLoop:
         if job is not None:
             verdict = max(o.verdict for o in outcomes)
             if verdict is Verdict.FINISHED:
-                results = [o.result for o in outcomes if o.result is not None]
-                if job.request is None:
-                    job.finish(reply=next(iter(results), None))
-                else:
-                    for reply in results:
-                        reply.warnings = together(reply.warnings, *(o.warnings for o in outcomes))
-                    job.add(results)
-                    self._enlarge(job)
+                self._deliver(job, outcomes)
             elif not broken:
-                job.finish(error=self._job_error(verdict, outcomes))
+                job.finish(self._job_error(verdict, outcomes))
         if broken:
             reasons = "; ".join(f"rank {o.rank}: {o.error}" for o in outcomes if o.error)
             raise BrokenJobError(f"the ranks lost each other ({reasons or 'a collective failed'})")
 
-    def _enlarge(self, job: Job) -> None:
+    def _deliver(self, job: Job, outcomes: list[Outcome]) -> None:
+        """Hand the job what the ranks made."""
+        results = [o.result for o in outcomes if o.result is not None]
+        match job:
+            case OperationJob():
+                job.succeed(results[0])
+            case GenerationJob():
+                for reply in results:
+                    reply.warnings = together(reply.warnings, *(o.warnings for o in outcomes))
+                job.add(results)
+                self._enlarge(job)
+
+    def _enlarge(self, job: GenerationJob) -> None:
         """Make the second passes' latents out of the first ones'."""
         if job.second is None or not job.drafts or job.done:
             return
@@ -259,7 +266,7 @@ class RankLoop:
             job.starts = tuple(self.engine.enlarge(draft, job.second) for draft in job.drafts)
         except Exception as error:
             log.exception("request %s failed between its passes", job.id)
-            job.finish(error=JobError(500, str(error) or type(error).__name__))
+            job.finish(JobError(500, str(error) or type(error).__name__))
 
     def _job_error(self, verdict: Verdict, outcomes: list[Outcome]) -> JobError:
         if verdict is Verdict.CANCELLED:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from shared.api.jobs import HostStatus, Job, JobError, JobQueue, QueueFullError
+from shared.api.jobs import GenerationJob, HostStatus, JobError, JobQueue, OperationJob, QueueFullError
 from shared.api.operations import RemoveLora
 from shared.api.requests import GenerateRequest, Reply
 
@@ -16,8 +16,8 @@ def a_reply(request: GenerateRequest | None) -> Reply:
     return Reply([b"a"], "png", (request and request.seed) or 0, 8, 8, 2)
 
 
-def job() -> Job:
-    return Job(GenerateRequest())
+def job() -> GenerationJob:
+    return GenerationJob(GenerateRequest())
 
 
 def test_first_in_first_out_and_one_running() -> None:
@@ -98,7 +98,7 @@ def test_cancel_takes_the_running_job_else_the_next() -> None:
 
 def test_a_change_of_loras_is_cancelled_while_it_waits_alone() -> None:
     queue = JobQueue(2)
-    running, waiting = (Job(None, call=RemoveLora(path)) for path in "ab")
+    running, waiting = (OperationJob(RemoveLora(path)) for path in "ab")
     queue.submit(running)
     assert queue.take(0) is running
     assert queue.cancel_running() is False and queue.cancel(running.id) is False and not running.cancelled
@@ -109,7 +109,7 @@ def test_a_change_of_loras_is_cancelled_while_it_waits_alone() -> None:
 def test_progress_of_the_running_else_of_the_last() -> None:
     queue = JobQueue(2)
     assert queue.progress() == 0
-    first, call = job(), Job(None, RemoveLora("a"))
+    first, call = job(), OperationJob(RemoveLora("a"))
     queue.submit(first)
     queue.submit(call)
     assert queue.progress() == 0
@@ -119,7 +119,7 @@ def test_progress_of_the_running_else_of_the_last() -> None:
     assert queue.progress() == 49.5
     first.at_step(9, 4)
     assert queue.progress() == 99
-    first.finish(reply="picture")
+    first.finish()
     queue.release()
     assert queue.progress() == 100
     assert queue.take(0) is call
@@ -127,7 +127,7 @@ def test_progress_of_the_running_else_of_the_last() -> None:
 
 
 def test_progress_runs_over_all_pictures() -> None:
-    several = Job(GenerateRequest(pictures=4, seed=7))
+    several = GenerationJob(GenerateRequest(pictures=4, seed=7))
     seen = []
     while not several.done:
         request, at_once = several.draw(3)
@@ -136,7 +136,7 @@ def test_progress_runs_over_all_pictures() -> None:
         several.add([a_reply(request)] * at_once)
     assert seen == [(7, 3, 99 * 1.5 / 4), (10, 1, 99 * 3.5 / 4)]
     assert len(several.made) == 4 and several.progress == 100
-    short = Job(GenerateRequest(pictures=2))
+    short = GenerationJob(GenerateRequest(pictures=2))
     short.draw(2)
     short.add([a_reply(short.request)])
     assert str(short.error) == "the ranks gave 1 pictures instead of 2"
@@ -144,9 +144,9 @@ def test_progress_runs_over_all_pictures() -> None:
 
 def test_the_first_end_counts() -> None:
     j = job()
-    j.finish(error=JobError(504, "late"))
-    j.finish(reply="picture")
-    assert j.reply is None and j.error is not None and j.progress == 0
+    j.finish(JobError(504, "late"))
+    j.finish()
+    assert j.error is not None and j.error.status == 504 and j.progress == 0
     assert j.wait(0) and j.done
 
 
@@ -170,17 +170,17 @@ def test_many_threads() -> None:
     queue = JobQueue(1000)
     jobs = [job() for _ in range(200)]
 
-    def submit(part: list[Job]) -> None:
+    def submit(part: list[GenerationJob | OperationJob]) -> None:
         for j in part:
             queue.submit(j)
 
     threads = [threading.Thread(target=submit, args=(part,)) for part in (jobs[i::8] for i in range(8))]
     for thread in threads:
         thread.start()
-    taken: list[Job] = []
+    taken: list[GenerationJob | OperationJob] = []
     while len(taken) < len(jobs) and (j := queue.take(2)):
         taken.append(j)
-        j.finish(reply=1)
+        j.finish()
         queue.release()
     assert {id(j) for j in taken} == {id(j) for j in jobs}
 

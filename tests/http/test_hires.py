@@ -18,7 +18,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 from shared.api.a1111_samplers import samplers_for
-from shared.api.jobs import HostStatus, Job, JobError, JobQueue, SecondPass
+from shared.api.jobs import GenerationJob, HostStatus, JobError, JobQueue, SecondPass
 from shared.api.requests import GenerateRequest, Reply, check_request
 from shared.http.a1111 import translate
 from shared.http.a1111_hires import UPSCALERS, two_passes
@@ -117,7 +117,7 @@ def both_ways(backend: str, name: str, flags: Json, at_once: int) -> tuple[list[
     queue, status = JobQueue(99), HostStatus(backend, name, world.size)
     found: list[Any] = []
 
-    def made(job: Job) -> list[Reply]:
+    def made(job: GenerationJob) -> list[Reply]:
         queue.submit(job)
         assert job.wait(100) and job.error is None, job.error
         for reply in job.made:
@@ -136,7 +136,7 @@ def both_ways(backend: str, name: str, flags: Json, at_once: int) -> tuple[list[
             "seed": seed,
         }
         draft = check_request(first | {"width": 64, "height": 64, "output_format": "latent"}, config)
-        latent = safetensors.torch.load(made(Job(draft))[0].output[0])["latent"]
+        latent = safetensors.torch.load(made(GenerationJob(draft))[0].output[0])["latent"]
         if name == "flux":
             latent = FluxPipeline._unpack_latents(latent, 64, 64, engine.pipe.vae_scale_factor)
         larger = [side * 3 // 2 for side in latent.shape[-2:]]
@@ -144,13 +144,13 @@ def both_ways(backend: str, name: str, flags: Json, at_once: int) -> tuple[list[
         latent = FluxPipeline._pack_latents(latent, *latent.shape) if name == "flux" else latent
         start = {"latent": safetensors.torch.save({"latent": latent.contiguous()}), "add_noise": True}
         second = first | start | {"width": 96, "height": 96, "strength": 0.7}
-        return pixels(made(Job(check_request(second, config)))[0].output[0])
+        return pixels(made(GenerationJob(check_request(second, config)))[0].output[0])
 
     def drive() -> None:
         try:
             body = HIRES | {"width": 64, "height": 64, "hr_scale": 1.5, "n_iter": 3}
             first, second = two_passes(body | {"hr_upscaler": "Latent (nearest-exact)"}, config, check)
-            found.append([pixels(reply.output[0]) for reply in made(Job(first, second=second))])
+            found.append([pixels(reply.output[0]) for reply in made(GenerationJob(first, second=second))])
             found.append([hand(seed) for seed in (7, 8, 9)])
         finally:
             queue.close(JobError(503, "test is over"))
@@ -189,7 +189,7 @@ def test_each_frame_of_a_video_is_enlarged_by_itself() -> None:
 def test_both_passes_are_one_job_whose_progress_never_falls() -> None:
     request = GenerateRequest(seed=7, steps=10, width=64, height=64, pictures=2)
     second = request.model_copy(update={"width": 128, "height": 128, "strength": 0.5})
-    job = Job(request, second=SecondPass(second, "Latent", "bilinear", False, "nchw", (128, 128)))
+    job = GenerationJob(request, second=SecondPass(second, "Latent", "bilinear", False, "nchw", (128, 128)))
     seen = []
     for seed in (7, 8):
         for asked in (request, second):

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load
 
-from shared.api.jobs import Job, JobError, JobQueue
+from shared.api.jobs import GenerationJob, JobError, JobQueue
 from shared.api.requests import GenerateRequest, check_request
 from shared.backends import BACKENDS
 from shared.backends.xdit_plan import xdit_degrees
@@ -352,7 +352,7 @@ def test_all_ranks_of_pipefusion_decode_a_picture_together(pool: RankPool):
     assert len(close) == 2 and min(close) >= 45 and none == []
 
 
-def end_after(job: Job, queue: JobQueue) -> None:
+def end_after(job: GenerationJob, queue: JobQueue) -> None:
     job.wait(60)
     queue.close(JobError(503, "done"))
 
@@ -364,7 +364,8 @@ def several(pictures: int) -> Any:
     config = tiny.config("pixa", width=64, height=64, data_parallel_degree=2, warm_up_steps=1)
     engine = BACKENDS["xdit"].build_engine(config, world)
     request = GenerateRequest(positive="a cat", seed=2**64 - 1, steps=STEPS).filled(config)
-    jobs = [Job(request.model_copy(update={"pictures": pictures})), Job(request), Job(request.numbered(1))]
+    requests = [request.model_copy(update={"pictures": pictures}), request, request.numbered(1)]
+    jobs = [GenerationJob(one) for one in requests]
     queue = JobQueue(8) if rank == 0 else None
     if queue is not None:
         for job in jobs:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import shared.pipeline.preview
-from shared.api.jobs import PREVIEW_SECONDS, Job, JobQueue
+from shared.api.jobs import PREVIEW_SECONDS, GenerationJob, JobQueue
 from shared.api.requests import COMMON_FIELDS, GenerateRequest
 from shared.models import MODELS
 from shared.pipeline.preview import Previewer, fit_projection, picture_latents, project
@@ -118,13 +118,13 @@ def test_every_layout_gives_the_picture_of_the_middle_frame() -> None:
     assert {spec.latent_layout for spec in MODELS.values()} == set(laid_out)
 
 
-def previewer(type: str = "sd1", steps: int = 3) -> tuple[Previewer, JobQueue, Job]:
+def previewer(type: str = "sd1", steps: int = 3) -> tuple[Previewer, JobQueue, GenerationJob]:
     pipe = SimpleNamespace(vae=LinearVae(), vae_scale_factor=8, scheduler=SimpleNamespace())
     queue = JobQueue(1)
     request = GenerateRequest(width=64, height=32, steps=steps).filled(config_of())
-    queue.submit(Job(request))
+    queue.submit(GenerationJob(request))
     job = queue.take(0)
-    assert job is not None
+    assert isinstance(job, GenerationJob)
     made = Previewer(pipe, MODELS[type], queue, CPU)
     made.begin(request)
     return made, queue, job

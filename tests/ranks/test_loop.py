@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shared.api.jobs import HostStatus, Job, JobError, JobQueue
+from shared.api.jobs import GenerationJob, HostStatus, Job, JobError, JobQueue, OperationJob
 from shared.api.operations import AddLora, RemoveLora
 from shared.api.requests import GenerateRequest
 from shared.ranks.channel import FRAME, LENGTH, Channel
@@ -33,8 +33,8 @@ def world_of_pool(collective_timeout: float = 20.0) -> World:
 
 def a_job(steps: int = 3, seed: int = 1, lora: str = "", pictures: int = 1, **order: Any) -> Job:
     if lora:
-        return Job(None, AddLora(lora, 1.0))
-    return Job(
+        return OperationJob(AddLora(lora, 1.0))
+    return GenerationJob(
         GenerateRequest(
             positive=json.dumps(order) if order else None,
             steps=steps,
@@ -47,15 +47,17 @@ def a_job(steps: int = 3, seed: int = 1, lora: str = "", pictures: int = 1, **or
 
 
 def told(job: Job) -> Told:
+    made = job.made if isinstance(job, GenerationJob) else []
+    reply = made[0] if made and not job.error else None
     return {
-        "format": job.reply.format if job.request and job.reply else None,
-        "size": len(job.reply.output[0]) if job.request and job.reply else 0,
+        "format": reply and reply.format,
+        "size": len(reply.output[0]) if reply else 0,
         "error": (job.error.status, str(job.error)) if job.error else None,
         "fields": [problem.field for problem in job.error.problems] if job.error else [],
-        "progress": job.progress,
-        "step": job.step,
-        "warnings": job.reply.warnings if job.request and job.reply else [],
-        "seeds": [reply.seed for reply in job.made],
+        "progress": job.progress if isinstance(job, GenerationJob) else None,
+        "step": job.step if isinstance(job, GenerationJob) else None,
+        "warnings": reply.warnings if reply else [],
+        "seeds": [reply.seed for reply in made],
     }
 
 
