@@ -70,7 +70,6 @@ FAMILY = Family(
             image_pipeline="FluxImg2ImgPipeline",
             denoiser="transformer",
             tokens=TOKENS,
-            latent_layout="packed",
             output="image",
             width=1024,
             height=1024,
@@ -79,10 +78,12 @@ FAMILY = Family(
             size_multiple=16,
             text_encoders=("text_encoder", "text_encoder_2"),
             tokenizers=("tokenizer", "tokenizer_2"),
+            t5_tokenizer="tokenizer_2",
+            embeds_setting="joint_attention_dim",
+            kept=("proj_out", "x_embedder", "context_embedder", "norm_out*", "time_*", "pos_embed*"),
             pooled_embeds=True,
             scheduler_family="flow_flux",
             compel_class="CompelForFlux",
-            guidance_branches=1,
             fields=PROMPTS
             | EMBEDS
             | CONTROL

@@ -37,17 +37,22 @@ class ModelSpec:
     steps: int
     cfg: float
     cfg_field: str = "guidance_scale"
+    first_cfg_field: str | None = None  # of the first frame, where guidance grows from it to the last one's
     size_multiple: int = 8
     size_scale: int = 1  # output pixels per pixel of the size that the pipeline is given (x4 upscaler: 4)
     frames: int | None = None
     fps: int = 8
+    fps_condition: bool = False  # whether the model is told the frames per second
+    frames_limit: tuple[str, str] | None = None  # component and its setting that bounds the frames
     text_encoders: tuple[str, ...] = ()
     tokenizers: tuple[str, ...] = ()
     image: Literal["none", "needed"] = "none"
-    latent_layout: Literal["nchw", "ncfhw", "nfchw", "packed"] = "nchw"
+    unpacked_layout: Literal["nchw", "ncfhw", "nfchw"] = "nchw"  # of latents that are not packed
     pooled_embeds: bool = False
     prompt_chunks: bool = False  # whether its denoiser reads a prompt of any length, in CLIP's chunks
+    t5_tokenizer: str | None = None  # which of the tokenizers reads max_sequence_length tokens
     most_tokens: int = 0  # that T5 may read, where that is more than usual
+    embeds_setting: str = "cross_attention_dim"  # of the denoiser: how wide embeddings are
     embeds_mask: bool = False  # whether embeddings come with an attention mask
     scheduler_family: Literal["discrete", "video", "flow", "flow_flux"] = "discrete"
     fields: frozenset[str] = frozenset()
@@ -58,14 +63,45 @@ class ModelSpec:
     control_image_field: str = "image"  # the ControlNet pipeline's argument for the control image
     ip_adapter_encoder: Literal["clip", "siglip"] | None = None
     compel_class: str | None = None  # compel's wrapper for its text encoders
-    guidance_branches: int = 2  # that one call of the denoiser computes, with and without the prompt
     tokens: TokenPlan | None = None  # of its transformer; UNets have none
+    kept: tuple[str, ...] = ("conv_in", "conv_out", "time_*", "add_embedding*", "class_embedding*")
+    """Layers at the ends of the denoiser, a few percent of its weights, that quantization leaves as they are:
+    rounding shows most there."""
     lora_loader: Literal["pipeline", "peft"] = "pipeline"
     single_file_config: str | None = None  # folder under configs/, to load a single file offline
     single_file_encoders: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """How single files name the tensors of each text encoder: what their names begin with."""
     pipeline_defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     refuses: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def guidance_branches(self) -> int:
+        """How many one call of the denoiser computes, with and without the prompt."""
+        return 2 if self.tokens is None else self.tokens.branches
+
+    @property
+    def latent_layout(self) -> Literal["nchw", "ncfhw", "nfchw", "packed"]:
+        """How the pipeline's latents lie."""
+        return "packed" if self.packed else self.unpacked_layout
+
+    @property
+    def packed(self) -> bool:
+        """Whether latents are tokens of 2 x 2 latents each."""
+        return self.tokens is not None and self.tokens.packed
+
+    @property
+    def predicts_flow(self) -> bool:
+        """Whether the denoiser predicts flow: noise less picture (rectified flow, arXiv 2209.03003)."""
+        return self.tokens is not None and self.tokens.flow
+
+    def latent_shape(self, channels: int, height: int, width: int, frames: int) -> tuple[int, ...]:
+        """Of one picture or video of so many latents: height and width without packing."""
+        return {
+            "nchw": (1, channels, height, width),
+            "ncfhw": (1, channels, frames, height, width),
+            "nfchw": (1, frames, channels, height, width),
+            "packed": (1, (height // 2) * (width // 2), channels * 4),
+        }[self.latent_layout]
 
 
 @dataclass(frozen=True)

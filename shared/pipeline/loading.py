@@ -340,7 +340,7 @@ def _check_inputs(spec: ModelSpec, folder: Path, inputs: int | None) -> None:
         return  # loading says what is wrong with it
     if spec.image == "needed" or inputs is None or spec.single_file_config is None:
         return
-    expected = latent * (4 if spec.latent_layout == "packed" else 1)
+    expected = latent * (4 if spec.packed else 1)
     if inputs != expected and not (spec.inpaint_pipeline and inputs == INPAINT_CHANNELS):
         raise LoadError(f"--checkpoint {str(folder)!r} {other_inputs(spec, inputs, expected)}")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 
 from shared.api.a1111_prompts import Chunk, parse, plain
 from shared.api.warned import warn
@@ -20,8 +21,8 @@ SHOWN = 160  # characters of what was cut
 
 def words_of(pipe: Any, prompt: str, tokenizer: Any) -> str:
     """The prompt with its textual inversions as their tokens."""
-    convert = getattr(pipe, "maybe_convert_prompt", None)
-    return prompt if convert is None else convert(prompt, tokenizer)
+    takes_them = isinstance(pipe, TextualInversionLoaderMixin)
+    return pipe.maybe_convert_prompt(prompt, tokenizer) if takes_them else prompt
 
 
 def tokens_of(pipe: Any, prompt: str, tokenizer: Any) -> list[int]:
@@ -52,21 +53,20 @@ def fit(pipe: Any, spec: ModelSpec, values: dict[str, Any], negative: str | None
         index = values.get("text_encoder_index")
         pairs = list(zip(spec.tokenizers, spec.text_encoders, strict=True))
         for name, encoder in pairs if index is None else [pairs[index]]:
-            tokenizer = getattr(pipe, name, None)
-            if tokenizer is None or getattr(pipe, encoder, None) is None:
+            tokenizer = getattr(pipe, name)
+            if tokenizer is None or getattr(pipe, encoder) is None:
                 continue
             tokens = tokens_of(pipe, text, tokenizer)
-            limit = _limit(spec, tokenizer, values, len(tokens))
+            t5 = name == spec.t5_tokenizer
+            limit = _limit(spec, values, len(tokens)) if t5 else tokenizer.model_max_length
             if len(tokens) > limit:
                 cut = tokenizer.decode(tokens[limit - 1 : -1])
                 shown = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}..."
                 warn(f"{field}: {name} reads {limit} of {len(tokens)} tokens; not read: {shown!r}")
 
 
-def _limit(spec: ModelSpec, tokenizer: Any, values: dict[str, Any], count: int) -> int:
-    """How many tokens are read; what T5 may read of more is raised where the model knows more."""
-    if "CLIP" in type(tokenizer).__name__ or values.get("max_sequence_length") is None:
-        return tokenizer.model_max_length
+def _limit(spec: ModelSpec, values: dict[str, Any], count: int) -> int:
+    """How many tokens T5 reads; raised where the model supports more and the prompt has more."""
     usual = values["max_sequence_length"]
     if count > usual and spec.most_tokens > usual:
         values["max_sequence_length"] = spec.most_tokens
@@ -75,7 +75,7 @@ def _limit(spec: ModelSpec, tokenizer: Any, values: dict[str, Any], count: int) 
 
 def is_long(pipe: Any, spec: ModelSpec, text: str | None) -> bool:
     """Whether some of its encoders would cut it."""
-    tokenizers = [t for name in spec.tokenizers if (t := getattr(pipe, name, None)) is not None]
+    tokenizers = _present(pipe, spec.tokenizers)
     return bool(text) and any(len(tokens_of(pipe, text or "", t)) > t.model_max_length for t in tokenizers)
 
 
@@ -115,7 +115,7 @@ def encode_chunks(pipe: Any, spec: ModelSpec, values: dict[str, Any], notation: 
 
 
 def _present(pipe: Any, names: tuple[str, ...]) -> list[Any]:
-    return [module for name in names if (module := getattr(pipe, name, None)) is not None]
+    return [module for name in names if (module := getattr(pipe, name)) is not None]
 
 
 def _token_chunks(pipe: Any, tokenizer: Any, parts: list[Chunk]) -> list[list[tuple[int, float]]]:

@@ -81,8 +81,7 @@ class Previewer:
         if len(result) > 1 and result[1].shape == latents.shape:
             return result[1]  # the scheduler's own guess of the end
         scheduler = self.pipe.scheduler
-        if self.spec.scheduler_family in ("flow", "flow_flux") and noise.shape == latents.shape:
-            # A flow's output is noise minus picture (rectified flow, arXiv 2209.03003, section 2).
+        if self.spec.predicts_flow and noise.shape == latents.shape:
             return latents - scheduler.sigmas[scheduler.step_index] * noise
         return latents
 
@@ -108,9 +107,9 @@ def fit_projection(vae: Any, device: torch.device) -> torch.Tensor:
     """
     colours = torch.rand(1, 3, FIT_COLOURS, FIT_COLOURS, generator=torch.Generator("cpu").manual_seed(0))
     pixels = F.interpolate(colours * 2 - 1, size=FIT_SIDE, mode="nearest")
-    dtype = vae.dtype
+    dtype, config = vae.dtype, vae.config
     # Some VAEs overflow in half precision; their pipelines upcast them in the same way to decode.
-    upcast = dtype == torch.float16 and getattr(vae.config, "force_upcast", False)
+    upcast = dtype == torch.float16 and config.get("force_upcast", False)
     if upcast:
         vae.to(torch.float32)
     try:
@@ -119,11 +118,10 @@ def fit_projection(vae: Any, device: torch.device) -> torch.Tensor:
         if upcast:
             vae.to(dtype)
     z = encoded.float().cpu()
-    config = vae.config
-    if getattr(config, "latents_mean", None) and getattr(config, "latents_std", None):
+    if config.get("latents_mean") and config.get("latents_std"):
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
         z = (z - mean) / std
-    z = (z - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+    z = (z - (config.get("shift_factor") or 0.0)) * config.scaling_factor
     if not bool(z.isfinite().all()):
         raise RuntimeError("the VAE encodes a picture to numbers that are not finite")
     wanted = F.adaptive_avg_pool2d(pixels, z.shape[-2:])

@@ -43,16 +43,16 @@ class EncodedPrompts:
             notation: "a1111" where the prompts are in that notation.
             negative: the request's negative prompt.
         """
-        encode = getattr(pipe, "encode_prompt", None)
-        if encode is None:
+        if spec is not None and not spec.text_encoders:
             yield
             return
+        encode = pipe.encode_prompt
 
         @functools.wraps(encode)
         def remembering(*args: Any, **kwargs: Any) -> Any:
             call: Callable[..., Any] = encode
             before: tuple[Any, ...] = ()
-            if spec is not None and spec.text_encoders:
+            if spec is not None:
                 values = named_arguments(encode, args, kwargs)
                 sides = [values.get("prompt"), values.get("negative_prompt")]
                 weighed = notation is not None and take_notation(values, spec.prompt_chunks)
@@ -130,8 +130,9 @@ def _side(
     tensor, pooled = embeds["embeds"], embeds.get("pooled")
     if tensor.ndim != 3 or tensor.shape[0] != 1:
         raise PromptError(f"{label}: 'embeds' must be [1, tokens, width], got {list(tensor.shape)}")
-    width = _embeds_width(getattr(pipe, spec.denoiser).config)
-    if width is not None and tensor.shape[2] != width:
+    config = getattr(pipe, spec.denoiser).config
+    width = config[spec.embeds_setting]  # of a UNet it may be one for each level
+    if isinstance(width, int) and tensor.shape[2] != width:
         raise PromptError(
             f"{label}: 'embeds' must be {width} wide for this checkpoint, got {tensor.shape[2]}"
         )
@@ -139,7 +140,7 @@ def _side(
         needs = "needs 'pooled' too" if spec.pooled_embeds else "takes no 'pooled'"
         raise PromptError(f"{label}: type {spec.name} {needs}")
     if pooled is not None:
-        wanted = [1, _pooled_width(getattr(pipe, spec.denoiser).config)]
+        wanted = [1, _pooled_width(config, spec)]
         if list(pooled.shape) != wanted:
             raise PromptError(f"{label}: 'pooled' must be {wanted}, got {list(pooled.shape)}")
     dtype = getattr(pipe, spec.denoiser).dtype
@@ -151,15 +152,8 @@ def _side(
     return found
 
 
-def _embeds_width(config: Any) -> int | None:
-    for key in ("caption_channels", "joint_attention_dim", "cross_attention_dim"):
-        if isinstance(config.get(key), int):
-            return config[key]
-    return None
-
-
-def _pooled_width(config: Any) -> int:
-    if "pooled_projection_dim" in config:
+def _pooled_width(config: Any, spec: ModelSpec) -> int:
+    if spec.denoiser == "transformer":
         return config["pooled_projection_dim"]
     # Beside it the UNet is given six numbers of the picture's size.
     return config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]

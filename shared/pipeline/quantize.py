@@ -26,10 +26,6 @@ log = logging.getLogger("host")
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # metadata of tensors that were reshaped to be packed
 QTYPES = {"float8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
 GROUP_SIZES = {"int4": 64, "int2": 32}  # inputs that share a scale
-# A few percent of the weights, at the ends of the model, where rounding shows most.
-KEPT = ("conv_in", "conv_out", "proj_out", "proj_out.*", "x_embedder", "context_embedder", "norm_out*",
-        "time_*", "add_embedding*", "class_embedding*", "pos_embed*", "caption_projection*", "adaln_single*",
-        "text_embedder*")  # fmt: skip
 
 
 class QuantizeError(ValueError):
@@ -59,12 +55,13 @@ def quantize_pipeline(
     _without_extensions()
     sizes = {}
     for name in (spec.denoiser, *spec.text_encoders):
-        module = getattr(pipe, name, None)
+        module = getattr(pipe, name)
         if module is None:
             continue
         module.to(device)
         before = tensor_bytes(module)
-        quanto.quantize(module, weights=getattr(quanto, QTYPES[kind]), exclude=list(KEPT))
+        kept = list(spec.kept) if name == spec.denoiser else []
+        quanto.quantize(module, weights=getattr(quanto, QTYPES[kind]), exclude=kept)
         layers = [m for m in module.modules() if isinstance(m, quanto.nn.QModuleMixin)]
         for layer in layers:
             if kind in GROUP_SIZES:

@@ -54,6 +54,14 @@ def test_a_plan_names_what_its_model_has(name: str):
         assert (plan.output is None) == (model is not every[0])
 
 
+def test_a_type_and_its_plan_say_the_same():
+    for spec in MODELS.values():
+        plan = spec.tokens
+        assert (spec.denoiser == "transformer") == (plan is not None)
+        assert spec.predicts_flow == spec.scheduler_family.startswith("flow")
+        assert (plan and plan.control_net and plan.control_net.name) == (plan and spec.control_net_class)
+
+
 def test_every_plan_is_found_by_its_class():
     assert {plan.name: plan for plan in TOKEN_PLANS.values()} == TOKEN_PLANS
     assert all(plan.name in dir(diffusers) for plan in TOKEN_PLANS.values())

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.configuration_utils import FrozenDict
 
 import shared.pipeline.preview
 from shared.api.jobs import PREVIEW_SECONDS, GenerationJob, JobQueue
@@ -30,7 +31,7 @@ class LinearVae:
     def __init__(self, channels: int = 4, **config: Any) -> None:
         self.matrix = torch.randn(channels, 3, generator=torch.Generator().manual_seed(3))
         given = {"scaling_factor": 0.5, "shift_factor": None, "latent_channels": channels} | config
-        self.config = SimpleNamespace(**given)
+        self.config = FrozenDict(given)
 
     def encode(self, pixels: torch.Tensor) -> Any:
         z = torch.einsum("cr,brhw->bchw", self.matrix, F.avg_pool2d(pixels, 8)) + 0.3

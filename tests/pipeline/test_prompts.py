@@ -235,7 +235,7 @@ def test_what_an_encoded_prompt_depends_on() -> None:
     prompts.forget()
     assert ask("cat") == len(pipe.asked) == 9 + KEPT_PROMPTS + 1
     assert "encode_prompt" not in pipe.__dict__
-    with prompts.of(object(), None):
+    with prompts.of(object(), None, MODELS["svd"]):
         pass
 
 
