@@ -23,7 +23,9 @@ from shared.api.requests import GenerateRequest, check_request
 from shared.backends import BACKENDS
 from shared.backends.xdit_plan import xdit_degrees
 from shared.launch.checks import check_config
+from shared.models import token_plan
 from shared.parallel.method import Plain, Unwatched
+from shared.parallel.xdit.caches import FirstBlockCache
 from shared.parallel.xdit.cpu import trimmed
 from shared.parallel.xdit.degrees import Degrees, choose_degrees
 from shared.parallel.xdit.exact import XDiT, attention_backend
@@ -225,12 +227,36 @@ def cached(cache: str, thresholds: list[float], steps: int) -> list[tuple[int, f
 @pytest.mark.parametrize("cache", ["teacache", "fbcache"])
 def test_caches_leave_blocks_out(pool: RankPool, cache: str):
     blocks_in_all = 4 * 6
-    for rank in pool.run(cached, 2, cache, [0.0, 100.0], 4):
+    ranks = pool.run(cached, 2, cache, [0.0, 100.0], 4)
+    assert [blocks for blocks, _ in ranks[0]] == [blocks for blocks, _ in ranks[1]]
+    for rank in ranks:
         (none, same), again, (some, close), once_more, (_, two_branches) = rank
         assert two_branches >= 37, "both guidance branches in one cache come to 34"
         assert none == blocks_in_all and same >= EXACT
         assert again == (none, same) and once_more == (some, close), "a generation depends on the one before"
         assert some < blocks_in_all and close < EXACT
+
+
+def agreed(threshold: float) -> tuple[bool, bool]:
+    """On each rank: whether a cache computes the blocks after a change on rank 0 only; and once it is closed."""
+    transformer = tiny.load("flux").transformer
+    plan = token_plan(type(transformer).__name__)
+    with FirstBlockCache(transformer, plan, threshold, dist.group.WORLD) as cache:
+        first = transformer.transformer_blocks[0]._diffusers_hook.get_hook("fbc_leader_block_hook")
+        cache.begin(4)
+        with transformer.cache_context("cond"):
+            residual = torch.ones(1, 4, 8)
+            assert first._should_compute_remaining_blocks(residual), "nothing is known in the first step"
+            first.state_manager.get_state().head_block_residual = residual
+            changed = first._should_compute_remaining_blocks(residual * (2 - dist.get_rank()))
+    return changed, transformer.is_cache_enabled or "forward" in vars(transformer.transformer_blocks[0])
+
+
+def test_ranks_decide_together_what_a_cache_computes(pool: RankPool):
+    # Rank 0 has changed by 1, rank 1 by nothing: by half in all.
+    tiny.checkpoint("flux")
+    assert pool.run(agreed, 2, 0.4) == [(True, False)] * 2
+    assert pool.run(agreed, 2, 0.6) == [(False, False)] * 2
 
 
 def compiled(name: str, degrees: dict[str, int]) -> dict[str, Any]:
