@@ -238,7 +238,7 @@ def test_caches_leave_blocks_out(pool: RankPool, cache: str):
 
 
 def agreed(threshold: float) -> tuple[bool, bool]:
-    """On each rank: whether a cache computes the blocks after a change on rank 0 only; and once it is closed."""
+    """On each rank: whether a cache computes the blocks after a change on rank 0 only, and is left behind."""
     transformer = tiny.load("flux").transformer
     plan = token_plan(type(transformer).__name__)
     with FirstBlockCache(transformer, plan, threshold, dist.group.WORLD) as cache:
