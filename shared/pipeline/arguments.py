@@ -116,19 +116,21 @@ def refused(field: str, problem: str) -> RequestError:
 
 
 def _video_arguments(pipe: Any, spec: ModelSpec, request: GenerateRequest) -> dict[str, Any]:
-    most = getattr(getattr(pipe, "motion_adapter", None), "config", {}).get("motion_max_seq_length")
-    if most is not None and (request.frames or 0) > most:
-        raise refused("frames", f"this motion module makes at most {most}; got {request.frames}")
+    component, setting = spec.frames_limit or (None, "")
+    if component is not None and (owner := getattr(pipe, component)) is not None:
+        most = owner.config[setting]
+        if (request.frames or 0) > most:
+            raise refused("frames", f"this motion module makes at most {most}; got {request.frames}")
     arguments: dict[str, Any] = {"num_frames": request.frames}
     if request.decode_chunk_size is not None:
         arguments["decode_chunk_size"] = request.decode_chunk_size
     for name in ("motion_bucket_id", "noise_aug_strength"):
         if getattr(request, name) is not None:
             arguments[name] = getattr(request, name)
-    if request.frames == 1 and spec.cfg_field == "max_guidance_scale":
+    if request.frames == 1 and spec.first_cfg_field is not None:
         # Guidance grows from the first frame to the last, which are one.
-        arguments["min_guidance_scale"] = request.cfg
-    if "motion_bucket_id" in spec.fields:
+        arguments[spec.first_cfg_field] = request.cfg
+    if spec.fps_condition:
         arguments["fps"] = request.fps  # a condition of the model, not only of the file
     return arguments
 
@@ -175,11 +177,4 @@ def latent_shape(pipe: Any, spec: ModelSpec, request: GenerateRequest) -> torch.
         width, height = (side // factor * factor for side in size)
     else:
         width, height = (request.width or 0) // factor, (request.height or 0) // factor
-    frames = request.frames or 1
-    layouts = {
-        "nchw": (1, channels, height, width),
-        "ncfhw": (1, channels, frames, height, width),
-        "nfchw": (1, frames, channels, height, width),
-        "packed": (1, (height // 2) * (width // 2), channels * 4),
-    }
-    return torch.Size(layouts[spec.latent_layout])
+    return torch.Size(spec.latent_shape(channels, height, width, request.frames or 1))

@@ -108,12 +108,12 @@ def _add_noise(pipe: Any, spec: ModelSpec, request: GenerateRequest, arguments: 
     """Noise from the request's generator on its latents, in place, of the schedule's first step (SDEdit)."""
     scheduler, latents = pipe.scheduler, arguments["latents"]
     shape = latents.shape
-    if packed := spec.latent_layout == "packed":  # drawn as the picture lies, as for a picture from noise
+    if spec.packed:  # drawn as the picture lies, as for a picture from noise
         factor = pipe.vae_scale_factor
         height, width = (request.height or 0) // factor, (request.width or 0) // factor
         shape = torch.Size((1, pipe.vae.config.latent_channels, height, width))
     noise = randn_tensor(shape, generator=arguments["generator"], device=latents.device, dtype=latents.dtype)
-    if packed:
+    if spec.packed:
         noise = pipe._pack_latents(noise, *shape)
     first = scheduler.timesteps[:1]
     if hasattr(scheduler, "scale_noise"):  # flow matching
