@@ -6,14 +6,20 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 
-from shared.models import MODELS, TOKEN_PLANS, TokenPlan, token_plan
+from shared.models import MODELS, TOKEN_PLANS, Site, TokenPlan, token_plan
+from shared.parallel.surgery import Surgery
+from shared.parallel.xdit.cpu import load_xfuser
 from shared.parallel.xdit.degrees import Degrees
 from shared.parallel.xdit.exact import XDiT
 from shared.parallel.xdit.pipefusion import XDiTPipeFusion
-from shared.parallel.xdit.sequence import blocks_of
+from shared.parallel.xdit.sequence import SequenceParallel, blocks_of
 from tests import tiny, tiny_extras
+from tests.pool import RankPool
 
 PLANNED = [name for name, spec in MODELS.items() if spec.tokens]
 
@@ -121,3 +127,81 @@ def test_a_transformer_without_stages_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(TOKEN_PLANS, plan.name, plan)
     with pytest.raises(ValueError, match="no stages of PixArtTransformer2DModel"):
         XDiTPipeFusion(pipe, Degrees(pipefusion=2))
+
+
+class Rope(nn.Module):
+    """One factor for each token of the picture and of the text, as Qwen-Image's: two tensors."""
+
+    def forward(self, picture: int, text: int) -> tuple[torch.Tensor, torch.Tensor]:
+        numbers = torch.arange(picture + text).float().unsqueeze(1)
+        return numbers[text:].cos(), numbers[:text].cos()
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_v = nn.Linear(8, 8)
+
+    def forward(self, x: Any, text: Any, factors: Any) -> Any:
+        picture_factors, text_factors = factors
+        queries = torch.cat([text * text_factors, x * picture_factors], 1)
+        heads = [
+            y.unflatten(2, (2, 4)).transpose(1, 2) for y in (queries, self.to_v(torch.cat([text, x], 1)))
+        ]
+        answer = F.scaled_dot_product_attention(heads[0], heads[0], heads[1]).transpose(1, 2).flatten(2)
+        return answer[:, text.shape[1] :], answer[:, : text.shape[1]]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+
+    def forward(self, x: Any, text: Any, factors: Any) -> Any:
+        more, more_text = self.attn(x, text, factors)
+        return x + more, text + more_text
+
+
+class Toy(nn.Module):
+    """A transformer whose picture comes in at its first block, in five dimensions, as Wan's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_in, self.rope = nn.Linear(4, 8), Rope()
+        self.x_in, self.blocks = nn.Conv3d(4, 8, 1), nn.ModuleList([Block(), Block()])
+        self.first = nn.Identity()
+        self.proj_out = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, text: torch.Tensor) -> Any:
+        tokens = self.first(self.x_in(x).flatten(2).transpose(1, 2))
+        text = self.text_in(text)
+        factors = self.rope(8, 4)
+        for block in self.blocks:
+            tokens, text = block(tokens, text, factors)
+        return self.proj_out(tokens)
+
+
+TOY = TokenPlan(
+    "Toy", "toy", ("blocks",), ("attn",),
+    picture=(Site("first", "output"),),
+    text=(Site("text_in", "input", of=("text",)),),
+    positions=(Site("rope", "output", dim=0, of=("picture", "text"), each=True),),
+    joined=("text", "picture"),
+)  # fmt: skip
+
+
+def toy(by: Any) -> float:
+    """On each rank: how far the toy is from itself once its tokens are shared."""
+    load_xfuser("cpu")
+    TOKEN_PLANS["Toy"] = TOY
+    torch.manual_seed(0)
+    model, x, text = Toy(), torch.randn(1, 4, 2, 2, 2), torch.randn(1, 4, 4)
+    with torch.no_grad(), Surgery() as surgery:
+        plain = model(x, text)
+        SequenceParallel(model, dist.distributed_c10d._get_default_group(), "SDPA", surgery, by)
+        return float((model(x, text) - plain).abs().max())
+
+
+@pytest.mark.parametrize("by", ["ulysses", "ring"])
+def test_a_plan_is_all_that_sequence_parallelism_needs(pool: RankPool, by: str):
+    assert max(pool.run(toy, 2, by)) < 1e-5
