@@ -55,6 +55,7 @@ FAMILY = Family(
             size_multiple=16,
             text_encoders=("text_encoder", "text_encoder_2"),
             tokenizers=("tokenizer", "tokenizer_2"),
+            sized_tokenizers=("tokenizer", "tokenizer_2"),
             kept=("proj_out", "norm_out*", "time_*", "pos_embed*", "text_embedder*"),
             fields=PROMPTS | CONTROL | SIZE | PARTIAL | LORA | {"latent"},
             control_net_class="HunyuanDiT2DControlNetModel",

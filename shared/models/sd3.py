@@ -62,7 +62,7 @@ FAMILY = Family(
     rows=(
         ModelSpec(
             name="sd3",
-            t5_tokenizer="tokenizer_3",
+            sized_tokenizers=("tokenizer_3",),
             most_tokens=512,
             embeds_setting="joint_attention_dim",
             kept=("proj_out", "context_embedder", "norm_out*", "time_*", "pos_embed*"),

@@ -50,8 +50,8 @@ class ModelSpec:
     unpacked_layout: Literal["nchw", "ncfhw", "nfchw"] = "nchw"  # of latents that are not packed
     pooled_embeds: bool = False
     prompt_chunks: bool = False  # whether its denoiser reads a prompt of any length, in CLIP's chunks
-    t5_tokenizer: str | None = None  # which of the tokenizers reads max_sequence_length tokens
-    most_tokens: int = 0  # that T5 may read, where that is more than usual
+    sized_tokenizers: tuple[str, ...] = ()  # those of them that read `max_sequence_length` tokens
+    most_tokens: int = 0  # that these may read, where that is more than usual
     embeds_setting: str = "cross_attention_dim"  # of the denoiser: how wide embeddings are
     embeds_mask: bool = False  # whether embeddings come with an attention mask
     scheduler_family: Literal["discrete", "video", "flow", "flow_flux"] = "discrete"

@@ -57,8 +57,9 @@ def fit(pipe: Any, spec: ModelSpec, values: dict[str, Any], negative: str | None
             if tokenizer is None or getattr(pipe, encoder) is None:
                 continue
             tokens = tokens_of(pipe, text, tokenizer)
-            t5 = name == spec.t5_tokenizer
-            limit = _limit(spec, values, len(tokens)) if t5 else tokenizer.model_max_length
+            limit = tokenizer.model_max_length
+            if name in spec.sized_tokenizers and values.get("max_sequence_length") is not None:
+                limit = _limit(spec, values, len(tokens))
             if len(tokens) > limit:
                 cut = tokenizer.decode(tokens[limit - 1 : -1])
                 shown = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}..."
@@ -66,7 +67,7 @@ def fit(pipe: Any, spec: ModelSpec, values: dict[str, Any], negative: str | None
 
 
 def _limit(spec: ModelSpec, values: dict[str, Any], count: int) -> int:
-    """How many tokens T5 reads; raised where the model supports more and the prompt has more."""
+    """How many tokens are read; raised where the model supports more and the prompt has more."""
     usual = values["max_sequence_length"]
     if count > usual and spec.most_tokens > usual:
         values["max_sequence_length"] = spec.most_tokens
