@@ -110,6 +110,13 @@ def test_what_the_encoders_cut_or_leave_out_is_told(name: str) -> None:
     assert "carry no weights" in pictured.told[0]  # type: ignore[attr-defined]
 
 
+def test_what_is_cut_is_what_the_model_reads_not_the_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe_of("hy").tokenizer_2, "model_max_length", 512)
+    pictured("hy", "word " * 70, None)
+    told = " ".join(pictured.told)  # type: ignore[attr-defined]
+    assert "tokenizer reads 77 of" in told and "tokenizer_2 reads 256 of" in told
+
+
 @pytest.mark.parametrize(
     "prompt", ["( )", "(" * 2000, "a cat.swap(dog) " * 1200, "a" + "+" * 3000, "word " * 3000]
 )
