@@ -35,6 +35,7 @@ from shared.backends import BACKENDS
 from shared.launch.checks import check_config
 from shared.launch.errors import UsageError
 from shared.launch.logs import set_up_logging
+from shared.parallel.method import Plain
 from shared.pipeline.compile import graph_count
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import load_pipeline
@@ -405,17 +406,15 @@ def _(ground: Ground) -> None:
 
     def note(*args: Any, **named: Any) -> Any:
         captured.append(named["cuda_graph"])
-        return SimplePlan()
+        return Plain(args[0])
 
     ground.patch.setattr("shared.parallel.asyncdiff.AsyncDiff", note)
     ground.patch.setattr("shared.parallel.distrifusion.DistriFusion", note)
     for backend in ("asyncdiff", "distrifuser"):
         attach = importlib.import_module(f"shared.backends.{backend}").attach
-        assert attach(plain().pipe, replace(tiny.config("sd1"), backend=backend), world) is not None
-        assert (
-            attach(plain().pipe, replace(tiny.config("sd1"), backend=backend, no_cuda_graph=True), world)
-            is None
-        )
+        for no_graph in (False, True):
+            config = replace(tiny.config("sd1"), backend=backend, no_cuda_graph=no_graph)
+            attach(plain().pipe, config, world).close()
     assert captured == [True, True]
 
 
@@ -424,17 +423,13 @@ def test_one_stage_on_a_gpu_takes_the_flags_of_several(monkeypatch: pytest.Monke
 
     def note(*args: Any, **named: Any) -> Any:
         given.append((args[1], args[3], named["stage_weights"]))
-        return SimplePlan()
+        return Plain(args[0])
 
     monkeypatch.setattr("shared.parallel.asyncdiff.AsyncDiff", note)
     attach = importlib.import_module("shared.backends.asyncdiff").attach
     config = tiny.config("sd1", warm_up_steps=0, stage_weights=(1.0, 1.0))
     attach(plain().pipe, config, World(0, 1, 0, torch.device("cuda"), *[None] * 3))
     assert given == [(1, 1, None)]
-
-
-class SimplePlan:
-    plan = property(lambda self: {})
 
 
 @shows("parallelism")
