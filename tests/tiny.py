@@ -33,6 +33,7 @@ from shared.backends import BACKENDS
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
 from shared.pipeline.loading import load_pipeline
+from shared.ranks.groups import World
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
@@ -335,6 +336,12 @@ def load(name: str, **components: Any) -> Any:
     pipe = diffusers.DiffusionPipeline.from_pretrained(checkpoint(name), local_files_only=True, **components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def world(device: str = "cpu") -> World:
+    """One rank alone, without process groups."""
+    groups: Any = (None, None, None)
+    return World(0, 1, 0, torch.device(device), *groups)
 
 
 def config(name: str, **flags: Any) -> HostConfig:

@@ -153,6 +153,7 @@ def _models(pipe: Any) -> dict[str, nn.Module]:
 
 def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device) -> None:
     """Every layer of every model is brought over as it is called."""
+    from diffusers import ModelMixin
     from diffusers.hooks import apply_group_offloading
 
     for name, module in _models(pipe).items():
@@ -167,7 +168,7 @@ def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device) -> None:
             "onload_device": device, "offload_type": "leaf_level",
             "use_stream": ahead, "low_cpu_mem_usage": ahead,
         }  # fmt: skip
-        if hasattr(module, "enable_group_offload"):
+        if isinstance(module, ModelMixin):
             module.enable_group_offload(**how)
         else:
             apply_group_offloading(module, **how)

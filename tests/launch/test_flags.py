@@ -78,7 +78,7 @@ def made(name: Any = "sd1", ask: Any = None, **flags: Any) -> Made:
     backend = BACKENDS[config.backend]
     check_config(config, backend, 1)
     pipe = load_pipeline(config.spec, config, CPU, backend.needs(config, 1), quiet=True)
-    world = World(0, 1, 0, CPU, *[None] * 3)
+    world = tiny.world()
     return answer(PipelineEngine(pipe, config, world), config, ask or {})
 
 
@@ -401,7 +401,7 @@ def _(ground: Ground) -> None:
 @shows("no_cuda_graph")
 def _(ground: Ground) -> None:
     """On a GPU, where one rank captures its steps too; its pipeline is not touched at all without."""
-    world = World(0, 1, 0, torch.device("cuda"), *[None] * 3)
+    world = tiny.world("cuda")
     captured: list[bool] = []
 
     def note(*args: Any, **named: Any) -> Any:
@@ -428,7 +428,7 @@ def test_one_stage_on_a_gpu_takes_the_flags_of_several(monkeypatch: pytest.Monke
     monkeypatch.setattr("shared.parallel.asyncdiff.AsyncDiff", note)
     attach = importlib.import_module("shared.backends.asyncdiff").attach
     config = tiny.config("sd1", warm_up_steps=0, stage_weights=(1.0, 1.0))
-    attach(plain().pipe, config, World(0, 1, 0, torch.device("cuda"), *[None] * 3))
+    attach(plain().pipe, config, tiny.world("cuda"))
     assert given == [(1, 1, None)]
 
 

@@ -186,7 +186,8 @@ def simulated(unet: nn.Module, ranks: int, warm_up: int, mode: str, units: int) 
             if isinstance(module, nn.GroupNorm):
                 return norm(x, name, module, original)
             whole, at = inserted(name, x, 2)
-            stride = module.stride[0]
+            conv: Any = module
+            stride = conv.stride[0]
             return original(whole)[:, :, at.start // stride : -(-at.stop // stride)]
 
         module.forward = forward

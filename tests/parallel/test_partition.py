@@ -228,6 +228,6 @@ def test_impossible_divisions_are_refused(n: int, settings: dict[str, Any], prob
 
 def test_module_compile_is_refused_with_advice():
     denoiser, kwargs = first_call(tiny.load("sd1"), "sd1")
-    denoiser.mid_block.resnets[0].compile()
+    denoiser.get_submodule("mid_block.resnets.0").compile()
     with pytest.raises(ValueError, match=r"mid_block\.resnets\.0 was compiled with module\.compile"):
         trace(denoiser, kwargs)

@@ -22,7 +22,6 @@ from shared.parallel.graphs import Graphs
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.pictures import to_picture
 from shared.pipeline.schedulers import scheduler_for_request
-from shared.ranks.groups import World
 from tests import tiny
 
 PAIRED = ("dpm_2", "heun", "dpmpp_sde")
@@ -39,15 +38,10 @@ EVERY = [
 PARTIAL = [name for name, spec in MODELS.items() if "denoising_start" in spec.fields]
 
 
-def alone() -> World:
-    groups: Any = (None, None, None)
-    return World(0, 1, 0, torch.device("cpu"), *groups)
-
-
 @cache
 def engine(name: str) -> PipelineEngine:
     config = tiny.config(name, width=64, height=64)
-    return PipelineEngine(tiny.load(name), config, alone())
+    return PipelineEngine(tiny.load(name), config, tiny.world())
 
 
 def reply(name: str, **fields: Any) -> Reply:
@@ -315,14 +309,14 @@ def test_captured_encoders_are_ready_and_forgotten_in_time(
     monkeypatch.setattr("shared.parallel.graphs.Graphs", remembering)
     monkeypatch.setattr(HostConfig, "captures", lambda config, device: True)
     config = tiny.config("sd1", width=64, height=64)
-    on = PipelineEngine(tiny.load("sd1"), config, alone())
+    on = PipelineEngine(tiny.load("sd1"), config, tiny.world())
     on.warm_up()
     assert made[0].calls >= 2, "the first call is eager, the second is captured"
     check_loras_reach_prompts(on, words_lora(tmp_path))
     on.close()
     assert "forward" not in on.pipe.text_encoder.__dict__
     compiled = replace(config, compile_text_encoder=True)
-    assert not PipelineEngine(tiny.load("sd1"), compiled, alone())._encoders.captures
+    assert not PipelineEngine(tiny.load("sd1"), compiled, tiny.world())._encoders.captures
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

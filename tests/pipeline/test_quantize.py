@@ -63,7 +63,7 @@ def test_layers_keep_their_classes_and_the_ends_stay() -> None:
 
 def test_unpacking_without_a_build() -> None:
     values = torch.randint(0, 4, (8, 3), dtype=torch.uint8)
-    packed = sum(values[2 * i : 2 * i + 2] << (2 * i) for i in range(4))
+    packed = torch.stack([values[2 * i : 2 * i + 2] << (2 * i) for i in range(4)]).sum(0, dtype=torch.uint8)
     assert torch.equal(quantize._unpack(packed, 2), values)
 
 

@@ -15,7 +15,6 @@ from shared.launch.errors import UsageError
 from shared.models import MODELS, SCHEDULERS, scheduler_named, schedulers_for
 from shared.pipeline.schedulers import SchedulerError, make_scheduler, scheduler_for_request
 from shared.pipeline.steps import StepWatch, step_without_sync
-from shared.ranks.groups import World
 from tests import tiny
 
 FAMILIES = {"discrete": "sd1", "video": "svd", "flow": "sd3", "flow_flux": "flux"}
@@ -73,7 +72,7 @@ def test_the_picture_is_plain_diffusers(wanted: Any, cls: str, settings: dict[st
 
     pipe, launched = pipe_of("sd1"), pipe_of("sd1").scheduler
     config = HostConfig(backend="asyncdiff", type="sd1", checkpoint="x", port=0, width=64, height=64)
-    engine = PipelineEngine(pipe, config, World(0, 1, 0, torch.device("cpu"), None, None, None))
+    engine = PipelineEngine(pipe, config, tiny.world())
     request = GenerateRequest(positive="a cat", steps=4, seed=3, scheduler=wanted, width=64, height=64)
     reply = engine.generate(request.filled(config), lambda step, steps: None)
     engine.close()

@@ -85,7 +85,7 @@ def test_a_machine_that_falls_silent(store: Any, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("GROUP_RANK", str(rank))
         ranks.append(OneStore(store, rank, timeout=2.0))
     silent = threading.Event()
-    beat = Rendezvous._beat
+    beat: Any = Rendezvous._beat
 
     class Still:
         def __init__(self, store: Any) -> None:
@@ -155,7 +155,7 @@ def test_a_machine_that_is_told_to_stop_tells_the_others(store: Any, monkeypatch
         ranks.append(OneStore(store, rank, timeout=1.0))
     told: list[tuple[bool, int]] = []
     heard, over = threading.Event(), threading.Event()
-    beat = Rendezvous._beat
+    beat: Any = Rendezvous._beat
 
     class Ending:
         """A store that is gone with the test, for the threads outlast it."""

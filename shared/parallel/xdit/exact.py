@@ -17,6 +17,7 @@ from torch import nn
 from shared.models import Cache, TokenPlan, token_plan
 from shared.parallel.cfg_split import CfgSplit
 from shared.parallel.distrifusion.decoder import PatchDecoder
+from shared.parallel.exchange import Ranks
 from shared.parallel.graphs import Graphs
 from shared.parallel.method import Method, control_nets
 from shared.parallel.surgery import Surgery
@@ -65,7 +66,7 @@ class XDiT(Method):
         self.tokens = check_model(pipeline, degrees, cache)
         super().__init__(pipeline)
         self.degrees = degrees
-        self.transformer: nn.Module = pipeline.transformer
+        self.transformer: Any = pipeline.transformer
         if degrees.pipefusion > 1:
             raise ValueError("PipeFusion is XDiTPipeFusion's, not XDiT's")
         if groups is None:
@@ -106,8 +107,8 @@ class XDiT(Method):
             for index, model in enumerate(models):
                 surgery.override(model, self._graphs.around(index))
         if degrees.cfg == 2:
-            branch = torch.distributed.get_rank(groups.branches)
-            held.enter_context(CfgSplit([self.transformer], groups.branches, branch, local=nets))
+            pair = Ranks.of(groups.branches)
+            held.enter_context(CfgSplit([self.transformer], pair.group, pair.rank, local=nets))
         if self.decodes_together:
             held.enter_context(PatchDecoder(self.pipeline.vae, groups.replica))
 

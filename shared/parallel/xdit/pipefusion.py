@@ -16,6 +16,7 @@ from torch import nn
 
 from shared.models import StagePlan, Stream
 from shared.parallel.distrifusion.decoder import PatchDecoder
+from shared.parallel.exchange import Ranks
 from shared.parallel.method import Method, Unwatched, Watch, control_nets
 from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.degrees import (
@@ -78,7 +79,7 @@ class XDiTPipeFusion(Method):
         self.decodes_together = parallel_vae
         """Whether all ranks must decode, as each decodes a patch."""
         self.patches = self._patches = patches or degrees.pipefusion
-        self.transformer: nn.Module = pipeline.transformer
+        self.transformer: Any = pipeline.transformer
         self.cut = self._check(stages)
         if groups is None:
             groups = XfuserGroups(degrees, pipeline._execution_device)
@@ -294,14 +295,14 @@ class XDiTPipeFusion(Method):
 
     def _share(self, latents: torch.Tensor | None) -> torch.Tensor:
         """The latents of the rank that has them, on every rank of the replica."""
-        replica = self.groups.replica
-        holders: list[Any] = [None] * dist.get_world_size(replica)
+        replica, rank, size = Ranks.of(self.groups.replica)
+        holders: list[Any] = [None] * size
         shape = None if latents is None else (tuple(latents.shape), latents.dtype)
         dist.all_gather_object(holders, shape, group=self.groups.replica_on_cpu)
         source = next(i for i, found in enumerate(holders) if found is not None)
-        if dist.get_rank(replica) != source or latents is None:
-            size, dtype = holders[source]
-            latents = torch.empty(size, dtype=dtype, device=self.groups.device)
+        if rank != source or latents is None:
+            shape, dtype = holders[source]
+            latents = torch.empty(shape, dtype=dtype, device=self.groups.device)
         latents = latents.contiguous()
         dist.broadcast(latents, group=replica, group_src=source)
         return latents

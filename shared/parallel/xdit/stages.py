@@ -122,6 +122,7 @@ class Snapshot:
         for module, attributes, modules, parameters, buffers in self._state:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+            own: Any
             for own, kept in (
                 (module._modules, modules),
                 (module._parameters, parameters),
