@@ -60,7 +60,6 @@ def make_reply(
         RequestError: 422, NaN or Inf came out.
     """
     spec = config.spec
-    made = output.images if hasattr(output, "images") else output.frames
     format = request.output_format or "png"
     video = spec.output == "video"
     width, height = request.width or 0, request.height or 0
@@ -82,7 +81,7 @@ def make_reply(
         if spec.size_scale != 1 and watch.latents is not None:
             height, width = (side * pipe.vae_scale_factor for side in watch.latents.shape[-2:])
     else:
-        pictures = [to_picture(pixels) for pixels in (made[0] if video else made)]
+        pictures = [to_picture(pixels) for pixels in (output.frames[0] if video else output.images)]
         width, height = pictures[0].size
     return Reply(
         output=files,

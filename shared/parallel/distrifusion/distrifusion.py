@@ -181,6 +181,7 @@ class DistriFusion(Method):
             max_shapes=self.max_shapes,
             bundle_bytes=self.bundle_bytes,
             pixels=getattr(self.pipeline, "vae_scale_factor", 8),
+            is_control=model is not self.pipeline.unet,
         )
 
     def _ranks(self) -> Ranks:

@@ -132,6 +132,7 @@ class Patched(Part):
         surgery: takes the overrides.
         cuda_graph, max_shapes, bundle_bytes: as in ``DistriFusion``.
         pixels: of the picture, per element of the sample; for messages.
+        is_control: whether the model is a ControlNet.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class Patched(Part):
         max_shapes: int = 3,
         bundle_bytes: int = 4 << 20,
         pixels: int = 8,
+        is_control: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.ranks, self.schedule = model, ranks, schedule
@@ -152,7 +154,7 @@ class Patched(Part):
         kept = max_shapes * (2 if schedule.split_scheme == "alternate" else 1)
         self.layouts: Latest[_Layout] = Latest(kept, lambda layout: layout.graphs.close())
         self.held.callback(self.layouts.clear)
-        self.is_control = hasattr(model, "controlnet_cond_embedding")
+        self.is_control = is_control
         self.calls = 0
         blocks = model.get_submodule("down_blocks").children()
         self.unit = 2 ** sum(bool(getattr(block, "downsamplers", None)) for block in blocks)
