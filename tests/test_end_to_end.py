@@ -17,7 +17,7 @@ import requests
 import torch
 from PIL import Image
 
-from shared.api.metadata import KEY
+from shared.api.embedded import KEY
 from tests.test_host import DEMO_CHECKPOINT, DEMO_STEPS, ROOT, Launch, until
 from tests.test_matrix import psnr
 

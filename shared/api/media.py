@@ -9,18 +9,17 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from shared.api.embedded import Metadata
 
 try:
     import imagecodecs
 except ImportError:
     imagecodecs = None  # type: ignore[assignment]  # Pillow makes the same pixels in three to five times the time
-
-if TYPE_CHECKING:
-    from shared.api.metadata import Metadata
 
 # zlib's run lengths alone take less time than its level 1, for fewer bytes. Pillow tries all filters for each
 # row; Paeth's alone, which it mostly takes, makes files of the same size.

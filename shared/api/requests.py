@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -28,14 +28,12 @@ from shared.api.codecs import (
     picture_size,
     problem,
 )
+from shared.api.embedded import Metadata
 from shared.api.media import encode
 from shared.api.warned import together, told_in
 from shared.launch.checks import scheduler_problem
 from shared.launch.flags import HostConfig
 from shared.launch.wording import MAX_VALUE, cut, shown
-
-if TYPE_CHECKING:
-    from shared.api.metadata import Metadata
 
 IMAGE_FORMATS = ("png", "jpeg", "webp", "latent")
 MAX_VALUES = 200_000  # in the JSON of a body: a picture is one, an empty object takes 64 bytes of memory

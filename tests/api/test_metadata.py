@@ -20,8 +20,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from shared.api import media
 from shared.api.codecs import LEFT_OUT
+from shared.api.embedded import KEY, Metadata
 from shared.api.media import encode_image, encode_video
-from shared.api.metadata import KEY, Metadata, body_of, infotext, parse_infotext
+from shared.api.metadata import body_of, infotext, parse_infotext
 from shared.api.requests import GenerateRequest, Reply, check_request
 from shared.models import MODELS
 from tests.httphost import FakeHost, config_of, picture
