@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_matrix                          # two GPUs, NCCL, CUDA graphs: about four minutes
     python -m benchmarks.gpu_matrix --device cpu sd1:lora    # cells whose name matches, on CPU ranks
+    python -m benchmarks.gpu_matrix --ranks 1                # one GPU: graphs and features, no parallel plans
 
 A cell is a type and a feature, or a type and a plan, of one backend. It asks for a picture, for other words,
 another size and other scales, each twice, then for the first again, and compares latents:
@@ -94,8 +95,8 @@ class Result:
         return f"{verdict}  {self.cell:45}  {self.seconds:5.1f} s  {values}  {'; '.join(self.faults)}"
 
 
-def cells() -> list[str]:
-    """`backend:type:feature:plan` of all that a launch on two ranks does not refuse."""
+def cells(ranks: int) -> list[str]:
+    """`backend:type:feature:plan` of all that a launch on so many ranks does not refuse."""
     from shared.backends import BACKENDS
     from shared.launch.checks import check_config
     from shared.launch.errors import UsageError
@@ -109,12 +110,12 @@ def cells() -> list[str]:
             for feature, flag in FEATURES.items():
                 if not flag or backend.refusal(MODELS[name], flag) is None:
                     found.append(f"{backend.name}:{name}:{feature}:")
-            for plan, flags in PLANS[backend.name].items():
+            for plan, flags in PLANS[backend.name].items() if ranks > 1 else ():
                 config = HostConfig(
                     backend=backend.name, type=name, checkpoint=str(tiny.checkpoint(name)), **flags
                 )
                 try:
-                    check_config(config, backend, 2)
+                    check_config(config, backend, ranks)
                 except UsageError:
                     continue
                 found.append(f"{backend.name}:{name}:nothing:{plan}")
@@ -232,7 +233,7 @@ def try_cell(cell: str, world: Any) -> Result:
         **flags,
         **(PLANS[backend][plan] if plan else {}),
     )
-    check_config(config, BACKENDS[backend], 2)
+    check_config(config, BACKENDS[backend], world.size)
     asked = {key: check_request(body, config) for key, body in bodies(name, flags).items()}
     names = order(asked, feature in OFFLOADS)
     host = importlib.import_module(f"shared.backends.{backend}")
@@ -310,12 +311,12 @@ def work(device: str, out: Path, todo: list[str]) -> None:
     from shared.ranks.groups import World, make_groups
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    rank = int(os.environ["RANK"])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     where = torch.device("cuda", rank) if device == "cuda" else torch.device("cpu")
     if device == "cuda":
         torch.cuda.set_device(where)
     dist.init_process_group("gloo")
-    world = World(rank, 2, rank, where, *make_groups(60, "nccl" if device == "cuda" else "gloo"))
+    world = World(rank, size, rank, where, *make_groups(60, "nccl" if device == "cuda" else "gloo"))
     for cell in todo:
         began = time.monotonic()
         try:
@@ -325,7 +326,7 @@ def work(device: str, out: Path, todo: list[str]) -> None:
             text = str(error).strip().split("\n")[0][:200]
             result = Result(cell, faults=[f"rank {rank}: {type(error).__name__}: {text}"])
         result.seconds = time.monotonic() - began
-        every: list[Any] = [None, None]
+        every: list[Any] = [None] * size
         dist.all_gather_object(every, result)
         broken = [r for r in every if any(f.startswith("rank ") for f in r.faults)]
         if rank == 0:
@@ -340,10 +341,10 @@ def work(device: str, out: Path, todo: list[str]) -> None:
 
 
 class Matrix:
-    """Hands chunks of cells to pairs of ranks and prints what comes back."""
+    """Hands chunks of cells to launches of `ranks` ranks and prints what comes back."""
 
-    def __init__(self, device: str, todo: list[str], jobs: int) -> None:
-        self.device, self.jobs = device, jobs
+    def __init__(self, device: str, todo: list[str], jobs: int, ranks: int) -> None:
+        self.device, self.jobs, self.ranks = device, jobs, ranks
         self.results: list[Result] = []
         self.chunks: queue.Queue[list[str]] = queue.Queue()
         slow = [cell for cell in todo if "sequential" in cell or "group" in cell]
@@ -371,8 +372,8 @@ class Matrix:
 
     def _try(self, chunk: list[str], port: int, folder: Path) -> None:
         out, log = folder / "results", folder / "log"
-        own = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master-port={port}"]
-        own += [__file__, "--device", self.device, "--worker", str(out), *chunk]
+        own = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={self.ranks}"]
+        own += [f"--master-port={port}", __file__, "--device", self.device, "--worker", str(out), *chunk]
         env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": _python_path()}
         with log.open("w") as file:
             process = subprocess.Popen(
@@ -409,16 +410,17 @@ def main() -> None:
         "only", nargs="*", help="regular expressions; a cell is tried when one is found in it"
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--jobs", type=int, default=16, help="pairs of ranks side by side")
+    parser.add_argument("--jobs", type=int, default=16, help="launches side by side")
+    parser.add_argument("--ranks", type=int, choices=(1, 2), default=2, help="of a launch")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         work(options.device, options.worker, options.only)
-    todo = [c for c in cells() if not options.only or any(re.search(p, c) for p in options.only)]
+    todo = [c for c in cells(options.ranks) if not options.only or any(re.search(p, c) for p in options.only)]
     if options.device == "cpu":
         todo = [c for c in todo if "offload" not in c]
     began = time.monotonic()
-    matrix = Matrix(options.device, todo, options.jobs)
+    matrix = Matrix(options.device, todo, options.jobs, options.ranks)
     matrix.run()
     short = [r for r in matrix.results if r.faults]
     print(f"\n{len(todo)} cells in {time.monotonic() - began:.0f} s; {len(short)} fall short")
