@@ -233,7 +233,7 @@ def steady(name: str, modes: tuple[str, ...], steps: int, size: dict[str, Any]) 
         }
         with DistriFusion(pipe, **settings) as parallel:
             first = picture(pipe, name, parallel, steps=steps, **size)
-            exchange = next(iter(parallel.models[0].layouts.values())).exchange
+            exchange = next(iter(parallel.models[0].layouts)).exchange
             assert exchange is not None
             counts = [exchange.messages, exchange.bytes, exchange.waits]
             again = picture(pipe, name, parallel, steps=steps, **size)
