@@ -205,7 +205,10 @@ def parser(text: str | None, systems: Sequence[str], warm_up: int) -> argparse.A
     made.add_argument("work", nargs="+", help="type:size:steps")
     made.add_argument("--systems", default=",".join(systems))
     made.add_argument(
-        "--compile", nargs="?", const="all", help="then these again, compiled: a,b; alone: all but eager"
+        "--compile",
+        nargs="?",
+        const="all",
+        help="then these again, compiled: a,b; without a value: all but eager",
     )
     made.add_argument("--channels-last", action="store_true", help="of the compiled denoiser")
     made.add_argument("--decode", action="store_true", help="whole pictures, not latents")
@@ -214,5 +217,7 @@ def parser(text: str | None, systems: Sequence[str], warm_up: int) -> argparse.A
     made.add_argument("--dtype", default="bf16", choices=DTYPES)
     made.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     made.add_argument("--profile", action="store_true", help="print each system's kernels by time, too")
-    made.add_argument("--tiny", action="store_true", help="the tests' checkpoints: does it run at all?")
+    made.add_argument(
+        "--tiny", action="store_true", help="use the tests' small checkpoints, to see that it runs"
+    )
     return made

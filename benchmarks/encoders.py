@@ -87,7 +87,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("types", nargs="+", choices=("sd3", "flux", "hy", "pixa", "pixs", "sdxl"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--tiny", action="store_true", help="the tests' checkpoints: does it run at all?")
+    parser.add_argument(
+        "--tiny", action="store_true", help="use the tests' small checkpoints, to see that it runs"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -104,7 +106,7 @@ def main() -> None:
         with Captured(pipe, MODELS[name].text_encoders):
             captured, made = measured(prompts, device)
         if all(torch.equal(a, b) for a, b in zip(*made, strict=True)):
-            raise RuntimeError(f"{name}: a captured encoder makes the same of different words")
+            raise RuntimeError(f"{name}: a captured encoder gives the same output for different prompts")
         error = max(relative(a, b) for a, b in zip(made, plain, strict=True))
         print(f"| {name} | {eager:.1f} | {captured:.1f} | {error:.4f} |", flush=True)
         del pipe, prompts

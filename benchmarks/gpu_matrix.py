@@ -406,9 +406,7 @@ def _python_path() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "only", nargs="*", help="regular expressions; a cell is tried when one is found in it"
-    )
+    parser.add_argument("only", nargs="*", help="regular expressions; a cell is run if one of them matches")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--jobs", type=int, default=16, help="launches side by side")
     parser.add_argument("--ranks", type=int, choices=(1, 2), default=2, help="of a launch")

@@ -5,7 +5,7 @@ python benchmarks/host.py --backend distrifuser --ranks 2 --size 3840 --steps 6
 python benchmarks/host.py --backend xdit --type sd3 --folder /tmp/sd3 --ranks 2 --steps 20
 python benchmarks/host.py --features int8,int4,model_cpu_offload --ranks 2 --steps 6    (or: all)
     [--at-once]    all these hosts side by side on the same GPUs: what they need of memory, no times
-    [--bare]       beside each host its engine without the host (benchmarks/bare.py [--pause=0,0.05])
+    [--bare]       also each host's engine without the host (benchmarks/bare.py [--pause=0,0.05])
 
 --tiny --device cpu takes the tests' checkpoint of the type, to see that it runs.
 
@@ -169,10 +169,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/sdxl"))
     parser.add_argument("--backend", default="asyncdiff", choices=("asyncdiff", "distrifuser", "xdit"))
     parser.add_argument("--type", default="sdxl", choices=("sdxl", "sd3", "flux", "pixa", "pixs", "hy"))
-    parser.add_argument("--tiny", action="store_true", help="the tests' checkpoint: does it run at all?")
+    parser.add_argument(
+        "--tiny", action="store_true", help="use the tests' small checkpoint, to see that it runs"
+    )
     parser.add_argument("--features", help=f"one launch for each of {', '.join(FEATURES)}; or all")
-    parser.add_argument("--at-once", action="store_true", help="all features side by side: memory alone")
-    parser.add_argument("--bare", action="store_true", help="beside each host its engine without the host")
+    parser.add_argument(
+        "--at-once", action="store_true", help="all features at the same time: measures only memory"
+    )
+    parser.add_argument("--bare", action="store_true", help="also each host's engine without the host")
     parser.add_argument(
         "--pause", default="0", help="of --bare: seconds between two pictures, a row for each"
     )

@@ -48,7 +48,7 @@ def wait_until_ready(url: str, host: subprocess.Popen[bytes]) -> float:
     with tqdm(desc="starting", bar_format="{desc}: {elapsed}", leave=True) as bar:
         while get(f"{url}/initialize")[0] != 200:
             if host.poll() is not None:
-                raise SystemExit(f"the host ended with exit code {host.returncode}; its words are above")
+                raise SystemExit(f"the host ended with exit code {host.returncode}; its output is above")
             if time.monotonic() - began > START_SECONDS:
                 raise SystemExit(f"the host was not ready after {START_SECONDS} s")
             time.sleep(0.2)

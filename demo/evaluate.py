@@ -111,7 +111,7 @@ def main() -> int:
     if args.strip:
         contact_sheet(scenes, verdicts, pictures).save(args.strip)
     if share < args.at_least:
-        print(f"below the {args.at_least} % asked for", file=sys.stderr)
+        print(f"below the required {args.at_least} %", file=sys.stderr)
         return 1
     return 0
 

@@ -132,7 +132,7 @@ def _load_and_loop(
     try:
         engine.warm_up()
     except RequestError as error:
-        raise LoadError(f"the launch's own picture is refused: {error}") from error
+        raise LoadError(f"the warm-up request is refused: {error}") from error
     on_server = world.rank == 0
     status.at(95, "waiting for the other ranks")
     if on_server:

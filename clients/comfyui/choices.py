@@ -77,5 +77,5 @@ def project() -> str:
 def chosen(found: dict[str, str], name: str, what: str) -> str:
     """The path that a dropdown's name means. Raises ValueError."""
     if name not in found:
-        raise ValueError(f"{what}: there is no {name!r}; there are: {', '.join(found) or 'none'}")
+        raise ValueError(f"{what}: no {name!r}; available: {', '.join(found) or 'none'}")
     return found[name]

@@ -40,7 +40,7 @@ def picture(image: torch.Tensor | None, name: str) -> str | None:
     if image.ndim == 3:
         image = image[None]
     if image.shape[0] != 1:
-        raise ValueError(f"{name}: one picture, got a batch of {image.shape[0]}")
+        raise ValueError(f"{name}: must be one picture; got a batch of {image.shape[0]}")
     pixels = (image[0, ..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
@@ -62,7 +62,7 @@ def samples_of(latent: dict[str, Any]) -> torch.Tensor:
     if samples.ndim != 4:
         raise ValueError(f"latent: samples must be [N, channels, height, width], got {list(samples.shape)}")
     if latent.get("noise_mask") is not None:
-        raise ValueError("latent: hosts paint whole pictures and take no noise mask")
+        raise ValueError("latent: noise masks are not supported")
     return samples
 
 
@@ -122,9 +122,9 @@ def embeds(positive: Any, negative: Any, type: str) -> dict[str, str]:
 
 def _one(conditioning: Any, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     if len(conditioning) != 1:
-        raise ValueError(f"{name}: one prompt at a time, got {len(conditioning)} combined")
+        raise ValueError(f"{name}: must be one prompt; got {len(conditioning)} combined")
     tensor, settings = conditioning[0]
     unknown = [key for key, value in settings.items() if key not in _PLAIN_CONDITIONING and value is not None]
     if unknown:
-        raise ValueError(f"{name}: a host takes the plain prompt; it cannot be told {', '.join(unknown)}")
+        raise ValueError(f"{name}: only plain prompts are supported, without {', '.join(unknown)}")
     return tensor, settings.get("pooled_output")

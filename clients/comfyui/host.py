@@ -56,7 +56,7 @@ class Host:
     def __init__(self, url: str, api_key: str = "") -> None:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"a host's address is such as http://127.0.0.1:6000, got {url!r}")
+            raise ValueError(f"a host's address must be like http://127.0.0.1:6000; got {url!r}")
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self.api_key = api_key
         self._parts = parts
@@ -210,7 +210,7 @@ def _object(data: bytes) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict):
-        raise HostError(f"this is no host: it answered {data[:80]!r}")
+        raise HostError(f"not a host: it answered {data[:80]!r}")
     return found
 
 
@@ -247,10 +247,10 @@ class HostProcess:
     def __init__(self, project: str, backend: str, ranks: int, flags: list[str], python: str = "") -> None:
         script = Path(project).expanduser() / f"{backend}_host.py"
         if not script.is_file():
-            raise HostError(f"project: there is no {script.name} in {project!r}")
+            raise HostError(f"project: no {script.name} in {project!r}")
         taken = [flag for flag in flags if flag.split("=")[0] in ("--port", "--host")]
         if taken:
-            raise HostError(f"{taken[0]}: the address is chosen here; leave the flag out")
+            raise HostError(f"{taken[0]}: the address is chosen automatically; leave the flag out")
         api_keys = [flag.split("=", 1)[1] for flag in flags if flag.startswith("--api_key=")]
         port = free_port()
         self.host = Host(f"http://127.0.0.1:{port}", *api_keys[-1:])

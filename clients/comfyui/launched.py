@@ -172,7 +172,7 @@ class LaunchedHosts:
                     return running.handle(launch)
                 except HostError as error:
                     log.info(
-                        "the host cannot change its LoRAs while it runs, another one is started: %s", error
+                        "the host cannot change its LoRAs while it runs; starting another one: %s", error
                     )
             self.stop(node)
             flags = launch.command_flags()

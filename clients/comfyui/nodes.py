@@ -48,12 +48,12 @@ class LaunchHost(io.ComfyNode):
                     default=3,
                     min=0,
                     max=1000,
-                    tooltip="exact steps at the start; as many as steps gives the plain picture",
+                    tooltip="exact steps at the start; with as many as steps, plain diffusers' picture",
                 ),
                 io.String.Input(
                     "project",
                     default=choices.project(),
-                    tooltip="folder of multigpu diffusion, with its hosts",
+                    tooltip="folder of multigpu diffusion, where the host scripts are",
                 ),
                 io.String.Input(
                     "flags",
@@ -64,12 +64,12 @@ class LaunchHost(io.ComfyNode):
                 PLAN.Input(
                     "plan",
                     optional=True,
-                    tooltip="how the GPUs share the work, of a plan node of the same backend",
+                    tooltip="how the GPUs share the work, from a plan node of the same backend",
                 ),
                 FEATURES.Input(
                     "features",
                     optional=True,
-                    tooltip="LoRAs, ControlNet and the like: the last of such nodes in a row",
+                    tooltip="LoRAs, ControlNets and other features: the last node of the chain",
                 ),
             ],
             outputs=[HOST.Output(display_name="host")],
@@ -100,7 +100,7 @@ class LaunchHost(io.ComfyNode):
             own.append(f"--variant={variant}")
         if plan is not None:
             if plan["backend"] != backend:
-                raise ValueError(f"plan: it is one of {plan['backend']}, the host's backend is {backend}")
+                raise ValueError(f"plan: is for {plan['backend']}; the host's backend is {backend}")
             own += plan["flags"]
         launch = Launch(
             project=project or choices.project(),
@@ -125,10 +125,12 @@ class AttachHost(io.ComfyNode):
             node_id="MultiGPUDiffusionAttachHost",
             display_name="Attach to Host (multi-GPU)",
             category=CATEGORY,
-            description="Uses a host that somebody else runs, here or elsewhere; waits while it loads.",
+            description="Uses a running host, on this machine or another; waits while it loads.",
             inputs=[
                 io.String.Input("url", default="http://127.0.0.1:6000", tooltip="the host's address"),
-                io.String.Input("api_key", default="", tooltip="where the host was started with --api_key"),
+                io.String.Input(
+                    "api_key", default="", tooltip="needed if the host was started with --api_key"
+                ),
             ],
             outputs=[HOST.Output(display_name="host")],
         )
@@ -156,7 +158,9 @@ def _strength(least: float) -> Any:
 
 
 def _earlier() -> Any:
-    return FEATURES.Input("features", optional=True, tooltip="the features before this one, which stay")
+    return FEATURES.Input(
+        "features", optional=True, tooltip="the earlier features of the chain, which are kept"
+    )
 
 
 class Lora(io.ComfyNode):
@@ -190,7 +194,7 @@ class ControlNet(io.ComfyNode):
             node_id="MultiGPUDiffusionControlNet",
             display_name="ControlNet (multi-GPU)",
             category=CATEGORY,
-            description="A diffusers folder of models/controlnet. The sampler needs a control image then.",
+            description="A diffusers folder of models/controlnet. The sampler then needs a control image.",
             inputs=[
                 io.Combo.Input(
                     "control_net",
@@ -220,7 +224,7 @@ class IPAdapter(io.ComfyNode):
             node_id="MultiGPUDiffusionIPAdapter",
             display_name="IP-Adapter (multi-GPU)",
             category=CATEGORY,
-            description="A file of models/ipadapter, its image encoder beside it.",
+            description="A file of models/ipadapter, with its image encoder next to it.",
             inputs=[
                 io.Combo.Input(
                     "ip_adapter", options=list(choices.ip_adapters()), tooltip="a file of models/ipadapter"
@@ -300,7 +304,7 @@ class Scheduler(io.ComfyNode):
             node_id="MultiGPUDiffusionScheduler",
             display_name="Scheduler (multi-GPU)",
             category=CATEGORY,
-            description="For one sampler; the host goes on as it is. Without one the checkpoint's is used.",
+            description="For one sampler; the host is not changed. Default: the checkpoint's.",
             inputs=[
                 io.Combo.Input(
                     "scheduler", options=choices.SCHEDULERS, default="ddim", tooltip="k_: Karras sigmas"
@@ -333,12 +337,12 @@ PLANS: dict[str, tuple[str, dict[str, tuple[list[str] | str, str]]]] = {
         {
             "model_n": ([AUTO, "1", "2", "3", "4"], "stages of the denoiser"),
             "stride": ([AUTO, "1", "2"], "steps served by one parallel batch"),
-            "use_cfg_parallel": (SWITCH, "guidance branches on two halves of the ranks"),
-            "auto_balance": (SWITCH, "cut by measured time"),
-            "time_shift": (SWITCH, "use the time embedding of the step before"),
+            "use_cfg_parallel": (SWITCH, "run the two guidance branches on two halves of the ranks"),
+            "auto_balance": (SWITCH, "balance the stages by measured time"),
+            "time_shift": (SWITCH, "use the time embedding of the previous step"),
             "async_steps": ([AUTO, "2", "4", "8", "12", "16"], "asynchronous steps, then exact ones"),
             "stage_weights": (TEXT, "relative speed of each stage's GPU, such as 1,1,0.5"),
-            "no_cuda_graph": (SWITCH, "do not capture steps"),
+            "no_cuda_graph": (SWITCH, "do not capture steps as CUDA graphs"),
         },
     ),
     "distrifuser": (
@@ -353,18 +357,21 @@ PLANS: dict[str, tuple[str, dict[str, tuple[list[str] | str, str]]]] = {
                 ],
                 "what is exchanged after the warm-up",
             ),
-            "no_split_batch": (SWITCH, "keep the guidance branches together"),
-            "no_cuda_graph": (SWITCH, "do not capture steps"),
+            "no_split_batch": (SWITCH, "do not put the guidance branches on different ranks"),
+            "no_cuda_graph": (SWITCH, "do not capture steps as CUDA graphs"),
         },
     ),
     "xdit": (
         "xDiT Plan (multi-GPU)",
         {
-            "ulysses_degree": (_DEGREES, "parts of the sequence, exchanged for attention heads"),
-            "ring_degree": (_DEGREES, "parts of the sequence, keys and values handed around"),
+            "ulysses_degree": (_DEGREES, "Ulysses: parts of the sequence, exchanged for attention heads"),
+            "ring_degree": (_DEGREES, "ring attention: parts of the sequence, keys and values passed around"),
             "pipefusion_parallel_degree": (_DEGREES, "PipeFusion stages"),
-            "tensor_parallel_degree": (_DEGREES, "parts of the feed-forward layers, type flux"),
-            "use_cfg_parallel": (SWITCH, "guidance branches on two halves of the ranks"),
+            "tensor_parallel_degree": (
+                _DEGREES,
+                "tensor parallelism: parts of the feed-forward layers, type flux only",
+            ),
+            "use_cfg_parallel": (SWITCH, "run the two guidance branches on two halves of the ranks"),
             "use_parallel_vae": (SWITCH, "decode on all ranks"),
             "data_parallel_degree": (
                 _DEGREES,
@@ -372,8 +379,11 @@ PLANS: dict[str, tuple[str, dict[str, tuple[list[str] | str, str]]]] = {
             ),
             "num_pipeline_patch": ([AUTO, "1", "2", "4", "8", "16"], "patches of PipeFusion"),
             "attn_layer_num_for_pp": (TEXT, "transformer blocks of each PipeFusion stage, such as 10,9"),
-            "use_teacache": (SWITCH, "leave out steps in which little changes, TeaCache (flux)"),
-            "use_fbcache": (SWITCH, "leave out steps in which little changes, first-block cache (flux)"),
+            "use_teacache": (SWITCH, "TeaCache: skip the blocks of steps in which little changes (flux)"),
+            "use_fbcache": (
+                SWITCH,
+                "first-block cache: skip the blocks of steps in which little changes (flux)",
+            ),
         },
     ),
 }

@@ -17,7 +17,7 @@ MAX_PICTURES = 16  # of one request
 
 
 def _host() -> io.Input:
-    return HOST.Input("host", tooltip="that makes it: of Launch Host or Attach to Host")
+    return HOST.Input("host", tooltip="from Launch Host or Attach to Host")
 
 
 def _scheduler() -> io.Input:
@@ -42,14 +42,14 @@ def _numbers(steps: int, cfg: float) -> list[io.Input]:
             min=0,
             max=2**64 - 1,
             control_after_generate=True,
-            tooltip="of the noise; further pictures have the seeds after it",
+            tooltip="of the noise; further pictures use the next seeds",
         ),
         io.Int.Input(
             "steps",
             default=steps,
             min=1,
             max=1000,
-            tooltip="of the whole schedule, of which denoise runs a part",
+            tooltip="of the whole schedule; denoise runs a part of it",
         ),
         io.Float.Input("cfg", default=cfg, min=0.0, max=100.0, step=0.1, tooltip="guidance"),
     ]
@@ -103,7 +103,9 @@ def _conditions(
 
 
 def _clip_skip() -> io.Input:
-    return io.Int.Input("clip_skip", default=0, min=0, max=12, tooltip="last layers of CLIP to leave out")
+    return io.Int.Input(
+        "clip_skip", default=0, min=0, max=12, tooltip="how many of CLIP's last layers to skip"
+    )
 
 
 class PictureSampler(io.ComfyNode):
@@ -115,7 +117,7 @@ class PictureSampler(io.ComfyNode):
             node_id="MultiGPUDiffusionSampler",
             display_name="Sampler (multi-GPU)",
             category=CATEGORY,
-            description="Pictures of sd1, sd2, sdxl, sd3, flux, hy, pixa and pixs hosts.",
+            description="Makes pictures. Needs a host of type sd1, sd2, sdxl, sd3, flux, hy, pixa or pixs.",
             inputs=[
                 _host(),
                 *_prompts("a red circle on a blue background", ""),
@@ -126,8 +128,8 @@ class PictureSampler(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="how much of the schedule is run from the latent, 1: all of it. KSampler "
-                    "lengthens the schedule so that as many steps are run; here they become fewer",
+                    tooltip="how much of the schedule is run from the latent; 1: all of it. KSampler "
+                    "lengthens the schedule to keep the number of steps; here fewer steps are run",
                 ),
                 io.Float.Input(
                     "stop_at",
@@ -141,16 +143,16 @@ class PictureSampler(io.ComfyNode):
                 io.Boolean.Input(
                     "add_noise",
                     default=True,
-                    tooltip="on: the seed's noise on the latent, as strong as denoise says. off: the "
-                    "latent is noisy already, as stop_at = 1 - denoise left it; with denoise 1 it is noise",
+                    tooltip="on: add the seed's noise to the latent, at the level of denoise. off: the "
+                    "latent has its noise already, from stop_at = 1 - denoise; with denoise 1 it is noise",
                 ),
                 *_size(1024, 1024),
                 _clip_skip(),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="what to start from; it decides the size. A batch makes as many pictures, an "
-                    "empty one in one request",
+                    tooltip="what to start from; it sets the size. Each latent of a batch makes a picture; "
+                    "a batch of empty ones is one request",
                 ),
                 *_conditioned(),
                 io.Float.Input(
@@ -160,7 +162,7 @@ class PictureSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     optional=True,
-                    tooltip="flux alone: above 1 the negative prompt is heard, at twice the work",
+                    tooltip="flux only: above 1 the negative prompt counts, at twice the work",
                 ),
                 io.Int.Input(
                     "pictures",
@@ -168,8 +170,8 @@ class PictureSampler(io.ComfyNode):
                     min=1,
                     max=MAX_PICTURES,
                     optional=True,
-                    tooltip="for each of the latent batch, with seeds seed, seed + 1, ...; a host with "
-                    "data_parallel_degree makes so many at the same time",
+                    tooltip="how many for each latent, with seeds seed, seed + 1, ...; a host with "
+                    "data_parallel_degree makes that many at the same time",
                 ),
             ],
             outputs=[io.Image.Output(display_name="image"), io.Latent.Output(display_name="latent")],
@@ -201,7 +203,7 @@ class PictureSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         if host.type not in convert.FAMILIES:
             raise ValueError(
-                f"host: this sampler is for {', '.join(convert.FAMILIES)}; the host's type is {host.type}"
+                f"host: this sampler supports {', '.join(convert.FAMILIES)}; the host's type is {host.type}"
             )
         body = _conditions(
             *(host, positive, negative, clip_skip, positive_conditioning, negative_conditioning),
@@ -264,7 +266,7 @@ class AnimateDiffSampler(io.ComfyNode):
             node_id="MultiGPUDiffusionAnimateDiffSampler",
             display_name="AnimateDiff Sampler (multi-GPU)",
             category=CATEGORY,
-            description="The frames of a video, of a host of type ad.",
+            description="Makes the frames of a video. Needs a host of type ad.",
             inputs=[
                 _host(),
                 *_prompts("a red circle on a blue background", ""),
@@ -314,10 +316,10 @@ class VideoSampler(io.ComfyNode):
             node_id="MultiGPUDiffusionSVDSampler",
             display_name="Stable Video Diffusion Sampler (multi-GPU)",
             category=CATEGORY,
-            description="The frames of a video that starts with a picture, of a host of type svd.",
+            description="Makes the frames of a video that starts with a picture. Needs a host of type svd.",
             inputs=[
                 _host(),
-                io.Image.Input("image", tooltip="one picture, with which the video starts"),
+                io.Image.Input("image", tooltip="one picture; the video starts with it"),
                 *_numbers(25, 3.0),
                 io.Int.Input("frames", default=14, min=1, max=1024, tooltip="of the video"),
                 *_size(1024, 576),
@@ -357,7 +359,7 @@ class Upscaler(io.ComfyNode):
             node_id="MultiGPUDiffusionUpscaler",
             display_name="Upscaler (multi-GPU)",
             category=CATEGORY,
-            description="Each side four times as long, by a host of type sdup; picture after picture.",
+            description="Enlarges each side four times, picture by picture. Needs a host of type sdup.",
             inputs=[
                 _host(),
                 io.Image.Input("image", tooltip="the pictures to enlarge, one after the other"),

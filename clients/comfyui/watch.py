@@ -70,7 +70,7 @@ class Watch:
             reason = str(error) or type(error).__name__
         if not self._ended:
             self._refused = True
-            log.info("no forming pictures from the host at %s: %s", self.host.url, reason)
+            log.info("no previews from the host at %s: %s", self.host.url, reason)
 
     def _take(self, name: str, data: Any) -> None:
         if name == "jobs" and data["running"] and data["running"]["id"] == self.id:

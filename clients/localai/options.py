@@ -24,7 +24,7 @@ PIPELINES = {
     "PixArtAlphaPipeline": "pixa",
     "PixArtSigmaPipeline": "pixs",
 }
-NOTHING_TO_START_FROM = "strength: with a ControlNet `src` is its image, and no picture starts from one"
+NOTHING_TO_START_FROM = "strength: not supported with a ControlNet, as `src` is the control image then"
 
 
 class OptionError(ValueError):
@@ -64,7 +64,7 @@ def plan(request: Any) -> LoadPlan:
         defaults["clip_skip"] = request.CLIPSkip
     if request.IMG2IMG:
         raise OptionError(
-            "img2img: a host takes a picture where its type needs one (sdup, svd) or for its ControlNet; "
+            "img2img: not supported; only types sdup and svd and ControlNets take a picture; "
             "leave diffusers.img2img out"
         )
     strength = _strength(own, bool(request.ControlNet or "control_net" in given))
@@ -72,7 +72,7 @@ def plan(request: Any) -> LoadPlan:
         extra = sorted([*given, *(set(own) - {"host_url", "api_key", "strength"})])
         if extra or request.LoraAdapters or request.ControlNet or request.SchedulerType or request.LowVRAM:
             named = ", ".join(extra) or "LoRA, ControlNet, scheduler and low_vram"
-            raise OptionError(f"host_url: the host runs already, so it takes no {named}")
+            raise OptionError(f"host_url: the host is running already and cannot change {named}")
         api_key = own.get("api_key", "")
         return LoadPlan(host_url=own["host_url"], api_key=api_key, defaults=defaults, strength=strength)
     backend = own.get("backend", "asyncdiff")
@@ -102,7 +102,7 @@ def _strength(own: dict[str, Any], controlled: bool) -> float | None:
     except ValueError:
         strength = 0.0
     if not 0 < strength <= 1:
-        raise OptionError(f"strength: a number above 0 and at most 1, got {own['strength']!r}")
+        raise OptionError(f"strength: must be a number above 0 and at most 1; got {own['strength']!r}")
     return strength
 
 
@@ -126,7 +126,7 @@ def _pairs(options: Any) -> dict[str, Any]:
 def _ranks(own: dict[str, Any], tensor_parallel_size: int) -> int:
     text = own.get("ranks") or str(tensor_parallel_size or 1)
     if not text.isdigit() or not 1 <= int(text) <= 64:
-        raise OptionError(f"ranks: a whole number from 1 on, got {text!r}")
+        raise OptionError(f"ranks: must be a whole number from 1 to 64; got {text!r}")
     return int(text)
 
 
@@ -154,13 +154,14 @@ def _flags(request: Any, given: dict[str, Any]) -> dict[str, Any]:
         scales = list(request.LoraScales) or [1.0] * len(request.LoraAdapters)
         if len(scales) != len(request.LoraAdapters):
             raise OptionError(
-                f"lora_scales: one for each of {len(request.LoraAdapters)} lora_adapters, got {len(scales)}"
+                f"lora_scales: must be one for each of {len(request.LoraAdapters)} lora_adapters; "
+                f"got {len(scales)}"
             )
         pairs = zip(request.LoraAdapters, scales, strict=True)
         flags["lora"] = json.dumps({_beside(request, path): round(scale, 6) for path, scale in pairs})
     flags |= given
     if not flags.get("type"):
-        raise OptionError("type: needed, as the option type:sdxl or as diffusers.pipeline_type")
+        raise OptionError("type: required, as the option type:sdxl or as diffusers.pipeline_type")
     return flags
 
 
@@ -180,5 +181,5 @@ def _project(backend: str) -> str:
     around = Path(__file__).resolve().parents[2]
     found = os.environ.get("MULTIGPU_DIFFUSION") or str(around)
     if not (Path(found) / f"{backend}_host.py").is_file():
-        raise OptionError(f"project: needed, the folder of {backend}_host.py, as the option project:/path")
+        raise OptionError(f"project: required, the folder of {backend}_host.py, as the option project:/path")
     return found

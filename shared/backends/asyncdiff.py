@@ -53,7 +53,8 @@ def stages(config: HostConfig, world_size: int) -> int:
         raise UsageError("--stride: 2 needs model_n of 2 or more; got model_n 1")
     if config.stage_weights and len(config.stage_weights) != model_n:
         raise UsageError(
-            f"--stage_weights: one number for each of the {model_n} stages; got {len(config.stage_weights)}"
+            f"--stage_weights: must be one number for each of the {model_n} stages; "
+            f"got {len(config.stage_weights)}"
         )
     return model_n
 
@@ -64,7 +65,7 @@ def check(config: HostConfig, world_size: int) -> None:
     if world_size > 1 and config.warm_up_steps < 1:
         raise UsageError("--warm_up_steps: must be at least 1 (the first step fills the activations); got 0")
     if config.auto_balance and config.stage_weights:
-        raise UsageError("--auto_balance: measures what --stage_weights states; give only one of them")
+        raise UsageError("--auto_balance: measures what --stage_weights sets; give only one of them")
 
 
 def idle(config: HostConfig, world_size: int) -> list[str]:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 def check(config: HostConfig, world_size: int) -> None:
     """Refuse a plan that does not fit the world size. Raises UsageError."""
     if world_size > 8:
-        raise UsageError(f"--parallelism: 1 to 8 ranks; the world size is {world_size}")
+        raise UsageError(f"--parallelism: supports 1 to 8 ranks; the world size is {world_size}")
     if config.split_scheme == "alternate" and config.parallelism == "patch":
         raise UsageError(
-            "--split_scheme: alternate is for --parallelism=naive_patch; other patches stay in place from "
-            "step to step (row, col); got alternate with patch"
+            "--split_scheme: must be row or col with --parallelism=patch; got alternate, which only "
+            "naive_patch supports"
         )
     patched = config.parallelism == "patch" and config.sync_mode != "full_sync"
     if patched and world_size > 1 and config.warm_up_steps < 1:
@@ -33,8 +33,8 @@ def check(config: HostConfig, world_size: int) -> None:
         given = next((f"--{flag}" for flag in flags if getattr(config, flag)), None)
         if given or config.offloads:
             raise UsageError(
-                f"--parallelism: tensor divides plain weights in memory and is not supported with "
-                f"{given or 'CPU offload'}; patch is"
+                f"--parallelism: tensor divides plain weights in memory; it is not supported with "
+                f"{given or 'CPU offload'}; use patch"
             )
 
 
@@ -43,10 +43,10 @@ def idle(config: HostConfig, world_size: int) -> list[str]:
     changed: list[str] = []
     reason = ""
     if config.parallelism == "tensor":
-        changed, reason = config.changed("split_scheme", "sync_mode"), "--parallelism=tensor cuts no patches"
+        changed, reason = config.changed("split_scheme", "sync_mode"), "--parallelism=tensor has no patches"
     elif config.parallelism == "naive_patch" and config.sync_mode != "full_sync":
         changed = config.changed("sync_mode")
-        reason = "naive patches tell each other nothing, except under full_sync"
+        reason = "naive patches exchange nothing, except with full_sync"
     return [f"--{flag} has no effect: {reason}" for flag in changed]
 
 

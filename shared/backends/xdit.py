@@ -94,7 +94,9 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     picture = groups.picture if groups else 0
     replicas = groups.degrees.data if groups else 1
     if groups and not groups.degrees.exact:
-        log.info("the page shows no previews with PipeFusion: no rank has the whole picture during steps")
+        log.info(
+            "the web page shows no previews with PipeFusion: no rank has the whole picture during a step"
+        )
     holder = picture * (world.size // replicas)
     try:
         return PipelineEngine(

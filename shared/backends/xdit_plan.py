@@ -57,17 +57,17 @@ def _refused(plan: TokenPlan) -> Iterator[tuple[str, str]]:
         return ", ".join(name for name in TYPES if fitting(PLANS[name]))
 
     if plan.branches == 1:
-        yield "use_cfg_parallel", "its transformer computes guidance in one branch"
+        yield "use_cfg_parallel", "its transformer has only one guidance branch"
     if not plan.tensor:
         have = types(lambda other: other.tensor)
-        yield "tensor_parallel_degree", f"xDiT divides no layers of it; types with them: {have}"
+        yield "tensor_parallel_degree", f"xDiT has no tensor parallelism for it; types with it: {have}"
     for cache in CACHES:
         if cache not in plan.caches:
             have = types(lambda other, cache=cache: cache in other.caches)  # type: ignore[misc]
             yield f"use_{cache}", f"this cache does not support it; types with it: {have}"
     if plan.stages is None:
         have = types(lambda other: other.stages)
-        yield "pipefusion_parallel_degree", f"xfuser has no stages of it; types with them: {have}"
+        yield "pipefusion_parallel_degree", f"xfuser has no PipeFusion stages for it; types with them: {have}"
     elif plan.stages.equal:
         yield "attn_layer_num_for_pp", "its skip connections need equal stages"
 
@@ -162,7 +162,7 @@ def check(config: HostConfig, world_size: int) -> None:
     for flag, reason in REFUSES.get(config.type, {}).items():
         value = getattr(config, flag)
         if value and (value is True or value != 1):  # a degree of 1 divides nothing
-            raise UsageError(f"--{flag}: not for type {config.type} on xdit_host.py: {reason}")
+            raise UsageError(f"--{flag}: not supported for type {config.type} on xdit_host.py: {reason}")
     degrees = xdit_degrees(config, world_size)
     for flag, value, wrong in _xdit_conflicts(config, degrees):
         if value:
@@ -192,14 +192,14 @@ def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str,
     """(flag, whether it is in the way, why) for the flags that these degrees do not support."""
     pipefusion, tensor = degrees.pipefusion > 1, degrees.tensor > 1
     cached = config.use_teacache or config.use_fbcache
-    no_pipefusion = "is for PipeFusion; give --pipefusion_parallel_degree of 2 or more with it"
+    no_pipefusion = "needs PipeFusion: --pipefusion_parallel_degree of 2 or more"
     yield "num_pipeline_patch", config.num_pipeline_patch and not pipefusion, no_pipefusion
     stages = config.attn_layer_num_for_pp
     yield "attn_layer_num_for_pp", stages and not pipefusion, no_pipefusion
     yield (
         "attn_layer_num_for_pp",
         stages and len(stages) != degrees.pipefusion,
-        f"one number for each of the {degrees.pipefusion} stages; got {len(stages or ())}",
+        f"must be one number for each of the {degrees.pipefusion} stages; got {len(stages or ())}",
     )
     if pipefusion:
         yield from _pipefusion_conflicts(config, degrees)
@@ -215,7 +215,7 @@ def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str,
             f"not supported with PipeFusion ({degrees}); the other methods support it",
         )
     for flag in ("enable_sequential_cpu_offload", "enable_group_offload"):
-        why = "PipeFusion's layers read weights themselves; use --enable_model_cpu_offload"
+        why = "not supported with PipeFusion, whose layers read weights; use --enable_model_cpu_offload"
         yield flag, pipefusion and getattr(config, flag), why
     yield "pipefusion_parallel_degree", pipefusion and tensor, "not supported with --tensor_parallel_degree"
     for flag in ("quantize_to", "gguf_model", "compile_unet"):
@@ -264,7 +264,7 @@ def _pipefusion_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tupl
         yield "attn_layer_num_for_pp" if stages else "pipefusion_parallel_degree", problem, str(problem)
     for setting, why in cut.unshared.items():
         found = degrees.sequence > 1 and denoiser.get(setting)
-        yield "pipefusion_parallel_degree", found, f"not with {degrees} on this checkpoint: {why}"
+        yield "pipefusion_parallel_degree", found, f"not supported with {degrees} on this checkpoint: {why}"
     problem = _one_patch(config, degrees)
     single = config.num_pipeline_patch == 1 and problem
     yield "num_pipeline_patch", single, f"must be 2 or more with {degrees}: {problem}"

@@ -33,7 +33,7 @@ def check_config(config: HostConfig, backend: Backend, world_size: int) -> None:
         config: of a type that the backend serves.
     """
     if not config.checkpoint:
-        raise UsageError("--checkpoint: needed, a diffusers folder or a .safetensors file; got nothing")
+        raise UsageError("--checkpoint: must be a diffusers folder or a .safetensors file; got nothing")
     _check_paths(config)
     _check_features(config, backend)
     _check_size(config)
@@ -81,8 +81,8 @@ def _check_paths(config: HostConfig) -> None:
             )
 
 
-_UNTRACEABLE = "it moves every layer as it is called, which torch.compile cannot trace"
-_PACKED = "it takes apart every layer's weights, which must stay together when they are packed"
+_UNTRACEABLE = "it moves each layer when it is called, which torch.compile cannot trace"
+_PACKED = "it moves weights one by one, and quantized weights must stay together"
 _COMPILED = {flag: _UNTRACEABLE for flag in ("compile_unet", "compile_vae", "compile_text_encoder")}
 _OF_COMPILE = ("compile_backend", "compile_mode", "compile_options", "compile_fullgraph_off")
 _LAYER_BY_LAYER: dict[str, dict[str, str]] = {
@@ -90,7 +90,7 @@ _LAYER_BY_LAYER: dict[str, dict[str, str]] = {
         **_COMPILED,
         "quantize_to": _PACKED,
         "gguf_model": _PACKED,
-        "compel": "compel works where the text encoder's weights are, and they are nowhere between calls",
+        "compel": "compel reads the text encoder's device, and its weights are on none between calls",
     },
     "enable_group_offload": {**_COMPILED, "quantize_to": _PACKED},
 }
@@ -101,35 +101,39 @@ def _check_features(config: HostConfig, backend: Backend) -> None:
     spec = config.spec
     for flag in FEATURES:
         if getattr(config, flag) and (reason := backend.refusal(spec, flag)):
-            raise UsageError(f"--{flag}: not for type {spec.name} on {backend.script}: {reason}")
+            raise UsageError(f"--{flag}: not supported for type {spec.name} on {backend.script}: {reason}")
     offloads = [
         flag
         for flag in ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
         if getattr(config, flag)
     ]
     if len(offloads) > 1:
-        raise UsageError(f"--{offloads[1]}: give only one way to offload; --{offloads[0]} is given too")
+        raise UsageError(
+            f"--{offloads[1]}: only one kind of offload can be used; --{offloads[0]} is given too"
+        )
     if offloads and config.device == "cpu":
-        raise UsageError(f"--{offloads[0]}: offloads from a GPU; with --device=cpu there is none")
+        raise UsageError(f"--{offloads[0]}: needs a GPU; got --device=cpu")
     for flag, others in _LAYER_BY_LAYER.items():
         for other, why in others.items():
             if getattr(config, flag) and getattr(config, other):
-                raise UsageError(f"--{flag}: not with --{other}: {why}; use --enable_model_cpu_offload")
+                raise UsageError(
+                    f"--{flag}: not supported with --{other}: {why}; use --enable_model_cpu_offload"
+                )
     if config.gguf_model and config.quantize_to:
         raise UsageError(
             "--quantize_to: the weights of --gguf_model are quantized already; give only one of them"
         )
     if config.compile_mode and config.compile_options:
         raise UsageError(
-            "--compile_options: torch.compile takes a mode or options; --compile_mode is given too"
+            "--compile_options: torch.compile takes a mode or options, not both; --compile_mode is given too"
         )
     idle = next((flag for flag in _OF_COMPILE if getattr(config, flag)), None)
     if idle and not any(getattr(config, flag) for flag in _COMPILED):
-        raise UsageError(f"--{idle}: does nothing without {' or '.join(f'--{flag}' for flag in _COMPILED)}")
+        raise UsageError(f"--{idle}: has no effect without {' or '.join(f'--{flag}' for flag in _COMPILED)}")
     if config.ip_adapter and len(config.ip_adapter) > 1:
-        raise UsageError(f"--ip_adapter: one adapter at a time; got {len(config.ip_adapter)}")
+        raise UsageError(f"--ip_adapter: only one adapter is supported; got {len(config.ip_adapter)}")
     if config.motion_module and config.motion_adapter:
-        raise UsageError("--motion_module: a file or --motion_adapter's folder, not both")
+        raise UsageError("--motion_module: not supported with --motion_adapter; give only one of them")
 
 
 def _check_size(config: HostConfig) -> None:
@@ -155,4 +159,4 @@ def scheduler_problem(spec: ModelSpec, scheduler: str | dict[str, Any]) -> str |
     classes = sorted({s.cls for s in SCHEDULERS.values() if spec.scheduler_family in s.families})
     if name in short or name in classes:
         return None
-    return f"type {spec.name} takes {', '.join(short)} or {', '.join(classes)}; got {shown(name)}"
+    return f"type {spec.name} supports {', '.join(short)} or {', '.join(classes)}; got {shown(name)}"

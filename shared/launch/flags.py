@@ -111,13 +111,13 @@ class HostConfig:
     lora_dir: tuple[str, ...] | None = _flag(
         None,
         _FEATURES,
-        "folders whose LoRAs clients may name; commas between, or the flag again",
+        "folders whose LoRAs clients may use by name; separated by commas, or repeat the flag",
         as_folders,
         path=True,
         several=True,
     )
     allow_lora_paths: bool = _flag(
-        False, _FEATURES, "let clients add any LoRA file of the server by its path (POST /lora)"
+        False, _FEATURES, "let clients add any LoRA file on the server by its path (POST /lora)"
     )
     control_net: dict[str, float] | None = _flag(
         None, _FEATURES, 'ControlNets, path or {"path": scale}', as_scales_or_path, path=True
@@ -136,7 +136,7 @@ class HostConfig:
     )
     compel: bool = _flag(False, _FEATURES, "prompt weighting and long prompts through compel")
 
-    compile_unet: bool = _flag(False, _COMPILE, "compile the denoiser, whatever its kind")
+    compile_unet: bool = _flag(False, _COMPILE, "compile the denoiser (UNet or transformer)")
     compile_vae: bool = _flag(False, _COMPILE, "compile the VAE")
     compile_text_encoder: bool = _flag(False, _COMPILE, "compile the text encoders")
     compile_backend: str | None = _flag(
@@ -154,9 +154,9 @@ class HostConfig:
     )
     compile_fullgraph_off: bool = _flag(False, _COMPILE, "allow graph breaks")
 
-    enable_vae_tiling: bool = _flag(False, _MEMORY, "decode in tiles")
+    enable_vae_tiling: bool = _flag(False, _MEMORY, "decode in tiles, with less memory")
     enable_vae_slicing: bool = _flag(False, _MEMORY, "decode pictures of a batch one by one")
-    xformers_efficient: bool = _flag(False, _MEMORY, "attention of the xformers package (GPU)")
+    xformers_efficient: bool = _flag(False, _MEMORY, "use the attention of the xformers package (GPU)")
     enable_model_cpu_offload: bool = _flag(False, _MEMORY, "keep idle models on the CPU (GPU)")
     enable_sequential_cpu_offload: bool = _flag(False, _MEMORY, "keep idle layers on the CPU (GPU)")
     enable_group_offload: bool = _flag(False, _MEMORY, "keep idle groups of layers on the CPU (GPU)")
@@ -183,17 +183,19 @@ class HostConfig:
         least=1,
         most=1000,
     )
-    time_shift: bool = _method_flag(False, "use the time embedding of the step before")
+    time_shift: bool = _method_flag(False, "use the time embedding of the previous step")
     stage_weights: tuple[float, ...] | None = _method_flag(
-        None, "relative speed of each stage's GPU, 1,1,0.5", as_weights
+        None, "relative speed of each stage's GPU, such as 1,1,0.5", as_weights
     )
-    auto_balance: bool = _method_flag(False, "cut by the measured time of each part and speed of each GPU")
+    auto_balance: bool = _method_flag(
+        False, "balance the stages by the measured time of each part and the speed of each GPU"
+    )
     parallelism: str = _method_flag(
         "patch", "how the work is divided", as_text, choices=("patch", "tensor", "naive_patch")
     )
     split_scheme: str = _method_flag(
         "row",
-        "how pictures are cut into patches: rows, columns, or by turns (naive_patch)",
+        "how pictures are cut into patches: rows, columns, or alternating (naive_patch)",
         as_text,
         choices=("row", "col", "alternate"),
     )
@@ -204,18 +206,18 @@ class HostConfig:
         choices=("corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "full_sync", "no_sync"),
     )
     no_split_batch: bool = _method_flag(False, "do not put the guidance branches on different ranks")
-    use_cfg_parallel: bool = _method_flag(False, "guidance branches on two halves of the ranks")
-    no_cuda_graph: bool = _method_flag(False, "do not capture steps")
+    use_cfg_parallel: bool = _method_flag(False, "run the two guidance branches on two halves of the ranks")
+    no_cuda_graph: bool = _method_flag(False, "do not capture steps as CUDA graphs")
     ulysses_degree: int | None = _method_flag(
         None,
-        "parts of the sequence, exchanged for attention heads (default: what the heads divide)",
+        "Ulysses: parts of the sequence, exchanged for attention heads (default: what divides the heads)",
         as_integer,
         least=1,
         most=8,
     )
     ring_degree: int | None = _method_flag(
         None,
-        "parts of the sequence, keys and values handed around (default: what is left)",
+        "ring attention: parts of the sequence, keys and values passed around (default: the remaining ranks)",
         as_integer,
         least=1,
         most=8,
@@ -228,7 +230,11 @@ class HostConfig:
         most=8,
     )
     tensor_parallel_degree: int | None = _method_flag(
-        None, "parts of the feed-forward layers, type flux (default: 1)", as_integer, least=1, most=8
+        None,
+        "tensor parallelism: parts of the feed-forward layers, type flux only (default: 1)",
+        as_integer,
+        least=1,
+        most=8,
     )
     data_parallel_degree: int | None = _method_flag(
         None, "pictures of one request made at the same time (default: 1)", as_integer, least=1, most=8
@@ -237,27 +243,34 @@ class HostConfig:
         None, "patches of PipeFusion (default: as many as stages)", as_integer, least=1, most=64
     )
     attn_layer_num_for_pp: tuple[int, ...] | None = _method_flag(
-        None, "transformer blocks of each PipeFusion stage, 10,9 (default: equal)", as_counts
+        None, "transformer blocks of each PipeFusion stage, such as 10,9 (default: equal)", as_counts
     )
     use_parallel_vae: bool = _method_flag(
         False, "decode in patches, one on each rank that shares the picture"
     )
-    use_teacache: bool = _method_flag(False, "leave out steps in which little changes, TeaCache (flux)")
+    use_teacache: bool = _method_flag(
+        False, "TeaCache: skip the blocks of steps in which little changes (flux)"
+    )
     use_fbcache: bool = _method_flag(
-        False, "leave out steps in which little changes, first-block cache (flux)"
+        False, "first-block cache: skip the blocks of steps in which little changes (flux)"
     )
 
-    port: int = _flag(6000, _HOST, "port that rank 0 serves", as_integer, least=1, most=65535)
-    host: str = _flag("127.0.0.1", _HOST, "address that rank 0 serves", as_text)
-    max_queue: int = _flag(16, _HOST, "requests that may wait, then 503", as_integer, least=0, most=1024)
+    port: int = _flag(6000, _HOST, "port that rank 0 listens on", as_integer, least=1, most=65535)
+    host: str = _flag("127.0.0.1", _HOST, "address that rank 0 listens on", as_text)
+    max_queue: int = _flag(
+        16, _HOST, "requests that may wait; further ones are answered 503", as_integer, least=0, most=1024
+    )
     request_timeout: float = _flag(
-        1800.0, _HOST, "seconds that one request may run, with all of its pictures, then 504", as_seconds
+        1800.0,
+        _HOST,
+        "seconds that one request may run, with all of its pictures; then it is answered 504",
+        as_seconds,
     )
     collective_timeout: float = _flag(
-        300.0, _HOST, "seconds that a rank waits for another before the job is broken", as_seconds
+        300.0, _HOST, "seconds that a rank waits for another before the host is broken", as_seconds
     )
     stop_grace: float = _flag(
-        20.0, _HOST, "seconds that the running request may take to end after a first SIGTERM", as_seconds
+        20.0, _HOST, "seconds that the running request may still take after a first SIGTERM", as_seconds
     )
     log_level: str = _flag(
         "info", _HOST, "log detail", as_text, choices=("debug", "info", "warning", "error")
@@ -266,27 +279,33 @@ class HostConfig:
     api_key: str | None = _flag(
         None,
         _HOST,
-        "bearer token asked of every route but /health; other users of the machine can see it in ps, unlike "
-        "--api_key_file and the variable MULTIGPU_DIFFUSION_API_KEY",
+        "bearer token required on every route except /health; other users of the machine can see it in ps: "
+        "use --api_key_file or the variable MULTIGPU_DIFFUSION_API_KEY there",
         as_text,
     )
-    api_key_file: str | None = _flag(None, _HOST, "file that holds the api_key", as_text, path=True)
+    api_key_file: str | None = _flag(None, _HOST, "file that contains the API key", as_text, path=True)
     trusted_hosts: tuple[str, ...] | None = _flag(
         None,
         _HOST,
-        "more names under which clients reach this host, with commas between; * for any",
+        "more host names under which clients reach this host, separated by commas; * for any",
         as_hosts,
     )
     allow_origin: tuple[str, ...] | None = _flag(
         None,
         _HOST,
-        "pages elsewhere that may call this host (Origin, CORS), commas between; * for any",
+        "origins of other web pages that may call this host (CORS), separated by commas; * for any",
         as_origins,
     )
     max_pixel_steps: int = _flag(
-        10**10, _HOST, "width x height x frames x steps of one picture, then 422", as_integer, least=1
+        10**10,
+        _HOST,
+        "most width x height x frames x steps of one picture; above it 422",
+        as_integer,
+        least=1,
     )
-    legacy_pickle: bool = _flag(False, _HOST, "base64(pickle) for the original project's clients")
+    legacy_pickle: bool = _flag(
+        False, _HOST, "accept and send base64(pickle), for the original project's clients"
+    )
 
     @property
     def spec(self) -> ModelSpec:

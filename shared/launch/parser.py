@@ -38,13 +38,15 @@ def build_parser(backend: Backend) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=backend.script,
         description=f"{backend.title}. Types: {', '.join(backend.types)}.",
-        epilog=f"Start it as: torchrun --nproc_per_node=2 {backend.script} --type={backend.types[0]} "
+        epilog=f"Example: torchrun --nproc_per_node=2 {backend.script} --type={backend.types[0]} "
         "--checkpoint=/models/x",
         allow_abbrev=False,
     )
     groups: dict[str, Any] = {}
     parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with any of these flags; flags win over it"
+        "--config",
+        metavar="FILE",
+        help="YAML file with any of these flags; the command line takes precedence",
     )
     for f in backend.config_flags:
         meta = f.metadata
@@ -107,7 +109,7 @@ def _api_key(parsed: dict[str, Any]) -> str | None:
     if (file := parsed.get("api_key_file")) is None:
         key = parsed.get("api_key", os.environ.get(API_KEY_VARIABLE))
         if key == "":
-            raise UsageError(f"{API_KEY_VARIABLE}: must be a key, or not set; it is empty")
+            raise UsageError(f"{API_KEY_VARIABLE}: must be a key or unset; it is empty")
         return key
     if "api_key" in parsed:
         raise UsageError("--api_key_file: not with --api_key; give only one of them")
@@ -116,7 +118,7 @@ def _api_key(parsed: dict[str, Any]) -> str | None:
     except (OSError, UnicodeError) as error:
         raise UsageError(f"--api_key_file: cannot read {file!r}: {error}") from None
     if not key:
-        raise UsageError(f"--api_key_file: must hold the key; {file!r} is empty")
+        raise UsageError(f"--api_key_file: must contain the key; {file!r} is empty")
     return key
 
 
@@ -172,7 +174,7 @@ def _read_yaml(backend: Backend, backends: Backends, path: str) -> dict[str, Any
     if data is None:  # an empty file
         return {}
     if not isinstance(data, dict):
-        raise UsageError(f"--config: {path!r} must hold `flag: value` lines, got {type(data).__name__}")
+        raise UsageError(f"--config: {path!r} must contain `flag: value` lines; got {type(data).__name__}")
     flags = backend.config_flags
     aliases = {alias: f.name for f in flags for alias in f.metadata["aliases"]}
     names = {f.name for f in flags}
@@ -203,7 +205,7 @@ def _parse_value(f: Field[Any], value: Any) -> Any:
     meta = f.metadata
     if meta["parse"] is None:
         if not isinstance(value, bool):
-            raise UsageError(f"--{f.name}: a switch, true or false; got {value!r}")
+            raise UsageError(f"--{f.name}: must be true or false; got {value!r}")
         return value
     try:
         parsed = meta["parse"](value)

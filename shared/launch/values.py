@@ -28,7 +28,7 @@ def from_json(text: str) -> Any:
 
 def as_text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError("a text that is not empty")
+        raise ValueError("a non-empty text")
     return value
 
 
@@ -53,7 +53,7 @@ def as_folders(value: Any) -> tuple[str, ...]:
     """Folders: a list, or a text with commas between; each text of a list may be either."""
     given = value if isinstance(value, list | tuple) else [value]
     if not given or not all(isinstance(text, str) and text.strip() for text in given):
-        raise ValueError("folders with commas between")
+        raise ValueError("folders separated by commas")
     return tuple(part.strip() for text in given for part in text.split(",") if part.strip())
 
 
@@ -102,7 +102,7 @@ def as_weights(value: Any) -> tuple[float, ...]:
     except NOT_NUMBERS:
         weights = ()
     if not weights or min(weights) <= 0:
-        raise ValueError("numbers above 0 with commas between, such as 1,1,0.5")
+        raise ValueError("numbers above 0 separated by commas, such as 1,1,0.5")
     return weights
 
 
@@ -113,7 +113,7 @@ def as_counts(value: Any) -> tuple[int, ...]:
     except ValueError:
         counts = ()
     if not counts or min(counts) < 1:
-        raise ValueError("whole numbers above 0 with commas between, such as 10,9")
+        raise ValueError("whole numbers above 0 separated by commas, such as 10,9")
     return counts
 
 
@@ -122,19 +122,19 @@ def as_names(value: Any) -> tuple[str, ...]:
     names = value if isinstance(value, list | tuple) else str(value).split(",")
     names = tuple(str(name).strip() for name in names)
     if not all(names):
-        raise ValueError("names with commas between")
+        raise ValueError("names separated by commas")
     return names
 
 
 def as_hosts(value: Any) -> tuple[str, ...]:
     names = as_names(value)
     if any("/" in name for name in names):
-        raise ValueError("names without http:// and path, such as gpu.example.org")
+        raise ValueError("host names without http:// and without a path, such as gpu.example.org")
     return names
 
 
 def as_origins(value: Any) -> tuple[str, ...]:
     origins = as_names(value)
     if not all(o in ("*", "null") or re.fullmatch(r"[\w.+-]+://[^/]+/?", o) for o in origins):
-        raise ValueError("pages such as https://app.example.org, without a path; or *")
+        raise ValueError("origins such as https://app.example.org, without a path; or *")
     return origins

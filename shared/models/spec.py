@@ -132,7 +132,7 @@ NO_MOTION = {
     flag: "only AnimateDiff (type ad) has motion modules"
     for flag in ("motion_module", "motion_adapter", "motion_adapter_lora")
 }
-NO_GGUF = "there is no GGUF loader in diffusers for this denoiser; types with one: {types}"
+NO_GGUF = "diffusers has no GGUF loader for this denoiser; types with one: {types}"
 NO_CONTROL = "diffusers has no ControlNet pipeline for it; types with one: {types}"
-NO_IP = "there is no IP-Adapter for it in diffusers; types with one: {types}"
-NO_COMPEL = "compel has no support for its text encoders; types with it: {types}"
+NO_IP = "diffusers has no IP-Adapter for it; types with one: {types}"
+NO_COMPEL = "compel does not support its text encoders; types with it: {types}"

@@ -74,7 +74,7 @@ class Channel:
         try:
             dist.all_reduce(self._ballot, op=dist.ReduceOp.MAX, group=self.world.voting)
         except RuntimeError as error:
-            raise BrokenJobError(f"a rank did not come to the step boundary: {first_line(error)}") from error
+            raise BrokenJobError(f"a rank did not reach the step boundary: {first_line(error)}") from error
         return Verdict(int(self._ballot[0]))
 
     def settle(self, outcome: Outcome) -> list[Outcome]:

@@ -122,7 +122,7 @@ class Lifeline:
                     log.error("%s, ending", reason)
                     self.end(EXIT_FAILED, f"broken: {reason}")
             if time.monotonic() > self._deadline:
-                log.warning("what ran was not done within %g s, ending", self._grace)
+                log.warning("the running request did not end within %g s, ending", self._grace)
                 self.end(0, f"{self.stopping} and --stop_grace is over", failed=False)
 
     def _signal(self, number: int) -> None:
@@ -150,7 +150,9 @@ class Lifeline:
         self.stopping = reason
         self._deadline = time.monotonic() + self._grace
         log.info(
-            "%s: what runs may be finished within %g s; a second signal ends at once", reason, self._grace
+            "%s: the running request may end within %g s; a second signal ends the host at once",
+            reason,
+            self._grace,
         )
         for callback in self._on_stop:
             callback(self.stopping)

@@ -244,7 +244,7 @@ class RankLoop:
                 job.finish(self._job_error(verdict, outcomes))
         if broken:
             reasons = "; ".join(f"rank {o.rank}: {o.error}" for o in outcomes if o.error)
-            raise BrokenJobError(f"the ranks lost each other ({reasons or 'a collective failed'})")
+            raise BrokenJobError(f"the ranks are out of sync ({reasons or 'a collective failed'})")
 
     def _deliver(self, job: Job, outcomes: list[Outcome]) -> None:
         """Hand the job what the ranks made."""

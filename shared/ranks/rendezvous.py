@@ -129,7 +129,7 @@ class Rendezvous:
         while (found := come()) is None:
             self._rounds += 1
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not all {self.size} ranks have come within {self.timeout:g} s")
+                raise TimeoutError(f"not all {self.size} ranks joined within {self.timeout:g} s")
             time.sleep(POLL_SECONDS)
         return found
 

@@ -242,8 +242,8 @@ def test_without_events_there_is_progress(comfy: ComfyUI, caplog: pytest.LogCapt
         host.queue.watchers = MAX_WATCHERS
         sampler(comfy, host, positive="slow", steps=30)
     assert any(0 < percent < 100 for percent in comfy.progress) and not comfy.previews
-    (told,) = [r.getMessage() for r in caplog.records if "no forming pictures" in r.getMessage()]
-    assert told == f"no forming pictures from the host at {host.url}: 16 watch already, and no more may"
+    (told,) = [r.getMessage() for r in caplog.records if "no previews" in r.getMessage()]
+    assert told == f"no previews from the host at {host.url}: 16 watch already, and no more may"
 
 
 def test_an_event_that_is_none_ends_no_picture(comfy: ComfyUI, monkeypatch: pytest.MonkeyPatch):

@@ -135,16 +135,20 @@ def test_options_become_flags_that_the_host_parses(
             options.plan(messages.ModelOptions(**fields))
         return str(caught.value)
 
-    assert "type: needed" in refused(Model="x", Options=[f"project:{ROOT}"])
+    assert "type: required" in refused(Model="x", Options=[f"project:{ROOT}"])
     assert "backend: must be one of" in refused(Options=["backend:async"])
-    assert "lora_scales: one for each of 1" in refused(
+    assert "lora_scales: must be one for each of 1" in refused(
         LoraAdapters=["a"], LoraScales=[1, 2], Options=["type:sd1"]
     )
     assert "img2img" in refused(IMG2IMG=True)
-    assert "it takes no type" in refused(Options=["host_url:http://x", "type:sd1"])
+    assert "cannot change type" in refused(Options=["host_url:http://x", "type:sd1"])
     for wrong in ("strength:0", "strength:1.5", "strength:much"):
-        assert "strength: a number above 0 and at most 1" in refused(Options=["host_url:http://x", wrong])
-    assert "strength: with a ControlNet" in refused(Options=["type:sd1", "strength:0.5"], ControlNet="x")
+        assert "strength: must be a number above 0 and at most 1" in refused(
+            Options=["host_url:http://x", wrong]
+        )
+    assert "strength: not supported with a ControlNet" in refused(
+        Options=["type:sd1", "strength:0.5"], ControlNet="x"
+    )
     assert options.plan(messages.ModelOptions(Options=["type:sd1", "strength:0.4"])).strength == 0.4
     assert "stride is given twice" in refused(Options=["stride:1", "stride:2"])
     assert options.plan(
@@ -274,7 +278,7 @@ def test_src_is_the_image_of_a_running_hosts_control_net(client: Client, tmp_pat
     with FakeHost(config_of("sd1", control_net={"/x": 1.0})) as host:
         options = [f"host_url:{host.url}"]
         code, told = client.fails("LoadModel", "ModelOptions", Options=[*options, "strength:0.4"])
-        assert code == CODE.INVALID_ARGUMENT and "strength: with a ControlNet" in told
+        assert code == CODE.INVALID_ARGUMENT and "strength: not supported with a ControlNet" in told
         assert client.state() == 0
         client.call("LoadModel", "ModelOptions", Options=options)
         dst = str(tmp_path / "out.png")

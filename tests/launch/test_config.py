@@ -213,7 +213,7 @@ def test_every_default_is_the_dataclass_default(folder: Path, backend: str, name
             "--compile_options=" + DEEP, "--compile_options: must be a JSON object", id="deep options"
         ),
         ('--scheduler={"scheduler": "ddim", "beta_end": NaN}', "--scheduler: must be a JSON object"),
-        ("--scheduler=nonsense", "--scheduler: type sd1 takes ddim"),
+        ("--scheduler=nonsense", "--scheduler: type sd1 supports ddim"),
         ('--scheduler={"name": "ddim"}', "--scheduler: must be a name, or JSON"),
         ("--stride=3", "--stride: must be at most 2; got '3'"),
         ("--compel=yes", "--compel"),
@@ -235,7 +235,7 @@ def test_type_and_checkpoint(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"--type: asyncdiff_host\.py serves ad, sd1.*; got nothing"):
         asyncdiff([])
     assert "xdit_host.py serves it" in refused(folder, type="flux")
-    with pytest.raises(UsageError, match="--checkpoint: needed"):
+    with pytest.raises(UsageError, match="--checkpoint: must be a diffusers folder"):
         asyncdiff(["--type=sd1"])
     for given, words in (
         (folder, "no model_index.json"),
@@ -253,10 +253,13 @@ def test_type_and_checkpoint(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--enable_model_cpu_offload", "--enable_group_offload"], "one way to offload"),
-        (["--enable_model_cpu_offload", "--device=cpu"], "with --device=cpu there is none"),
+        (["--enable_model_cpu_offload", "--enable_group_offload"], "one kind of offload"),
+        (["--enable_model_cpu_offload", "--device=cpu"], "needs a GPU; got --device=cpu"),
         *(
-            ([f"--enable_{how}_offload", flag], f"--enable_{how}_offload: not with {flag.split('=')[0]}")
+            (
+                [f"--enable_{how}_offload", flag],
+                f"--enable_{how}_offload: not supported with {flag.split('=')[0]}",
+            )
             for how, flags in (
                 ("sequential_cpu", ("--quantize_to=int4", "--gguf_model={f}/file.gguf", "--compel")),
                 ("group", ("--quantize_to=float8", "--compile_unet", "--compile_vae")),
@@ -266,7 +269,7 @@ def test_type_and_checkpoint(folder: Path) -> None:
         (["--gguf_model={f}/file.gguf", "--quantize_to=int8"], "--quantize_to: the weights"),
         (["--compile_mode=default", '--compile_options={{"a": 1}}'], "--compile_options"),
         *(
-            ([flag], f"{flag.split('=')[0]}: does nothing without --compile_unet or --compile_vae")
+            ([flag], f"{flag.split('=')[0]}: has no effect without --compile_unet or --compile_vae")
             for flag in (
                 "--compile_backend=eager",
                 "--compile_mode=default",
@@ -279,7 +282,7 @@ def test_type_and_checkpoint(folder: Path) -> None:
         (['--lora={{"{f}/file.ckpt": 1}}'], "--lora: a file must be .safetensors"),
         (
             ['--ip_adapter={{"{f}/file.safetensors": 1, "{f}/other.safetensors": 1}}'],
-            "one adapter at a time; got 2",
+            "only one adapter is supported; got 2",
         ),
         (["--model_n=2"], "needs 2 ranks; the world size is 1"),
     ],
@@ -302,7 +305,7 @@ def test_every_refusal_names_flag_type_and_reason(folder: Path, backend: str, ty
     given = VALUES.get(flag, ("", None))[0].format(f=folder)
     argument = f"--{flag}={given}" if given else f"--{flag}"
     message = refused(folder, argument, backend=backend, type=type)
-    assert message.startswith(f"--{flag}: not for type {type} on {backend}_host.py: ")
+    assert message.startswith(f"--{flag}: not supported for type {type} on {backend}_host.py: ")
 
 
 @pytest.mark.parametrize(
@@ -392,8 +395,8 @@ def test_yaml_holds_the_same_flags_and_the_command_line_wins(folder: Path) -> No
     [
         ("hieght: 3", "did you mean --height"),
         ("height: tall", "--height: must be a whole number; got 'tall'"),
-        ("compel: 1", "--compel: a switch, true or false; got 1"),
-        ("- a", "must hold `flag: value` lines, got list"),
+        ("compel: 1", "--compel: must be true or false; got 1"),
+        ("- a", "must contain `flag: value` lines; got list"),
         ("height: 64\nlora: {a\nwidth: }: 3", "host.yaml': line 3: expected ',' or '}', but got ':'"),
         ("a: [", "line 1: "),
         ("a: 2024-13-13", "month must be in 1..12"),

@@ -717,7 +717,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str)
     ("flags", "ranks", "problem"),
     [
         ({}, 9, "1 to 8 ranks"),
-        ({"split_scheme": "alternate"}, 2, "alternate is for --parallelism=naive_patch"),
+        ({"split_scheme": "alternate"}, 2, "must be row or col with --parallelism=patch"),
         ({"warm_up_steps": 0}, 2, "must be at least 1"),
         ({"parallelism": "tensor", "quantize_to": "int8"}, 2, "not with --quantize_to"),
         ({"parallelism": "tensor", "enable_model_cpu_offload": True}, 2, "not with an --enable_"),

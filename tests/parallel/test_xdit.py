@@ -462,7 +462,7 @@ STOCHASTIC = {"scheduler": "flow_euler", "stochastic_sampling": True}
     ("name", "flags", "world", "words"),
     [
         ("flux", {"use_cfg_parallel": True}, 2, "one branch"),
-        ("sd3", {"tensor_parallel_degree": 2}, 2, "divides no layers of it; types with them: flux"),
+        ("sd3", {"tensor_parallel_degree": 2}, 2, "has no tensor parallelism for it; types with it: flux"),
         ("pixa", {"use_teacache": True}, 2, "types with it: flux"),
         ("flux", {"use_teacache": True, "use_fbcache": True}, 2, "only one cache"),
         ("flux", {"use_fbcache": True, "control_net": {"x": 1.0}}, 2, "without --control_net"),
@@ -479,7 +479,7 @@ STOCHASTIC = {"scheduler": "flow_euler", "stochastic_sampling": True}
             "not supported with PipeFusion",
         ),
         ("sd3", {"pipefusion_parallel_degree": 2, "warm_up_steps": 0}, 2, "at least 1"),
-        ("sd3", {"num_pipeline_patch": 2}, 2, "is for PipeFusion"),
+        ("sd3", {"num_pipeline_patch": 2}, 2, "needs PipeFusion"),
         ("sd3", {"pipefusion_parallel_degree": 2, "attn_layer_num_for_pp": (4,)}, 2, "got 1"),
         ("hy", {"pipefusion_parallel_degree": 2, "attn_layer_num_for_pp": (4, 4)}, 2, "equal stages"),
         ("sd3", {"pipefusion_parallel_degree": 2, "height": 80}, 4, "64 and 96"),

@@ -75,7 +75,7 @@ def test_a_generation_shares_a_store_that_no_other_had(store: Any, late: int):
 def test_a_rank_that_never_comes(store: Any):
     rank = OneStore(store, 0)
     rank.timeout = 0.2
-    with pytest.raises(TimeoutError, match="not all 2 ranks have come"):
+    with pytest.raises(TimeoutError, match="not all 2 ranks joined"):
         rank.join()
 
 
