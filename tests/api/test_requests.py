@@ -283,7 +283,7 @@ def test_a_faulty_field_causes_no_second_fault() -> None:
         (CONFIG, {"control_image": b64(picture())}, "control_image", "without --control_net"),
         (config_of(control_net={"x": 1.0}), {}, "control_image", "started with --control_net"),
         (config_of("svd"), {"image": b64(picture()), "clip_skip": 1}, "clip_skip", "takes no clip_skip"),
-        (CONFIG, {"scheduler": "flow_euler"}, "scheduler", "type sd1 takes"),
+        (CONFIG, {"scheduler": "flow_euler"}, "scheduler", "type sd1 supports"),
         (CONFIG, {"output_format": "gif"}, "output_format", "png, jpeg, webp, latent; got 'gif'"),
         (config_of("ad"), {"output_format": "jpeg"}, "output_format", "mp4"),
     ],

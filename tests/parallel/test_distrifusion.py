@@ -719,8 +719,8 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str)
         ({}, 9, "1 to 8 ranks"),
         ({"split_scheme": "alternate"}, 2, "must be row or col with --parallelism=patch"),
         ({"warm_up_steps": 0}, 2, "must be at least 1"),
-        ({"parallelism": "tensor", "quantize_to": "int8"}, 2, "not with --quantize_to"),
-        ({"parallelism": "tensor", "enable_model_cpu_offload": True}, 2, "not with an --enable_"),
+        ({"parallelism": "tensor", "quantize_to": "int8"}, 2, "not supported with --quantize_to"),
+        ({"parallelism": "tensor", "enable_model_cpu_offload": True}, 2, "not supported with CPU offload"),
     ],
 )
 def test_impossible_launches_are_refused(flags: dict[str, Any], ranks: int, problem: str):

@@ -461,7 +461,7 @@ STOCHASTIC = {"scheduler": "flow_euler", "stochastic_sampling": True}
 @pytest.mark.parametrize(
     ("name", "flags", "world", "words"),
     [
-        ("flux", {"use_cfg_parallel": True}, 2, "one branch"),
+        ("flux", {"use_cfg_parallel": True}, 2, "only one guidance branch"),
         ("sd3", {"tensor_parallel_degree": 2}, 2, "has no tensor parallelism for it; types with it: flux"),
         ("pixa", {"use_teacache": True}, 2, "types with it: flux"),
         ("flux", {"use_teacache": True, "use_fbcache": True}, 2, "only one cache"),

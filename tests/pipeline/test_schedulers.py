@@ -118,9 +118,9 @@ def test_class_names_and_json() -> None:
 @pytest.mark.parametrize(
     ("name", "wanted", "says"),
     [
-        ("sd3", "ddim", "type sd3 takes flow_euler"),
-        ("sd1", "flow_euler", "type sd1 takes ddim"),
-        ("svd", "UniPCMultistepScheduler", "type svd takes"),
+        ("sd3", "ddim", "type sd3 supports flow_euler"),
+        ("sd1", "flow_euler", "type sd1 supports ddim"),
+        ("svd", "UniPCMultistepScheduler", "type svd supports"),
         ("sd1", "k_ddim", "got 'k_ddim'"),
         (
             "sd1",
@@ -147,7 +147,7 @@ def test_class_names_and_json() -> None:
         ("sd1", {"scheduler": "lcm", "original_inference_steps": 0}, "lcm with"),
         ("sd1", {"scheduler": "tcd", "eta": 2}, "eta must be a number from 0 to 1; got 2"),
         ("sd1", {"scheduler": "lcm", "eta": 0.5}, "LCMScheduler has no setting 'eta'"),
-        ("svd", {"scheduler": "unipc_trailing"}, "type svd takes"),
+        ("svd", {"scheduler": "unipc_trailing"}, "type svd supports"),
     ],
 )
 def test_refused(name: str, wanted: Any, says: str) -> None:
@@ -171,7 +171,7 @@ def test_settings_that_break_longer_schedules_only(setting: dict[str, Any]) -> N
 
 def test_launch_flag() -> None:
     assert type(tiny.host("sd1", scheduler="k_dpmpp_2m").scheduler).__name__ == "DPMSolverMultistepScheduler"
-    with pytest.raises(UsageError, match="--scheduler: type sd1 takes"):
+    with pytest.raises(UsageError, match="--scheduler: type sd1 supports"):
         tiny.host("sd1", scheduler="flow_euler")
 
 
