@@ -48,7 +48,7 @@ def parse(text: str) -> list[Chunk]:
         if token in opened:
             opened[token].append(len(found))
             if len(opened["("]) + len(opened["["]) > MAX_DEPTH:
-                raise NotationError(f"brackets may nest {MAX_DEPTH} deep, got more")
+                raise NotationError(f"brackets may be nested at most {MAX_DEPTH} deep")
         elif weight is not None and opened["("]:
             weigh(opened["("].pop(), _number(weight))
         elif token == ")" and opened["("]:
@@ -64,7 +64,7 @@ def parse(text: str) -> list[Chunk]:
     chunks: list[Chunk] = [[]]
     for words, weight in found:
         if abs(weight) > MAX_WEIGHT:
-            raise NotationError(f"a weight may be {MAX_WEIGHT:g} at most, got {weight:g} for {words[:40]!r}")
+            raise NotationError(f"a weight must be at most {MAX_WEIGHT:g}, got {weight:g} for {words[:40]!r}")
         first, *others = _BREAK.split(words)
         _append(chunks[-1], first, weight)
         for other in others:
@@ -94,10 +94,10 @@ def _refuse_schedules(text: str) -> None:
         for match in _INNERMOST.finditer(left):
             shown = f"[{match[1][:40]}]"
             if "|" in match[1]:
-                raise NotationError(f"alternating words are not served, got {shown}")
+                raise NotationError(f"alternating words are not supported, got {shown}")
             # The number of a weight ends with a bracket: (word:1.3) inside is none.
             if _EDITS.search(match[1]):
-                raise NotationError(f"prompt editing is not served, got {shown}")
+                raise NotationError(f"prompt editing is not supported, got {shown}")
         shorter = _INNERMOST.sub("", left)
         if shorter == left:
             return
@@ -124,7 +124,7 @@ def take_networks(text: str) -> Networks:
     def take(match: re.Match[str]) -> str:
         kind, (name, *scales) = match[1], match[2].split(":")
         if kind != "lora" or not name:
-            raise NotationError(f"only <lora:name:scale> is served, got {match[0][:80]}")
+            raise NotationError(f"only <lora:name:scale> is supported, got {match[0][:80]}")
         taken.loras[name] = taken.loras.get(name, 0.0) + (_number(scales[0]) if scales else 1.0)
         if len(scales) > 1:
             taken.left_out.append(":".join(scales[1:]) + f" of {match[0]}")

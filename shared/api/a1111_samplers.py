@@ -94,5 +94,5 @@ def scheduler_for(asked: dict[str, Any], samplers: dict[str, str]) -> tuple[str 
     if name := taken_variant(ours, variant):
         return name, None
     fitting = [theirs for theirs, ours in samplers.items() if taken_variant(ours, variant)]
-    text = f"{sampler} has no {labels[noise]}; samplers with it: {', '.join(fitting) or 'none'}"
+    text = f"{sampler} does not support {labels[noise]}; samplers that do: {', '.join(fitting) or 'none'}"
     return None, FieldProblem("scheduler", text)

@@ -64,7 +64,7 @@ def check_image(value: Any) -> bytes:
             else:
                 image.load()
     except UnidentifiedImageError:
-        raise problem("is no picture; allowed: PNG, JPEG, WebP, BMP") from None
+        raise problem("is not a picture; allowed: PNG, JPEG, WebP, BMP") from None
     except (Image.DecompressionBombError, *_BROKEN_PICTURE) as error:
         raise problem(f"is a broken picture ({error})") from None
     if too_large:
@@ -102,20 +102,20 @@ def tensor_of(*names: str, optional: tuple[str, ...] = (), most: float = math.in
             if not math.prod(tensor["shape"]):
                 raise problem(f"{name!r} is empty, shape {list(tensor['shape'])}")
             if (count := math.prod(tensor["shape"])) > most:
-                raise problem(f"{name!r} must hold at most {most} numbers, one a step; got {count}")
+                raise problem(f"{name!r} must hold at most {most} numbers, one per step; got {count}")
         return data
 
     return check
 
 
-def _base64_schema(description: str) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string", "contentEncoding": "base64", "description": description})
+def _base64_schema(description: str, **more: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "contentEncoding": "base64", "description": description} | more)
 
 
 Picture = Annotated[
     bytes,
     BeforeValidator(check_image),
-    _base64_schema("base64 (or a data: URI) of a PNG, JPEG, WebP or BMP"),
+    _base64_schema("base64 (or a data: URI) of a PNG, JPEG, WebP or BMP", contentMediaType="image/*"),
 ]
 Embeds = Annotated[
     bytes,

@@ -189,7 +189,9 @@ class GenerationJob(_Job):
     def add(self, replies: Sequence[Reply]) -> None:
         """Pictures are made, or the first passes of them; with the last one the job is done."""
         if len(replies) != self.drawing:
-            self.finish(JobError(500, f"the ranks gave {len(replies)} pictures instead of {self.drawing}"))
+            self.finish(
+                JobError(500, f"the ranks returned {len(replies)} pictures instead of {self.drawing}")
+            )
             return
         if self.second is not None and not self.drafts:
             self.drafts = list(replies)
@@ -251,7 +253,9 @@ class JobQueue:
                 raise JobError(self._closed.status, str(self._closed))
             ahead = len(self._waiting) + (self.running is not None)
             if ahead > self.limit:
-                raise QueueFullError(f"{len(self._waiting)} requests wait; at most {self.limit} may")
+                raise QueueFullError(
+                    f"{len(self._waiting)} requests are waiting; at most {self.limit} may wait"
+                )
             self._waiting.append(job)
             self._changed.notify_all()
 
@@ -300,7 +304,7 @@ class JobQueue:
         return True
 
     def cancel(self, id: str) -> bool:
-        """Cancel the job of this id, where it runs or waits; whether there was one."""
+        """Cancel the job of this id, where it is running or waiting; whether there was one."""
         with self._changed:
             jobs = [*([self.running] if self.running else []), *self._waiting]
         found = [job for job in jobs if job.id == id and self._cancellable(job)]

@@ -25,7 +25,11 @@ SHOWN = 10  # names in an error
 
 
 class LoraNameError(ValueError):
-    """A name that means no LoRA, or several; the sentence says what there is."""
+    """A name that no LoRA has, or several; the sentence lists those that there are."""
+
+
+class AmbiguousLoraError(LoraNameError):
+    """A name that several LoRAs have."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def find_lora(config: HostConfig, name: str, loaded: Iterable[str] = ()) -> Lora
     if len(found) == 1:
         return found[0]
     if found:
-        raise LoraNameError(f"LoRA {name!r} means several: {_names(found)}")
+        raise AmbiguousLoraError(f"LoRA {name!r} is ambiguous: {_names(found)}")
     if not config.lora_dir:
         raise LoraNameError(f"LoRA {name!r} is not loaded, and the host was started without --lora_dir")
     raise LoraNameError(f"LoRA {name!r} is not in --lora_dir, which has {_names(files) or 'none'}")
@@ -111,10 +115,10 @@ def lora_path(config: HostConfig, given: str) -> str:
     except LoraNameError as error:
         if given in (config.lora or {}) or given in (config.motion_adapter_lora or {}):
             return given
-        if config.allow_lora_paths and " means several" not in str(error):
+        if config.allow_lora_paths and not isinstance(error, AmbiguousLoraError):
             return given
-        hint = "; another path of the server needs --allow_lora_paths"
-        raise LoraNameError(f"{error}{'' if config.allow_lora_paths else hint}") from None
+        hint = "" if config.allow_lora_paths else "; other paths need --allow_lora_paths"
+        raise LoraNameError(f"{error}{hint}") from None
 
 
 def list_loras(config: HostConfig) -> list[dict[str, Any]]:

@@ -106,40 +106,58 @@ Scale = Annotated[float, Field(ge=-100, le=100)]
 Side = Annotated[int, Field(ge=16, le=MAX_SIDE, multiple_of=8, description="pixels")]
 
 
+@dataclass(frozen=True)
+class Told:
+    """What is to be known of a field beside its type, bounds and description, which pydantic has."""
+
+    label: str = ""  # in a form; without one no form shows the field
+    unit: str = ""
+    common: bool = False  # every type takes it; of the others ModelSpec.fields says who does
+    flag: str = ""  # of the launch, without which the field has nothing to act on
+
+
 class GenerateRequest(BaseModel):
     """Body of POST /generate. Absent and null mean the same; unknown fields are refused by name."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
-    positive: Text | None = None
-    negative: Text | None = None
+    positive: Annotated[Text | None, Told("Prompt")] = None
+    negative: Annotated[Text | None, Told("Negative prompt")] = None
     prompt_syntax: (
-        Annotated[Literal["a1111"], Field(description="(word:1.3), [word] and BREAK mean what they do there")]
+        Annotated[
+            Literal["a1111"], Field(description="(word:1.3), [word] and BREAK mean what they mean in A1111")
+        ]
         | None
     ) = None
     positive_embeds: Embeds | None = None
     negative_embeds: Embeds | None = None
-    image: Picture | None = None
-    ip_image: Picture | None = None
-    control_image: Picture | None = None
-    image_scale: Percent | None = None
-    ip_image_scale: Percent | None = None
-    control_image_scale: Percent | None = None
+    image: Annotated[Picture | None, Told("Input image")] = None
+    ip_image: Annotated[Picture | None, Told("IP-Adapter image", flag="ip_adapter")] = None
+    control_image: Annotated[Picture | None, Told("ControlNet image", flag="control_net")] = None
+    image_scale: Annotated[Percent | None, Told("Input size", unit="%")] = None
+    ip_image_scale: Annotated[Percent | None, Told("IP-Adapter size", unit="%")] = None
+    control_image_scale: Annotated[Percent | None, Told("ControlNet size", unit="%")] = None
     latent: Latent | None = None
     sigmas: Sigmas | None = None
     timesteps: Timesteps | None = None
-    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)] | None = None
-    cfg: Annotated[float, Field(ge=0, le=100)] | None = None
-    true_cfg_scale: (
-        Annotated[float, Field(ge=0, le=100, description="above 1: flux hears the negative prompt")] | None
-    ) = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64, description="negative: drawn")] | None = None
-    pictures: (
-        Annotated[int, Field(ge=1, le=MAX_PICTURES, description="their seeds are seed, seed + 1, ...")] | None
-    ) = None
-    clip_skip: Annotated[int, Field(ge=0, le=12)] | None = None
-    width: Side | None = None
-    height: Side | None = None
+    steps: Annotated[Annotated[int, Field(ge=1, le=MAX_STEPS)] | None, Told("Steps", common=True)] = None
+    cfg: Annotated[Annotated[float, Field(ge=0, le=100)] | None, Told("Guidance", common=True)] = None
+    true_cfg_scale: Annotated[
+        Annotated[float, Field(ge=0, le=100, description="above 1: flux uses the negative prompt")] | None,
+        Told("True guidance"),
+    ] = None
+    seed: Annotated[
+        Annotated[int, Field(ge=-(2**63), lt=2**64, description="negative: drawn")] | None,
+        Told("Seed", common=True),
+    ] = None
+    pictures: Annotated[
+        Annotated[int, Field(ge=1, le=MAX_PICTURES, description="their seeds are seed, seed + 1, ...")]
+        | None,
+        Told("Pictures", common=True),
+    ] = None
+    clip_skip: Annotated[Annotated[int, Field(ge=0, le=12)] | None, Told("CLIP layers to skip")] = None
+    width: Annotated[Side | None, Told("Width", unit="pixels")] = None
+    height: Annotated[Side | None, Told("Height", unit="pixels")] = None
     strength: (
         Annotated[Fraction, Field(description="how much of the schedule is run from `latent`; 1: all of it")]
         | None
@@ -150,20 +168,29 @@ class GenerateRequest(BaseModel):
     add_noise: (
         Annotated[bool, Field(description="the seed's noise on `latent`, at the level of `strength`")] | None
     ) = None
-    controlnet_scale: Scale | None = None
-    ip_adapter_scale: Scale | None = None
+    controlnet_scale: Annotated[Scale | None, Told("ControlNet scale", flag="control_net")] = None
+    ip_adapter_scale: Annotated[Scale | None, Told("IP-Adapter scale", flag="ip_adapter")] = None
     lora_scales: Annotated[dict[str, Scale], Field(max_length=64)] | None = None
-    frames: Annotated[int, Field(ge=1, le=1024)] | None = None
-    decode_chunk_size: Annotated[int, Field(ge=1, le=1024)] | None = None
-    motion_bucket_id: Annotated[int, Field(ge=0, le=1023)] | None = None
-    noise_aug_strength: Annotated[float, Field(ge=0, le=10)] | None = None
-    fps: Annotated[int, Field(ge=1, le=120)] | None = None
-    scheduler: Annotated[str | dict[str, Any] | None, BeforeValidator(_check_scheduler)] = None
-    output_format: Literal["png", "jpeg", "webp", "mp4", "gif", "latent"] | None = None
-    return_latent: Annotated[bool, Field(description="the answer has `latent` too")] | None = None
-    metadata: (
-        Annotated[bool, Field(description="png, jpeg and webp say what made them; default: true")] | None
-    ) = None
+    frames: Annotated[Annotated[int, Field(ge=1, le=1024)] | None, Told("Frames")] = None
+    decode_chunk_size: Annotated[
+        Annotated[int, Field(ge=1, le=1024)] | None, Told("Frames decoded at once")
+    ] = None
+    motion_bucket_id: Annotated[Annotated[int, Field(ge=0, le=1023)] | None, Told("Motion")] = None
+    noise_aug_strength: Annotated[Annotated[float, Field(ge=0, le=10)] | None, Told("Added noise")] = None
+    fps: Annotated[Annotated[int, Field(ge=1, le=120)] | None, Told("Frames per second")] = None
+    scheduler: Annotated[
+        str | dict[str, Any] | None, BeforeValidator(_check_scheduler), Told("Scheduler", common=True)
+    ] = None
+    output_format: Annotated[
+        Literal["png", "jpeg", "webp", "mp4", "gif", "latent"] | None, Told("Format", common=True)
+    ] = None
+    return_latent: Annotated[
+        Annotated[bool, Field(description="the answer has `latent` too")] | None, Told(common=True)
+    ] = None
+    metadata: Annotated[
+        Annotated[bool, Field(description="png, jpeg and webp say what made them; default: true")] | None,
+        Told(common=True),
+    ] = None
 
     def numbered(self, number: int) -> GenerateRequest:
         """The request for picture `number` of several: its seed is so many further."""
@@ -173,24 +200,42 @@ class GenerateRequest(BaseModel):
 
     def filled(self, config: HostConfig, output_format: str | None = None) -> GenerateRequest:
         """The request with every default of the launch in its place: seed drawn, size, steps and cfg set."""
-        spec = config.spec
-        width, height = config.size
-        return self.model_copy(
-            update=dict(
-                seed=secrets.randbelow(2**32) if self.seed is None or self.seed < 0 else self.seed,
-                pictures=self.pictures or 1,
-                steps=self.steps or spec.steps,
-                cfg=spec.cfg if self.cfg is None else self.cfg,
-                width=self.width or width,
-                height=self.height or height,
-                frames=self.frames or spec.frames,
-                fps=self.fps or spec.fps,
-                strength=self.denoise if self.strength is None else self.strength,
-                denoise=None,
-                denoising_start=self.denoising_start or None,
-                output_format=self.output_format or output_format or "png",
-            )
-        )
+        own = {
+            "seed": secrets.randbelow(2**32) if self.seed is None or self.seed < 0 else self.seed,
+            "pictures": self.pictures or 1,
+            "strength": self.denoise if self.strength is None else self.strength,
+            "denoise": None,
+            "denoising_start": self.denoising_start or None,
+            "output_format": self.output_format or output_format or "png",
+        }
+        filled = {n: v for n, v in launch_defaults(config).items() if getattr(self, n) is None}
+        return self.model_copy(update=own | filled)
+
+
+def launch_defaults(config: HostConfig) -> dict[str, Any]:
+    """What the launch puts in the place of fields that are left out."""
+    spec, (width, height) = config.spec, config.size
+    return {
+        "steps": spec.steps,
+        "cfg": spec.cfg,
+        "width": width,
+        "height": height,
+        "frames": spec.frames,
+        "fps": spec.fps,
+    }
+
+
+def told_fields(model: type[BaseModel]) -> dict[str, Told]:
+    """What is told of each field of a model."""
+    return {
+        name: next((told for told in info.metadata if isinstance(told, Told)), Told())
+        for name, info in model.model_fields.items()
+    }
+
+
+TOLD = told_fields(GenerateRequest)
+COMMON_FIELDS = frozenset(name for name, told in TOLD.items() if told.common)
+NEEDS_FLAG = {name: told.flag for name, told in TOLD.items() if told.flag}
 
 
 def parse_request(body: bytes, config: HostConfig, accept: str | None = None) -> GenerateRequest:
@@ -298,21 +343,23 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
     start, end = request.denoising_start or 0.0, request.denoising_end
     if len(set(words.values())) > 1:
         add(
-            "denoise", "is strength too, and they differ: {strength} and {denoise}".format(**words), *STRENGTH
+            "denoise",
+            "means the same as strength, but they differ: {strength} and {denoise}".format(**words),
+            *STRENGTH,
         )
     if strength is not None and start:
         add(name, "give strength or denoising_start, not both", *STRENGTH, "denoising_start")
     elif strength == 0:
         add(name, "must be above 0, or no step is left to run; got 0")
     elif strength is not None and strength < 1 and request.latent is None:
-        add(name, f"below 1 needs a latent to start from, got {strength:g} and none", "latent")
+        add(name, f"below 1 needs a latent to start from; got {strength:g} and no latent", "latent")
     if end is not None and start >= end:
         add("denoising_end", f"must be above denoising_start {start:g}, got {end:g}", "denoising_start")
     elif start >= 1:
         add("denoising_start", "must be below 1, or no step is left to run; got 1")
     if request.add_noise and (request.latent is None or not (start or strength)):
         missing = ("latent",) if request.latent is None else (*STRENGTH, "denoising_start")
-        add("add_noise", "needs latent, and strength", *missing)
+        add("add_noise", "needs latent and strength", *missing)
     if request.sigmas is not None and request.timesteps is not None:
         add("timesteps", "give sigmas or timesteps, not both")
     for name in ("positive", "negative") if request.prompt_syntax else ():
@@ -338,17 +385,6 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
 
 
 STRENGTH = ("strength", "denoise")  # two words for one thing
-COMMON_FIELDS = frozenset(
-    {"steps", "cfg", "seed", "pictures", "scheduler", "output_format", "return_latent", "metadata"}
-)
-
-# A field that needs a launch flag to mean anything.
-NEEDS_FLAG = {
-    "ip_image": "ip_adapter",
-    "ip_adapter_scale": "ip_adapter",
-    "control_image": "control_net",
-    "controlnet_scale": "control_net",
-}
 
 
 def _truly_guided(request: GenerateRequest) -> bool:
@@ -363,17 +399,17 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
         if getattr(request, name) is None:
             continue
         if name not in spec.fields | COMMON_FIELDS:
-            problems.append(FieldProblem(name, f"type {spec.name} ({spec.title}) takes no {name}"))
+            problems.append(FieldProblem(name, f"type {spec.name} ({spec.title}) does not support {name}"))
         elif (flag := NEEDS_FLAG.get(name)) and not getattr(config, flag):
             problems.append(FieldProblem(name, f"the host was started without --{flag}"))
         elif name.startswith("negative") and spec.guidance_branches == 1 and not _truly_guided(request):
             given = request.true_cfg_scale or "none"
-            text = f"type {spec.name} hears it with true_cfg_scale above 1 alone, got {given}"
+            text = f"type {spec.name} ignores a negative prompt unless true_cfg_scale is above 1; got {given}"
             problems.append(FieldProblem(name, text))
     if spec.image == "needed" and request.image is None:
         problems.append(FieldProblem("image", f"type {spec.name} ({spec.title}) needs an input image"))
     if config.control_net and request.control_image is None:
-        problems.append(FieldProblem("control_image", "needed: the host was started with --control_net"))
+        problems.append(FieldProblem("control_image", "is needed: the host was started with --control_net"))
     allowed = IMAGE_FORMATS if spec.output == "image" else VIDEO_FORMATS
     wanted = request.output_format or accept
     if wanted is not None and wanted not in allowed:
@@ -381,15 +417,15 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
             FieldProblem("output_format", f"type {spec.name} makes {', '.join(allowed)}; got {shown(wanted)}")
         )
     if request.return_latent and accept is not None:
-        text = f"is part of the JSON answer, but Accept asks for {MIME_TYPES.get(accept, accept)} alone"
+        text = f"needs a JSON answer, but Accept allows only {MIME_TYPES.get(accept, accept)}"
         problems.append(FieldProblem("return_latent", text))
     if (count := request.pictures or 1) > 1:
         if accept is not None:
-            text = f"must be 1 where Accept asks for {MIME_TYPES.get(accept, accept)} alone, got {count}"
+            text = f"must be 1 because Accept allows only {MIME_TYPES.get(accept, accept)}; got {count}"
             problems.append(FieldProblem("pictures", text))
         if spec.output == "video" and (wanted or "png") == "png":
             text = (
-                f"must be 1 where the frames come as a list of png, got {count}; mp4, gif, webp hold a video"
+                f"must be 1 for a video as a list of png, got {count}; mp4, gif and webp hold a whole video"
             )
             problems.append(FieldProblem("pictures", text))
     if fault := _too_much(request, config):
@@ -409,7 +445,7 @@ def _too_much(request: GenerateRequest, config: HostConfig) -> FieldProblem | No
         return None
     name = next((n for n in ("steps", "frames", "width", "height") if getattr(request, n)), "steps")
     given = f"{width} x {height} pixels x {frames} frames x {steps} steps = {work}"
-    return FieldProblem(name, f"{given}, above this launch's --max_pixel_steps={config.max_pixel_steps}")
+    return FieldProblem(name, f"{given} exceeds this launch's --max_pixel_steps={config.max_pixel_steps}")
 
 
 class LoraChange(BaseModel):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flask import Flask, Response, jsonify
+from flask import Response, jsonify
 
 from shared.api.a1111_prompts import NotationError, take_networks
 from shared.api.a1111_samplers import AUTOMATIC, SCHEDULES, samplers_for, scheduler_for, taken_variant
@@ -34,6 +34,8 @@ from shared.http import a1111_hires as hires
 from shared.http.a1111_options import check_options, is_img2img
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.incoming import caller, check_json_type, json_body
+from shared.http.routes import App, Route, picture_route
+from shared.http.wsgi import MAX_BODY
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 
@@ -57,6 +59,16 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {
 _WHOLE = frozenset({"steps", "seed", "width", "height"})
 
 
+_LISTS = {
+    "sd-models": "the checkpoint, as a list",
+    "samplers": "names of the type's schedulers",
+    "schedulers": "names of their noise schedules",
+    "upscalers": "none; latents are enlarged by those of latent-upscale-modes",
+    "latent-upscale-modes": "the hires fix's ways to enlarge latents",
+    "sd-vae": "the launch's own VAE",
+}
+
+
 def error_body(error: ApiError) -> dict[str, Any]:
     """A1111's error shape."""
     kind = "HTTPException" if error.status < 500 else "RuntimeError"
@@ -65,7 +77,7 @@ def error_body(error: ApiError) -> dict[str, Any]:
     return {"error": kind, "detail": text, "body": "", "errors": text}
 
 
-def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
+def add_routes(app: App, dispatcher: Dispatcher) -> None:
     """Add the routes under /sdapi/v1."""
     config, queue = dispatcher.config, dispatcher.queue
     name, samplers = config.model_id, samplers_for(config)
@@ -100,37 +112,46 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
         "sd-vae": [{"model_name": Path(vae).name, "filename": vae} for vae in vaes],
     }
     for path, answer in lists.items():
-        app.add_url_rule(f"/sdapi/v1/{path}", f"a1111_{path}", lambda answer=answer: jsonify(answer))
+        route = Route(f"A1111: {_LISTS[path]}")
+        app.serve("GET", f"/sdapi/v1/{path}", route)(lambda answer=answer: jsonify(answer))
 
-    @app.get("/sdapi/v1/options")
+    @app.serve("GET", "/sdapi/v1/options", Route("A1111: the checkpoint"))
     def a1111_options() -> Response:
         return jsonify(options)
 
-    @app.post("/sdapi/v1/options")
+    @app.serve("POST", "/sdapi/v1/options", Route("A1111: takes the launch's own checkpoint"))
     def a1111_set_options() -> Response:
         check_json_type()
         wanted = json_body().get("sd_model_checkpoint")
         _check_model(wanted, name)
         return jsonify(None)
 
-    @app.get("/sdapi/v1/progress")
+    @app.serve("GET", "/sdapi/v1/progress", Route("A1111: progress and jobs"))
     def a1111_progress() -> Response:
         return jsonify(_progress(dispatcher))
 
-    @app.post("/sdapi/v1/interrupt")
+    @app.serve("POST", "/sdapi/v1/interrupt", Route("A1111: cancel the running request"))
     def a1111_interrupt() -> Response:
         queue.cancel_running()
         return jsonify({})
 
-    @app.post("/sdapi/v1/txt2img")
+    @app.serve("POST", "/sdapi/v1/txt2img", picture_route("A1111: pictures from a prompt"))
     def a1111_txt2img() -> Response:
         return _answer(dispatcher, samplers, with_image=False)
 
-    @app.post("/sdapi/v1/img2img")
+    @app.serve(
+        "POST",
+        "/sdapi/v1/img2img",
+        picture_route("A1111: a picture from a picture, where the type takes one"),
+    )
     def a1111_img2img() -> Response:
         return _answer(dispatcher, samplers, with_image=True)
 
-    @app.post("/sdapi/v1/png-info")
+    @app.serve(
+        "POST",
+        "/sdapi/v1/png-info",
+        Route("A1111: what a picture's file says of how it was made", max_body=MAX_BODY),
+    )
     def a1111_png_info() -> Response:
         check_json_type()
         return jsonify(dispatcher.read(lambda: png_info(json_body())))
@@ -155,7 +176,7 @@ def _check_model(wanted: Any, name: str) -> None:
     """Raise ApiError 422 for another checkpoint than the launch's, by its name or by A1111's title of it."""
     title = _TITLE.sub("", wanted, count=1) if isinstance(wanted, str) else wanted
     if name not in (wanted, title) and wanted not in (None, ""):
-        raise ApiError(422, f"this host serves the checkpoint {name!r} alone; got {shown(wanted)}")
+        raise ApiError(422, f"this host has only the checkpoint {name!r}; got {shown(wanted)}")
 
 
 def _progress(dispatcher: Dispatcher) -> dict[str, Any]:
@@ -288,7 +309,7 @@ def translate(
         if is_img2img(spec):
             data["strength"] = IMG2IMG_STRENGTH if strength is None else strength
         elif strength is not None:
-            warn(f"denoising_strength: type {spec.name} ({spec.title}) takes none with a picture; left out")
+            warn(f"denoising_strength: type {spec.name} ({spec.title}) ignores it with a picture; left out")
     more, faults = check_options(asked, config, with_image)
     data |= more
     problems += faults
@@ -333,7 +354,7 @@ def _notation(data: dict[str, Any], without_loras: bool) -> list[FieldProblem]:
         if taken.loras and ours == "positive":
             data["lora_scales"] = taken.loras
         elif taken.loras:
-            warn(f"{theirs}: LoRAs are read in the prompt alone; left out: {', '.join(taken.loras)}")
+            warn(f"{theirs}: LoRAs are read only in the prompt; left out: {', '.join(taken.loras)}")
         for scale in taken.left_out:
-            warn(f"{theirs}: a LoRA has one scale here; left out: {scale}")
+            warn(f"{theirs}: a LoRA takes only one scale; left out: {scale}")
     return problems

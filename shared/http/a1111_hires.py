@@ -110,13 +110,13 @@ def two_passes(asked: dict[str, Any], config: HostConfig, check: Check) -> tuple
 def _faults(asked: dict[str, Any], config: HostConfig) -> Iterator[FieldProblem]:
     spec, checkpoint = config.spec, config.model_id
     if missing := [name for name in _NEEDED if name not in spec.fields]:
-        yield FieldProblem("enable_hr", f"type {spec.name} ({spec.title}) takes no {missing[0]}")
+        yield FieldProblem("enable_hr", f"type {spec.name} ({spec.title}) does not support {missing[0]}")
     upscaler = asked.get("hr_upscaler") or "Latent"
     if not isinstance(upscaler, str) or upscaler not in UPSCALERS:
         yield FieldProblem("hr_upscaler", f"must be one of {', '.join(UPSCALERS)}; got {shown(upscaler)}")
     for name, nothing in _NOT_SERVED.items():
         if not is_nothing(value := asked.get(name), (*nothing, checkpoint)):
-            text = f"is not served, this host serves the checkpoint {checkpoint!r} alone; got {shown(value)}"
+            text = f"is not supported: this host has only the checkpoint {checkpoint!r}; got {shown(value)}"
             yield FieldProblem(name, text)
     scale = asked.get("hr_scale")
     if scale is not None and not (_is_number(scale) and 0 < scale <= MAX_SIDE):

@@ -118,7 +118,7 @@ def is_nothing(value: Any, more: tuple[Any, ...] = ()) -> bool:
 def _refused(values: dict[str, Any], table: dict[str, tuple[Any, ...]], where: str) -> Iterator[FieldProblem]:
     for key, more in table.items():
         if not is_nothing(value := values.get(key), more):
-            yield FieldProblem(f"{where}{key}", f"is not served, leave it out; got {shown(value)}")
+            yield FieldProblem(f"{where}{key}", f"is not supported: leave it out; got {shown(value)}")
 
 
 def _args(script: Any) -> list[Any]:
@@ -166,13 +166,15 @@ def check_options(
         if name.lower() == _CONTROL_NET:
             units += args
         elif args:
-            text = f"is not served, leave it out; ControlNet is the one script served; got {shown(args)}"
+            text = (
+                f"is not supported: leave it out; the only supported script is ControlNet; got {shown(args)}"
+            )
             problems.append(FieldProblem(f"alwayson_scripts.{shown(name)}", text))
     field = "alwayson_scripts.ControlNet"
     if len(units) > 1:
-        problems.append(FieldProblem(field, f"takes one enabled unit, got {len(units)}"))
+        problems.append(FieldProblem(field, f"must hold at most one enabled unit, got {len(units)}"))
     elif units and not isinstance(units[0], dict):
-        problems.append(FieldProblem(field, f"takes a unit as an object, got {shown(units[0])}"))
+        problems.append(FieldProblem(field, f"must hold an object, got {shown(units[0])}"))
     elif units:
         data, faults = _control(units[0], field, config)
         problems += faults
@@ -209,7 +211,7 @@ def _control(
         problems += _refused(image, {"mask": ()}, f"{field}.image.")
         image = image.get("image")
     if not image:
-        problems.append(FieldProblem(f"{field}.image", "needed: a picture in base64"))
+        problems.append(FieldProblem(f"{field}.image", "is needed: a picture in base64"))
     data = {"control_image": image}
     if unit.get("weight") is not None:
         data["controlnet_scale"] = unit["weight"]

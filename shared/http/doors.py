@@ -35,9 +35,9 @@ class Doors:
     def refusal(self, host: str, origin: str | None) -> str:
         """Why a request with these headers is answered 403; nothing where it is not."""
         if host and not self._knows(host):
-            return f"the Host {shown(host)} is not known here; --trusted_hosts can name it"
+            return f"the Host {shown(host)} is not trusted; --trusted_hosts can add it"
         if origin is not None and not (_same(origin, host) or self._allows(origin)):
-            return f"pages of the Origin {shown(origin)} may not call this host; --allow_origin can name it"
+            return f"pages of the Origin {shown(origin)} may not call this host; --allow_origin can allow it"
         return ""
 
     def cors(self, http: Request, response: Response) -> None:

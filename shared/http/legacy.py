@@ -17,7 +17,7 @@ import signal
 import struct
 from typing import Any
 
-from flask import Flask, Response, jsonify
+from flask import Response, jsonify
 from flask import request as http
 
 from shared.api.requests import (
@@ -29,6 +29,7 @@ from shared.api.requests import (
 )
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.incoming import check_json_type, json_body
+from shared.http.routes import App, Route
 from shared.http.unpickle import ForbiddenPickleError, Picture, Tensor, unpickle
 from shared.launch.flags import HostConfig
 
@@ -187,11 +188,11 @@ def _torch_latent(data: bytes) -> Any:
     return safetensors.torch.load(data)["latent"]
 
 
-def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
+def add_routes(app: App, dispatcher: Dispatcher) -> None:
     """Add /apply, /offload and /close, which the newer original pack calls around /generate."""
     config = dispatcher.config
 
-    @app.post("/apply", endpoint="legacy_apply")
+    @app.serve("POST", "/apply", Route("Legacy: whether the launch is as asked; nothing is loaded"))
     def apply() -> Response:
         check_json_type()
         problems = _unlike_launch(json_body(), config)
@@ -200,7 +201,8 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
         dispatcher.check_ready()
         return jsonify({"message": "OK"})
 
-    @app.route("/offload", methods=["GET", "POST"], endpoint="legacy_offload")
+    @app.serve("GET", "/offload", Route("Legacy: moves nothing"))
+    @app.serve("POST", "/offload", Route("Legacy: moves nothing"))
     def offload() -> Response:
         _refuse_browsers()
         dispatcher.check_ready()
@@ -211,7 +213,8 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
         )
         return jsonify({"message": told})
 
-    @app.route("/close", methods=["GET", "POST"], endpoint="legacy_close")
+    @app.serve("GET", "/close", Route("Legacy: ends the host"))
+    @app.serve("POST", "/close", Route("Legacy: ends the host"))
     def close() -> Response:
         _refuse_browsers()
         response = jsonify({"message": "OK"})
@@ -222,7 +225,7 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
 def _refuse_browsers() -> None:
     """Raise ApiError 403 for a request that another site's page makes; a GET needs no Origin."""
     if http.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-        raise ApiError(403, f"{http.path} is not for pages of other sites")
+        raise ApiError(403, f"pages of other sites may not call {http.path}")
 
 
 def _end_launch() -> None:

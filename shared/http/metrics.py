@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from flask import Flask, Response
+from flask import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric, StateSetMetricFamily
 
 from shared.api.jobs import HostStatus, JobQueue
 from shared.api.requests import Reply
+from shared.http.routes import App, Route, text
+
+if TYPE_CHECKING:
+    from shared.http.dispatch import Dispatcher
 
 OUTCOMES = {
     200: "ok",
@@ -88,9 +93,10 @@ class _HostCollector:
         yield memory
 
 
-def add_routes(app: Flask, metrics: Metrics) -> None:
+def add_routes(app: App, dispatcher: Dispatcher) -> None:
     """Add GET /metrics."""
+    answer = text("Prometheus text", "diffusion_queue_length 0.0")
 
-    @app.get("/metrics")
+    @app.serve("GET", "/metrics", Route("Prometheus metrics", answer, errors=()))
     def metrics_text() -> Response:
-        return Response(generate_latest(metrics.registry), content_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(dispatcher.metrics.registry), content_type=CONTENT_TYPE_LATEST)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from flask import Flask, Response, jsonify
+from flask import Response, jsonify
 from flask import request as http
 from pydantic_core import from_json
 
@@ -26,6 +26,7 @@ from shared.api.requests import (
 from shared.api.warned import together, told_in
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.incoming import caller, check_json_type, json_body
+from shared.http.routes import App, Route, picture_route
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 
@@ -59,7 +60,7 @@ def error_body(error: ApiError) -> dict[str, Any]:
     }
 
 
-def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
+def add_routes(app: App, dispatcher: Dispatcher) -> None:
     """Add /v1/models, /v1/images/generations and /v1/images/edits."""
     config = dispatcher.config
     model = {
@@ -69,22 +70,30 @@ def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
         "owned_by": config.backend,
     }
 
-    @app.get("/v1/models")
+    @app.serve("GET", "/v1/models", Route("OpenAI: the one model here"))
     def openai_models() -> Response:
         return jsonify({"object": "list", "data": [model]})
 
-    @app.get("/v1/models/<path:name>")
+    @app.serve("GET", "/v1/models/<path:name>", Route("OpenAI: the one model here, by its name"))
     def openai_model(name: str) -> Response:
         if name != model["id"]:
-            raise ApiError(404, f"there is no model {shown(name)} here; there is {model['id']!r}")
+            raise ApiError(404, f"there is no model {shown(name)}; the only one is {model['id']!r}")
         return jsonify(model)
 
-    @app.post("/v1/images/generations")
+    @app.serve(
+        "POST",
+        "/v1/images/generations",
+        picture_route("OpenAI: pictures from a prompt; /generate's fields may be added"),
+    )
     def openai_generations() -> Response:
         check_json_type()
         return _answer(dispatcher, json_body)
 
-    @app.post("/v1/images/edits")
+    @app.serve(
+        "POST",
+        "/v1/images/edits",
+        picture_route("OpenAI: a picture from a picture, where the type takes one"),
+    )
     def openai_edits() -> Response:
         if http.mimetype != "multipart/form-data":
             given = http.headers.get("Content-Type") or "none"
@@ -125,7 +134,7 @@ def _form() -> dict[str, Any]:
     for name, files in pictures.lists():
         field = _FILES.get(name, name)
         if len(files) > 1 or field in data:
-            raise RequestError(400, [FieldProblem(name, f"one picture at a time, got {len(files)}")])
+            raise RequestError(400, [FieldProblem(name, f"must be one picture, got {len(files)}")])
         data[field] = base64.b64encode(files[0].read()).decode()
     if not data.get("image"):
         raise RequestError(400, [FieldProblem("image", "is needed: a file with the picture to edit")])
@@ -183,7 +192,7 @@ def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
             texts = " or ".join(str(a).lower() for a in allowed)
             problems.append(FieldProblem(name, f"must be {texts} on this host, got {shown(value)}"))
     if "mask" in ours:
-        problems.append(FieldProblem("mask", "is not served: the whole picture is made anew"))
+        problems.append(FieldProblem("mask", "is not supported: the whole picture is redrawn"))
         del ours["mask"]
     if config.spec.output == "video" and "output_format" not in ours:
         ours["output_format"] = "webp"

@@ -1,21 +1,17 @@
-"""GET /openapi.json: the API of one host as OpenAPI 3.1, made from the pydantic models."""
+"""GET /openapi.json: the API of one host as OpenAPI 3.1, made from what the routes declare."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from pydantic.json_schema import models_json_schema
+from flask import Response, jsonify
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from shared.api.requests import (
-    COMMON_FIELDS,
-    MIME_TYPES,
-    ErrorAnswer,
-    GenerateAnswer,
-    GenerateRequest,
-    LoraAnswer,
-    LoraChange,
-)
-from shared.http.negotiate import JSON, RAW_FORMATS
+from shared.api.requests import COMMON_FIELDS, ErrorAnswer, launch_defaults
+from shared.http.negotiate import JSON
+from shared.http.routes import AS_THERE, Answer, App, Route
 from shared.launch.flags import HostConfig
 
 ERRORS = {
@@ -34,7 +30,6 @@ ERRORS = {
     504: "Timed out (--request_timeout)",
     507: "The temporary folder or the memory has no room for this request",
 }
-_GENERATE_ERRORS = (400, 408, 413, 415, 422, 499, 500, 503, 504, 507)
 _RETRIES = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
 
 _EXAMPLES: dict[str, Any] = {
@@ -47,18 +42,21 @@ _EXAMPLES: dict[str, Any] = {
 _PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
-def openapi(config: HostConfig) -> dict[str, Any]:
+def add_route(app: App, config: HostConfig) -> None:
+    """Add GET /openapi.json, last: the document tells all routes that there are."""
+    document: dict[str, Any] = {}
+    answer = Answer("OpenAPI 3.1", media={JSON: {"schema": {"type": "object"}}})
+
+    @app.serve("GET", "/openapi.json", Route("This document", answer, errors=()))
+    def told() -> Response:
+        return jsonify(document)
+
+    document |= openapi(app, config)
+
+
+def openapi(app: App, config: HostConfig) -> dict[str, Any]:
     """The document of one launch: defaults are its own, fields that its type refuses say so."""
-    _, schema = models_json_schema(
-        [
-            (GenerateRequest, "validation"),
-            (GenerateAnswer, "serialization"),
-            (ErrorAnswer, "serialization"),
-            (LoraChange, "validation"),
-            (LoraAnswer, "serialization"),
-        ],
-        ref_template="#/components/schemas/{model}",
-    )
+    _, schema = models_json_schema(_models(app), ref_template="#/components/schemas/{model}")
     schemas = schema["$defs"]
     _tell_launch(schemas["GenerateRequest"], config)
     document: dict[str, Any] = {
@@ -68,13 +66,12 @@ def openapi(config: HostConfig) -> dict[str, Any]:
             "version": "1",
             "description": "One request at a time reaches the ranks, in order of arrival; the rest wait.",
         },
-        "paths": _paths(config) | _guest_paths(),
-        "components": {"schemas": schemas | _SCHEMAS, "responses": _responses()},
+        "paths": _paths(app),
+        "components": {"schemas": schemas, "responses": _responses()},
     }
     if config.api_key is not None:
         document["components"]["securitySchemes"] = {"api_key": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"api_key": []}]
-        document["paths"]["/health"]["get"]["security"] = []
     return document
 
 
@@ -92,21 +89,13 @@ def example_request(config: HostConfig) -> dict[str, Any]:
 
 def _tell_launch(schema: dict[str, Any], config: HostConfig) -> None:
     """Put the launch's defaults and refusals into the schema of GenerateRequest."""
-    spec, (width, height) = config.spec, config.size
-    defaults = {
-        "steps": spec.steps,
-        "cfg": spec.cfg,
-        "width": width,
-        "height": height,
-        "frames": spec.frames,
-        "fps": spec.fps if spec.output == "video" else None,
-        "output_format": "png",
-    }
+    spec = config.spec
+    defaults = launch_defaults(config) | {"output_format": "png"}
     schema["examples"] = [example_request(config)]
     for name, field in schema["properties"].items():
         field.pop("default", None)
         if name not in spec.fields | COMMON_FIELDS:
-            field["description"] = f"type {spec.name} takes no {name}: answered 422"
+            field["description"] = f"type {spec.name} does not support {name}: answered 422"
         elif defaults.get(name) is not None:
             field["default"] = defaults[name]
 
@@ -115,254 +104,68 @@ def _ref(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _text(description: str, example: str, **schema: Any) -> dict[str, Any]:
-    content = {"text/plain": {"schema": {"type": "string", **schema}, "example": example}}
-    return {"description": description, "content": content}
+def _paths(app: App) -> dict[str, dict[str, Any]]:
+    """Every rule of the application, by path and method, from what its route declares."""
+    paths: dict[str, dict[str, Any]] = {}
+    for rule in app.url_map.iter_rules():
+        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
+            operation = _operation(app.routes[rule.endpoint], sorted(rule.arguments))
+            paths.setdefault(path, {})[method.lower()] = operation
+    return paths
 
 
-def _json(description: str, name: str) -> dict[str, Any]:
-    return {"description": description, "content": {JSON: {"schema": _ref(name)}}}
+def _operation(route: Route, arguments: list[str]) -> dict[str, Any]:
+    string = {"type": "string"}
+    parameters = [
+        *({"name": name, "in": "path", "required": True, "schema": string} for name in arguments),
+        *(
+            {"name": name, "in": "query", "schema": string, "description": meaning}
+            for name, meaning in route.query.items()
+        ),
+    ]
+    answers: dict[str, Any] = {str(code): _answer(told) for code, told in route.others.items()}
+    if route.errors is None:
+        answers["default"] = _answer(AS_THERE)
+    else:
+        codes = (*(() if route.is_open else (401,)), *route.errors)
+        answers |= {str(code): {"$ref": f"#/components/responses/{code}"} for code in codes}
+    operation: dict[str, Any] = {
+        "summary": route.summary,
+        "responses": {"200": _answer(route.answer), **answers},
+    }
+    if parameters:
+        operation["parameters"] = parameters
+    if route.body is not None:
+        content = {JSON: {"schema": _ref(route.body.__name__)}}
+        operation["requestBody"] = {"required": True, "content": content}
+    if route.is_open:
+        operation["security"] = []
+    return operation
 
 
-def _errors(*codes: int) -> dict[str, Any]:
-    return {str(code): {"$ref": f"#/components/responses/{code}"} for code in (401, *codes)}
+def _answer(answer: Answer) -> dict[str, Any]:
+    content = {JSON: {"schema": _ref(answer.model.__name__)}} if answer.model is not None else {}
+    told: dict[str, Any] = {"description": answer.description, "content": content | dict(answer.media)}
+    return told | ({"headers": dict(answer.headers)} if answer.headers else {})
+
+
+def _models(app: App) -> list[tuple[type[BaseModel], JsonSchemaMode]]:
+    """The models of all bodies and answers."""
+    found: dict[tuple[type[BaseModel], JsonSchemaMode], None] = {(ErrorAnswer, "serialization"): None}
+    for route in app.routes.values():
+        if route.body is not None:
+            found[route.body, "validation"] = None
+        for answer in (route.answer, *route.others.values()):
+            if answer.model is not None:
+                found[answer.model, "serialization"] = None
+    return list(found)
 
 
 def _responses() -> dict[str, Any]:
     responses: dict[str, Any] = {}
     for code, description in ERRORS.items():
-        responses[str(code)] = _json(description, "ErrorAnswer")
+        responses[str(code)] = _answer(Answer(description, ErrorAnswer))
         if code == 503:
             responses[str(code)]["headers"] = _RETRIES
     return responses
-
-
-_EVENTS: dict[str, Any] = {
-    "description": "Without end; each event's data is JSON",
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
-}
-_PAGE: dict[str, Any] = {"description": "The file", "content": {"*/*": {"schema": {"type": "string"}}}}
-_CANCEL_ID: dict[str, Any] = {
-    "name": "id",
-    "in": "query",
-    "schema": {"type": "string"},
-    "description": "X-Request-Id of one request, which may still wait; absent: the running one",
-}
-
-_SCHEMAS: dict[str, Any] = {
-    "Cancelled": {
-        "type": "object",
-        "required": ["message", "cancelled"],
-        "properties": {"message": {"type": "string"}, "cancelled": {"type": "boolean"}},
-    },
-    "LoraNames": {
-        "type": "object",
-        "required": ["message", "loras"],
-        "properties": {
-            "message": {"type": "string"},
-            "loras": {
-                "type": "array",
-                "items": {
-                    "type": "object",
-                    "required": ["name", "size"],
-                    "properties": {
-                        "name": {"type": "string"},
-                        "size": {"type": "integer", "description": "bytes"},
-                        "title": {"type": "string"},
-                        "base": {"type": "string", "description": "the model that it was made for"},
-                        "trigger_words": {"type": "array", "items": {"type": "string"}},
-                    },
-                },
-            },
-        },
-    },
-    "Launch": {
-        "type": "object",
-        "required": ["backend", "type", "title", "output", "fields", "needs", "defaults", "size_multiple"],
-        "properties": {
-            "backend": {"type": "string"},
-            "type": {"type": "string"},
-            "title": {"type": "string"},
-            "output": {"enum": ["image", "video"]},
-            "fields": {"type": "array", "items": {"type": "string"}, "description": "of POST /generate"},
-            "needs": {"type": "array", "items": {"type": "string"}},
-            "defaults": {"type": "object"},
-            "size_multiple": {"type": "integer", "description": "pixels"},
-            "schedulers": {"type": "array", "items": {"type": "string"}},
-            "formats": {"type": "array", "items": {"type": "string"}},
-        },
-    },
-    "Health": {
-        "type": "object",
-        "required": ["state", "backend", "type", "plan", "world_size", "queue_length", "ranks", "versions"],
-        "properties": {
-            "state": {"enum": ["loading", "ready", "busy", "broken", "stopping"]},
-            "message": {
-                "type": "string",
-                "description": "why the host is broken, or what it is at in loading",
-            },
-            "loaded": {"type": "integer", "description": "percent of the way to ready, by stages of loading"},
-            "backend": {"type": "string"},
-            "type": {"type": "string"},
-            "plan": {"type": "object", "description": "how the work is divided over the ranks"},
-            "world_size": {"type": "integer"},
-            "queue_length": {"type": "integer", "description": "requests that wait"},
-            "ranks": {"type": "array", "items": {"type": "object"}, "description": "device, memory in MiB"},
-            "versions": {"type": "object", "additionalProperties": {"type": "string"}},
-            "uptime_seconds": {"type": "number"},
-            "step_age_seconds": {
-                "type": ["number", "null"],
-                "description": "since the running request's last step; null where none runs",
-            },
-        },
-    },
-}
-
-
-def _paths(config: HostConfig) -> dict[str, Any]:
-    raw = {
-        MIME_TYPES[f]: {"schema": {"type": "string", "contentMediaType": MIME_TYPES[f]}}
-        for f in RAW_FORMATS[config.spec.output]
-    }
-    made = _json("The picture or video", "GenerateAnswer")
-    made["content"] |= raw
-    made["headers"] = {
-        "X-Request-Id": {"schema": {"type": "string"}},
-        "X-Seed": {"schema": {"type": "integer"}, "description": "with the bytes themselves"},
-        "X-Warnings": {"schema": {"type": "string"}, "description": "`warnings` of the JSON answer"},
-    }
-    return {
-        "/initialize": {
-            "get": {
-                "summary": "Whether the model is loaded",
-                "responses": {
-                    "200": _text("Ready", "OK"),
-                    "202": _text("Still loading", "WAIT"),
-                    **_errors(503),
-                },
-            }
-        },
-        "/ready": {
-            "get": {
-                "summary": "For probes: whether requests are taken",
-                "responses": {"200": _text("Ready or busy", "OK"), **_errors(503)},
-            }
-        },
-        "/progress": {
-            "get": {
-                "summary": "Progress of the running request, else of the last one",
-                "responses": {"200": _text("0 to 100", "42", pattern="^[0-9]+$"), **_errors()},
-            }
-        },
-        "/generate": {
-            "post": {
-                "summary": "Make a picture or a video",
-                "requestBody": {"required": True, "content": {JSON: {"schema": _ref("GenerateRequest")}}},
-                "responses": {"200": made, **_errors(*_GENERATE_ERRORS)},
-            }
-        },
-        "/cancel": {
-            "post": {
-                "summary": "Cancel the running request at the next step boundary",
-                "parameters": [_CANCEL_ID],
-                "responses": {"200": _json("Whether there was one", "Cancelled"), **_errors()},
-            }
-        },
-        "/events": {
-            "get": {
-                "summary": "What happens, as server-sent events: host, jobs, preview (a JPEG), end, beat",
-                "responses": {"200": _EVENTS, **_errors(503)},
-            }
-        },
-        "/launch": {
-            "get": {
-                "summary": "What this launch takes: fields, defaults, schedulers, formats",
-                "responses": {"200": _json("All that a form for it needs", "Launch"), **_errors()},
-            }
-        },
-        "/": {"get": {"summary": "The web page", "responses": {"200": _PAGE}, "security": []}},
-        "/web/{name}": {
-            "get": {
-                "summary": "The page's style, script and icon",
-                "parameters": [
-                    {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-                ],
-                "responses": {"200": _PAGE, "404": {"$ref": "#/components/responses/404"}},
-                "security": [],
-            }
-        },
-        "/lora": {
-            "get": {
-                "summary": "The LoRAs in use",
-                "responses": {"200": _json("All of them", "LoraAnswer"), **_errors(503)},
-            },
-            "post": _lora_change("Add a LoRA between two pictures"),
-            "delete": _lora_change("Remove a LoRA between two pictures"),
-        },
-        "/loras": {
-            "get": {
-                "summary": "The LoRAs in --lora_dir, by the names that lora_scales and /lora take",
-                "responses": {"200": _json("All of them", "LoraNames"), **_errors()},
-            }
-        },
-        "/metrics": {
-            "get": {
-                "summary": "Prometheus metrics",
-                "responses": {"200": _text("Prometheus text", "diffusion_queue_length 0.0"), **_errors()},
-            }
-        },
-        "/health": {
-            "get": {
-                "summary": "State of the host and its ranks",
-                "responses": {
-                    "200": _json("Alive and whole", "Health"),
-                    "503": _json("Broken, or a step is older than all time-outs", "Health"),
-                },
-            }
-        },
-        "/openapi.json": {
-            "get": {
-                "summary": "This document",
-                "responses": {
-                    "200": {"description": "OpenAPI 3.1", "content": {JSON: {"schema": {"type": "object"}}}},
-                    **_errors(),
-                },
-            }
-        },
-    }
-
-
-def _lora_change(summary: str) -> dict[str, Any]:
-    return {
-        "summary": summary,
-        "requestBody": {"required": True, "content": {JSON: {"schema": _ref("LoraChange")}}},
-        "responses": {
-            "200": _json("The LoRAs in use now", "LoraAnswer"),
-            **_errors(400, 409, 413, 415, 422, 499, 500, 503),
-        },
-    }
-
-
-def _guest_paths() -> dict[str, Any]:
-    """The routes of other APIs, whose own documents say what goes in and out."""
-    routes = {
-        "/v1/models": ("get", "OpenAI: the one model here"),
-        "/v1/images/generations": ("post", "OpenAI: pictures from a prompt; /generate's fields may be added"),
-        "/v1/images/edits": ("post", "OpenAI: a picture from a picture, where the type takes one"),
-        "/sdapi/v1/txt2img": ("post", "A1111: pictures from a prompt"),
-        "/sdapi/v1/img2img": ("post", "A1111: a picture from a picture, where the type takes one"),
-        "/sdapi/v1/png-info": ("post", "A1111: what a picture's file says of how it was made"),
-        "/sdapi/v1/progress": ("get", "A1111: progress and jobs"),
-        "/sdapi/v1/interrupt": ("post", "A1111: cancel the running request"),
-        "/sdapi/v1/options": ("get", "A1111: the checkpoint"),
-        "/sdapi/v1/sd-models": ("get", "A1111: the checkpoint, as a list"),
-        "/sdapi/v1/samplers": ("get", "A1111: names of the type's schedulers"),
-    }
-    answer = {
-        "description": "As that API has it",
-        "content": {JSON: {"schema": {"type": ["object", "array"]}}},
-    }
-    return {
-        path: {method: {"summary": summary, "responses": {"200": answer, "default": answer}}}
-        for path, (method, summary) in routes.items()
-    }

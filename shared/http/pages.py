@@ -13,21 +13,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from flask import Flask, Response, jsonify
+from flask import Response, jsonify
 from flask import request as http
 from PIL import Image
+from pydantic import BaseModel, Field
 from werkzeug.exceptions import NotFound
 
 from shared.api.jobs import GenerationJob, HostStatus, JobQueue, Preview
 from shared.api.media import encode_image
-from shared.api.requests import COMMON_FIELDS, NEEDS_FLAG
+from shared.api.requests import COMMON_FIELDS, NEEDS_FLAG, TOLD, GenerateRequest, launch_defaults
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.negotiate import RAW_FORMATS
+from shared.http.routes import Answer, App, Route, stream
 from shared.http.wsgi import MAX_WATCHERS
 from shared.launch.flags import HostConfig
-from shared.models import schedulers_for
+from shared.models import ModelSpec, schedulers_for
 
 FOLDER = Path(__file__).parent / "web"
 FILES = {
@@ -36,7 +38,6 @@ FILES = {
     "script.js": "text/javascript",
     "icon.svg": "image/svg+xml",
 }
-OPEN_ROUTES = frozenset({"page", "web_file"})  # they hold nothing of the launch, so they ask for no token
 _POLICY = (
     "default-src 'none'",
     "script-src 'self'",
@@ -59,26 +60,80 @@ HEARTBEAT = 10.0  # seconds; what is sent then shows whether the client is still
 MAX_UNSENT = 1 << 20  # bytes; a watcher that leaves more unread is let go and may come again
 
 
-def add_routes(app: Flask, dispatcher: Dispatcher) -> None:
+FILE = stream("The file", "*/*")  # it holds nothing of the launch, so its routes ask for no token
+
+
+class LaunchField(BaseModel):
+    """A field of POST /generate as a form shows it. Bounds have JSON Schema's names."""
+
+    label: Annotated[str, Field(description="empty: no form needs it")]
+    kind: Literal["text", "number", "switch", "choice", "image", "tensor", "object"]
+    unit: str = ""
+    step: Annotated[float | None, Field(description="of a number; absent: any")] = None
+    minimum: float | None = None
+    maximum: float | None = None
+    exclusiveMinimum: float | None = None
+    exclusiveMaximum: float | None = None
+    choices: list[str] | None = None
+
+
+class Launch(BaseModel):
+    """Answer of GET /launch."""
+
+    backend: str
+    type: str
+    title: str
+    output: Literal["image", "video"]
+    fields: Annotated[
+        dict[str, LaunchField], Field(description="of POST /generate, in the order of its schema")
+    ]
+    needs: list[str]
+    defaults: dict[str, Any]
+    size_multiple: Annotated[int, Field(description="pixels")]
+    schedulers: list[str]
+    formats: list[str]
+
+
+def add_routes(app: App, dispatcher: Dispatcher) -> None:
     """Add GET /, /web/..., /launch and /events."""
     files = {name: (FOLDER / name).read_bytes() for name in FILES}
     watchers = Watchers(dispatcher.status, dispatcher.queue)
 
-    @app.get("/", endpoint="page")
+    @app.serve("GET", "/", Route("The web page", FILE, errors=(), is_open=True))
     def page() -> Response:
         return Response(files["index.html"], mimetype=FILES["index.html"], headers=HEADERS)
 
-    @app.get("/web/<name>", endpoint="web_file")
+    @app.serve(
+        "GET",
+        "/web/<name>",
+        Route("The page's style, script and icon", FILE, errors=(404,), is_open=True),
+    )
     def web_file(name: str) -> Response:
         if name not in files:
             raise NotFound
         return Response(files[name], mimetype=FILES[name], headers=HEADERS)
 
-    @app.get("/launch")
+    @app.serve(
+        "GET",
+        "/launch",
+        Route(
+            "What this launch takes: fields, defaults, schedulers, formats",
+            Answer("All that a form for it needs", Launch),
+            errors=(),
+        ),
+    )
     def launch() -> Response:
         return jsonify(offer(dispatcher.config))
 
-    @app.get("/events")
+    @app.serve(
+        "GET",
+        "/events",
+        Route(
+            "What happens, as server-sent events: host, jobs, preview (a JPEG), end, beat",
+            stream("Without end; each event's data is JSON", "text/event-stream"),
+            errors=(503,),
+        ),
+    )
     def events() -> Response:
         return watchers.stream()
 
@@ -90,30 +145,67 @@ def offer(config: HostConfig) -> dict[str, Any]:
     needs = [
         name for name, on in (("image", spec.image == "needed"), ("control_image", config.control_net)) if on
     ]
-    width, height = config.size
-    defaults = {
-        "steps": spec.steps,
-        "cfg": spec.cfg,
-        "width": width,
-        "height": height,
-        "frames": spec.frames,
-        "fps": spec.fps,
+    defaults = launch_defaults(config) | {
         "controlnet_scale": None if not config.control_net else next(iter(config.control_net.values())),
         "ip_adapter_scale": None if not config.ip_adapter else next(iter(config.ip_adapter.values())),
     }
+    missing |= {f"{name}_scale" for name in missing}  # of a picture that is not taken
     fields = (spec.fields | COMMON_FIELDS) - missing
+    schedulers = schedulers_for(spec)
+    formats = [f for f in RAW_FORMATS[spec.output] if f != "latent"]
+    choices = {"scheduler": schedulers, "output_format": formats}
     return {
         "backend": config.backend,
         "type": spec.name,
         "title": spec.title,
         "output": spec.output,
-        "fields": sorted(fields),
+        "fields": {name: _field(name, spec, choices.get(name)) for name in TOLD if name in fields},
         "needs": needs,
         "defaults": {name: value for name, value in defaults.items() if name in fields and value is not None},
         "size_multiple": spec.size_multiple,
-        "schedulers": schedulers_for(spec),
-        "formats": [f for f in RAW_FORMATS[spec.output] if f != "latent"],
+        "schedulers": schedulers,
+        "formats": formats,
     }
+
+
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+
+
+def _field(name: str, spec: ModelSpec, choices: list[str] | None) -> dict[str, Any]:
+    """A LaunchField, from what its definition says."""
+    schema = _schema(name)
+    field: dict[str, Any] = {"label": TOLD[name].label, "kind": _kind(schema)}
+    field |= {bound: schema[bound] for bound in _BOUNDS if bound in schema}
+    if TOLD[name].unit:
+        field["unit"] = TOLD[name].unit
+    if schema.get("type") == "integer":
+        field["step"] = 1
+    if "multipleOf" in schema:
+        field["step"] = spec.size_multiple
+        field["minimum"] = -(-schema["minimum"] // spec.size_multiple) * spec.size_multiple
+    if choices is None and field["kind"] == "choice":
+        choices = schema.get("enum") or [schema["const"]]
+    if choices is not None:
+        field |= {"kind": "choice", "choices": choices}
+    return field
+
+
+def _schema(name: str) -> dict[str, Any]:
+    """The JSON schema of a field that is not null."""
+    schema: dict[str, Any] = _PROPERTIES[name]
+    return next((one for one in schema.get("anyOf", []) if one.get("type") != "null"), schema)
+
+
+_PROPERTIES = GenerateRequest.model_json_schema()["properties"]
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    if "enum" in schema or "const" in schema:
+        return "choice"
+    if "contentEncoding" in schema:
+        return "image" if "contentMediaType" in schema else "tensor"
+    kinds = {"integer": "number", "number": "number", "boolean": "switch", "object": "object"}
+    return kinds.get(schema["type"], "text")
 
 
 class Watchers:
@@ -132,7 +224,7 @@ class Watchers:
         """The response to GET /events. Raises ApiError 503 beyond MAX_WATCHERS."""
         with self._lock:
             if self.queue.watchers >= MAX_WATCHERS:
-                raise ApiError.unavailable("full", f"{MAX_WATCHERS} watch already, and no more may")
+                raise ApiError.unavailable("full", f"at most {MAX_WATCHERS} clients may watch at once")
             self.queue.watchers += 1
         gone: Callable[[], bool] = http.environ.get("waitress.client_disconnected", lambda: False)
         unsent: Callable[[], int] = http.environ.get("host.unsent", lambda: 0)

@@ -60,7 +60,7 @@ class Picture:
             case [_, str(mode), (int(width), int(height)), palette, bytes(pixels), *_] if mode in MODES:
                 pass
             case _:
-                raise ForbiddenPickleError("is no picture that PIL could have pickled")
+                raise ForbiddenPickleError("is not a picture that PIL could have pickled")
         if width < 1 or height < 1 or width * height > MAX_IMAGE_PIXELS:
             raise ForbiddenPickleError(f"has {width}x{height} pixels")
         try:
@@ -156,13 +156,13 @@ class _Machine:
         except ForbiddenPickleError:
             raise
         except (ValueError, IndexError, KeyError, TypeError, OverflowError, EOFError) as error:
-            raise ForbiddenPickleError(f"is no valid pickle ({type(error).__name__})") from None
-        raise ForbiddenPickleError("is no whole pickle")
+            raise ForbiddenPickleError(f"is not a valid pickle ({type(error).__name__})") from None
+        raise ForbiddenPickleError("is an incomplete pickle")
 
     def pop(self) -> Any:
         value = self.stack.pop()
         if value is _MARK:
-            raise ForbiddenPickleError("is no valid pickle (a mark where a value must be)")
+            raise ForbiddenPickleError("is not a valid pickle (a mark where a value must be)")
         return value
 
     def pop_to_mark(self) -> list[Any]:
@@ -170,7 +170,7 @@ class _Machine:
         while self.stack[position] is not _MARK:
             position -= 1
             if position < 0:
-                raise ForbiddenPickleError("is no valid pickle (a mark is missing)")
+                raise ForbiddenPickleError("is not a valid pickle (a mark is missing)")
         values = self.stack[position + 1 :]
         del self.stack[position:]
         return values
@@ -218,15 +218,15 @@ class _Machine:
             if isinstance(stack[-1], Picture) and stack[-1].state is None:
                 stack[-1].state = state
             elif not isinstance(stack[-1], _Inert):
-                raise ForbiddenPickleError("sets the state of something that is no picture")
+                raise ForbiddenPickleError("sets the state of something that is not a picture")
         elif name == "BINPERSID" and self.storages:
             stack.append(("persistent", self.pop()))
         else:
-            raise ForbiddenPickleError(f"has the opcode {name}, which no picture and no tensor needs")
+            raise ForbiddenPickleError(f"has the opcode {name}, which neither a picture nor a tensor needs")
 
     def top(self, kind: type) -> Any:
         if type(self.stack[-1]) is not kind:
-            raise ForbiddenPickleError(f"is no valid pickle (a {kind.__name__} is missing)")
+            raise ForbiddenPickleError(f"is not a valid pickle (a {kind.__name__} is missing)")
         return self.stack[-1]
 
     @staticmethod
@@ -255,7 +255,7 @@ class _Machine:
 
     def call(self, function: Any, arguments: Any) -> Any:
         if not isinstance(function, _Global) or type(arguments) is not tuple:
-            raise ForbiddenPickleError("calls something that is no name")
+            raise ForbiddenPickleError("calls something that is not a name")
         name = str(function)
         if name in _RECONSTRUCTORS:
             cls, base, state = arguments
@@ -280,7 +280,7 @@ class _Machine:
             if isinstance(storage, _Storage) and all(type(n) is int and n >= 0 for n in shape):
                 self.spend(math.prod(shape) * storage.item)
                 return _tensor(storage, offset, shape, strides)
-        raise ForbiddenPickleError(f"calls {name} in a way in which no picture and no tensor does")
+        raise ForbiddenPickleError(f"calls {name} as neither a picture nor a tensor does")
 
 
 def _storage(data: Any) -> _Storage:

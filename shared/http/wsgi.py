@@ -102,7 +102,7 @@ class _Parser(HTTPRequestParser):
         return consumed if self.refusal is None else len(data)
 
     def _refuse_size(self) -> None:
-        self.refuse(413, f"the body of this route may have {self._most} bytes")
+        self.refuse(413, f"the body of this route may have at most {self._most} bytes")
 
     def refuse(self, status: int, reason: str) -> None:
         """The request ends here; whatever else comes on this connection is thrown away."""

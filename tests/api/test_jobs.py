@@ -37,7 +37,7 @@ def test_the_limit_counts_those_that_wait_behind_the_running_one() -> None:
     queue.submit(job())
     assert queue.take(0)
     queue.submit(job())
-    with pytest.raises(QueueFullError, match="1 requests wait; at most 1 may"):
+    with pytest.raises(QueueFullError, match="1 requests are waiting; at most 1 may"):
         queue.submit(job())
     queue.release()
     assert queue.take(0)
@@ -139,7 +139,7 @@ def test_progress_runs_over_all_pictures() -> None:
     short = GenerationJob(GenerateRequest(pictures=2))
     short.draw(2)
     short.add([a_reply(short.request)])
-    assert str(short.error) == "the ranks gave 1 pictures instead of 2"
+    assert str(short.error) == "the ranks returned 1 pictures instead of 2"
 
 
 def test_the_first_end_counts() -> None:

@@ -381,7 +381,7 @@ def test_png_info_of_files_by_others(host: DrawingHost) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
-        ({"image": "eHl6"}, 400, "image: is no picture; allowed: PNG, JPEG, WebP, BMP"),
+        ({"image": "eHl6"}, 400, "image: is not a picture; allowed: PNG, JPEG, WebP, BMP"),
         ({"image": "###"}, 400, "image: is not valid base64"),
         ({"image": 7}, 400, "image: must be base64 text, got int"),
         ({}, 400, "image: must be base64 text, got NoneType"),

@@ -207,10 +207,10 @@ def test_a_drawn_seed_is_told_and_changes() -> None:
         ({"width": 100}, "width", "multiple of 8"),
         ({"denoise": 0.5, "strength": 0.4}, "denoise", "differ: 0.4 and 0.5"),
         ({"strength": 0.5, "denoising_start": 0.4}, "strength", "not both"),
-        ({"strength": 0.5}, "strength", "below 1 needs a latent to start from, got 0.5 and none"),
+        ({"strength": 0.5}, "strength", "below 1 needs a latent to start from; got 0.5 and no latent"),
         ({"strength": 0, "latent": tensor(latent=[1])}, "strength", "above 0"),
         ({"strength": 1.1}, "strength", "at most 1, got 1.1"),
-        ({"add_noise": True, "latent": tensor(latent=[1])}, "add_noise", "needs latent, and strength"),
+        ({"add_noise": True, "latent": tensor(latent=[1])}, "add_noise", "needs latent and strength"),
         ({"pictures": 0}, "pictures", "at least 1, got 0"),
         ({"pictures": 17}, "pictures", "at most 16, got 17"),
         ({"denoising_start": 0.5, "denoising_end": 0.5}, "denoising_end", "above denoising_start 0.5"),
@@ -259,7 +259,7 @@ def test_a_scale_needs_its_picture() -> None:
     status, problems = refused({"image_scale": 50}, config_of("svd"))
     assert (status, problems["image_scale"]) == (400, "there is no image to scale")
     status, problems = refused({"image_scale": 50}, CONFIG)
-    assert status == 422 and "takes no image_scale" in problems["image_scale"]
+    assert status == 422 and "does not support image_scale" in problems["image_scale"]
 
 
 def test_faults_of_form_and_of_the_launch_come_together() -> None:
@@ -278,11 +278,21 @@ def test_a_faulty_field_causes_no_second_fault() -> None:
     ("config", "data", "field", "words"),
     [
         (config_of("svd"), {}, "image", "needs an input image"),
-        (config_of("svd"), {"image": b64(picture()), "positive": "a"}, "positive", "takes no positive"),
+        (
+            config_of("svd"),
+            {"image": b64(picture()), "positive": "a"},
+            "positive",
+            "does not support positive",
+        ),
         (CONFIG, {"ip_image": b64(picture())}, "ip_image", "without --ip_adapter"),
         (CONFIG, {"control_image": b64(picture())}, "control_image", "without --control_net"),
         (config_of(control_net={"x": 1.0}), {}, "control_image", "started with --control_net"),
-        (config_of("svd"), {"image": b64(picture()), "clip_skip": 1}, "clip_skip", "takes no clip_skip"),
+        (
+            config_of("svd"),
+            {"image": b64(picture()), "clip_skip": 1},
+            "clip_skip",
+            "does not support clip_skip",
+        ),
         (CONFIG, {"scheduler": "flow_euler"}, "scheduler", "type sd1 supports"),
         (CONFIG, {"output_format": "gif"}, "output_format", "png, jpeg, webp, latent; got 'gif'"),
         (config_of("ad"), {"output_format": "jpeg"}, "output_format", "mp4"),
@@ -346,5 +356,5 @@ def test_a_schedule_is_bounded_as_steps_are(name: str) -> None:
         return json.dumps({name: base64.b64encode(data).decode()}).encode()
 
     parse_request(body(1000), CONFIG)
-    with pytest.raises(RequestError, match="at most 1000 numbers, one a step; got 1001"):
+    with pytest.raises(RequestError, match="at most 1000 numbers, one per step; got 1001"):
         parse_request(body(1001), CONFIG)

@@ -243,7 +243,7 @@ def test_without_events_there_is_progress(comfy: ComfyUI, caplog: pytest.LogCapt
         sampler(comfy, host, positive="slow", steps=30)
     assert any(0 < percent < 100 for percent in comfy.progress) and not comfy.previews
     (told,) = [r.getMessage() for r in caplog.records if "no previews" in r.getMessage()]
-    assert told == f"no previews from the host at {host.url}: 16 watch already, and no more may"
+    assert told == f"no previews from the host at {host.url}: at most 16 clients may watch at once"
 
 
 def test_an_event_that_is_none_ends_no_picture(comfy: ComfyUI, monkeypatch: pytest.MonkeyPatch):

@@ -208,7 +208,7 @@ def test_a_model_is_loaded_draws_cancels_and_is_freed(client: Client, demo_host:
     assert fails(ModelIdentity="other")[0] == CODE.NOT_FOUND
     assert fails(src=str(tmp_path / "none.png"))[0] == CODE.INVALID_ARGUMENT
     code, told = fails(src=str(dst))
-    assert code == CODE.INVALID_ARGUMENT and "takes no image" in told
+    assert code == CODE.INVALID_ARGUMENT and "does not support image" in told
     assert fails(ref_images=[str(dst)])[1] == "ip_image: the host was started without --ip_adapter"
     assert fails(dst="/nowhere/x.png")[0] == CODE.INTERNAL
     code, told = client.fails("GenerateVideo", "GenerateVideoRequest", dst=str(dst))

@@ -108,7 +108,7 @@ def test_img2img_where_the_type_takes_an_image(host: FakeHost) -> None:
         refused = post(upscaler, "img2img", {"init_images": [], "mask": "x"})
         assert refused.status_code == 422 and "init_images" in refused.text and "mask" in refused.text
         assert (
-            "init_images: is no picture"
+            "init_images: is not a picture"
             in post(upscaler, "img2img", {"init_images": ["eHl6"]}).json()["detail"]
         )
     with FakeHost(config_of("svd")) as video:
@@ -117,7 +117,7 @@ def test_img2img_where_the_type_takes_an_image(host: FakeHost) -> None:
             == b"GIF"
         )
     answer = post(host, "img2img", {"init_images": [image], "prompt": "x"})
-    assert answer.status_code == 422 and "takes no image" in answer.json()["detail"]
+    assert answer.status_code == 422 and "does not support image" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,15 @@ def test_img2img_where_the_type_takes_an_image(host: FakeHost) -> None:
         (
             {"sampler_name": "DDIM", "scheduler": "Karras"},
             422,
-            "DDIM has no Karras; samplers with it: DPM++",
+            "DDIM does not support Karras; samplers that do: DPM++",
         ),
         ({"scheduler": "Karras"}, 422, "needs a sampler_name"),
         ({"sampler_name": "Euler", "scheduler": "Turbo"}, 422, "one of Automatic, Karras, Exponential, SGM"),
-        ({"override_settings": {"sd_model_checkpoint": "other"}}, 422, "'demo' alone; got 'other'"),
+        (
+            {"override_settings": {"sd_model_checkpoint": "other"}},
+            422,
+            "only the checkpoint 'demo'; got 'other'",
+        ),
         ({"steps": -1, "cfg_scale": "x"}, 400, "cfg_scale: must be a valid number"),
         ({"width": 10**9}, 400, "at most 8192"),
         ({"batch_size": "two"}, 422, "batch_size: must be 1 to 16, got 'two'"),
@@ -193,16 +197,19 @@ def test_lists(host: FakeHost) -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"script_name": "x/y/z plot"}, "script_name: is not served, leave it out; got 'x/y/z plot'"),
+        ({"script_name": "x/y/z plot"}, "script_name: is not supported: leave it out; got 'x/y/z plot'"),
         ({"styles": ["anime"]}, "styles: "),
         ({"tiling": True}, "tiling: "),
         ({"restore_faces": True}, "restore_faces: "),
         ({"refiner_checkpoint": "r", "refiner_switch_at": 0.8}, "refiner_checkpoint: "),
-        ({"subseed": 3, "subseed_strength": 0.5}, "subseed_strength: is not served, leave it out; got 0.5"),
+        (
+            {"subseed": 3, "subseed_strength": 0.5},
+            "subseed_strength: is not supported: leave it out; got 0.5",
+        ),
         ({"sampler_name": "DDIM", "eta": 1.0}, "eta: "),
         ({"s_churn": 5}, "s_churn: "),
-        ({"s_tmin": 0.5}, "s_tmin: is not served, leave it out; got 0.5"),
-        ({"s_tmax": 5.5}, "s_tmax: is not served"),
+        ({"s_tmin": 0.5}, "s_tmin: is not supported: leave it out; got 0.5"),
+        ({"s_tmax": 5.5}, "s_tmax: is not supported"),
         ({"firstpass_image": "xyz"}, "firstpass_image: "),
         ({"infotext": "a cat\nSteps: 3"}, "infotext: "),
         ({"mask": "xyz"}, "mask: "),
@@ -211,7 +218,7 @@ def test_lists(host: FakeHost) -> None:
         ({"latent_mask": "xyz", "inpaint_full_res": True}, "inpaint_full_res: "),
         ({"mask": "xyz", "inpainting_mask_invert": 1}, "inpainting_mask_invert: "),
         ({"firstphase_width": 64}, "firstphase_width: "),
-        ({"override_settings": {"sd_vae": "a.safetensors"}}, "override_settings.sd_vae: is not served"),
+        ({"override_settings": {"sd_vae": "a.safetensors"}}, "override_settings.sd_vae: is not supported"),
         ({"override_settings": {"eta_noise_seed_delta": 31337}}, "override_settings.eta_noise_seed_delta: "),
         ({"override_settings": {"s_tmin": 1}}, "override_settings.s_tmin: "),
         ({"override_settings": {"emphasis": "No norm"}}, "override_settings.emphasis: "),
@@ -223,10 +230,10 @@ def test_lists(host: FakeHost) -> None:
             "guidance_end",
         ),
         ({"alwayson_scripts": {"controlnet": {"args": [{"image": "x"}] * 2}}}, "one enabled unit, got 2"),
-        ({"alwayson_scripts": {"controlnet": {"args": [{"weight": 1}]}}}, "ControlNet.image: needed"),
+        ({"alwayson_scripts": {"controlnet": {"args": [{"weight": 1}]}}}, "ControlNet.image: is needed"),
         (
             {"alwayson_scripts": {"controlnet": {"args": [{"image": "x", "hr_option": "Low res only"}]}}},
-            "hr_option: is not served",
+            "hr_option: is not supported",
         ),
     ],
 )
@@ -334,7 +341,7 @@ def test_options_of_img2img_alone(host: FakeHost) -> None:
     with FakeHost(config_of("sdup")) as upscaler:
         for option, value in (("image_cfg_scale", 3.5), ("enable_hr", True), ("resize_mode", 2)):
             answer = post(upscaler, "img2img", {"init_images": [image], option: value})
-            assert answer.status_code == 422 and f"{option}: is not served" in answer.json()["detail"]
+            assert answer.status_code == 422 and f"{option}: is not supported" in answer.json()["detail"]
         passing = {"image_cfg_scale": 1.5, "enable_hr": False, "mask_blur": 4}
         assert post(upscaler, "img2img", {"init_images": [image], **passing}).status_code == 200
 

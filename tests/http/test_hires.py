@@ -245,7 +245,7 @@ def test_sizes_of_the_second_pass(options: Json, size: tuple[int, int]) -> None:
     [
         ({"hr_upscaler": "R-ESRGAN 4x+"}, 422, "hr_upscaler: must be one of Latent, Latent (antialiased), "),
         ({"hr_upscaler": "None"}, 422, "(nearest), Latent (nearest-exact); got 'None'"),
-        ({"hr_checkpoint_name": "other"}, 422, "hr_checkpoint_name: is not served, this host serves"),
+        ({"hr_checkpoint_name": "other"}, 422, "hr_checkpoint_name: is not supported: this host has only"),
         ({"hr_scale": 0}, 422, "hr_scale: must be a number above 0"),
         ({"hr_scale": 100}, 400, "hr_scale: makes a width that must be at most 8192, got 51200"),
         (

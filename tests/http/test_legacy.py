@@ -165,7 +165,7 @@ def test_apply_offload_and_close(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_flag_no_pickle_is_read() -> None:
     with FakeHost(config_of(ip_adapter={"x": 1.0})) as host:
         answer = host.generate({"ip_image": encoded(Image.new("RGB", (8, 8)))})
-        assert answer.status_code == 400 and "is no picture" in answer.text
+        assert answer.status_code == 400 and "is not a picture" in answer.text
         assert base64.b64decode(host.generate({}).json()["output"]) == picture()
 
 

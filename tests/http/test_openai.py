@@ -70,7 +70,7 @@ def test_models(host: FakeHost) -> None:
     [model] = client(host).models.list().data
     assert (model.id, model.owned_by) == ("demo", "asyncdiff")
     assert client(host).models.retrieve("demo").id == "demo"
-    with pytest.raises(openai.NotFoundError, match="there is 'demo'"):
+    with pytest.raises(openai.NotFoundError, match="the only one is 'demo'"):
         client(host).models.retrieve("other")
 
 
@@ -85,7 +85,7 @@ def test_models(host: FakeHost) -> None:
         ({"prompt": "a", "stream": True, "mask": "x"}, 400, {"stream", "mask"}, "false"),
         ({"prompt": "a", "background": "transparent"}, 400, {"background"}, "auto or opaque"),
         ({"prompt": "a", "nonsense": 1}, 400, {"nonsense"}, "unknown field"),
-        ({"prompt": "a", "frames": 3}, 422, {"frames"}, "takes no frames"),
+        ({"prompt": "a", "frames": 3}, 422, {"frames"}, "does not support frames"),
         ({"prompt": "a", "output_format": "gif"}, 422, {"output_format"}, "png, jpeg, webp"),
     ],
 )
@@ -105,7 +105,7 @@ def test_errors_become_the_sdks_own(host: FakeHost) -> None:
     sdk = client(host)
     with pytest.raises(openai.BadRequestError, match="multiple of 8"):
         sdk.images.generate(prompt="a", size="70x70")
-    with pytest.raises(openai.UnprocessableEntityError, match="takes no image"):
+    with pytest.raises(openai.UnprocessableEntityError, match="does not support image"):
         sdk.images.edit(image=picture(), prompt="a")
     with pytest.raises(openai.InternalServerError, match="out of memory"):
         sdk.images.generate(prompt="fail")
@@ -142,7 +142,7 @@ def test_other_faults_of_http(host: FakeHost) -> None:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     files = [("image[]", ("a.png", picture())), ("image[]", ("b.png", picture()))]
     answer = requests.post(f"{base}/edits", files=files, data={"prompt": "a"}, timeout=5)
-    assert answer.status_code == 400 and "one picture at a time, got 2" in answer.text
+    assert answer.status_code == 400 and "must be one picture, got 2" in answer.text
 
 
 def part(disposition: bytes, content: bytes = b"x") -> bytes:

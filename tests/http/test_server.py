@@ -28,6 +28,7 @@ from shared.api.jobs import JobError
 from shared.api.requests import File
 from shared.api.warned import HEADER_LENGTH
 from shared.http.answers import PIECE, Json
+from shared.http.openapi import openapi
 from shared.http.wsgi import MAX_BODY, Server
 from shared.launch.logs import JsonFormatter
 from tests.httphost import FakeHost, config_of, picture, wait_for
@@ -208,7 +209,7 @@ def test_curl_as_the_protocol_shows_it(host: FakeHost, tmp_path: Path) -> None:
         ),
         ({"latent": PNG}, {"latent"}, "safetensors"),
         ({"cfg": 1e6, "clip_skip": 1.5, "x": 0}, {"cfg", "clip_skip", "x"}, "at most 100"),
-        ({"steps": 0, "image": PNG}, {"steps", "image"}, "takes no image"),
+        ({"steps": 0, "image": PNG}, {"steps", "image"}, "does not support image"),
     ],
 )
 def test_400_names_all_faults(host: FakeHost, body: Any, fields: set[str], words: str) -> None:
@@ -222,7 +223,7 @@ def test_400_names_all_faults(host: FakeHost, body: Any, fields: set[str], words
     [
         ({"type": "svd"}, {}, None, {"image"}, "needs an input image"),
         ({}, {"ip_image": PNG}, None, {"ip_image"}, "without --ip_adapter"),
-        ({}, {"frames": 3, "image": PNG}, None, {"frames", "image"}, "takes no frames"),
+        ({}, {"frames": 3, "image": PNG}, None, {"frames", "image"}, "does not support frames"),
         ({}, {"scheduler": "nonsense"}, None, {"scheduler"}, "euler_a"),
         ({}, {"output_format": "mp4"}, None, {"output_format"}, "makes png, jpeg, webp"),
         ({}, {}, "video/mp4", {"Accept"}, "image/png"),
@@ -569,7 +570,7 @@ def test_loras_by_name(tmp_path: Path) -> None:
         (folder / "other").mkdir()
         (folder / "other" / "dry.safetensors").write_bytes(b"")
         (folder / "sub" / "dry.safetensors").write_bytes(b"")
-        check_error(host.post("/lora", json={"path": "dry"}), 422, "means several: other/dry, sub/dry")
+        check_error(host.post("/lora", json={"path": "dry"}), 422, "is ambiguous: other/dry, sub/dry")
         assert len(host.calls) == made
 
 
@@ -736,8 +737,6 @@ def test_openapi_is_valid_and_true(type: str) -> None:
             schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
             jsonschema.validate(value, schema, cls=jsonschema.Draft202012Validator)
 
-        rules = {r.rule for r in host.app.url_map.iter_rules()}
-        assert {path for path in document["paths"] if "{" not in path} <= rules
         [example] = document["components"]["schemas"]["GenerateRequest"]["examples"]
         check(example, "GenerateRequest")
         answer = host.generate(example, headers=key)
@@ -753,6 +752,30 @@ def test_openapi_is_valid_and_true(type: str) -> None:
             check({"steps": 0}, "GenerateRequest")
         with pytest.raises(jsonschema.ValidationError):
             check({"nonsense": 1}, "GenerateRequest")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_openapi_has_every_route_and_no_other(legacy: bool) -> None:
+    with FakeHost(config_of(legacy_pickle=legacy)) as host:
+        told = {(path, method.upper()) for path, of in told_paths(host).items() for method in of}
+        served = {
+            (rule.rule.replace("<path:", "<").replace("<", "{").replace(">", "}"), method)
+            for rule in host.app.url_map.iter_rules()
+            for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
+        }
+        assert told == served and ("/lora", "DELETE") in told and (("/close", "GET") in told) == legacy
+
+
+def told_paths(host: FakeHost) -> dict[str, Any]:
+    return dict(host.get("/openapi.json").json()["paths"])
+
+
+def test_a_route_that_declares_nothing_is_noticed(host: FakeHost) -> None:
+    assert openapi(host.app, host.config)["paths"] == told_paths(host)
+    host.app._got_first_request = False
+    host.app.add_url_rule("/undeclared", "undeclared", lambda: "")
+    with pytest.raises(KeyError, match="undeclared"):
+        openapi(host.app, host.config)
 
 
 # The server itself.
@@ -825,7 +848,7 @@ def test_several_pictures_come_in_one_answer() -> None:
         refused = host.generate({"positive": "a", "pictures": 2}, headers={"Accept": "image/png"})
         assert refused.status_code == 422
         assert refused.json()["errors"] == [
-            {"field": "pictures", "problem": "must be 1 where Accept asks for image/png alone, got 2"}
+            {"field": "pictures", "problem": "must be 1 because Accept allows only image/png; got 2"}
         ]
 
 

@@ -12,15 +12,18 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import replace
+from typing import Annotated, Any
 
 import pytest
 import requests
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from pydantic import Field
 
-from shared.api.requests import GenerateRequest
-from shared.http.pages import FILES, FOLDER, MAX_UNSENT, Watchers, offer
+from shared.api.requests import TOLD, GenerateRequest, Told, told_fields
+from shared.http import pages
+from shared.http.pages import FILES, FOLDER, MAX_UNSENT, LaunchField, Watchers, offer
 from shared.http.wsgi import MAX_WATCHERS
 from shared.models import MODELS
 from tests.httphost import FakeHost, config_of, picture, wait_for
@@ -118,6 +121,44 @@ def test_the_launch_tells_what_it_serves(type: str) -> None:
         told = offer(config_of(type, control_net={"/c": 0.7}))
         assert "control_image" in told["needs"] and told["defaults"]["controlnet_scale"] == 0.7
         assert "ip_image" not in told["fields"]
+
+
+def test_the_launch_tells_each_fields_label_kind_and_bounds() -> None:
+    told = offer(config_of("sd1", control_net={"/c": 1.0}))["fields"]
+    assert told["steps"] == {"label": "Steps", "kind": "number", "minimum": 1, "maximum": 1000, "step": 1}
+    width = {"label": "Width", "kind": "number", "minimum": 16, "maximum": 8192, "step": 8, "unit": "pixels"}
+    assert told["width"] == width
+    assert told["control_image"] == {"label": "ControlNet image", "kind": "image"}
+    assert told["control_image_scale"]["exclusiveMinimum"] == 0 and told["control_image_scale"]["unit"] == "%"
+    assert told["cfg"] == {"label": "Guidance", "kind": "number", "minimum": 0, "maximum": 100}
+    assert told["prompt_syntax"] == {"label": "", "kind": "choice", "choices": ["a1111"]}
+    assert told["latent"]["kind"] == "tensor" and told["lora_scales"]["kind"] == "object"
+    assert told["output_format"]["choices"] == ["png", "jpeg", "webp"]
+    assert "k_euler" in told["scheduler"]["choices"]
+    assert "control_image_scale" not in offer(config_of("sd1"))["fields"]
+    for type in MODELS:
+        for name, field in offer(config_of(type))["fields"].items():
+            LaunchField.model_validate(field)
+            assert (field["kind"] == "choice") == ("choices" in field), name
+
+
+def test_a_new_field_is_told_as_it_is_defined(monkeypatch: pytest.MonkeyPatch) -> None:
+    class More(GenerateRequest):
+        sharpness: Annotated[Annotated[float, Field(ge=0, lt=2)] | None, Told("Sharpness", unit="x")] = None
+
+    assert told_fields(More)["sharpness"] == Told("Sharpness", unit="x")
+    monkeypatch.setitem(TOLD, "sharpness", told_fields(More)["sharpness"])
+    monkeypatch.setitem(pages._PROPERTIES, "sharpness", More.model_json_schema()["properties"]["sharpness"])
+    sd1 = MODELS["sd1"]
+    monkeypatch.setitem(MODELS, "sd1", replace(sd1, fields=sd1.fields | {"sharpness"}))
+    expected = {"label": "Sharpness", "kind": "number", "minimum": 0, "exclusiveMaximum": 2, "unit": "x"}
+    assert offer(config_of("sd1"))["fields"]["sharpness"] == expected
+
+
+def test_the_page_names_no_field_that_there_is_not() -> None:
+    script = (FOLDER / "script.js").read_text()
+    first = re.findall(r'"(\w+)"', script[script.index("const FIRST") : script.index("const EMPTY")])
+    assert len(first) == 13 and set(first) <= set(GenerateRequest.model_fields)
 
 
 # The events.

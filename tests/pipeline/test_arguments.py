@@ -160,7 +160,9 @@ def test_true_guidance_hears_a_negative_prompt():
     assert distance(guided[0], usual) > 1e-4 and distance(*guided) > 1e-4
     assert distance(latents("flux", steps=2, true_cfg_scale=1.0), usual) == 0
     for fields in ({}, {"true_cfg_scale": 1.0}):
-        with pytest.raises(RequestError, match="type flux hears it with true_cfg_scale above 1 alone"):
+        with pytest.raises(
+            RequestError, match="type flux ignores a negative prompt unless true_cfg_scale is above 1"
+        ):
             latents("flux", negative="blur", **fields)
 
 

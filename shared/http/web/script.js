@@ -5,36 +5,18 @@ const KEPT = 100; // pictures in the history
 const RETRY = { first: 1000, most: 10000 }; // milliseconds until the stream is opened again
 const ENDED = { done: "is done", cancelled: "was cancelled", failed: "failed" };
 
-// Every control that some type has: request field, label, kind, and what its input may hold.
-const CONTROLS = [
-  ["positive", "Prompt", "text", { wide: true }],
-  ["negative", "Negative prompt", "text", { wide: true }],
-  ["image", "Input image", "image", { wide: true }],
-  ["control_image", "ControlNet image", "image", { wide: true }],
-  ["ip_image", "IP-Adapter image", "image", { wide: true }],
-  ["width", "Width", "number", { min: 16, multiple: true, unit: "pixels" }],
-  ["height", "Height", "number", { min: 16, multiple: true, unit: "pixels" }],
-  ["frames", "Frames", "number", { min: 1 }],
-  ["fps", "Frames a second", "number", { min: 1 }],
-  ["steps", "Steps", "number", { min: 1 }],
-  ["cfg", "Guidance", "number", { min: 0, step: "any" }],
-  ["seed", "Seed", "number", { step: 1, none: "drawn" }],
-  ["pictures", "Pictures", "number", { min: 1, max: 64, own: true }],
-  ["scheduler", "Scheduler", "choice", { more: true, from: "schedulers", none: "default" }],
-  ["output_format", "Format", "choice", { more: true, from: "formats" }],
-  ["controlnet_scale", "ControlNet scale", "number", { more: true, step: "any" }],
-  ["ip_adapter_scale", "IP-Adapter scale", "number", { more: true, step: "any" }],
-  ["image_scale", "Input size", "number", { more: true, min: 1, step: "any", unit: "%" }],
-  ["control_image_scale", "ControlNet size", "number", { more: true, min: 1, step: "any", unit: "%", with: "control_image" }],
-  ["ip_image_scale", "IP-Adapter size", "number", { more: true, min: 1, step: "any", unit: "%", with: "ip_image" }],
-  ["true_cfg_scale", "True guidance", "number", { more: true, min: 0, step: "any" }],
-  ["clip_skip", "CLIP layers to skip", "number", { more: true, min: 0 }],
-  ["motion_bucket_id", "Motion", "number", { more: true, min: 0 }],
-  ["noise_aug_strength", "Added noise", "number", { more: true, min: 0, step: "any" }],
-  ["decode_chunk_size", "Decode chunk", "number", { more: true, min: 1 }],
+// The fields that are shown at once, in this order; all others that have a label stand under "more".
+const FIRST = [
+  ...["positive", "negative", "image", "control_image", "ip_image", "width", "height", "frames", "fps"],
+  ...["steps", "cfg", "seed", "pictures"],
 ];
+const EMPTY = { seed: "drawn", scheduler: "default" }; // what a field that is left empty means
+const KINDS = ["text", "image", "number", "choice"]; // that the form has controls for
+// The page asks for one picture at a time, so it may ask for more of them than one request.
+const PICTURES = { label: "Pictures", kind: "number", minimum: 1, maximum: 64, step: 1 };
 
 let launch = null; // GET /launch
+let controls = []; // [request field, what the launch tells of it], in the form's order
 let jobs = { running: null, waiting: [] }; // the newest jobs event
 let mine = null; // { id, stopped, body } of the request that this page waits for
 let shownEntry = null;
@@ -118,25 +100,29 @@ function element(tag, attributes = {}, ...children) {
 }
 
 function buildForm() {
-  for (const [name, label, kind, options] of CONTROLS) {
-    const served = launch.fields.includes(name) && (!options.with || launch.fields.includes(options.with));
-    if (!served && !options.own) continue;
-    const control = makeControl(name, kind, options);
+  const told = { ...launch.fields, pictures: PICTURES };
+  const more = Object.keys(told).filter((name) => !FIRST.includes(name));
+  controls = [...FIRST, ...more]
+    .filter((name) => told[name] && told[name].label && KINDS.includes(told[name].kind))
+    .map((name) => [name, told[name]]);
+  for (const [name, options] of controls) {
+    const control = makeControl(name, options);
     const notes = [options.unit, launch.needs.includes(name) && "needed"].filter(Boolean).join(", ");
-    const field = element("div", { class: options.wide ? "field wide" : "field" });
+    const wide = options.kind === "text" || options.kind === "image";
+    const field = element("div", { class: wide ? "field wide" : "field" });
     field.append(
-      element("label", { for: name }, label + " ", notes && element("small", {}, notes)),
+      element("label", { for: name }, options.label + " ", notes && element("small", {}, notes)),
       control,
-      ...(kind === "image" ? [element("div", { id: `${name}-chosen`, class: "chosen", hidden: true })] : []),
+      ...(options.kind === "image" ? [element("div", { id: `${name}-chosen`, class: "chosen", hidden: true })] : []),
       element("p", { id: `${name}-problem`, class: "problem" }),
     );
     control.setAttribute("aria-describedby", `${name}-problem`);
-    byId(options.more ? "more-fields" : "fields").append(field);
+    byId(FIRST.includes(name) ? "fields" : "more-fields").append(field);
   }
   if (byId("pictures")) byId("pictures").value = 1;
 }
 
-function makeControl(name, kind, options) {
+function makeControl(name, { kind, choices, minimum, maximum, step }) {
   const given = launch.defaults[name];
   if (kind === "text") return element("textarea", { id: name, rows: name === "positive" ? 4 : 2 });
   if (kind === "image") {
@@ -146,13 +132,13 @@ function makeControl(name, kind, options) {
   }
   if (kind === "choice") {
     const control = element("select", { id: name });
-    if (options.none) control.append(element("option", { value: "" }, options.none));
-    for (const choice of launch[options.from]) control.append(element("option", { value: choice }, choice));
+    if (EMPTY[name]) control.append(element("option", { value: "" }, EMPTY[name]));
+    for (const choice of choices) control.append(element("option", { value: choice }, choice));
     return control;
   }
-  const step = options.multiple ? launch.size_multiple : options.step ?? 1;
-  const min = options.multiple ? launch.size_multiple : options.min;
-  const bounds = { min, max: options.max, step, placeholder: options.none };
+  // An input counts its steps from its least value, which must then be a number that JavaScript has.
+  const exact = (bound) => (Number.isInteger(bound) && !Number.isSafeInteger(bound) ? undefined : bound);
+  const bounds = { min: exact(minimum), max: exact(maximum), step: step ?? "any", placeholder: EMPTY[name] };
   const control = element("input", { id: name, type: "number", inputmode: "decimal", ...bounds });
   if (given !== undefined) control.value = given;
   return control;
@@ -188,7 +174,7 @@ function setImage(name, image) {
 function readForm() {
   const body = {};
   let wrong = null;
-  for (const [name, , kind] of CONTROLS) {
+  for (const [name, { kind }] of controls) {
     const control = byId(name);
     if (!control) continue;
     if (kind === "image") {
@@ -204,17 +190,17 @@ function readForm() {
   }
   const pictures = body.pictures ?? 1;
   delete body.pictures;
-  if (!(Number.isInteger(pictures) && pictures >= 1 && pictures <= 64)) {
-    problemAt("pictures", "must be 1 to 64");
+  if (!(Number.isInteger(pictures) && pictures >= 1 && pictures <= PICTURES.maximum)) {
+    problemAt("pictures", `must be 1 to ${PICTURES.maximum}`);
     wrong ??= byId("pictures");
   }
   return { body, pictures, wrong };
 }
 
 function fillForm(body, names) {
-  for (const [name, , kind, options] of CONTROLS) {
+  for (const [name, { kind }] of controls) {
     const control = byId(name);
-    if (!control || options.own) continue;
+    if (!control || name === "pictures") continue;
     if (kind === "image") setImage(name, body[name] ? { url: body[name], name: names[name] } : null);
     else control.value = body[name] ?? "";
   }

@@ -1,0 +1,172 @@
+"""What surrounds every route: the request's id, the token, errors as JSON, headers, count and log line."""
+
+from __future__ import annotations
+
+import errno
+import hmac
+import logging
+import re
+import secrets
+import time
+from typing import Any
+from urllib.parse import quote
+
+from flask import Response, g, jsonify
+from flask import request as http
+from werkzeug.datastructures import Authorization
+from werkzeug.exceptions import HTTPException
+from werkzeug.http import HTTP_STATUS_CODES
+
+from shared.api.jobs import GenerationJob
+from shared.api.requests import ErrorAnswer, GenerateRequest, Reply, RequestError
+from shared.api.warned import header_text
+from shared.http import a1111 as a1111_api
+from shared.http import openai as openai_api
+from shared.http.dispatch import ApiError, Dispatcher
+from shared.http.doors import Doors, is_preflight
+from shared.http.incoming import caller, enter
+from shared.http.routes import App
+from shared.http.wsgi import NO_ROOM
+from shared.launch.wording import cut, shown
+
+log = logging.getLogger("host")
+
+REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{8,64}")  # what a client may call its request
+MAX_ROUTE = 200  # characters of a path in the log
+REASONS = {499: "Client Closed Request"}
+ERROR_FORMS = {openai_api.PREFIX: openai_api.error_body, a1111_api.PREFIX: a1111_api.error_body}
+_CHALLENGE = {"WWW-Authenticate": 'Bearer realm="multigpu diffusion"'}
+
+
+def add_frame(app: App, dispatcher: Dispatcher) -> None:
+    """Put it around all routes of an application."""
+    api_key, doors = dispatcher.config.api_key, Doors(dispatcher.config)
+
+    @app.before_request
+    def begin() -> Response | None:
+        given = http.headers.get("X-Request-Id", "")
+        enter(given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8))
+        g.began = time.monotonic()
+        if foreign := doors.refusal(http.headers.get("Host", ""), http.headers.get("Origin")):
+            raise ApiError(403, foreign)
+        if is_preflight(http):  # it carries no token
+            return Response(status=204)
+        if api_key is not None and not _is_open(app):
+            _check_token(api_key)
+        if refusal := http.environ.get("host.refusal"):
+            raise ApiError(*refusal)
+        return None
+
+    @app.errorhandler(Exception)
+    def failed(error: Exception) -> Response:
+        return error_response(error)
+
+    @app.after_request
+    def end(response: Response) -> Response:
+        response.headers["X-Request-Id"] = caller().id
+        response.headers.setdefault("Cache-Control", "no-store")
+        doors.cors(http, response)
+        if warnings := caller().warnings:
+            response.headers["X-Warnings"] = header_text(warnings)
+        makes_pictures = http.endpoint in app.routes and app.routes[http.endpoint].makes_pictures
+        if makes_pictures and http.method == "POST":
+            dispatcher.metrics.answered(response.status_code)
+        _log_outcome(response, makes_pictures)
+        return response
+
+
+def _is_open(app: App) -> bool:
+    """Whether the route asks for no token."""
+    return http.endpoint in app.routes and app.routes[http.endpoint].is_open
+
+
+def _check_token(api_key: str) -> None:
+    """Raise ApiError 401 without the bearer token."""
+    if not token_fits(api_key, http.path, http.headers.get("Authorization", "")):
+        raise ApiError(401, "this host needs its --api_key as a bearer token", headers=_CHALLENGE)
+
+
+def token_fits(api_key: str, path: str, authorization: str) -> bool:
+    """Whether the header Authorization has the token; on A1111's routes it may be the password of Basic."""
+    scheme, _, token = authorization.partition(" ")
+    # WSGI hands header bytes over as latin-1.
+    given = token.strip().encode("latin-1", "replace")
+    if scheme.lower() == "basic" and path.startswith(a1111_api.PREFIX):
+        basic = Authorization.from_header(authorization)
+        given, scheme = ((basic and basic.password) or "").encode(), "bearer"
+    return scheme.lower() == "bearer" and hmac.compare_digest(given, api_key.encode())
+
+
+def error_response(error: Exception) -> Response:
+    """Any exception as JSON, in the form of the route's own API (PROTOCOL's but for OpenAI's and A1111's)."""
+    api_error = as_api_error(error)
+    caller().error = api_error.message
+    for prefix, body in ERROR_FORMS.items():
+        if http.path.startswith(prefix):
+            response = jsonify(body(api_error))
+            break
+    else:
+        problems = [{"field": p.field, "problem": p.problem} for p in api_error.problems]
+        response = jsonify(ErrorAnswer(message=api_error.message, errors=problems).model_dump())
+    if api_error.status in (500, 504):
+        response.headers["X-Should-Retry"] = "false"  # the openai SDK would ask for the same failure again
+    response.status = f"{api_error.status} {_reason(api_error.status)}"
+    response.headers.update(api_error.headers)
+    return response
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Any exception as the error it is answered with; what nobody foresaw is logged with its stack: 500."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError):
+        return ApiError.from_request(error)
+    if isinstance(error, HTTPException):
+        code = error.code or 500
+        headers = {k: v for k, v in error.get_headers() if k in ("Allow", "Retry-After")}
+        if code == 404:
+            return ApiError(404, f"there is no route {shown(http.path, MAX_ROUTE)}; see /openapi.json")
+        if code == 405:
+            allowed = headers.get("Allow", "")
+            path, method = shown(http.path, MAX_ROUTE), cut(http.method, 20)
+            return ApiError(405, f"{path} allows only {allowed}; got {method}", headers=headers)
+        if code == 413:  # of werkzeug, whose words tell neither; bodies are bounded before
+            return ApiError(413, "the form has too many parts, or a part is too large")
+        return ApiError(code, error.description or _reason(code), headers=headers)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        log.error("id=%s %s", caller().id, error)
+        return ApiError(507, NO_ROOM)
+    log.error("id=%s failed in the server", caller().id, exc_info=error)
+    return ApiError(500, "the server failed; its log has the reason under this X-Request-Id")
+
+
+def _reason(status: int) -> str:
+    return REASONS.get(status) or HTTP_STATUS_CODES.get(status, "Error")
+
+
+def _log_outcome(response: Response, makes_pictures: bool) -> None:
+    """One line a request; requests that reached the queue tell their size, steps and seed."""
+    asker = caller()
+    fields: dict[str, Any] = {
+        "id": asker.id,
+        "status": response.status_code,
+        "seconds": round(time.monotonic() - g.began, 3),
+        "route": cut(f"{http.method} {quote(http.path)}", MAX_ROUTE),
+    }
+    job = asker.job
+    if isinstance(job, GenerationJob):
+        made: Reply | GenerateRequest = job.made[0] if job.done and job.error is None else job.request
+        fields |= {"size": f"{made.width}x{made.height}", "steps": made.steps, "seed": made.seed}
+    text = " ".join(f"{k}={v}" for k, v in fields.items())
+    if asker.warnings:
+        fields["warnings"] = asker.warnings
+        text += f" warnings={'; '.join(asker.warnings)!r}"
+    if asker.error:
+        message = fields["error"] = cut(asker.error)
+        text += f" error={message!r}"
+    level = logging.DEBUG
+    if response.status_code >= 500:
+        level = logging.WARNING
+    elif makes_pictures or response.status_code >= 400:
+        level = logging.INFO
+    log.log(level, "%s", text, extra={"fields": fields})
