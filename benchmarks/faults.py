@@ -1,4 +1,4 @@
-"""Faults: kills and stops ranks and launchers of real hosts in every state, and writes a table of what came.
+"""Faults: kills and stops ranks and launchers of real hosts in every state, and writes a table of results.
 
     python benchmarks/faults.py                     every row: a quarter of an hour on two cores
     python benchmarks/faults.py --only "idle/.*"    some of them, by state/victim/signal/restarts

@@ -14,7 +14,7 @@ another size and other scales, each twice, then for the first again, and compare
 - scales: the changed scales against the first request, plain; they must change something: below 60 dB
 
 Tiny random checkpoints in fp32 (tests/tiny.py). Several pairs of ranks run side by side on the two GPUs; a
-cell that crashes its ranks is told and the others go on. Exit code 1 when a cell falls short.
+cell that crashes its ranks is reported and the others continue. Exit code 1 when a cell falls short.
 """
 
 from __future__ import annotations

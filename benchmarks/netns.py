@@ -1,7 +1,7 @@
-"""Cut links: two network namespaces as machines, a host over both of them, and the cable between them pulled.
+"""Cut links: two network namespaces as machines, a host over both of them, and the link between them cut.
 
 Needs root and iproute2. `benchmarks/faults.py --netns` runs it. torchrun finds its peer by c10d; the first
-machine keeps the store. A torchrun that has ended is started again, as whoever supervises it would.
+machine keeps the store. A torchrun that has ended is started again, as a supervisor would.
 """
 
 from __future__ import annotations

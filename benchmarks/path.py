@@ -1,4 +1,4 @@
-"""The way of one launch and of one request through the project's files: which ones, and how often it changes.
+"""The path of one launch and of one request through the project's files: which files, and how many changes.
 
 python benchmarks/path.py [--root ANOTHER_CHECKOUT]    one CPU rank on the demo checkpoint, two steps
 

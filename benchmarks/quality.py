@@ -5,7 +5,7 @@ python benchmarks/quality.py hybrid
 python benchmarks/quality.py distrifusion [--strip docs/distrifusion.png] [--only 2:row:stale_gn]
 
 Ranks are processes on this machine's CPU, in fp32. The same held-out prompts with the same seeds are drawn by
-plain diffusers and by every setting; a Markdown table tells the PSNR of the 8-bit pictures, over all of them
+plain diffusers and by every setting; a Markdown table shows the PSNR of the 8-bit pictures, over all of them
 and of the worst one, and how many still show what the prompt asks for by the rule of demo/draw.py.
 """
 
@@ -114,7 +114,7 @@ def asyncdiff_settings(steps: int) -> list[Setting]:
 
 
 def distrifusion_settings(steps: int) -> list[Setting]:
-    """By ranks, split and what patches tell each other, after the paper's 4 exact steps."""
+    """By ranks, split and what patches exchange, after the paper's 4 exact steps."""
 
     def setting(ranks: int, scheme: str, mode: str, parallelism: str = "patch") -> Setting:
         options = (("parallelism", parallelism), ("split_scheme", scheme), ("sync_mode", mode))

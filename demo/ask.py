@@ -1,4 +1,4 @@
-"""Start a host on the demo checkpoint, ask it over HTTP for one picture, and end it: what `make demo` runs.
+"""Start a host on the demo checkpoint, request one picture over HTTP, and end it: what `make demo` runs.
 
 python demo/ask.py --ranks 2 --prompt "a red circle on a blue background" --out demo.png
 """

@@ -1,4 +1,4 @@
-"""Does the demo checkpoint obey its prompt? Draws held-out prompts and counts by the rule of draw.py."""
+"""Does the demo checkpoint follow its prompt? Draws held-out prompts and counts by the rule of draw.py."""
 
 from __future__ import annotations
 

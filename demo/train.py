@@ -1,9 +1,9 @@
-"""Trains the demo checkpoint: a small text-to-image model of Stable Diffusion 1's architecture, from nothing.
+"""Trains the demo checkpoint: a small text-to-image model of Stable Diffusion 1's architecture, from scratch.
 
 First the autoencoder, then text encoder and UNet together (DDPM, epsilon prediction, arXiv 2006.11239, in the
 autoencoder's latents, arXiv 2112.10752; captions dropped for classifier-free guidance, arXiv 2207.12598).
 The pictures are those of draw.py, its held-out scenes left out of both. One GPU needs about 7 minutes, and
-3 more for --resume, which sharpens the decoder alone, so that small shapes, the last to come out well, do.
+3 more for --resume, which trains only the decoder further, for small shapes, which are learned last.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def train_vae(vae: AutoencoderKL, pictures: Pictures, *, until: float, batch: in
 
 
 def train_decoder(vae: AutoencoderKL, pictures: Pictures, *, until: float, batch: int) -> None:
-    """Reconstruction by the decoder alone: latents, and so a UNet trained on them, stay valid."""
+    """Training of only the decoder: latents, and so a UNet trained on them, stay valid."""
 
     def loss_of_batch() -> Tensor:
         images, _ = pictures.draw(batch)
@@ -243,7 +243,7 @@ def train_unet(
     def loss_of_batch() -> Tensor:
         chosen = torch.randint(len(indices), (batch,), device=device)
         latents = torch.addcmul(means[chosen], stds[chosen], torch.randn_like(means[chosen]))
-        # Half of the captions do not tell the size.
+        # Half of the captions do not name the size.
         caption = 1 + indices[chosen] + torch.randint_like(chosen, 2) * len(sizeless)
         caption = caption * (torch.rand(batch, device=device) >= CAPTION_DROP)
         time_steps = torch.randint(len(products), (batch,), device=device)

@@ -1,4 +1,4 @@
-"""The life of one rank's process: flags, server, signals, loading, the loop, the end."""
+"""The process of one rank: flags, server, signals, loading, the loop, the end."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("host")
 
-FLUSH_SECONDS = 0.5  # what the HTTP threads get to send their last answers
+FLUSH_SECONDS = 0.5  # for the HTTP threads to send their last answers
 ANSWER_SECONDS = 3.0  # the same, where a picture was finished after the first signal
-WORKERS_GRACE = 5.0  # seconds that other ranks wait for rank 0's word, after --stop_grace
+WORKERS_GRACE = 5.0  # seconds that other ranks wait for rank 0's message, after --stop_grace
 
 
 def serve(backend: Backend) -> NoReturn:
     """Run one rank of a host until it is stopped; never returns.
 
     Exit codes: 2 for a usage error, 1 when loading fails or the ranks lose each other, 130 after Ctrl-C,
-    0 on every rank after SIGTERM or SIGHUP to any of them: who was told to stop is not restarted.
+    0 on every rank after SIGTERM or SIGHUP to any of them, so that torchrun does not restart them.
     """
     guard_streams()
     config = parse_or_exit(backend, BACKENDS)
@@ -44,7 +44,7 @@ def serve(backend: Backend) -> NoReturn:
     from shared.api.jobs import HostStatus, JobQueue
     from shared.http.doors import unguarded
 
-    # Workers hear of the end from rank 0, which has until --stop_grace.
+    # Workers are stopped by rank 0, which has until --stop_grace.
     grace = config.stop_grace + (WORKERS_GRACE if rank else 0)
     lifeline = Lifeline("TORCHELASTIC_RUN_ID" in os.environ, config.collective_timeout, rank, grace)
     status = HostStatus(config.backend, config.type, world_size)
@@ -165,7 +165,7 @@ def _load_and_loop(
 
 
 def plan_lines(plan: dict[str, Any]) -> list[str]:
-    """The plan for people: its settings in one line, then one line a stage."""
+    """The plan as log lines: its settings in one line, then one line a stage."""
     settings = [f"{name} {value}" for name, value in plan.items() if isinstance(value, str | int | float)]
     lines = ["plan: " + ", ".join(settings)]
     for number, stage in enumerate(plan.get("stages", [])):
@@ -177,7 +177,7 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
 
 
 def limit_threads(device_type: str) -> None:
-    """On CPUs the ranks of a machine share its cores evenly."""
+    """Divide the cores of a machine evenly among its ranks on CPUs."""
     import torch
 
     if device_type == "cpu":
@@ -186,7 +186,7 @@ def limit_threads(device_type: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the answers depend on, for /health."""
+    """Versions of the packages that pictures depend on, for /health."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
@@ -197,7 +197,7 @@ def versions() -> dict[str, str]:
 
 
 def _report_end(error: Exception) -> None:
-    """Expected endings take one line; a traceback is for what nobody foresaw."""
+    """Log the error: expected ones in one line, others with a traceback."""
     from shared.ranks.messages import BrokenJobError
 
     if isinstance(error, LoadError):

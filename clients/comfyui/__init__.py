@@ -1,6 +1,6 @@
-"""multigpu diffusion for ComfyUI: nodes that have hosts make pictures and videos on several GPUs.
+"""multigpu diffusion for ComfyUI: nodes that make pictures and videos on several GPUs, through hosts.
 
-Hosts are asked over HTTP; nothing here computes. Copy or link this folder into ComfyUI's `custom_nodes`.
+The nodes call hosts over HTTP and compute nothing. Copy or link this folder into ComfyUI's `custom_nodes`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the dropdowns offer: the model files and folders that ComfyUI's `folder_paths` finds just then."""
+"""The choices of the dropdowns: model files and folders that ComfyUI's `folder_paths` finds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEDULERS = [
     *(f"{kind}_{name}" for kind in ("k", "exponential", "beta") for name in (*_SIGMAS, "flow_euler")),
     *(f"{name}_trailing" for name in _PLAIN if name != "dpmpp_sde"),
 ]
-_DEPTH = 3  # how deep below a model folder a diffusers folder may lie
+_DEPTH = 3  # how deep below a model folder a diffusers folder may be
 
 # Folders of other node packs, by the names under which those register them.
 for _kind in ("ipadapter", "animatediff_models"):
@@ -75,7 +75,7 @@ def project() -> str:
 
 
 def chosen(found: dict[str, str], name: str, what: str) -> str:
-    """The path that a dropdown's name means. Raises ValueError."""
+    """The path of a dropdown's entry. Raises ValueError."""
     if name not in found:
         raise ValueError(f"{what}: no {name!r}; available: {', '.join(found) or 'none'}")
     return found[name]

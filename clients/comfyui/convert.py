@@ -1,8 +1,8 @@
-"""ComfyUI's tensors to and from what hosts take and give.
+"""Converts ComfyUI's tensors to and from request and answer fields of hosts.
 
 IMAGE is float [N, height, width, 3] in 0..1. LATENT is {"samples": float [N, channels, height/8, width/8]} as
 a VAE encodes it; a host's latents are scaled as the denoiser sees them, so the two differ by the factors of
-the model family, the same that ComfyUI knows by heart.
+the model family, the same as in ComfyUI.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def embeds(positive: Any, negative: Any, type: str) -> dict[str, str]:
     """CONDITIONINGs (either may be None) as `positive_embeds` and `negative_embeds`.
 
     The shorter of the two is repeated to the length of both, which attention does not notice.
-    Raises ValueError for what a host cannot be told: several prompts in one, areas, masks, hooks.
+    Raises ValueError for what hosts do not support: several prompts in one, areas, masks, hooks.
     """
     given = {"positive_embeds": positive, "negative_embeds": negative}
     found = {

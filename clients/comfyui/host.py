@@ -1,9 +1,9 @@
-"""A host, seen from outside: its HTTP API, and its process when this side starts it. Standard library alone.
+"""A client of a host: its HTTP API, and its process if it is started here. Uses only the standard library.
 
-The same file lies in clients/comfyui and in clients/localai (a test holds them equal), so that each folder
-works when it is copied out alone. Run as a program it is the guard that a started host lives under: the guard
-ends the host, and then itself, as soon as its standard input closes, which it does when the starter is gone,
-however that died.
+The same file is in clients/comfyui and in clients/localai (a test checks that they are equal), so that each
+folder works when it is copied without the rest. Run as a program it is the guard of a started host: the guard
+ends the host, and then itself, as soon as its standard input closes, which it does when the starter ends or
+dies.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-END_SECONDS = 20.0  # what a host gets between Ctrl-C and SIGKILL
-QUICK_SECONDS = 10.0  # what a host gets to answer anything but /generate
-EVENT_SECONDS = 30.0  # what it may be silent in GET /events, where it sends something every 10 s
-LORA_SECONDS = 600.0  # what it gets to add or remove a LoRA, which waits in its queue
+END_SECONDS = 20.0  # for a host to end, between Ctrl-C and SIGKILL
+QUICK_SECONDS = 10.0  # for a host to answer anything but /generate
+EVENT_SECONDS = 30.0  # without data in GET /events, which sends something every 10 s
+LORA_SECONDS = 600.0  # for a host to add or remove a LoRA, which waits in its queue
 
 
 class HostError(RuntimeError):
-    """What a host said went wrong, in its words.
+    """An error of a host, with its message.
 
     Attributes:
         status: the HTTP status; 0 where there was no answer.
@@ -111,18 +111,18 @@ class Host:
             return self._send(connection, method, path, body)
 
     def change_lora(self, method: str, body: dict[str, Any]) -> None:
-        """POST or DELETE /lora. Raises HostError in the host's words; 409 where it cannot while it runs."""
+        """POST or DELETE /lora. Raises HostError; 409 where it cannot while it runs."""
         status, data = self.call(method, "/lora", body, LORA_SECONDS)
         if status != 200:
             raise HostError(_message(data, status), status)
 
     def health(self) -> dict[str, Any]:
-        """What the host says of itself: state, backend, type, plan, ... Raises HostError."""
+        """GET /health: state, backend, type, plan, ... Raises HostError."""
         _, data = self.call("GET", "/health")
         return _object(data)
 
     def launch(self) -> dict[str, Any]:
-        """What it was launched for: the request `fields` that it takes, ... Raises HostError."""
+        """GET /launch: the request `fields` that it supports, ... Raises HostError."""
         status, data = self.call("GET", "/launch")
         if status != 200:
             raise HostError(_message(data, status), status)
@@ -156,7 +156,7 @@ class Host:
             id: by which the host's events name it, 8 to 64 letters and digits; drawn where there is none.
 
         Raises:
-            HostError: in the host's words.
+            HostError: with the host's message.
         """
         answers: list[tuple[int, bytes]] = []
         failures: list[HostError] = []
@@ -182,7 +182,7 @@ class Host:
                 worker.join(interval)
                 check()
         except BaseException:
-            # By name, so that nobody else's request ends; where that fails, leaving cancels it too.
+            # By its id, so that no other request ends; if that fails, the disconnect cancels it too.
             with contextlib.suppress(HostError):
                 self.call("POST", f"/cancel?id={id}")
             _hang_up(connection.sock)
@@ -222,7 +222,7 @@ def _message(data: bytes, status: int) -> str:
 
 
 def free_port() -> int:
-    """A port below those that systems hand out, lest another program gets it before the host listens."""
+    """A free port below the ephemeral ones, so that no other program gets it before the host listens."""
     while True:
         port = random.randint(20000, 32000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -291,10 +291,10 @@ class HostProcess:
 
         Args:
             check: called every `interval` seconds; what it raises ends the host and is raised here.
-            on_loading: told the host's /health as often, once it answers.
+            on_loading: called with the host's /health as often, once it answers.
 
         Raises:
-            HostError: the host ended; with the line in which it said why.
+            HostError: the host ended; with the line of its log that says why.
         """
         try:
             while True:
@@ -346,7 +346,7 @@ def guard(command: list[str]) -> int:
     """
     asked_to_end = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked_to_end.set())
-    # A handler, unlike SIG_IGN, is not inherited: the host hears Ctrl-C, the guard outlives it.
+    # A handler, unlike SIG_IGN, is not inherited: the host gets Ctrl-C, the guard outlives it.
     signal.signal(signal.SIGINT, lambda *_: None)
     host = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     code: int | None = None

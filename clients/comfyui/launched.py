@@ -46,7 +46,7 @@ class Launch:
     features: dict[str, Any] = field(default_factory=dict)
 
     def command_flags(self) -> list[str]:
-        """All flags of the host; what the user wrote himself comes last and wins."""
+        """All flags of the host; the user's own flags come last and take precedence."""
         # LoRAs are chosen here and change by their paths while the host runs (`Running.adopt`).
         flags = [f"--type={self.type}", f"--checkpoint={self.checkpoint}", "--allow_lora_paths"]
         for name, value in self.features.items():
@@ -71,7 +71,7 @@ class Launch:
 
     @property
     def key(self) -> str:
-        """What needs another process when it changes."""
+        """The settings whose change needs another process."""
         features = dict(self.features)
         if not self.fuses:
             features.pop("lora", None)
@@ -155,10 +155,10 @@ class LaunchedHosts:
         Args:
             prompt: all nodes by id; hosts that none of them launches are ended, they hold memory.
             check: called while the host loads; what it raises ends the host.
-            on_loading: told its /health meanwhile.
+            on_loading: called with its /health meanwhile.
 
         Raises:
-            HostError: the host ended while loading; with its words.
+            HostError: the host ended while loading; with its message.
         """
         with self._lock:
             self.deaths()

@@ -117,7 +117,7 @@ class LaunchHost(io.ComfyNode):
 
 
 class AttachHost(io.ComfyNode):
-    """A host that somebody else runs."""
+    """A running host that this ComfyUI did not launch."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -25,14 +25,14 @@ check = comfy.model_management.throw_exception_if_processing_interrupted
 
 
 class Loading:
-    """A node's progress bar while its host loads: how far it is, and in the log what it is at."""
+    """A node's progress bar while its host loads; the log has what it is doing."""
 
     def __init__(self) -> None:
         self._bar = comfy.utils.ProgressBar(100)
         self._told: tuple[int, str] = (-1, "")
 
     def show(self, health: dict[str, Any]) -> None:
-        """Show what the host's /health says; hosts before `loaded` say no more than that they load."""
+        """Show what the host's /health says; older hosts without `loaded` report only that they load."""
         told = int(health.get("loaded", 0)), str(health.get("message", ""))
         if told[0] != self._told[0]:
             self._bar.update_absolute(told[0], 100)
@@ -42,7 +42,7 @@ class Loading:
 
 
 def loaded(host: Host) -> dict[str, Any]:
-    """Wait for a host that somebody else runs to be loaded; what it says of itself then. Raises HostError."""
+    """Wait until a running host is loaded; its /health then. Raises HostError."""
     loading = Loading()
     while (health := host.health()).get("state") == "loading":
         check()
@@ -63,7 +63,7 @@ class _Bar:
     def show(self, watch: Watch, part: int) -> None:
         """What is to be seen of the request that makes the next `part` pictures. Raises when interrupted."""
         check()
-        with contextlib.suppress(HostError):  # the request itself tells what is wrong
+        with contextlib.suppress(HostError):  # the request itself reports the error
             percent = int((100 * self.made + watch.percent() * part) / self._whole)
             picture = watch.picture()
             if percent > self._told or picture is not None:
@@ -78,7 +78,7 @@ class _Bar:
 def ask(handle: Handle, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """POST /generate for each body, in turn; progress counts their pictures.
 
-    What the host warns of is in the log, each warning once. Raises HostError in the host's words.
+    The host's warnings are logged, each once. Raises HostError with the host's message.
     """
     bar = _Bar(sum(pictures_of(body) for body in bodies))
     answers: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What a host shows of one request while it makes it: progress and forming pictures, from GET /events."""
+"""Progress and previews of one request, from GET /events."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLOSE_SECONDS = 2.0  # what the stream gets to end
 
 
 class Watch:
-    """Follows one request. Where the host has no events for us, there is its progress alone.
+    """Follows one request. Without events from the host, there is only its progress.
 
     Args:
         host: that makes it.
@@ -54,7 +54,7 @@ class Watch:
         return 0.0 if percent == 100 else percent  # it may still be the request's before
 
     def picture(self) -> Image.Image | None:
-        """The newest forming picture, each once."""
+        """The newest preview, each once."""
         picture, self._picture = self._picture, None
         return picture
 

@@ -2,7 +2,7 @@
 
 python backend.py --addr 127.0.0.1:50051
 
-Failures are gRPC errors with the host's words, because LocalAI does not look at `Result.success`.
+Failures are gRPC errors with the host's message, because LocalAI does not look at `Result.success`.
 """
 
 from __future__ import annotations

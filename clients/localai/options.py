@@ -1,4 +1,4 @@
-"""What a model's YAML asks for: from LoadModel's options to the host to start or to ask, and its defaults."""
+"""Options of a model's YAML: from LoadModel's options to the host to start or to call, and its defaults."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _strength(own: dict[str, Any], controlled: bool) -> float | None:
 
 
 def _pairs(options: Any) -> dict[str, Any]:
-    """`key:value`; a key alone is a switch, and so is key:true. Raises OptionError for a key given twice."""
+    """`key:value`; `key` and `key:true` are switches. Raises OptionError for a key given twice."""
     found: dict[str, Any] = {}
     for option in options:
         key, colon, value = option.partition(":")

@@ -1,4 +1,4 @@
-"""The backends: each with its types, flags, refusals and checks, and how it takes hold of a pipeline.
+"""The backends: each with its types, flags, refusals and checks, and how it makes a pipeline parallel.
 
 Imports no torch.
 """

@@ -1,4 +1,4 @@
-"""AsyncDiff, asynchronous model parallelism: its types, flags and plan, and how it is put on a pipeline."""
+"""AsyncDiff, asynchronous model parallelism: its types, flags and plan, and how it is applied."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DistriFusion, displaced patch parallelism: its types, flags and plan, and how it is put on a pipeline."""
+"""DistriFusion, displaced patch parallelism: its types, flags and plan, and how it is applied."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def attach(pipe: Any, config: HostConfig, world: World, branches: Any = None) ->
         group=world.compute,
         branches=branches,
         cuda_graph=graphs,
-        # A compiled decoder is one piece.
+        # A compiled decoder cannot be split.
         split_decode=not config.compile_vae,
     )
 

@@ -1,4 +1,4 @@
-"""xDiT: transformers through the package xfuser. Its types and flags, and how it takes hold of a pipeline."""
+"""xDiT: transformers through the package xfuser. Its types and flags, and how it is applied."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def needs(config: HostConfig, world_size: int) -> Needs:
 
 
 def make_groups(config: HostConfig, world: World) -> XfuserGroups | None:
-    """The process groups of the launch's degrees; None for one rank. All ranks must ask at the same time."""
+    """The process groups of the launch's degrees; None for one rank. All ranks must call it."""
     from shared.parallel.xdit.groups import XfuserGroups
 
     degrees = xdit_degrees(config, world.size)

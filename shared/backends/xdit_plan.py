@@ -1,4 +1,4 @@
-"""What a launch of xdit_host.py may ask for: flags, degrees, and what does not go together. Without torch."""
+"""The flags and degrees of xdit_host.py, and which of them conflict. Without torch."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _denoiser(config: HostConfig) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A configuration; empty where it cannot be read, which the loader will tell."""
+    """A configuration; empty if it cannot be read, which the loader reports."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -256,7 +256,7 @@ def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str,
 
 
 def _pipefusion_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str, Any, str]]:
-    """What PipeFusion's stages cannot run, as far as the checkpoint's configurations tell."""
+    """What PipeFusion's stages cannot run, as far as the checkpoint's configurations show."""
     cut, denoiser, stages = _cut_of(config), _denoiser(config), config.attn_layer_num_for_pp
     blocks = (_number(denoiser, "num_layers") or 0) + (_number(denoiser, "num_single_layers") or 0)
     if blocks:

@@ -1,4 +1,4 @@
-"""What a launch asks of a backend, as data and functions. Those of each backend are in shared.backends."""
+"""The interface of a backend, as data and functions. The backends are in shared.backends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a parallel method needs of a pipeline before it takes hold of it."""
+    """What a parallel method needs to know before a pipeline is loaded for it."""
 
     in_parts: bool = False  # it never calls the denoiser whole: model offload leaves it on the device
     inside_blocks: bool = False  # it works inside the denoiser's blocks: compilation leaves whole ones apart
@@ -34,7 +34,7 @@ def _one_picture(config: HostConfig) -> int:
 
 @dataclass(frozen=True)
 class Backend:
-    """One host: what it serves, and how it makes a pipeline parallel.
+    """One host: its types and flags, and how it makes a pipeline parallel.
 
     The functions take a launch and its world size (or this rank's World), and import torch only when called.
     """
@@ -42,12 +42,12 @@ class Backend:
     name: str
     title: str
     types: tuple[str, ...]
-    flags: frozenset[str]  # that not every host has
+    flags: frozenset[str]  # beyond the common ones
     check: Callable[[HostConfig, int], None]  # raises UsageError where the plan does not fit the ranks
     needs: Callable[[HostConfig, int], Needs]
     build_engine: Callable[[HostConfig, World], PipelineEngine]  # on every rank; loads and makes parallel
     refuses: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}))
-    """Type -> flag -> the reason why this method has no such thing for this type."""
+    """Type -> flag -> why this method does not support it for this type."""
     idle: Callable[[HostConfig, int], list[str]] = _no_idle_flags  # a line for each flag that changes nothing
     pictures_at_once: Callable[[HostConfig], int] = _one_picture  # of one request
 
@@ -57,7 +57,7 @@ class Backend:
         return f"{self.name}_host.py"
 
     def refusal(self, spec: ModelSpec, flag: str) -> str | None:
-        """Why this backend or the type refuses a flag, or None where they serve it."""
+        """Why this backend or the type refuses a flag; None if it is supported."""
         return spec.refuses.get(flag) or self.refuses.get(spec.name, {}).get(flag)
 
     @property

@@ -1,4 +1,4 @@
-"""What a launch cannot do, whatever the backend: refused before any weight is read, without torch."""
+"""Launches that cannot work with any backend: refused before any weight is read, without torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shared.models import FEATURES, SCHEDULERS, ModelSpec, schedulers_for
 
 
 def check_type(name: str, backend: Backend, backends: Mapping[str, Backend]) -> None:
-    """Refuse a type that the backend does not serve, and say who does. Raises UsageError."""
+    """Refuse a type that the backend does not serve, and name the hosts that do. Raises UsageError."""
     if name not in backend.types:
         scripts = " and ".join(b.script for b in backends.values() if name in b.types)
         given = repr(name) if name else "nothing"

@@ -1,4 +1,4 @@
-"""What ends a launch before it serves: a launch that cannot work, and files that cannot be loaded."""
+"""Errors that end a launch before it serves: a launch that cannot work, files that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ class LoadError(RuntimeError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line of 300 characters at most; its type when it says nothing."""
+    """The first line of an error's message, at most 300 characters; its type when it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

@@ -1,6 +1,6 @@
-"""The flags: every one with its default, its help and its bounds, as fields of one frozen dataclass.
+"""The flags: each with its default, help and bounds, as a field of one frozen dataclass.
 
-`HostConfig` owns the defaults; shared.launch.parser quotes them. Imports no torch.
+`HostConfig` holds the defaults; shared.launch.parser shows them. Imports no torch.
 """
 
 from __future__ import annotations

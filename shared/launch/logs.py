@@ -1,8 +1,8 @@
-"""What a rank writes: log lines that nobody can forge, and standard streams that never block.
+"""Logging: log lines that no client can forge, and standard streams that never block.
 
-A reader that sleeps, a pipe without a reader or a full disk must not decide over a picture or the end. So
-standard output and error become pipes to a small process, the scribe, which writes to the real ones. It
-outlives a crash, so that the last words of a C++ library are told. Imports no torch.
+A slow reader, a pipe without a reader or a full disk must not delay a picture or the end of the process. So
+standard output and error become pipes to a small process, the scribe, which writes to the real streams. It
+outlives a crash, so that the last messages of a C++ library are written too. Imports no torch.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from shared.launch.flags import HostConfig
 
 PIPE_BYTES = 1 << 20  # between the rank and its scribe
-KEPT_BYTES = 1 << 20  # that wait for a stream which takes nothing; what comes then is dropped
+KEPT_BYTES = 1 << 20  # that wait for a blocked stream; further bytes are dropped
 FINISH_SECONDS = 1.0  # that the scribe may still write for, after the rank's end
 CHUNK = 4096
 
-_finish: tuple[int, int] | None = None  # the scribe's process, and the pipe that tells it of the end
+_finish: tuple[int, int] | None = None  # the scribe's process id, and the pipe that signals the end to it
 _terminal: bool | None = None
 
 
@@ -88,7 +88,7 @@ def guard_streams() -> None:
 
 
 def finish() -> None:
-    """What was written is passed on, where the real streams take it within FINISH_SECONDS."""
+    """Flush what was written to the real streams, in FINISH_SECONDS at most."""
     global _finish
     if _finish is None:
         return
@@ -102,7 +102,7 @@ def finish() -> None:
 
 
 class _Raw(io.FileIO):
-    """Drops what the pipe does not take, instead of raising in whoever writes."""
+    """Drops what the pipe does not accept, instead of raising an error where it is written."""
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -122,7 +122,7 @@ def _stream(number: int) -> io.TextIOWrapper:
 
 
 def _scribe(sources: dict[int, int], told: int) -> None:
-    """Pass on what comes until the rank has ended, or tells so; then FINISH_SECONDS more at most."""
+    """Copy the pipes to the streams until the rank's end; then for FINISH_SECONDS at most."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     outlets = {source: _Outlet(number) for number, source in sources.items()}
@@ -149,7 +149,7 @@ def _scribe(sources: dict[int, int], told: int) -> None:
 
 
 class _Outlet:
-    """A real stream, and what waits for it. Its own thread writes, for a write may never come back."""
+    """A real stream, and its buffer. A thread of its own writes, because a write may block forever."""
 
     def __init__(self, number: int) -> None:
         self._number = number
@@ -206,12 +206,12 @@ class _Outlet:
 
 
 def _wait_for_room(number: int) -> None:
-    """A pipe is filled to a quarter only: the launcher writes to it, too, and its signals come after."""
+    """Fill a pipe only to a quarter: the launcher writes to it too, before it sends its signals."""
     if not stat.S_ISFIFO(os.fstat(number).st_mode):
         return
     room = fcntl.fcntl(number, fcntl.F_GETPIPE_SZ) // 4
     while struct.unpack("i", fcntl.ioctl(number, termios.FIONREAD, b"\0" * 4))[0] > room:
-        # A pipe whose reader is gone stays full; the poll tells so.
+        # A pipe whose reader is gone stays full; poll reports it.
         poll = select.poll()
         poll.register(number, 0)
         if poll.poll(0):
@@ -223,12 +223,12 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u
 
 
 def one_line(text: str) -> str:
-    """The text with its line ends and control characters escaped: what a client sent forges no line."""
+    """The text with its line ends and control characters escaped, so that clients cannot forge log lines."""
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _indented(text: str) -> str:
-    """Several lines that cannot be taken for log lines."""
+    """The text with each line indented, so that none looks like a log line."""
     return "\n".join(f"    {one_line(line)}" for line in text.split("\n"))
 
 
@@ -262,9 +262,9 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up_logging(config: HostConfig, rank: int) -> None:
-    """Rank 0 logs at --log_level; the others only what is wrong, unless the level is debug.
+    """Rank 0 logs at --log_level; the others only warnings and errors, unless the level is debug.
 
-    All other loggers' warnings, Python's own and threads' failures take the same form.
+    The warnings of other loggers and of Python, and failures of threads, have the same format.
     """
     handler = logging.StreamHandler()
     prefix = "" if rank == 0 else f"[rank {rank}] "
@@ -284,7 +284,7 @@ def set_up_logging(config: HostConfig, rank: int) -> None:
 
 
 def adopt_libraries() -> None:
-    """Handlers that imported libraries brought along write in our form, too."""
+    """Give the log handlers of imported libraries our format."""
     ours = logging.getLogger("host").handlers[0].formatter
     for logger in logging.Logger.manager.loggerDict.values():
         for handler in getattr(logger, "handlers", ()):

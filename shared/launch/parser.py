@@ -25,7 +25,7 @@ from shared.launch.wording import shown
 
 EXIT_USAGE = 2
 API_KEY_VARIABLE = "MULTIGPU_DIFFUSION_API_KEY"
-RANK_0_SECONDS = 5.0  # how long rank 0 may take to say what all ranks have met
+RANK_0_SECONDS = 5.0  # how long rank 0 may take to report an error that all ranks have
 
 
 class _Parser(argparse.ArgumentParser):
@@ -82,7 +82,7 @@ def parse_config(backend: Backend, backends: Backends, argv: Sequence[str] | Non
     """Parse and check the command line of one host.
 
     Args:
-        backends: all of them, to say which other one serves a type or has a flag.
+        backends: all of them, to name another one that serves a type or has a flag.
 
     Raises:
         UsageError: naming the flag, what was given and what is allowed.
@@ -133,8 +133,8 @@ def parse_or_exit(backend: Backend, backends: Backends, argv: Sequence[str] | No
 def exit_usage(backend: Backend, error: Exception) -> NoReturn:
     """End this rank with exit code 2; only rank 0 says why, in one line.
 
-    torchrun ends all ranks of a machine with the first one, so the others let rank 0 go first. One that is
-    still there after that has met what rank 0 has not (a file that this machine lacks), and says so itself.
+    torchrun ends all ranks of a machine with the first one, so the others wait for rank 0. A rank that still
+    runs after that has an error that rank 0 does not have (a file missing on this machine) and reports it.
     """
     rank = world_from_environment()[0]
     if rank > 0:
@@ -189,11 +189,11 @@ def _read_yaml(backend: Backend, backends: Backends, path: str) -> dict[str, Any
 
 
 _UNREADABLE = (OSError, ValueError, LookupError, AttributeError, RecursionError)
-"""What YAML's constructors let through, such as ValueError for the date 2024-13-13."""
+"""What YAML's constructors raise beside YAMLError, such as ValueError for the date 2024-13-13."""
 
 
 def _problem(error: Exception) -> str:
-    """What is wrong with a YAML file, in one line, and where."""
+    """The error of a YAML file in one line, with its line number."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     lines = str(getattr(error, "problem", None) or error).splitlines()

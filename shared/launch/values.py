@@ -1,4 +1,4 @@
-"""From a flag's text or YAML value to what it means. Each function raises ValueError with what it must be."""
+"""Parse the text or YAML value of a flag. Each function raises ValueError with what the value must be."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def as_number(value: Any) -> float:
 
 
 def from_json(text: str) -> Any:
-    """Raises ValueError, for NaN (which JSON has not) and for what is nested too deeply as well."""
+    """Parse JSON. Raises ValueError, also for NaN (which JSON does not have) and too deep nesting."""
     try:
         return json.loads(text, parse_constant=as_number)
     except RecursionError:

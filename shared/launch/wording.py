@@ -1,4 +1,4 @@
-"""What clients sent, as it is shown to them and to the log: bounded, whatever its size."""
+"""Values for error texts and the log, cut to a bounded length."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ MAX_VALUE = 60  # characters of a value that such a text quotes
 
 
 def cut(text: str, most: int = MAX_TEXT) -> str:
-    """The text, its end left out where it is longer than `most` characters."""
+    """The text, cut to at most `most` characters."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 class _Repr(reprlib.Repr):
-    """`repr` that never looks at all of a value that may be as large as a body."""
+    """`repr` with a bounded cost for values as large as a request body."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The registry: all that is known of a model type, as data.
+"""The registry: everything about a model type, as data.
 
-Nothing else in the code asks for a type by name. A family of types is one file here, named in FAMILIES.
+No other code asks for a type by name. A family of types is one file here, listed in FAMILIES.
 Imports no torch.
 """
 
@@ -56,7 +56,7 @@ FAMILIES: tuple[Family, ...] = (sd.FAMILY, flux.FAMILY, sd3.FAMILY, hunyuan.FAMI
 
 
 def _collected(rows: tuple[ModelSpec, ...]) -> dict[str, ModelSpec]:
-    """By name; a reason to refuse a flag tells the types that have what the others lack."""
+    """The rows by name; {types} in a reason becomes the types that do not refuse the flag."""
 
     def told(flag: str, reason: str) -> str:
         return reason.format(types=", ".join(sorted(row.name for row in rows if flag not in row.refuses)))
@@ -82,7 +82,7 @@ TOKEN_PLANS: dict[str, TokenPlan] = {
 
 
 def token_plan(class_name: str) -> TokenPlan:
-    """What is known of a class of transformers. Raises ValueError, with those that are known."""
+    """The plan of a class of transformers. Raises ValueError, which names the classes with one."""
     if class_name not in TOKEN_PLANS:
         raise ValueError(
             f"{class_name} has no token plan; classes with one: {', '.join(sorted(TOKEN_PLANS))}"
@@ -93,7 +93,7 @@ def token_plan(class_name: str) -> TokenPlan:
 FILE_KINDS: tuple[FileKind, ...] = (*PARTS, *(kind for family in FAMILIES for kind in family.files))
 
 OTHER_PIPELINES = {name: what for family in FAMILIES for name, what in family.other_pipelines.items()}
-"""Classes in model_index.json that share components with a type here and mean another model."""
+"""Classes in model_index.json that share components with a type here but are another model."""
 
 
 # Launch flags that are features of a model, in the order in which the compatibility tables show them.

@@ -1,4 +1,4 @@
-"""Single files of weights: what one is, by the names of its tensors."""
+"""Single files of weights, recognised by the names of their tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a single file is, from the names of its tensors; the first of FILE_KINDS that fits is it.
+    """A kind of single file, recognised by its tensors' names; the first match in FILE_KINDS counts.
 
     `name` is the `single_file_config` of the types that load it, or "" where none does.
     """
@@ -34,7 +34,7 @@ PARTS = (
              "embeddings.", "final_layer_norm.", "scaled_fp8", "spiece_model", "text_encoders.",
              "cond_stage_model.", "conditioner."), hint="it is a part of a checkpoint"),
 )  # fmt: skip
-"""What is no checkpoint of any type, and goes before those that are."""
+"""Files that are no checkpoint of any type; they are tried before the checkpoints."""
 
 INPUTS: dict[str, tuple[str, ...]] = {
     "unet": ("input_blocks.0.0.weight", "conv_in.weight"),

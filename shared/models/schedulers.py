@@ -12,7 +12,7 @@ from shared.models.spec import ModelSpec
 
 @dataclass(frozen=True)
 class SchedulerSpec:
-    """A scheduler's short name: the diffusers class and the settings that make it what the name says."""
+    """A scheduler's short name: the diffusers class and its settings."""
 
     name: str
     cls: str
@@ -72,7 +72,7 @@ VARIANTS: dict[str, Mapping[str, object]] = {
     "beta_": _NO_SIGMAS | {"use_beta_sigmas": True},
     "_trailing": {"timestep_spacing": "trailing"},
 }
-"""What may stand in front of a short name, or after it, and the settings that it stands for."""
+"""Prefixes and suffixes of short names, and their settings."""
 
 
 def with_variant(name: str, variant: str) -> str | None:
@@ -106,4 +106,4 @@ EDM_CLASSES = {
     "EulerDiscreteScheduler": "EDMEulerScheduler",
     "DPMSolverMultistepScheduler": "EDMDPMSolverMultistepScheduler",
 }
-"""Schedulers that have a form for models trained with EDM's sigmas, such as Playground v2.5."""
+"""Schedulers with a variant for models trained with EDM's sigmas, such as Playground v2.5."""

@@ -1,4 +1,4 @@
-"""What is known of one model type, and the words in which types refuse what they do not have."""
+"""The description of one model type, and the reasons for which types refuse flags."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def refusals(*groups: Mapping[str, str]) -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What is known of one model type.
+    """Everything about one model type.
 
-    `fields` are the request fields it takes beyond the common ones; `refuses` maps a launch flag to the
-    reason why this type has no such thing, whatever the backend.
+    `fields` are the request fields it supports beyond the common ones; `refuses` maps a launch flag to the
+    reason why this type does not support it on any backend.
     """
 
     name: str
@@ -42,7 +42,7 @@ class ModelSpec:
     size_scale: int = 1  # output pixels per pixel of the size that the pipeline is given (x4 upscaler: 4)
     frames: int | None = None
     fps: int = 8
-    fps_condition: bool = False  # whether the model is told the frames per second
+    fps_condition: bool = False  # whether the frames per second are an input of the model
     frames_limit: tuple[str, str] | None = None  # component and its setting that bounds the frames
     text_encoders: tuple[str, ...] = ()
     tokenizers: tuple[str, ...] = ()
@@ -65,8 +65,8 @@ class ModelSpec:
     compel_class: str | None = None  # compel's wrapper for its text encoders
     tokens: TokenPlan | None = None  # of its transformer; UNets have none
     kept: tuple[str, ...] = ("conv_in", "conv_out", "time_*", "add_embedding*", "class_embedding*")
-    """Layers at the ends of the denoiser, a few percent of its weights, that quantization leaves as they are:
-    rounding shows most there."""
+    """Layers at the ends of the denoiser, a few percent of its weights, that are not quantized:
+    rounding is most visible there."""
     lora_loader: Literal["pipeline", "peft"] = "pipeline"
     single_file_config: str | None = None  # folder under configs/, to load a single file offline
     single_file_encoders: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -81,7 +81,7 @@ class ModelSpec:
 
     @property
     def latent_layout(self) -> Literal["nchw", "ncfhw", "nfchw", "packed"]:
-        """How the pipeline's latents lie."""
+        """The layout of the pipeline's latents."""
         return "packed" if self.packed else self.unpacked_layout
 
     @property
@@ -106,12 +106,12 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Family:
-    """What one file of this folder brings: its types, and what files and folders of such models look like."""
+    """The content of one file of this folder: its types, and how to recognise files of such models."""
 
     rows: tuple[ModelSpec, ...]
     files: tuple[FileKind, ...] = ()
     other_pipelines: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Classes in model_index.json that share components with a type here and mean another model."""
+    """Classes in model_index.json that share components with a type here but are another model."""
 
 
 PROMPTS = frozenset({"positive", "negative", "prompt_syntax"})

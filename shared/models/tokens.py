@@ -1,4 +1,4 @@
-"""What is known of a class of transformers: where its tokens are, how attention joins them, what fits it."""
+"""Token plans: where a transformer's tokens are, how attention joins them, which methods fit it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Site:
     at: Literal["input", "output", "argument"]
     """The module's first input, its output, or the argument."""
     dim: int = 1
-    """Along which the tokens lie."""
+    """The dimension of the tokens."""
     of: tuple[Stream, ...] = ("picture",)
     """Whose tokens, in this order."""
     each: bool = False
@@ -51,12 +51,12 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """What is known of one class of transformers, or of the ControlNets made of their blocks."""
+    """One class of transformers, or of the ControlNets made of their blocks."""
 
     name: str
     """The class in diffusers."""
     title: str
-    """What people call it."""
+    """Its common name."""
     blocks: tuple[str, ...]
     """The module lists of the blocks that repeat."""
     attention: tuple[str, ...]

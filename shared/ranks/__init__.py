@@ -1,1 +1,1 @@
-"""The ranks of one launch: process groups, messages, the loop that all of them run, signs of life."""
+"""The ranks of one launch: process groups, messages, the loop that all of them run, heartbeats."""

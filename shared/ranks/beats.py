@@ -1,7 +1,7 @@
-"""The beat of a machine among several, from a process beside its rank: no long call of the rank holds it up.
+"""A machine's heartbeat, sent by a process of its own, so that no long call of a rank delays it.
 
-A call that holds Python's lock (a compiler, a slow extension) stands still as a dead rank does, seen from
-another machine. The process asks Linux instead: it beats while the rank is there and not stopped (SIGSTOP).
+A call that holds Python's lock (a compiler, a slow extension) looks like a dead rank from another machine.
+This process asks Linux instead: it sends heartbeats while the rank exists and is not stopped (SIGSTOP).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(keys: str, machine: str, every: float) -> subprocess.Popen[bytes]:
-    """Beat for this process until it ends. Call it in the main thread.
+    """Send heartbeats for this process until it ends. Call it in the main thread.
 
     Args:
-        keys: the prefix in torchrun's store of the beats of this generation.
-        machine: whose count goes up.
-        every: seconds between two beats.
+        keys: the prefix in torchrun's store of this generation's heartbeats.
+        machine: whose counter is incremented.
+        every: seconds between two heartbeats.
     """
     command = [sys.executable, "-m", "shared.ranks.beats", str(os.getpid()), keys, machine, str(every)]
     environment = {**os.environ, "RANK": "1"}  # one that finds the store, as rank 0 would make it
@@ -37,8 +37,8 @@ def start(keys: str, machine: str, every: float) -> subprocess.Popen[bytes]:
 
 
 def beat(rank: int, keys: str, machine: str, every: float) -> None:
-    """Count up while the process `rank`, which is the parent, lives and is not stopped."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # whatever this one waits for then
+    """Increment the counter while the parent process `rank` exists and is not stopped."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # even while this process waits
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     import torch.distributed as dist

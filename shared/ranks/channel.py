@@ -17,12 +17,12 @@ from shared.ranks.messages import BrokenJobError, Message, Outcome, Verdict
 log = logging.getLogger("host")
 
 FRAME = 4096  # bytes that a message travels in when they suffice, so that it takes one collective
-LENGTH = 8  # of them tell how long it is
+LENGTH = 8  # bytes at its start that hold its length
 
 
 @dataclass(frozen=True)
 class _Separate:
-    """In place of a result that is sent by itself."""
+    """Stands for a result that is sent separately."""
 
     size: int  # bytes
 
@@ -35,7 +35,7 @@ class Channel:
         self._ballot = torch.zeros(1, dtype=torch.int64)
 
     def introduce(self, info: dict[str, Any]) -> list[dict[str, Any]]:
-        """Wait, without limit, until every rank is loaded; what each says of itself."""
+        """Wait, without limit, until every rank is loaded; returns the info of each."""
         infos: list[Any] = [info] * self.world.size
         if self.world.size > 1:
             dist.all_gather_object(infos, info, group=self.world.control)
@@ -66,7 +66,7 @@ class Channel:
         """Agree with all ranks at a step boundary, once a step; returns the highest verdict.
 
         Raises:
-            BrokenJobError: a rank is gone, or did not come in time.
+            BrokenJobError: a rank is gone, or was too late.
         """
         if self.world.size == 1:
             return verdict
@@ -81,7 +81,7 @@ class Channel:
         """Gather every rank's outcome on every rank; large results, and rank 0's, on rank 0 only.
 
         Raises:
-            BrokenJobError: a rank is gone, or did not come in time.
+            BrokenJobError: a rank is gone, or was too late.
         """
         if self.world.size == 1:
             return [outcome]
@@ -118,7 +118,7 @@ class Channel:
         return outcomes
 
     def compute_works(self) -> bool:
-        """After a failure: whether a collective over the compute group still comes out right."""
+        """After a failure: whether a collective over the compute group still works."""
         if self.world.size == 1:
             return True
         ones = torch.ones(1, device=self.world.device)

@@ -1,4 +1,4 @@
-"""What a rank tells of its device: its memory in use, and how fast it is."""
+"""What a rank reports of its device: memory in use and speed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.ranks.groups import World
 
 
 def memory_report(device: torch.device) -> dict[str, int]:
-    """Bytes that this rank uses and has used at most: of the GPU, or of the process on a CPU."""
+    """Bytes that this rank uses now and at its peak: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return {
             "allocated": torch.cuda.memory_allocated(device),

@@ -1,9 +1,9 @@
 """A rank's place among the others, and its process groups.
 
-Three groups over all ranks, never mixed. **control** and **voting** are gloo on every machine: idle ranks
-wait for a message on the control group, on the CPU, without a spinning kernel, for as long as it takes; while
-a message is carried out they agree on the voting group, in bounded time. **compute** is NCCL on GPUs or gloo
-on CPUs, in bounded time too, and only the parallel methods use it.
+Three groups over all ranks, each with one purpose. **control** and **voting** are gloo on every machine: idle
+ranks wait for a message on the control group, on the CPU, without a spinning kernel and without limit; while a
+message is executed they vote on the voting group, in bounded time. **compute** is NCCL on GPUs or gloo on CPUs,
+in bounded time too, and only the parallel methods use it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VOTE_GRACE = 5.0  # seconds
 class World:
     """This rank's place among the others.
 
-    Raises nothing by itself; `init_world` builds it. `device` is the one device that this rank computes on.
+    `init_world` builds it. `device` is the device that this rank computes on.
     """
 
     rank: int
@@ -55,13 +55,13 @@ def init_world(
     watch: Callable[[Callable[[], str | None]], None] = lambda _: None,
     when_stopped: Callable[[Callable[[], None]], None] = lambda _: None,
 ) -> World:
-    """Join the process group that torchrun's environment describes; alone without torchrun.
+    """Join the process group that torchrun's environment describes; without torchrun, a group of one.
 
     Args:
         device: auto, cuda or cpu. auto takes CUDA when every rank of every machine has a GPU of its own.
         collective_timeout: seconds that the compute group waits for a rank.
-        watch: takes what says why the ranks have lost each other, to be asked now and then.
-        when_stopped: takes what tells other machines, to be called when this rank is told to stop.
+        watch: is given a function that returns why the ranks cannot go on, or None; it is polled.
+        when_stopped: is given a function that stops other machines, to be called when this rank is stopped.
 
     Raises:
         UsageError: cuda was asked for and a rank has no GPU of its own.

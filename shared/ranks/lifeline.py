@@ -1,4 +1,4 @@
-"""The end of a rank's process: signals, a launcher or another rank that is gone. Imports no torch."""
+"""Ends a rank's process: on a signal, or when the launcher or another rank is gone. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from shared.ranks.liveness import PATIENCE, STOP_TOGETHER, Family, dead_ranks, d
 log = logging.getLogger("host")
 
 EXIT_FAILED = 1
-LINGER_SECONDS = 0.2  # that a signalled worker stays, so that its peers hear the signal before its absence
+LINGER_SECONDS = 0.2  # that a signalled worker stays, so that its peers get the signal before they miss it
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Lifeline:
     """Ends the process when a signal comes, or the launcher or another rank is gone or stopped.
 
-    It does so whatever the main thread is stuck in, and as long as that takes: loading may take its time.
+    It works in any state of the main thread, which may load or wait in a collective for any time.
 
-    Signals are only noted by their C handler (`signal.set_wakeup_fd`); a thread reads them, because a Python
-    handler would wait for the main thread to come back from a collective. The first SIGTERM or SIGHUP of a
-    host that serves lets what runs be finished within `grace` seconds; any other signal ends at once. A rank
-    that gets a signal tells the others, so that all of them end with 0 and the launcher restarts none.
+    The C handler only records signals (`signal.set_wakeup_fd`) and a thread reads them, because a Python
+    handler would wait for the main thread to return from a collective. After the first SIGTERM or SIGHUP the
+    running request of a host may end within `grace` seconds; any other signal ends at once. A rank that
+    gets a signal stops the others too, so that all of them end with 0 and the launcher restarts none.
 
     Args:
-        launched: whether a launcher started this process, whose death must be ours.
+        launched: whether a launcher started this process; if that dies, this process ends too.
         patience: seconds in which a stopped rank or launcher must be noticed.
         rank: this process's.
         grace: seconds between the first signal and the end.
@@ -43,7 +43,7 @@ class Lifeline:
     def __init__(self, launched: bool, patience: float, rank: int, grace: float) -> None:
         self.serving = False  # written by the main thread, once all ranks are loaded
         self.stopping = ""  # the reason, between the first signal and the end
-        self.hurried = True  # whether the end waits for no answer
+        self.hurried = True  # whether the end does not wait for answers to be sent
         self._rank, self._grace = rank, grace
         self._deadline = math.inf  # time.monotonic()
         self._launched = launched
@@ -68,11 +68,11 @@ class Lifeline:
         threading.Thread(target=self._watch, name="lifeline", daemon=True).start()
 
     def watch(self, fault: Callable[[], str | None]) -> None:
-        """Ask `fault` now and then; what it says is the reason to end."""
+        """Poll `fault`; if it returns a reason, the process ends with it."""
         self._watched.append(fault)
 
     def when_told(self, tell: Callable[[], None]) -> None:
-        """Call `tell` when this rank itself is told to stop, so that other ranks stop as well."""
+        """Call `tell` when this rank itself gets the signal to stop, so that other ranks stop as well."""
         self._when_told.append(tell)
 
     def before_stop(self, callback: Callable[[str], None]) -> None:
@@ -89,20 +89,22 @@ class Lifeline:
             self.hurried = failed or not self.stopping or time.monotonic() > self._deadline
             for callback in self._callbacks:
                 callback(reason, failed)
-            log.disabled = True  # what the main thread meets from here on is the end itself
+            log.disabled = True  # errors of the main thread from here on are consequences of the end
             if not self._callbacks:
                 time.sleep(LINGER_SECONDS)
             finish()
             os._exit(code)
 
     def fail(self, code: int, reason: str, report: Callable[[], None]) -> NoReturn:
-        """End as failed. While loading, the lowest rank that failed says why, for most fail alike.
+        """End as failed. While loading, only the lowest failed rank reports, as most fail alike.
 
-        The launcher ends all ranks of a machine with the first one, so the others let rank 0 go first. One
-        that hears the launcher's signal before its turn is silent only where a rank before it has spoken.
-        What fails once a stop has begun is the stop.
+        The launcher ends all ranks of a machine with the first one, so the others wait for rank 0. A rank
+        that gets the launcher's signal before its turn reports nothing if a lower rank has reported.
+        A failure after a stop has begun counts as the stop.
         """
-        time.sleep(LINGER_SECONDS if self._launched else 0.0)  # another rank's word has come before its end
+        time.sleep(
+            LINGER_SECONDS if self._launched else 0.0
+        )  # another rank's message to stop comes before its end
         if self.stopping:
             self.end(0, self.stopping, failed=False)
         if self._rank and not self.serving:
@@ -133,7 +135,7 @@ class Lifeline:
             return
         own = number != STOP_TOGETHER
         reason = f"{signal.Signals(number).name} was received" if own else "another rank was told to stop"
-        # The launcher sends its signal when a rank has died, too: what runs has failed then.
+        # The launcher also sends its signal when a rank has died: the running request has failed then.
         if own and number != signal.SIGINT and not self.stopping and (dead := dead_ranks()):
             log.log(logging.INFO if self._rank else logging.ERROR, "%s, ending", died(dead))
             self.end(EXIT_FAILED, f"broken: {died(dead)}")

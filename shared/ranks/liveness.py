@@ -1,4 +1,4 @@
-"""Which of the processes around a rank has stopped. Imports no torch: it watches from the first second."""
+"""Detects that the launcher or another rank of this machine died or is stopped. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Of --collective_timeout: how long somebody may stand still. The rest is for noticing it and ending.
+# Of --collective_timeout: how long a process may be stopped. The rest is for detecting it and ending.
 PATIENCE = 0.65
 
-# From a rank that was told to stop to the others: so all of them end in order, whichever was told.
+# From a rank that got a signal to stop to the others, so that all of them stop.
 STOP_TOGETHER = signal.SIGUSR1
-HEEDED_SECONDS = 5.0  # in which another rank must have come far enough to hear it
+HEEDED_SECONDS = 5.0  # in which another rank must have installed its handler
 
 
 class Patience:
-    """Says when a sign has not changed for `limit` seconds.
+    """Says when a value has not changed for `limit` seconds.
 
-    Only time in which somebody looked counts: whoever was stopped himself, or kept from looking by a long
-    call that holds the GIL, blames nobody for it.
+    Only time in which this process checked counts: if it was stopped itself, or a long call held the GIL, no
+    other process is blamed.
 
     Args:
         limit: seconds.
-        every: seconds between two looks.
+        every: seconds between two checks.
     """
 
     def __init__(self, limit: float, every: float) -> None:
@@ -34,7 +34,7 @@ class Patience:
         self._looked, self._waited = time.monotonic(), 0.0
 
     def over(self, sign: Any) -> bool:
-        """Look: `sign` is anything that differs from look to look while all is well."""
+        """Check: `sign` is any value that changes between checks as long as there is no fault."""
         now = time.monotonic()
         if sign == self._sign:
             self._waited += min(now - self._looked, 2 * self.every)
@@ -47,12 +47,12 @@ class Patience:
 class Family:
     """The launcher and the ranks that it started on this machine.
 
-    Linux says of each whether it is stopped (SIGSTOP, a debugger), however busy it is otherwise: a rank in a
-    long kernel, a compiler or a call that holds the GIL is not taken for dead.
+    Linux reports for each whether it is stopped (SIGSTOP, a debugger), even if it is busy: a rank in a
+    long kernel, a compiler or a call that holds the GIL does not count as dead.
 
     Args:
-        limit: seconds that one of them may be stopped.
-        every: seconds between two looks.
+        limit: seconds for which one of them may be stopped.
+        every: seconds between two checks.
     """
 
     def __init__(self, limit: float, every: float) -> None:
@@ -60,11 +60,11 @@ class Family:
         self._patience = Patience(limit, every)
 
     def fault(self) -> str | None:
-        """Why this rank must end; None while all is well."""
+        """Why this rank must end; None if there is no fault."""
         if os.getppid() != self.launcher:
             return "the launcher is gone"
         stopped = self._stopped()
-        # Without a stopped process every look is a new sign.
+        # Without a stopped process every check gets a new value.
         if self._patience.over(stopped or object()):
             return f"{stopped} has been stopped for {self._patience.limit:g} s"
         return None
@@ -79,7 +79,7 @@ class Family:
 
 
 def dead_ranks() -> list[int]:
-    """The other ranks that the launcher of this machine started and that are no more; [] without one."""
+    """The other ranks of this machine's launcher that no longer run; [] without a launcher."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return []
     mine, count = int(os.environ["RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -92,7 +92,7 @@ def dead_ranks() -> list[int]:
 
 
 def stop_others() -> None:
-    """Tell the other ranks that the launcher of this machine started; those that have just begun as well."""
+    """Stop the other ranks of this machine's launcher, including those that have just started."""
     others = [child for child in _children(os.getppid()) if child != os.getpid() and _rank_of(child)]
     deadline = time.monotonic() + HEEDED_SECONDS
     for pid in others:

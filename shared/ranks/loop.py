@@ -1,4 +1,4 @@
-"""The engine protocol, and the loop that every rank runs."""
+"""The Engine protocol, and the loop that every rank runs."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class Engine(Protocol):
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What runs where, as JSON, for the log and /health."""
+        """How the work is divided, as JSON, for the log and /health."""
         ...
 
     def generate(self, request: GenerateRequest, on_step: OnStep) -> Reply | None:
         """Make one picture or video; the rank that holds it returns the reply, the others None.
 
         Raises:
-            RequestError: the request was at fault; raised on all ranks alike.
+            RequestError: the request is wrong; raised on all ranks.
             StoppedError: passed on from `on_step`.
         """
         ...
@@ -57,12 +57,12 @@ class Engine(Protocol):
         """Plan, compile, capture and open connections before the first request.
 
         Raises:
-            RequestError: the launch's own picture is refused.
+            RequestError: the warm-up request is refused.
         """
         ...
 
     def preview_to(self, queue: JobQueue) -> None:
-        """Show pictures to those who watch the queue, as they form; called on rank 0 only."""
+        """Send previews to the queue's watchers; called on rank 0 only."""
         ...
 
     def enlarge(self, draft: Reply, second: SecondPass) -> bytes:
@@ -74,23 +74,23 @@ class Engine(Protocol):
         ...
 
     def remove_lora(self, path: str) -> Sequence[object]:
-        """Take a LoRA off; those in use afterwards, as JSON. Raises RequestError."""
+        """Remove a LoRA; those in use afterwards, as JSON. Raises RequestError."""
         ...
 
     def undo(self, operation: Operation) -> None:
-        """An operation that went well on this rank has failed on another: take it back."""
+        """Undo an operation that succeeded on this rank and failed on another."""
         ...
 
     def close(self) -> None:
-        """Give the pipeline back as it was before."""
+        """Restore the pipeline."""
         ...
 
 
 class RankLoop:
-    """Receives messages and carries them out, the same on every rank, until Stop.
+    """Receives messages and executes them, the same on every rank, until Stop.
 
     Args:
-        engine: what carries them out.
+        engine: what executes them.
         channel: the control messages.
         queue, status: rank 0's side of the HTTP server; None on the other ranks.
         request_timeout: seconds that one request may run, with all of its pictures.
@@ -127,7 +127,7 @@ class RankLoop:
             if isinstance(message, Ping):
                 continue
             self._set_state("busy")
-            # When the ranks break apart the job stays the running one: whoever ends the host answers it.
+            # If the ranks fail, the job stays the running one: what ends the host answers it.
             self._finish(job, self._carry_out(message))
             if job is None or not job.done:
                 continue  # with the next of the job's pictures, or the second pass of this one
@@ -184,7 +184,7 @@ class RankLoop:
         return self.channel.settle(outcome)
 
     def _generate(self, message: Generate) -> Reply | None:
-        """This rank's picture. A rank whose picture nobody asked for keeps step with the others."""
+        """This rank's picture; None on a rank without one, which runs along for the collectives."""
         number = self.engine.picture
         request = message.request.numbered(number)
         if message.latents:
@@ -215,7 +215,7 @@ class RankLoop:
             if job is None:
                 return
             job.at_step(step, steps)
-            if time.monotonic() - told >= TELL_SECONDS and not on_terminal():  # there a bar tells
+            if time.monotonic() - told >= TELL_SECONDS and not on_terminal():  # a terminal has a progress bar
                 told = time.monotonic()
                 log.info("id=%s step %d/%d", job.id, step, steps)
 
@@ -232,7 +232,7 @@ class RankLoop:
             raise StoppedError(agreed)
 
     def _finish(self, job: Job | None, outcomes: list[Outcome]) -> None:
-        """Answer the job from what all ranks said; every rank sees a broken compute group alike."""
+        """Answer the job from the outcomes of all ranks; every rank sees a broken compute group."""
         if self.status is not None:
             self.status.ranks = [o.device for o in outcomes if o.device is not None]
         broken = [o for o in outcomes if not o.in_sync]
@@ -247,7 +247,7 @@ class RankLoop:
             raise BrokenJobError(f"the ranks are out of sync ({reasons or 'a collective failed'})")
 
     def _deliver(self, job: Job, outcomes: list[Outcome]) -> None:
-        """Hand the job what the ranks made."""
+        """Give the job the results of the ranks."""
         results = [o.result for o in outcomes if o.result is not None]
         match job:
             case OperationJob():
@@ -259,7 +259,7 @@ class RankLoop:
                 self._enlarge(job)
 
     def _enlarge(self, job: GenerationJob) -> None:
-        """Make the second passes' latents out of the first ones'."""
+        """Make the latents of the second passes from those of the first."""
         if job.second is None or not job.drafts or job.done:
             return
         try:

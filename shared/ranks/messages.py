@@ -1,4 +1,4 @@
-"""What the ranks tell each other: rank 0's messages, votes at step boundaries, outcomes. Imports no torch."""
+"""What the ranks send each other: rank 0's messages, votes at step boundaries, outcomes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Ping:
-    """Rank 0 to all, while idle: a rank that died is noticed."""
+    """Rank 0 to all, while idle, to detect a rank that died."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ Message = Generate | Call | Ping | Stop
 
 @dataclass
 class Outcome:
-    """What one rank has to say when a message was carried out."""
+    """The result of a message on one rank."""
 
     rank: int
     verdict: Verdict
@@ -71,11 +71,11 @@ class Outcome:
 
 
 class BrokenJobError(RuntimeError):
-    """The ranks cannot go on together: one died or hangs, or a collective failed."""
+    """The ranks cannot continue: one died or hangs, or a collective failed."""
 
 
 class StoppedError(RuntimeError):
-    """Raised at a step boundary on all ranks alike: the generation ends here."""
+    """Ends the generation; raised at a step boundary on all ranks."""
 
     def __init__(self, verdict: Verdict) -> None:
         self.verdict = verdict

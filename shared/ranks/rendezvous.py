@@ -1,8 +1,8 @@
-"""How the ranks of one generation find each other, and how machines notice that another one has gone silent.
+"""How the ranks of one generation find each other, and how machines detect that another one is silent.
 
-torchrun's store outlives the ranks: after a restart it still holds what the last generation wrote. Nor does
-every machine count restarts alike, as a machine that comes back is no restart for the others. So rank 0 draws
-a name, the others answer under it, and all that this generation says in the store is said under this name.
+torchrun's store outlives the ranks: after a restart it still holds the keys of the last generation. Nor do
+all machines count the same restarts, as a machine that returns is no restart for the others. So rank 0 draws
+a name, the others answer under it, and all keys of this generation have this name as their prefix.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ JOIN_SECONDS = 60.0  # at least: ranks import torch at different speeds
 
 
 class Rendezvous:
-    """Joins the ranks that torchrun's environment describes; then beats, where they are on several machines.
+    """Joins the ranks that torchrun's environment describes; on several machines, sends heartbeats then.
 
     Args:
         rank, size: this rank's place.
@@ -47,7 +47,7 @@ class Rendezvous:
         # Ranks of one launcher watch each other by themselves (liveness.Family).
         self._machine = os.environ.get("GROUP_RANK", f"rank {rank}")
         self._me = f"{secrets.token_hex(8)} {self._machine}"
-        self._rounds = 0  # of this rank's talk with the store
+        self._rounds = 0  # calls of the store by this rank
         self._patience = Patience(self._limit, self.every)
         self._fault: str | None = None
         self._talking = False
@@ -55,10 +55,10 @@ class Rendezvous:
         self._stop, self._said = threading.Event(), threading.Event()
 
     def join(self) -> dist.Store:
-        """The store of this generation alone.
+        """The store of this generation.
 
         Raises:
-            TimeoutError: not all ranks came.
+            TimeoutError: not all ranks joined.
         """
         store = self._connect()
         self._talking = True
@@ -76,13 +76,13 @@ class Rendezvous:
         return dist.PrefixStore(leader, store)
 
     def fault(self) -> str | None:
-        """Why this rank must end: another machine or the store is silent; None while all is well."""
+        """Why this rank must end: another machine or the store is silent; None if there is no fault."""
         if self._talking and self._patience.over(self._rounds):
             return f"torchrun's store has not answered for {self._limit:g} s"
         return self._fault
 
     def stop_others(self) -> None:
-        """Tell the ranks on other machines to stop in order; returns when it is said, or two beats later."""
+        """Ask the ranks on other machines to stop; returns when this is sent, or two heartbeats later."""
         self._stop.set()
         if self._beats is not None:
             self._said.wait(2 * self.every)
@@ -106,7 +106,7 @@ class Rendezvous:
         return leader, members
 
     def _follow(self, store: dist.Store) -> tuple[str, list[str]]:
-        """Answer whoever leads, until one names this process: the first one found may be dead."""
+        """Answer each leader, until one lists this process as a member: the first one found may be dead."""
         answered = ""
 
         def named() -> tuple[str, list[str]] | None:
@@ -134,7 +134,7 @@ class Rendezvous:
         return found
 
     def _beat(self, store: dist.Store, others: list[str]) -> None:
-        """Count up for this machine, and see that the others do and none was told to stop."""
+        """Send heartbeats, and check that the others send theirs and that none was asked to stop."""
         patience = {machine: Patience(self._limit, self.every) for machine in others}
         try:
             while True:
