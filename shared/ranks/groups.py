@@ -1,9 +1,9 @@
 """A rank's place among the others, and its process groups.
 
 Three groups over all ranks, each with one purpose. **control** and **voting** are gloo on every machine: idle
-ranks wait for a message on the control group, on the CPU, without a spinning kernel and without limit; while a
-message is executed they vote on the voting group, in bounded time. **compute** is NCCL on GPUs or gloo on CPUs,
-in bounded time too, and only the parallel methods use it.
+ranks wait for a message on the control group, on the CPU, without a spinning kernel and without limit; while
+a message is executed they vote on the voting group, in bounded time. **compute** is NCCL on GPUs or gloo on
+CPUs, in bounded time too, and only the parallel methods use it.
 """
 
 from __future__ import annotations
