@@ -65,11 +65,11 @@ def serve(backend: Backend) -> NoReturn:
     except Exception as error:
         from shared.ranks.messages import BrokenJobError
 
-        told, reason = error, first_line(error)
+        cause, reason = error, first_line(error)
         if (dead := dead_ranks()) and not isinstance(error, LoadError):
             reason = f"{died(dead)}: {reason}"
-            told = BrokenJobError(reason)
-        lifeline.fail(EXIT_FAILED, f"broken: {reason}", lambda: _report_end(told))
+            cause = BrokenJobError(reason)
+        lifeline.fail(EXIT_FAILED, f"broken: {reason}", lambda: _report_end(cause))
     lifeline.end(0, lifeline.stopping or "stopped", failed=False)
 
 
@@ -92,13 +92,13 @@ def _start_server(
         status.state, status.message = "stopping", reason
         queue.close(JobError(503, f"the host is stopping: {reason}"), running=False)
 
-    def tell_clients(reason: str, failed: bool) -> None:
+    def answer_clients(reason: str, failed: bool) -> None:
         status.state, status.message = ("broken" if failed else "stopping"), reason
         queue.close(JobError(500 if failed else 503, f"the host is ending: {reason}"))
-        server.close(FLUSH_SECONDS if lifeline.hurried else ANSWER_SECONDS)
+        server.close(FLUSH_SECONDS if lifeline.immediate else ANSWER_SECONDS)
 
     lifeline.before_stop(stop)
-    lifeline.before_end(tell_clients)
+    lifeline.before_end(answer_clients)
 
 
 def _cannot_serve(config: HostConfig, error: OSError | UnicodeError) -> str:
@@ -123,7 +123,7 @@ def _load_and_loop(
     from shared.ranks.loop import RankLoop
 
     status.at(15, "waiting for the other ranks")
-    world = init_world(config.device, config.collective_timeout, lifeline.watch, lifeline.when_told)
+    world = init_world(config.device, config.collective_timeout, lifeline.watch, lifeline.when_stopped)
     limit_threads(world.device.type)
     status.at(20, "loading the model")
     engine = backend.build_engine(config, world)
@@ -139,7 +139,7 @@ def _load_and_loop(
         engine.preview_to(queue)
     freeze_heap()
     channel = Channel(world)
-    status.ranks = channel.introduce(rank_device_info(world))
+    status.ranks = channel.gather_infos(rank_device_info(world))
     lifeline.serving = True
     status.plan = engine.plan
     status.versions = versions()

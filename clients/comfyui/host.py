@@ -299,7 +299,7 @@ class HostProcess:
         try:
             while True:
                 if not self.alive():
-                    raise HostError(self.last_words())
+                    raise HostError(self.end_reason())
                 check()
                 with contextlib.suppress(HostError):
                     if self.host.ready():
@@ -310,7 +310,7 @@ class HostProcess:
             self.stop()
             raise
 
-    def last_words(self) -> str:
+    def end_reason(self) -> str:
         """The line of the log that says why the host ended."""
         lines = self.log.read_text(errors="replace").splitlines()
         for mark in ("error: ", "cannot load: ", " ERROR ", "Error: "):

@@ -111,12 +111,12 @@ class Running:
 def asked_by(node: str, prompt: Mapping[str, Any]) -> str:
     """All that a node of a prompt depends on; equal where ComfyUI's cache takes one node for another."""
 
-    def told(value: Any) -> Any:
+    def resolved(value: Any) -> Any:
         linked = isinstance(value, list) and len(value) == 2 and str(value[0]) in prompt
         return [asked_by(str(value[0]), prompt), value[1]] if linked else value
 
     one = prompt[node]
-    inputs = {name: told(value) for name, value in one["inputs"].items()}
+    inputs = {name: resolved(value) for name, value in one["inputs"].items()}
     return json.dumps([one["class_type"], inputs], sort_keys=True)
 
 

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from host import Host, HostError, HostProcess  # noqa: E402
-from options import NOTHING_TO_START_FROM, LoadPlan, OptionError, plan  # noqa: E402
+from options import STRENGTH_WITH_CONTROL, LoadPlan, OptionError, plan  # noqa: E402
 
 messages, services = grpc.protos_and_services("backend.proto")  # grpcio-tools; found on sys.path
 
@@ -115,7 +115,7 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
             host = self.process.host
         self.controlled = "control_image" in host.launch()["fields"]
         if self.controlled and wanted.strength is not None:
-            raise OptionError(NOTHING_TO_START_FROM)
+            raise OptionError(STRENGTH_WITH_CONTROL)
         self.type = str(host.health()["type"])
         self.host = host
 

@@ -24,7 +24,7 @@ PIPELINES = {
     "PixArtAlphaPipeline": "pixa",
     "PixArtSigmaPipeline": "pixs",
 }
-NOTHING_TO_START_FROM = "strength: not supported with a ControlNet, as `src` is the control image then"
+STRENGTH_WITH_CONTROL = "strength: not supported with a ControlNet, as `src` is the control image then"
 
 
 class OptionError(ValueError):
@@ -96,7 +96,7 @@ def _strength(own: dict[str, Any], controlled: bool) -> float | None:
     if "strength" not in own:
         return None
     if controlled:
-        raise OptionError(NOTHING_TO_START_FROM)
+        raise OptionError(STRENGTH_WITH_CONTROL)
     try:
         strength = float(own["strength"])
     except ValueError:

@@ -58,12 +58,12 @@ FAMILIES: tuple[Family, ...] = (sd.FAMILY, flux.FAMILY, sd3.FAMILY, hunyuan.FAMI
 def _collected(rows: tuple[ModelSpec, ...]) -> dict[str, ModelSpec]:
     """The rows by name; {types} in a reason becomes the types that do not refuse the flag."""
 
-    def told(flag: str, reason: str) -> str:
+    def with_types(flag: str, reason: str) -> str:
         return reason.format(types=", ".join(sorted(row.name for row in rows if flag not in row.refuses)))
 
     return {
         row.name: replace(
-            row, refuses=MappingProxyType({flag: told(flag, why) for flag, why in row.refuses.items()})
+            row, refuses=MappingProxyType({flag: with_types(flag, why) for flag, why in row.refuses.items()})
         )
         for row in rows
     }

@@ -34,7 +34,7 @@ class Channel:
         self.world = world
         self._ballot = torch.zeros(1, dtype=torch.int64)
 
-    def introduce(self, info: dict[str, Any]) -> list[dict[str, Any]]:
+    def gather_infos(self, info: dict[str, Any]) -> list[dict[str, Any]]:
         """Wait, without limit, until every rank is loaded; returns the info of each."""
         infos: list[Any] = [info] * self.world.size
         if self.world.size > 1:
@@ -77,7 +77,7 @@ class Channel:
             raise BrokenJobError(f"a rank did not reach the step boundary: {first_line(error)}") from error
         return Verdict(int(self._ballot[0]))
 
-    def settle(self, outcome: Outcome) -> list[Outcome]:
+    def gather_outcomes(self, outcome: Outcome) -> list[Outcome]:
         """Gather every rank's outcome on every rank; large results, and rank 0's, on rank 0 only.
 
         Raises:

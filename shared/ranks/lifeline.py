@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from shared.launch.logs import finish
 from shared.launch.parser import RANK_0_SECONDS
-from shared.ranks.liveness import PATIENCE, STOP_TOGETHER, Family, dead_ranks, died, stop_others
+from shared.ranks.liveness import STALL_SHARE, STOP_TOGETHER, LocalProcesses, dead_ranks, died, stop_others
 
 log = logging.getLogger("host")
 
@@ -35,29 +35,29 @@ class Lifeline:
 
     Args:
         launched: whether a launcher started this process; if that dies, this process ends too.
-        patience: seconds in which a stopped rank or launcher must be noticed.
+        timeout: seconds in which a stopped rank or launcher must be noticed.
         rank: this process's.
         grace: seconds between the first signal and the end.
     """
 
-    def __init__(self, launched: bool, patience: float, rank: int, grace: float) -> None:
+    def __init__(self, launched: bool, timeout: float, rank: int, grace: float) -> None:
         self.serving = False  # written by the main thread, once all ranks are loaded
         self.stopping = ""  # the reason, between the first signal and the end
-        self.hurried = True  # whether the end does not wait for answers to be sent
+        self.immediate = True  # whether the end does not wait for answers to be sent
         self._rank, self._grace = rank, grace
         self._deadline = math.inf  # time.monotonic()
         self._launched = launched
-        self._when_told: list[Callable[[], None]] = [stop_others] if launched else []
+        self._when_stopped: list[Callable[[], None]] = [stop_others] if launched else []
         self._told = False  # a signal came to this rank itself
         self._failing = False
         self._signalled = threading.Event()
         self._on_stop: list[Callable[[str], None]] = []
         self._callbacks: list[Callable[[str, bool], None]] = []
         self._lock = threading.Lock()
-        self._every = min(0.5, patience / 10)
+        self._every = min(0.5, timeout / 10)
         self._watched: list[Callable[[], str | None]] = []
         if launched:
-            self.watch(Family(patience * PATIENCE, self._every).fault)
+            self.watch(LocalProcesses(timeout * STALL_SHARE, self._every).fault)
         self._read, write = os.pipe()
         os.set_blocking(write, False)
         for number in ENDING_SIGNALS:
@@ -71,9 +71,9 @@ class Lifeline:
         """Poll `fault`; if it returns a reason, the process ends with it."""
         self._watched.append(fault)
 
-    def when_told(self, tell: Callable[[], None]) -> None:
+    def when_stopped(self, tell: Callable[[], None]) -> None:
         """Call `tell` when this rank itself gets the signal to stop, so that other ranks stop as well."""
-        self._when_told.append(tell)
+        self._when_stopped.append(tell)
 
     def before_stop(self, callback: Callable[[str], None]) -> None:
         """Call `callback(reason)` at the first signal of a host that serves."""
@@ -86,7 +86,7 @@ class Lifeline:
     def end(self, code: int, reason: str, failed: bool = True) -> NoReturn:
         """Run the callbacks, which answer the clients, and end the process at once."""
         with self._lock:
-            self.hurried = failed or not self.stopping or time.monotonic() > self._deadline
+            self.immediate = failed or not self.stopping or time.monotonic() > self._deadline
             for callback in self._callbacks:
                 callback(reason, failed)
             log.disabled = True  # errors of the main thread from here on are consequences of the end
@@ -141,7 +141,7 @@ class Lifeline:
             self.end(EXIT_FAILED, f"broken: {died(dead)}")
         again, self._told = self._told and own, self._told or own
         if own and number != signal.SIGINT and not again:
-            for tell in list(self._when_told):
+            for tell in list(self._when_stopped):
                 tell()
         if number == signal.SIGINT or not self.serving or again:
             log.info("%s, ending", reason)

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 # Of --collective_timeout: how long a process may be stopped. The rest is for detecting it and ending.
-PATIENCE = 0.65
+STALL_SHARE = 0.65
 
 # From a rank that got a signal to stop to the others, so that all of them stop.
 STOP_TOGETHER = signal.SIGUSR1
-HEEDED_SECONDS = 5.0  # in which another rank must have installed its handler
+HANDLER_SECONDS = 5.0  # in which another rank must have installed its handler
 
 
-class Patience:
+class StallTimer:
     """Says when a value has not changed for `limit` seconds.
 
     Only time in which this process checked counts: if it was stopped itself, or a long call held the GIL, no
@@ -44,7 +44,7 @@ class Patience:
         return self._waited >= self.limit
 
 
-class Family:
+class LocalProcesses:
     """The launcher and the ranks that it started on this machine.
 
     Linux reports for each whether it is stopped (SIGSTOP, a debugger), even if it is busy: a rank in a
@@ -57,7 +57,7 @@ class Family:
 
     def __init__(self, limit: float, every: float) -> None:
         self.launcher = os.getppid()
-        self._patience = Patience(limit, every)
+        self._stall = StallTimer(limit, every)
 
     def fault(self) -> str | None:
         """Why this rank must end; None if there is no fault."""
@@ -65,8 +65,8 @@ class Family:
             return "the launcher is gone"
         stopped = self._stopped()
         # Without a stopped process every check gets a new value.
-        if self._patience.over(stopped or object()):
-            return f"{stopped} has been stopped for {self._patience.limit:g} s"
+        if self._stall.over(stopped or object()):
+            return f"{stopped} has been stopped for {self._stall.limit:g} s"
         return None
 
     def _stopped(self) -> str | None:
@@ -94,16 +94,16 @@ def dead_ranks() -> list[int]:
 def stop_others() -> None:
     """Stop the other ranks of this machine's launcher, including those that have just started."""
     others = [child for child in _children(os.getppid()) if child != os.getpid() and _rank_of(child)]
-    deadline = time.monotonic() + HEEDED_SECONDS
+    deadline = time.monotonic() + HANDLER_SECONDS
     for pid in others:
-        while not (heeds := _heeds(pid)) and not _is_in(pid, "ZX") and time.monotonic() < deadline:
+        while not (handles := _handles_stop(pid)) and not _is_in(pid, "ZX") and time.monotonic() < deadline:
             time.sleep(0.05)
         with contextlib.suppress(OSError):  # it has just ended
-            if heeds:
+            if handles:
                 os.kill(pid, STOP_TOGETHER)
 
 
-def _heeds(pid: int) -> bool:
+def _handles_stop(pid: int) -> bool:
     """Whether a process handles STOP_TOGETHER, which would kill it otherwise."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()

@@ -30,7 +30,7 @@ from shared.ranks.messages import (
 log = logging.getLogger("host")
 
 PING_SECONDS = 2.0
-TELL_SECONDS = 10.0  # between two log lines of a request that runs
+LOG_SECONDS = 10.0  # between two log lines of a request that runs
 
 
 class Engine(Protocol):
@@ -181,7 +181,7 @@ class RankLoop:
             doubt = self.channel.vote(Verdict.FAILED if hosts_fault else Verdict.GO_ON)
             outcome.in_sync = doubt is Verdict.GO_ON or self.channel.compute_works()
         outcome.device = rank_device_info(self.channel.world)
-        return self.channel.settle(outcome)
+        return self.channel.gather_outcomes(outcome)
 
     def _generate(self, message: Generate) -> Reply | None:
         """This rank's picture; None on a rank without one, which runs along for the collectives."""
@@ -207,16 +207,17 @@ class RankLoop:
             raise StoppedError(agreed)
 
     def _step_boundary(self, job: GenerationJob | None) -> OnStep:
-        told = time.monotonic()
+        logged = time.monotonic()
 
         def on_step(step: int, steps: int) -> None:
-            nonlocal told
+            nonlocal logged
             self._agree_to_go_on(job)
             if job is None:
                 return
             job.at_step(step, steps)
-            if time.monotonic() - told >= TELL_SECONDS and not on_terminal():  # a terminal has a progress bar
-                told = time.monotonic()
+            # A terminal has a progress bar.
+            if time.monotonic() - logged >= LOG_SECONDS and not on_terminal():
+                logged = time.monotonic()
                 log.info("id=%s step %d/%d", job.id, step, steps)
 
         return on_step

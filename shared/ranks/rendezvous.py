@@ -20,8 +20,8 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from shared.ranks import beats as beater
-from shared.ranks.liveness import PATIENCE, STOP_TOGETHER, Patience
+from shared.ranks import heartbeats
+from shared.ranks.liveness import STALL_SHARE, STOP_TOGETHER, StallTimer
 
 log = logging.getLogger("host")
 T = TypeVar("T")
@@ -43,15 +43,15 @@ class Rendezvous:
         self.rank, self.size = rank, size
         self.timeout = max(timeout, JOIN_SECONDS)
         self.every = min(1.0, timeout / 10)
-        self._limit = timeout * PATIENCE
-        # Ranks of one launcher watch each other by themselves (liveness.Family).
+        self._limit = timeout * STALL_SHARE
+        # Ranks of one launcher watch each other by themselves (liveness.LocalProcesses).
         self._machine = os.environ.get("GROUP_RANK", f"rank {rank}")
         self._me = f"{secrets.token_hex(8)} {self._machine}"
         self._rounds = 0  # calls of the store by this rank
-        self._patience = Patience(self._limit, self.every)
+        self._stall = StallTimer(self._limit, self.every)
         self._fault: str | None = None
         self._talking = False
-        self._beats: threading.Thread | None = None
+        self._heartbeats: threading.Thread | None = None
         self._stop, self._said = threading.Event(), threading.Event()
 
     def join(self) -> dist.Store:
@@ -66,25 +66,27 @@ class Rendezvous:
         machines = {member.partition(" ")[2] for member in members}
         others = sorted(machines - {self._machine})
         if others:
-            beats = dist.PrefixStore(f"{leader}/beats", self._connect())
-            self._beats = threading.Thread(target=self._beat, args=(beats, others), name="beats", daemon=True)
-            self._beats.start()
+            counters = dist.PrefixStore(f"{leader}/beats", self._connect())
+            self._heartbeats = threading.Thread(
+                target=self._send_heartbeats, args=(counters, others), name="heartbeats", daemon=True
+            )
+            self._heartbeats.start()
             if os.environ.get("LOCAL_RANK", "0") == "0":
-                beater.start(f"{KEYS}/{leader}/beats", self._machine, self.every)
+                heartbeats.start(f"{KEYS}/{leader}/beats", self._machine, self.every)
         else:
             self._talking = False
         return dist.PrefixStore(leader, store)
 
     def fault(self) -> str | None:
         """Why this rank must end: another machine or the store is silent; None if there is no fault."""
-        if self._talking and self._patience.over(self._rounds):
+        if self._talking and self._stall.over(self._rounds):
             return f"torchrun's store has not answered for {self._limit:g} s"
         return self._fault
 
     def stop_others(self) -> None:
         """Ask the ranks on other machines to stop; returns when this is sent, or two heartbeats later."""
         self._stop.set()
-        if self._beats is not None:
+        if self._heartbeats is not None:
             self._said.wait(2 * self.every)
 
     def _connect(self) -> dist.Store:
@@ -133,9 +135,9 @@ class Rendezvous:
             time.sleep(POLL_SECONDS)
         return found
 
-    def _beat(self, store: dist.Store, others: list[str]) -> None:
+    def _send_heartbeats(self, store: dist.Store, others: list[str]) -> None:
         """Send heartbeats, and check that the others send theirs and that none was asked to stop."""
-        patience = {machine: Patience(self._limit, self.every) for machine in others}
+        stalls = {machine: StallTimer(self._limit, self.every) for machine in others}
         try:
             while True:
                 if self._stop.is_set() and not self._said.is_set():
@@ -144,8 +146,8 @@ class Rendezvous:
                 elif store.add("stop", 0):
                     os.kill(os.getpid(), STOP_TOGETHER)
                 store.add(self._machine, 1)
-                for machine, waiting in patience.items():
-                    if waiting.over(store.add(machine, 0)):
+                for machine, stall in stalls.items():
+                    if stall.over(store.add(machine, 0)):
                         self._fault = f"machine {machine} has been silent for {self._limit:g} s"
                 self._rounds += 1
                 if self._said.is_set():
@@ -153,5 +155,5 @@ class Rendezvous:
                 else:
                     self._stop.wait(self.every)
         except RuntimeError as error:
-            log.debug("beats: %s", error)
+            log.debug("heartbeats: %s", error)
             self._fault = "torchrun's store is gone"

@@ -220,10 +220,10 @@ def echoed(sizes: list[int]) -> list[tuple[bool, list[int], Any]]:
         sent = Call("id", RemoveLora("letters " * (size // 8) + "x" * (size % 8)))
         received = channel.publish(sent if world.rank == 0 else None)
         mine = "e" * size if world.rank == 1 else "short"
-        outcomes = channel.settle(Outcome(world.rank, Verdict.FAILED, mine))
+        outcomes = channel.gather_outcomes(Outcome(world.rank, Verdict.FAILED, mine))
         assert [o.rank for o in outcomes] == list(range(world.size))
         result = b"r" * size if world.rank == 1 else None
-        (_, came, _) = channel.settle(Outcome(world.rank, Verdict.FINISHED, result=result))
+        (_, came, _) = channel.gather_outcomes(Outcome(world.rank, Verdict.FINISHED, result=result))
         # None where it travelled to rank 0 alone.
         found.append((received == sent, [len(o.error) for o in outcomes], came.result and len(came.result)))
     return found

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from shared.ranks import beats, liveness
-from shared.ranks.liveness import Patience, _is_in
+from shared.ranks import heartbeats, liveness
+from shared.ranks.liveness import StallTimer, _is_in
 from shared.ranks.rendezvous import Rendezvous
 
 
@@ -42,7 +42,7 @@ class OneStore(Rendezvous):
 @pytest.fixture(autouse=True)
 def no_beater(monkeypatch: pytest.MonkeyPatch) -> None:
     """OneStore's store is of this process alone."""
-    monkeypatch.setattr(beats, "start", lambda *_: None)
+    monkeypatch.setattr(heartbeats, "start", lambda *_: None)
 
 
 def met(stores: list[Any]) -> bool:
@@ -85,7 +85,7 @@ def test_a_machine_that_falls_silent(store: Any, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("GROUP_RANK", str(rank))
         ranks.append(OneStore(store, rank, timeout=2.0))
     silent = threading.Event()
-    beat: Any = Rendezvous._beat
+    beat: Any = Rendezvous._send_heartbeats
 
     class Still:
         def __init__(self, store: Any) -> None:
@@ -95,7 +95,9 @@ def test_a_machine_that_falls_silent(store: Any, monkeypatch: pytest.MonkeyPatch
             silent.wait(60)
             raise RuntimeError("the test is over")
 
-    monkeypatch.setattr(ranks[1], "_beat", lambda store, others: beat(ranks[1], Still(store), others))
+    monkeypatch.setattr(
+        ranks[1], "_send_heartbeats", lambda store, others: beat(ranks[1], Still(store), others)
+    )
     with ThreadPoolExecutor() as threads:
         list(threads.map(lambda rank: rank.join(), ranks))
     began, faults = time.monotonic(), [None, None]
@@ -112,8 +114,8 @@ def test_a_machine_that_falls_silent(store: Any, monkeypatch: pytest.MonkeyPatch
 
 HOLDER = """
 import ctypes, os
-from shared.ranks import beats
-beats.start("beats", "0", 0.1)
+from shared.ranks import heartbeats
+heartbeats.start("beats", "0", 0.1)
 ctypes.PyDLL(None).sleep(300)  # holds Python's lock
 """
 
@@ -155,7 +157,7 @@ def test_a_machine_that_is_told_to_stop_tells_the_others(store: Any, monkeypatch
         ranks.append(OneStore(store, rank, timeout=1.0))
     told: list[tuple[bool, int]] = []
     heard, over = threading.Event(), threading.Event()
-    beat: Any = Rendezvous._beat
+    beat: Any = Rendezvous._send_heartbeats
 
     class Ending:
         """A store that is gone with the test, for the threads outlast it."""
@@ -169,12 +171,14 @@ def test_a_machine_that_is_told_to_stop_tells_the_others(store: Any, monkeypatch
             return int(self.store.add(key, count))
 
     def kill(pid: int, number: int) -> None:
-        told.append((threading.current_thread() is ranks[0]._beats, number))
+        told.append((threading.current_thread() is ranks[0]._heartbeats, number))
         heard.set()
 
     monkeypatch.setattr(os, "kill", kill)
     for one in ranks:
-        monkeypatch.setattr(one, "_beat", lambda store, others, one=one: beat(one, Ending(store), others))
+        monkeypatch.setattr(
+            one, "_send_heartbeats", lambda store, others, one=one: beat(one, Ending(store), others)
+        )
     with ThreadPoolExecutor() as threads:
         list(threads.map(lambda rank: rank.join(), ranks))
     try:
@@ -185,23 +189,23 @@ def test_a_machine_that_is_told_to_stop_tells_the_others(store: Any, monkeypatch
     finally:
         over.set()
         for one in ranks:
-            assert one._beats is not None
-            one._beats.join(5)
+            assert one._heartbeats is not None
+            one._heartbeats.join(5)
 
 
-def test_patience_counts_only_while_somebody_looks(monkeypatch: pytest.MonkeyPatch):
+def test_a_stall_counts_only_while_somebody_checks(monkeypatch: pytest.MonkeyPatch):
     clock = Clock()
     monkeypatch.setattr(liveness, "time", clock)
-    patience = Patience(limit=3.0, every=1.0)
-    assert not patience.over("a")
+    stall = StallTimer(limit=3.0, every=1.0)
+    assert not stall.over("a")
     for clock.now in (1.0, 2.0):
-        assert not patience.over("a")
+        assert not stall.over("a")
     clock.now = 100.0  # this process itself did not run
-    assert not patience.over("b") and not patience.over("b")
+    assert not stall.over("b") and not stall.over("b")
     clock.now = 200.0
-    assert not patience.over("b")
+    assert not stall.over("b")
     clock.now = 201.0
-    assert patience.over("b")
+    assert stall.over("b")
 
 
 def test_a_process_that_is_stopped():

@@ -30,13 +30,13 @@ def start(keys: str, machine: str, every: float) -> subprocess.Popen[bytes]:
         machine: whose counter is incremented.
         every: seconds between two heartbeats.
     """
-    command = [sys.executable, "-m", "shared.ranks.beats", str(os.getpid()), keys, machine, str(every)]
+    command = [sys.executable, "-m", "shared.ranks.heartbeats", str(os.getpid()), keys, machine, str(every)]
     environment = {**os.environ, "RANK": "1"}  # one that finds the store, as rank 0 would make it
     nothing = subprocess.DEVNULL
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=nothing, stdout=nothing, stderr=nothing)
 
 
-def beat(rank: int, keys: str, machine: str, every: float) -> None:
+def send(rank: int, keys: str, machine: str, every: float) -> None:
     """Increment the counter while the parent process `rank` exists and is not stopped."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # even while this process waits
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -53,4 +53,4 @@ def beat(rank: int, keys: str, machine: str, every: float) -> None:
 
 
 if __name__ == "__main__":
-    beat(int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4]))
+    send(int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4]))
