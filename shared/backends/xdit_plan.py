@@ -33,7 +33,7 @@ DEGREES = {
     "ulysses": "ulysses_degree",
     "tensor": "tensor_parallel_degree",
 }
-"""Field of Degrees -> the flag that asks for it."""
+"""Field of Degrees -> its flag."""
 FLAGS = frozenset(
     {
         *DEGREES.values(),
@@ -103,13 +103,13 @@ def xdit_degrees(config: HostConfig, world_size: int) -> Degrees:
 
 
 def tokens_of(config: HostConfig) -> TokenPlan:
-    """What is known of the transformer of the launch's type, which all types of xdit have."""
+    """The token plan of the launch's type; all types of xdit have one."""
     assert config.spec.tokens is not None
     return config.spec.tokens
 
 
 def _cut_of(config: HostConfig) -> StagePlan:
-    """How PipeFusion cuts it; other types are refused before."""
+    """How PipeFusion cuts the transformer; types without a plan are refused before."""
     cut = tokens_of(config).stages
     assert cut is not None
     return cut
@@ -183,7 +183,7 @@ def check(config: HostConfig, world_size: int) -> None:
 
 
 def _one_patch(config: HostConfig, degrees: Degrees) -> str | None:
-    """Why PipeFusion must not have the picture in one piece, or None."""
+    """Why PipeFusion needs more than one patch, or None."""
     shared = degrees.pipefusion > 1 and degrees.sequence > 1
     return _cut_of(config).one_patch if shared else None
 

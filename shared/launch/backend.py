@@ -46,8 +46,8 @@ class Backend:
     check: Callable[[HostConfig, int], None]  # raises UsageError where the plan does not fit the ranks
     needs: Callable[[HostConfig, int], Needs]
     build_engine: Callable[[HostConfig, World], PipelineEngine]  # on every rank; loads and makes parallel
+    # Type -> flag -> why this method does not support it for this type.
     refuses: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}))
-    """Type -> flag -> why this method does not support it for this type."""
     idle: Callable[[HostConfig, int], list[str]] = _no_idle_flags  # a line for each flag that changes nothing
     pictures_at_once: Callable[[HostConfig], int] = _one_picture  # of one request
 

@@ -94,7 +94,7 @@ _LAYER_BY_LAYER: dict[str, dict[str, str]] = {
     },
     "enable_group_offload": {**_COMPILED, "quantize_to": _PACKED},
 }
-"""What does not go with layers that come to the GPU one by one, and why."""
+"""Flags that conflict with offload layer by layer, and why."""
 
 
 def _check_features(config: HostConfig, backend: Backend) -> None:

@@ -156,10 +156,16 @@ class HostConfig:
 
     enable_vae_tiling: bool = _flag(False, _MEMORY, "decode in tiles, with less memory")
     enable_vae_slicing: bool = _flag(False, _MEMORY, "decode pictures of a batch one by one")
-    xformers_efficient: bool = _flag(False, _MEMORY, "use the attention of the xformers package (GPU)")
-    enable_model_cpu_offload: bool = _flag(False, _MEMORY, "keep idle models on the CPU (GPU)")
-    enable_sequential_cpu_offload: bool = _flag(False, _MEMORY, "keep idle layers on the CPU (GPU)")
-    enable_group_offload: bool = _flag(False, _MEMORY, "keep idle groups of layers on the CPU (GPU)")
+    xformers_efficient: bool = _flag(
+        False, _MEMORY, "use the attention of the xformers package (needs a GPU)"
+    )
+    enable_model_cpu_offload: bool = _flag(False, _MEMORY, "keep idle models in CPU memory (needs a GPU)")
+    enable_sequential_cpu_offload: bool = _flag(
+        False, _MEMORY, "keep idle layers in CPU memory (needs a GPU)"
+    )
+    enable_group_offload: bool = _flag(
+        False, _MEMORY, "keep idle groups of layers in CPU memory (needs a GPU)"
+    )
 
     warm_up_steps: int = _flag(
         3,

@@ -51,7 +51,7 @@ __all__ = [
     "with_variant",
 ]
 
-# A file that fits several kinds is of the family that comes first; SD3's marks are the widest.
+# A file that matches several kinds belongs to the first family; SD3's marks match the most.
 FAMILIES: tuple[Family, ...] = (sd.FAMILY, flux.FAMILY, sd3.FAMILY, hunyuan.FAMILY, pixart.FAMILY)
 
 

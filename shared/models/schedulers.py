@@ -46,7 +46,7 @@ SCHEDULERS: dict[str, SchedulerSpec] = {
             trailing=True,
             algorithm_type="sde-dpmsolver++",
         ),
-        # Spaced from the end its last step asks torchsde beyond the noise it has: other noise each time.
+        # With trailing timesteps its last step leaves torchsde's noise interval: the noise differs each time.
         _scheduler("dpmpp_sde", "DPMSolverSDEScheduler", "discrete", sigmas=True),
         _scheduler("euler", "EulerDiscreteScheduler", "discrete", "video", sigmas=True, trailing=True),
         _scheduler("euler_a", "EulerAncestralDiscreteScheduler", "discrete", "video", trailing=True),
@@ -76,7 +76,7 @@ VARIANTS: dict[str, Mapping[str, object]] = {
 
 
 def with_variant(name: str, variant: str) -> str | None:
-    """The short name of a scheduler's variant, or None where the scheduler has no such one."""
+    """The short name of a scheduler's variant, or None if the scheduler does not support it."""
     entry = SCHEDULERS[name]
     if variant.startswith("_"):
         return name + variant if entry.trailing else None
@@ -97,7 +97,7 @@ def scheduler_named(name: str) -> tuple[SchedulerSpec, Mapping[str, object]] | N
 
 
 def schedulers_for(spec: ModelSpec) -> list[str]:
-    """Short names that the type may use, sorted, and then those of variants."""
+    """Short names that the type supports, sorted, then those of variants."""
     fitting = (name for name, (s, _) in _NAMED.items() if spec.scheduler_family in s.families)
     return sorted(fitting, key=lambda name: (name not in SCHEDULERS, name))
 

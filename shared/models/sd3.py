@@ -27,7 +27,7 @@ CONTROL_NET = TokenPlan(
     title="Stable Diffusion 3",
     blocks=("transformer_blocks",),
     attention=("attn", "attn2"),
-    # Those of Stable Diffusion 3.5 large take the tokens of the transformer, and no text.
+    # ControlNets of Stable Diffusion 3.5 large get the transformer's tokens, and no text.
     picture=(Site("pos_embed", "output", optional=True), Site("pos_embed_input", "output")),
     text=(Site("context_embedder", "input", of=("text",), optional=True),),
     joined=("picture", "text"),

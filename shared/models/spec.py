@@ -12,7 +12,7 @@ from shared.models.tokens import TokenPlan
 
 
 def refusals(*groups: Mapping[str, str]) -> Mapping[str, str]:
-    """Groups of reasons as one."""
+    """Merge groups of reasons."""
     merged: dict[str, str] = {}
     for group in groups:
         merged.update(group)
@@ -49,8 +49,8 @@ class ModelSpec:
     image: Literal["none", "needed"] = "none"
     unpacked_layout: Literal["nchw", "ncfhw", "nfchw"] = "nchw"  # of latents that are not packed
     pooled_embeds: bool = False
-    prompt_chunks: bool = False  # whether its denoiser reads a prompt of any length, in CLIP's chunks
-    sized_tokenizers: tuple[str, ...] = ()  # those of them that read `max_sequence_length` tokens
+    prompt_chunks: bool = False  # whether its denoiser accepts a prompt of any length, in CLIP's chunks
+    sized_tokenizers: tuple[str, ...] = ()  # those that read `max_sequence_length` tokens
     most_tokens: int = 0  # that these may read, where that is more than usual
     embeds_setting: str = "cross_attention_dim"  # of the denoiser: how wide embeddings are
     embeds_mask: bool = False  # whether embeddings come with an attention mask
@@ -64,19 +64,19 @@ class ModelSpec:
     ip_adapter_encoder: Literal["clip", "siglip"] | None = None
     compel_class: str | None = None  # compel's wrapper for its text encoders
     tokens: TokenPlan | None = None  # of its transformer; UNets have none
+    # Layers at the ends of the denoiser, a few percent of its weights, that are not quantized: rounding is
+    # most visible there.
     kept: tuple[str, ...] = ("conv_in", "conv_out", "time_*", "add_embedding*", "class_embedding*")
-    """Layers at the ends of the denoiser, a few percent of its weights, that are not quantized:
-    rounding is most visible there."""
     lora_loader: Literal["pipeline", "peft"] = "pipeline"
     single_file_config: str | None = None  # folder under configs/, to load a single file offline
+    # Prefix of the tensors' names of each text encoder in single files.
     single_file_encoders: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """How single files name the tensors of each text encoder: what their names begin with."""
     pipeline_defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     refuses: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def guidance_branches(self) -> int:
-        """How many one call of the denoiser computes, with and without the prompt."""
+        """How many guidance branches one call of the denoiser computes."""
         return 2 if self.tokens is None else self.tokens.branches
 
     @property
@@ -95,7 +95,7 @@ class ModelSpec:
         return self.tokens is not None and self.tokens.flow
 
     def latent_shape(self, channels: int, height: int, width: int, frames: int) -> tuple[int, ...]:
-        """Of one picture or video of so many latents: height and width without packing."""
+        """The shape of the latents of one picture or video; height and width in latents before packing."""
         return {
             "nchw": (1, channels, height, width),
             "ncfhw": (1, channels, frames, height, width),
@@ -110,8 +110,8 @@ class Family:
 
     rows: tuple[ModelSpec, ...]
     files: tuple[FileKind, ...] = ()
+    # Classes in model_index.json that share components with a type here but are another model.
     other_pipelines: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Classes in model_index.json that share components with a type here but are another model."""
 
 
 PROMPTS = frozenset({"positive", "negative", "prompt_syntax"})

@@ -44,7 +44,7 @@ class Rendezvous:
         self.timeout = max(timeout, JOIN_SECONDS)
         self.every = min(1.0, timeout / 10)
         self._limit = timeout * STALL_SHARE
-        # Ranks of one launcher watch each other by themselves (liveness.LocalProcesses).
+        # Ranks of one launcher watch each other (liveness.LocalProcesses).
         self._machine = os.environ.get("GROUP_RANK", f"rank {rank}")
         self._me = f"{secrets.token_hex(8)} {self._machine}"
         self._rounds = 0  # calls of the store by this rank
