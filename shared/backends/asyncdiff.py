@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shared.launch.backend import Backend, Needs
 from shared.launch.errors import UsageError
@@ -10,6 +10,7 @@ from shared.launch.flags import HostConfig
 
 if TYPE_CHECKING:
     from shared.parallel.method import Method, Part
+    from shared.parallel.pipeline import Pipeline
     from shared.pipeline.engine import PipelineEngine
     from shared.ranks.groups import World
 
@@ -80,7 +81,7 @@ def needs(config: HostConfig, world_size: int) -> Needs:
     return Needs(in_parts=world_size > 1)
 
 
-def attach(pipe: Any, config: HostConfig, world: World) -> Method:
+def attach(pipe: Pipeline, config: HostConfig, world: World) -> Method:
     """Cut the denoiser and the ControlNets into stages, and put the guidance branches on halves of the ranks.
 
     A single rank runs the plain pipeline, on a GPU as CUDA graphs like the others.
@@ -88,6 +89,7 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Method:
     from shared.parallel.asyncdiff import AsyncDiff
     from shared.parallel.cfg_split import CfgSplit, HybridSplit
     from shared.parallel.method import Plain, Together, control_nets
+    from shared.parallel.pipeline import model_of
     from shared.ranks.device import measured_speeds
     from shared.ranks.groups import branch_groups
 
@@ -103,7 +105,7 @@ def attach(pipe: Any, config: HostConfig, world: World) -> Method:
         # With stride 2 the last rank repeats the last stage: the slower of the two counts.
         speeds = measured_speeds(world, group)
         weights = (*speeds[: model_n - 1], min(speeds[model_n - 1 :]))
-    denoiser = getattr(pipe, config.spec.denoiser)
+    denoiser = model_of(pipe, config.spec.denoiser)
     nets = control_nets(pipe)
     method, *others = [
         AsyncDiff(

@@ -10,6 +10,7 @@ from shared.launch.flags import HostConfig
 
 if TYPE_CHECKING:
     from shared.parallel.method import Method
+    from shared.parallel.pipeline import Pipeline
     from shared.pipeline.engine import PipelineEngine
     from shared.ranks.groups import World
 
@@ -55,7 +56,7 @@ def needs(config: HostConfig, world_size: int) -> Needs:
     return Needs(in_parts=world_size > 1, divides_weights=divides)
 
 
-def attach(pipe: Any, config: HostConfig, world: World, branches: Any = None) -> Method:
+def attach(pipe: Pipeline, config: HostConfig, world: World, branches: Any = None) -> Method:
     """Divide the UNet, the ControlNets and the VAE's decoder over the ranks.
 
     A single rank runs the plain pipeline, on a GPU as CUDA graphs like the others.

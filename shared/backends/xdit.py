@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shared.backends.xdit_plan import FLAGS, REFUSES, TYPES, check, xdit_degrees
 from shared.launch.backend import Backend, Needs
@@ -12,6 +12,7 @@ from shared.launch.flags import HostConfig
 
 if TYPE_CHECKING:
     from shared.parallel.method import Method
+    from shared.parallel.pipeline import Pipeline
     from shared.parallel.xdit.exact import XDiT
     from shared.parallel.xdit.groups import XfuserGroups
     from shared.parallel.xdit.pipefusion import XDiTPipeFusion
@@ -39,7 +40,7 @@ def make_groups(config: HostConfig, world: World) -> XfuserGroups | None:
     return XfuserGroups(degrees, world.device, config.collective_timeout)
 
 
-def attach(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups | None) -> Method:
+def attach(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroups | None) -> Method:
     """Share the transformer among the ranks; a single rank runs it plain, on a GPU as CUDA graphs."""
     from shared.parallel.method import Plain
 
@@ -48,7 +49,7 @@ def attach(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups | N
     return _exact(pipe, config, world, groups) if groups.degrees.exact else _pipefusion(pipe, config, groups)
 
 
-def _exact(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups) -> XDiT:
+def _exact(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroups) -> XDiT:
     from shared.parallel.xdit.exact import XDiT
 
     return XDiT(
@@ -61,7 +62,7 @@ def _exact(pipe: Any, config: HostConfig, world: World, groups: XfuserGroups) ->
     )
 
 
-def _pipefusion(pipe: Any, config: HostConfig, groups: XfuserGroups) -> XDiTPipeFusion:
+def _pipefusion(pipe: Pipeline, config: HostConfig, groups: XfuserGroups) -> XDiTPipeFusion:
     from shared.parallel.xdit.pipefusion import XDiTPipeFusion
 
     return XDiTPipeFusion(

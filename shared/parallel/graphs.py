@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from shared.parallel.method import Part
+from shared.parallel.pipeline import Pipeline, part_of
 from shared.parallel.shapes import Latest
 from shared.parallel.surgery import Surgery
 
@@ -119,13 +120,13 @@ class Captured(Part):
         enabled: False leaves them alone.
     """
 
-    def __init__(self, pipe: Any, names: Sequence[str], enabled: bool = True) -> None:
+    def __init__(self, pipe: Pipeline, names: Sequence[str], enabled: bool = True) -> None:
         super().__init__()
         self._graphs = Graphs()
         self.held.callback(self._graphs.close)
         surgery = self.held.enter_context(Surgery())
         for name in names if enabled else ():
-            if (model := getattr(pipe, name, None)) is not None:
+            if (model := part_of(pipe, name)) is not None:
                 surgery.override(model, self._graphs.around(name))
         self.captures = len(surgery) > 0
         """Whether there is any model to capture."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from shared.parallel.pipeline import Pipeline, part_of
 from shared.parallel.surgery import Closing
 
 
@@ -64,7 +65,7 @@ class Method(Part):
     decodes_together = False
     """Whether all ranks must decode, as each decodes a part."""
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Pipeline) -> None:
         super().__init__()
         self.pipeline = pipeline
 
@@ -130,13 +131,13 @@ class Together(Method):
         return self.method.run(arguments, watch)
 
 
-def control_nets(pipeline: Any) -> list[Any]:
+def control_nets(pipeline: Pipeline) -> list[Any]:
     """The ControlNets of a pipeline, one by one.
 
     Raises:
         ValueError: one of them is there twice: it would be called twice a step.
     """
-    net = getattr(pipeline, "controlnet", None)
+    net = part_of(pipeline, "controlnet")
     nets = [] if net is None else list(getattr(net, "nets", [net]))
     if len({id(n) for n in nets}) < len(nets):
         raise ValueError("the same ControlNet object is given twice; load it twice")

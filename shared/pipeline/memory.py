@@ -15,6 +15,7 @@ from torch import nn
 from shared.launch.errors import first_line
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
+from shared.parallel.pipeline import Model, Pipeline
 
 log = logging.getLogger("host")
 
@@ -44,7 +45,7 @@ def check_memory_flags(config: HostConfig, device: torch.device) -> None:
             )
 
 
-def apply_vae_flags(pipe: Any, config: HostConfig) -> None:
+def apply_vae_flags(pipe: Pipeline, config: HostConfig) -> None:
     """Tiled and sliced decoding. Raises MemoryFlagError where the VAE has no such thing."""
     for flag, method in (("enable_vae_tiling", "enable_tiling"), ("enable_vae_slicing", "enable_slicing")):
         if getattr(config, flag):
@@ -54,7 +55,7 @@ def apply_vae_flags(pipe: Any, config: HostConfig) -> None:
                 raise MemoryFlagError(f"--{flag}: {type(pipe.vae).__name__} has no {method}") from None
 
 
-def apply_xformers(pipe: Any, config: HostConfig) -> None:
+def apply_xformers(pipe: Pipeline, config: HostConfig) -> None:
     """Attention of the xformers package. Raises MemoryFlagError where it does not load or fit the model."""
     if not config.xformers_efficient:
         return
@@ -72,7 +73,7 @@ def apply_xformers(pipe: Any, config: HostConfig) -> None:
     log.info("xformers attention; PyTorch's own is as fast on GPUs since 2.2")
 
 
-def place(pipe: Any, spec: ModelSpec, config: HostConfig, device: torch.device, parallel: bool) -> None:
+def place(pipe: Pipeline, spec: ModelSpec, config: HostConfig, device: torch.device, parallel: bool) -> None:
     """Move the pipeline to this rank's device, or put it under the offload that was asked for.
 
     Args:
@@ -114,7 +115,7 @@ class KeptOffload(CpuOffload):
         return super().pre_forward(module, *args, **kwargs)
 
 
-def _offload_models(pipe: Any, device: torch.device, stay: tuple[str, ...]) -> None:
+def _offload_models(pipe: Pipeline, device: torch.device, stay: tuple[str, ...]) -> None:
     """A model is brought over when it is called, and goes when the next one is or the pipeline ends."""
     if stay:
         log.info("model offload: %s stays on the device, because it runs in parts", stay[0])
@@ -135,7 +136,7 @@ def _offload_models(pipe: Any, device: torch.device, stay: tuple[str, ...]) -> N
     pipe.maybe_free_model_hooks = all_go
 
 
-def _offload_layers(pipe: Any, device: torch.device) -> None:
+def _offload_layers(pipe: Pipeline, device: torch.device) -> None:
     """Every layer of every model is brought over as it is called, and nothing of it stays.
 
     As `pipe.enable_sequential_cpu_offload` does, but for WHOLE.
@@ -147,13 +148,12 @@ def _offload_layers(pipe: Any, device: torch.device) -> None:
         accelerate.cpu_offload(module, device, offload_buffers=buffers, preload_module_classes=[*WHOLE])
 
 
-def _models(pipe: Any) -> dict[str, nn.Module]:
+def _models(pipe: Pipeline) -> dict[str, nn.Module]:
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
 
 
-def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device) -> None:
+def _offload_groups(pipe: Pipeline, spec: ModelSpec, device: torch.device) -> None:
     """Every layer of every model is brought over as it is called."""
-    from diffusers import ModelMixin
     from diffusers.hooks import apply_group_offloading
 
     for name, module in _models(pipe).items():
@@ -168,7 +168,7 @@ def _offload_groups(pipe: Any, spec: ModelSpec, device: torch.device) -> None:
             "onload_device": device, "offload_type": "leaf_level",
             "use_stream": ahead, "low_cpu_mem_usage": ahead,
         }  # fmt: skip
-        if isinstance(module, ModelMixin):
+        if isinstance(module, Model):
             module.enable_group_offload(**how)
         else:
             apply_group_offloading(module, **how)

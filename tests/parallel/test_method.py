@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,11 +15,20 @@ from shared.parallel.shapes import Latest
 from tests import tiny
 
 
+def calling(note: Callable[[dict[str, Any]], Any]) -> Any:
+    """A pipeline that gives `note` its arguments."""
+
+    def pipe(**arguments: Any) -> Any:
+        return note(arguments)
+
+    return pipe
+
+
 class Noted(Method):
     """Notes what is asked of it."""
 
     def __init__(self, name: str, told: list[str], calls: int = 1) -> None:
-        super().__init__(pipeline=lambda **arguments: (name, arguments))
+        super().__init__(calling(lambda arguments: (name, arguments)))
         self.name, self.told, self._calls = name, told, calls
         self.held.callback(told.append, f"{name} closed")
 
@@ -69,8 +79,7 @@ def test_the_plain_pipeline_runs_under_its_watch() -> None:
             told.append("done")
 
     told: list[str] = []
-    method = Plain(lambda **arguments: told.append(f"called {arguments}"))
-    method.run({"seed": 1}, Watch())
+    Plain(calling(lambda arguments: told.append(f"called {arguments}"))).run({"seed": 1}, Watch())
     assert told == ["watched", "called {'seed': 1}", "done"]
 
 

@@ -115,13 +115,14 @@ class Recorder:
 
 
 def test_model_offload_is_to_the_ranks_own_gpu() -> None:
-    pipe, config = Recorder(), tiny.config("sd1", enable_model_cpu_offload=True)
+    pipe: Any = Recorder()
+    config = tiny.config("sd1", enable_model_cpu_offload=True)
     place(pipe, MODELS["sd1"], config, torch.device("cuda", 3), parallel=False)
     assert pipe.calls == [("enable_model_cpu_offload", (), {"gpu_id": 3, "device": "cuda"})]
 
 
 def test_a_denoiser_in_parts_is_not_model_offloaded() -> None:
-    pipe = Recorder()
+    pipe: Any = Recorder()
     place(pipe, MODELS["sd1"], tiny.config("sd1", enable_model_cpu_offload=True), CUDA, parallel=True)
     assert pipe.model_cpu_offload_seq == "text_encoder->vae"
     assert pipe._exclude_from_cpu_offload == ["safety_checker", "unet", "controlnet"]

@@ -27,6 +27,7 @@ from shared.parallel.asyncdiff.trace import Trace, candidates, parameter_names, 
 from shared.parallel.exchange import Exchange, Ranks
 from shared.parallel.graphs import Graphs, signature
 from shared.parallel.method import Method
+from shared.parallel.pipeline import Pipeline, part_of
 from shared.parallel.shapes import Latest
 from shared.parallel.surgery import Forward, Surgery
 
@@ -60,7 +61,7 @@ class AsyncDiff(Method):
 
     def __init__(
         self,
-        pipeline: Any,
+        pipeline: Pipeline,
         model_n: int,
         stride: int = 1,
         warm_up_steps: int = 1,
@@ -88,7 +89,7 @@ class AsyncDiff(Method):
                 f"model_n {model_n} with stride {stride} takes {model_n + stride - 1} ranks "
                 f"(model_n + stride - 1), the group has {ranks}"
             )
-        found = denoiser or getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+        found = denoiser or part_of(pipeline, "unet") or part_of(pipeline, "transformer")
         if not isinstance(found, nn.Module):
             raise ValueError(f"{type(pipeline).__name__} has no unet or transformer: name its denoiser")
         super().__init__(pipeline)

@@ -20,6 +20,7 @@ from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.distrifusion.patched import Patched, Schedule, SyncMode
 from shared.parallel.exchange import Ranks
 from shared.parallel.method import Method, control_nets
+from shared.parallel.pipeline import Pipeline, model_of
 from shared.parallel.surgery import Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 
@@ -58,7 +59,7 @@ class DistriFusion(Method):
 
     def __init__(
         self,
-        pipeline: Any,
+        pipeline: Pipeline,
         parallelism: Parallelism = "patch",
         split_scheme: SplitScheme = "row",
         sync_mode: SyncMode = "corrected_async_gn",
@@ -86,8 +87,7 @@ class DistriFusion(Method):
             )
         if parallelism == "patch" and warm_up_steps < 1 and sync_mode != "full_sync":
             raise ValueError(f"warm_up_steps {warm_up_steps}: at least one step must be synchronous")
-        if not isinstance(getattr(pipeline, "unet", None), nn.Module):
-            raise ValueError(f"{type(pipeline).__name__} has no unet")
+        self.unet = model_of(pipeline, "unet")
         super().__init__(pipeline)
         self.parallelism, self.group = parallelism, group
         self.schedule = Schedule(parallelism == "naive_patch", split_scheme, sync_mode, warm_up_steps)
@@ -97,9 +97,7 @@ class DistriFusion(Method):
         if split_batch and self.all.size % 2 == 0:
             half, self.pair, self.branch = branches or self._make_branches()
             self.half = Ranks.of(half)
-        self.decodes_together = (
-            split_decode and self.all.size > 1 and getattr(pipeline, "vae", None) is not None
-        )
+        self.decodes_together = split_decode and self.all.size > 1 and pipeline.vae is not None
         self.models: list[Patched] = []
         self._split: CfgSplit | None = None
         self._install()
@@ -157,7 +155,7 @@ class DistriFusion(Method):
 
     def _install(self) -> None:
         self._adapters = adapters(self.pipeline)
-        unet, nets = self.pipeline.unet, control_nets(self.pipeline)
+        unet, nets = self.unet, control_nets(self.pipeline)
         with contextlib.ExitStack() as held:
             held.callback(self.models.clear)
             if self.parallelism == "tensor" and self.half.size > 1:
@@ -180,8 +178,8 @@ class DistriFusion(Method):
             cuda_graph=self.cuda_graph,
             max_shapes=self.max_shapes,
             bundle_bytes=self.bundle_bytes,
-            pixels=getattr(self.pipeline, "vae_scale_factor", 8),
-            is_control=model is not self.pipeline.unet,
+            pixels=self.pipeline.vae_scale_factor,
+            is_control=model is not self.unet,
         )
 
     def _ranks(self) -> Ranks:
@@ -191,10 +189,10 @@ class DistriFusion(Method):
         return self.half if self._split is not None and self._split.active else self.all
 
 
-def adapters(pipeline: Any) -> Hashable:
+def adapters(pipeline: Pipeline) -> Hashable:
     """What a captured step has taken in of LoRA and IP-Adapter as plain numbers: layers, names, scales."""
     found: list[Hashable] = []
-    models: Sequence[nn.Module] = [pipeline.unet, *control_nets(pipeline)]
+    models: Sequence[nn.Module] = [model_of(pipeline, "unet"), *control_nets(pipeline)]
     for model in models:
         for name, module in model.named_modules():
             if hasattr(module, "base_layer"):

@@ -12,6 +12,7 @@ from torch import nn
 
 from shared.models import Cache, TokenPlan
 from shared.parallel.method import Part
+from shared.parallel.pipeline import Pipeline, model_of
 from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.sequence import blocks_of
 
@@ -101,8 +102,8 @@ class TeaCache(StepCache):
 
     kind = "teacache"
 
-    def __init__(self, pipeline: Any, plan: TokenPlan, threshold: float, device: torch.device) -> None:
-        super().__init__(pipeline.transformer, plan, threshold)
+    def __init__(self, pipeline: Pipeline, plan: TokenPlan, threshold: float, device: torch.device) -> None:
+        super().__init__(model_of(pipeline, "transformer"), plan, threshold)
         self.pipeline, self.device = pipeline, device
         self._plain = self._taken()
         self.held.callback(self._put, self._plain)
@@ -153,7 +154,7 @@ class TeaCache(StepCache):
 
 def step_cache(
     kind: Cache,
-    pipeline: Any,
+    pipeline: Pipeline,
     plan: TokenPlan,
     threshold: float | None,
     device: torch.device,
@@ -170,4 +171,4 @@ def step_cache(
     limit = THRESHOLDS[kind] if threshold is None else threshold
     if kind == "teacache":
         return TeaCache(pipeline, plan, limit, device)
-    return FirstBlockCache(pipeline.transformer, plan, limit, group)
+    return FirstBlockCache(model_of(pipeline, "transformer"), plan, limit, group)

@@ -20,6 +20,7 @@ from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.exchange import Ranks
 from shared.parallel.graphs import Graphs
 from shared.parallel.method import Method, control_nets
+from shared.parallel.pipeline import Pipeline, model_of
 from shared.parallel.surgery import Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 from shared.parallel.xdit.caches import StepCache, step_cache
@@ -53,7 +54,7 @@ class XDiT(Method):
 
     def __init__(
         self,
-        pipeline: Any,
+        pipeline: Pipeline,
         degrees: Degrees,
         groups: XfuserGroups | None = None,
         *,
@@ -66,7 +67,7 @@ class XDiT(Method):
         self.tokens = check_model(pipeline, degrees, cache)
         super().__init__(pipeline)
         self.degrees = degrees
-        self.transformer: Any = pipeline.transformer
+        self.transformer = model_of(pipeline, "transformer")
         if degrees.pipefusion > 1:
             raise ValueError("PipeFusion is XDiTPipeFusion's, not XDiT's")
         if groups is None:
@@ -163,15 +164,13 @@ class FeedForwardParallel(TensorParallel):
             self._feed_forward(name, module)
 
 
-def check_model(pipeline: Any, degrees: Degrees, cache: Cache | None = None) -> TokenPlan:
+def check_model(pipeline: Pipeline, degrees: Degrees, cache: Cache | None = None) -> TokenPlan:
     """The token plan of a pipeline's transformer, which can be divided so.
 
     Raises:
         ValueError: there is no transformer, it or a ControlNet has no plan, or they cannot be divided so.
     """
-    transformer = pipeline.components.get("transformer")
-    if transformer is None:
-        raise ValueError(f"{type(pipeline).__name__} has no transformer")
+    transformer = model_of(pipeline, "transformer")
     tokens, nets = token_plan(type(transformer).__name__), control_nets(pipeline)
     for model in (transformer, *nets):
         token_plan(type(model).__name__)

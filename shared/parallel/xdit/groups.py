@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shared.parallel.pipeline import Pipeline
 from shared.parallel.surgery import Surgery
 from shared.parallel.xdit.cpu import load_xfuser
 from shared.parallel.xdit.degrees import Degrees
@@ -89,7 +90,7 @@ class XfuserGroups:
         """Which picture of a request this rank works on: 0 to data - 1."""
         return dist.get_rank() // (self.degrees.world // self.degrees.data)
 
-    def start(self, pipeline: Any, config: Any) -> None:
+    def start(self, pipeline: Pipeline, config: Any) -> None:
         """Make xfuser's run-time state for this diffusers pipeline; `config` is xfuser's EngineConfig."""
         import xfuser.core.distributed.runtime_state as runtime
 

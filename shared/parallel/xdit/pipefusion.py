@@ -18,6 +18,7 @@ from shared.models import StagePlan, Stream
 from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.exchange import Ranks
 from shared.parallel.method import Method, Unwatched, Watch, control_nets
+from shared.parallel.pipeline import Model, Pipeline, model_of
 from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.degrees import (
     Degrees,
@@ -62,7 +63,7 @@ class XDiTPipeFusion(Method):
 
     def __init__(
         self,
-        pipeline: Any,
+        pipeline: Pipeline,
         degrees: Degrees,
         groups: XfuserGroups | None = None,
         *,
@@ -79,7 +80,9 @@ class XDiTPipeFusion(Method):
         self.decodes_together = parallel_vae
         """Whether all ranks must decode, as each decodes a patch."""
         self.patches = self._patches = patches or degrees.pipefusion
-        self.transformer: Any = pipeline.transformer
+        self.transformer = model_of(pipeline, "transformer")
+        self._stages: Model | None = None
+        """xfuser's form of it, with the blocks of this rank."""
         self.cut = self._check(stages)
         if groups is None:
             groups = XfuserGroups(degrees, pipeline._execution_device)
@@ -144,13 +147,14 @@ class XDiTPipeFusion(Method):
         blocks = set(blocks_of(self.transformer, self.tokens))
         assert pipelines  # its import registers the pipelines
         wrapper = xFuserPipelineWrapperRegister.get_class(pipe)
-        scheduler, transformer = pipe.scheduler, pipe.transformer
+        own = {"scheduler": pipe.scheduler, "transformer": self.transformer}
         try:
             self._wrapped = wrapper(pipe, config)
-            self._stages = pipe.transformer
+            self._stages = model_of(pipe, "transformer")
         finally:
             # The pipeline keeps its own parts; xfuser's take their place during a call.
-            pipe.scheduler, pipe.transformer = scheduler, transformer
+            for name, part in own.items():
+                setattr(pipe, name, part)
         mine = set(blocks_of(self._stages, self.tokens))
         self._blocks = mine
         for block in mine:

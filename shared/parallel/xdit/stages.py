@@ -113,20 +113,12 @@ class Snapshot:
     """The module tree as it is, to be put back: xfuser replaces blocks, layers and their attributes."""
 
     def __init__(self, root: nn.Module) -> None:
-        self._state = [
-            (m, dict(m.__dict__), dict(m._modules), dict(m._parameters), dict(m._buffers))
-            for m in root.modules()
-        ]
+        self._state: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for m in root.modules():
+            for own in (m.__dict__, m._modules, m._parameters, m._buffers):
+                self._state.append((own, dict(own)))
 
     def restore(self) -> None:
-        for module, attributes, modules, parameters, buffers in self._state:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            own: Any
-            for own, kept in (
-                (module._modules, modules),
-                (module._parameters, parameters),
-                (module._buffers, buffers),
-            ):
-                own.clear()
-                own.update(kept)
+        for own, kept in self._state:
+            own.clear()
+            own.update(kept)

@@ -1,0 +1,86 @@
+"""What is used of a diffusers pipeline and of its models, as types: mypy does not look into diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+
+    class Model(nn.Module):
+        """A diffusers model: a denoiser, a ControlNet, a VAE."""
+
+        config: Any
+        device: torch.device
+        dtype: torch.dtype
+
+        def enable_group_offload(self, **how: Any) -> None: ...
+else:
+    from diffusers import ModelMixin as Model
+
+
+class Pipeline(Protocol):
+    """A diffusers pipeline. Models, tokenizers and processors come by `model_of` and `part_of`."""
+
+    scheduler: Any
+    vae: Any
+    vae_scale_factor: int
+    model_cpu_offload_seq: str
+    maybe_free_model_hooks: Callable[[], None]
+    _exclude_from_cpu_offload: list[str]
+    _all_hooks: list[Any]  # after enable_model_cpu_offload
+
+    @property
+    def components(self) -> dict[str, Any]: ...
+
+    @property
+    def _execution_device(self) -> torch.device: ...
+
+    def __call__(self, **arguments: Any) -> Any: ...
+
+    def to(self, device: torch.device) -> Any: ...
+
+    def register_modules(self, **parts: Any) -> None: ...
+
+    def set_progress_bar_config(self, **settings: Any) -> None: ...
+
+    def enable_model_cpu_offload(self, gpu_id: int, device: str) -> None: ...
+
+    def enable_xformers_memory_efficient_attention(self) -> None: ...
+
+    # Of some pipelines only; the type tells which.
+
+    image_processor: Any
+
+    @property
+    def do_classifier_free_guidance(self) -> bool: ...
+
+    def load_ip_adapter(self, parts: Any, subfolder: str, weight_name: str) -> None: ...
+
+    def set_ip_adapter_scale(self, scale: float) -> None: ...
+
+    def _pack_latents(self, latents: torch.Tensor, *shape: int) -> torch.Tensor: ...
+
+    def _unpack_latents(
+        self, latents: torch.Tensor, height: int, width: int, vae_scale_factor: int
+    ) -> torch.Tensor: ...
+
+
+def model_of(pipeline: Pipeline, name: str) -> Model:
+    """The model of a pipeline that it must have: `unet` or `transformer`.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = part_of(pipeline, name)
+    if not isinstance(found, nn.Module):
+        raise ValueError(f"{type(pipeline).__name__} has no {name}")
+    return cast(Model, found)
+
+
+def part_of(pipeline: Pipeline, name: str) -> Any:
+    """A model, tokenizer or processor that only some pipelines have; None where it has none."""
+    return getattr(pipeline, name, None)
