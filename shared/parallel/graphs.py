@@ -14,7 +14,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from shared.parallel.method import Part
-from shared.parallel.pipeline import Pipeline, part_of
+from shared.parallel.pipeline import Pipeline, parts_of
 from shared.parallel.shapes import Latest
 from shared.parallel.surgery import Surgery
 
@@ -125,9 +125,8 @@ class Captured(Part):
         self._graphs = Graphs()
         self.held.callback(self._graphs.close)
         surgery = self.held.enter_context(Surgery())
-        for name in names if enabled else ():
-            if (model := part_of(pipe, name)) is not None:
-                surgery.override(model, self._graphs.around(name))
+        for name, model in parts_of(pipe, names if enabled else ()).items():
+            surgery.override(model, self._graphs.around(name))
         self.captures = len(surgery) > 0
         """Whether there is any model to capture."""
 

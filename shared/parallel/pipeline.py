@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     class Model(nn.Module):
         """A diffusers model: a denoiser, a ControlNet, a VAE."""
 
+        attn_processors: dict[str, Any]
         config: Any
         device: torch.device
         dtype: torch.dtype
@@ -34,6 +35,12 @@ class Pipeline(Protocol):
     _all_hooks: list[Any]  # after enable_model_cpu_offload
 
     @property
+    def config(self) -> Any: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
     def components(self) -> dict[str, Any]: ...
 
     @property
@@ -53,7 +60,13 @@ class Pipeline(Protocol):
 
     # Of some pipelines only; the type tells which.
 
+    lora_set: Any  # no part of diffusers: whoever loads LoRAs keeps them there
+    text_encoder: Any
+    encode_prompt: Callable[..., Any]
     image_processor: Any
+    lora_state_dict: Callable[..., Any]
+    _pack_latents: Callable[..., torch.Tensor]
+    _unpack_latents: Callable[..., torch.Tensor]
 
     @property
     def do_classifier_free_guidance(self) -> bool: ...
@@ -62,11 +75,7 @@ class Pipeline(Protocol):
 
     def set_ip_adapter_scale(self, scale: float) -> None: ...
 
-    def _pack_latents(self, latents: torch.Tensor, *shape: int) -> torch.Tensor: ...
-
-    def _unpack_latents(
-        self, latents: torch.Tensor, height: int, width: int, vae_scale_factor: int
-    ) -> torch.Tensor: ...
+    def maybe_convert_prompt(self, prompt: str, tokenizer: Any) -> str: ...
 
 
 def model_of(pipeline: Pipeline, name: str) -> Model:
@@ -79,6 +88,12 @@ def model_of(pipeline: Pipeline, name: str) -> Model:
     if not isinstance(found, nn.Module):
         raise ValueError(f"{type(pipeline).__name__} has no {name}")
     return cast(Model, found)
+
+
+def parts_of(pipeline: Pipeline, names: Iterable[str]) -> dict[str, Any]:
+    """The text encoders or tokenizers of these names; without those that the checkpoint leaves out."""
+    found = {name: getattr(pipeline, name) for name in names}
+    return {name: part for name, part in found.items() if part is not None}
 
 
 def part_of(pipeline: Pipeline, name: str) -> Any:

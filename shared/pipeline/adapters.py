@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from shared.launch.errors import first_line
 from shared.models import ModelSpec
+from shared.parallel.method import control_nets
+from shared.parallel.pipeline import Pipeline, model_of, part_of
 
 log = logging.getLogger("host")
 
@@ -80,10 +82,10 @@ def load_control_nets(spec: ModelSpec, paths: Mapping[str, float], dtype: torch.
     return nets[0] if len(nets) == 1 else nets
 
 
-def check_control_nets(pipe: Any, spec: ModelSpec) -> None:
+def check_control_nets(pipe: Pipeline, spec: ModelSpec) -> None:
     """Whether the ControlNets' inner widths are the denoiser's. Raises AdapterError."""
-    denoiser = getattr(pipe, spec.denoiser)
-    for net in getattr(pipe.controlnet, "nets", [pipe.controlnet]):
+    denoiser = model_of(pipe, spec.denoiser)
+    for net in control_nets(pipe):
         for key in ("cross_attention_dim", "block_out_channels", "joint_attention_dim", "attention_head_dim"):
             ours, theirs = denoiser.config.get(key), net.config.get(key)
             if ours is not None and theirs is not None and _listed(ours) != _listed(theirs):
@@ -124,7 +126,7 @@ def control_arguments(
 # IP-Adapter
 
 
-def load_ip_adapter(pipe: Any, spec: ModelSpec, path: str, scale: float, dtype: torch.dtype) -> None:
+def load_ip_adapter(pipe: Pipeline, spec: ModelSpec, path: str, scale: float, dtype: torch.dtype) -> None:
     """Load an IP-Adapter and the image encoder that fits it.
 
     The encoder is looked for in `image_encoder/` beside the adapter's file, one folder up, in `models/`
@@ -145,7 +147,7 @@ def load_ip_adapter(pipe: Any, spec: ModelSpec, path: str, scale: float, dtype: 
         )
     encoder, processor = _image_encoder(pipe, spec, file, parts["image_proj"], dtype)
     pipe.register_modules(image_encoder=encoder, feature_extractor=processor)
-    denoiser = getattr(pipe, spec.denoiser)
+    denoiser = model_of(pipe, spec.denoiser)
     try:
         pipe.load_ip_adapter(parts, subfolder="", weight_name="")
     except MISFITS as error:
@@ -168,7 +170,7 @@ def load_ip_adapter(pipe: Any, spec: ModelSpec, path: str, scale: float, dtype: 
 
 
 def ip_arguments(
-    pipe: Any, launch: Mapping[str, float], image: Image.Image | None, scale: float | None = None
+    pipe: Pipeline, launch: Mapping[str, float], image: Image.Image | None, scale: float | None = None
 ) -> dict[str, Any]:
     """Keyword arguments of a pipeline with an IP-Adapter; sets the scale on its attention processors.
 
@@ -230,7 +232,7 @@ def _projected_width(file: Path, projection: Mapping[str, torch.Tensor]) -> tupl
 
 
 def _image_encoder(
-    pipe: Any, spec: ModelSpec, file: Path, projection: Mapping[str, torch.Tensor], dtype: torch.dtype
+    pipe: Pipeline, spec: ModelSpec, file: Path, projection: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> tuple[Any, Any]:
     import transformers
 
@@ -250,12 +252,12 @@ def _image_encoder(
             if width == wanted:
                 model = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
                 return model, _processor(processor_class, folder, config.image_size)
-    present = getattr(pipe, "image_encoder", None)
+    present = part_of(pipe, "image_encoder")
     if present is not None:
         width = present.config.projection_dim if plain else present.config.hidden_size
         found.append(f"the checkpoint ({width})")
         if width == wanted:
-            processor = getattr(pipe, "feature_extractor", None)
+            processor = part_of(pipe, "feature_extractor")
             return present, processor or _processor(processor_class, None, present.config.image_size)
     raise AdapterError(
         f"IP-Adapter {str(file)!r} needs an image encoder of width {wanted} in a folder image_encoder "
@@ -325,10 +327,11 @@ def _motion_config(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     }
 
 
-def put_motion_adapter(pipe: Any, adapter: Any) -> None:
+def put_motion_adapter(pipe: Pipeline, adapter: Any) -> None:
     """Give the pipeline's motion UNet the adapter's weights: its constructor does so only for plain UNets."""
+    unet: Any = model_of(pipe, "unet")
     try:
-        pipe.unet.load_motion_modules(adapter)
+        unet.load_motion_modules(adapter)
     except MISFITS as error:
         raise AdapterError(f"the motion adapter does not fit this checkpoint: {first_line(error)}") from None
     pipe.register_modules(motion_adapter=adapter)

@@ -14,6 +14,7 @@ from shared.api.media import decode_image
 from shared.api.requests import FieldProblem, GenerateRequest, RequestError
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
+from shared.parallel.pipeline import Pipeline, model_of, part_of
 from shared.pipeline.adapters import control_arguments, ip_arguments
 from shared.pipeline.prompts import prompt_arguments
 
@@ -21,7 +22,7 @@ INPAINT_CHANNELS = 9  # 4 of the latents, 4 of the masked picture, 1 of the mask
 
 
 def call_arguments(
-    pipe: Any, config: HostConfig, request: GenerateRequest, device: torch.device
+    pipe: Pipeline, config: HostConfig, request: GenerateRequest, device: torch.device
 ) -> dict[str, Any]:
     """Keyword arguments of one pipeline call, without output_type. Sets the IP-Adapter's scale.
 
@@ -56,7 +57,7 @@ def call_arguments(
         arguments |= {"width": request.width, "height": request.height}
     if request.image is not None:
         arguments["image"] = decode_image(request.image, request.image_scale)
-    if spec.inpaint_pipeline and getattr(pipe, spec.denoiser).config.in_channels == INPAINT_CHANNELS:
+    if spec.inpaint_pipeline and model_of(pipe, spec.denoiser).config.in_channels == INPAINT_CHANNELS:
         # An inpainting checkpoint paints the whole of an empty picture.
         size = (request.width or 0, request.height or 0)
         arguments |= {
@@ -115,9 +116,9 @@ def refused(field: str, problem: str) -> RequestError:
     return RequestError(422, [FieldProblem(field, problem)])
 
 
-def _video_arguments(pipe: Any, spec: ModelSpec, request: GenerateRequest) -> dict[str, Any]:
+def _video_arguments(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) -> dict[str, Any]:
     component, setting = spec.frames_limit or (None, "")
-    if component is not None and (owner := getattr(pipe, component)) is not None:
+    if component is not None and (owner := part_of(pipe, component)) is not None:
         most = owner.config[setting]
         if (request.frames or 0) > most:
             raise refused("frames", f"this motion module makes at most {most}; got {request.frames}")
@@ -154,7 +155,7 @@ def _schedule_arguments(request: GenerateRequest, trained: int) -> dict[str, Any
     return {}
 
 
-def _latents(pipe: Any, spec: ModelSpec, request: GenerateRequest, device: torch.device) -> torch.Tensor:
+def _latents(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest, device: torch.device) -> torch.Tensor:
     """The request's latents, checked: their layout is the one that output_format latent gives."""
     assert request.latent is not None
     tensor = safetensors.torch.load(request.latent)["latent"]
@@ -164,10 +165,10 @@ def _latents(pipe: Any, spec: ModelSpec, request: GenerateRequest, device: torch
     wanted = latent_shape(pipe, spec, request)
     if tensor.shape != wanted:
         raise refused("latent", f"must have shape {list(wanted)} here, got {list(tensor.shape)}")
-    return tensor.to(device, getattr(pipe, spec.denoiser).dtype)
+    return tensor.to(device, model_of(pipe, spec.denoiser).dtype)
 
 
-def latent_shape(pipe: Any, spec: ModelSpec, request: GenerateRequest) -> torch.Size:
+def latent_shape(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) -> torch.Size:
     """Shape of the latents of one picture or video of the request's size."""
     channels = pipe.vae.config.latent_channels
     factor = pipe.vae_scale_factor

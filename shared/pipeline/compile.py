@@ -16,6 +16,7 @@ from torch import nn
 
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
+from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
 
 log = logging.getLogger("host")
 
@@ -28,7 +29,7 @@ step, and a later region would write over what an earlier one has left for a ski
 
 
 def compile_pipeline(
-    pipe: Any, spec: ModelSpec, config: HostConfig, whole_blocks: bool = True
+    pipe: Pipeline, spec: ModelSpec, config: HostConfig, whole_blocks: bool = True
 ) -> dict[str, int]:
     """Compile what --compile_unet, --compile_vae and --compile_text_encoder ask for.
 
@@ -42,22 +43,21 @@ def compile_pipeline(
     """
     counts: dict[str, int] = {}
     if config.compile_unet:
-        denoiser, given = getattr(pipe, spec.denoiser), config
+        denoiser, given = model_of(pipe, spec.denoiser), config
         if config.compile_mode in WITHOUT_GRAPHS:
             mode = WITHOUT_GRAPHS[config.compile_mode]
             given = replace(config, compile_mode=mode)
             log.info("%s: compile mode %s, as the host captures whole steps", spec.denoiser, mode)
         counts[spec.denoiser] = _compile(blocks(denoiser) if whole_blocks else feed_forwards(denoiser), given)
-        if getattr(pipe, "controlnet", None) is not None:
-            counts["controlnet"] = _compile(blocks(pipe.controlnet), given)
+        if (net := part_of(pipe, "controlnet")) is not None:
+            counts["controlnet"] = _compile(blocks(net), given)
     if config.compile_vae:
         # The pipeline calls vae.decode and vae.encode, which call these two: the VAE's own forward is unused.
         counts["vae"] = _compile([m for m in (pipe.vae.decoder, pipe.vae.encoder) if m is not None], config)
     if config.compile_text_encoder:
-        for name in spec.text_encoders:
-            if getattr(pipe, name, None) is not None:
-                _prime(getattr(pipe, name))
-                counts[name] = _compile([getattr(pipe, name)], config)
+        for name, encoder in parts_of(pipe, spec.text_encoders).items():
+            _prime(encoder)
+            counts[name] = _compile([encoder], config)
     for name, count in counts.items():
         if not count:
             raise ValueError(f"{name} has no block to compile")

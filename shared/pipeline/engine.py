@@ -16,6 +16,7 @@ from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
 from shared.parallel.graphs import Captured
 from shared.parallel.method import Method, Plain
+from shared.parallel.pipeline import Pipeline
 from shared.pipeline.arguments import call_arguments
 from shared.pipeline.latents import enlarged
 from shared.pipeline.lora import LoraError, LoraSet, loras_of
@@ -48,10 +49,10 @@ class PipelineEngine:
 
     def __init__(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         config: HostConfig,
         world: World,
-        make_parallel: Callable[[Any], Method] = Plain,
+        make_parallel: Callable[[Pipeline], Method] = Plain,
         output_rank: int = 0,
         picture: int = 0,
     ) -> None:

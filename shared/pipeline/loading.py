@@ -20,6 +20,7 @@ from shared.launch.backend import Needs
 from shared.launch.errors import LoadError, UsageError, first_line
 from shared.launch.flags import HostConfig
 from shared.models import MODELS, OTHER_PIPELINES, ModelSpec
+from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
 from shared.pipeline import adapters, memory, quantize
 from shared.pipeline.arguments import INPAINT_CHANNELS
 from shared.pipeline.compile import compile_pipeline
@@ -49,7 +50,7 @@ OUR_ERRORS = (
 
 def load_pipeline(
     spec: ModelSpec, config: HostConfig, device: torch.device, needs: Needs, quiet: bool = False
-) -> Any:
+) -> Pipeline:
     """Load the checkpoint and put every feature of the launch on it. Reads local files only.
 
     Args:
@@ -139,7 +140,7 @@ def compute_dtype(config: HostConfig, device: torch.device) -> torch.dtype:
     return DTYPES[config.variant or ("fp32" if device.type == "cpu" else "fp16")]
 
 
-def _load(spec: ModelSpec, config: HostConfig, device: torch.device, needs: Needs, quiet: bool) -> Any:
+def _load(spec: ModelSpec, config: HostConfig, device: torch.device, needs: Needs, quiet: bool) -> Pipeline:
     import diffusers
     import transformers
 
@@ -168,7 +169,8 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, needs: Need
     memory.apply_vae_flags(pipe, config)
     if config.compile_unet and device.type == "cuda" and not config.quantize_to:
         # Compiled convolutions are fastest in this layout: 15 % of an SDXL step on an H200.
-        getattr(pipe, spec.denoiser).to(memory_format=torch.channels_last)
+        denoiser: Any = model_of(pipe, spec.denoiser)  # torch's types know no memory_format
+        denoiser.to(memory_format=torch.channels_last)
     compile_pipeline(pipe, spec, config, whole_blocks=not needs.inside_blocks)
     memory.place(pipe, spec, config, device, needs.in_parts)
     used = memory_report(device)
@@ -176,7 +178,7 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, needs: Need
     return pipe
 
 
-def _load_loras(pipe: Any, spec: ModelSpec, config: HostConfig, needs: Needs) -> None:
+def _load_loras(pipe: Pipeline, spec: ModelSpec, config: HostConfig, needs: Needs) -> None:
     loras = loras_of(pipe, spec)
     for path, scale in {**(config.lora or {}), **(config.motion_adapter_lora or {})}.items():
         loras.add(path, scale)
@@ -192,19 +194,18 @@ def _load_loras(pipe: Any, spec: ModelSpec, config: HostConfig, needs: Needs) ->
             loras.fixed = f"no LoRA can be added or removed: layers come and go one by one under --{flag}"
 
 
-def _check_tokenizers(pipe: Any, spec: ModelSpec, config: HostConfig) -> None:
+def _check_tokenizers(pipe: Pipeline, spec: ModelSpec, config: HostConfig) -> None:
     """Transformers makes one that knows no word where the vocabulary is missing, and says nothing."""
-    for name in spec.tokenizers:
-        tokenizer = getattr(pipe, name, None)
+    for name, tokenizer in parts_of(pipe, spec.tokenizers).items():
         # T5's empty one has one piece beside the special ones, for a space.
-        if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
+        if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
             raise LoadError(
                 f"--checkpoint {config.checkpoint!r}: {name} has no vocabulary; its folder must hold "
                 "tokenizer.json or what the tokenizer was made from"
             )
 
 
-def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) -> Any:
+def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) -> Pipeline:
     """The pipeline of the checkpoint and of what replaces or joins its components."""
     import diffusers
 
@@ -249,7 +250,7 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
     if header is not None:
         return load_single_file(cls, spec, header, index, parts, dtype)
     pipe = _from_folder(cls, checkpoint, parts, config, dtype)
-    if "motion_adapter" in parts and index[spec.denoiser][1] == type(pipe.unet).__name__:
+    if "motion_adapter" in parts and index[spec.denoiser][1] == type(part_of(pipe, "unet")).__name__:
         adapters.put_motion_adapter(pipe, parts["motion_adapter"])
     return pipe
 

@@ -15,17 +15,18 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from shared.api.a1111_prompts import Chunk, parse, plain
 from shared.api.warned import warn
 from shared.models import MODELS, ModelSpec
+from shared.parallel.pipeline import Pipeline, parts_of
 
 SHOWN = 160  # characters of what was cut
 
 
-def words_of(pipe: Any, prompt: str, tokenizer: Any) -> str:
+def words_of(pipe: Pipeline, prompt: str, tokenizer: Any) -> str:
     """The prompt with its textual inversions as their tokens."""
     takes_them = isinstance(pipe, TextualInversionLoaderMixin)
     return pipe.maybe_convert_prompt(prompt, tokenizer) if takes_them else prompt
 
 
-def tokens_of(pipe: Any, prompt: str, tokenizer: Any) -> list[int]:
+def tokens_of(pipe: Pipeline, prompt: str, tokenizer: Any) -> list[int]:
     """All its tokens, with those that the tokenizer adds at the ends."""
     return tokenizer(words_of(pipe, prompt, tokenizer), truncation=False, verbose=False).input_ids
 
@@ -38,7 +39,7 @@ def named_arguments(encode: Callable[..., Any], args: tuple, kwargs: dict[str, A
     return values | values.pop("kwargs", {})
 
 
-def fit(pipe: Any, spec: ModelSpec, values: dict[str, Any], negative: str | None) -> None:
+def fit(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], negative: str | None) -> None:
     """Let an `encode_prompt` read as much as its models can, and warn of what they cut.
 
     Args:
@@ -53,9 +54,10 @@ def fit(pipe: Any, spec: ModelSpec, values: dict[str, Any], negative: str | None
         index = values.get("text_encoder_index")
         pairs = list(zip(spec.tokenizers, spec.text_encoders, strict=True))
         for name, encoder in pairs if index is None else [pairs[index]]:
-            tokenizer = getattr(pipe, name)
-            if tokenizer is None or getattr(pipe, encoder) is None:
+            parts = parts_of(pipe, (name, encoder))
+            if len(parts) < 2:
                 continue
+            tokenizer = parts[name]
             tokens = tokens_of(pipe, text, tokenizer)
             limit = tokenizer.model_max_length
             if name in spec.sized_tokenizers and values.get("max_sequence_length") is not None:
@@ -74,9 +76,9 @@ def _limit(spec: ModelSpec, values: dict[str, Any], count: int) -> int:
     return values["max_sequence_length"]
 
 
-def is_long(pipe: Any, spec: ModelSpec, text: str | None) -> bool:
+def is_long(pipe: Pipeline, spec: ModelSpec, text: str | None) -> bool:
     """Whether some of its encoders would cut it."""
-    tokenizers = _present(pipe, spec.tokenizers)
+    tokenizers = parts_of(pipe, spec.tokenizers).values()
     return bool(text) and any(len(tokens_of(pipe, text or "", t)) > t.model_max_length for t in tokenizers)
 
 
@@ -85,7 +87,7 @@ def chunks_of(text: str, notation: str | None) -> list[Chunk]:
     return parse(text) if notation == "a1111" else [[(text, 1.0)]]
 
 
-def encode_chunks(pipe: Any, spec: ModelSpec, values: dict[str, Any], notation: str | None) -> None:
+def encode_chunks(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], notation: str | None) -> None:
     """Replace both prompts of an `encode_prompt` by embeddings, padded to one length.
 
     Args:
@@ -96,8 +98,8 @@ def encode_chunks(pipe: Any, spec: ModelSpec, values: dict[str, Any], notation: 
     given = {s: t for s in ("", "negative_") if (t := values.get(f"{s}prompt_embeds")) is not None}
     sides = [s for s in ("", "negative_") if s not in given and (not s or (guided and not zeros))]
     texts = [values.get(f"{side}prompt") or "" for side in sides]
-    tokenized = [[_token_chunks(pipe, t, chunks_of(text, notation)) for t in _present(pipe, spec.tokenizers)]
-                 for text in texts]  # fmt: skip
+    tokenizers = parts_of(pipe, spec.tokenizers).values()
+    tokenized = [[_token_chunks(pipe, t, chunks_of(text, notation)) for t in tokenizers] for text in texts]
     least = [-(-tensor.shape[1] // 77) for tensor in given.values()]
     length = max(*least, *(len(chunks) for side in tokenized for chunks in side), 1)
     for side, encoders in zip(sides, tokenized, strict=True):
@@ -115,11 +117,7 @@ def encode_chunks(pipe: Any, spec: ModelSpec, values: dict[str, Any], notation: 
             )
 
 
-def _present(pipe: Any, names: tuple[str, ...]) -> list[Any]:
-    return [module for name in names if (module := getattr(pipe, name)) is not None]
-
-
-def _token_chunks(pipe: Any, tokenizer: Any, parts: list[Chunk]) -> list[list[tuple[int, float]]]:
+def _token_chunks(pipe: Pipeline, tokenizer: Any, parts: list[Chunk]) -> list[list[tuple[int, float]]]:
     """Tokens with weights, in chunks of as many as fit between the two at the ends."""
     size = tokenizer.model_max_length - 2
     chunks = []
@@ -134,12 +132,16 @@ def _token_chunks(pipe: Any, tokenizer: Any, parts: list[Chunk]) -> list[list[tu
 
 @torch.no_grad()
 def _encode(
-    pipe: Any, spec: ModelSpec, tokenized: list[list[list[tuple[int, float]]]], length: int, skip: int | None
+    pipe: Pipeline,
+    spec: ModelSpec,
+    tokenized: list[list[list[tuple[int, float]]]],
+    length: int,
+    skip: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Embeddings of all chunks one after the other, and the pooled one of the first."""
     found, pooled = [], None
-    encoders, tokenizers = _present(pipe, spec.text_encoders), _present(pipe, spec.tokenizers)
-    for encoder, tokenizer, chunks in zip(encoders, tokenizers, tokenized, strict=True):
+    encoders, tokenizers = parts_of(pipe, spec.text_encoders), parts_of(pipe, spec.tokenizers)
+    for encoder, tokenizer, chunks in zip(encoders.values(), tokenizers.values(), tokenized, strict=True):
         rows = []
         for number in range(length):
             chunk = chunks[number] if number < len(chunks) else []
@@ -152,7 +154,12 @@ def _encode(
 
 
 def _encode_chunk(
-    pipe: Any, spec: ModelSpec, encoder: Any, tokenizer: Any, chunk: list[tuple[int, float]], skip: int | None
+    pipe: Pipeline,
+    spec: ModelSpec,
+    encoder: Any,
+    tokenizer: Any,
+    chunk: list[tuple[int, float]],
+    skip: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One chunk, called as the pipeline calls the encoder, so that a captured one is replayed."""
     size = tokenizer.model_max_length
@@ -198,7 +205,9 @@ def take_notation(values: dict[str, Any], weighs: bool) -> bool:
     return False
 
 
-def read_all(encode: Callable[..., Any], pipe: Any, type: str, notation: str | None, /, **values: Any) -> Any:
+def read_all(
+    encode: Callable[..., Any], pipe: Pipeline, type: str, notation: str | None, /, **values: Any
+) -> Any:
     """An `encode_prompt` that reads all of its prompts, in chunks."""
     encode_chunks(pipe, MODELS[type], values, notation)
     return encode(**values)

@@ -23,6 +23,7 @@ from torch import nn
 
 from shared.api.lora_dir import is_named
 from shared.models import ModelSpec
+from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
 from shared.pipeline.weights_file import scaled
 
 log = logging.getLogger("host")
@@ -82,7 +83,7 @@ class Loaded:
 class LoraSet:
     """The LoRAs of one pipeline, in the order in which they were added."""
 
-    pipe: Any
+    pipe: Pipeline
     spec: ModelSpec
     frozen: str | None = None  # why none can be added, removed or scaled any more
     fixed: str | None = None  # why none can be added or removed any more; scales still work
@@ -193,9 +194,9 @@ class LoraSet:
             raise LoraError(reason)
 
 
-def loras_of(pipe: Any, spec: ModelSpec) -> LoraSet:
+def loras_of(pipe: Pipeline, spec: ModelSpec) -> LoraSet:
     """The pipeline's LoraSet; an empty one at first."""
-    if not isinstance(getattr(pipe, "lora_set", None), LoraSet):
+    if not isinstance(part_of(pipe, "lora_set"), LoraSet):
         pipe.lora_set = LoraSet(pipe, spec)
     return pipe.lora_set
 
@@ -259,7 +260,7 @@ def _numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def match_layers(
-    pipe: Any, spec: ModelSpec, tensors: dict[str, torch.Tensor]
+    pipe: Pipeline, spec: ModelSpec, tensors: dict[str, torch.Tensor]
 ) -> tuple[dict[str, dict[str, Pair]], list[str]]:
     """Which layers of the pipeline a LoRA's tensors belong to.
 
@@ -281,9 +282,9 @@ def match_layers(
     return matched, unmatched
 
 
-def _parts(pipe: Any, spec: ModelSpec) -> dict[str, nn.Module]:
+def _parts(pipe: Pipeline, spec: ModelSpec) -> dict[str, nn.Module]:
     names = (spec.denoiser, *spec.text_encoders)
-    return {name: getattr(pipe, name) for name in names if getattr(pipe, name, None) is not None}
+    return parts_of(pipe, names)
 
 
 def _pairs(tensors: Mapping[str, torch.Tensor], alphas: Mapping[str, float] | None = None) -> dict[str, Pair]:
@@ -307,9 +308,9 @@ def _pairs(tensors: Mapping[str, torch.Tensor], alphas: Mapping[str, float] | No
     return pairs
 
 
-def _converted(pipe: Any, spec: ModelSpec, tensors: dict[str, torch.Tensor]) -> dict[str, Pair] | None:
+def _converted(pipe: Pipeline, spec: ModelSpec, tensors: dict[str, torch.Tensor]) -> dict[str, Pair] | None:
     """The pairs after diffusers' own conversion of other formats, or None where it knows no better."""
-    config = getattr(pipe, spec.denoiser).config
+    config = model_of(pipe, spec.denoiser).config
     try:
         result = type(pipe).lora_state_dict(dict(tensors), unet_config=config)
     except FALLBACK_ERRORS as error:

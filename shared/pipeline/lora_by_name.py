@@ -11,6 +11,7 @@ import torch
 from shared.api.lora_dir import LoraNameError, find_lora
 from shared.api.requests import FieldProblem, GenerateRequest, RequestError
 from shared.launch.flags import HostConfig
+from shared.parallel.pipeline import Pipeline
 from shared.pipeline.lora import LoraError, LoraSet, loras_of
 from shared.ranks.groups import World
 
@@ -30,7 +31,7 @@ class RunningLoras:
     """
 
     def __init__(
-        self, pipe: Any, config: HostConfig, world: World, operate: Callable[[Change], None]
+        self, pipe: Pipeline, config: HostConfig, world: World, operate: Callable[[Change], None]
     ) -> None:
         self.pipe, self.config, self.world, self._operate = pipe, config, world, operate
         self._named: dict[str, int] = {}

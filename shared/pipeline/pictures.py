@@ -13,18 +13,19 @@ from PIL import Image
 
 from shared.api.requests import FieldProblem, GenerateRequest, Reply, RequestError
 from shared.launch.flags import HostConfig
+from shared.parallel.pipeline import Pipeline, part_of
 from shared.parallel.surgery import Surgery
 from shared.pipeline.steps import StepWatch
 
 
 @contextlib.contextmanager
-def noting_broken_pixels(pipe: Any, finite: list[torch.Tensor]) -> Iterator[None]:
+def noting_broken_pixels(pipe: Pipeline, finite: list[torch.Tensor]) -> Iterator[None]:
     """Look at pixels before they are clamped, which would make white of Inf; the GPU is not waited for.
 
     Args:
         finite: gets one boolean tensor for each batch of pixels, on their device.
     """
-    known: list[Any] = [getattr(pipe, name, None) for name in ("image_processor", "video_processor")]
+    known: list[Any] = [part_of(pipe, name) for name in ("image_processor", "video_processor")]
     with Surgery() as surgery:
         for processor in known:
             if processor is not None:
@@ -52,7 +53,7 @@ def to_picture(pixels: torch.Tensor) -> Image.Image:
 
 
 def make_reply(
-    pipe: Any, config: HostConfig, request: GenerateRequest, output: Any, watch: StepWatch
+    pipe: Pipeline, config: HostConfig, request: GenerateRequest, output: Any, watch: StepWatch
 ) -> Reply:
     """The reply with what the pipeline put out; its pictures are not encoded yet.
 
@@ -67,7 +68,7 @@ def make_reply(
         watch.finite.append(torch.isfinite(watch.latents).all())
     if not all(watch.finite):  # waits for the GPU, as encoding does anyway
         what = "a latent" if format == "latent" else "a video" if video else "a picture"
-        half = getattr(pipe, "dtype", None) is torch.float16
+        half = pipe.dtype is torch.float16
         hint = " in fp16; --variant=bf16 or fp32 may help" if half else ""
         raise RequestError(422, [FieldProblem("", f"{what} of NaN or Inf came out{hint}")])
     latent = None

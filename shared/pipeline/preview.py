@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from shared.api.jobs import JobQueue
 from shared.api.requests import GenerateRequest
 from shared.models import ModelSpec
+from shared.parallel.pipeline import Pipeline
 from shared.pipeline.arguments import latent_shape
 from shared.pipeline.latents import picture_latents
 
@@ -40,7 +41,7 @@ class Previewer:
         device: where the pipeline computes.
     """
 
-    def __init__(self, pipe: Any, spec: ModelSpec, queue: JobQueue, device: torch.device) -> None:
+    def __init__(self, pipe: Pipeline, spec: ModelSpec, queue: JobQueue, device: torch.device) -> None:
         self.pipe = pipe
         self.spec = spec
         self.queue = queue

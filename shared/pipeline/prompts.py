@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from shared.models import ModelSpec
+from shared.parallel.pipeline import Pipeline, model_of
 from shared.parallel.surgery import Surgery
 from shared.pipeline.long_prompts import fit, is_long, named_arguments, read_all, take_notation
 
@@ -30,7 +31,7 @@ class EncodedPrompts:
     @contextlib.contextmanager
     def of(
         self,
-        pipe: Any,
+        pipe: Pipeline,
         state: Hashable,
         spec: ModelSpec | None = None,
         notation: str | None = None,
@@ -81,7 +82,7 @@ def _encode(encode: Callable[..., Any], state: Hashable, /, *args: Any, **kwargs
 
 
 def prompt_arguments(
-    pipe: Any,
+    pipe: Pipeline,
     spec: ModelSpec,
     positive: str | None = None,
     negative: str | None = None,
@@ -122,7 +123,11 @@ def prompt_arguments(
 
 
 def _side(
-    pipe: Any, spec: ModelSpec, prefix: str, prompt: str | None, embeds: Mapping[str, torch.Tensor] | None
+    pipe: Pipeline,
+    spec: ModelSpec,
+    prefix: str,
+    prompt: str | None,
+    embeds: Mapping[str, torch.Tensor] | None,
 ) -> dict[str, Any]:
     if embeds is None:  # an absent negative prompt is left to the pipeline's default
         return {} if prompt is None else {f"{prefix}prompt": prompt}
@@ -130,8 +135,8 @@ def _side(
     tensor, pooled = embeds["embeds"], embeds.get("pooled")
     if tensor.ndim != 3 or tensor.shape[0] != 1:
         raise PromptError(f"{label}: 'embeds' must be [1, tokens, width], got {list(tensor.shape)}")
-    config = getattr(pipe, spec.denoiser).config
-    width = config[spec.embeds_setting]  # of a UNet it may be one for each level
+    denoiser = model_of(pipe, spec.denoiser)
+    width = denoiser.config[spec.embeds_setting]  # of a UNet it may be one for each level
     if isinstance(width, int) and tensor.shape[2] != width:
         raise PromptError(
             f"{label}: 'embeds' must be {width} wide for this checkpoint, got {tensor.shape[2]}"
@@ -140,13 +145,12 @@ def _side(
         needs = "needs 'pooled' too" if spec.pooled_embeds else "takes no 'pooled'"
         raise PromptError(f"{label}: type {spec.name} {needs}")
     if pooled is not None:
-        wanted = [1, _pooled_width(config, spec)]
+        wanted = [1, _pooled_width(denoiser.config, spec)]
         if list(pooled.shape) != wanted:
             raise PromptError(f"{label}: 'pooled' must be {wanted}, got {list(pooled.shape)}")
-    dtype = getattr(pipe, spec.denoiser).dtype
-    found: dict[str, Any] = {f"{prefix}prompt": None, f"{prefix}prompt_embeds": tensor.to(dtype)}
+    found: dict[str, Any] = {f"{prefix}prompt": None, f"{prefix}prompt_embeds": tensor.to(denoiser.dtype)}
     if pooled is not None:
-        found[f"{prefix}pooled_prompt_embeds"] = pooled.to(dtype)
+        found[f"{prefix}pooled_prompt_embeds"] = pooled.to(denoiser.dtype)
     if spec.embeds_mask:
         found[f"{prefix}prompt_attention_mask"] = torch.ones(tensor.shape[:2], device=tensor.device)
     return found
@@ -159,7 +163,7 @@ def _pooled_width(config: Any, spec: ModelSpec) -> int:
     return config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
 
 
-def _check_clip_skip(pipe: Any, clip_skip: int, compel: bool) -> None:
+def _check_clip_skip(pipe: Pipeline, clip_skip: int, compel: bool) -> None:
     if compel:
         raise PromptError("clip_skip: compel takes the text encoder's usual output; leave one of the two out")
     layers = pipe.text_encoder.config.num_hidden_layers
@@ -178,7 +182,7 @@ def _alias_text_model(encoder: Any) -> None:
         encoder.__dict__["text_model"] = encoder
 
 
-def _compel(pipe: Any, spec: ModelSpec, positive: str, negative: str) -> dict[str, Any]:
+def _compel(pipe: Pipeline, spec: ModelSpec, positive: str, negative: str) -> dict[str, Any]:
     """Embeddings of both prompts, padded to one length."""
     import compel
     import pyparsing

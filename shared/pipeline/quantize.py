@@ -19,6 +19,7 @@ from torch import nn
 
 from shared.launch.errors import first_line
 from shared.models import ModelSpec
+from shared.parallel.pipeline import Pipeline, parts_of
 from shared.pipeline.weights_file import DENOISER
 
 log = logging.getLogger("host")
@@ -33,7 +34,7 @@ class QuantizeError(ValueError):
 
 
 def quantize_pipeline(
-    pipe: Any, spec: ModelSpec, kind: str, device: torch.device
+    pipe: Pipeline, spec: ModelSpec, kind: str, device: torch.device
 ) -> dict[str, tuple[int, int]]:
     """Quantize the weights of the denoiser and of the text encoders, in place.
 
@@ -54,10 +55,7 @@ def quantize_pipeline(
 
     _without_extensions()
     sizes = {}
-    for name in (spec.denoiser, *spec.text_encoders):
-        module = getattr(pipe, name)
-        if module is None:
-            continue
+    for name, module in parts_of(pipe, (spec.denoiser, *spec.text_encoders)).items():
         module.to(device)
         before = tensor_bytes(module)
         kept = list(spec.kept) if name == spec.denoiser else []

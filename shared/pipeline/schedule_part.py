@@ -12,13 +12,14 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from shared.api.requests import GenerateRequest
 from shared.models import ModelSpec
+from shared.parallel.pipeline import Pipeline
 from shared.pipeline.arguments import refused
 from shared.pipeline.steps import after_set_timesteps, whole_while_stepping
 
 
 @contextlib.contextmanager
 def part_of_schedule(
-    pipe: Any, spec: ModelSpec, request: GenerateRequest, arguments: dict[str, Any]
+    pipe: Pipeline, spec: ModelSpec, request: GenerateRequest, arguments: dict[str, Any]
 ) -> Iterator[None]:
     """Run only a part of the schedule: its last steps by `strength`, or what denoising_start and _end say.
 
@@ -65,7 +66,7 @@ def part_of_schedule(
         yield
 
 
-def _last_steps(pipe: Any, spec: ModelSpec, request: GenerateRequest, steps: int) -> torch.Tensor:
+def _last_steps(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest, steps: int) -> torch.Tensor:
     """The timesteps that `strength` leaves, up to denoising_end; the scheduler begins at the first."""
     import diffusers
 
@@ -104,7 +105,7 @@ def _cut(scheduler: Any, start: float | None, end: float | None) -> None:
         scheduler.sigmas = sigmas[first : last + 1]
 
 
-def _add_noise(pipe: Any, spec: ModelSpec, request: GenerateRequest, arguments: dict[str, Any]) -> None:
+def _add_noise(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest, arguments: dict[str, Any]) -> None:
     """Noise from the request's generator on its latents, in place, of the schedule's first step (SDEdit)."""
     scheduler, latents = pipe.scheduler, arguments["latents"]
     shape = latents.shape

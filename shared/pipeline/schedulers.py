@@ -14,6 +14,7 @@ import torch
 
 from shared.launch.checks import scheduler_problem
 from shared.models import EDM_CLASSES, SCHEDULERS, ModelSpec, SchedulerSpec, scheduler_named
+from shared.parallel.pipeline import Pipeline
 
 BOUNDS = {"num_train_timesteps": (1, 10000), "solver_order": (1, 3)}
 CHOICES = {
@@ -85,7 +86,7 @@ def make_scheduler(
 
 
 def set_scheduler(
-    pipe: Any, spec: ModelSpec, wanted: str | Mapping[str, Any] | None, steps: int | None = None
+    pipe: Pipeline, spec: ModelSpec, wanted: str | Mapping[str, Any] | None, steps: int | None = None
 ) -> None:
     """Make it the pipeline's scheduler; None leaves the checkpoint's. Raises SchedulerError."""
     if wanted is not None:
@@ -94,7 +95,7 @@ def set_scheduler(
 
 @contextlib.contextmanager
 def scheduler_for_request(
-    pipe: Any, spec: ModelSpec, wanted: str | Mapping[str, Any] | None, steps: int | None = None
+    pipe: Pipeline, spec: ModelSpec, wanted: str | Mapping[str, Any] | None, steps: int | None = None
 ) -> Iterator[None]:
     """Another scheduler for one call of `steps`; the launch's is back afterwards. Raises SchedulerError."""
     launched = pipe.scheduler

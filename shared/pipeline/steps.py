@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from shared.parallel.pipeline import Pipeline
 from shared.parallel.surgery import Surgery
 from shared.pipeline.preview import Previewer
 from shared.ranks.messages import OnStep
@@ -131,7 +132,7 @@ class StepWatch:
     """
 
     def __init__(
-        self, pipe: Any, device: torch.device, on_step: OnStep, previewer: Previewer | None = None
+        self, pipe: Pipeline, device: torch.device, on_step: OnStep, previewer: Previewer | None = None
     ) -> None:
         self.pipe = pipe
         self.device = device

@@ -77,7 +77,7 @@ def test_pictures_at_once() -> None:
 @pytest.mark.parametrize("needs", [Needs(), Needs(divides_weights="--parallelism=tensor")])
 def test_loras_are_fused_where_weights_are_divided(needs: Needs) -> None:
     config = tiny.config("sd1", lora={str(tiny_extras.lora("sd1")): 1.0})
-    pipe = load_pipeline(MODELS["sd1"], config, torch.device("cpu"), needs, quiet=True)
+    pipe: Any = load_pipeline(MODELS["sd1"], config, torch.device("cpu"), needs, quiet=True)
     layers = [layer for layer in pipe.unet.modules() if isinstance(layer, BaseTunerLayer)]
     if needs.divides_weights:
         assert "--parallelism=tensor" in pipe.lora_set.frozen and not layers

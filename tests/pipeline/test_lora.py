@@ -182,10 +182,11 @@ def test_partly_matched_is_told(caplog) -> None:
 )
 def test_refused(make, says, tmp_path) -> None:
     loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
-    before = repr(loras.pipe.unet)
+    unet = shared_pipe("sd1").unet
+    before = repr(unet)
     with pytest.raises(LoraError, match=says):
         loras.add(str(make(tmp_path)))
-    assert not loras.loaded and repr(loras.pipe.unet) == before
+    assert not loras.loaded and repr(unet) == before
 
 
 def test_names_of_loaded_ones() -> None:

@@ -227,7 +227,7 @@ def test_offload_on_a_gpu(flag: str) -> None:
     from shared.pipeline.loading import load_pipeline
 
     config = tiny.config("sd1", variant="fp32", **{flag: True})
-    pipe = load_pipeline(MODELS["sd1"], config, CUDA, Needs(), quiet=True)
+    pipe: Any = load_pipeline(MODELS["sd1"], config, CUDA, Needs(), quiet=True)
     for _ in range(2):
         assert np.abs(tiny.run(pipe, "sd1") - plain("sd1")).max() < 0.01
     assert next(pipe.unet.parameters()).device.type in ("cpu", "meta")

@@ -224,7 +224,8 @@ class Encoder:
 
 
 def test_what_an_encoded_prompt_depends_on() -> None:
-    pipe, prompts = Encoder(), EncodedPrompts()
+    pipe: Any = Encoder()
+    prompts = EncodedPrompts()
 
     def ask(*args: Any, state: Any = None, **kwargs: Any) -> int:
         with prompts.of(pipe, state):
@@ -242,7 +243,8 @@ def test_what_an_encoded_prompt_depends_on() -> None:
     prompts.forget()
     assert ask("cat") == len(pipe.asked) == 9 + KEPT_PROMPTS + 1
     assert "encode_prompt" not in pipe.__dict__
-    with prompts.of(object(), None, MODELS["svd"]):
+    no_encoder: Any = object()
+    with prompts.of(no_encoder, None, MODELS["svd"]):
         pass
 
 
@@ -252,7 +254,8 @@ def test_a_prompt_that_fails_is_not_kept() -> None:
             super().encode_prompt(prompt)
             raise ValueError("no")
 
-    pipe, prompts = Failing(), EncodedPrompts()
+    pipe: Any = Failing()
+    prompts = EncodedPrompts()
     for _ in range(2):
         with pytest.raises(ValueError, match="no"), prompts.of(pipe, None):
             pipe.encode_prompt("cat")
