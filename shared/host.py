@@ -42,7 +42,7 @@ def serve(backend: Backend) -> NoReturn:
     rank, world_size = world_from_environment()
     set_up_logging(config, rank)
     from shared.api.jobs import HostStatus, JobQueue
-    from shared.http.doors import unguarded
+    from shared.http.access import exposure_warnings
 
     # Workers are stopped by rank 0, which has until --stop_grace.
     grace = config.stop_grace + (WORKERS_GRACE if rank else 0)
@@ -51,7 +51,7 @@ def serve(backend: Backend) -> NoReturn:
     queue = JobQueue(config.max_queue)
     if rank == 0:
         _start_server(config, backend, status, queue, lifeline)
-        for line in [*unguarded(config), *backend.idle(config, world_size)]:
+        for line in [*exposure_warnings(config), *backend.idle(config, world_size)]:
             log.warning("%s", line)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from shared.api.operations import Operation
 from shared.api.requests import FieldProblem, GenerateRequest, Reply
-from shared.api.warned import together
+from shared.api.warned import merged
 
 State = Literal["loading", "ready", "busy", "broken", "stopping"]
 PREVIEW_SECONDS = 0.25  # between two previews of a picture that forms
@@ -197,7 +197,7 @@ class GenerationJob(_Job):
             self.drafts = list(replies)
             return
         for reply, draft in zip(replies, self.drafts, strict=False):
-            reply.warnings = together(draft.warnings, reply.warnings)
+            reply.warnings = merged(draft.warnings, reply.warnings)
             for name, seconds in draft.seconds.items():
                 reply.seconds[name] = round(reply.seconds.get(name, 0.0) + seconds, 4)
         self.drafts, self.starts = [], ()

@@ -30,7 +30,7 @@ from shared.api.codecs import (
 )
 from shared.api.embedded import Metadata
 from shared.api.media import encode
-from shared.api.warned import together, told_in
+from shared.api.warned import merged, with_warnings
 from shared.launch.checks import scheduler_problem
 from shared.launch.flags import HostConfig
 from shared.launch.wording import MAX_VALUE, cut, shown
@@ -107,7 +107,7 @@ Side = Annotated[int, Field(ge=16, le=MAX_SIDE, multiple_of=8, description="pixe
 
 
 @dataclass(frozen=True)
-class Told:
+class Notes:
     """What is to be known of a field beside its type, bounds and description, which pydantic has."""
 
     label: str = ""  # in a form; without one no form shows the field
@@ -121,8 +121,8 @@ class GenerateRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
-    positive: Annotated[Text | None, Told("Prompt")] = None
-    negative: Annotated[Text | None, Told("Negative prompt")] = None
+    positive: Annotated[Text | None, Notes("Prompt")] = None
+    negative: Annotated[Text | None, Notes("Negative prompt")] = None
     prompt_syntax: (
         Annotated[
             Literal["a1111"], Field(description="(word:1.3), [word] and BREAK mean what they mean in A1111")
@@ -131,33 +131,33 @@ class GenerateRequest(BaseModel):
     ) = None
     positive_embeds: Embeds | None = None
     negative_embeds: Embeds | None = None
-    image: Annotated[Picture | None, Told("Input image")] = None
-    ip_image: Annotated[Picture | None, Told("IP-Adapter image", flag="ip_adapter")] = None
-    control_image: Annotated[Picture | None, Told("ControlNet image", flag="control_net")] = None
-    image_scale: Annotated[Percent | None, Told("Input size", unit="%")] = None
-    ip_image_scale: Annotated[Percent | None, Told("IP-Adapter size", unit="%")] = None
-    control_image_scale: Annotated[Percent | None, Told("ControlNet size", unit="%")] = None
+    image: Annotated[Picture | None, Notes("Input image")] = None
+    ip_image: Annotated[Picture | None, Notes("IP-Adapter image", flag="ip_adapter")] = None
+    control_image: Annotated[Picture | None, Notes("ControlNet image", flag="control_net")] = None
+    image_scale: Annotated[Percent | None, Notes("Input size", unit="%")] = None
+    ip_image_scale: Annotated[Percent | None, Notes("IP-Adapter size", unit="%")] = None
+    control_image_scale: Annotated[Percent | None, Notes("ControlNet size", unit="%")] = None
     latent: Latent | None = None
     sigmas: Sigmas | None = None
     timesteps: Timesteps | None = None
-    steps: Annotated[Annotated[int, Field(ge=1, le=MAX_STEPS)] | None, Told("Steps", common=True)] = None
-    cfg: Annotated[Annotated[float, Field(ge=0, le=100)] | None, Told("Guidance", common=True)] = None
+    steps: Annotated[Annotated[int, Field(ge=1, le=MAX_STEPS)] | None, Notes("Steps", common=True)] = None
+    cfg: Annotated[Annotated[float, Field(ge=0, le=100)] | None, Notes("Guidance", common=True)] = None
     true_cfg_scale: Annotated[
         Annotated[float, Field(ge=0, le=100, description="above 1: flux uses the negative prompt")] | None,
-        Told("True guidance"),
+        Notes("True guidance"),
     ] = None
     seed: Annotated[
         Annotated[int, Field(ge=-(2**63), lt=2**64, description="negative: drawn")] | None,
-        Told("Seed", common=True),
+        Notes("Seed", common=True),
     ] = None
     pictures: Annotated[
         Annotated[int, Field(ge=1, le=MAX_PICTURES, description="their seeds are seed, seed + 1, ...")]
         | None,
-        Told("Pictures", common=True),
+        Notes("Pictures", common=True),
     ] = None
-    clip_skip: Annotated[Annotated[int, Field(ge=0, le=12)] | None, Told("CLIP layers to skip")] = None
-    width: Annotated[Side | None, Told("Width", unit="pixels")] = None
-    height: Annotated[Side | None, Told("Height", unit="pixels")] = None
+    clip_skip: Annotated[Annotated[int, Field(ge=0, le=12)] | None, Notes("CLIP layers to skip")] = None
+    width: Annotated[Side | None, Notes("Width", unit="pixels")] = None
+    height: Annotated[Side | None, Notes("Height", unit="pixels")] = None
     strength: (
         Annotated[Fraction, Field(description="how much of the schedule is run from `latent`; 1: all of it")]
         | None
@@ -168,28 +168,28 @@ class GenerateRequest(BaseModel):
     add_noise: (
         Annotated[bool, Field(description="the seed's noise on `latent`, at the level of `strength`")] | None
     ) = None
-    controlnet_scale: Annotated[Scale | None, Told("ControlNet scale", flag="control_net")] = None
-    ip_adapter_scale: Annotated[Scale | None, Told("IP-Adapter scale", flag="ip_adapter")] = None
+    controlnet_scale: Annotated[Scale | None, Notes("ControlNet scale", flag="control_net")] = None
+    ip_adapter_scale: Annotated[Scale | None, Notes("IP-Adapter scale", flag="ip_adapter")] = None
     lora_scales: Annotated[dict[str, Scale], Field(max_length=64)] | None = None
-    frames: Annotated[Annotated[int, Field(ge=1, le=1024)] | None, Told("Frames")] = None
+    frames: Annotated[Annotated[int, Field(ge=1, le=1024)] | None, Notes("Frames")] = None
     decode_chunk_size: Annotated[
-        Annotated[int, Field(ge=1, le=1024)] | None, Told("Frames decoded at once")
+        Annotated[int, Field(ge=1, le=1024)] | None, Notes("Frames decoded at once")
     ] = None
-    motion_bucket_id: Annotated[Annotated[int, Field(ge=0, le=1023)] | None, Told("Motion")] = None
-    noise_aug_strength: Annotated[Annotated[float, Field(ge=0, le=10)] | None, Told("Added noise")] = None
-    fps: Annotated[Annotated[int, Field(ge=1, le=120)] | None, Told("Frames per second")] = None
+    motion_bucket_id: Annotated[Annotated[int, Field(ge=0, le=1023)] | None, Notes("Motion")] = None
+    noise_aug_strength: Annotated[Annotated[float, Field(ge=0, le=10)] | None, Notes("Added noise")] = None
+    fps: Annotated[Annotated[int, Field(ge=1, le=120)] | None, Notes("Frames per second")] = None
     scheduler: Annotated[
-        str | dict[str, Any] | None, BeforeValidator(_check_scheduler), Told("Scheduler", common=True)
+        str | dict[str, Any] | None, BeforeValidator(_check_scheduler), Notes("Scheduler", common=True)
     ] = None
     output_format: Annotated[
-        Literal["png", "jpeg", "webp", "mp4", "gif", "latent"] | None, Told("Format", common=True)
+        Literal["png", "jpeg", "webp", "mp4", "gif", "latent"] | None, Notes("Format", common=True)
     ] = None
     return_latent: Annotated[
-        Annotated[bool, Field(description="the answer has `latent` too")] | None, Told(common=True)
+        Annotated[bool, Field(description="the answer has `latent` too")] | None, Notes(common=True)
     ] = None
     metadata: Annotated[
         Annotated[bool, Field(description="png, jpeg and webp say what made them; default: true")] | None,
-        Told(common=True),
+        Notes(common=True),
     ] = None
 
     def numbered(self, number: int) -> GenerateRequest:
@@ -225,17 +225,17 @@ def launch_defaults(config: HostConfig) -> dict[str, Any]:
     }
 
 
-def told_fields(model: type[BaseModel]) -> dict[str, Told]:
+def field_notes(model: type[BaseModel]) -> dict[str, Notes]:
     """What is told of each field of a model."""
     return {
-        name: next((told for told in info.metadata if isinstance(told, Told)), Told())
+        name: next((told for told in info.metadata if isinstance(told, Notes)), Notes())
         for name, info in model.model_fields.items()
     }
 
 
-TOLD = told_fields(GenerateRequest)
-COMMON_FIELDS = frozenset(name for name, told in TOLD.items() if told.common)
-NEEDS_FLAG = {name: told.flag for name, told in TOLD.items() if told.flag}
+FIELD_NOTES = field_notes(GenerateRequest)
+COMMON_FIELDS = frozenset(name for name, told in FIELD_NOTES.items() if told.common)
+NEEDS_FLAG = {name: told.flag for name, told in FIELD_NOTES.items() if told.flag}
 
 
 def parse_request(body: bytes, config: HostConfig, accept: str | None = None) -> GenerateRequest:
@@ -587,4 +587,4 @@ class Reply:
                 body["seconds"][name] = round(sum(reply.seconds[name] for reply in all_of_them), 4)
             if self.latent is not None:
                 body["latent"] = [File(reply.latent or b"") for reply in all_of_them]
-        return told_in(body, together(*(r.warnings for r in (self, *others))))
+        return with_warnings(body, merged(*(r.warnings for r in (self, *others))))

@@ -26,7 +26,7 @@ def warn(text: str) -> None:
 
 
 @contextlib.contextmanager
-def warnings_told() -> Iterator[list[str]]:
+def collecting_warnings() -> Iterator[list[str]]:
     """The list that `warn` fills inside."""
     told: list[str] = []
     token = _collected.set(told)
@@ -36,12 +36,12 @@ def warnings_told() -> Iterator[list[str]]:
         _collected.reset(token)
 
 
-def together(*lists: Iterable[str]) -> list[str]:
+def merged(*lists: Iterable[str]) -> list[str]:
     """All texts, each once, in order: ranks that do the same say the same."""
     return list(dict.fromkeys(text for texts in lists for text in texts))
 
 
-def told_in(body: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
+def with_warnings(body: dict[str, Any], warnings: list[str]) -> dict[str, Any]:
     """A JSON answer, with `warnings` where there are any."""
     return body | {"warnings": warnings} if warnings else body
 

@@ -29,7 +29,7 @@ from shared.api.requests import (
     all_faults,
     check_request,
 )
-from shared.api.warned import together, told_in, warn
+from shared.api.warned import merged, warn, with_warnings
 from shared.http import a1111_hires as hires
 from shared.http.a1111_options import check_options, is_img2img
 from shared.http.dispatch import ApiError, Dispatcher
@@ -234,7 +234,7 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
         "parameters": told,
         "info": json.dumps(info),
     }
-    return jsonify(told_in(body, together(*(reply.warnings for reply in replies))))
+    return jsonify(with_warnings(body, merged(*(reply.warnings for reply in replies))))
 
 
 def _info(asked: _Asked, replies: list[Reply], config: HostConfig) -> dict[str, Any]:

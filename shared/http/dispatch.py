@@ -27,7 +27,7 @@ from shared.api.media import side_by_side
 from shared.api.metadata import made_by
 from shared.api.operations import Operation
 from shared.api.requests import MAX_TOLD, FieldProblem, Reply, RequestError
-from shared.api.warned import together, warnings_told
+from shared.api.warned import collecting_warnings, merged
 from shared.http.metrics import Metrics
 from shared.http.wsgi import PARSING
 from shared.launch.flags import HostConfig
@@ -120,15 +120,15 @@ class Dispatcher:
         """
         self.check_ready()
         with self._slot():
-            with warnings_told() as told:
+            with collecting_warnings() as told:
                 asked = self._parsed(parse)
             began = time.monotonic()
             job = GenerationJob(asked.request, asked.second, id=caller.id)
             self._await(job, caller, meanwhile=lambda: self._encode(job))
             for reply in job.made:
                 self.metrics.made(reply, time.monotonic() - began)
-                reply.warnings = together(told, reply.warnings)
-            caller.warnings = together(*(reply.warnings for reply in job.made))
+                reply.warnings = merged(told, reply.warnings)
+            caller.warnings = merged(*(reply.warnings for reply in job.made))
             return asked, job.made
 
     def operate(self, caller: Caller, operation: Operation) -> Sequence[object]:

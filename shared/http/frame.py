@@ -22,8 +22,8 @@ from shared.api.requests import ErrorAnswer, GenerateRequest, Reply, RequestErro
 from shared.api.warned import header_text
 from shared.http import a1111 as a1111_api
 from shared.http import openai as openai_api
+from shared.http.access import AccessRules, is_preflight
 from shared.http.dispatch import ApiError, Dispatcher
-from shared.http.doors import Doors, is_preflight
 from shared.http.incoming import caller, enter
 from shared.http.routes import App
 from shared.http.wsgi import NO_ROOM
@@ -40,14 +40,14 @@ _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="multigpu diffusion"'}
 
 def add_frame(app: App, dispatcher: Dispatcher) -> None:
     """Put it around all routes of an application."""
-    api_key, doors = dispatcher.config.api_key, Doors(dispatcher.config)
+    api_key, access = dispatcher.config.api_key, AccessRules(dispatcher.config)
 
     @app.before_request
     def begin() -> Response | None:
         given = http.headers.get("X-Request-Id", "")
         enter(given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8))
         g.began = time.monotonic()
-        if foreign := doors.refusal(http.headers.get("Host", ""), http.headers.get("Origin")):
+        if foreign := access.refusal(http.headers.get("Host", ""), http.headers.get("Origin")):
             raise ApiError(403, foreign)
         if is_preflight(http):  # it carries no token
             return Response(status=204)
@@ -65,7 +65,7 @@ def add_frame(app: App, dispatcher: Dispatcher) -> None:
     def end(response: Response) -> Response:
         response.headers["X-Request-Id"] = caller().id
         response.headers.setdefault("Cache-Control", "no-store")
-        doors.cors(http, response)
+        access.cors(http, response)
         if warnings := caller().warnings:
             response.headers["X-Warnings"] = header_text(warnings)
         makes_pictures = http.endpoint in app.routes and app.routes[http.endpoint].makes_pictures

@@ -23,7 +23,7 @@ from shared.api.requests import (
     RequestError,
     check_request,
 )
-from shared.api.warned import together, told_in
+from shared.api.warned import merged, with_warnings
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.incoming import caller, check_json_type, json_body
 from shared.http.routes import App, Route, picture_route
@@ -155,7 +155,7 @@ def _answer(dispatcher: Dispatcher, read: Callable[[], dict[str, Any]]) -> Respo
         "size": f"{replies[0].width}x{replies[0].height}",
         "background": "opaque",
     }
-    return jsonify(told_in(body, together(*(r.warnings for r in replies))))
+    return jsonify(with_warnings(body, merged(*(r.warnings for r in replies))))
 
 
 def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from werkzeug.exceptions import NotFound
 
 from shared.api.jobs import GenerationJob, HostStatus, JobQueue, Preview
 from shared.api.media import encode_image
-from shared.api.requests import COMMON_FIELDS, NEEDS_FLAG, TOLD, GenerateRequest, launch_defaults
+from shared.api.requests import COMMON_FIELDS, FIELD_NOTES, NEEDS_FLAG, GenerateRequest, launch_defaults
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.negotiate import RAW_FORMATS
 from shared.http.routes import Answer, App, Route, stream
@@ -159,7 +159,7 @@ def offer(config: HostConfig) -> dict[str, Any]:
         "type": spec.name,
         "title": spec.title,
         "output": spec.output,
-        "fields": {name: _field(name, spec, choices.get(name)) for name in TOLD if name in fields},
+        "fields": {name: _field(name, spec, choices.get(name)) for name in FIELD_NOTES if name in fields},
         "needs": needs,
         "defaults": {name: value for name, value in defaults.items() if name in fields and value is not None},
         "size_multiple": spec.size_multiple,
@@ -174,10 +174,10 @@ _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 def _field(name: str, spec: ModelSpec, choices: list[str] | None) -> dict[str, Any]:
     """A LaunchField, from what its definition says."""
     schema = _schema(name)
-    field: dict[str, Any] = {"label": TOLD[name].label, "kind": _kind(schema)}
+    field: dict[str, Any] = {"label": FIELD_NOTES[name].label, "kind": _kind(schema)}
     field |= {bound: schema[bound] for bound in _BOUNDS if bound in schema}
-    if TOLD[name].unit:
-        field["unit"] = TOLD[name].unit
+    if FIELD_NOTES[name].unit:
+        field["unit"] = FIELD_NOTES[name].unit
     if schema.get("type") == "integer":
         field["step"] = 1
     if "multipleOf" in schema:

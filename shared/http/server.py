@@ -9,9 +9,9 @@ from werkzeug.exceptions import HTTPException
 
 from shared.api.jobs import HostStatus, JobQueue
 from shared.http import a1111, generate, legacy, loras, metrics, openai, openapi, pages, state
+from shared.http.access import AccessRules
 from shared.http.answers import Json
 from shared.http.dispatch import Dispatcher
-from shared.http.doors import Doors
 from shared.http.frame import add_frame, token_fits
 from shared.http.routes import App
 from shared.http.wsgi import MAX_BODY, SMALL_BODY, Bound, Server
@@ -43,7 +43,7 @@ def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> App:
 
 def body_bound(app: App, config: HostConfig) -> Bound:
     """How large a body the server receives: none of foreign pages, and none without the token."""
-    api_key, doors = config.api_key, Doors(config)
+    api_key, access = config.api_key, AccessRules(config)
     routes = app.url_map.bind("")
 
     def bound(method: str, path: str, headers: dict[str, str]) -> int:
@@ -51,7 +51,7 @@ def body_bound(app: App, config: HostConfig) -> Bound:
             route = app.routes.get(routes.match(path, method)[0])
         except HTTPException:
             route = None
-        refused = doors.refusal(headers.get("HOST", ""), headers.get("ORIGIN")) or (
+        refused = access.refusal(headers.get("HOST", ""), headers.get("ORIGIN")) or (
             api_key is not None
             and not (route and route.is_open)
             and not token_fits(api_key, path, headers.get("AUTHORIZATION", ""))

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from shared.api.jobs import GenerationJob, HostStatus, Job, JobError, JobQueue, OperationJob, SecondPass
 from shared.api.operations import AddLora, Operation, RemoveLora
 from shared.api.requests import GenerateRequest, Reply, RequestError
-from shared.api.warned import together, warnings_told
+from shared.api.warned import collecting_warnings, merged
 from shared.launch.logs import on_terminal
 from shared.ranks.channel import Channel
 from shared.ranks.device import rank_device_info
@@ -156,7 +156,7 @@ class RankLoop:
         outcome = Outcome(rank, Verdict.FINISHED)
         try:
             if isinstance(message, Generate):
-                with warnings_told() as outcome.warnings:
+                with collecting_warnings() as outcome.warnings:
                     outcome.result = self._generate(message)
             else:
                 outcome.result = self._operate(message.operation)
@@ -255,7 +255,7 @@ class RankLoop:
                 job.succeed(results[0])
             case GenerationJob():
                 for reply in results:
-                    reply.warnings = together(reply.warnings, *(o.warnings for o in outcomes))
+                    reply.warnings = merged(reply.warnings, *(o.warnings for o in outcomes))
                 job.add(results)
                 self._enlarge(job)
 

@@ -21,7 +21,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from pydantic import Field
 
-from shared.api.requests import TOLD, GenerateRequest, Told, told_fields
+from shared.api.requests import FIELD_NOTES, GenerateRequest, Notes, field_notes
 from shared.http import pages
 from shared.http.pages import FILES, FOLDER, MAX_UNSENT, LaunchField, Watchers, offer
 from shared.http.wsgi import MAX_WATCHERS
@@ -144,10 +144,10 @@ def test_the_launch_tells_each_fields_label_kind_and_bounds() -> None:
 
 def test_a_new_field_is_told_as_it_is_defined(monkeypatch: pytest.MonkeyPatch) -> None:
     class More(GenerateRequest):
-        sharpness: Annotated[Annotated[float, Field(ge=0, lt=2)] | None, Told("Sharpness", unit="x")] = None
+        sharpness: Annotated[Annotated[float, Field(ge=0, lt=2)] | None, Notes("Sharpness", unit="x")] = None
 
-    assert told_fields(More)["sharpness"] == Told("Sharpness", unit="x")
-    monkeypatch.setitem(TOLD, "sharpness", told_fields(More)["sharpness"])
+    assert field_notes(More)["sharpness"] == Notes("Sharpness", unit="x")
+    monkeypatch.setitem(FIELD_NOTES, "sharpness", field_notes(More)["sharpness"])
     monkeypatch.setitem(pages._PROPERTIES, "sharpness", More.model_json_schema()["properties"]["sharpness"])
     sd1 = MODELS["sd1"]
     monkeypatch.setitem(MODELS, "sd1", replace(sd1, fields=sd1.fields | {"sharpness"}))

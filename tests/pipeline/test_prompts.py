@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from shared.api.requests import check_request
-from shared.api.warned import warnings_told
+from shared.api.warned import collecting_warnings
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
 from shared.parallel.graphs import Captured, Graphs, signature
@@ -67,7 +67,7 @@ def test_compel_reads_past_77_tokens(name: str) -> None:
 
 def pictured(name: str, positive: str, negative: str | None, notation: str | None = None) -> np.ndarray:
     pipe = pipe_of(name)
-    with EncodedPrompts().of(pipe, None, MODELS[name], notation, negative), warnings_told() as told:
+    with EncodedPrompts().of(pipe, None, MODELS[name], notation, negative), collecting_warnings() as told:
         picture = made(name, positive=positive, negative=negative)
     pictured.told = told  # type: ignore[attr-defined]
     return picture

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import requests
 
-from shared.http.doors import unguarded
+from shared.http.access import exposure_warnings
 from shared.launch.errors import UsageError
 from shared.launch.parser import API_KEY_VARIABLE
 from tests.httphost import FakeHost, asyncdiff, config_of
@@ -242,11 +242,11 @@ def test_the_key_comes_from_a_file_or_the_environment(
 
 def test_a_launch_that_anyone_can_reach_is_warned_of() -> None:
     for address in ("0.0.0.0", "::", "192.0.2.1"):
-        [line] = unguarded(config_of(host=address))
+        [line] = exposure_warnings(config_of(host=address))
         assert address in line and "--api_key" in line
-        assert not unguarded(config_of(host=address, api_key="secret"))
+        assert not exposure_warnings(config_of(host=address, api_key="secret"))
     for address in ("127.0.0.1", "127.0.0.2", "::1", "localhost"):
-        assert not unguarded(config_of(host=address))
+        assert not exposure_warnings(config_of(host=address))
 
 
 def test_names_and_pages_of_the_flags_are_checked(tmp_path: Path) -> None:

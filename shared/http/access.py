@@ -25,7 +25,7 @@ _PREFLIGHT = {
 }
 
 
-class Doors:
+class AccessRules:
     """The checks of one launch."""
 
     def __init__(self, config: HostConfig) -> None:
@@ -34,7 +34,7 @@ class Doors:
 
     def refusal(self, host: str, origin: str | None) -> str:
         """Why a request with these headers is answered 403; nothing where it is not."""
-        if host and not self._knows(host):
+        if host and not self._trusts(host):
             return f"the Host {shown(host)} is not trusted; --trusted_hosts can add it"
         if origin is not None and not (_same(origin, host) or self._allows(origin)):
             return f"pages of the Origin {shown(origin)} may not call this host; --allow_origin can allow it"
@@ -54,12 +54,12 @@ class Doors:
                 if http.headers.get("Access-Control-Request-Private-Network") == "true":
                     response.headers["Access-Control-Allow-Private-Network"] = "true"
 
-    def _knows(self, host: str) -> bool:
+    def _trusts(self, host: str) -> bool:
         name = _name(host)
         if name is None:
             return False
-        known = {"*", name, host.lower()} & self._hosts or name == "localhost" or _is_address(name)
-        return bool(known) or name in own_names()
+        trusted = {"*", name, host.lower()} & self._hosts or name == "localhost" or _is_address(name)
+        return bool(trusted) or name in own_names()
 
     def _allows(self, origin: str) -> bool:
         return bool({"*", origin.lower()} & self._origins)
@@ -103,7 +103,7 @@ def own_names() -> frozenset[str]:
     return frozenset(names - {""})
 
 
-def unguarded(config: HostConfig) -> list[str]:
+def exposure_warnings(config: HostConfig) -> list[str]:
     """What the operator should know of who can reach this launch."""
     if config.api_key is not None or _is_loopback(config.host):
         return []
