@@ -135,7 +135,7 @@ def take_networks(text: str) -> Networks:
 
 
 def plain(text: str) -> tuple[str, bool]:
-    """The words alone, and whether weights or BREAKs were left out. Raises NotationError."""
+    """Only the words, and whether weights or BREAKs were left out. Raises NotationError."""
     chunks = parse(text)
     words = " ".join("".join(part for part, _ in chunk) for chunk in chunks)
     return words, len(chunks) > 1 or any(weight != 1 for chunk in chunks for _, weight in chunk)

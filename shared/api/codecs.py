@@ -73,7 +73,7 @@ def check_image(value: Any) -> bytes:
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels of a picture that was checked before; reads its header alone."""
+    """(width, height) in pixels of a picture that was checked before; reads only its header."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data), formats=IMAGE_INPUTS) as image:

@@ -1,4 +1,4 @@
-"""--lora_dir: the LoRAs that clients may name, and what their files say of themselves. Imports no torch.
+"""--lora_dir: the LoRAs that clients may name, and their metadata. Imports no torch.
 
 A name is a file's path in its folder, or its last part, with or without `.safetensors`. Names are looked up
 among the files that are there and never joined to a path, and links that lead out of a folder are not

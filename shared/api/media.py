@@ -21,8 +21,8 @@ try:
 except ImportError:
     imagecodecs = None  # type: ignore[assignment]  # Pillow makes the same pixels in three to five times the time
 
-# zlib's run lengths alone take less time than its level 1, for fewer bytes. Pillow tries all filters for each
-# row; Paeth's alone, which it mostly takes, makes files of the same size.
+# zlib's run lengths take less time than its level 1, for fewer bytes. Pillow tries all filters for each
+# row; with Paeth's only, which it mostly takes, files have the same size.
 Z_RLE = 3
 PAETH = 0x80  # PNG_FILTER_PAETH of libpng
 QUALITY = 95  # JPEG and lossy WebP
@@ -96,7 +96,7 @@ def encode_video(
 ) -> bytes:
     """Frames as one mp4 (H.264), gif or animated webp, looping without end where the format can.
 
-    Of them a webp alone holds metadata.
+    Only a webp of them holds metadata.
     """
     if format == "mp4":
         return _encode_mp4(frames, fps)
@@ -105,7 +105,7 @@ def encode_video(
     if format == "webp" and metadata is not None:
         options["exif"] = metadata.exif().removeprefix(
             b"Exif\0\0"
-        )  # Pillow does so for single pictures alone
+        )  # Pillow does so only for single pictures
     # Browsers show a gif's frame for a tenth of a second when it asks for less than a fiftieth.
     shortest = SHORTEST_GIF if format == "gif" else 1
     frames[0].save(

@@ -1,4 +1,4 @@
-"""What a request's client should know although its picture was made: what was cut, left out or changed.
+"""Warnings: what was cut, left out or changed in a request whose picture was made all the same.
 
 `warn` may be called wherever a request is read (the server's thread) or carried out (any rank). The texts
 reach `Reply.warnings`, and from there the answer, its header X-Warnings and the log. Imports no torch.
@@ -19,7 +19,7 @@ _collected: ContextVar[list[str] | None] = ContextVar("warnings", default=None)
 
 
 def warn(text: str) -> None:
-    """Tell the client of the request that this thread is at; nothing where there is none (warming up)."""
+    """Add a warning to the request that this thread works on; does nothing while warming up."""
     told = _collected.get()
     if told is not None and text not in told:
         told.append(text)
@@ -37,7 +37,7 @@ def collecting_warnings() -> Iterator[list[str]]:
 
 
 def merged(*lists: Iterable[str]) -> list[str]:
-    """All texts, each once, in order: ranks that do the same say the same."""
+    """All texts, each once, in order: several ranks give the same warning."""
     return list(dict.fromkeys(text for texts in lists for text in texts))
 
 

@@ -1,6 +1,6 @@
 """The part of A1111's API that clients need (SillyTavern, Open WebUI, Photoshop and Krita plug-ins).
 
-Unknown keys are ignored on these routes alone, since such clients send many; sizes are rounded to what the
+Only these routes ignore unknown keys, since such clients send many; sizes are rounded to what the
 type takes. What cannot be done is refused in words, never done in another way.
 """
 

@@ -108,7 +108,7 @@ def exposure_warnings(config: HostConfig) -> list[str]:
     if config.api_key is not None or _is_loopback(config.host):
         return []
     return [
-        f"--host={config.host} without --api_key: whoever reaches port {config.port} can use this host; "
+        f"--host={config.host} without --api_key: anyone who reaches port {config.port} can use this host; "
         f"give a key (--api_key_file, or the variable {API_KEY_VARIABLE})"
     ]
 

@@ -1,7 +1,7 @@
 """From an HTTP request to the ranks and back: what every way in to the host shares.
 
 A way in (the own API, OpenAI's, A1111's) turns its request into an `Order`, gives it to `Dispatcher.run`, and
-words the replies or the `ApiError` in its own form. Nothing here knows Flask.
+words the replies or the `ApiError` in its own form. Nothing here uses Flask.
 """
 
 from __future__ import annotations

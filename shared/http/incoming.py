@@ -1,4 +1,4 @@
-"""What Flask knows of the request that this thread answers: who sent it, and its JSON body."""
+"""The request that this thread answers, from Flask: who sent it, and its JSON body."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ _DTYPES = {
 def _safetensors(tensors: dict[str, Tensor]) -> bytes:
     """A safetensors file: the header's length, the header, the tensors one after the other.
 
-    Written out here because `safetensors.serialize` differs between versions and numpy knows no bfloat16.
+    Written out here because `safetensors.serialize` differs between versions and numpy has no bfloat16.
     """
     header, start = {}, 0
     for name, tensor in tensors.items():

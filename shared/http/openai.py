@@ -1,4 +1,4 @@
-"""OpenAI's image API, for the openai SDK, Open WebUI, InvokeAI and whatever else speaks it.
+"""OpenAI's image API, for the openai SDK, Open WebUI, InvokeAI and others that use it.
 
 Fields of POST /generate may stand beside OpenAI's own (the SDK's `extra_body`), which decide where both say
 the same. Fields of OpenAI's that have no meaning here (quality, style, user, ...) are accepted unread.

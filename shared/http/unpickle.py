@@ -1,7 +1,7 @@
 """Reads pickles of PIL pictures and torch tensors without ever calling what they name.
 
-This is no `pickle.Unpickler` with a list of forbidden things: it is a small interpreter that builds plain
-data alone. A global is a name to it, looked up in a fixed table; there is no attribute, no class, no import,
+This is no `pickle.Unpickler` with a list of forbidden things: it is a small interpreter that only builds
+plain data. A global is a name to it, looked up in a fixed table; there is no attribute, no class, no import,
 no code to run.
 Imports no torch.
 """
