@@ -210,7 +210,7 @@ def try_cell(cell: str, world: Any) -> Result:
     """One cell on this rank; only rank 0 compares."""
     import safetensors.torch
 
-    from shared.api.requests import check_request
+    from shared.api.parsing import check_request
     from shared.backends import BACKENDS
     from shared.launch.backend import Needs
     from shared.launch.checks import check_config

@@ -22,7 +22,8 @@ from shared.ranks.lifeline import EXIT_FAILED, Lifeline
 from shared.ranks.liveness import dead_ranks, died
 
 if TYPE_CHECKING:
-    from shared.api.jobs import HostStatus, JobQueue
+    from shared.api.queue import JobQueue
+    from shared.api.status import HostStatus
 
 log = logging.getLogger("host")
 
@@ -41,7 +42,8 @@ def serve(backend: Backend) -> NoReturn:
     config = parse_or_exit(backend, BACKENDS)
     rank, world_size = world_from_environment()
     set_up_logging(config, rank)
-    from shared.api.jobs import HostStatus, JobQueue
+    from shared.api.queue import JobQueue
+    from shared.api.status import HostStatus
     from shared.http.access import exposure_warnings
 
     # Workers are stopped by rank 0, which has until --stop_grace.
@@ -115,7 +117,7 @@ def _load_and_loop(
 ) -> None:
     began = time.monotonic()
     status.at(5, "importing libraries")
-    from shared.api.requests import RequestError
+    from shared.api.faults import RequestError
     from shared.pipeline.memory import freeze_heap
     from shared.ranks.channel import Channel
     from shared.ranks.device import rank_device_info

@@ -18,7 +18,8 @@ from PIL import Image
 if TYPE_CHECKING:
     from shared.api.jobs import SecondPass
     from shared.api.operations import Operation
-    from shared.api.requests import GenerateRequest, Reply
+    from shared.api.replies import Reply
+    from shared.api.requests import GenerateRequest
     from shared.launch.flags import HostConfig
     from shared.ranks.groups import World
     from shared.ranks.messages import OnStep
@@ -42,7 +43,8 @@ class FakeEngine:
         import torch
         import torch.distributed as dist
 
-        from shared.api.requests import FieldProblem, Reply, RequestError
+        from shared.api.faults import FieldProblem, RequestError
+        from shared.api.replies import Reply
         from shared.api.warned import warn
 
         order = json.loads(request.positive) if request.positive else {}
@@ -90,7 +92,7 @@ class FakeEngine:
 
     def add_lora(self, path: str, scale: float) -> list[str]:
         """Notes it, and fails on one rank: {"path": "missing 1"}."""
-        from shared.api.requests import FieldProblem, RequestError
+        from shared.api.faults import FieldProblem, RequestError
 
         if path == f"missing {self.world.rank}":
             raise RequestError(409, [FieldProblem("lora", "no such file")])

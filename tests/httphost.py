@@ -14,9 +14,12 @@ import requests
 import safetensors.numpy
 from PIL import Image
 
-from shared.api.jobs import GenerationJob, HostStatus, JobError, JobQueue, OperationJob
+from shared.api.jobs import GenerationJob, JobError, OperationJob
 from shared.api.operations import AddLora, Operation, RemoveLora
-from shared.api.requests import GenerateRequest, Reply
+from shared.api.queue import JobQueue
+from shared.api.replies import Reply
+from shared.api.requests import GenerateRequest
+from shared.api.status import HostStatus
 from shared.backends import BACKENDS
 from shared.http.server import Server, body_bound, create_app
 from shared.launch.flags import HostConfig

@@ -86,7 +86,7 @@ def launch(
     `body`; None on ranks that hold none."""
     import torch
 
-    from shared.api.requests import check_request
+    from shared.api.parsing import check_request
     from shared.launch.checks import check_config
     from shared.launch.flags import HostConfig
     from shared.ranks.groups import World, make_groups

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shared.api.requests import FieldProblem
+from shared.api.faults import FieldProblem
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 from shared.models import schedulers_for, with_variant

@@ -103,9 +103,7 @@ def encode_video(
     out = io.BytesIO()
     options: dict[str, Any] = {"quality": QUALITY} if format == "webp" else {"optimize": False}
     if format == "webp" and metadata is not None:
-        options["exif"] = metadata.exif().removeprefix(
-            b"Exif\0\0"
-        )  # Pillow does so only for single pictures
+        options["exif"] = metadata.exif().removeprefix(b"Exif\0\0")  # Pillow does so only for single pictures
     # Browsers show a gif's frame for a tenth of a second when it asks for less than a fiftieth.
     shortest = SHORTEST_GIF if format == "gif" else 1
     frames[0].save(

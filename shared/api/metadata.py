@@ -17,9 +17,11 @@ from pydantic_core import PydanticCustomError
 from shared.api.a1111_samplers import AUTOMATIC, sampler_labels
 from shared.api.codecs import LEFT_OUT, check_image
 from shared.api.embedded import KEY, PARAMETERS, Metadata, read
+from shared.api.faults import FieldProblem, RequestError
 from shared.api.jobs import SecondPass
 from shared.api.lora_dir import SUFFIX, is_named, lora_files
-from shared.api.requests import COMMON_FIELDS, FieldProblem, GenerateRequest, Reply, RequestError
+from shared.api.replies import Reply
+from shared.api.requests import COMMON_FIELDS, GenerateRequest
 from shared.launch.flags import HostConfig
 
 _FORMATS = ("png", "jpeg", "webp")

@@ -18,17 +18,12 @@ from flask import Response, jsonify
 from shared.api.a1111_prompts import NotationError, take_networks
 from shared.api.a1111_samplers import AUTOMATIC, SCHEDULES, samplers_for, scheduler_for, taken_variant
 from shared.api.codecs import MAX_SIDE
+from shared.api.faults import FieldProblem, RequestError, all_faults
 from shared.api.jobs import Order
 from shared.api.metadata import infotext, png_info
-from shared.api.requests import (
-    MAX_PICTURES,
-    FieldProblem,
-    GenerateRequest,
-    Reply,
-    RequestError,
-    all_faults,
-    check_request,
-)
+from shared.api.parsing import check_request
+from shared.api.replies import Reply
+from shared.api.requests import MAX_PICTURES, GenerateRequest
 from shared.api.warned import merged, warn, with_warnings
 from shared.http import a1111_hires as hires
 from shared.http.a1111_options import check_options, is_img2img

@@ -12,8 +12,9 @@ import numpy as np
 import safetensors.numpy
 
 from shared.api.codecs import MAX_SIDE
+from shared.api.faults import FieldProblem, RequestError
 from shared.api.jobs import SecondPass
-from shared.api.requests import FieldProblem, GenerateRequest, RequestError
+from shared.api.requests import GenerateRequest
 from shared.http.a1111_options import is_nothing
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown

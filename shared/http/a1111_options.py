@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from shared.api.requests import FieldProblem
+from shared.api.faults import FieldProblem
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 from shared.models import ModelSpec

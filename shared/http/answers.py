@@ -12,7 +12,7 @@ from flask import Response
 from flask.json.provider import DefaultJSONProvider
 from pydantic_core import PydanticSerializationError, to_json
 
-from shared.api.requests import File
+from shared.api.replies import File
 
 PIECE = 3 << 16  # bytes of a file; three make four characters, so only the last piece may be padded
 

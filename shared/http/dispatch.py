@@ -13,20 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from shared.api.jobs import (
-    GenerationJob,
-    HostStatus,
-    Job,
-    JobError,
-    JobQueue,
-    OperationJob,
-    Order,
-    QueueFullError,
-)
+from shared.api.faults import MAX_TOLD, FieldProblem, RequestError
+from shared.api.jobs import GenerationJob, Job, JobError, OperationJob, Order
 from shared.api.media import side_by_side
 from shared.api.metadata import made_by
 from shared.api.operations import Operation
-from shared.api.requests import MAX_TOLD, FieldProblem, Reply, RequestError
+from shared.api.queue import JobQueue, QueueFullError
+from shared.api.replies import Reply
+from shared.api.status import HostStatus
 from shared.api.warned import collecting_warnings, merged
 from shared.http.metrics import Metrics
 from shared.http.wsgi import PARSING

@@ -17,8 +17,10 @@ from werkzeug.datastructures import Authorization
 from werkzeug.exceptions import HTTPException
 from werkzeug.http import HTTP_STATUS_CODES
 
+from shared.api.faults import RequestError
 from shared.api.jobs import GenerationJob
-from shared.api.requests import ErrorAnswer, GenerateRequest, Reply, RequestError
+from shared.api.replies import ErrorAnswer, Reply
+from shared.api.requests import GenerateRequest
 from shared.api.warned import header_text
 from shared.http import a1111 as a1111_api
 from shared.http import openai as openai_api

@@ -7,16 +7,11 @@ from dataclasses import dataclass
 from flask import Response, jsonify
 from flask import request as http
 
+from shared.api.faults import FieldProblem, RequestError
 from shared.api.jobs import Order
-from shared.api.requests import (
-    MIME_TYPES,
-    FieldProblem,
-    GenerateAnswer,
-    GenerateRequest,
-    Reply,
-    RequestError,
-    check_request,
-)
+from shared.api.parsing import check_request
+from shared.api.replies import GenerateAnswer, Reply
+from shared.api.requests import MIME_TYPES, GenerateRequest
 from shared.http import legacy
 from shared.http.dispatch import Dispatcher
 from shared.http.incoming import caller, check_json_type, json_body

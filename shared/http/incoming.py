@@ -8,7 +8,7 @@ from typing import Any
 from flask import g
 from flask import request as http
 
-from shared.api.requests import parse_object
+from shared.api.parsing import parse_object
 from shared.http.dispatch import ApiError, Caller
 from shared.launch.wording import shown
 

@@ -20,13 +20,9 @@ from typing import Any
 from flask import Response, jsonify
 from flask import request as http
 
-from shared.api.requests import (
-    COMMON_FIELDS,
-    FieldProblem,
-    GenerateRequest,
-    Reply,
-    RequestError,
-)
+from shared.api.faults import FieldProblem, RequestError
+from shared.api.replies import Reply
+from shared.api.requests import COMMON_FIELDS, GenerateRequest
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.incoming import check_json_type, json_body
 from shared.http.routes import App, Route

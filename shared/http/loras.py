@@ -9,16 +9,10 @@ from flask import Response, jsonify
 from flask import request as http
 from pydantic import BaseModel, Field
 
+from shared.api.faults import FieldProblem, RequestError
 from shared.api.lora_dir import LoraNameError, list_loras, lora_path
 from shared.api.operations import AddLora, RemoveLora
-from shared.api.requests import (
-    FieldProblem,
-    LoraAnswer,
-    LoraChange,
-    LoraEntry,
-    RequestError,
-    parse_lora_change,
-)
+from shared.api.parsing import LoraAnswer, LoraChange, LoraEntry, parse_lora_change
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.incoming import caller, check_json_type
 from shared.http.routes import Answer, App, Route

@@ -9,8 +9,9 @@ from flask import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric, StateSetMetricFamily
 
-from shared.api.jobs import HostStatus, JobQueue
-from shared.api.requests import Reply
+from shared.api.queue import JobQueue
+from shared.api.replies import Reply
+from shared.api.status import HostStatus
 from shared.http.routes import App, Route, text
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from shared.api.faults import FieldProblem
 from shared.api.media import VIDEO_FILES
-from shared.api.requests import MIME_TYPES, FieldProblem
+from shared.api.requests import MIME_TYPES
 from shared.launch.wording import cut, shown
 from shared.models import ModelSpec
 

@@ -16,13 +16,10 @@ from flask import Response, jsonify
 from flask import request as http
 from pydantic_core import from_json
 
+from shared.api.faults import FieldProblem, RequestError
 from shared.api.jobs import Order
-from shared.api.requests import (
-    FieldProblem,
-    File,
-    RequestError,
-    check_request,
-)
+from shared.api.parsing import check_request
+from shared.api.replies import File
 from shared.api.warned import merged, with_warnings
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.incoming import caller, check_json_type, json_body

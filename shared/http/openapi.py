@@ -9,7 +9,8 @@ from flask import Response, jsonify
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
-from shared.api.requests import COMMON_FIELDS, ErrorAnswer, launch_defaults
+from shared.api.replies import ErrorAnswer
+from shared.api.requests import COMMON_FIELDS, launch_defaults
 from shared.http.negotiate import JSON
 from shared.http.routes import AS_THERE, Answer, App, Route
 from shared.launch.flags import HostConfig

@@ -21,9 +21,11 @@ from PIL import Image
 from pydantic import BaseModel, Field
 from werkzeug.exceptions import NotFound
 
-from shared.api.jobs import GenerationJob, HostStatus, JobQueue, Preview
+from shared.api.jobs import GenerationJob, Preview
 from shared.api.media import encode_image
+from shared.api.queue import JobQueue
 from shared.api.requests import COMMON_FIELDS, FIELD_NOTES, NEEDS_FLAG, GenerateRequest, launch_defaults
+from shared.api.status import HostStatus
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.negotiate import RAW_FORMATS
 from shared.http.routes import Answer, App, Route, stream

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from werkzeug.exceptions import HTTPException
 
-from shared.api.jobs import HostStatus, JobQueue
+from shared.api.queue import JobQueue
+from shared.api.status import HostStatus
 from shared.http import a1111, generate, legacy, loras, metrics, openai, openapi, pages, state
 from shared.http.access import AccessRules
 from shared.http.answers import Json

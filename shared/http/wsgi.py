@@ -23,7 +23,7 @@ from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, WSGITask
 from waitress.utilities import Error
 
-from shared.api.requests import ErrorAnswer
+from shared.api.replies import ErrorAnswer
 
 MAX_BODY = 64 << 20  # bytes, of routes that take pictures
 SMALL_BODY = 64 << 10  # bytes, of all others

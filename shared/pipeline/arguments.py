@@ -10,8 +10,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from shared.api.faults import FieldProblem, RequestError
 from shared.api.media import decode_image
-from shared.api.requests import FieldProblem, GenerateRequest, RequestError
+from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline, model_of, part_of

@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
-from shared.api.jobs import JobQueue, SecondPass
+from shared.api.faults import FieldProblem, RequestError
+from shared.api.jobs import SecondPass
 from shared.api.operations import AddLora, Operation
-from shared.api.requests import FieldProblem, GenerateRequest, Reply, RequestError
+from shared.api.queue import JobQueue
+from shared.api.replies import Reply
+from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
 from shared.parallel.graphs import Captured

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from shared.api.jobs import SecondPass
-from shared.api.requests import Reply
+from shared.api.replies import Reply
 
 
 def enlarged(draft: Reply, second: SecondPass) -> bytes:

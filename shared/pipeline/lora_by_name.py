@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from shared.api.faults import FieldProblem, RequestError
 from shared.api.lora_dir import LoraNameError, find_lora
-from shared.api.requests import FieldProblem, GenerateRequest, RequestError
+from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.parallel.pipeline import Pipeline
 from shared.pipeline.lora import LoraError, LoraSet, loras_of

@@ -11,7 +11,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from shared.api.requests import FieldProblem, GenerateRequest, Reply, RequestError
+from shared.api.faults import FieldProblem, RequestError
+from shared.api.replies import Reply
+from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.parallel.pipeline import Pipeline, part_of
 from shared.parallel.surgery import Surgery

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from shared.api.jobs import JobQueue
+from shared.api.queue import JobQueue
 from shared.api.requests import GenerateRequest
 from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline

@@ -7,9 +7,13 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from shared.api.jobs import GenerationJob, HostStatus, Job, JobError, JobQueue, OperationJob, SecondPass
+from shared.api.faults import RequestError
+from shared.api.jobs import GenerationJob, Job, JobError, OperationJob, SecondPass
 from shared.api.operations import AddLora, Operation, RemoveLora
-from shared.api.requests import GenerateRequest, Reply, RequestError
+from shared.api.queue import JobQueue
+from shared.api.replies import Reply
+from shared.api.requests import GenerateRequest
+from shared.api.status import HostStatus
 from shared.api.warned import collecting_warnings, merged
 from shared.launch.logs import on_terminal
 from shared.ranks.channel import Channel

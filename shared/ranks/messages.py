@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+from shared.api.faults import FieldProblem
 from shared.api.operations import Operation
-from shared.api.requests import FieldProblem, GenerateRequest
+from shared.api.requests import GenerateRequest
 
 # Called by an engine after denoising step `step` of `steps`; raises StoppedError on all ranks alike.
 OnStep = Callable[[int, int], None]

@@ -7,9 +7,12 @@ import time
 
 import pytest
 
-from shared.api.jobs import GenerationJob, HostStatus, JobError, JobQueue, OperationJob, QueueFullError
+from shared.api.jobs import GenerationJob, JobError, OperationJob
 from shared.api.operations import RemoveLora
-from shared.api.requests import GenerateRequest, Reply
+from shared.api.queue import JobQueue, QueueFullError
+from shared.api.replies import Reply
+from shared.api.requests import GenerateRequest
+from shared.api.status import HostStatus
 
 
 def a_reply(request: GenerateRequest | None) -> Reply:

@@ -23,7 +23,9 @@ from shared.api.codecs import LEFT_OUT
 from shared.api.embedded import KEY, Metadata
 from shared.api.media import encode_image, encode_video
 from shared.api.metadata import body_of, infotext, parse_infotext
-from shared.api.requests import GenerateRequest, Reply, check_request
+from shared.api.parsing import check_request
+from shared.api.replies import Reply
+from shared.api.requests import GenerateRequest
 from shared.models import MODELS
 from tests.httphost import FakeHost, config_of, picture
 

@@ -12,15 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shared.api.codecs import picture_size
-from shared.api.requests import (
-    COMMON_FIELDS,
-    STRENGTH,
-    GenerateRequest,
-    Reply,
-    RequestError,
-    check_request,
-    parse_request,
-)
+from shared.api.faults import RequestError
+from shared.api.parsing import STRENGTH, check_request, parse_request
+from shared.api.replies import Reply
+from shared.api.requests import COMMON_FIELDS, GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
 from tests.httphost import config_of, picture

@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 
 import shared.http.dispatch
-from shared.api.jobs import GenerationJob, HostStatus, JobError, JobQueue, OperationJob, Order
+from shared.api.faults import FieldProblem, RequestError
+from shared.api.jobs import GenerationJob, JobError, OperationJob, Order
 from shared.api.operations import AddLora, RemoveLora
-from shared.api.requests import FieldProblem, GenerateRequest, Reply, RequestError
+from shared.api.queue import JobQueue
+from shared.api.replies import Reply
+from shared.api.requests import GenerateRequest
+from shared.api.status import HostStatus
 from shared.api.warned import warn
 from shared.http.dispatch import ApiError, Caller, Dispatcher
 from tests.httphost import config_of, wait_for

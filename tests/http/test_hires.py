@@ -18,8 +18,12 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 from shared.api.a1111_samplers import samplers_for
-from shared.api.jobs import GenerationJob, HostStatus, JobError, JobQueue, SecondPass
-from shared.api.requests import GenerateRequest, Reply, check_request
+from shared.api.jobs import GenerationJob, JobError, SecondPass
+from shared.api.parsing import check_request
+from shared.api.queue import JobQueue
+from shared.api.replies import Reply
+from shared.api.requests import GenerateRequest
+from shared.api.status import HostStatus
 from shared.http.a1111 import translate
 from shared.http.a1111_hires import UPSCALERS, two_passes
 from shared.models import MODELS

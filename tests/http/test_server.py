@@ -25,7 +25,7 @@ from flask import Flask
 from PIL import Image
 
 from shared.api.jobs import JobError
-from shared.api.requests import File
+from shared.api.replies import File
 from shared.api.warned import HEADER_LENGTH
 from shared.http.answers import PIECE, Json
 from shared.http.openapi import openapi

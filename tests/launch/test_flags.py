@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from shared.api.requests import check_request
+from shared.api.parsing import check_request
 from shared.backends import BACKENDS
 from shared.launch.checks import check_config
 from shared.launch.errors import UsageError

@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load
 
-from shared.api.jobs import GenerationJob, JobError, JobQueue
-from shared.api.requests import GenerateRequest, check_request
+from shared.api.jobs import GenerationJob, JobError
+from shared.api.parsing import check_request
+from shared.api.queue import JobQueue
+from shared.api.requests import GenerateRequest
 from shared.backends import BACKENDS
 from shared.backends.xdit_plan import xdit_degrees
 from shared.launch.checks import check_config

@@ -14,8 +14,10 @@ import safetensors.torch
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
+from shared.api.faults import RequestError
 from shared.api.media import encode_image
-from shared.api.requests import Reply, RequestError, check_request
+from shared.api.parsing import check_request
+from shared.api.replies import Reply
 from shared.launch.flags import HostConfig
 from shared.models import MODELS, SCHEDULERS, schedulers_for
 from shared.parallel.graphs import Graphs

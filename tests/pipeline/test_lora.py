@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
-from shared.api.requests import RequestError, check_request
+from shared.api.faults import RequestError
+from shared.api.parsing import check_request
 from shared.launch.backend import Needs
 from shared.launch.errors import UsageError
 from shared.models import MODELS

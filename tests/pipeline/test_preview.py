@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import FrozenDict
 
 import shared.pipeline.preview
-from shared.api.jobs import PREVIEW_SECONDS, GenerationJob, JobQueue
+from shared.api.jobs import GenerationJob
+from shared.api.queue import PREVIEW_SECONDS, JobQueue
 from shared.api.requests import COMMON_FIELDS, GenerateRequest
 from shared.models import MODELS
 from shared.pipeline.preview import Previewer, fit_projection, picture_latents, project
@@ -207,7 +208,7 @@ def previews_of_tiny_checkpoints() -> dict[str, Any]:
         }
         taken: dict[str, Any] = {k: v for k, v in asked.items() if k in MODELS[name].fields | COMMON_FIELDS}
         request = GenerateRequest.model_construct(None, **taken)
-        with mock.patch("shared.api.jobs.PREVIEW_SECONDS", 0.0):
+        with mock.patch("shared.api.queue.PREVIEW_SECONDS", 0.0):
             engine.generate(request.filled(config), lambda step, steps: None)
         found[name] = shown
     return found

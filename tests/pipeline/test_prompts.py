@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from shared.api.requests import check_request
+from shared.api.parsing import check_request
 from shared.api.warned import collecting_warnings
 from shared.launch.flags import HostConfig
 from shared.models import MODELS

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shared.api.jobs import GenerationJob, HostStatus, Job, JobError, JobQueue, OperationJob
+from shared.api.jobs import GenerationJob, Job, JobError, OperationJob
 from shared.api.operations import AddLora, RemoveLora
+from shared.api.queue import JobQueue
 from shared.api.requests import GenerateRequest
+from shared.api.status import HostStatus
 from shared.ranks.channel import FRAME, LENGTH, Channel
 from shared.ranks.groups import World, make_groups
 from shared.ranks.loop import RankLoop

@@ -1,0 +1,42 @@
+"""Faults of a request, by field, and the error that tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shared.launch.wording import MAX_VALUE, cut
+
+
+@dataclass(frozen=True)
+class FieldProblem:
+    """One fault of a request: `field` is its name, `problem` says what is allowed and what was given."""
+
+    field: str
+    problem: str
+    needs: frozenset[str] = frozenset()  # fields that must be sound for this fault to be told
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "field", cut(self.field, MAX_VALUE))
+        object.__setattr__(self, "problem", cut(self.problem))
+
+
+MAX_TOLD = 20  # faults of one request
+
+
+def all_faults(texts: Sequence[str], total: int | None = None) -> str:
+    """The first faults in one line, and how many more there are of `total`."""
+    told, total = list(texts[:MAX_TOLD]), len(texts) if total is None else total
+    if total > len(told):
+        told.append(f"and {total - len(told)} more faults")
+    return "; ".join(told)
+
+
+class RequestError(ValueError):
+    """A refused request. `status` is 400 (bad request) or 422 (this model or launch cannot serve it)."""
+
+    def __init__(self, status: int, problems: list[FieldProblem]) -> None:
+        self.status = status
+        self.problems = problems
+        told = [f"{p.field}: {p.problem}" if p.field else p.problem for p in problems[:MAX_TOLD]]
+        super().__init__(all_faults(told, len(problems)))

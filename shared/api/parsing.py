@@ -1,0 +1,275 @@
+"""From the JSON of a body to a checked request: the checks against the launch, all faults at once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ValidationError as PydanticError
+from pydantic_core import from_json
+
+from shared.api.a1111_prompts import NotationError, parse
+from shared.api.codecs import MAX_SIDE, picture_size
+from shared.api.faults import FieldProblem, RequestError
+from shared.api.requests import (
+    COMMON_FIELDS,
+    IMAGE_FORMATS,
+    MIME_TYPES,
+    NEEDS_FLAG,
+    VIDEO_FORMATS,
+    GenerateRequest,
+    Scale,
+)
+from shared.launch.checks import scheduler_problem
+from shared.launch.flags import HostConfig
+from shared.launch.wording import MAX_VALUE, cut, shown
+
+MAX_VALUES = 200_000  # in the JSON of a body: a picture is one, an empty object takes 64 bytes of memory
+
+
+def parse_request(body: bytes, config: HostConfig, accept: str | None = None) -> GenerateRequest:
+    """Parse, check against the launch, and fill in defaults.
+
+    Args:
+        body: JSON text, UTF-8.
+        accept: output format asked for by the Accept header, if any.
+
+    Raises:
+        RequestError: 400 with all faults of form at once, else 422 with all that this launch cannot serve.
+    """
+    return check_request(parse_object(body), config, accept)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object of a body. Raises RequestError with status 400."""
+    if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise RequestError(400, [FieldProblem("", f"the body holds more than {MAX_VALUES} values")])
+    try:
+        data = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(400, [FieldProblem("", f"the body is not valid JSON: {error}")]) from None
+    if not isinstance(data, dict):
+        found = type(data).__name__
+        raise RequestError(400, [FieldProblem("", f"the body must be a JSON object, got {found}")])
+    return data
+
+
+def check_request(data: dict[str, Any], config: HostConfig, accept: str | None = None) -> GenerateRequest:
+    """`parse_request` for a JSON object that is parsed already. Raises RequestError.
+
+    A fault in one field hides none in another: with status 400 come the 422 faults of the other fields too.
+    """
+    bad: list[FieldProblem] = []
+    bad += _unknown(data, GenerateRequest)
+    data = {k: v for k, v in data.items() if k in GenerateRequest.model_fields}
+    try:
+        request = GenerateRequest.model_validate(data)
+    except PydanticError as error:
+        bad += _problems_of(error)
+        faulty = {str(fault["loc"][0]) for fault in error.errors(include_url=False, include_input=False)}
+        request = GenerateRequest.model_validate({k: v for k, v in data.items() if k not in faulty})
+    else:
+        faulty = set()
+    taken = config.spec.fields | COMMON_FIELDS
+    bad += [p for p in _bad_values(request, config) if p.field in taken and not p.needs & faulty]
+    unserved = [p for p in _not_served(request, config, accept) if p.field not in faulty]
+    if bad:
+        raise RequestError(400, bad + unserved)
+    if unserved:
+        raise RequestError(422, unserved)
+    return request.filled(config, accept)
+
+
+def _unknown(data: dict[str, Any], model: type[BaseModel]) -> list[FieldProblem]:
+    """A fault for each name that the model has not; pydantic would take seconds to say so of 100,000."""
+    unknown = [FieldProblem(name, "unknown field") for name in data if name not in model.model_fields]
+    if unknown:  # told once
+        text = f"unknown field; allowed: {', '.join(sorted(model.model_fields))}"
+        unknown[0] = FieldProblem(unknown[0].field, text)
+    return unknown
+
+
+def _problems_of(error: PydanticError) -> list[FieldProblem]:
+    problems: dict[str, str] = {}
+    for fault in error.errors(include_url=False, include_context=False):
+        name = ".".join(cut(str(part), MAX_VALUE) for part in fault["loc"])
+        if fault["type"] == "problem":
+            text = fault["msg"]
+        else:
+            text = f"{_wording(fault['msg'])}, got {shown(fault['input'])}"
+        problems[name] = f"{problems[name]}; or {text}" if name in problems else text
+    return [FieldProblem(name, text) for name, text in problems.items()]
+
+
+def _wording(message: str) -> str:
+    """Pydantic's message in this API's words: "must be at least 1"."""
+    for theirs, ours in (
+        ("Input should", "must"),
+        ("String should", "must"),
+        ("Field required", "is needed"),
+        ("greater than or equal to", "at least"),
+        ("less than or equal to", "at most"),
+        ("greater than", "above"),
+        ("less than", "below"),
+    ):
+        message = message.replace(theirs, ours)
+    return message
+
+
+def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProblem]:
+    problems: list[FieldProblem] = []
+
+    def add(name: str, problem: str, *needs: str) -> None:
+        problems.append(FieldProblem(name, problem, frozenset((name, *needs))))
+
+    multiple = config.spec.size_multiple
+    for name in ("width", "height"):
+        value = getattr(request, name)
+        if value is not None and value % multiple:
+            add(name, f"must be a multiple of {multiple} for {config.type}, got {value}")
+    words = {n: v for n in STRENGTH if (v := getattr(request, n)) is not None}
+    name, strength = next(iter(words.items()), ("strength", None))
+    start, end = request.denoising_start or 0.0, request.denoising_end
+    if len(set(words.values())) > 1:
+        add(
+            "denoise",
+            "means the same as strength, but they differ: {strength} and {denoise}".format(**words),
+            *STRENGTH,
+        )
+    if strength is not None and start:
+        add(name, "give strength or denoising_start, not both", *STRENGTH, "denoising_start")
+    elif strength == 0:
+        add(name, "must be above 0, or no step is left to run; got 0")
+    elif strength is not None and strength < 1 and request.latent is None:
+        add(name, f"below 1 needs a latent to start from; got {strength:g} and no latent", "latent")
+    if end is not None and start >= end:
+        add("denoising_end", f"must be above denoising_start {start:g}, got {end:g}", "denoising_start")
+    elif start >= 1:
+        add("denoising_start", "must be below 1, or no step is left to run; got 1")
+    if request.add_noise and (request.latent is None or not (start or strength)):
+        missing = ("latent",) if request.latent is None else (*STRENGTH, "denoising_start")
+        add("add_noise", "needs latent and strength", *missing)
+    if request.sigmas is not None and request.timesteps is not None:
+        add("timesteps", "give sigmas or timesteps, not both")
+    for name in ("positive", "negative") if request.prompt_syntax else ():
+        try:
+            parse(getattr(request, name) or "")
+        except NotationError as error:
+            add(name, str(error))
+    for name in ("positive", "negative"):
+        if getattr(request, name) is not None and getattr(request, f"{name}_embeds") is not None:
+            add(f"{name}_embeds", f"give {name} or {name}_embeds, not both")
+    for name in ("image", "ip_image", "control_image"):
+        picture, percent = getattr(request, name), getattr(request, f"{name}_scale")
+        if percent is None:
+            continue
+        if picture is None:
+            add(f"{name}_scale", f"there is no {name} to scale", name)
+        elif max(sides := picture_size(picture)) * percent / 100 > MAX_SIDE:
+            add(
+                f"{name}_scale",
+                f"makes {sides[0]}x{sides[1]} pixels larger than {MAX_SIDE} a side; got {percent:g} percent",
+            )
+    return problems
+
+
+STRENGTH = ("strength", "denoise")  # two words for one thing
+
+
+def _truly_guided(request: GenerateRequest) -> bool:
+    """Whether guidance is computed with a negative prompt although the model has it distilled in."""
+    return (request.true_cfg_scale or 1.0) > 1
+
+
+def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None) -> list[FieldProblem]:
+    spec = config.spec
+    problems = []
+    for name in sorted(request.model_fields_set):
+        if getattr(request, name) is None:
+            continue
+        if name not in spec.fields | COMMON_FIELDS:
+            problems.append(FieldProblem(name, f"type {spec.name} ({spec.title}) does not support {name}"))
+        elif (flag := NEEDS_FLAG.get(name)) and not getattr(config, flag):
+            problems.append(FieldProblem(name, f"the host was started without --{flag}"))
+        elif name.startswith("negative") and spec.guidance_branches == 1 and not _truly_guided(request):
+            given = request.true_cfg_scale or "none"
+            text = f"type {spec.name} ignores a negative prompt unless true_cfg_scale is above 1; got {given}"
+            problems.append(FieldProblem(name, text))
+    if spec.image == "needed" and request.image is None:
+        problems.append(FieldProblem("image", f"type {spec.name} ({spec.title}) needs an input image"))
+    if config.control_net and request.control_image is None:
+        problems.append(FieldProblem("control_image", "is needed: the host was started with --control_net"))
+    allowed = IMAGE_FORMATS if spec.output == "image" else VIDEO_FORMATS
+    wanted = request.output_format or accept
+    if wanted is not None and wanted not in allowed:
+        problems.append(
+            FieldProblem("output_format", f"type {spec.name} makes {', '.join(allowed)}; got {shown(wanted)}")
+        )
+    if request.return_latent and accept is not None:
+        text = f"needs a JSON answer, but Accept allows only {MIME_TYPES.get(accept, accept)}"
+        problems.append(FieldProblem("return_latent", text))
+    if (count := request.pictures or 1) > 1:
+        if accept is not None:
+            text = f"must be 1 because Accept allows only {MIME_TYPES.get(accept, accept)}; got {count}"
+            problems.append(FieldProblem("pictures", text))
+        if spec.output == "video" and (wanted or "png") == "png":
+            text = (
+                f"must be 1 for a video as a list of png, got {count}; mp4, gif and webp hold a whole video"
+            )
+            problems.append(FieldProblem("pictures", text))
+    if fault := _too_much(request, config):
+        problems.append(fault)
+    if request.scheduler is not None and (problem := scheduler_problem(spec, request.scheduler)):
+        problems.append(FieldProblem("scheduler", problem))
+    return problems
+
+
+def _too_much(request: GenerateRequest, config: HostConfig) -> FieldProblem | None:
+    """The fault of a picture that would keep the ranks for longer than the launch allows."""
+    spec, (width, height) = config.spec, config.size
+    width, height = request.width or width, request.height or height
+    steps, frames = request.steps or spec.steps, request.frames or spec.frames or 1
+    work = width * height * frames * steps
+    if work <= config.max_pixel_steps:
+        return None
+    name = next((n for n in ("steps", "frames", "width", "height") if getattr(request, n)), "steps")
+    given = f"{width} x {height} pixels x {frames} frames x {steps} steps = {work}"
+    return FieldProblem(name, f"{given} exceeds this launch's --max_pixel_steps={config.max_pixel_steps}")
+
+
+class LoraChange(BaseModel):
+    """Body of POST and DELETE /lora. `path` is a file on the host's machines."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    path: Annotated[str, Field(min_length=1, max_length=4096)]
+    scale: Scale = 1.0
+
+
+class LoraEntry(BaseModel):
+    """One LoRA in use. The numbers of layers are known once a LoRA was added or removed."""
+
+    path: str
+    scale: float
+    layers: int | None = None
+    layers_left_out: int | None = None
+
+
+class LoraAnswer(BaseModel):
+    """Answer of GET, POST and DELETE /lora: the LoRAs in use after the change."""
+
+    message: str = "OK"
+    loras: list[LoraEntry]
+
+
+def parse_lora_change(body: bytes) -> LoraChange:
+    """Parse the body of POST and DELETE /lora. Raises RequestError 400."""
+    data = parse_object(body)
+    faults = _unknown(data, LoraChange)
+    try:
+        change = LoraChange.model_validate({k: v for k, v in data.items() if k in LoraChange.model_fields})
+    except PydanticError as error:
+        faults += _problems_of(error)
+    if faults:
+        raise RequestError(400, faults)
+    return change
