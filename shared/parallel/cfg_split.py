@@ -54,8 +54,8 @@ class CfgSplit(Part):
         ranks = Ranks.of(group)
         if ranks.size != BATCH or branch != ranks.rank:
             raise ValueError(
-                f"branch {branch} on rank {ranks.rank} of a group of {ranks.size}: 2 ranks are needed, in "
-                "branch order"
+                f"CFG split needs a group of 2 ranks, in branch order; got branch {branch} on rank "
+                f"{ranks.rank} of {ranks.size}"
             )
         self.group, self.branch, self.guided = group, branch, guided
         self._whole = POSITIONS | RESIDUALS if local else POSITIONS

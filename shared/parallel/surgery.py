@@ -93,8 +93,8 @@ class Surgery(Closing):
                 setattr(owner, name, previous)
         if foreign:
             raise RuntimeError(
-                f"cannot give back {', '.join(foreign)}: it was overridden again after this surgery; "
-                "undo the later override first"
+                f"cannot restore {', '.join(foreign)}: it was overridden again later; undo the later "
+                "override first"
             )
 
 

@@ -76,7 +76,9 @@ class TensorParallel(Part):
         if module.heads < self.ranks.size:
             return
         if module.norm_q is not None or getattr(module, "fused_projections", False):
-            raise ValueError(f"{name}: attention with normed or fused queries cannot be divided")
+            raise ValueError(
+                f"{name}: tensor parallelism does not support attention with normed or fused queries"
+            )
         size = _plain(f"{name}.to_q", module.to_q).shape[0] // module.heads
         span = self._share(module.heads, size)
         layers = {"to_q": module.to_q, "to_k": module.to_k, "to_v": module.to_v}
@@ -148,16 +150,17 @@ class TensorParallel(Part):
 def _plain(name: str, module: Any) -> torch.Tensor:
     if hasattr(module, "base_layer"):
         raise ValueError(
-            f"{name}: tensor parallelism divides plain weights; this one has a LoRA: fuse it first"
+            f"{name}: tensor parallelism supports only plain weights, and this layer has a LoRA; fuse it "
+            "first"
         )
     if type(module) not in (nn.Linear, nn.Conv2d) or type(module.weight) is not nn.Parameter:
         raise ValueError(
-            f"{name}: tensor parallelism divides plain weights; this is a {type(module).__name__} of "
+            f"{name}: tensor parallelism supports only plain weights; this is a {type(module).__name__} of "
             f"{type(getattr(module, 'weight', None)).__name__} (quantized?)"
         )
     if "forward" in module.__dict__ or module.weight.is_meta:
         raise ValueError(
-            f"{name}: tensor parallelism divides weights in memory; this one is offloaded or compiled"
+            f"{name}: tensor parallelism supports only weights in memory; these are offloaded or compiled"
         )
     return module.weight.detach()
 

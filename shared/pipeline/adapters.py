@@ -72,8 +72,8 @@ def load_control_nets(spec: ModelSpec, paths: Mapping[str, float], dtype: torch.
             )
         if modes:
             raise AdapterError(
-                f"ControlNet {path!r} is a union of {modes} kinds of control, and no request can tell which "
-                "one it means; use one of a single kind"
+                f"ControlNet {path!r} is a union of {modes} control types, and a request cannot choose one "
+                "of them; use a ControlNet of one type"
             )
         try:
             nets.append(cls.from_pretrained(path, dtype=dtype, local_files_only=True).eval())
@@ -90,8 +90,8 @@ def check_control_nets(pipe: Pipeline, spec: ModelSpec) -> None:
             ours, theirs = denoiser.config.get(key), net.config.get(key)
             if ours is not None and theirs is not None and _listed(ours) != _listed(theirs):
                 raise AdapterError(
-                    f"the ControlNet was made for another model: its {key} is {theirs}, "
-                    f"this checkpoint's is {ours}"
+                    f"the ControlNet does not fit this checkpoint: its {key} is {theirs}, the checkpoint's "
+                    f"is {ours}"
                 )
 
 
@@ -151,9 +151,7 @@ def load_ip_adapter(pipe: Pipeline, spec: ModelSpec, path: str, scale: float, dt
     try:
         pipe.load_ip_adapter(parts, subfolder="", weight_name="")
     except MISFITS as error:
-        raise AdapterError(
-            f"IP-Adapter {path!r} was made for another model than this checkpoint: {first_line(error)}"
-        ) from None
+        raise AdapterError(f"IP-Adapter {path!r} does not fit this checkpoint: {first_line(error)}") from None
     used = sum(
         1
         for processor in denoiser.attn_processors.values()
@@ -162,8 +160,8 @@ def load_ip_adapter(pipe: Pipeline, spec: ModelSpec, path: str, scale: float, dt
     )
     if used != len(parts["ip_adapter"]):
         raise AdapterError(
-            f"IP-Adapter {path!r} was made for another model: it has {len(parts['ip_adapter'])} tensors, "
-            f"this checkpoint takes {used}"
+            f"IP-Adapter {path!r} does not fit this checkpoint: it has {len(parts['ip_adapter'])} tensors, "
+            f"the checkpoint takes {used}"
         )
     pipe.set_ip_adapter_scale(scale)
     log.info("IP-Adapter %s: %d tensors, scale %g", path, used, scale)
@@ -221,8 +219,8 @@ def _projected_width(file: Path, projection: Mapping[str, torch.Tensor]) -> tupl
     first = projection.get("proj.0.weight" if form == "proj.3.weight" else form or "")
     if form is None or first is None or first.ndim != 2:
         raise AdapterError(
-            f"IP-Adapter {str(file)!r} is of no known kind (plain, Plus, full-face): its image_proj holds "
-            f"{', '.join(sorted(projection)[:4])}"
+            f"IP-Adapter {str(file)!r} is not of a supported kind (plain, Plus, full-face); its image_proj "
+            f"holds {', '.join(sorted(projection)[:4])}"
         )
     if form == "proj_in.weight" and first.shape[1] == FACE_WIDTH:
         raise AdapterError(

@@ -151,7 +151,7 @@ def _schedule_arguments(request: GenerateRequest, trained: int) -> dict[str, Any
         if any(a <= b for a, b in pairwise(values)) or values[-1] < 0 or values[0] > most:
             within = "0 and up" if most == math.inf else f"0 to {most}"
             shown = ", ".join(f"{value:g}" for value in values[:8])
-            raise refused(name, f"must fall from value to value, within {within}; got {shown}")
+            raise refused(name, f"must decrease and lie within {within}; got {shown}")
         return {name: values, "num_inference_steps": len(values)}
     return {}
 

@@ -154,7 +154,7 @@ class PipelineEngine:
         try:
             self._previewer = Previewer(self.pipe, self.spec, queue, self.world.device)
         except (RuntimeError, ValueError, AttributeError) as error:
-            log.warning("the page shows no previews: %s", error)
+            log.warning("previews are off: %s", error)
 
     def enlarge(self, draft: Reply, second: SecondPass) -> bytes:
         """The safetensors of a first pass' latents as its second pass takes them."""

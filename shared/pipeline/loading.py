@@ -201,7 +201,7 @@ def _check_tokenizers(pipe: Pipeline, spec: ModelSpec, config: HostConfig) -> No
         if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
             raise LoadError(
                 f"--checkpoint {config.checkpoint!r}: {name} has no vocabulary; its folder must hold "
-                "tokenizer.json or what the tokenizer was made from"
+                "tokenizer.json or the vocabulary files"
             )
 
 
@@ -226,7 +226,7 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
     if spec.inpaint_pipeline and inputs == INPAINT_CHANNELS:
         if config.control_net:
             raise LoadError(
-                "--control_net: not with an inpainting checkpoint, whose UNet has 9 input channels"
+                "--control_net does not support an inpainting checkpoint, whose UNet has 9 input channels"
             )
         cls = getattr(diffusers, spec.inpaint_pipeline)
     parts: dict[str, Any] = {}
@@ -243,8 +243,8 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
         parts["motion_adapter"] = adapters.load_motion_adapter(motion, dtype)
     elif takes_motion and not index.get("motion_adapter", [None])[0]:
         raise LoadError(
-            f"type {spec.name} with a checkpoint that has no motion adapter of its own needs "
-            "--motion_adapter or --motion_module; got neither"
+            f"type {spec.name} needs --motion_adapter or --motion_module with a checkpoint that has no "
+            "motion adapter of its own; got neither"
         )
     log.info("loading %s from %s", cls.__name__, config.checkpoint)
     if header is not None:
@@ -355,8 +355,8 @@ def _check_scales(folder: Path) -> None:
             continue  # loading says so
         if scales:
             raise LoadError(
-                f"--checkpoint {str(folder)!r}: {file.name} of {file.parent.name} has scaled weights "
-                f"(key {scales[0]!r}), which only a single file may have"
+                f"--checkpoint {str(folder)!r}: {file.name} of {file.parent.name} has scaled weights (key "
+                f"{scales[0]!r}), which are supported only in a single file"
             )
 
 
@@ -364,15 +364,15 @@ def _check_index(spec: ModelSpec, index: dict[str, Any], folder: Path) -> None:
     """A checkpoint of another type loads in part and fails later, or not at all: say it now."""
     name = index.get("_class_name")
     if what := OTHER_PIPELINES.get(str(name)):
-        raise LoadError(f"--checkpoint {str(folder)!r} is {what} ({name}), which type {spec.name} is not")
+        raise LoadError(f"--checkpoint {str(folder)!r} is {what} ({name}), not of type {spec.name}")
     if spec.name == "sdxl" and index.get("requires_aesthetics_score"):
-        raise LoadError(f"--checkpoint {str(folder)!r} is the SDXL refiner, which no type here loads")
+        raise LoadError(f"--checkpoint {str(folder)!r} is the SDXL refiner, which no type supports")
     owners = [s for s in MODELS.values() if name in (s.pipeline, s.inpaint_pipeline)]
     kin = [s for s in owners if s.single_file_config == spec.single_file_config and s.output == "image"]
     if owners and spec not in owners and not (kin and spec.single_file_config):
         raise LoadError(
-            f"--checkpoint {str(folder)!r} is a {name}, so of type {' or '.join(s.name for s in owners)}; "
-            f"got --type={spec.name}"
+            f"--checkpoint {str(folder)!r} is a {name}, so its type is "
+            f"{' or '.join(s.name for s in owners)}; got --type={spec.name}"
         )
     present = {key for key, value in index.items() if isinstance(value, list) and value and value[0]}
     encoders = {key for key in present if key.startswith("text_encoder")}

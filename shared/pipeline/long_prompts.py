@@ -113,7 +113,7 @@ def encode_chunks(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], notat
         if tensor.shape[1] != length * 77:
             name = "negative_embeds" if side else "positive_embeds"
             raise ValueError(
-                f"{name}: must hold {length * 77} tokens beside this prompt, got {tensor.shape[1]}"
+                f"{name}: must hold {length * 77} tokens to match this prompt, got {tensor.shape[1]}"
             )
 
 

@@ -120,7 +120,7 @@ class LoraSet:
         self.set_scales({})
         if unmatched:
             log.warning(
-                "LoRA %s: %d of %d layers fit, the rest is left out (%s)",
+                "LoRA %s: %d of %d layers fit; the others are ignored (%s)",
                 path, matched, matched + len(unmatched), _sample(unmatched),
             )  # fmt: skip
         else:
@@ -239,7 +239,7 @@ def _numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         try:
             wide = value.float() if floats and value.element_size() == 1 else value
         except RuntimeError:
-            raise LoraError(f"{key!r} is {value.dtype}, which cannot be read") from None
+            raise LoraError(f"{key!r} is {value.dtype}, which is not supported") from None
         if floats and not torch.isfinite(wide).all():
             raise LoraError(f"{key!r} holds NaN or Inf")
         if of := SCALE.match(key):
@@ -248,10 +248,10 @@ def _numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             found[key] = wide
     for key, value in found.items():
         if KEY.match(key) and not value.is_floating_point():
-            raise LoraError(f"{key!r} must hold floats, it is {str(value.dtype).removeprefix('torch.')}")
+            raise LoraError(f"{key!r} must hold floats, got {str(value.dtype).removeprefix('torch.')}")
     for key, scale in scales.items():
         if key not in found:
-            raise LoraError(f"there is a scale for {key!r}, which is not there")
+            raise LoraError(f"the scale of {key!r} has no weight to scale")
         try:
             found[key] = scaled(key, found[key], scale)
         except ValueError as error:
@@ -270,7 +270,7 @@ def match_layers(
     tensors = _numbers(tensors)
     foreign = [key for key in tensors if FOREIGN.search(key)]
     if foreign:
-        raise LoraError(f"this is not a plain LoRA but DoRA, LoHa, LoKr or the like (key {foreign[0]!r})")
+        raise LoraError(f"DoRA, LoHa, LoKr and similar formats are not supported (key {foreign[0]!r})")
     parts = _parts(pipe, spec)
     matched, unmatched = _resolve(parts, spec, _pairs(tensors))
     if unmatched and hasattr(pipe, "lora_state_dict"):
@@ -296,7 +296,7 @@ def _pairs(tensors: Mapping[str, torch.Tensor], alphas: Mapping[str, float] | No
             setattr(pair, ROLES[found["role"]], value)
         elif found := ALPHA.match(key):
             if value.numel() != 1:
-                raise LoraError(f"{key!r} must be one number, it has shape {list(value.shape)}")
+                raise LoraError(f"{key!r} must be one number, got shape {list(value.shape)}")
             pairs.setdefault(found["layer"], Pair()).alpha = float(value)
         else:
             pairs.setdefault(key, Pair())
@@ -314,7 +314,7 @@ def _converted(pipe: Pipeline, spec: ModelSpec, tensors: dict[str, torch.Tensor]
     try:
         result = type(pipe).lora_state_dict(dict(tensors), unet_config=config)
     except FALLBACK_ERRORS as error:
-        log.debug("diffusers converts this LoRA neither: %s", error)
+        log.debug("diffusers cannot convert this LoRA either: %s", error)
         return None
     state, alphas = result if isinstance(result, tuple) else (result, None)
     return _pairs(state, alphas)

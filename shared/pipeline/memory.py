@@ -32,11 +32,11 @@ def check_memory_flags(config: HostConfig, device: torch.device) -> None:
     """Refuse, before any weight is read, what this machine cannot do. Raises MemoryFlagError."""
     for flag in OFFLOADS:
         if getattr(config, flag) and device.type == "cpu":
-            raise MemoryFlagError(f"--{flag}: offloads from a GPU, and this rank computes on the CPU")
+            raise MemoryFlagError(f"--{flag} offloads from a GPU, but this rank computes on the CPU")
     if config.xformers_efficient:
         if device.type == "cpu":
             raise MemoryFlagError(
-                "--xformers_efficient: xformers computes on GPUs only; CPUs use PyTorch's own attention"
+                "--xformers_efficient: xformers supports only GPUs; on CPUs PyTorch's own attention is used"
             )
         if importlib.util.find_spec("xformers") is None:
             raise MemoryFlagError(
@@ -52,7 +52,9 @@ def apply_vae_flags(pipe: Pipeline, config: HostConfig) -> None:
             try:
                 getattr(pipe.vae, method)()
             except (AttributeError, NotImplementedError):
-                raise MemoryFlagError(f"--{flag}: {type(pipe.vae).__name__} has no {method}") from None
+                raise MemoryFlagError(
+                    f"--{flag} is not supported: {type(pipe.vae).__name__} has no {method}"
+                ) from None
 
 
 def apply_xformers(pipe: Pipeline, config: HostConfig) -> None:

@@ -60,7 +60,7 @@ def make_reply(
     """The reply with what the pipeline put out; its pictures are not encoded yet.
 
     Raises:
-        RequestError: 422, NaN or Inf came out.
+        RequestError: 422, the result contains NaN or Inf.
     """
     spec = config.spec
     format = request.output_format or "png"
@@ -72,7 +72,7 @@ def make_reply(
         what = "a latent" if format == "latent" else "a video" if video else "a picture"
         half = pipe.dtype is torch.float16
         hint = " in fp16; --variant=bf16 or fp32 may help" if half else ""
-        raise RequestError(422, [FieldProblem("", f"{what} of NaN or Inf came out{hint}")])
+        raise RequestError(422, [FieldProblem("", f"{what} contains NaN or Inf{hint}")])
     latent = None
     files: list[bytes] = []
     pictures: list[Image.Image] = []

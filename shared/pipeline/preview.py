@@ -124,7 +124,7 @@ def fit_projection(vae: Any, device: torch.device) -> torch.Tensor:
         z = (z - mean) / std
     z = (z - (config.get("shift_factor") or 0.0)) * config.scaling_factor
     if not bool(z.isfinite().all()):
-        raise RuntimeError("the VAE encodes a picture to numbers that are not finite")
+        raise RuntimeError("the VAE encodes a picture to NaN or Inf")
     wanted = F.adaptive_avg_pool2d(pixels, z.shape[-2:])
     return torch.linalg.lstsq(_with_one(_rows(z[0])), _rows(wanted[0])).solution.to(device)
 

@@ -108,10 +108,10 @@ def prompt_arguments(
         return {}
     arguments: dict[str, Any] = {}
     if spec.embeds_mask and negative_embeds is not None and positive_embeds is None:
-        raise PromptError(f"negative_embeds: type {spec.name} takes it beside positive_embeds only")
+        raise PromptError(f"negative_embeds: type {spec.name} supports it only together with positive_embeds")
     if clip_skip:
         if positive_embeds is not None and negative_embeds is not None:
-            raise PromptError("clip_skip: there is no prompt to encode, both sides are given as embeddings")
+            raise PromptError("clip_skip: no prompt is encoded, because both are given as embeddings")
         _check_clip_skip(pipe, clip_skip, compel)
         arguments["clip_skip"] = clip_skip
         _alias_text_model(pipe.text_encoder)
@@ -165,11 +165,12 @@ def _pooled_width(config: Any, spec: ModelSpec) -> int:
 
 def _check_clip_skip(pipe: Pipeline, clip_skip: int, compel: bool) -> None:
     if compel:
-        raise PromptError("clip_skip: compel takes the text encoder's usual output; leave one of the two out")
+        raise PromptError("clip_skip: compel does not support it; leave one of the two out")
     layers = pipe.text_encoder.config.num_hidden_layers
     if clip_skip >= layers:
         raise PromptError(
-            f"clip_skip: the text encoder has {layers} layers, so at most {layers - 1}; got {clip_skip}"
+            f"clip_skip: must be at most {layers - 1}, because the text encoder has {layers} layers; got "
+            f"{clip_skip}"
         )
 
 
@@ -199,12 +200,12 @@ def _compel(pipe: Pipeline, spec: ModelSpec, positive: str, negative: str) -> di
     except (PromptParser.ParsingException, pyparsing.ParseBaseException) as error:
         raise PromptError(f"positive: compel cannot parse the prompt: {error}") from None
     except RecursionError:
-        raise PromptError("positive: too many brackets in each other for compel") from None
+        raise PromptError("positive: too many nested brackets for compel") from None
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
         raise PromptError(
-            f"positive: compel cannot read the prompt: {error or type(error).__name__}"
+            f"positive: compel cannot parse the prompt: {error or type(error).__name__}"
         ) from None
     if not torch.isfinite(made.embeds).all():
         raise PromptError("positive: compel's weights are too large")
@@ -233,4 +234,4 @@ def _check_compel(field: str, text: str) -> None:
         (deepest, COMPEL_DEPTH, "brackets in each other"),
     ):
         if found > most:
-            raise PromptError(f"{field}: with --compel it may have {most} {of}; got {found}")
+            raise PromptError(f"{field}: must have at most {most} {of} with --compel; got {found}")

@@ -156,10 +156,10 @@ def _read_gguf(path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         tensors = load_gguf_checkpoint(path)
     except ValueError as error:
         if "quantization type" not in str(error):
-            raise QuantizeError(f"--gguf_model: {path!r} cannot be read: it is cut off or broken") from None
+            raise QuantizeError(f"--gguf_model: {path!r} cannot be read: it is truncated or broken") from None
         raise QuantizeError(f"--gguf_model: {path!r}: {first_line(error)}") from None
     except (OSError, IndexError, KeyError, OverflowError, UnicodeError):
-        raise QuantizeError(f"--gguf_model: {path!r} cannot be read: it is cut off or broken") from None
+        raise QuantizeError(f"--gguf_model: {path!r} cannot be read: it is truncated or broken") from None
     for name, shape in shapes.items():
         tensor = tensors.get(name)
         if tensor is None:

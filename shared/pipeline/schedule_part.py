@@ -39,13 +39,15 @@ def part_of_schedule(
     scheduler = pipe.scheduler
     for name, given in (("denoising_start", start), ("strength", strength)):
         if given and "latents" not in arguments:
-            raise refused(name, "starts from the latents that an earlier request ended with; no latent")
+            raise refused(name, "needs the latent that an earlier request ended with; got none")
     in_pairs = getattr(scheduler, "order", 1) != 1 or not scheduler.config.get("skip_prk_steps", True)
     # Consistency models (LCM, TCD) leap to the picture in each step, and the last one stays there.
     leaps = "original_inference_steps" in inspect.signature(type(scheduler).__init__).parameters
     if (in_pairs or leaps) and (start or end not in (None, 1.0)):
         name = type(scheduler).__name__
-        raise refused("denoising_start" if start else "denoising_end", f"{name} cannot run in parts")
+        raise refused(
+            "denoising_start" if start else "denoising_end", f"{name} does not support a part of a schedule"
+        )
     with contextlib.ExitStack() as held:
         show: Callable[[torch.Tensor], None] | None = None
         if strength is not None:
@@ -77,7 +79,9 @@ def _last_steps(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest, steps
     if request.denoising_end is not None:
         last = _before(pipe.scheduler, part, request.denoising_end)
         if not last:
-            raise refused("denoising_end", f"no step of the {left} that strength leaves lies before it")
+            raise refused(
+                "denoising_end", f"must come after at least one of the {left} steps that strength leaves"
+            )
         part = part[:last]
     return part
 

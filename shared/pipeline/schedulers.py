@@ -54,13 +54,13 @@ def make_scheduler(
     cls = getattr(diffusers, entry.cls)
     if "sigma_data" in current.config:
         if settings and not settings.get("use_karras_sigmas"):
-            raise SchedulerError(f"{name} does not fit this checkpoint: EDM's sigmas are Karras'")
+            raise SchedulerError(f"{name} does not fit this checkpoint: EDM's sigmas are Karras sigmas")
         cls, settings = getattr(diffusers, _edm_class(name, entry.cls)), {}
     allowed = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "kwargs")]
     if current.config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in allowed:
         raise SchedulerError(
-            f"{name} cannot do the zero terminal SNR that this checkpoint was trained with; "
-            f"those that can: {', '.join(_with_zero_snr(spec))}"
+            f"{name} does not support the zero terminal SNR that this checkpoint was trained with; "
+            f"supported: {', '.join(_with_zero_snr(spec))}"
         )
     if "discrete" in entry.families and "eta" in inspect.signature(cls.step).parameters:
         allowed.append("eta")
@@ -118,7 +118,9 @@ def _edm_class(name: str, cls: str) -> str:
     """The form of a scheduler for a checkpoint that was trained with EDM's sigmas. Raises SchedulerError."""
     if cls not in EDM_CLASSES:
         known = ", ".join(s.name for s in SCHEDULERS.values() if s.cls in EDM_CLASSES and not s.settings)
-        raise SchedulerError(f"{name} does not fit this checkpoint, which has EDM's sigmas; it takes {known}")
+        raise SchedulerError(
+            f"{name} does not fit this checkpoint, which was trained with EDM's sigmas; supported: {known}"
+        )
     return EDM_CLASSES[cls]
 
 

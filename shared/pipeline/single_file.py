@@ -74,9 +74,8 @@ def load_single_file(
     if missing:
         raise SingleFileError(
             f"--checkpoint {str(file)!r} has no {' and no '.join(missing)} "
-            f"(keys {', '.join(missing.values())}*); what a file lacks must lie, as in a diffusers folder, "
-            f"in the folder {str(file.with_suffix(''))!r}: config.json and weights in "
-            f"{str(file.with_suffix('') / next(iter(missing)))!r}"
+            f"(keys {', '.join(missing.values())}*); put what is missing beside it, as in a "
+            f"diffusers folder: config.json and weights in {str(file.with_suffix('') / next(iter(missing)))!r}"
         )
     weights = _grouped(spec, read_weights(file, dtype))
     # diffusers finds each text encoder among all of them.
@@ -144,7 +143,7 @@ def _missing(
             continue
         if name == "text_encoder_3":
             found |= {name: None, name.replace("text_encoder", "tokenizer"): None}
-            log.info("%s has no T5 encoder: the type runs without it", header.file)
+            log.info("%s has no T5 encoder; the type runs without it", header.file)
         else:
             missing[name] = wanted[0]
     return missing

@@ -94,12 +94,12 @@ def apply_scales(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[s
     """
     packed = next((n for n in tensors if n.endswith(PACKED) or ".quant_state." in n), None)
     if packed:
-        raise ValueError(f"its weights are packed in a way that is not known here (key {packed!r})")
+        raise ValueError(f"its weights are packed in a way that is not supported (key {packed!r})")
     for name, value in tensors.items():
         if name.endswith(".comfy_quant"):
             form = json.loads(bytes(value.view(torch.uint8).tolist()).decode() or "{}").get("format")
             if form not in FORMATS:
-                raise ValueError(f"its weights are quantized as {form!r}; known are {', '.join(FORMATS)}")
+                raise ValueError(f"its weights are quantized as {form!r}; supported: {', '.join(FORMATS)}")
     found = dict(tensors)
     count = 0
     for name in tensors:
@@ -176,12 +176,12 @@ def check_kind(header: Header, spec: ModelSpec) -> None:
     said = f"--checkpoint {str(header.file)!r}"
     if header.has("model_ema.") and not header.has(DENOISER):
         raise SingleFileError(
-            f"{said} has the averaged weights alone (EMA, keys model_ema.*), in no usable form"
+            f"{said} holds only averaged weights (EMA, keys model_ema.*), which cannot be loaded"
         )
     kind = family(header)
     if kind is None:
         first = ", ".join(repr(name) for name in sorted(header.shapes)[:3]) or "none"
-        raise SingleFileError(f"{said} is no model that is known here; its tensors are {first} ...")
+        raise SingleFileError(f"{said} is not a supported model; its tensors are {first} ...")
     if kind.name == "sdxl" and _is_refiner(header):
         kind = next(k for k in FILE_KINDS if "refiner" in k.title)
     if kind.name != spec.single_file_config:

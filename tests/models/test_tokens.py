@@ -125,7 +125,7 @@ def test_a_transformer_without_stages_is_refused(monkeypatch: pytest.MonkeyPatch
     pipe = tiny.load("pixa")
     plan = TokenPlan("PixArtTransformer2DModel", "PixArt", ("transformer_blocks",), ("attn1",), ())
     monkeypatch.setitem(TOKEN_PLANS, plan.name, plan)
-    with pytest.raises(ValueError, match="no stages of PixArtTransformer2DModel"):
+    with pytest.raises(ValueError, match="PipeFusion does not support PixArtTransformer2DModel"):
         XDiTPipeFusion(pipe, Degrees(pipefusion=2))
 
 

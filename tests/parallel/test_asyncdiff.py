@@ -457,7 +457,10 @@ def test_one_rank_is_the_plain_pipeline():
         ({"model_n": 1, "stride": 3}, "stride 3"),
         ({"model_n": 1, "warm_up_steps": 0}, "warm_up_steps 0"),
         ({"model_n": 1, "async_steps": 0}, "async_steps 0"),
-        ({"model_n": 1, "stage_weights": [1, 1]}, "2 stage weights for 1 stages"),
+        (
+            {"model_n": 1, "stage_weights": [1, 1]},
+            "stage_weights must hold 1 numbers, one for each stage; got 2",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str):

@@ -402,7 +402,7 @@ def dressed(name: str) -> dict[str, Any]:
     check("all", **WARM | WHOLE)
     check("all, branches", **WARM)
     check("all, steady", warm_up_steps=1, **WHOLE)
-    with pytest.raises(ValueError, match="LoRA: fuse it first"):
+    with pytest.raises(ValueError, match="LoRA; fuse it first"):
         DistriFusion(pipe, "tensor", split_batch=False)
     assert not any("forward" in m.__dict__ for m in pipe.unet.modules())
     pipe.fuse_lora()
@@ -415,7 +415,7 @@ def dressed(name: str) -> dict[str, Any]:
     with DistriFusion(pipe, **WARM | WHOLE) as parallel:
         made = picture(pipe, name, parallel, **extra)
     found["quantized"] = [psnr(made, picture(pipe, name, **extra))], True
-    with pytest.raises(ValueError, match=r"divides plain weights; this is a Q"):
+    with pytest.raises(ValueError, match=r"supports only plain weights; this is a Q"):
         DistriFusion(pipe, "tensor", split_batch=False)
     return found
 
@@ -695,7 +695,7 @@ def test_cuts(length: int, unit: int, ranks: int, expected: list[int]):
 
 
 def test_too_small_a_picture_is_refused_with_what_fits():
-    with pytest.raises(ValueError, match=r"512 pixels make 8 patches of 64, too few for 9 .* 520 .*\(576"):
+    with pytest.raises(ValueError, match=r"512 pixels make only 8 patches of 64 for 9 .* 520 .*\(576"):
         cuts(64, 8, 9, 8)
 
 
@@ -704,8 +704,8 @@ def test_too_small_a_picture_is_refused_with_what_fits():
     [
         ({"parallelism": "rows"}, "must be one of patch, tensor, naive_patch"),
         ({"sync_mode": "none"}, "must be one of corrected_async_gn"),
-        ({"split_scheme": "alternate"}, "'alternate' is for naive_patch"),
-        ({"warm_up_steps": 0}, "at least one step must be synchronous"),
+        ({"split_scheme": "alternate"}, "'alternate' needs parallelism 'naive_patch'"),
+        ({"warm_up_steps": 0}, "warm_up_steps must be 1 or more; got 0"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str):

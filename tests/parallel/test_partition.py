@@ -213,12 +213,12 @@ def test_equal_balance_takes_the_cheaper_cut():
 @pytest.mark.parametrize(
     ("n", "settings", "problem"),
     [
-        (4, {}, "cannot divide 3 units into 4 stages"),
-        (0, {}, "cannot divide 3 units into 0 stages"),
+        (4, {}, "must be 1 to 3, the number of units; got 4"),
+        (0, {}, "must be 1 to 3, the number of units; got 0"),
         (2, {"weights": [1, 2, 3]}, "for 2 stages"),
         (2, {"weights": [1, 0]}, r"stage weights \[1, 0\]"),
-        (2, {"costs": [1, 2]}, "2 costs for 3 units"),
-        (2, {"costs": [1, 2, -1]}, "none below 0"),
+        (2, {"costs": [1, 2]}, "costs must hold 3 numbers of 0 or more"),
+        (2, {"costs": [1, 2, -1]}, "costs must hold 3 numbers of 0 or more"),
     ],
 )
 def test_impossible_divisions_are_refused(n: int, settings: dict[str, Any], problem: str):

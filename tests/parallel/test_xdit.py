@@ -612,10 +612,10 @@ def test_steps_are_told_on_the_gpu_that_computes_them(monkeypatch: pytest.Monkey
     ("name", "degrees", "options", "words"),
     [
         ("sd1", {}, {}, "no transformer"),
-        ("sd3", {"tensor": 2}, {}, "divides no layers of SD3Transformer2DModel"),
-        ("flux", {"cfg": 2}, {}, "one branch"),
+        ("sd3", {"tensor": 2}, {}, "does not shard the layers of SD3Transformer2DModel"),
+        ("flux", {"cfg": 2}, {}, "only one guidance branch"),
         ("sd3", {}, {"cache": "fbcache"}, "does not fit SD3Transformer2DModel"),
-        ("flux", {"tensor": 2}, {"cache": "fbcache"}, "only with Ulysses, ring and data"),
+        ("flux", {"tensor": 2}, {"cache": "fbcache"}, "supports only Ulysses, ring and data"),
         ("pixa", {"ulysses": 3}, {}, "4 attention heads"),
     ],
 )

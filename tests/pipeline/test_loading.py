@@ -90,10 +90,10 @@ def test_vae() -> None:
 @pytest.mark.parametrize(
     ("name", "given", "says"),
     [
-        ("sd1", "sdxl", "is a StableDiffusionXLPipeline, so of type sdxl; got --type=sd1"),
-        ("sd1", "ad", "so of type ad"),
-        ("sdup", "sd1", "so of type sd1 or sd2"),
-        ("pixs", "pixa", "so of type pixa"),
+        ("sd1", "sdxl", "is a StableDiffusionXLPipeline, so its type is sdxl; got --type=sd1"),
+        ("sd1", "ad", "so its type is ad"),
+        ("sdup", "sd1", "so its type is sd1 or sd2"),
+        ("pixs", "pixa", "so its type is pixa"),
     ],
 )
 def test_another_type(name: str, given: str, says: str) -> None:

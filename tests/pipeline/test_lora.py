@@ -253,8 +253,8 @@ def test_in_float8(tmp_path, suffix) -> None:
         (lambda t: t.fill_(float("nan")), "holds NaN or Inf"),
         (lambda t: t.fill_(float("-inf")), "holds NaN or Inf"),
         (lambda t: t.fill_(float("nan")).to(torch.float8_e4m3fn), "holds NaN or Inf"),
-        (lambda t: t.to(torch.int8), "must hold floats, it is int8"),
-        (lambda t: t.to(torch.int64), "must hold floats, it is int64"),
+        (lambda t: t.to(torch.int8), "must hold floats, got int8"),
+        (lambda t: t.to(torch.int64), "must hold floats, got int64"),
     ],
 )
 def test_what_is_no_number_is_refused(spoil, says, tmp_path) -> None:

@@ -186,7 +186,7 @@ def test_clip_skip(name: str) -> None:
 
 
 def test_clip_skip_refused() -> None:
-    with pytest.raises(PromptError, match="has 2 layers, so at most 1; got 2"):
+    with pytest.raises(PromptError, match="must be at most 1, because the text encoder has 2 layers; got 2"):
         prompt_arguments(pipe_of("sd1"), MODELS["sd1"], TEXT, clip_skip=2)
     with pytest.raises(PromptError, match="clip_skip: compel"):
         prompt_arguments(pipe_of("sd1"), MODELS["sd1"], TEXT, clip_skip=1, compel=True)

@@ -119,7 +119,7 @@ def test_gguf_refused(tmp_path) -> None:
     whole = tiny_original.gguf("sd1").read_bytes()
     for size in (4, 1000, len(whole) // 2):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
-        with pytest.raises(LoadError, match="cannot be read: it is cut off or broken"):
+        with pytest.raises(LoadError, match="cannot be read: it is truncated or broken"):
             tiny.host("sd1", gguf_model=str(tmp_path / "cut.gguf"))
     with pytest.raises(LoadError, match=r"does not fit type sd1|lacks"):
         tiny.host("sd1", gguf_model=str(tiny_original.gguf("sdxl")))

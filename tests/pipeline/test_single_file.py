@@ -227,7 +227,7 @@ def test_velocity(
     )
     assert np.abs(tiny.run(other, name) - tiny.run(right, name)).max() < 1e-5
     if "ztsnr" in keys:
-        with pytest.raises(UsageError, match=r"heun cannot do the zero terminal SNR .*: ddim, "):
+        with pytest.raises(UsageError, match=r"heun does not support the zero terminal SNR .*: ddim, "):
             tiny.host(name, checkpoint=file, scheduler="heun")
 
 
@@ -273,7 +273,9 @@ def test_playground(shipped: Path) -> None:
         euler = tiny.host("sdxl", checkpoint=checkpoint, scheduler="euler")
         right.scheduler = diffusers.EDMEulerScheduler.from_config(right.scheduler.config)
         assert np.abs(tiny.run(euler, "sdxl") - tiny.run(right, "sdxl")).max() < 1e-5
-        with pytest.raises(UsageError, match=r"heun does not fit this checkpoint, .* takes dpmpp_2m, euler"):
+        with pytest.raises(
+            UsageError, match=r"heun does not fit this checkpoint, .* supported: dpmpp_2m, euler"
+        ):
             tiny.host("sdxl", checkpoint=checkpoint, scheduler="heun")
 
 
@@ -371,7 +373,7 @@ def other_kinds() -> dict[str, tuple[str, Any, str]]:
         "vae2": ("sd1", lambda: tiny_original.vae(tiny.load("sd1").vae), "a VAE"),
         "t5": ("flux", lambda: tiny.load("flux").text_encoder_2.state_dict(), "a text encoder"),
         "control": ("sd1", lambda: load_file(tiny_extras.control_net("sd1") / NAME), "a ControlNet"),
-        "ema": ("sd1", lambda: {"model_ema.a": one, "first_stage_model.b": one}, "averaged weights alone"),
+        "ema": ("sd1", lambda: {"model_ema.a": one, "first_stage_model.b": one}, "only averaged weights"),
         "sdxl": ("sd1", lambda: source("sdxl"), "is Stable Diffusion XL, not of type sd1: --type=sdxl loads"),
         "sd1": ("sdxl", lambda: source("sd1"), "is Stable Diffusion 1, .*: --type=ad or sd1 loads it"),
         "sd2": ("sd1", lambda: source("sd2"), "is Stable Diffusion 2"),
@@ -382,7 +384,7 @@ def other_kinds() -> dict[str, tuple[str, Any, str]]:
         "fill": ("flux", lambda: inputs("flux", 6, "x_embedder.weight"), "is FLUX.1 Fill"),
         "chroma": ("flux", lambda: {"distilled_guidance_layer.in_proj.bias": one}, "is Chroma"),
         "motion": ("sd1", lambda: {"down_blocks.0.motion_modules.0.a": one}, "a motion module"),
-        "else": ("sd1", lambda: {"what": one}, "no model that is known here; its tensors are 'what'"),
+        "else": ("sd1", lambda: {"what": one}, "not a supported model; its tensors are 'what'"),
     }
 
 

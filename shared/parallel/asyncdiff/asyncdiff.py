@@ -76,22 +76,28 @@ class AsyncDiff(Method):
         async_steps: int | None = None,
     ) -> None:
         if async_steps is not None and async_steps < 1:
-            raise ValueError(f"async_steps {async_steps}: 1 or more, or None for all")
+            raise ValueError(f"async_steps must be 1 or more, or None for all; got {async_steps}")
         if model_n < 1 or stride not in (1, 2):
-            raise ValueError(f"model_n {model_n} with stride {stride}: model_n is 1 or more, stride 1 or 2")
+            raise ValueError(
+                f"model_n must be 1 or more and stride 1 or 2; got model_n {model_n}, stride {stride}"
+            )
         if warm_up_steps < 1:
-            raise ValueError(f"warm_up_steps {warm_up_steps}: at least one step must be synchronous")
+            raise ValueError(f"warm_up_steps must be 1 or more; got {warm_up_steps}")
         if stage_weights is not None and len(stage_weights) != model_n:
-            raise ValueError(f"{len(stage_weights)} stage weights for {model_n} stages")
+            raise ValueError(
+                f"stage_weights must hold {model_n} numbers, one for each stage; got {len(stage_weights)}"
+            )
         _, rank, ranks = Ranks.of(group)
         if ranks != model_n + stride - 1:
             raise ValueError(
-                f"model_n {model_n} with stride {stride} takes {model_n + stride - 1} ranks "
-                f"(model_n + stride - 1), the group has {ranks}"
+                f"model_n {model_n} with stride {stride} needs {model_n + stride - 1} ranks (model_n + "
+                f"stride - 1); the group has {ranks}"
             )
         found = denoiser or part_of(pipeline, "unet") or part_of(pipeline, "transformer")
         if not isinstance(found, nn.Module):
-            raise ValueError(f"{type(pipeline).__name__} has no unet or transformer: name its denoiser")
+            raise ValueError(
+                f"{type(pipeline).__name__} has no unet or transformer; pass the module as denoiser"
+            )
         super().__init__(pipeline)
         self.denoiser, self.group = found, group
         self.model_n, self.stride, self.time_shift = model_n, stride, time_shift
@@ -176,8 +182,8 @@ class AsyncDiff(Method):
             stage.start = self._position(t)
         if step >= max(steps, len(self.pipeline.scheduler.timesteps)):
             raise RuntimeError(
-                f"the denoiser was called {step + 1} times since begin(steps={steps}): "
-                "call begin before each generation"
+                f"the denoiser was called {step + 1} times since begin(steps={steps}); call begin before "
+                "each generation"
             )
         if not self.asynchronous(step):
             return stage.graphs.run(
@@ -219,7 +225,7 @@ class AsyncDiff(Method):
         found = (schedule == t.flatten()[0].to(schedule)).nonzero()
         if not len(found):
             raise ValueError(
-                f"timestep {t.flatten()[0].item()} is not among the scheduler's {schedule.tolist()}"
+                f"timestep {t.flatten()[0].item()} is not one of the scheduler's: {schedule.tolist()}"
             )
         return int(found[0])
 

@@ -117,9 +117,9 @@ def partition(
     m = len(trace.units)
     cost = [float(c) for c in (trace.flops if costs is None else costs)]
     if not 1 <= n <= m:
-        raise ValueError(f"cannot divide {m} units into {n} stages: 1 to {m} are possible")
+        raise ValueError(f"the number of stages must be 1 to {m}, the number of units; got {n}")
     if len(cost) != m or min(cost) < 0:
-        raise ValueError(f"{len(cost)} costs for {m} units: one each is needed, none below 0")
+        raise ValueError(f"costs must hold {m} numbers of 0 or more, one for each unit; got {cost}")
     share = _shares(weights, n)
     limit = _optimum(cost, share) * (1 + slack)
     starts = np.array(list(_starts(cost, share, limit)), dtype=np.int64)
@@ -149,7 +149,7 @@ def _shares(weights: Sequence[float] | None, n: int) -> list[float]:
     if weights is None:
         return [1.0] * n
     if len(weights) != n or any(not w > 0 for w in weights):
-        raise ValueError(f"stage weights {list(weights)} for {n} stages: give {n} numbers above 0")
+        raise ValueError(f"stage weights must be {n} numbers above 0; got {list(weights)}")
     return [w * n / sum(weights) for w in weights]
 
 

@@ -79,14 +79,14 @@ class DistriFusion(Method):
             ("sync_mode", sync_mode, get_args(SyncMode)),
         ):
             if value not in allowed:
-                raise ValueError(f"{name} {value!r}: must be one of {', '.join(allowed)}")
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
         if split_scheme == "alternate" and parallelism == "patch":
             raise ValueError(
-                "split_scheme 'alternate' is for naive_patch: other patches stay in place from step to step; "
-                "got parallelism 'patch'"
+                "split_scheme 'alternate' needs parallelism 'naive_patch', because other patches keep "
+                "their place from step to step; got 'patch'"
             )
         if parallelism == "patch" and warm_up_steps < 1 and sync_mode != "full_sync":
-            raise ValueError(f"warm_up_steps {warm_up_steps}: at least one step must be synchronous")
+            raise ValueError(f"warm_up_steps must be 1 or more; got {warm_up_steps}")
         self.unet = model_of(pipeline, "unet")
         super().__init__(pipeline)
         self.parallelism, self.group = parallelism, group

@@ -113,7 +113,9 @@ class PatchLayers:
         base, very_first = inner[0], name == "conv_in"
         for conv in inner:
             if conv.padding_mode != "zeros":
-                raise ValueError(f"{name}: padding mode {conv.padding_mode!r}; patches need 'zeros'")
+                raise ValueError(
+                    f"{name}: patches support only padding mode 'zeros'; got {conv.padding_mode!r}"
+                )
 
         def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
             run = self.run
@@ -274,7 +276,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if isinstance(module, Attention):
             if getattr(module, "fused_projections", False):
-                raise ValueError(f"{name}: fused projections; call unfuse_qkv_projections() first")
+                raise ValueError(
+                    f"{name}: fused projections are not supported; call unfuse_qkv_projections() first"
+                )
             yield name, module
         elif isinstance(module, nn.GroupNorm):
             yield name, module
@@ -287,7 +291,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _pad(conv: nn.Conv2d) -> tuple[int, ...]:
     if isinstance(conv.padding, str):
-        raise ValueError(f"a convolution with padding {conv.padding!r}; patches need numbers")
+        raise ValueError(f"patches support only padding given as numbers; a convolution has {conv.padding!r}")
     return conv.padding
 
 

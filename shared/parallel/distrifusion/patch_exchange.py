@@ -151,7 +151,7 @@ class PatchExchange:
         for rank, offers in enumerate(everyone):
             if [o.kind for o in offers] != [o.kind for o in everyone[0]]:
                 raise RuntimeError(
-                    f"rank {rank} runs other layers than rank 0: is the same model loaded there?"
+                    f"rank {rank} runs other layers than rank 0; load the same model on all ranks"
                 )
         order = [Slot(list(offers)) for offers in zip(*everyone, strict=True)]
         for slot in order:
@@ -183,7 +183,7 @@ class PatchExchange:
         for kind, slots in self._slots.items():
             if self.sizes is None and self._turn[kind] not in (0, len(slots)):
                 raise RuntimeError(
-                    f"{self._turn[kind]} exchanges of {kind} in this step, {len(slots)} before"
+                    f"{self._turn[kind]} exchanges of {kind} in this step, but {len(slots)} in the first step"
                 )
         for bundle in self._bundles:
             self._wait(bundle)
@@ -217,7 +217,7 @@ class PatchExchange:
         turn = self._turn[kind]
         self._turn[kind] = turn + 1
         if turn >= len(self._slots[kind]):
-            raise RuntimeError(f"more exchanges of {kind} in this step than the {turn} before")
+            raise RuntimeError(f"more exchanges of {kind} in this step than the {turn} of the first step")
         return self._slots[kind][turn]
 
     def _alike(self, kind: Kind, sizes: Sequence[int], own: tuple[torch.Tensor | None, ...]) -> Slot:

@@ -79,8 +79,8 @@ def cuts(length: int, unit: int, ranks: int, pixels: int = 1) -> list[int]:
     if units < ranks:
         least = (ranks - 1) * unit + 1
         raise ValueError(
-            f"{length * pixels} pixels make {units} patches of {unit * pixels}, too few for {ranks} ranks; "
-            f"the least that fits is {least * pixels} pixels ({ranks * unit * pixels} in equal patches)"
+            f"{length * pixels} pixels make only {units} patches of {unit * pixels} for {ranks} ranks; the "
+            f"smallest size that fits is {least * pixels} pixels ({ranks * unit * pixels} for equal patches)"
         )
     return [i * units // ranks * unit for i in range(ranks)] + [length]
 
@@ -117,8 +117,8 @@ class _Layout:
             if size == stop - start:
                 return x
         raise ValueError(
-            f"a residual of {size}, a sample of {self.length}, a patch of {self.stop - self.start} rows: "
-            "a ControlNet in guess mode needs split_batch off"
+            f"a residual of {size} rows fits neither the sample of {self.length} nor the patch of "
+            f"{self.stop - self.start}; a ControlNet in guess mode needs split_batch off"
         )
 
 

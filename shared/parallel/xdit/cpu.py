@@ -33,7 +33,9 @@ def load_xfuser(device_type: str) -> Any:
     """
     global _loaded
     if _loaded not in (None, device_type):
-        raise RuntimeError(f"xfuser runs on {_loaded} in this process; asked for {device_type}")
+        raise RuntimeError(
+            f"xfuser is loaded for {_loaded} in this process and cannot also be loaded for {device_type}"
+        )
     if _loaded is None:
         if importlib.util.find_spec("triton") is None:
             sys.modules.setdefault(MASKS, _without_triton())

@@ -69,7 +69,7 @@ class XDiT(Method):
         self.degrees = degrees
         self.transformer = model_of(pipeline, "transformer")
         if degrees.pipefusion > 1:
-            raise ValueError("PipeFusion is XDiTPipeFusion's, not XDiT's")
+            raise ValueError("XDiT does not support PipeFusion; use XDiTPipeFusion")
         if groups is None:
             groups = XfuserGroups(degrees, pipeline._execution_device)
             self.held.callback(groups.close)
@@ -181,14 +181,14 @@ def check_model(pipeline: Pipeline, degrees: Degrees, cache: Cache | None = None
                 f"{type(model).__name__}"
             )
     if degrees.tensor > 1 and not tokens.tensor:
-        raise ValueError(f"tensor degree {degrees.tensor}: xDiT divides no layers of {tokens.name}")
+        raise ValueError(f"tensor degree {degrees.tensor}: xDiT does not shard the layers of {tokens.name}")
     if degrees.cfg == 2 and tokens.branches == 1:
-        raise ValueError(f"cfg degree 2: {tokens.name} computes its guidance in one branch")
+        raise ValueError(f"cfg degree 2: {tokens.name} has only one guidance branch")
     if cache is not None and cache not in tokens.caches:
-        raise ValueError(f"{cache}: does not fit {tokens.name}")
+        raise ValueError(f"{cache} does not support {tokens.name}")
     if cache is not None and (nets or degrees.cfg * degrees.tensor * degrees.pipefusion > 1):
         raise ValueError(
-            f"{cache}: only with Ulysses, ring and data parallelism and without ControlNet; got {degrees}, "
+            f"{cache} supports only Ulysses, ring and data parallelism without ControlNet; got {degrees}, "
             f"{len(nets)} ControlNets"
         )
     return tokens

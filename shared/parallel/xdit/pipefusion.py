@@ -105,17 +105,18 @@ class XDiTPipeFusion(Method):
     def _check(self, stages: tuple[int, ...] | None) -> StagePlan:
         d, cut, blocks = self.degrees, self.tokens.stages, blocks_of(self.transformer, self.tokens)
         if cut is None:
-            raise ValueError(f"PipeFusion: xfuser has no stages of {self.tokens.name}")
+            raise ValueError(f"PipeFusion does not support {self.tokens.name}")
         if d.pipefusion < 2:
             raise ValueError(f"PipeFusion needs a degree of 2 or more; got {d.pipefusion}")
         if self.warm_up_steps < 1:
             raise ValueError(
-                f"warm_up_steps {self.warm_up_steps}: the first step fills the buffers, so at least 1"
+                "warm_up_steps must be 1 or more, because the first step fills the buffers; got "
+                f"{self.warm_up_steps}"
             )
         if control_nets(self.pipeline):
-            raise ValueError("PipeFusion: xfuser's stages take no ControlNet residuals")
+            raise ValueError("PipeFusion does not support ControlNet")
         if d.tensor > 1:
-            raise ValueError(f"tensor degree {d.tensor}: not with PipeFusion")
+            raise ValueError(f"PipeFusion does not support tensor parallelism; got tensor degree {d.tensor}")
         if problem := stages_problem(d.pipefusion, len(blocks), stages, cut.equal):
             raise ValueError(f"PipeFusion's stages: {problem}")
         if d.sequence > 1:
@@ -247,11 +248,11 @@ class XDiTPipeFusion(Method):
         empty += [name for name, value in NEUTRAL.items() if arguments.get(name) == value]
         lost = sorted(set(arguments) - names - set(empty))
         if lost:
-            raise ValueError(f"PipeFusion cannot serve {', '.join(lost)}; the other degrees can")
+            raise ValueError(f"PipeFusion does not support {', '.join(lost)}; the other degrees do")
         if self.tokens.branches == 2 and arguments.get("guidance_scale", 2.0) <= 1:
-            raise ValueError("PipeFusion needs guidance: cfg must be above 1; the other degrees serve 1")
+            raise ValueError("PipeFusion needs guidance: cfg must be above 1; the other degrees support 1")
         if "set_timesteps" in vars(self.pipeline.scheduler):
-            raise ValueError("PipeFusion runs whole schedules, not parts of them; the other degrees can")
+            raise ValueError("PipeFusion does not support a part of a schedule; the other degrees do")
         unit = 16 * self.degrees.sequence
         height = arguments["height"]
         if height % unit:

@@ -131,7 +131,7 @@ class SequenceParallel:
             have = " and ".join(f"{n} {stream}" for n, stream in zip(lengths, site.of, strict=True))
             raise ValueError(
                 f"{value.shape[site.dim]} positions for {have} tokens: this {self.plan.name} adds tokens of "
-                "its own and cannot share the sequence"
+                "its own, which sequence parallelism does not support"
             )
         parts = value.split(lengths, site.dim)
         return torch.cat([self.shares.cut(part, site.dim) for part in parts], site.dim)
@@ -186,7 +186,7 @@ class SequenceParallel:
                 )
             self._answered = True
             if attn_mask is not None:
-                raise ValueError("masked self-attention cannot share its tokens")
+                raise ValueError("sequence parallelism does not support masked self-attention")
             # xfuser's own attention may be torch's too.
             self._inside = False
             answer = self._shared(query, key, value)
@@ -242,7 +242,7 @@ class SequenceParallel:
             if sum(length for length, _ in runs) == tokens:
                 return runs
         have = ", ".join(f"{sum(n for n, _ in stream(name))} of the {name}" for name in self.plan.joined)
-        raise ValueError(f"attention over {tokens} tokens, where this rank has {have}")
+        raise ValueError(f"attention over {tokens} tokens, but this rank has {have}")
 
 
 def _sort(
