@@ -90,11 +90,11 @@ def hybrid(pipe: Any, warm_up: int, async_steps: int) -> Iterator[Any]:
 
     from shared.parallel.asyncdiff import AsyncDiff
     from shared.parallel.cfg_split import HybridSplit
-    from shared.parallel.method import Together
+    from shared.parallel.method import CombinedMethod
 
     stages = AsyncDiff(pipe, 2, warm_up_steps=warm_up, async_steps=async_steps)
     split = HybridSplit([pipe.unet], dist.group.WORLD, dist.get_rank(), stages.asynchronous)
-    with Together(stages, [split]) as both:
+    with CombinedMethod(stages, [split]) as both:
         yield both
 
 

@@ -88,7 +88,7 @@ def attach(pipe: Pipeline, config: HostConfig, world: World) -> Method:
     """
     from shared.parallel.asyncdiff import AsyncDiff
     from shared.parallel.cfg_split import CfgSplit, HybridSplit
-    from shared.parallel.method import Plain, Together, control_nets
+    from shared.parallel.method import CombinedMethod, Plain, control_nets
     from shared.parallel.pipeline import model_of
     from shared.ranks.device import measured_speeds
     from shared.ranks.groups import branch_groups
@@ -136,7 +136,7 @@ def attach(pipe: Pipeline, config: HostConfig, world: World) -> Method:
         "control_nets": len(nets),
         "stage_weights": weights,
     }
-    return Together(method, parts, note)
+    return CombinedMethod(method, parts, note)
 
 
 def build_engine(config: HostConfig, world: World) -> PipelineEngine:

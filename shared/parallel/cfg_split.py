@@ -1,4 +1,4 @@
-"""The two guidance branches on two ranks: exact, and nothing but the predictions crosses the wire."""
+"""CFG split: the two guidance branches on two ranks. Exact; only the predictions are exchanged."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ BATCH = 2
 POSITIONS = frozenset({"image_rotary_emb", "img_ids", "txt_ids"})
 """Keyword arguments whose first dimension is tokens, not pictures."""
 RESIDUALS = frozenset({"down_block_additional_residuals", "mid_block_additional_residual"})
-"""What a UNet is given of ControlNets that are halved themselves."""
+"""What a UNet gets from ControlNets that are halved themselves."""
 
 
 class CfgSplit(Part):
-    """Makes modules compute one guidance branch only, and answer with both.
+    """Makes modules compute only one guidance branch, and return both.
 
     A call whose first argument has a batch of two is halved: of every tensor among its arguments whose first
     dimension is a multiple of two (branch-major), positions aside, the module gets this branch's half. Any
-    other call goes through as it is. Overrides must be put on after all others of these modules, and closed
+    other call is unchanged. Overrides must be put on after all others of these modules, and closed
     before them.
 
     Args:
@@ -35,8 +35,8 @@ class CfgSplit(Part):
         group: two ranks, that of branch 0 first.
         branch: 0 or 1, which half is this rank's.
         local: modules whose output is only used by the others here (ControlNets): it stays one branch's.
-        guided: whether the call of a local module that comes has both branches; by default as for the
-            others, by its batch, which is no sign where pictures are frames.
+        guided: whether the next call of a local module has both branches; by default its batch says so, as
+            for the others. A batch of frames needs it.
 
     Raises:
         ValueError: the group is not one of two ranks, or the branch is not this rank's place in it.
@@ -60,7 +60,7 @@ class CfgSplit(Part):
         self.group, self.branch, self.guided = group, branch, guided
         self._whole = POSITIONS | RESIDUALS if local else POSITIONS
         self.active = False
-        """Whether a halved call is under way."""
+        """Whether a halved call is running."""
         surgery = self.held.enter_context(Surgery())
         for module in (*modules, *local):
             surgery.override(module, self._gathering if module in modules else self._local)
@@ -133,7 +133,7 @@ class HybridSplit(CfgSplit):
 
     @property
     def taken(self) -> int:
-        """The branch that this rank computes in the step that comes."""
+        """The branch that this rank computes in the next step."""
         return 1 if self.shared(self._step) else self.branch
 
     def _gathering(self, original: Forward, args: tuple, kwargs: dict) -> Any:

@@ -1,4 +1,4 @@
-"""What a parallel method shows the engine that runs a pipeline under it."""
+"""The interface of a parallel method to the engine that runs a pipeline with it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from shared.parallel.surgery import Closing
 
 
 class Watch(AbstractContextManager[Any], Protocol):
-    """Counts a generation's steps: at the pipeline's scheduler while it is entered, or as it is told."""
+    """Counts a generation's steps: at the pipeline's scheduler while it is entered, or as reported to it."""
 
     def after_step(self, latents: torch.Tensor | None, steps: int) -> None:
-        """A step of `steps` is done; None for latents that are not at hand."""
+        """A step of `steps` is done; `latents` is None where they are not available."""
         ...
 
 
@@ -25,11 +25,11 @@ class Unwatched(contextlib.nullcontext[None]):
     """A Watch that counts nothing."""
 
     def after_step(self, latents: torch.Tensor | None, steps: int) -> None:
-        """Nobody asks."""
+        """Does nothing."""
 
 
 class Part(Closing):
-    """Something that takes hold of modules until ``close``. What it must give back is put on `held`."""
+    """Something that changes modules until ``close``. What it must undo is put on `held`."""
 
     def __init__(self) -> None:
         self.held = contextlib.ExitStack()
@@ -49,12 +49,12 @@ class Part(Closing):
         """Forget what was traced, captured or recorded: weights or scales of adapters have changed."""
 
     def close(self) -> None:
-        """Give everything back as it was, the last taken first. May be called any number of times."""
+        """Undo every change, the last one first. May be called any number of times."""
         self.held.close()
 
 
 class Method(Part):
-    """A parallel method that has taken hold of a pipeline.
+    """A parallel method on a pipeline.
 
     ``begin`` is called before each generation, and ``run`` for it, on all ranks alike.
 
@@ -80,26 +80,26 @@ class Method(Part):
         return 1
 
     def run(self, arguments: dict[str, Any], watch: Watch) -> Any:
-        """What ``pipeline(**arguments)`` gives, with its steps told to `watch`."""
+        """What ``pipeline(**arguments)`` gives, with its steps reported to `watch`."""
         with watch:
             return self.pipeline(**arguments)
 
 
 class Plain(Method):
-    """The pipeline as it is."""
+    """The pipeline without any change."""
 
     @property
     def plan(self) -> dict[str, Any]:
         return {"method": "plain pipeline"}
 
 
-class Together(Method):
-    """A method and further parts that hold one pipeline together, handled as one.
+class CombinedMethod(Method):
+    """A method and further parts on one pipeline, handled as one method.
 
     Args:
         method: its plan is the plan, its `run` runs the pipeline.
         parts: put on after it, and closed before it.
-        note: what the plan says beside it.
+        note: further entries of the plan.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ def control_nets(pipeline: Pipeline) -> list[Any]:
     """The ControlNets of a pipeline, one by one.
 
     Raises:
-        ValueError: one of them is there twice: it would be called twice a step.
+        ValueError: one of them is given twice: it would be called twice a step.
     """
     net = part_of(pipeline, "controlnet")
     nets = [] if net is None else list(getattr(net, "nets", [net]))

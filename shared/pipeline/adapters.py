@@ -22,7 +22,7 @@ from shared.parallel.pipeline import Pipeline, model_of, part_of
 log = logging.getLogger("host")
 
 READ_ERRORS = (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError)
-MISFITS = (KeyError, ValueError, RuntimeError, IndexError, TypeError)
+MISMATCH_ERRORS = (KeyError, ValueError, RuntimeError, IndexError, TypeError)
 
 
 class AdapterError(ValueError):
@@ -77,7 +77,7 @@ def load_control_nets(spec: ModelSpec, paths: Mapping[str, float], dtype: torch.
             )
         try:
             nets.append(cls.from_pretrained(path, dtype=dtype, local_files_only=True).eval())
-        except (OSError, *MISFITS) as error:
+        except (OSError, *MISMATCH_ERRORS) as error:
             raise AdapterError(f"ControlNet {path!r} cannot be read: {first_line(error)}") from None
     return nets[0] if len(nets) == 1 else nets
 
@@ -150,7 +150,7 @@ def load_ip_adapter(pipe: Pipeline, spec: ModelSpec, path: str, scale: float, dt
     denoiser = model_of(pipe, spec.denoiser)
     try:
         pipe.load_ip_adapter(parts, subfolder="", weight_name="")
-    except MISFITS as error:
+    except MISMATCH_ERRORS as error:
         raise AdapterError(f"IP-Adapter {path!r} does not fit this checkpoint: {first_line(error)}") from None
     used = sum(
         1
@@ -287,7 +287,7 @@ def load_motion_adapter(path: str, dtype: torch.dtype) -> Any:
     if Path(path).is_dir():
         try:
             return MotionAdapter.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
-        except (OSError, *MISFITS) as error:
+        except (OSError, *MISMATCH_ERRORS) as error:
             raise AdapterError(f"motion adapter {path!r} cannot be read: {first_line(error)}") from None
     tensors = {key.removeprefix("module."): t for key, t in read_tensors(path, "motion module").items()}
     tensors = {key: t for key, t in tensors.items() if "motion_modules" in key}
@@ -330,7 +330,7 @@ def put_motion_adapter(pipe: Pipeline, adapter: Any) -> None:
     unet: Any = model_of(pipe, "unet")
     try:
         unet.load_motion_modules(adapter)
-    except MISFITS as error:
+    except MISMATCH_ERRORS as error:
         raise AdapterError(f"the motion adapter does not fit this checkpoint: {first_line(error)}") from None
     pipe.register_modules(motion_adapter=adapter)
 

@@ -195,7 +195,9 @@ class PipelineEngine:
         self._encoders.close()
 
 
-OWN = frozenset({"scheduler", "sigmas", "timesteps", "latent", "positive_embeds", "negative_embeds", "image"})
+CONTENT_FIELDS = frozenset(
+    {"scheduler", "sigmas", "timesteps", "latent", "positive_embeds", "negative_embeds", "image"}
+)
 """Fields whose content the models and schedulers may fail on, before the first step."""
 
 
@@ -206,7 +208,7 @@ def _is_refusal(error: Exception, request: GenerateRequest) -> bool:
     """
     if isinstance(error, ValueError):
         return True
-    brings = any(getattr(request, name) is not None for name in OWN)
+    brings = any(getattr(request, name) is not None for name in CONTENT_FIELDS)
     hosts = isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError | torch.distributed.DistError)
     kinds = RuntimeError | IndexError | TypeError | KeyError | AttributeError | AssertionError
     return brings and isinstance(error, kinds) and not hosts

@@ -70,7 +70,7 @@ def make_scheduler(
             f"{entry.cls} has no setting {unknown[0]!r}; it has {', '.join(sorted(allowed))}"
         )
     for key, value in given.items():
-        if problem := _senseless(key, value) or _wrong_type(cls, key, value):
+        if problem := _invalid_value(key, value) or _wrong_type(cls, key, value):
             raise SchedulerError(f"{name}: {key} must be {problem}; got {_shown(value)}")
     eta = given.pop("eta", None)
     try:
@@ -135,7 +135,7 @@ def _with_zero_snr(spec: ModelSpec) -> list[str]:
     ]
 
 
-def _senseless(key: str, value: Any) -> str | None:
+def _invalid_value(key: str, value: Any) -> str | None:
     """What a setting must be that constructors take as it comes, or None where it is that."""
     if key == "eta" and not (type(value) in (int, float) and 0 <= value <= 1):
         return "a number from 0 to 1"

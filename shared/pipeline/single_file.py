@@ -74,8 +74,8 @@ def load_single_file(
     if missing:
         raise SingleFileError(
             f"--checkpoint {str(file)!r} has no {' and no '.join(missing)} "
-            f"(keys {', '.join(missing.values())}*); put what is missing beside it, as in a "
-            f"diffusers folder: config.json and weights in {str(file.with_suffix('') / next(iter(missing)))!r}"
+            f"(keys {', '.join(missing.values())}*); put what is missing beside it, as in a diffusers "
+            f"folder: config.json and weights in {str(file.with_suffix('') / next(iter(missing)))!r}"
         )
     weights = _grouped(spec, read_weights(file, dtype))
     # diffusers finds each text encoder among all of them.
@@ -109,7 +109,7 @@ def load_single_file(
             raise SingleFileError(
                 f"--checkpoint {str(file)!r}: its {name} does not load as type {spec.name}: {line[:300]}"
             ) from error
-    _check_whole(file, spec, found)
+    _check_complete(file, spec, found)
     _set_latents(header, found["vae"], weights["marks"])
     accepted, optional = cls._get_signature_keys(cls)
     given = {name: found.get(name) for name in accepted}
@@ -242,7 +242,7 @@ def _from_folder(library: str, class_name: str, folder: Path, dtype: torch.dtype
     return cls.from_pretrained(folder, **settings)
 
 
-def _check_whole(file: Path, spec: ModelSpec, found: dict[str, Any]) -> None:
+def _check_complete(file: Path, spec: ModelSpec, found: dict[str, Any]) -> None:
     for name, module in found.items():
         if isinstance(module, torch.nn.Module):
             missing = [key for key, p in module.named_parameters() if p.is_meta]

@@ -26,7 +26,7 @@ from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.asyncdiff.partition import Partition
 from shared.parallel.cfg_split import HybridSplit
 from shared.parallel.exchange import Exchange
-from shared.parallel.method import Part, Together
+from shared.parallel.method import CombinedMethod, Part
 from shared.pipeline.adapters import load_ip_adapter
 from tests import tiny, tiny_extras
 from tests.pool import RankPool
@@ -238,7 +238,7 @@ def limited(name: str, hybrid: bool) -> dict[str, Any]:
         if hybrid:
             world, rank = dist.group.WORLD, dist.get_rank()
             parts.append(HybridSplit([denoiser(pipe)], world, rank, parallel.asynchronous))
-        both = stack.enter_context(Together(parallel, parts))
+        both = stack.enter_context(CombinedMethod(parallel, parts))
 
         def run() -> np.ndarray:
             both.begin(STEPS)
@@ -452,11 +452,11 @@ def test_one_rank_is_the_plain_pipeline():
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"model_n": 2}, "model_n 2 with stride 1 takes 2 ranks"),
+        ({"model_n": 2}, "model_n 2 with stride 1 needs 2 ranks"),
         ({"model_n": 0}, "model_n 0"),
         ({"model_n": 1, "stride": 3}, "stride 3"),
-        ({"model_n": 1, "warm_up_steps": 0}, "warm_up_steps 0"),
-        ({"model_n": 1, "async_steps": 0}, "async_steps 0"),
+        ({"model_n": 1, "warm_up_steps": 0}, "warm_up_steps must be 1 or more; got 0"),
+        ({"model_n": 1, "async_steps": 0}, "async_steps must be 1 or more, or None for all; got 0"),
         (
             {"model_n": 1, "stage_weights": [1, 1]},
             "stage_weights must hold 1 numbers, one for each stage; got 2",

@@ -33,7 +33,7 @@ from shared.parallel.distrifusion.moments import (
     apply_moments,
     group_moments,
     join_moments,
-    known_others,
+    pack_other_moments,
     whole_moments,
 )
 from shared.parallel.distrifusion.patch_exchange import PatchExchange
@@ -585,7 +585,7 @@ def test_moments_of_parts_make_the_norm_of_the_whole():
     assert torch.allclose(apply_moments(x, mean, variance, None, None, bare.eps), bare(x), atol=1e-4)
     # One part fresh, the others known.
     shares = Shares.of([2, 5, 3], 1, x.device)
-    known = known_others(join_moments(moments[[0, 2]], shares.others), shares.own)
+    known = pack_other_moments(join_moments(moments[[0, 2]], shares.others), shares.own)
     assert torch.allclose(
         torch.stack(whole_moments(moments[1], known)), join_moments(moments, weights), rtol=1e-5
     )

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from shared.parallel.distrifusion import DistriFusion
-from shared.parallel.method import Method, Part, Plain, Together, Unwatched, control_nets
+from shared.parallel.method import CombinedMethod, Method, Part, Plain, Unwatched, control_nets
 from shared.parallel.shapes import Latest
 from tests import tiny
 
@@ -48,9 +48,9 @@ class Noted(Method):
         self.told.append(f"{self.name} forgets")
 
 
-def test_parts_together_are_one_method_and_closed_last_first() -> None:
+def test_a_combined_method_closes_its_parts_last_first() -> None:
     told: list[str] = []
-    with Together(Noted("first", told, 2), [Noted("second", told, 5), Part()], {"note": 1}) as both:
+    with CombinedMethod(Noted("first", told, 2), [Noted("second", told, 5), Part()], {"note": 1}) as both:
         assert (both.plan, both.warm_up_calls) == ({"note": 1, "method": "first"}, 5)
         both.begin(3)
         both.reset()

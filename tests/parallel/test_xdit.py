@@ -32,7 +32,7 @@ from shared.parallel.xdit.cpu import trimmed
 from shared.parallel.xdit.degrees import Degrees, choose_degrees
 from shared.parallel.xdit.exact import XDiT, attention_backend
 from shared.parallel.xdit.pipefusion import XDiTPipeFusion
-from shared.parallel.xdit.stages import StepTeller
+from shared.parallel.xdit.stages import StepReporter
 from shared.pipeline.compile import blocks, graph_count
 from shared.ranks.channel import Channel
 from shared.ranks.groups import World, make_groups
@@ -604,7 +604,7 @@ def test_steps_are_told_on_the_gpu_that_computes_them(monkeypatch: pytest.Monkey
     note = lambda device: chosen.append((threading.current_thread().name, device))  # noqa: E731
     monkeypatch.setattr(torch.cuda, "set_device", note)
     gpu = torch.device("cuda", 1)
-    assert StepTeller(1, lambda latents, steps: None, gpu).finish() is None
+    assert StepReporter(1, lambda latents, steps: None, gpu).finish() is None
     assert chosen == [("steps", gpu)]
 
 
@@ -614,7 +614,7 @@ def test_steps_are_told_on_the_gpu_that_computes_them(monkeypatch: pytest.Monkey
         ("sd1", {}, {}, "no transformer"),
         ("sd3", {"tensor": 2}, {}, "does not shard the layers of SD3Transformer2DModel"),
         ("flux", {"cfg": 2}, {}, "only one guidance branch"),
-        ("sd3", {}, {"cache": "fbcache"}, "does not fit SD3Transformer2DModel"),
+        ("sd3", {}, {"cache": "fbcache"}, "fbcache does not support SD3Transformer2DModel"),
         ("flux", {"tensor": 2}, {"cache": "fbcache"}, "supports only Ulysses, ring and data"),
         ("pixa", {"ulysses": 3}, {}, "4 attention heads"),
     ],
@@ -644,7 +644,7 @@ def unheard(name: str, calls: list[tuple[Case, str]]) -> None:
         pipe.scheduler = scheduler
 
 
-def test_pipefusion_refuses_what_it_would_not_hear(pool: RankPool):
+def test_pipefusion_refuses_unsupported_arguments(pool: RankPool):
     calls: list[tuple[Case, str]] = [
         ({"sigmas": [1.0, 0.5]}, "sigmas"),
         ({"max_sequence_length": 77}, "max_sequence_length"),

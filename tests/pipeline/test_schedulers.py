@@ -236,10 +236,10 @@ def test_steps_do_not_wait_for_the_gpu(family: str) -> None:
     current, spec = pipe_of(FAMILIES[family]).scheduler, MODELS[FAMILIES[family]]
     failed = {}
     for wanted in schedulers_for(spec):
-        plain, unhurried = (make_scheduler(current, spec, wanted) for _ in range(2))
+        plain, without_sync = (make_scheduler(current, spec, wanted) for _ in range(2))
         usual, waits = stepped(plain, plain.step, None), named(wanted)[0].name in WAITS
         try:
-            made = stepped(unhurried, step_without_sync(unhurried), None if waits else 1)
+            made = stepped(without_sync, step_without_sync(without_sync), None if waits else 1)
         except RuntimeError as error:
             failed[wanted] = str(error)
             continue

@@ -1,10 +1,10 @@
-"""AsyncDiff: the denoiser's stages run at the same time, each on what the others made one step before.
+"""AsyncDiff: the denoiser's stages run in parallel, each on stale outputs of the others.
 
 Source: Chen et al., "AsyncDiff: Parallelizing Diffusion Models by Asynchronous Denoising", arXiv 2406.06911:
 section 3.2 (asynchronous denoising), 3.3 (stride denoising); the time shift is a variant of its code.
 
-Warm-up steps run the whole denoiser on every rank and are exact. After them rank ``s`` runs stage ``s`` only,
-with the outputs of other stages from the step before in place of theirs. With stride 2 one parallel batch
+Warm-up steps run the whole denoiser on every rank and are exact. In the steady state rank ``s`` runs only
+stage ``s``, with stale outputs (from the step before) of the other stages. With stride 2 one parallel batch
 serves two steps: ranks 0 to n - 1 work with the timestep of the next step and rank n repeats the last stage
 with the current one; the following step computes nothing.
 """
@@ -49,7 +49,7 @@ class AsyncDiff(Method):
         group: ranks that take part, model_n + stride - 1 of them; None for all.
         stage_weights: relative speed of the stages' devices, model_n numbers.
         cuda_graph: capture and replay steps on CUDA.
-        measure_units: cut by each unit's measured time instead of its FLOPs; another run may cut otherwise.
+        measure_units: divide by each unit's measured time, not its FLOPs; another run may divide differently.
         denoiser: the module to divide, when it is neither ``unet`` nor ``transformer``.
         max_shapes: signatures whose buffers and graphs are kept.
         async_steps: how many steps after the warm-up are asynchronous; those that follow are exact again.

@@ -1,4 +1,4 @@
-"""What one rank holds of a partitioned denoiser, and a forward in which it runs its own stage only."""
+"""What one rank holds of a partitioned denoiser, and a forward in which it runs only its own stage."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _key(call: Call) -> Key:
 
 
 class Run:
-    """One forward under way: answers the calls of other stages and hands wanted outputs on.
+    """The current forward: answers the calls of other stages and passes wanted outputs on.
 
     Args:
         wanted: outputs that are handed to ``take(value, tensor)`` as soon as they are made.

@@ -1,4 +1,4 @@
-"""How long each unit of a denoiser takes on this device: the costs to cut by where FLOPs tell too little.
+"""How long each unit of a denoiser takes on this device: the costs to divide by where FLOPs say too little.
 
 Norms, temporal attention and samplers are bound by memory and not by arithmetic: stages of equal FLOPs then
 do not take equal time.

@@ -1,4 +1,4 @@
-"""Memory of what patches exchange late: many tensors in few messages.
+"""Buffers of what patches exchange asynchronously: many tensors in few messages.
 
 A message to a neighbour holds boundary rows beside what goes to everyone. So a rank lays out what it sends as
 [for the rank after it | for all | for the rank before it], and every message is one piece of that.

@@ -17,9 +17,9 @@ from shared.parallel.surgery import Forward, Surgery
 
 
 class PatchDecoder(Part):
-    """Makes ``vae.decode`` a joint work of all ranks, each of which gets the whole picture.
+    """Makes all ranks share ``vae.decode``; each of them gets the whole picture.
 
-    Every rank must decode the same latents at the same time. Tiling and slicing go on working. Latents with
+    Every rank must decode the same latents at the same time. Tiling and slicing still work. Latents with
     fewer rows than there are ranks are decoded whole by each.
 
     Args:

@@ -1,8 +1,8 @@
-"""DistriFusion: each rank denoises a patch of the picture, with what the others made one step before.
+"""DistriFusion: each rank denoises a patch of the picture, with stale activations of the others.
 
 Source: Li et al., "DistriFusion: Distributed Parallel Inference for High-Resolution Diffusion Models", arXiv
-2402.19481. Warm-up steps exchange everything while it is needed and are exact. After them a layer sees its
-own patch fresh and the others' as of the step before; what it makes travels while the step goes on.
+2402.19481. Warm-up steps exchange everything synchronously and are exact. In the steady state a layer uses
+fresh activations of its own patch and stale ones of the others; the exchange overlaps with the step.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DistriFusion(Method):
         split_scheme: patches are rows or columns; alternate (naive_patch): rows and columns in turn.
         sync_mode: what patches exchange after the warm-up, see ``SyncMode``.
         warm_up_steps: exact steps at the start of each generation; at least 1 with patch.
-        split_batch: put the two guidance branches on two halves of an even number of ranks.
+        split_batch: CFG split: the two guidance branches on two halves of an even number of ranks.
         group: the ranks that take part; None for all.
         cuda_graph: capture and replay steps on CUDA. Not with offloaded weights, which move.
         split_decode: also decode in patches; every rank must then call the VAE's ``decode``.
@@ -105,7 +105,7 @@ class DistriFusion(Method):
     def begin(self, steps: int) -> None:
         """A new generation starts: its first steps are exact again.
 
-        What has changed since the last one in adapters (loaded, scaled, merged) is taken up here.
+        Changes of adapters since the last one (loaded, scaled, merged) take effect here.
         """
         super().begin(steps)
         if adapters(self.pipeline) != self._adapters:
@@ -183,14 +183,14 @@ class DistriFusion(Method):
         )
 
     def _ranks(self) -> Ranks:
-        """Who shares the picture in the call that is under way."""
+        """The ranks that share the picture in the current call."""
         if self.parallelism == "tensor":
             return Ranks(None, 0, 1)
         return self.half if self._split is not None and self._split.active else self.all
 
 
 def adapters(pipeline: Pipeline) -> Hashable:
-    """What a captured step has taken in of LoRA and IP-Adapter as plain numbers: layers, names, scales."""
+    """What a captured step holds of LoRA and IP-Adapter as plain numbers: layers, names, scales."""
     found: list[Hashable] = []
     models: Sequence[nn.Module] = [model_of(pipeline, "unet"), *control_nets(pipeline)]
     for model in models:

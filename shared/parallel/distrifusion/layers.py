@@ -1,4 +1,4 @@
-"""Layers that look beyond their patch: convolution, group norm, self-attention, and keys of a fixed prompt.
+"""Layers that need more than their patch: convolution, group norm, self-attention, keys of a fixed prompt.
 
 Every layer stays where it is and is called with its own weights, LoRA and quantization: what it needs from
 other ranks is put around its input (rows for a convolution) or its output (keys and values). Source: Li et
@@ -27,7 +27,7 @@ Answer = Callable[[Forward, tuple, dict], Any]
 
 @dataclass
 class PatchRun:
-    """What the layers of one model must know of the forward that is under way."""
+    """What the layers of one model need to know of the current forward."""
 
     exchange: PatchExchange | None
     """None: every patch is a picture of its own."""
@@ -38,7 +38,7 @@ class PatchRun:
     start: int = 0
     patch: torch.Tensor | None = None
     local_norms: bool = False
-    """Whether group norms take this patch's moments alone."""
+    """Whether group norms use only this patch's moments."""
     recording: bool = False
     """Whether this forward shows what the prompt's keys and values are; later ones are given them."""
     prompt: list[torch.Tensor | None] = field(default_factory=list)
@@ -130,7 +130,7 @@ class PatchLayers:
                 strip = _strip(run, pad, after)
             else:
                 strip = _with_rows(run, x, pad, after)
-            # The convolutions do not pad along the cut: their input brings what is there.
+            # The convolutions do not pad along the cut: their input already holds those rows.
             with Surgery() as surgery:
                 for conv in inner:
                     rows, columns = _pad(conv)
@@ -201,7 +201,7 @@ class PatchLayers:
 
 
 _current: PatchRun | None = None
-"""The run under way, for the operators below: a compiled layer is the same code for every layer like it."""
+"""The current run, for the operators below: a compiled layer is the same code for every layer like it."""
 
 
 def _exchange_of_run() -> PatchExchange:

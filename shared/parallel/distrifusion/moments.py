@@ -36,13 +36,13 @@ def join_moments(moments: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return torch.stack([mean, (weights * (variances + (means - mean).square())).sum(0)])
 
 
-def known_others(
+def pack_other_moments(
     others: torch.Tensor, share: torch.Tensor, then: Any = 0.0, along: Any = 0.0, change: Any = 0.0
 ) -> torch.Tensor:
-    """What ``whole_moments`` must know beside own moments, in one tensor [..., 6, 2, batch, groups].
+    """What ``whole_moments`` needs besides this rank's own moments, in one tensor [..., 6, 2, batch, groups].
 
     Args:
-        others: the other ranks' joined moments, [..., 2, batch, groups], when they were last heard of.
+        others: the other ranks' joined moments, [..., 2, batch, groups], as last received.
         share: this rank's share of the whole; broadcast to others.
         then: this rank's own moments at that time.
         along: its product with this rank's change since is how much of ``change`` is to be added to others.
@@ -59,7 +59,7 @@ def whole_moments(own: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor,
 
     Args:
         own: this rank's fresh moments, [2, batch, groups].
-        known: of ``known_others``.
+        known: of ``pack_other_moments``.
     """
     others, share, spread, then, along, change = known.unbind(0)
     rate = ((own - then) * along).sum((0, 2), keepdim=True).clamp(0, 2)
@@ -70,7 +70,7 @@ def whole_moments(own: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor,
 
 
 class Shares(NamedTuple):
-    """Of what a moment is made of: this rank's part, [1, 1], and the others' of theirs, [others, 1, 1]."""
+    """Weights of moments: this rank's in the whole, [1, 1], and the others' among them, [others, 1, 1]."""
 
     own: torch.Tensor
     others: torch.Tensor
@@ -88,7 +88,7 @@ class Shares(NamedTuple):
 
 
 class StaleMoments:
-    """What is known of the other ranks' moments in the step after they were sent.
+    """The other ranks' moments, as known one step after they were sent.
 
     One object serves all norms whose moments have the same shape. Its tensors stay in place, as a captured
     step needs; what a step can know of the next is worked out at its end, for all norms together.
@@ -137,7 +137,7 @@ class StaleMoments:
         parts = torch.stack(self._arrived).unflatten(0, (-1, len(self._fresh))).transpose(1, 2)
         others = join_moments(parts, self._weights).transpose(0, 1)
         if not self.forecast:
-            self._known.copy_(known_others(others, self._share))
+            self._known.copy_(pack_other_moments(others, self._share))
             return
         before, _, _, then, _, _ = self._known.unbind(1)
         own, change = (self._fresh - then) * self._begun, (others - before) * self._begun
@@ -146,7 +146,7 @@ class StaleMoments:
         variance = self._fresh[:, 1].clamp_min(1e-6)
         relative = own / torch.stack([variance, variance.square()], 1)
         along = relative / (own * relative).sum((1, 3), keepdim=True).clamp_min(1e-12)
-        self._known.copy_(known_others(others, self._share, self._fresh, along, change))
+        self._known.copy_(pack_other_moments(others, self._share, self._fresh, along, change))
 
 
 def apply_moments(

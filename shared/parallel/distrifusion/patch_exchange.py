@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from shared.parallel.distrifusion.buffers import Bundle, Kind, Offer, Shape, Slot, make_bundles, part_for
-from shared.parallel.distrifusion.moments import Shares, StaleMoments, join_moments, known_others
+from shared.parallel.distrifusion.moments import Shares, StaleMoments, join_moments, pack_other_moments
 from shared.parallel.exchange import Ranks
 
 
@@ -123,7 +123,7 @@ class PatchExchange:
         """
         if self.recording:
             self._record("moments", (None, own, None), count)
-            return known_others(own, own.new_ones(()))
+            return pack_other_moments(own, own.new_ones(()))
         slot = self._next("moments", own)
         shares = slot.shares or self._shares
 
@@ -132,7 +132,7 @@ class PatchExchange:
                 stale, norm = slot.stale
                 return stale.known(norm)
             others = torch.stack([tensor for tensor in inbox if tensor is not None])
-            return known_others(join_moments(others, shares.others), shares.own)
+            return pack_other_moments(join_moments(others, shares.others), shares.own)
 
         known = self._exchange(slot, (None, own, None), read)
         if slot.stale is not None:

@@ -1,8 +1,8 @@
 """Attention over the tokens of all ranks: Ulysses' exchange, ring's gathering, or both by xfuser's USP.
 
 Ulysses (Jacobs et al., arXiv 2309.14509) exchanges tokens for heads, ring attention (Liu et al., arXiv
-2310.01889) hands keys and values around. Both together are xfuser's USP; one alone goes a shorter way here,
-around xfuser's attention.
+2310.01889) passes keys and values around. Both together are xfuser's USP; one of them takes a shorter way
+here, around xfuser's attention.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def usp(
     Args:
         query, key, value: [batch, heads, tokens of this rank, channels].
         common_query, common_key, common_value: tokens that every rank has, [batch, heads, tokens, channels];
-            keys and values may be without queries.
+            keys and values may come without queries.
         backend: name of xfuser's attention backend.
 
     Returns:
@@ -140,8 +140,8 @@ def ring(
 
     Args:
         query: [batch, heads, any tokens, channels].
-        key: [batch, heads, tokens of this rank alone, channels].
-        values: of the same tokens, in pieces; as the key, or under way as [batch, tokens, heads * channels].
+        key: [batch, heads, only this rank's tokens, channels].
+        values: of the same tokens, in pieces; as the key, or in flight as [batch, tokens, heads * channels].
         common_key, common_value: of tokens that every rank has, [batch, heads, tokens, channels].
         group: the ranks that share the sequence.
         backend: name of xfuser's attention backend.

@@ -1,4 +1,4 @@
-"""Step caches: leave out the blocks of steps in which little changes. An approximation."""
+"""Step caches: skip the blocks in steps in which little changes. An approximation."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.sequence import blocks_of
 
 THRESHOLDS: dict[Cache, float] = {"teacache": 0.25, "fbcache": 0.12}
-"""Relative change below which a step's blocks are left out, as TeaCache's paper (arXiv 2411.19108, for 1.5
+"""Relative change below which a step's blocks are skipped, as TeaCache's paper (arXiv 2411.19108, for 1.5
 times the speed) and ParaAttention take it. xfuser's own for TeaCache is 0.12, which its polynomial for FLUX
-never falls below: no step would be left out."""
+never falls below: no step would be skipped."""
 
 
 class StepCache(Part):
-    """Leaves out blocks of a transformer, afresh in each generation; each guidance branch has its own cache.
+    """Skips blocks of a transformer, reset in each generation; each guidance branch has its own cache.
 
     Args:
         transformer: of a pipeline that names its branches by `cache_context`.
         plan: its token plan.
-        threshold: relative change below which a step's blocks are left out; 0 computes all.
+        threshold: relative change below which a step's blocks are skipped; 0 computes all.
     """
 
     kind: Cache
@@ -37,7 +37,7 @@ class StepCache(Part):
         super().__init__()
         self.transformer, self.tokens, self.threshold = transformer, plan, threshold
         self.computed_blocks = 0
-        """That this rank has computed since ``begin``."""
+        """Blocks that this rank has computed since ``begin``."""
         self.surgery = self.held.enter_context(Surgery())
         for block in blocks_of(transformer, plan):
             self.surgery.override(block, self._counted)
@@ -52,7 +52,7 @@ class StepCache(Part):
 
 
 class FirstBlockCache(StepCache):
-    """diffusers' First Block Cache: the first block's residual tells how much has changed.
+    """diffusers' First Block Cache: the first block's residual shows how much has changed.
 
     Args:
         group: ranks that share the sequence, which decide together; None: this rank has all of it.
@@ -92,7 +92,7 @@ class FirstBlockCache(StepCache):
 
 
 class TeaCache(StepCache):
-    """xfuser's TeaCache: the modulated input of the first block tells how much has changed.
+    """xfuser's TeaCache: the modulated input of the first block shows how much has changed.
 
     Args:
         pipeline: of the transformer.
@@ -114,7 +114,7 @@ class TeaCache(StepCache):
         """Fresh caches: xfuser's keep residuals, and count steps, from one generation to the next."""
         super().begin(steps)
         self._caches = {}
-        # For pipelines that do not tell their guidance branches apart.
+        # For pipelines that do not name their guidance branches.
         self._put(self._new())
 
     def _new(self) -> dict[str, nn.ModuleList]:

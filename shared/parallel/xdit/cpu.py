@@ -1,6 +1,6 @@
-"""Imports xfuser: nearly as it is on GPUs, and made to run on CPUs, where it was not meant to.
+"""Imports xfuser: nearly unchanged on GPUs, and adapted to CPUs, which it does not support.
 
-What is exchanged on a CPU: xfuser's idea of the device (it reads torch.version.cuda), the kernels that need
+What is replaced on a CPU: xfuser's idea of the device (it reads torch.version.cuda), the kernels that need
 triton, torch.cuda's synchronize, an attention with log-sum-exp for ring, and the point-to-point messages of
 PipeFusion, which gloo needs to be kept until they have arrived.
 """
@@ -21,12 +21,12 @@ import torch.distributed as dist
 MASKS = "xfuser.core.sparge_attention.block_mask"
 """The module of xfuser that imports triton whatever is computed: block masks of sparse attention."""
 KEPT = 1024
-"""Messages that are kept alive: more than one generation step has under way."""
+"""Messages that are kept alive: more than one generation step has in flight."""
 _loaded: str | None = None
 
 
 def load_xfuser(device_type: str) -> Any:
-    """The package xfuser, ready for ranks on this kind of device. Once a process: one kind of device.
+    """The package xfuser, ready for ranks on this kind of device. One kind of device per process.
 
     Raises:
         RuntimeError: it was loaded for the other kind of device before.
@@ -111,7 +111,7 @@ def _trim_attention() -> None:
 
 
 def trimmed(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention of xfuser's, with log-sum-exps of the query's rows alone."""
+    """An attention of xfuser's, with log-sum-exps of only the query's rows."""
 
     def trim(query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         answer, log_sum_exp = attention(query, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Into how many parts xDiT divides what, and what PipeFusion can run: checks of a launch, without torch."""
+"""The degrees of xDiT's parallelism, and what PipeFusion supports: checks of a launch, without torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Degrees:
     data: int = 1  # pictures of one request
     cfg: int = 1  # guidance branches, 1 or 2
     pipefusion: int = 1  # stages of the transformer, on patches of the picture
-    ring: int = 1  # parts of the sequence, keys and values handed around
+    ring: int = 1  # parts of the sequence, keys and values passed around
     ulysses: int = 1  # parts of the sequence, exchanged for attention heads
     tensor: int = 1  # parts of the feed-forward layers
 
@@ -34,7 +34,7 @@ class Degrees:
 
     @property
     def exact(self) -> bool:
-        """Whether every step is computed afresh: all but PipeFusion."""
+        """Whether no step uses stale activations: all but PipeFusion."""
         return self.pipefusion == 1
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class DegreesError(ValueError):
     """Degrees that do not make a plan.
 
     Args:
-        must: what has to hold.
+        must: the condition that does not hold.
         asked: the degrees in question, by field name of Degrees.
         more: what follows from them.
     """
@@ -68,7 +68,7 @@ PIPEFUSION_SCHEDULERS: dict[bool, dict[str, dict[str, Any]]] = {
         "DPMSolverMultistepScheduler": {"solver_order": 2},
     },
 }
-"""Whether the model predicts flow -> class -> the settings that xfuser's step by patches knows alone."""
+"""Whether the model predicts flow -> class -> the only settings that xfuser's step by patches supports."""
 
 
 def scheduler_problem(flow: bool, name: str, settings: Mapping[str, Any]) -> str | None:

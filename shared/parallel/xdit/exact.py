@@ -1,4 +1,4 @@
-"""xDiT: a diffusers transformer on all ranks through the package xfuser, each degree for another dimension.
+"""xDiT: a diffusers transformer on all ranks through the package xfuser, one degree a dimension.
 
 Source: Fang et al., "xDiT: an Inference Engine for Diffusion Transformers with Massive Parallelism", arXiv
 2411.01738. Guidance branches, Ulysses, ring, tensor and data parallelism are exact: the plain pipeline runs
@@ -42,14 +42,14 @@ class XDiT(Method):
         degrees: how the ranks are divided, without PipeFusion.
         groups: the process groups of these degrees; None makes them, and ends them in ``close``.
         attention: name of xfuser's attention backend; None: cuDNN's on GPUs in half precision, else torch's.
-        cache: leave out the blocks of steps in which little changes: an approximation.
-        cache_threshold: relative change below which a step's blocks are left out; 0 computes all, None takes
+        cache: skip the blocks in steps in which little changes: an approximation.
+        cache_threshold: relative change below which a step's blocks are skipped; 0 computes all, None takes
             the cache's usual one.
         parallel_vae: decode in patches, one on each rank; all ranks of a replica must then decode.
         cuda_graph: capture and replay the transformer on CUDA. Not with offloaded weights, which move.
 
     Raises:
-        ValueError: a model without a token plan, degrees or a cache that it cannot have.
+        ValueError: a model without a token plan, or degrees or a cache that it does not support.
     """
 
     def __init__(
@@ -165,10 +165,10 @@ class FeedForwardParallel(TensorParallel):
 
 
 def check_model(pipeline: Pipeline, degrees: Degrees, cache: Cache | None = None) -> TokenPlan:
-    """The token plan of a pipeline's transformer, which can be divided so.
+    """The token plan of a pipeline's transformer, which supports these degrees and this cache.
 
     Raises:
-        ValueError: there is no transformer, it or a ControlNet has no plan, or they cannot be divided so.
+        ValueError: there is no transformer, it or a ControlNet has no plan, or they do not support this.
     """
     transformer = model_of(pipeline, "transformer")
     tokens, nets = token_plan(type(transformer).__name__), control_nets(pipeline)

@@ -1,4 +1,4 @@
-"""xfuser's process groups and run-time state: globals of that package, made and unmade for one plan."""
+"""xfuser's process groups and run-time state: globals of that package, set up and torn down for one plan."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class XfuserGroups:
 
 @contextlib.contextmanager
 def _new_groups(backend: str, timeout: timedelta, made: list[Any]) -> Iterator[None]:
-    """Inside, torch.distributed.new_group takes these where it is told nothing, and notes what it made."""
+    """Inside, torch.distributed.new_group uses these defaults, and records the groups that it makes."""
     new_group = dist.new_group
 
     def noting(ranks: Any = None, **settings: Any) -> Any:

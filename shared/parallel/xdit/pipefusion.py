@@ -1,8 +1,8 @@
-"""PipeFusion: stages of the transformer on different ranks, patches of the picture under way between them.
+"""PipeFusion: stages of the transformer on different ranks, patches of the picture in flight between them.
 
 Source: Fang et al., "PipeFusion: Patch-level Pipeline Parallelism for Diffusion Transformers Inference",
-arXiv 2405.14430. xfuser's own pipeline classes run it; what they leave to luck is settled here: buffers of
-the request before, the rank that has the result, arguments they would not hear, progress, and ending early.
+arXiv 2405.14430. xfuser's own pipeline classes run it; what they leave open is settled here: buffers of
+the request before, the rank that has the result, arguments they ignore, progress, and ending early.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from shared.parallel.xdit.degrees import (
 from shared.parallel.xdit.exact import attention_backend, check_model, plan
 from shared.parallel.xdit.groups import XfuserGroups
 from shared.parallel.xdit.sequence import blocks_of
-from shared.parallel.xdit.stages import Snapshot, StepTeller, noise_of_whole_pictures
+from shared.parallel.xdit.stages import Snapshot, StepReporter, noise_of_whole_pictures
 
-UNHEARD = ("sigmas", "timesteps", "true_cfg_scale", "ip_adapter_image", "ip_adapter_image_embeds")
-"""Arguments that xfuser's pipelines take and leave alone, or do not keep in step between the stages."""
+UNSUPPORTED = ("sigmas", "timesteps", "true_cfg_scale", "ip_adapter_image", "ip_adapter_image_embeds")
+"""Arguments that xfuser's pipelines ignore, or do not keep in step between the stages."""
 STREAMS: dict[Stream, str] = {"picture": "hidden_states", "text": "encoder_hidden_states"}
 """A block's first two arguments."""
-NEUTRAL = {"max_sequence_length": 256}
-"""Arguments that some of xfuser's pipelines do not take, with the value that they take instead."""
+FIXED_VALUES = {"max_sequence_length": 256}
+"""Arguments that some of xfuser's pipelines do not take, with the value that they use instead."""
 
 
 class XDiTPipeFusion(Method):
     """Runs a diffusers pipeline through xfuser's PipeFusion, alone or with the other degrees.
 
     Generate with ``run`` instead of calling the pipeline, on all ranks alike, ``begin`` before it. The first
-    ``warm_up_steps`` steps are exact, those after them see the other patches as of the step before.
+    ``warm_up_steps`` steps are exact; the steps after them use stale activations of the other patches.
 
     Args:
         pipeline: its transformer's token plan has stages; without ControlNet and IP-Adapter; LoRAs fused.
         degrees: how the ranks are divided; pipefusion is 2 or more.
         groups: the process groups of these degrees; None makes them, and ends them in ``close``.
         warm_up_steps: synchronous steps at the start of each generation, 1 or more.
-        patches: of the picture, under way at the same time; None: as many as stages.
+        patches: number of patches in flight at the same time; None: as many as stages.
         stages: transformer blocks of each stage; None: equal numbers.
         attention: name of xfuser's attention backend.
         parallel_vae: decode in patches, one on each rank.
         free_other_stages: keep other stages' blocks in host memory until ``close``.
 
     Raises:
-        ValueError: what PipeFusion cannot do with this model.
+        ValueError: PipeFusion does not support this model or these degrees.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class XDiTPipeFusion(Method):
         self.groups = groups
         # xfuser's layers ask for the log-sum-exp under ring only, but the stages must agree.
         self.attention = attention or attention_backend(groups.device, self.transformer.dtype, degrees)
-        self._watch: StepTeller | None = None
+        self._watch: StepReporter | None = None
         self._freed: list[nn.Module] = []
         try:
             config = groups.engine_config(
@@ -159,7 +159,7 @@ class XDiTPipeFusion(Method):
         mine = set(blocks_of(self._stages, self.tokens))
         self._blocks = mine
         for block in mine:
-            surgery.override(block, self._passable)
+            surgery.override(block, self._pass_through)
         surgery.override(self._stages, self._counted)
         if free and self.groups.device.type == "cuda":
             self._freed = list(blocks - mine)
@@ -200,30 +200,30 @@ class XDiTPipeFusion(Method):
         """What ``pipeline(**arguments)`` gives, on every rank; output_type is pil, np, pt or latent.
 
         Args:
-            watch: is not entered, for xfuser's scheduler runs in patches, but told (None, steps) after each
-                step that this rank has finished, in order, in a thread of its own; after the last one with
-                the latents. What it raises ends the generation on this rank, which goes on passing messages
-                without computing, and is raised here.
+            watch: is not entered, because xfuser's scheduler runs in patches. It is called with (None,
+                steps) after each step that this rank has finished, in order, in a thread of its own; after
+                the last one with the latents. What it raises ends the generation on this rank, which goes on
+                passing messages without computing, and is raised here.
 
         Raises:
-            ValueError: an argument that xfuser's pipeline would not hear, or a size that does not divide.
+            ValueError: an argument that xfuser's pipeline ignores, or a size that does not divide.
         """
         wanted = arguments.get("output_type", "pil")
-        arguments = self._heard(arguments) | {"output_type": "latent", "return_dict": True}
+        arguments = self._supported(arguments) | {"output_type": "latent", "return_dict": True}
         pipe = self.pipeline
         on_step = (watch or Unwatched()).after_step
-        teller = self._watch = StepTeller(arguments["num_inference_steps"], on_step, self.groups.device)
+        reporter = self._watch = StepReporter(arguments["num_inference_steps"], on_step, self.groups.device)
         try:
             with Surgery() as during, noise_of_whole_pictures():
                 during.replace(pipe, "scheduler", self._scheduler(pipe.scheduler))
                 during.replace(pipe, "transformer", self._stages)
                 output = self._wrapped(**arguments)
         finally:
-            failed, self._watch = teller.finish(), None
+            failed, self._watch = reporter.finish(), None
         if failed is not None:
             raise failed
         latents = self._share(None if output is None else output.images)
-        on_step(latents, teller.steps)
+        on_step(latents, reporter.steps)
         return self._decoded(latents, arguments, wanted)
 
     def close(self) -> None:
@@ -234,18 +234,18 @@ class XDiTPipeFusion(Method):
         while self._freed:
             self._freed.pop().to(self.groups.device)
 
-    def _heard(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _supported(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments for xfuser's pipeline. Raises ValueError where one would have no effect."""
         names = {
             name
             for name, parameter in inspect.signature(type(self._wrapped).__call__).parameters.items()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        } - set(UNHEARD)
+        } - set(UNSUPPORTED)
         empty = [name for name, value in arguments.items() if value is None or value == ""]
         if "negative_prompt" not in names and (arguments.get("true_cfg_scale") or 1.0) <= 1:
             # Without true guidance they have no effect, in diffusers either.
             empty += ["true_cfg_scale", *(name for name in arguments if name.startswith("negative_"))]
-        empty += [name for name, value in NEUTRAL.items() if arguments.get(name) == value]
+        empty += [name for name, value in FIXED_VALUES.items() if arguments.get(name) == value]
         lost = sorted(set(arguments) - names - set(empty))
         if lost:
             raise ValueError(f"PipeFusion does not support {', '.join(lost)}; the other degrees do")
@@ -266,11 +266,11 @@ class XDiTPipeFusion(Method):
                 f"the height must be {2 * unit} or more; {height} makes 1 patch: {self.cut.one_patch}"
             )
         self._patches = patches
-        heard = {name: value for name, value in arguments.items() if name in names}
-        if self.cut.sized_text and heard.get("prompt_embeds") is not None:
+        supported = {name: value for name, value in arguments.items() if name in names}
+        if self.cut.sized_text and supported.get("prompt_embeds") is not None:
             # xfuser's stages send each other text of this length, whatever the embeddings have.
-            heard["max_sequence_length"] = heard["prompt_embeds"].shape[1]
-        return heard
+            supported["max_sequence_length"] = supported["prompt_embeds"].shape[1]
+        return supported
 
     def _scheduler(self, scheduler: Any) -> Any:
         from xfuser.model_executor.schedulers.register import xFuserSchedulerWrappersRegister
@@ -289,8 +289,8 @@ class XDiTPipeFusion(Method):
         self._watch.called(state.num_pipeline_patch if state.patch_mode else 1)
         return answer
 
-    def _passable(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        """A block that hands its input on once the generation is to end: messages keep their shapes."""
+    def _pass_through(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        """A block that returns its input once the generation is to end: messages keep their shapes."""
         if self._watch is None or self._watch.error is None:
             return original(*args, **kwargs)
         given: dict[Stream, Any] = dict(zip(("picture", "text"), args, strict=False))

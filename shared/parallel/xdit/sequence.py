@@ -24,14 +24,14 @@ SharedBy = Literal["ulysses", "ring", "both"]
 
 
 class Shares:
-    """How the tokens of a sequence are shared: in equal parts; what is left over belongs to every rank."""
+    """How the tokens of a sequence are shared: in equal parts; the remainder belongs to every rank."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         _, self.rank, self.ranks = Ranks.of(group)
 
     def cut(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """This rank's tokens of `x`, then the left-over ones."""
+        """This rank's tokens of `x`, then the remainder."""
         each, rest = divmod(x.shape[dim], self.ranks)
         mine = x.narrow(dim, self.rank * each, each)
         if not rest:
@@ -51,10 +51,10 @@ def blocks_of(model: nn.Module, plan: TokenPlan) -> list[nn.Module]:
 
 
 class SequenceParallel:
-    """Makes a transformer, or a ControlNet made of such blocks, compute this rank's tokens only.
+    """Makes a transformer, or a ControlNet made of such blocks, compute only this rank's tokens.
 
     The output of a transformer is gathered; a ControlNet's residuals stay this rank's, which is what the
-    transformer adds. Any number of tokens works: what does not divide is computed by every rank.
+    transformer adds. Any number of tokens works: the remainder of the division is computed by every rank.
 
     Args:
         model: a transformer or ControlNet of diffusers with a token plan.
@@ -78,7 +78,7 @@ class SequenceParallel:
         self.plan = token_plan(type(model).__name__)
         self.shares, self.backend, self.by = Shares(group), backend, by
         self.tokens: dict[Stream, int] = {}
-        """Of each stream's whole sequence in the call that is under way."""
+        """Length of each stream's whole sequence in the current call."""
         self._inside = self._answered = False
         self._sent: Gathering | None = None
         for site in (*self.plan.picture, *self.plan.text, *self.plan.positions):
@@ -140,7 +140,7 @@ class SequenceParallel:
         self.tokens = dict.fromkeys(self.plan.joined, 0)
         self._inside = self._answered = False
         with Surgery() as during:
-            # Every processor of diffusers ends here; which calls are to see all tokens, self._inside tells.
+            # Every processor of diffusers ends here; self._inside says which calls must see all tokens.
             shared = self._attend(F.scaled_dot_product_attention)
             during.replace(F, "scaled_dot_product_attention", shared)
             return original(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Around PipeFusion's stages: steps told in a thread, noise of whole pictures, the model put back."""
+"""Around PipeFusion's stages: progress from a thread, noise of whole pictures, the model restored."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ STEPS_AHEAD = 2
 """Steps that a rank may be ahead of the last one that all ranks have finished."""
 
 OnStep = Callable[[torch.Tensor | None, int], None]
-"""Called with (latents where they are at hand, steps) after each step."""
+"""Called with (latents or None, steps) after each step."""
 
 
-class StepTeller:
-    """Tells of finished steps in a thread: stages finish a step one after the other, and must not wait there.
+class StepReporter:
+    """Reports finished steps from a thread: stages finish a step in turn and must not wait for it.
 
     Args:
         steps: of this generation.
@@ -33,15 +33,15 @@ class StepTeller:
         self.steps, self.on_step, self.device = steps, on_step, device
         self.error: BaseException | None = None
         self._calls, self._step = 0.0, 0
-        self._told = threading.Semaphore(STEPS_AHEAD)
+        self._reported = threading.Semaphore(STEPS_AHEAD)
         self._finished: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._tell, name="steps", daemon=True)
+        self._thread = threading.Thread(target=self._report, name="steps", daemon=True)
         self._thread.start()
 
     def hold(self) -> None:
         """Before a call of the transformer: wait while this rank is too far ahead."""
         if self._calls == 0:
-            self._told.acquire()
+            self._reported.acquire()
 
     def called(self, calls: int) -> None:
         """The transformer was called; `calls` such calls make a step."""
@@ -56,12 +56,12 @@ class StepTeller:
         self._finished.put((self._step, event))
 
     def finish(self) -> BaseException | None:
-        """Wait until all that was finished has been told; what ended the generation early."""
+        """Wait until every finished step is reported. Returns what ended the generation early, or None."""
         self._finished.put(None)
         self._thread.join()
         return self.error
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self.device.type == "cuda":
             # A new thread starts on the first GPU.
             torch.cuda.set_device(self.device)
@@ -69,12 +69,12 @@ class StepTeller:
             try:
                 if event is not None:
                     event.synchronize()
-                # The last step is told with its latents, when they are there.
+                # The last step is reported later, with its latents.
                 if self.error is None and step < self.steps:
                     self.on_step(None, self.steps)
             except BaseException as error:  # raised in the thread that generates
                 self.error = error
-            self._told.release()
+            self._reported.release()
 
     def _items(self) -> Iterator[Any]:
         while (item := self._finished.get()) is not None:
@@ -85,7 +85,7 @@ class StepTeller:
 def noise_of_whole_pictures() -> Iterator[None]:
     """Inside, schedulers that draw noise at each step draw what they would for the whole picture.
 
-    xfuser has them draw for the patch in hand, and alike for different parts of a sequence.
+    xfuser lets them draw for the current patch only, and the same for different parts of a sequence.
     """
     import diffusers.schedulers.scheduling_ddpm as ddpm
     import xfuser.model_executor.schedulers.scheduling_dpmsolver_multistep as dpmsolver
@@ -110,7 +110,7 @@ def noise_of_whole_pictures() -> Iterator[None]:
 
 
 class Snapshot:
-    """The module tree as it is, to be put back: xfuser replaces blocks, layers and their attributes."""
+    """The module tree as it is, to be restored: xfuser replaces blocks, layers and their attributes."""
 
     def __init__(self, root: nn.Module) -> None:
         self._state: list[tuple[dict[str, Any], dict[str, Any]]] = []
