@@ -97,6 +97,7 @@ FAMILY = Family(
             control_image_field="control_image",
             ip_adapter_encoder="clip",
             single_file_config="flux",
+            single_file_settings="guidance_embeds",
             single_file_encoders=MappingProxyType(
                 {
                     "text_encoder": "text_encoders.clip_l.transformer.",

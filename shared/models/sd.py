@@ -106,6 +106,7 @@ FAMILY = Family(
             control_net_pipeline="StableDiffusionControlNetPipeline",
             ip_adapter_encoder="clip",
             single_file_config="sd2",
+            single_file_predicts="noise_or_velocity",
             single_file_encoders=MappingProxyType({"text_encoder": "cond_stage_model.model."}),
             refuses=refusals(NO_MOTION),
         ),

@@ -94,6 +94,8 @@ FAMILY = Family(
             control_image_field="control_image",
             ip_adapter_encoder="siglip",
             single_file_config="sd3",
+            single_file_settings="mmdit_blocks",
+            optional_parts=frozenset({"text_encoder_3", "tokenizer_3"}),
             single_file_encoders=MappingProxyType(
                 {
                     "text_encoder": "text_encoders.clip_l.transformer.",

@@ -71,6 +71,11 @@ class ModelSpec:
     single_file_config: str | None = None  # folder under configs/, to load a single file offline
     # Prefix of the tensors' names of each text encoder in single files.
     single_file_encoders: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    # Settings of the denoiser that differ between single files of the type and show in their tensors.
+    single_file_settings: Literal["input_channels", "guidance_embeds", "mmdit_blocks"] = "input_channels"
+    # What single files of the type predict, where neither a key nor a shape says it.
+    single_file_predicts: Literal["one_kind", "noise_or_velocity"] = "one_kind"
+    optional_parts: frozenset[str] = frozenset()  # components without which the type runs
     pipeline_defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     refuses: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 

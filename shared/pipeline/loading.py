@@ -365,7 +365,7 @@ def _check_index(spec: ModelSpec, index: dict[str, Any], folder: Path) -> None:
     name = index.get("_class_name")
     if what := OTHER_PIPELINES.get(str(name)):
         raise LoadError(f"--checkpoint {str(folder)!r} is {what} ({name}), not of type {spec.name}")
-    if spec.name == "sdxl" and index.get("requires_aesthetics_score"):
+    if index.get("requires_aesthetics_score"):
         raise LoadError(f"--checkpoint {str(folder)!r} is the SDXL refiner, which no type supports")
     owners = [s for s in MODELS.values() if name in (s.pipeline, s.inpaint_pipeline)]
     kin = [s for s in owners if s.single_file_config == spec.single_file_config and s.output == "image"]

@@ -141,9 +141,9 @@ def _missing(
         there = header.has(*wanted) or name in found or any((beside / name).glob("*.safetensors"))
         if there or name not in listed:
             continue
-        if name == "text_encoder_3":
-            found |= {name: None, name.replace("text_encoder", "tokenizer"): None}
-            log.info("%s has no T5 encoder; the type runs without it", header.file)
+        if name in spec.optional_parts:
+            found |= dict.fromkeys(spec.optional_parts)
+            log.info("%s has no %s; the type runs without it", header.file, name)
         else:
             missing[name] = wanted[0]
     return missing
@@ -187,18 +187,19 @@ def _denoiser(
 
 
 def _overrides(spec: ModelSpec, header: Header) -> dict[str, Any]:
-    """Settings of the denoiser that its tensors tell."""
-    if spec.single_file_config == "flux":
-        return {"guidance_embeds": has_guidance(header)}
-    if spec.single_file_config != "sd3":
-        return {"in_channels": input_channels(header, spec)}
+    """Settings of the denoiser that are read from its tensors."""
+    match spec.single_file_settings:
+        case "guidance_embeds":
+            return {"guidance_embeds": has_guidance(header)}
+        case "mmdit_blocks":
+            return _mmdit_settings(header)
+    return {"in_channels": input_channels(header, spec)}
+
+
+def _mmdit_settings(header: Header) -> dict[str, Any]:
+    """The differences between Stable Diffusion 3, 3.5 medium and 3.5 large."""
     if header.shape("joint_blocks.0.x_block.adaLN_modulation.1.weight") is None:
         return {}
-    return _sd3_settings(header)
-
-
-def _sd3_settings(header: Header) -> dict[str, Any]:
-    """What tells Stable Diffusion 3, 3.5 medium and 3.5 large apart."""
     numbers = {
         int(found[1]) for name in header.shapes if (found := re.search(r"joint_blocks\.(\d+)\.", name))
     }

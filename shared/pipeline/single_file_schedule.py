@@ -1,4 +1,4 @@
-"""Which noise schedule a single file was trained with: from its marks, its metadata, what lies beside it."""
+"""Which noise schedule a single file was trained with: from its marks, its metadata, the files beside it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLAYGROUND = {
 }  # fmt: skip
 SD2_BASE_STEP = 875000  # of the 512 model; diffusers goes by it, too
 SD2_NORM = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
-SD2_V_SPREAD = 0.09  # of that bias, by which ComfyUI tells the 768 model from the 512 one
+SD2_V_SPREAD = 0.09  # of that bias, by which ComfyUI distinguishes the 768 model from the 512 one
 
 
 def schedule_of(header: Header, spec: ModelSpec, folder: Path, shipped: bool) -> dict[str, Any]:
@@ -36,15 +36,19 @@ def schedule_of(header: Header, spec: ModelSpec, folder: Path, shipped: bool) ->
 
     Args:
         folder: with the configuration of the scheduler.
-        shipped: whether that is the type's, and not one that lies beside the file.
+        shipped: whether that is the type's, and not one beside the file.
     """
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     found = _marked(header, spec)
-    if shipped and spec.single_file_config == "sd2" and "prediction_type" not in _merged(found):
+    if (
+        shipped
+        and spec.single_file_predicts == "noise_or_velocity"
+        and "prediction_type" not in _merged(found)
+    ):
         found += _guessed(header)
     if not found:
         return config
-    log.info("recognised of %s: %s", header.file.name, "; ".join(why for _, why in found))
+    log.info("%s: recognised %s", header.file.name, "; ".join(why for _, why in found))
     settings = _merged(found)
     if "_class_name" in settings:
         return settings
@@ -59,8 +63,8 @@ def _merged(found: list[tuple[dict[str, Any], str]]) -> dict[str, Any]:
 
 
 def _marked(header: Header, spec: ModelSpec) -> list[tuple[dict[str, Any], str]]:
-    """What the file, or a YAML file of its name, says in so many words; the first counts most."""
-    if spec.scheduler_family == "flow_flux" and not has_guidance(header):
+    """What the file, or a YAML file of its name, says explicitly; the first entry takes precedence."""
+    if spec.single_file_settings == "guidance_embeds" and not has_guidance(header):
         schnell = {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "shift": 1.0,
@@ -95,7 +99,7 @@ def has_guidance(header: Header) -> bool:
 
 
 def _guessed(header: Header) -> list[tuple[dict[str, Any], str]]:
-    """Stable Diffusion 2 of 512 predicts noise, that of 768 velocity; no key and no shape tells."""
+    """Stable Diffusion 2 of 512 predicts noise, that of 768 velocity; no key and no shape says which."""
     shape = header.shape("input_blocks.0.0.weight")
     if shape is not None and shape[1] == 9:
         return [(EPSILON, "epsilon (an inpainting model)")]

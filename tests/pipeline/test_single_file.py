@@ -214,7 +214,7 @@ def test_velocity(
         (shipped / "a.yaml").write_text(yaml)
     with caplog.at_level("INFO", "host"):
         made = tiny.host(name, checkpoint=file)
-    assert "recognised of a.safetensors: v" in caplog.text
+    assert "a.safetensors: recognised v" in caplog.text
     right = tiny.load(name)
     right.scheduler = getattr(diffusers, cls).from_config(right.scheduler.config, **settings)
     assert type(made.scheduler).__name__ == cls
@@ -251,7 +251,7 @@ def test_sd2_of_512_and_768(
     path = save(source("sd2") | extra, shipped / f"{file}.safetensors", metadata)
     with caplog.at_level("INFO", "host"):
         pipe = tiny.host("sd2", checkpoint=path)
-    assert pipe.scheduler.config.prediction_type == prediction and f"recognised of {file}" in caplog.text
+    assert pipe.scheduler.config.prediction_type == prediction and f"{file}: recognised " in caplog.text
     said = tiny.host("sd2", checkpoint=path, scheduler={"scheduler": "ddim", "prediction_type": "sample"})
     assert said.scheduler.config.prediction_type == "sample"
 
