@@ -26,14 +26,14 @@ MISMATCH_ERRORS = (KeyError, ValueError, RuntimeError, IndexError, TypeError)
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be used; the sentence says why."""
+    """An adapter that cannot be used; the message says why."""
 
 
 def read_tensors(path: str | Path, what: str) -> dict[str, Any]:
-    """State dict of a `.safetensors`, or of a `.bin`, `.ckpt`, `.pt` or `.pth` that holds weights alone.
+    """State dict of a `.safetensors`, or of a `.bin`, `.ckpt`, `.pt` or `.pth` that holds only weights.
 
     Raises:
-        AdapterError: no such kind of file, a broken one, or a pickle with more than weights in it.
+        AdapterError: another kind of file, a broken one, or a pickle with more than weights in it.
     """
     path = Path(path)
     try:
@@ -83,7 +83,7 @@ def load_control_nets(spec: ModelSpec, paths: Mapping[str, float], dtype: torch.
 
 
 def check_control_nets(pipe: Pipeline, spec: ModelSpec) -> None:
-    """Whether the ControlNets' inner widths are the denoiser's. Raises AdapterError."""
+    """Check that the ControlNets' inner widths are the denoiser's. Raises AdapterError."""
     denoiser = model_of(pipe, spec.denoiser)
     for net in control_nets(pipe):
         for key in ("cross_attention_dim", "block_out_channels", "joint_attention_dim", "attention_head_dim"):
@@ -172,7 +172,7 @@ def ip_arguments(
 ) -> dict[str, Any]:
     """Keyword arguments of a pipeline with an IP-Adapter; sets the scale on its attention processors.
 
-    Without an image the scale is 0, and a black one is given, because most pipelines fail without any.
+    Without an image the scale is 0 and the image black, because most pipelines fail without one.
     """
     given = next(iter(launch.values())) if scale is None else scale
     pipe.set_ip_adapter_scale(0.0 if image is None else given)
@@ -192,7 +192,7 @@ def _adapter_file(path: str) -> Path:
 
 
 def _ip_parts(tensors: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
-    """The projection's and the attention layers' tensors, in the naming that diffusers reads."""
+    """The projection's and the attention layers' tensors, in the names that diffusers reads."""
     if isinstance(tensors.get("image_proj"), dict):
         return {"image_proj": dict(tensors["image_proj"]), "ip_adapter": dict(tensors.get("ip_adapter", {}))}
     parts: dict[str, dict[str, torch.Tensor]] = {"image_proj": {}, "ip_adapter": {}}
@@ -277,8 +277,8 @@ def _processor(cls: Any, folder: Path | None, size: int) -> Any:
 def load_motion_adapter(path: str, dtype: torch.dtype) -> Any:
     """A MotionAdapter from a diffusers folder or from one file in its authors' naming.
 
-    A file's sizes are read from its tensors; what tensors cannot tell (attention heads, norm groups) is what
-    all published modules have, unless a folder of the file's name beside it holds a config.json.
+    A file's sizes are read from its tensors; what they do not show (attention heads, norm groups) is what all
+    published modules have, unless a folder of the file's name beside it holds a config.json.
     Raises AdapterError.
     """
     from diffusers import MotionAdapter

@@ -34,7 +34,7 @@ def call_arguments(
 
     Raises:
         RequestError: 422, tensors or embeddings that do not fit the model.
-        ValueError: of the features, in words.
+        ValueError: a feature does not support the request.
     """
     spec = config.spec
     seed = request.seed or 0
@@ -113,7 +113,7 @@ def _picture(data: bytes | None, percent: float | None) -> Any:
 
 
 def refused(field: str, problem: str) -> RequestError:
-    """422, for what is wrong with a field's content."""
+    """A RequestError 422 for the content of a field."""
     return RequestError(422, [FieldProblem(field, problem)])
 
 
@@ -130,7 +130,7 @@ def _video_arguments(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) 
         if getattr(request, name) is not None:
             arguments[name] = getattr(request, name)
     if request.frames == 1 and spec.first_cfg_field is not None:
-        # Guidance grows from the first frame to the last, which are one.
+        # Guidance grows from the first frame to the last; here both are the same frame.
         arguments[spec.first_cfg_field] = request.cfg
     if spec.fps_condition:
         arguments["fps"] = request.fps  # a condition of the model, not only of the file
@@ -138,7 +138,7 @@ def _video_arguments(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) 
 
 
 def _schedule_arguments(request: GenerateRequest, trained: int) -> dict[str, Any]:
-    """Own sigmas or timesteps; `trained` timesteps are there."""
+    """The request's sigmas or timesteps; the model was trained on `trained` timesteps."""
     for name, most in (("sigmas", math.inf), ("timesteps", trained - 1)):
         data = getattr(request, name)
         if data is None:

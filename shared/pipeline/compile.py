@@ -1,7 +1,7 @@
 """torch.compile by regions: the forward of each repeated block, so that one graph serves many blocks.
 
-A compiled region is the `forward` of a module instance, below which no parallel method may work: whole blocks
-where the method runs blocks (AsyncDiff, one rank), smaller layers where it works inside them.
+A compiled region is the `forward` of a module instance, inside which no parallel method may work: whole
+blocks where the method runs blocks (AsyncDiff, one rank), smaller layers where it works inside them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,10 @@ from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
 
 log = logging.getLogger("host")
 
-LIMIT = (
-    8192  # graphs of one function: shapes x kinds of block; the default of 8 falls back to eager in silence
-)
+LIMIT = 8192  # graphs of one function: shapes x kinds of block; the default of 8 falls back silently
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-"""Modes less inductor's own CUDA graphs. Of a denoiser in many regions those would be captured again with the
-step, and a later region would write over what an earlier one has left for a skip connection."""
+"""Modes without inductor's own CUDA graphs. With a denoiser in many regions those would be captured again with
+the step, and a later region would overwrite what an earlier one has left for a skip connection."""
 
 
 def compile_pipeline(

@@ -45,7 +45,7 @@ class PipelineEngine:
         pipe: the loaded pipeline, on this rank's device.
         config: the launch.
         world: this rank's place.
-        make_parallel: takes hold of the pipeline.
+        make_parallel: makes the parallel method on the pipeline.
         output_rank: the rank that decodes and holds the picture; the others stop at the latents.
         picture: which of the pictures of one request this rank works on.
     """
@@ -132,10 +132,10 @@ class PipelineEngine:
             ):
                 return self.parallel.run(arguments, watch)
         finally:
-            self.pipe.maybe_free_model_hooks()  # which a pipeline that is cut short does not reach
+            self.pipe.maybe_free_model_hooks()  # which a pipeline that is interrupted does not reach
 
     def _note_adapters(self, request: GenerateRequest) -> None:
-        """Scales are numbers inside the modules, which a captured step would not see change."""
+        """Scales are numbers inside the modules: a captured step would miss their change."""
         state = (request.lora_scales, request.ip_adapter_scale, request.ip_image is None)
         if state != self._adapter_state and self._adapter_state is not None:
             self._encoders.reset()
@@ -150,7 +150,7 @@ class PipelineEngine:
         self.pipe.set_progress_bar_config(**shown)
 
     def preview_to(self, queue: JobQueue) -> None:
-        """Show pictures to those who watch the queue, as they form; on rank 0 only."""
+        """Show previews to those who watch the queue; only on rank 0."""
         try:
             self._previewer = Previewer(self.pipe, self.spec, queue, self.world.device)
         except (RuntimeError, ValueError, AttributeError) as error:
@@ -175,7 +175,7 @@ class PipelineEngine:
         return self._loras.in_use()
 
     def undo(self, operation: Operation) -> None:
-        """An operation that went well on this rank has failed on another: take it back."""
+        """An operation that succeeded on this rank has failed on another: undo it."""
         if isinstance(operation, AddLora):
             self.remove_lora(operation.path)
 
@@ -204,7 +204,7 @@ CONTENT_FIELDS = frozenset(
 def _is_refusal(error: Exception, request: GenerateRequest) -> bool:
     """Whether an error before the first step is the request's fault.
 
-    That is what a feature or the pipeline refuses in words, and what fails on tensors or settings of its own.
+    That is what a feature or the pipeline refuses, and what fails on the request's own tensors or settings.
     """
     if isinstance(error, ValueError):
         return True

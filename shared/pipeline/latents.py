@@ -1,4 +1,4 @@
-"""Latents between two passes of a picture, enlarged and cut to size; one picture's out of a pipeline's."""
+"""Latents between two passes of a picture, enlarged and cropped; one picture's latents from a pipeline's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shared.api.replies import Reply
 def enlarged(draft: Reply, second: SecondPass) -> bytes:
     """The safetensors of a first pass' `latent`, for the second: as A1111 enlarges it.
 
-    A picture of other proportions than the first one's is cut out of the middle of what covers it.
+    A picture with another aspect ratio than the first one's is the centre crop of one that covers it.
     """
     latent = safetensors.torch.load(draft.output[0])["latent"]
     kind = latent.dtype
@@ -44,8 +44,8 @@ def picture_latents(latents: torch.Tensor, layout: str, grid: tuple[int, int]) -
     """One picture's latents [channels, height, width] out of a pipeline's; of a video the middle frame.
 
     Args:
-        latents: [1, ...], laid out as ModelSpec.latent_layout says.
-        grid: (height, width) in latents, which packed latents do not tell.
+        latents: [1, ...], in the layout of ModelSpec.latent_layout.
+        grid: (height, width) in latents, which packed latents do not show.
     """
     first = latents[0]
     if layout == "ncfhw":

@@ -55,7 +55,7 @@ def load_pipeline(
 
     Args:
         device: this rank's; where the pipeline ends unless it is offloaded.
-        needs: those of the parallel method that takes hold of it.
+        needs: what the parallel method needs of it.
         quiet: show no progress bars.
 
     Returns:
@@ -63,7 +63,7 @@ def load_pipeline(
 
     Raises:
         UsageError: what this device cannot do, before any weight is read.
-        LoadError: whatever of it is broken, missing, or made for another model.
+        LoadError: a part is broken, missing, or made for another model.
     """
     check_environment(config, device)
     try:
@@ -90,7 +90,7 @@ def check_environment(config: HostConfig, device: torch.device) -> None:
 
 
 def _check_compile(config: HostConfig) -> None:
-    """What torch.compile would refuse at the first request, or not at all."""
+    """Refuse here what torch.compile would refuse at the first request, or not at all."""
     if not (config.compile_unet or config.compile_vae or config.compile_text_encoder):
         return
     import torch._dynamo
@@ -127,7 +127,7 @@ def _check_scheduler(config: HostConfig) -> None:
             settings = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())
     except BROKEN:
         settings = None
-    # What is wrong with the file itself, loading tells.
+    # Loading reports what is wrong with the file itself.
     current = SimpleNamespace(config=settings if isinstance(settings, dict) else {})
     try:
         make_scheduler(current, config.spec, config.scheduler)
@@ -195,7 +195,7 @@ def _load_loras(pipe: Pipeline, spec: ModelSpec, config: HostConfig, needs: Need
 
 
 def _check_tokenizers(pipe: Pipeline, spec: ModelSpec, config: HostConfig) -> None:
-    """Transformers makes one that knows no word where the vocabulary is missing, and says nothing."""
+    """Without a vocabulary transformers silently makes a tokenizer that knows no word."""
     for name, tokenizer in parts_of(pipe, spec.tokenizers).items():
         # T5's empty one has one piece beside the special ones, for a space.
         if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
@@ -307,7 +307,7 @@ def load_vae(path: str, index: dict[str, Any], config: Path, dtype: torch.dtype)
 
 
 def _configuration(spec: ModelSpec, file: Path) -> Path:
-    """Whose model_index.json a single file has: of a folder of its name beside it, else of its type."""
+    """The folder whose model_index.json a single file has: one of its name beside it, else its type's."""
     beside = file.with_suffix("")
     if (beside / "model_index.json").is_file():
         return beside
@@ -334,11 +334,11 @@ def _input_channels(denoiser: Path) -> int | None:
 
 
 def _check_inputs(spec: ModelSpec, folder: Path, inputs: int | None) -> None:
-    """A denoiser of other inputs fails in its first call, if at all: say what it is now."""
+    """A denoiser with other inputs fails only in its first call, if at all: refuse it here."""
     try:
         latent = json.loads((folder / "vae" / "config.json").read_text())["latent_channels"]
     except (OSError, ValueError, KeyError):
-        return  # loading says what is wrong with it
+        return  # loading reports what is wrong with it
     if spec.image == "needed" or inputs is None or spec.single_file_config is None:
         return
     expected = latent * (4 if spec.packed else 1)
@@ -347,12 +347,12 @@ def _check_inputs(spec: ModelSpec, folder: Path, inputs: int | None) -> None:
 
 
 def _check_scales(folder: Path) -> None:
-    """Diffusers would leave the scales of weights out, without a word."""
+    """Diffusers would silently ignore the scales of weights."""
     for file in sorted(folder.glob("*/*.safetensors")):
         try:
             scales = scale_names(list(read_header(file).shapes))
         except SingleFileError:
-            continue  # loading says so
+            continue  # loading reports it
         if scales:
             raise LoadError(
                 f"--checkpoint {str(folder)!r}: {file.name} of {file.parent.name} has scaled weights (key "
@@ -361,7 +361,7 @@ def _check_scales(folder: Path) -> None:
 
 
 def _check_index(spec: ModelSpec, index: dict[str, Any], folder: Path) -> None:
-    """A checkpoint of another type loads in part and fails later, or not at all: say it now."""
+    """A checkpoint of another type loads in part and fails later, or not at all: refuse it here."""
     name = index.get("_class_name")
     if what := OTHER_PIPELINES.get(str(name)):
         raise LoadError(f"--checkpoint {str(folder)!r} is {what} ({name}), not of type {spec.name}")

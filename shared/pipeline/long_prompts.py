@@ -1,6 +1,6 @@
 """Prompts of any length and weight for CLIP's text encoders: in chunks of 75 tokens, as A1111 does.
 
-And what the other encoders cut is told, never cut in silence.
+What the other encoders truncate is reported, never truncated silently.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shared.api.warned import warn
 from shared.models import MODELS, ModelSpec
 from shared.parallel.pipeline import Pipeline, parts_of
 
-SHOWN = 160  # characters of what was cut
+SHOWN = 160  # characters of the truncated part
 
 
 def words_of(pipe: Pipeline, prompt: str, tokenizer: Any) -> str:
@@ -40,7 +40,7 @@ def named_arguments(encode: Callable[..., Any], args: tuple, kwargs: dict[str, A
 
 
 def fit(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], negative: str | None) -> None:
-    """Let an `encode_prompt` read as much as its models can, and warn of what they cut.
+    """Let an `encode_prompt` read as much as its models can, and warn of what they truncate.
 
     Args:
         values: its arguments by name; changed.
@@ -77,13 +77,13 @@ def _limit(spec: ModelSpec, values: dict[str, Any], count: int) -> int:
 
 
 def is_long(pipe: Pipeline, spec: ModelSpec, text: str | None) -> bool:
-    """Whether some of its encoders would cut it."""
+    """Whether some of its encoders would truncate it."""
     tokenizers = parts_of(pipe, spec.tokenizers).values()
     return bool(text) and any(len(tokens_of(pipe, text or "", t)) > t.model_max_length for t in tokenizers)
 
 
 def chunks_of(text: str, notation: str | None) -> list[Chunk]:
-    """A prompt's parts; without a notation all of it weighs 1."""
+    """A prompt's parts; without a notation all of it has weight 1."""
     return parse(text) if notation == "a1111" else [[(text, 1.0)]]
 
 
@@ -103,7 +103,7 @@ def encode_chunks(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], notat
     least = [-(-tensor.shape[1] // 77) for tensor in given.values()]
     length = max(*least, *(len(chunks) for side in tokenized for chunks in side), 1)
     for side, encoders in zip(sides, tokenized, strict=True):
-        # As diffusers does, skipped layers are those of the positive prompt alone.
+        # As diffusers does, skipped layers are only those of the positive prompt.
         skip = None if side else values.get("clip_skip")
         embeds, pooled = _encode(pipe, spec, encoders, length, skip)
         values[f"{side}prompt_embeds"] = embeds
@@ -189,7 +189,7 @@ def _encode_chunk(
 
 
 def take_notation(values: dict[str, Any], weighs: bool) -> bool:
-    """Prompts in A1111's notation as their words alone, with a warning where the encoders carry no weights.
+    """Prompts in A1111's notation as plain words, with a warning where the encoders support no weights.
 
     Returns:
         Whether there is something to weigh or to break, and `weighs`; the prompts are left as they are then.

@@ -1,7 +1,7 @@
 """LoRA on every model type: read, matched by name, injected through PEFT, scaled, fused, removed.
 
 One path for all types, because half of the pipelines have no loader of their own and the others load what
-fits and say nothing of the rest. Key formats: diffusers, PEFT, kohya (flattened module names), and what
+fits and silently ignore the rest. Key formats: diffusers, PEFT, kohya (flattened module names), and what
 `pipeline.lora_state_dict` converts (the original SD/SDXL block names, BFL's flux names).
 Source of the method: Hu et al., "LoRA", arXiv 2106.09685, section 4.1.
 """
@@ -51,7 +51,7 @@ FALLBACK_ERRORS = (ValueError, KeyError, IndexError, AttributeError, RuntimeErro
 
 
 class LoraError(ValueError):
-    """A LoRA that cannot be used; the sentence says why."""
+    """A LoRA that cannot be used; the message says why."""
 
 
 @dataclass
@@ -85,13 +85,13 @@ class LoraSet:
 
     pipe: Pipeline
     spec: ModelSpec
-    frozen: str | None = None  # why none can be added, removed or scaled any more
-    fixed: str | None = None  # why none can be added or removed any more; scales still work
+    frozen: str | None = None  # why none can be added, removed or scaled
+    fixed: str | None = None  # why none can be added or removed; scales still work
     loaded: dict[str, Loaded] = field(default_factory=dict)
     _count: int = 0
 
     def add(self, path: str, scale: float = 1.0) -> Loaded:
-        """Load a LoRA and make it active beside the others.
+        """Load a LoRA and make it active with the others.
 
         Raises:
             LoraError: fused, compiled or offloaded weights, an unreadable file, or a LoRA that fits nowhere.
@@ -128,7 +128,7 @@ class LoraSet:
         return entry
 
     def remove(self, path: str) -> None:
-        """Take a LoRA off again; with the last one the layers are the original objects. Raises LoraError."""
+        """Remove a LoRA; after the last one the layers are the original objects. Raises LoraError."""
         self._check_open(self.fixed)
         self._take_off(self.loaded.pop(self.name_of(path)).adapter)
         self.set_scales({})
@@ -168,7 +168,7 @@ class LoraSet:
         return found[0]
 
     def fuse(self, why: str) -> None:
-        """Add the LoRAs at their scales into the weights and take the adapter layers away."""
+        """Add the LoRAs at their scales to the weights and remove the adapter layers."""
         for module in _parts(self.pipe, self.spec).values():
             for _, layer in _lora_layers(module):
                 layer.merge()
@@ -218,7 +218,7 @@ def read_lora(path: str) -> dict[str, torch.Tensor]:
 
 
 def check_lora(path: str) -> None:
-    """What can be told of a LoRA without the model. Raises LoraError."""
+    """Check what can be checked of a LoRA without the model. Raises LoraError."""
     tensors = read_lora(path)
     try:
         _numbers(tensors)
@@ -227,7 +227,7 @@ def check_lora(path: str) -> None:
 
 
 def _numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors as numbers to compute with: those in 8 bits in fp32, times their scales.
+    """The tensors as numbers to compute with: 8-bit ones in fp32, times their scales.
 
     Raises:
         LoraError: weights that are integers, or a NaN or Inf.
@@ -265,7 +265,7 @@ def match_layers(
     """Which layers of the pipeline a LoRA's tensors belong to.
 
     Returns:
-        pairs per component attribute and module name, and the names in the file that fit nothing.
+        pairs per component attribute and module name, and the names in the file that fit no layer.
     """
     tensors = _numbers(tensors)
     foreign = [key for key in tensors if FOREIGN.search(key)]
@@ -309,7 +309,7 @@ def _pairs(tensors: Mapping[str, torch.Tensor], alphas: Mapping[str, float] | No
 
 
 def _converted(pipe: Pipeline, spec: ModelSpec, tensors: dict[str, torch.Tensor]) -> dict[str, Pair] | None:
-    """The pairs after diffusers' own conversion of other formats, or None where it knows no better."""
+    """The pairs after diffusers' own conversion of other formats, or None where it cannot convert it."""
     config = model_of(pipe, spec.denoiser).config
     try:
         result = type(pipe).lora_state_dict(dict(tensors), unet_config=config)

@@ -1,4 +1,4 @@
-"""LoRAs of a pipeline that runs: added and removed between requests, or loaded as a request names them."""
+"""LoRAs of a running pipeline: added and removed between requests, or loaded as a request names them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RunningLoras:
         pipe: the loaded pipeline.
         config: the launch.
         world: this rank's place.
-        operate: makes a change of the pipeline's LoRAs, between two generations.
+        operate: applies a change to the pipeline's LoRAs, between two generations.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class RunningLoras:
     ) -> None:
         self.pipe, self.config, self.world, self._operate = pipe, config, world, operate
         self._named: dict[str, int] = {}
-        """LoRAs that requests have named, by path, the longest unused first; when each file was changed."""
+        """LoRAs that requests have named, the least recently used first: path -> when the file changed."""
 
     @property
     def _loras(self) -> LoraSet:
@@ -57,7 +57,7 @@ class RunningLoras:
             same = {os.path.realpath(known): known for known in loras.loaded}.get(
                 os.path.realpath(path), path
             )
-            if self._named.pop(same, None) is not None:  # a request has named it, and it is still here
+            if self._named.pop(same, None) is not None:  # a request has loaded it before
                 loras.remove(same)
             elif same in loras.loaded:
                 raise LoraError(f"LoRA {path!r} is loaded already")
@@ -66,7 +66,7 @@ class RunningLoras:
         self._change(change)
 
     def remove(self, path: str) -> None:
-        """Take a LoRA off the running pipeline. Raises RequestError 409."""
+        """Remove a LoRA from the running pipeline. Raises RequestError 409."""
 
         def change(loras: LoraSet) -> None:
             known = loras.name_of(path)
@@ -134,16 +134,16 @@ class RunningLoras:
                 loras.remove(path)
 
     def _agree(self, mine: dict[str, int] | None, problem: Exception | None) -> None:
-        """Raise on all ranks where one has a problem, or where they have not found the same."""
+        """Raise on all ranks where one has a problem, or where they have found different files."""
         text = None if problem is None else str(problem)
-        said: list[Any] = [(mine and [*mine], text)] * self.world.size
+        votes: list[Any] = [(mine and [*mine], text)] * self.world.size
         if self.world.size > 1:
-            torch.distributed.all_gather_object(said, said[0], group=self.world.voting)
-        problems = [told for _, told in said if told is not None]
+            torch.distributed.all_gather_object(votes, votes[0], group=self.world.voting)
+        problems = [text for _, text in votes if text is not None]
         if problem is not None and not isinstance(problem, ValueError):
             raise problem
-        if not problems and any(found != said[0][0] for found, _ in said):
-            problems = ["the ranks do not find the same files in their --lora_dir"]
+        if not problems and any(found != votes[0][0] for found, _ in votes):
+            problems = ["the ranks found different files in their --lora_dir"]
         if problems:
             raise RequestError(422, [FieldProblem("lora_scales", problems[0])]) from problem
 

@@ -20,12 +20,12 @@ from shared.parallel.pipeline import Model, Pipeline
 log = logging.getLogger("host")
 
 WHOLE = ("MultiheadAttention", "HunyuanDiTAttentionPool")
-"""Classes that read the weights of layers inside them, without calling those: they come over in one piece."""
+"""Classes that read the weights of layers inside them without calling those: they are moved in one piece."""
 OFFLOADS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
 
 
 class MemoryFlagError(ValueError):
-    """A memory flag that cannot work here; the sentence says why."""
+    """A memory flag that cannot work here; the message says why."""
 
 
 def check_memory_flags(config: HostConfig, device: torch.device) -> None:
@@ -46,7 +46,7 @@ def check_memory_flags(config: HostConfig, device: torch.device) -> None:
 
 
 def apply_vae_flags(pipe: Pipeline, config: HostConfig) -> None:
-    """Tiled and sliced decoding. Raises MemoryFlagError where the VAE has no such thing."""
+    """Tiled and sliced decoding. Raises MemoryFlagError where the VAE does not support it."""
     for flag, method in (("enable_vae_tiling", "enable_tiling"), ("enable_vae_slicing", "enable_slicing")):
         if getattr(config, flag):
             try:
@@ -79,8 +79,8 @@ def place(pipe: Pipeline, spec: ModelSpec, config: HostConfig, device: torch.dev
     """Move the pipeline to this rank's device, or put it under the offload that was asked for.
 
     Args:
-        parallel: the denoiser is going to run in parts, so that no call of the whole of it can bring it over:
-            model offload then keeps it on the device and offloads the rest.
+        parallel: the denoiser will run in parts, so that no call of the whole module can load it to the
+            device: model offload then keeps it there and offloads the rest.
     """
     if config.enable_model_cpu_offload:
         _offload_models(pipe, device, (spec.denoiser, "controlnet") if parallel else ())
@@ -96,17 +96,17 @@ def place(pipe: Pipeline, spec: ModelSpec, config: HostConfig, device: torch.dev
 
 
 class KeptOffload(CpuOffload):
-    """accelerate's hook, less the copy back (9 GB for a T5-XXL): weights do not change on the device."""
+    """accelerate's hook without the copy back (9 GB for a T5-XXL): weights do not change on the device."""
 
     _kept: Sequence[tuple[nn.Parameter, torch.Tensor]] = ()
-    """Weights that are on the device, and what they are on the CPU."""
+    """Weights that are on the device, with their copies on the CPU."""
 
     def init_hook(self, module: nn.Module) -> nn.Module:
         for weight, kept in self._kept:
             if weight.dtype == kept.dtype:  # a VAE may come as float32 and go as float16
                 weight.data = kept
         self._kept = ()
-        return super().init_hook(module)  # brings back the rest: buffers, quantized weights
+        return super().init_hook(module)  # moves the rest back: buffers, quantized weights
 
     @torch.compiler.disable
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +118,7 @@ class KeptOffload(CpuOffload):
 
 
 def _offload_models(pipe: Pipeline, device: torch.device, stay: tuple[str, ...]) -> None:
-    """A model is brought over when it is called, and goes when the next one is or the pipeline ends."""
+    """A model is moved over when it is called, and back when the next one is or the pipeline ends."""
     if stay:
         log.info("model offload: %s stays on the device, because it runs in parts", stay[0])
     order = [name for name in pipe.model_cpu_offload_seq.split("->") if name not in stay]
@@ -133,13 +133,13 @@ def _offload_models(pipe: Pipeline, device: torch.device, stay: tuple[str, ...])
         for hook in pipe._all_hooks:
             hook.offload()
 
-    # A pipeline's own ends every call by hooking all models anew, and with their forwards throws out what a
-    # parallel method has put there.
+    # A pipeline's own version ends every call by hooking all models again, which removes the forwards that a
+    # parallel method has overridden.
     pipe.maybe_free_model_hooks = all_go
 
 
 def _offload_layers(pipe: Pipeline, device: torch.device) -> None:
-    """Every layer of every model is brought over as it is called, and nothing of it stays.
+    """Every layer of every model is moved to the device when it is called, and off it afterwards.
 
     As `pipe.enable_sequential_cpu_offload` does, but for WHOLE.
     """
@@ -155,7 +155,7 @@ def _models(pipe: Pipeline) -> dict[str, nn.Module]:
 
 
 def _offload_groups(pipe: Pipeline, spec: ModelSpec, device: torch.device) -> None:
-    """Every layer of every model is brought over as it is called."""
+    """Every layer of every model is moved to the device when it is called."""
     from diffusers.hooks import apply_group_offloading
 
     for name, module in _models(pipe).items():
@@ -163,8 +163,8 @@ def _offload_groups(pipe: Pipeline, spec: ModelSpec, device: torch.device) -> No
             log.info("group offload: %s stays on the device, because it runs in one piece", name)
             module.to(device)
             continue
-        # Fetching ahead on a stream learns the order of layers in the first forward and then hooks them anew,
-        # which would throw out what a parallel method has put on the denoiser; nor does that keep an order.
+        # Fetching ahead on a stream learns the order of layers in the first forward and hooks them again,
+        # which would remove what a parallel method has overridden; nor does that keep an order.
         ahead = device.type == "cuda" and name not in (spec.denoiser, "controlnet")
         how: dict[str, Any] = {
             "onload_device": device, "offload_type": "leaf_level",
@@ -177,7 +177,7 @@ def _offload_groups(pipe: Pipeline, spec: ModelSpec, device: torch.device) -> No
 
 
 def freeze_heap() -> None:
-    """Free what is dead, and leave what lives out of later garbage collections.
+    """Free what is unused, and exclude what is in use from later garbage collections.
 
     A full one walks every object of torch, diffusers and the model: 0.3 s, in the middle of a request.
     """

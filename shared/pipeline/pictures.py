@@ -1,4 +1,4 @@
-"""From what a pipeline made to a reply: pixels to pictures, latents to bytes, a look for NaN and Inf."""
+"""From what a pipeline made to a reply: pixels to pictures, latents to bytes, the check for NaN and Inf."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shared.pipeline.steps import StepWatch
 
 @contextlib.contextmanager
 def noting_broken_pixels(pipe: Pipeline, finite: list[torch.Tensor]) -> Iterator[None]:
-    """Look at pixels before they are clamped, which would make white of Inf; the GPU is not waited for.
+    """Check pixels before they are clamped, which would turn Inf into white; does not wait for the GPU.
 
     Args:
         finite: gets one boolean tensor for each batch of pixels, on their device.
@@ -57,7 +57,7 @@ def to_picture(pixels: torch.Tensor) -> Image.Image:
 def make_reply(
     pipe: Pipeline, config: HostConfig, request: GenerateRequest, output: Any, watch: StepWatch
 ) -> Reply:
-    """The reply with what the pipeline put out; its pictures are not encoded yet.
+    """The reply with the pipeline's output; its pictures are not encoded yet.
 
     Raises:
         RequestError: 422, the result contains NaN or Inf.

@@ -1,4 +1,4 @@
-"""What a picture looks like while it forms: latents -> a small RGB picture, by a linear projection.
+"""Previews of a picture: latents -> a small RGB picture, by a linear projection.
 
 Latents are nearly linear in the colours of the pixels they stand for, so one matrix [channels + 1, 3] shows
 them without the VAE. It is fitted to the launch's own VAE when the host starts, so that any fine-tune's
@@ -29,7 +29,7 @@ MAX_SIDE = 128  # pixels of a preview; larger latents are averaged down
 
 
 class Previewer:
-    """Shows the latents of rank 0 to those who watch; does nothing while nobody does.
+    """Shows the latents of rank 0 to those who watch; does nothing while nobody watches.
 
     On CUDA the projection is queued behind the step and its copy is fetched at a later step, so the CPU
     never waits for it.
@@ -77,10 +77,10 @@ class Previewer:
         self._copy = (step, held, event)
 
     def _clean(self, result: Sequence[torch.Tensor], noise: torch.Tensor) -> torch.Tensor:
-        """The latents that the denoiser is heading for, where they can be had for nothing."""
+        """The predicted clean latents, where the scheduler gives them at no cost."""
         latents = result[0]
         if len(result) > 1 and result[1].shape == latents.shape:
-            return result[1]  # the scheduler's own guess of the end
+            return result[1]  # the scheduler's own prediction of them
         scheduler = self.pipe.scheduler
         if self.spec.predicts_flow and noise.shape == latents.shape:
             return latents - scheduler.sigmas[scheduler.step_index] * noise
@@ -104,7 +104,7 @@ def fit_projection(vae: Any, device: torch.device) -> torch.Tensor:
     Least squares over one picture of random colours, in squares, that the VAE encodes.
 
     Raises:
-        RuntimeError: what the VAE made of the picture is not finite.
+        RuntimeError: the VAE encodes the picture to NaN or Inf.
     """
     colours = torch.rand(1, 3, FIT_COLOURS, FIT_COLOURS, generator=torch.Generator("cpu").manual_seed(0))
     pixels = F.interpolate(colours * 2 - 1, size=FIT_SIDE, mode="nearest")

@@ -19,11 +19,11 @@ COMPEL_LENGTH, COMPEL_MARKS, COMPEL_DEPTH = 4000, 200, 16  # what compel reads i
 
 
 class PromptError(ValueError):
-    """A prompt that this type or launch cannot take; the sentence says why."""
+    """A prompt that this type or launch does not support; the message says why."""
 
 
 class EncodedPrompts:
-    """What the text encoders made of the last prompts: another seed for the same words asks them no more."""
+    """Cached embeddings of the last prompts: the same words with another seed are not encoded again."""
 
     def __init__(self) -> None:
         self._remembered = functools.lru_cache(KEPT_PROMPTS)(_encode)
@@ -37,10 +37,10 @@ class EncodedPrompts:
         notation: str | None = None,
         negative: str | None = None,
     ) -> Iterator[None]:
-        """Inside, the pipeline's `encode_prompt` answers from memory where it can, and cuts nothing unsaid.
+        """Inside, the pipeline's `encode_prompt` is cached, and truncates nothing silently.
 
         Args:
-            state: what else the encoders' answer depends on (scales of LoRAs).
+            state: what else the embeddings depend on (scales of LoRAs).
             notation: "a1111" where the prompts are in that notation.
             negative: the request's negative prompt.
         """
@@ -159,7 +159,7 @@ def _side(
 def _pooled_width(config: Any, spec: ModelSpec) -> int:
     if spec.denoiser == "transformer":
         return config["pooled_projection_dim"]
-    # Beside it the UNet is given six numbers of the picture's size.
+    # The UNet also gets six numbers of the picture's size.
     return config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
 
 

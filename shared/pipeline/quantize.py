@@ -1,9 +1,9 @@
 """Quantized weights: float8, int8, int4 and int2 through optimum-quanto, and GGUF files.
 
-Why quanto: of the libraries tried it alone stores int4 and int2 packed on any device, quantizes convolutions
+Why quanto: of the libraries tried only it stores int4 and int2 packed on any device, quantizes convolutions
 (most of an SD 1.5 UNet is in them), compiles without graph breaks, and keeps the layers' classes
-(`nn.Linear`, `nn.Conv2d`), so that LoRA, IP-Adapter and the parallel surgery see what they know. torchao
-keeps int4 in bytes outside of a few GPUs' kernels, has no packed int2 and leaves convolutions alone. The C++
+(`nn.Linear`, `nn.Conv2d`), so that LoRA, IP-Adapter and the parallel surgery see the classes they support.
+torchao keeps int4 in bytes outside of a few GPUs' kernels, has no packed int2 and leaves convolutions alone. The C++
 and CUDA extensions that quanto would build at first use are replaced by a few lines of torch.
 """
 
@@ -30,7 +30,7 @@ GROUP_SIZES = {"int4": 64, "int2": 32}  # inputs that share a scale
 
 
 class QuantizeError(ValueError):
-    """Weights that cannot be quantized or read; the sentence says why."""
+    """Weights that cannot be quantized or read; the message says why."""
 
 
 def quantize_pipeline(
@@ -94,7 +94,7 @@ def tensor_bytes(module: nn.Module) -> int:
 
 
 def load_gguf(path: str, spec: ModelSpec, cls: Any, config: Path, dtype: torch.dtype) -> Any:
-    """The denoiser from a GGUF file; its linear layers stay quantized and are unpacked as they are used.
+    """The denoiser from a GGUF file; its linear layers stay quantized and are unpacked when they are used.
 
     Names may have the prefix `model.diffusion_model.` or not. What no linear layer can hold packed is
     unpacked here: convolutions, norms, and rows that begin amid a block.
@@ -176,7 +176,7 @@ def _read_gguf(path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def _unpack_the_rest(model: nn.Module, dtype: torch.dtype) -> None:
-    """What stayed packed outside of a linear layer's weight would be taken for numbers."""
+    """Packed tensors outside of linear layers' weights would be taken for numbers."""
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantize_gguf_tensor
 
     for module in model.modules():

@@ -41,7 +41,7 @@ def part_of_schedule(
         if given and "latents" not in arguments:
             raise refused(name, "needs the latent that an earlier request ended with; got none")
     in_pairs = getattr(scheduler, "order", 1) != 1 or not scheduler.config.get("skip_prk_steps", True)
-    # Consistency models (LCM, TCD) leap to the picture in each step, and the last one stays there.
+    # Consistency models (LCM, TCD) predict the picture in each step, and the last step returns it.
     leaps = "original_inference_steps" in inspect.signature(type(scheduler).__init__).parameters
     if (in_pairs or leaps) and (start or end not in (None, 1.0)):
         name = type(scheduler).__name__
@@ -105,7 +105,7 @@ def _cut(scheduler: Any, start: float | None, end: float | None) -> None:
     scheduler.timesteps = torch.cat([part[:2], part[1:]]) if twice else part
     sigmas = getattr(scheduler, "sigmas", ())
     if len(sigmas) == len(whole) + 1:
-        # Solvers of higher order end gently, at the last of as many steps as there are sigmas.
+        # Solvers of higher order reduce their order at the last step, counted by the number of sigmas.
         scheduler.sigmas = sigmas[first : last + 1]
 
 
@@ -113,7 +113,7 @@ def _add_noise(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest, argume
     """Noise from the request's generator on its latents, in place, of the schedule's first step (SDEdit)."""
     scheduler, latents = pipe.scheduler, arguments["latents"]
     shape = latents.shape
-    if spec.packed:  # drawn as the picture lies, as for a picture from noise
+    if spec.packed:  # drawn in the unpacked layout, as for a picture from noise
         factor = pipe.vae_scale_factor
         height, width = (request.height or 0) // factor, (request.width or 0) // factor
         shape = torch.Size((1, pipe.vae.config.latent_channels, height, width))

@@ -20,14 +20,14 @@ BOUNDS = {"num_train_timesteps": (1, 10000), "solver_order": (1, 3)}
 CHOICES = {
     "timestep_spacing": ("linspace", "leading", "trailing"),
     "prediction_type": ("epsilon", "sample", "v_prediction", "flow_prediction"),
-}  # of what the constructors take unseen
+}  # of what the constructors do not check
 HINTS: dict[str, Any] = {"sigma_min": float | None, "sigma_max": float | None, "shift_terminal": float | None}
 """Types of settings that diffusers annotates wrongly somewhere."""
 TRIED_STEPS = 5
 
 
 class SchedulerError(ValueError):
-    """A scheduler that this type or installation does not have; the sentence says what there is."""
+    """A scheduler that this type or installation does not support; the message says what is supported."""
 
 
 def make_scheduler(
@@ -136,7 +136,7 @@ def _with_zero_snr(spec: ModelSpec) -> list[str]:
 
 
 def _invalid_value(key: str, value: Any) -> str | None:
-    """What a setting must be that constructors take as it comes, or None where it is that."""
+    """What a setting that constructors do not check must be, or None if it is valid."""
     if key == "eta" and not (type(value) in (int, float) and 0 <= value <= 1):
         return "a number from 0 to 1"
     if key in BOUNDS:
@@ -151,7 +151,7 @@ def _invalid_value(key: str, value: Any) -> str | None:
 
 
 def _wrong_type(cls: type, key: str, value: Any) -> str | None:
-    """What a setting must be by the constructor's annotation, or None where it is that."""
+    """What a setting must be by the constructor's annotation, or None if it is valid."""
     if key in CHOICES or key == "eta":
         return None
     hints = _alternatives(HINTS.get(key) or typing.get_type_hints(cls.__init__)[key])  # type: ignore[misc]
@@ -190,7 +190,7 @@ def _shown(value: Any) -> str:
 
 
 def _try_out(scheduler: Any, steps: int) -> None:
-    """All steps on a tiny sample: what settings break is told before the ranks work. Raises anything."""
+    """All steps on a tiny sample: settings that fail are reported before the ranks work. Raises anything."""
     shift = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
     drawn = "generator" in inspect.signature(scheduler.step).parameters
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""Checkpoints that are one `.safetensors` file, offline: configurations from JSON, the rest from near by."""
+"""Checkpoints that are one `.safetensors` file, offline: configurations from JSON, the rest from beside it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def load_single_file(
             f"folder: config.json and weights in {str(file.with_suffix('') / next(iter(missing)))!r}"
         )
     weights = _grouped(spec, read_weights(file, dtype))
-    # diffusers finds each text encoder among all of them.
+    # diffusers selects each text encoder's tensors from all of them.
     encoders = {k: t for part in spec.single_file_encoders for k, t in weights.get(part, {}).items()}
     for name, (library, class_name) in sorted(listed.items()):
         if name in found:
@@ -119,7 +119,7 @@ def load_single_file(
 
 
 def config_folder(spec: ModelSpec, file: Path, name: str) -> Path:
-    """Whose folder `name` configures this component: the one beside the file, else the type's."""
+    """The folder that configures this component: the one beside the file, else the type's."""
     beside = file.with_suffix("")
     configured = any((beside / name).glob("*config.json"))
     return beside if configured else _shipped(spec)
@@ -150,7 +150,7 @@ def _missing(
 
 
 def _grouped(spec: ModelSpec, tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors by component; "marks" are those of none."""
+    """The tensors by component; "marks" belong to none."""
     encoders = spec.single_file_encoders
     groups: dict[str, dict[str, torch.Tensor]] = {spec.denoiser: {}, "marks": {}}
     for name, tensor in tensors.items():
@@ -175,7 +175,7 @@ def _denoiser(
     folder: Path,
     dtype: torch.dtype,
 ) -> Any:
-    """From its authors' naming or diffusers', with the usual prefix or without one."""
+    """The denoiser, in its authors' names or diffusers', with the usual prefix or without one."""
     overrides = _overrides(spec, header)
     own = _in_own_naming(cls, spec, header.file, tensors, folder, dtype, overrides)
     if own is not None:
@@ -217,7 +217,7 @@ def _mmdit_settings(header: Header) -> dict[str, Any]:
 
 
 def _check_shape(spec: ModelSpec, header: Header) -> None:
-    """Refuse a denoiser of other inputs, such as FLUX.1 Fill; painting inside is a class of its own."""
+    """Refuse a denoiser with other inputs, such as FLUX.1 Fill; inpainting is a pipeline class of its own."""
     folder = config_folder(spec, header.file, spec.denoiser) / spec.denoiser
     try:
         expected = json.loads((folder / "config.json").read_text())["in_channels"]
@@ -264,7 +264,7 @@ def _set_latents(header: Header, vae: Any, marks: dict[str, torch.Tensor]) -> No
 def pick_variant(files: Iterable[str], wanted: str | None) -> str | None:
     """The variant of weight files to ask diffusers for; None means the plain ones.
 
-    The wanted one where any component has it, else plain files, else whatever there is.
+    The wanted one where any component has it, else plain files, else any that there is.
     """
     weights = [name for name in files if name.endswith(WEIGHTS)]
     variants = {name.split(".")[1].split("-")[0] for name in weights if name.count(".") > 1}

@@ -1,4 +1,4 @@
-"""What is put on a scheduler during a generation: steps without waits, the watch over them, its part."""
+"""Overrides of a scheduler during a generation: steps without waits, their count, parts of the schedule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shared.ranks.messages import OnStep
 
 
 def step_without_sync(scheduler: Any) -> Callable[..., Any]:
-    """`scheduler.step` without its waits for the GPU: the same numbers, from the CPU.
+    """`scheduler.step` without its waits for the GPU: the same numbers, looked up on the CPU.
 
     Some schedulers look their tables up by timesteps on the GPU (DDIM, DDPM, LCM, PNDM), and noise that a
     CPU's generator draws is copied with a wait (DDPM, Euler ancestral). Each waits, in every step, until the
@@ -90,7 +90,7 @@ def after_set_timesteps(scheduler: Any, act: Callable[[], None]) -> Iterator[Non
 
 @contextlib.contextmanager
 def whole_while_stepping(scheduler: Any) -> Iterator[Callable[[torch.Tensor], None]]:
-    """Inside, the scheduler can show a part of its schedule, and steps as if it were in the whole of it.
+    """Inside, the scheduler can show a part of its schedule, but steps within the whole schedule.
 
     That is how diffusers' image-to-image pipelines run a part: solvers know where in the schedule they are.
 
@@ -119,7 +119,7 @@ def whole_while_stepping(scheduler: Any) -> Iterator[Callable[[torch.Tensor], No
 
 
 class StepWatch:
-    """Counts a generation's denoising steps at the scheduler, the one place that every pipeline passes.
+    """Counts a generation's denoising steps at the scheduler, the one place that every pipeline calls.
 
     On CUDA the CPU is held at most one step ahead of the GPU, so that progress is true and a cancel acts
     within a step; the wait is for the step before, so the GPU always has the next step's work queued.
@@ -141,10 +141,10 @@ class StepWatch:
         self.step = self.asked = 0
         """Calls of the scheduler so far; steps of the whole schedule."""
         self.timesteps: int | None = None
-        """Different ones that were run: a scheduler may take some twice, a request ask for a part."""
+        """Number of different timesteps run: a scheduler may run some twice, a request may ask for a part."""
         self.latents: torch.Tensor | None = None
         self.finite: list[torch.Tensor] = []
-        """Whether what was decoded is all numbers, on the device that has it."""
+        """Whether decoded tensors are free of NaN and Inf, on their device."""
         self._surgery = Surgery()
         self._began = self._ended = time.perf_counter()
         self._first = self._last = self._mark()
@@ -176,7 +176,7 @@ class StepWatch:
         return min(self.step, self.asked, self.timesteps or self.step)
 
     def after_step(self, latents: torch.Tensor | None, steps: int) -> None:
-        """A step of `steps` is done; None for latents that are not at hand."""
+        """A step of `steps` is done; `latents` is None where they are not available."""
         self.step += 1
         self.latents = latents
         before, self._last = self._last, self._mark()

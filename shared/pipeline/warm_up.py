@@ -1,4 +1,4 @@
-"""The first steps of a generation before the first request: they plan, compile, capture, open connections."""
+"""Steps before the first request, which trace, compile, capture and open connections."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ log = logging.getLogger("host")
 
 
 def warm_up(engine: Engine, config: HostConfig, steps: int, twice: bool) -> None:
-    """Generate at the launch's size, up to step `steps`; whole, with decoding, where the VAE is compiled.
+    """Generate at the launch's size, up to step `steps`; with decoding, where the VAE is compiled.
 
     Args:
-        twice: whether other words follow: captured text encoders are called again for those only, and are
-            captured at their second call.
+        twice: also generate with another prompt: text encoders are captured at their second call, and the
+            same prompt is not encoded again.
     """
     whole = config.compile_vae
     image = encode_image(Image.new("RGB", (64, 64)), "png")

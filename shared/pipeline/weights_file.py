@@ -1,6 +1,6 @@
-"""What a `.safetensors` file of a model says of itself, and its tensors with their scales applied.
+"""The header of a model's `.safetensors` file, and its tensors with their scales applied.
 
-Names and shapes come from the file's header, so that a file of another kind is known before weights are read.
+Names and shapes come from the file's header, so that another kind of file is refused before weights are read.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BLOCK = 128  # of block scales whose last block is not full
 
 
 class SingleFileError(ValueError):
-    """A single file that cannot be loaded; the sentence says why."""
+    """A single file that cannot be loaded; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def read_weights(file: Path, dtype: torch.dtype, flag: str = "--checkpoint") -> 
     """All tensors of a file, in its names; those with a scale are multiplied by it and have `dtype`.
 
     Raises:
-        SingleFileError: a broken file, a scale that fits no tensor, weights packed in a way that is unknown.
+        SingleFileError: a broken file, a scale that fits no tensor, weights packed in an unsupported way.
     """
     try:
         with safe_open(file, framework="pt") as opened:
@@ -168,10 +168,10 @@ def family(header: Header) -> FileKind | None:
 
 
 def check_kind(header: Header, spec: ModelSpec) -> None:
-    """Refuse a file that is something else than a checkpoint of this type, and say what it is.
+    """Refuse a file that is not a checkpoint of this type, and say what it is.
 
     Raises:
-        SingleFileError: in words that name what it is, from what, and what takes it.
+        SingleFileError: the file is something else; the message says what, and which type or flag loads it.
     """
     said = f"--checkpoint {str(header.file)!r}"
     if header.has("model_ema.") and not header.has(DENOISER):
@@ -191,7 +191,7 @@ def check_kind(header: Header, spec: ModelSpec) -> None:
 
 
 def _is_refiner(header: Header) -> bool:
-    """Its time embedding is 384 x 4 wide; that of the base model 320 x 4."""
+    """Its time embedding is 384 x 4 wide; the base model's is 320 x 4."""
     time = header.shape("time_embed.0.weight") or header.shape("time_embedding.linear_1.weight")
     return time == (1536, 384)
 

@@ -215,8 +215,8 @@ def test_equal_balance_takes_the_cheaper_cut():
     [
         (4, {}, "must be 1 to 3, the number of units; got 4"),
         (0, {}, "must be 1 to 3, the number of units; got 0"),
-        (2, {"weights": [1, 2, 3]}, "for 2 stages"),
-        (2, {"weights": [1, 0]}, r"stage weights \[1, 0\]"),
+        (2, {"weights": [1, 2, 3]}, "must be 2 numbers above 0"),
+        (2, {"weights": [1, 0]}, r"above 0; got \[1, 0\]"),
         (2, {"costs": [1, 2]}, "costs must hold 3 numbers of 0 or more"),
         (2, {"costs": [1, 2, -1]}, "costs must hold 3 numbers of 0 or more"),
     ],
