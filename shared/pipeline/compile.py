@@ -22,8 +22,8 @@ log = logging.getLogger("host")
 
 LIMIT = 8192  # graphs of one function: shapes x kinds of block; the default of 8 falls back silently
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-"""Modes without inductor's own CUDA graphs. With a denoiser in many regions those would be captured again with
-the step, and a later region would overwrite what an earlier one has left for a skip connection."""
+"""Modes without inductor's own CUDA graphs. With a denoiser in many regions those would be captured again
+with the step, and a later region would overwrite what an earlier one has left for a skip connection."""
 
 
 def compile_pipeline(

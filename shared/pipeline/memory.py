@@ -32,7 +32,7 @@ def check_memory_flags(config: HostConfig, device: torch.device) -> None:
     """Refuse, before any weight is read, what this machine cannot do. Raises MemoryFlagError."""
     for flag in OFFLOADS:
         if getattr(config, flag) and device.type == "cpu":
-            raise MemoryFlagError(f"--{flag} offloads from a GPU, but this rank computes on the CPU")
+            raise MemoryFlagError(f"--{flag}: needs a GPU; this rank computes on the CPU")
     if config.xformers_efficient:
         if device.type == "cpu":
             raise MemoryFlagError(
@@ -52,9 +52,7 @@ def apply_vae_flags(pipe: Pipeline, config: HostConfig) -> None:
             try:
                 getattr(pipe.vae, method)()
             except (AttributeError, NotImplementedError):
-                raise MemoryFlagError(
-                    f"--{flag} is not supported: {type(pipe.vae).__name__} has no {method}"
-                ) from None
+                raise MemoryFlagError(f"--{flag}: {type(pipe.vae).__name__} has no {method}") from None
 
 
 def apply_xformers(pipe: Pipeline, config: HostConfig) -> None:

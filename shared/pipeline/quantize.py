@@ -3,8 +3,9 @@
 Why quanto: of the libraries tried only it stores int4 and int2 packed on any device, quantizes convolutions
 (most of an SD 1.5 UNet is in them), compiles without graph breaks, and keeps the layers' classes
 (`nn.Linear`, `nn.Conv2d`), so that LoRA, IP-Adapter and the parallel surgery see the classes they support.
-torchao keeps int4 in bytes outside of a few GPUs' kernels, has no packed int2 and leaves convolutions alone. The C++
-and CUDA extensions that quanto would build at first use are replaced by a few lines of torch.
+torchao keeps int4 in bytes outside of a few GPUs' kernels, has no packed int2 and does not quantize
+convolutions. The C++ and CUDA extensions that quanto would build at first use are replaced by a few lines of
+torch.
 """
 
 from __future__ import annotations

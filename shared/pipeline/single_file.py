@@ -1,4 +1,4 @@
-"""Checkpoints that are one `.safetensors` file, offline: configurations from JSON, the rest from beside it."""
+"""Checkpoints that are one `.safetensors` file, offline: configurations from JSON, other parts beside it."""
 
 from __future__ import annotations
 
