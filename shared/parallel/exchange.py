@@ -21,7 +21,7 @@ class Ranks(NamedTuple):
 
     @classmethod
     def of(cls, group: dist.ProcessGroup | None) -> Ranks:
-        """The ranks of a group; None for all, and for this one alone without torch.distributed."""
+        """The ranks of a group; None for all, and for only this rank without torch.distributed."""
         if not dist.is_initialized():
             return cls(None, 0, 1)
         return cls(group, dist.get_rank(group), dist.get_world_size(group))
@@ -43,7 +43,7 @@ class Exchange:
 
     Early, each transfer starts as soon as it is asked for. Otherwise all are launched together at the end of
     the step, as one group: on NCCL a receive that waits for its sender would hold multiprocessors that the
-    stage needs, and what is launched as a group cannot deadlock whatever the order.
+    stage needs, and what is launched as a group cannot deadlock in any order.
 
     Args:
         group: the ranks; None for all. Peers are ranks within it.
@@ -56,7 +56,7 @@ class Exchange:
         self._pending: list[tuple[Any, torch.Tensor | None]] = []
 
     def send(self, tensor: torch.Tensor, peer: int, tag: int, stride: Sequence[int]) -> None:
-        """Send ``tensor`` in the memory layout ``stride``, which has no gaps and which the receiver knows.
+        """Send ``tensor`` in the memory layout ``stride``, which has no gaps and which the receiver uses too.
 
         It must not change until ``finish``. A pair of ranks uses each tag once a step and direction.
         """

@@ -117,7 +117,7 @@ class Captured(Part):
     Args:
         pipe: its models' forwards are overridden until ``close``.
         names: the attributes that hold them, some of them maybe None.
-        enabled: False leaves them alone.
+        enabled: False leaves them unchanged.
     """
 
     def __init__(self, pipe: Pipeline, names: Sequence[str], enabled: bool = True) -> None:

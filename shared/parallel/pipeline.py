@@ -58,7 +58,7 @@ class Pipeline(Protocol):
 
     def enable_xformers_memory_efficient_attention(self) -> None: ...
 
-    # Of some pipelines only; the type tells which.
+    # Of some pipelines only; the type says which.
 
     lora_set: Any  # no part of diffusers: whoever loads LoRAs keeps them there
     text_encoder: Any

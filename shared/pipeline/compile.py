@@ -80,7 +80,7 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def feed_forwards(module: nn.Module) -> Iterator[nn.Module]:
-    """The feed-forward layers of transformer blocks: they work on each token alone."""
+    """The feed-forward layers of transformer blocks: they work on each token separately."""
     from diffusers.models.attention import FeedForward
 
     return (m for m in module.modules() if isinstance(m, FeedForward))

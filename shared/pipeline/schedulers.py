@@ -79,7 +79,7 @@ def make_scheduler(
             _try_out(cls.from_config(made.config), steps or TRIED_STEPS)
     except ImportError as error:
         raise SchedulerError(f"{name} needs a package that is not installed: {_last_line(error)}") from None
-    except Exception as error:  # whatever a setting of another type or size leads to
+    except Exception as error:  # of any kind: a setting of another type or size
         raise SchedulerError(f"{name} with {_shown(given or 'no settings')}: {_last_line(error)}") from None
     made.eta = eta
     return made

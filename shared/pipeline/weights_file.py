@@ -50,7 +50,7 @@ class Header:
         return any(name.startswith(prefixes) for name in self.shapes)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of a tensor of the denoiser, whatever its prefix."""
+        """The shape of a tensor of the denoiser, with any prefix."""
         return next((self.shapes[p + name] for p in PREFIXES if p + name in self.shapes), None)
 
 

@@ -3,7 +3,7 @@
 A **unit** is the smallest module that a denoiser is cut between: a resnet, a transformer block, a sampler, a
 convolution at the ends. Units are found by structure, not by name: whatever holds a list of composite
 modules is a container and is opened, everything else is a unit, provided that its input depends on the
-sample (the time, size and text embeddings do not; every rank computes them afresh). Cost is counted in FLOPs
+sample (the time, size and text embeddings do not; every rank computes them itself). Cost is counted in FLOPs
 by a dispatch mode. Data flow is followed by tagging: the outputs of units and containers are **values**, and
 what is made of them in between (concatenations, sums, permutations) carries the union of their tags.
 """
@@ -147,7 +147,7 @@ def sample_name(denoiser: nn.Module) -> str:
 
 
 def parameter_names(denoiser: nn.Module) -> list[str]:
-    """Parameter names of the class's own forward, without self, whatever hooks lie on the instance."""
+    """Parameter names of the class's own forward, without self, independent of hooks on the instance."""
     return list(inspect.signature(type(denoiser).forward).parameters)[1:]
 
 
@@ -278,7 +278,7 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the tensor fills its memory without gaps, in whatever order of dimensions."""
+    """Whether the tensor fills its memory without gaps, in any order of dimensions."""
     expected = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
         if stride != expected:

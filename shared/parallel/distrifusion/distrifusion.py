@@ -114,7 +114,7 @@ class DistriFusion(Method):
             model.begin(steps)
 
     def reset(self) -> None:
-        """Take hold of the models anew, without old buffers and graphs: after weights or layers changed."""
+        """Override the models again, without old buffers and graphs: after weights or layers changed."""
         self.close()
         self._install()
 

@@ -211,7 +211,7 @@ def _exchange_of_run() -> PatchExchange:
 
 @torch.library.custom_op("displaced_patches::rows", mutates_args=())
 def _rows_operator(first: torch.Tensor, last: torch.Tensor, dim: int, border: bool) -> list[torch.Tensor]:
-    # Contiguous whatever the layout of what comes in: code is compiled for that, and rows arrive so.
+    # Contiguous for any input layout: code is compiled for that, and received rows are contiguous.
     def use(above: torch.Tensor | None, below: torch.Tensor | None) -> list[torch.Tensor]:
         def arrived(rows: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
             return like.new_zeros(like.shape) if rows is None else rows.clone()

@@ -1,8 +1,8 @@
-"""What the ranks that share a picture tell each other: boundary rows, keys and values, moments.
+"""What the ranks that share a picture exchange: boundary rows, keys and values, moments.
 
 One object owns all buffers and handles of one model at one shape. A synchronous exchange is answered at once.
-A deferred one is read as it arrived in the step before; what this step makes is gathered into few large
-messages, which travel while the step goes on and are all in place when it ends. Source of the schedule: Li
+A deferred one is read stale, as it arrived in the step before; this step's tensors are gathered into few
+large messages, which overlap with the step and have all arrived when it ends. Source of the schedule: Li
 et al., "DistriFusion", arXiv 2402.19481, section 4.
 """
 

@@ -24,11 +24,11 @@ from shared.parallel.shapes import Latest
 from shared.parallel.surgery import Forward, Surgery
 
 SyncMode = Literal["corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "full_sync", "no_sync"]
-"""After the warm-up, group norms take: the others' stale moments moved on by ``moments.StaleMoments``; the
-others' stale ones; everyone's, waiting for them; this patch's alone. Convolutions and attention take the
-others' boundary rows, keys and values of the step before. full_sync: every step is a warm-up step. no_sync:
-nothing is sent any more; what came in the last warm-up step stays, and group norms take this patch's moments
-alone."""
+"""The moments that group norms use in the steady state: the others' stale ones with the forecast of
+``moments.StaleMoments``; the others' stale ones; everyone's fresh ones, waiting for them; only this patch's.
+Convolutions and attention use the others' stale boundary rows, keys and values. full_sync: every step is a
+warm-up step. no_sync: nothing is sent any more; what arrived in the last warm-up step stays, and group norms
+use only this patch's moments."""
 
 LOCAL_NORMS = ("separate_gn", "no_sync")
 CUT = (
@@ -95,7 +95,7 @@ class _Layout:
         self.levels = unit.bit_length()
         self.exchange: PatchExchange | None = None
         self.run = PatchRun(None, dim, start=self.start)
-        """Nothing in it changes from one kind of step to another that compiled code need not tell apart."""
+        """Only what compiled code must distinguish changes in it from one kind of step to another."""
         self.recorded = False
         """Whether it has run at all."""
         self.fresh = False

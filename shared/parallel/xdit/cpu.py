@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 MASKS = "xfuser.core.sparge_attention.block_mask"
-"""The module of xfuser that imports triton whatever is computed: block masks of sparse attention."""
+"""The module of xfuser that always imports triton: block masks of sparse attention."""
 KEPT = 1024
 """Messages that are kept alive: more than one generation step has in flight."""
 _loaded: str | None = None
@@ -46,7 +46,7 @@ def load_xfuser(device_type: str) -> Any:
         _loaded = device_type
     import xfuser.logger
 
-    # It tells every step of its own set-up, with a level and this one handler in each of its loggers.
+    # xfuser logs every step of its own set-up, through this one handler in each of its loggers.
     xfuser.logger._default_handler.setLevel(logging.ERROR)
     return xfuser
 

@@ -41,7 +41,7 @@ FIXED_VALUES = {"max_sequence_length": 256}
 
 
 class XDiTPipeFusion(Method):
-    """Runs a diffusers pipeline through xfuser's PipeFusion, alone or with the other degrees.
+    """Runs a diffusers pipeline through xfuser's PipeFusion, with or without the other degrees.
 
     Generate with ``run`` instead of calling the pipeline, on all ranks alike, ``begin`` before it. The first
     ``warm_up_steps`` steps are exact; the steps after them use stale activations of the other patches.
@@ -187,7 +187,7 @@ class XDiTPipeFusion(Method):
         return 2
 
     def begin(self, steps: int) -> None:
-        """A new generation starts: whatever the last one left in xfuser's buffers is forgotten."""
+        """A new generation starts: xfuser's buffers of the last one are reset."""
         super().begin(steps)
         from xfuser.core.distributed import get_runtime_state
 
@@ -268,7 +268,7 @@ class XDiTPipeFusion(Method):
         self._patches = patches
         supported = {name: value for name, value in arguments.items() if name in names}
         if self.cut.sized_text and supported.get("prompt_embeds") is not None:
-            # xfuser's stages send each other text of this length, whatever the embeddings have.
+            # xfuser's stages send each other text of this length, not of the embeddings'.
             supported["max_sequence_length"] = supported["prompt_embeds"].shape[1]
         return supported
 
