@@ -1,4 +1,4 @@
-"""AsyncDiff beside the plain pipeline, full-size random weights, latents out: seconds, error, memory.
+"""AsyncDiff compared with the plain pipeline, full-size random weights, latents out: seconds, error, memory.
 
 torchrun --nproc_per_node=2 benchmarks/asyncdiff.py sdxl:1024:30 sdxl:2048:10 sd1:512:30 sd3:1024:28
     [--compile [--channels-last]] [--systems eager,graph,asyncdiff,balanced,cfg,hybrid-12-8] [--warm-up 3]

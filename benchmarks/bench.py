@@ -99,7 +99,7 @@ class Bench(ABC):
         return pipe(**arguments)
 
     def run(self) -> None:
-        """All the work that was asked for, one row after the other."""
+        """Run all the work of the command line, one row after the other."""
         if self.rank == 0:
             gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
             dtype, warm_up = self.options.dtype, self.options.warm_up

@@ -1,4 +1,4 @@
-"""DistriFusion beside the plain pipeline, full-size random weights: seconds, error, memory.
+"""DistriFusion compared with the plain pipeline, full-size random weights: seconds, error, memory.
 
 torchrun --nproc_per_node=2 benchmarks/distrifusion.py sdxl:1024:30 sdxl:2048:10 sdxl:3840:6
     [--compile[=patch] [--channels-last]] [--systems eager,graph,patch,cfg,tensor] [--decode] [--warm-up 4]

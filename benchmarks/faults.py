@@ -104,7 +104,7 @@ def alive(pid: int) -> bool:
 
 
 def until(condition: Callable[[], Any], seconds: float) -> bool:
-    """Whether it came true in time."""
+    """Whether the condition was met in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
@@ -238,7 +238,7 @@ def reach(host: Host, fault: Fault) -> Answer | None:
 
 
 def suffer(host: Host, fault: Fault, first: bytes) -> dict[str, str]:
-    """One row: do it, and see what comes."""
+    """One row: cause the fault and record what follows."""
     answer = reach(host, fault)
     old = host.ranks()
     victim = host.process.pid if fault.victim == "launcher" else old[int(fault.victim[-1])]

@@ -301,7 +301,7 @@ def try_cell(cell: str, world: Any) -> Result:
 
 
 def work(device: str, out: Path, todo: list[str]) -> None:
-    """One rank: try the cells, write results as JSON lines; ends the process, whatever hangs in it."""
+    """One rank: run the cells, write results as JSON lines; ends the process even if something hangs."""
     import warnings
 
     import torch
@@ -341,7 +341,7 @@ def work(device: str, out: Path, todo: list[str]) -> None:
 
 
 class Matrix:
-    """Hands chunks of cells to launches of `ranks` ranks and prints what comes back."""
+    """Gives chunks of cells to launches of `ranks` ranks and prints the results."""
 
     def __init__(self, device: str, todo: list[str], jobs: int, ranks: int) -> None:
         self.device, self.jobs, self.ranks = device, jobs, ranks

@@ -1,4 +1,4 @@
-"""A whole host with a full-size checkpoint of random weights, asked over HTTP, beside plain diffusers.
+"""A whole host with a full-size checkpoint of random weights, over HTTP, compared with plain diffusers.
 
 python benchmarks/host.py --ranks 1,2 --size 1024 --steps 30 --folder /tmp/sdxl [-- --compile_unet ...]
 python benchmarks/host.py --backend distrifuser --ranks 2 --size 3840 --steps 6
@@ -48,7 +48,7 @@ FEATURES: dict[str, list[str]] = {
     "none": [],
     **{to: [f"--quantize_to={to}"] for to in ("float8", "int8", "int4", "int2")},
     **{f"{how}_offload": [f"--enable_{how}_offload"] for how in ("model_cpu", "sequential_cpu", "group")},
-    # With a LoRA and a ControlNet made beside the checkpoint.
+    # With a LoRA and a ControlNet next to the checkpoint.
     "together": ["--quantize_to=int8", "--compile_unet"],
 }
 
@@ -62,7 +62,7 @@ def save_checkpoint(name: str, folder: Path, device: torch.device) -> None:
 
 
 def save_adapters(folder: Path, device: torch.device) -> list[str]:
-    """A random LoRA (rank 16, all attention layers) and ControlNet beside the checkpoint; their flags."""
+    """A random LoRA (rank 16, all attention layers) and ControlNet next to the checkpoint; their flags."""
     from diffusers import ControlNetModel
     from safetensors.torch import save_file
 
@@ -118,7 +118,7 @@ def ask(url: str, body: dict[str, Any], accept: str = "application/json") -> tup
 
 
 def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = "") -> None:
-    """Launch a host, ask it eight times each way, and eight times at once, print one row, end it."""
+    """Launch a host, send eight requests in each way and eight at once, print one row, end it."""
     size, script = options.size, f"{options.backend}_host.py"
     port = free_port()
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
@@ -137,7 +137,7 @@ def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = 
         body = {"steps": options.steps, "seed": 1, "cfg": 5.0}
         if any(flag.startswith("--control_net") for flag in flags):
             body["control_image"] = base64.b64encode(png(size)).decode()
-        # Other words each time: a host remembers what its text encoders made of the last ones.
+        # Another prompt each time: a host caches the embeddings of the last ones.
         bodies = [body | {"positive": f"a red cat, {number}"} for number in range(24)]
         runs = [ask(url, each) for each in bodies[:8]][1:]
         raw = [ask(url, each, "image/png") for each in bodies[8:16]][1:]

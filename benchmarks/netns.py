@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.faults import CHECKPOINT, REQUEST, ROOT, START, TIMEOUT, alive, children, until
 
-MARGIN = 4  # seconds beyond --collective_timeout: the launcher's looks and a busy machine
+MARGIN = 4  # seconds beyond --collective_timeout, for the launcher's checks and a busy machine
 PORT = 6000
 COLUMNS = ("state", "restarts", "running request", "machine 0", "machine 1", "launchers", "back")
 REASON = re.compile(r"^[\d:]{8} ERROR (?:\[rank \d\] )?(.*?)(?:, ending)?$", re.MULTILINE)
@@ -57,7 +57,7 @@ class Machine:
         command = ["ip", "netns", "exec", self.name, sys.executable, "-m", "torch.distributed.run"]
         command += ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=faults"]
         command += ["--rdzv-endpoint=10.99.0.1:29400", f"--local-addr={address}"]
-        # torchrun itself waits a minute for a store that does not answer, unless told otherwise.
+        # By default torchrun itself waits a minute for a store that does not answer.
         command += [f"--rdzv-conf=is_host={int(self.number == 0)},read_timeout=10"]
         command += [f"--max-restarts={3 * self.restarts}"]
         command += ["asyncdiff_host.py", "--type=sd1", f"--checkpoint={CHECKPOINT}", f"--port={PORT}"]
@@ -75,13 +75,13 @@ class Machine:
         return [pid for pid in children(self.process.pid) if alive(pid)]
 
     def said(self) -> str:
-        """Why its rank ended, in its own words."""
+        """Why its rank ended, from its log."""
         text = self.log.read_bytes()[self.heard :].decode(errors="replace")
         found = REASON.search(text)
         return found[1][:120] if found else "SAYS NOTHING"
 
     def call(self, route: str, body: dict[str, Any] | None = None, seconds: float = 3) -> tuple[str, str]:
-        """(status, body) of a request from within the machine; ("000", "") where nobody answers."""
+        """(status, body) of a request from inside the machine; ("000", "") without an answer."""
         command = ["ip", "netns", "exec", self.name, "curl", "-s", "-m", str(seconds), "-w", "\n%{http_code}"]
         if body is not None:
             command += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
@@ -189,7 +189,7 @@ def cut(pair: Pair, state: str, restarts: bool) -> dict[str, str]:
 
 
 def after(pair: Pair, restarts: bool) -> dict[str, str]:
-    """What the launchers do: without restarts they end; with them link and host come back."""
+    """What the launchers do: without restarts they end; with restarts the link and the host return."""
     began = time.monotonic()
     if not restarts:
         ended: dict[int, str] = {}

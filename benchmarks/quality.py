@@ -1,4 +1,4 @@
-"""How close parallel pictures come to those of plain diffusers, on the demo checkpoint, by warm-up.
+"""How close parallel pictures are to those of plain diffusers, on the demo checkpoint, by warm-up.
 
 python benchmarks/quality.py asyncdiff [--prompts 8] [--strip docs/asyncdiff.png] [--only 2:1] [--warm-up 3]
 python benchmarks/quality.py hybrid

@@ -1,4 +1,4 @@
-"""xDiT beside plain diffusers, bare xfuser and diffusers' own Ulysses, full-size random weights.
+"""xDiT compared with plain diffusers, bare xfuser and diffusers' own Ulysses, full-size random weights.
 
 torchrun --nproc_per_node=2 benchmarks/xdit.py flux:1024:14 flux:2048:6 --compile
     --systems eager,graph,ulysses,ulysses-eager,ring,pipefusion,xfuser-ulysses,xfuser-ring,native
@@ -89,7 +89,7 @@ class Native(Closing):
 
 
 class XDiTBench(Bench):
-    """Plain, captured, our degrees one by one, xfuser alone, and diffusers' own."""
+    """Plain, captured, our degrees one by one, xfuser by itself, and diffusers' own."""
 
     foreign = ("eager", "native", "pipefusion", "xfuser-ulysses", "xfuser-ring", "xfuser-pipefusion")
     held: Any = None
@@ -97,7 +97,7 @@ class XDiTBench(Bench):
 
     def _work(self, name: str, size: int, steps: int) -> None:
         super()._work(name, size, steps)
-        self.held = None  # or it would keep the transformer beside the next work's
+        self.held = None  # or it would keep this transformer in memory during the next work
 
     def attach(self, pipe: Any, system: str) -> list[Any]:
         held = self._attach(pipe, system)

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer in which each word of the captions is one token; any other text falls into bytes.
+    """A CLIP tokenizer in which each word of the captions is one token; any other text is split into bytes.
 
     Plain byte-pair encoding (arXiv 1508.07909) on the captions' words until each is whole.
     """

@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def get(url: str) -> tuple[int, str]:
-    """Status and body of a GET; status 0 while nobody listens."""
+    """Status and body of a GET; status 0 while no server listens."""
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             return answer.status, answer.read().decode()

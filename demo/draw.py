@@ -63,7 +63,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the rule sees in a picture; None where it cannot tell."""
+    """What the rule recognises in a picture; None if it cannot decide."""
 
     shape: str | None = None
     colour: str | None = None

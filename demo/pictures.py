@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Pictures:
-    """Draws training pictures on the device: masks by Pillow, once; colours put in as they are asked for.
+    """Draws training pictures on the device: masks by Pillow, once; colours put in on request.
 
     Small shapes come `small_times` as often as large ones.
     """

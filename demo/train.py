@@ -47,7 +47,7 @@ RESUMED_RATE = 5e-4
 RESUMED_WARM_UP = 100
 RESUMED_EDGE_WEIGHT = 1.0
 RESUMED_EMA_DECAY = 0.995
-SMALL_TIMES = 4  # how often small shapes come for each large one
+SMALL_TIMES = 4  # small shapes for each large one
 
 
 def say(message: str) -> None:

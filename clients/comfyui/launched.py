@@ -189,7 +189,7 @@ class LaunchedHosts:
             return self._running[node].handle(launch)
 
     def _settle(self, prompt: Mapping[str, Any]) -> None:
-        """Give each host to the node that asks for it now, as ComfyUI's cache does; end those without one."""
+        """Give each host to the node that needs it now, as ComfyUI's cache does; end those without one."""
         nodes = {n: asked_by(n, prompt) for n, one in prompt.items() if one["class_type"] == LAUNCHES}
         hosts, self._running = self._running, {}
         left = {}

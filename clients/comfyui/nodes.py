@@ -142,7 +142,7 @@ class AttachHost(io.ComfyNode):
 
 
 def _with(features: Mapping[str, Any] | None, name: str, value: Any) -> io.NodeOutput:
-    """Features and one more: of a kind that goes by path, another path; else the only one of its kind."""
+    """Features with one more: another path for kinds that are given by path; of other kinds only one."""
     made = dict(features or {})
     if isinstance(value, dict):
         value = {**made.get(name, {}), **value}

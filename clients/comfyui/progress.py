@@ -19,7 +19,7 @@ from .watch import Watch
 log = logging.getLogger(__name__)
 
 PREVIEW_SIDE = 512  # pixels that ComfyUI makes a forming picture large, as it does with its own
-LOOK_SECONDS = 0.25  # between two looks at a host that loads
+LOOK_SECONDS = 0.25  # between two checks of a host that loads
 
 check = comfy.model_management.throw_exception_if_processing_interrupted
 

@@ -1,4 +1,4 @@
-"""The nodes that ask a host for pictures and videos."""
+"""The sampler nodes, which make pictures and videos on a host."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from options import STRENGTH_WITH_CONTROL, LoadPlan, OptionError, plan  # noqa: 
 messages, services = grpc.protos_and_services("backend.proto")  # grpcio-tools; found on sys.path
 
 TOKEN = "LOCALAI_GRPC_AUTH_TOKEN"
-MISMATCH = "model identity mismatch"  # LocalAI looks for these words
+MISMATCH = "model identity mismatch"  # LocalAI searches for this text
 CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -265,7 +265,7 @@ class TokenCheck(grpc.ServerInterceptor):
 
 
 def serve(address: str) -> None:
-    """Serve until a signal comes or the parent is gone; then end the host. Raises SystemExit."""
+    """Serve until a signal or the end of the parent process; then end the host. Raises SystemExit."""
     token = os.environ.get(TOKEN, "")
     server = grpc.server(
         futures.ThreadPoolExecutor(max_workers=8),

@@ -54,7 +54,7 @@ def guard_streams() -> None:
     if _finish is not None:
         return
     _terminal = sys.stderr.isatty()
-    if _terminal:  # what bars ask of a terminal
+    if _terminal:  # for progress bars
         with contextlib.suppress(OSError):
             size = os.get_terminal_size(2)
             os.environ.setdefault("COLUMNS", str(size.columns))

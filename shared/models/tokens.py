@@ -62,11 +62,11 @@ class TokenPlan:
     attention: tuple[str, ...]
     """What a block calls its self-attention; some blocks may lack some of them."""
     picture: tuple[Site, ...]
-    """Where the picture's tokens come in."""
+    """The inputs of the picture's tokens."""
     text: tuple[Site, ...] = ()
-    """Where the text's tokens come in, if they take part in self-attention."""
+    """The inputs of the text's tokens, if they take part in self-attention."""
     positions: tuple[Site, ...] = ()
-    """Where positions and masks come in."""
+    """The inputs of positions and masks."""
     joined: tuple[Stream, ...] = ("picture",)
     """Whose tokens self-attention sees, in this order; so do blocks of one stream. Blocks for the picture's
     tokens only may lie between."""

@@ -24,7 +24,7 @@ ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Lifeline:
-    """Ends the process when a signal comes, or the launcher or another rank is gone or stopped.
+    """Ends the process on a signal, or when the launcher or another rank is gone or stopped.
 
     It works in any state of the main thread, which may load or wait in a collective for any time.
 
@@ -48,7 +48,7 @@ class Lifeline:
         self._deadline = math.inf  # time.monotonic()
         self._launched = launched
         self._when_stopped: list[Callable[[], None]] = [stop_others] if launched else []
-        self._told = False  # a signal came to this rank itself
+        self._told = False  # this rank itself got a signal
         self._failing = False
         self._signalled = threading.Event()
         self._on_stop: list[Callable[[str], None]] = []
@@ -102,9 +102,8 @@ class Lifeline:
         that gets the launcher's signal before its turn reports nothing if a lower rank has reported.
         A failure after a stop has begun counts as the stop.
         """
-        time.sleep(
-            LINGER_SECONDS if self._launched else 0.0
-        )  # another rank's message to stop comes before its end
+        # Another rank's message to stop comes before its end.
+        time.sleep(LINGER_SECONDS if self._launched else 0.0)
         if self.stopping:
             self.end(0, self.stopping, failed=False)
         if self._rank and not self.serving:
