@@ -24,6 +24,7 @@ CHOICES = {
 HINTS: dict[str, Any] = {"sigma_min": float | None, "sigma_max": float | None, "shift_terminal": float | None}
 """Types of settings that diffusers annotates wrongly somewhere."""
 TRIED_STEPS = 5
+MOST_NOISE = 1e5  # the largest sigma (4096 with zero SNR); where it is much larger torchsde never ends
 
 
 class SchedulerError(ValueError):
@@ -195,6 +196,9 @@ def _try_out(scheduler: Any, steps: int) -> None:
     drawn = "generator" in inspect.signature(scheduler.step).parameters
     with torch.random.fork_rng(devices=[]):
         scheduler.set_timesteps(steps, **shift)
+        most = float(torch.as_tensor(getattr(scheduler, "sigmas", 0.0)).max())
+        if not most <= MOST_NOISE:
+            raise ValueError(f"the largest sigma must be at most {MOST_NOISE:g}; it is {most:g}")
         sample = torch.ones(1, 4, 8, 8)
         for timestep in scheduler.timesteps:
             if hasattr(scheduler, "scale_model_input"):

@@ -246,3 +246,10 @@ def test_steps_do_not_wait_for_the_gpu(family: str) -> None:
         if not waits and not torch.allclose(made, usual, atol=1e-5):
             failed[wanted] = f"{float((made - usual).abs().max())} off"
     assert not failed
+
+
+@pytest.mark.parametrize("name", ["dpmpp_sde", "euler", "unipc"])
+def test_noise_beyond_all_measure_is_refused(name: str) -> None:
+    current = pipe_of("sd1").scheduler
+    with pytest.raises(SchedulerError, match="the largest sigma must be at most 100000; it is"):
+        make_scheduler(current, MODELS["sd1"], {"scheduler": name, "beta_end": 0.9999999}, 2)
