@@ -255,7 +255,7 @@ def test_sizes_of_the_second_pass(options: Json, size: tuple[int, int]) -> None:
         (
             {"hr_resize_x": 4000},
             422,
-            "hr_resize_x: 4000 x 4000 pixels x 1 frames x 30 steps = 480000000, above",
+            "hr_resize_x: 4000 x 4000 pixels x 1 frames x 30 steps = 480000000 exceeds",
         ),
         ({"hr_resize_y": -1}, 422, "hr_resize_y: must be a whole number from 0 to 8192, got -1"),
         ({"hr_second_pass_steps": 2000}, 400, "hr_second_pass_steps: must be at most 1000, got 2000"),
