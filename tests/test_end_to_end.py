@@ -62,7 +62,7 @@ def drawn(plain: Any, width: int = 128, height: int = 128, steps: int = STEPS) -
     return np.asarray(output.images[0])
 
 
-def test_the_picture_is_plain_diffusers_at_every_size(host: Launch, plain: Any):
+def test_the_picture_is_plain_diffusers_at_every_size(host: Launch, plain: Any) -> None:
     first = post(host)
     assert first.json()["seed"] == 7 and first.json()["steps"] == STEPS and first.json()["format"] == "png"
     assert psnr(picture(first), drawn(plain)) >= 45
@@ -72,12 +72,12 @@ def test_the_picture_is_plain_diffusers_at_every_size(host: Launch, plain: Any):
     assert psnr(other, drawn(plain, 96, 160)) >= 45
 
 
-def test_steady_state_is_close_and_not_the_same(host: Launch, plain: Any):
+def test_steady_state_is_close_and_not_the_same(host: Launch, plain: Any) -> None:
     stale = picture(post(host, steps=3 * STEPS))
     assert 20 < psnr(stale, drawn(plain, steps=3 * STEPS)) < 60
 
 
-def test_formats_and_raw_bytes(host: Launch):
+def test_formats_and_raw_bytes(host: Launch) -> None:
     for format in ("jpeg", "webp"):
         data = base64.b64decode(post(host, output_format=format).json()["output"])
         assert Image.open(io.BytesIO(data)).format == format.upper()
@@ -87,7 +87,7 @@ def test_formats_and_raw_bytes(host: Launch):
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
-def test_the_body_in_a_file_gives_the_same_bytes(host: Launch, format: str):
+def test_the_body_in_a_file_gives_the_same_bytes(host: Launch, format: str) -> None:
     made = post(host, seed=None, pictures=2, scheduler="euler_a", output_format=format).json()
     for output, seed in zip(made["output"], made["seeds"], strict=True):
         image = Image.open(io.BytesIO(base64.b64decode(output)))
@@ -97,7 +97,7 @@ def test_the_body_in_a_file_gives_the_same_bytes(host: Launch, format: str):
         assert again["output"] == output
 
 
-def test_the_openai_sdk(host: Launch):
+def test_the_openai_sdk(host: Launch) -> None:
     import openai
 
     client = openai.OpenAI(base_url=f"{host.url}/v1", api_key="none", max_retries=0, timeout=120)
@@ -118,7 +118,7 @@ def test_the_openai_sdk(host: Launch):
         client.images.generate(model=model.id, prompt="x", size="130x128")
 
 
-def test_a_schedule_run_in_two_parts_is_the_whole(host: Launch):
+def test_a_schedule_run_in_two_parts_is_the_whole(host: Launch) -> None:
     whole = picture(post(host))
     first = post(host, denoising_end=0.5, output_format="latent").json()
     assert first["steps"] == STEPS // 2 and not first["is_image"]
@@ -128,7 +128,7 @@ def test_a_schedule_run_in_two_parts_is_the_whole(host: Launch):
     assert post(host, denoising_start=0.5).status_code == 422
 
 
-def test_noise_on_given_latents_is_image_to_image(host: Launch, plain: Any):
+def test_noise_on_given_latents_is_image_to_image(host: Launch, plain: Any) -> None:
     import safetensors.torch
     from diffusers import StableDiffusionImg2ImgPipeline
 
@@ -152,7 +152,7 @@ def test_noise_on_given_latents_is_image_to_image(host: Launch, plain: Any):
     assert refused.status_code == 400 and "add_noise: needs latent" in refused.text
 
 
-def test_own_schedules_schedulers_and_start_latents(host: Launch):
+def test_own_schedules_schedulers_and_start_latents(host: Launch) -> None:
     usual = picture(post(host))
     assert psnr(picture(post(host, scheduler="k_euler")), usual) < 60
     assert np.array_equal(picture(post(host)), usual), "a request's scheduler stayed on"
@@ -172,7 +172,7 @@ def test_own_schedules_schedulers_and_start_latents(host: Launch):
     assert sigmas.status_code == 200 and sigmas.json()["steps"] == 2  # the last sigma is the end
 
 
-def test_cancel_ends_within_a_step_and_the_host_goes_on(host: Launch):
+def test_cancel_ends_within_a_step_and_the_host_goes_on(host: Launch) -> None:
     answers: list[requests.Response] = []
     thread = threading.Thread(target=lambda: answers.append(post(host, steps=400)))
     thread.start()
@@ -185,7 +185,7 @@ def test_cancel_ends_within_a_step_and_the_host_goes_on(host: Launch):
     assert post(host).status_code == 200
 
 
-def test_a_client_that_disconnects_frees_the_host(host: Launch):
+def test_a_client_that_disconnects_frees_the_host(host: Launch) -> None:
     with socket.create_connection(("127.0.0.1", host.port)) as client:
         body = b'{"steps": 900, "positive": "x"}'
         head = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -195,7 +195,7 @@ def test_a_client_that_disconnects_frees_the_host(host: Launch):
     until(lambda: requests.get(f"{host.url}/health", timeout=5).json()["state"] == "ready", 5)
 
 
-def test_health_tells_the_plan_and_progress_ends_at_100(host: Launch):
+def test_health_tells_the_plan_and_progress_ends_at_100(host: Launch) -> None:
     assert post(host).status_code == 200
     assert float(requests.get(f"{host.url}/progress", timeout=5).text) == 100
     health = requests.get(f"{host.url}/health", timeout=5).json()
@@ -204,7 +204,7 @@ def test_health_tells_the_plan_and_progress_ends_at_100(host: Launch):
     assert health["versions"]["torch"] and Path(ROOT / "asyncdiff_host.py").exists()
 
 
-def test_a_lora_comes_and_goes_on_a_running_host(host: Launch, tmp_path: Path, plain: Any):
+def test_a_lora_comes_and_goes_on_a_running_host(host: Launch, tmp_path: Path, plain: Any) -> None:
     import safetensors.torch
 
     usual = picture(post(host))

@@ -124,7 +124,7 @@ def own_traceback(log: str) -> bool:
     return any("/shared/" in part or "fake_host" in part for part in log.split("Traceback")[1:])
 
 
-def test_a_worker_killed_in_a_generation(launch: Callable[..., Launch]):
+def test_a_worker_killed_in_a_generation(launch: Callable[..., Launch]) -> None:
     host = launch(2).ready()
     assert host.post(sleep=0.01).status_code == 200
     workers = children(host.process.pid)
@@ -138,7 +138,7 @@ def test_a_worker_killed_in_a_generation(launch: Callable[..., Launch]):
     assert not any(map(alive, workers))
 
 
-def test_killed_ranks_are_started_again_each_time(launch: Callable[..., Launch]):
+def test_killed_ranks_are_started_again_each_time(launch: Callable[..., Launch]) -> None:
     host = launch(2, torchrun=("--max-restarts=3",)).ready()
     answers = [host.post(steps=1)]
     for victim in (1, 0):
@@ -151,7 +151,7 @@ def test_killed_ranks_are_started_again_each_time(launch: Callable[..., Launch])
 
 
 @pytest.mark.parametrize("victim", ["rank 1", "rank 0", "the launcher"])
-def test_who_is_stopped_while_idle_is_noticed(launch: Callable[..., Launch], victim: str):
+def test_who_is_stopped_while_idle_is_noticed(launch: Callable[..., Launch], victim: str) -> None:
     host = launch(2, "--collective_timeout=6").ready()
     workers = children(host.process.pid)
     pids = {"rank 0": workers[0], "rank 1": workers[1], "the launcher": host.process.pid}
@@ -167,7 +167,7 @@ def test_who_is_stopped_while_idle_is_noticed(launch: Callable[..., Launch], vic
         assert answers[0].status_code == 500 and f"{victim} has been stopped" in answers[0].text
 
 
-def test_a_rank_that_is_stopped_while_loading_is_noticed(launch: Callable[..., Launch]):
+def test_a_rank_that_is_stopped_while_loading_is_noticed(launch: Callable[..., Launch]) -> None:
     host = launch(2, "--collective_timeout=6")
     until(lambda: len(children(host.process.pid)) == 2, 20)
     workers = children(host.process.pid)
@@ -177,7 +177,7 @@ def test_a_rank_that_is_stopped_while_loading_is_noticed(launch: Callable[..., L
     assert "rank 1 has been stopped" in host.log.read_text()
 
 
-def test_the_launcher_killed_leaves_no_orphans(launch: Callable[..., Launch]):
+def test_the_launcher_killed_leaves_no_orphans(launch: Callable[..., Launch]) -> None:
     host = launch(2).ready()
     workers = children(host.process.pid)
     assert len(workers) == 2
@@ -186,7 +186,7 @@ def test_the_launcher_killed_leaves_no_orphans(launch: Callable[..., Launch]):
     until(lambda: not any(map(alive, workers)), 5)
 
 
-def test_ctrl_c_ends_all_ranks_in_time_and_without_a_traceback(launch: Callable[..., Launch]):
+def test_ctrl_c_ends_all_ranks_in_time_and_without_a_traceback(launch: Callable[..., Launch]) -> None:
     host = launch(2).ready()
     workers = children(host.process.pid)
     _, answers = host.post_later(sleep=0.2, steps=100)
@@ -199,7 +199,7 @@ def test_ctrl_c_ends_all_ranks_in_time_and_without_a_traceback(launch: Callable[
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_first_signal_lets_the_picture_be_finished(launch: Callable[..., Launch], number: int):
+def test_a_first_signal_lets_the_picture_be_finished(launch: Callable[..., Launch], number: int) -> None:
     host = launch(2).ready()
     _, answers = host.post_later(sleep=0.2, steps=15)
     host.process.send_signal(number)
@@ -213,7 +213,7 @@ def test_a_first_signal_lets_the_picture_be_finished(launch: Callable[..., Launc
     assert "died" not in host.log.read_text() and not own_traceback(host.log.read_text())
 
 
-def test_the_grace_ends_and_a_second_signal_ends_it_sooner(launch: Callable[..., Launch]):
+def test_the_grace_ends_and_a_second_signal_ends_it_sooner(launch: Callable[..., Launch]) -> None:
     for flags, again in ((("--stop_grace=1",), False), ((), True)):
         host = launch(2, *flags).ready()
         _, answers = host.post_later(sleep=0.1, steps=500)
@@ -230,7 +230,7 @@ def test_the_grace_ends_and_a_second_signal_ends_it_sooner(launch: Callable[...,
 @pytest.mark.parametrize("state", ["loading", "idle", "busy", "longer than the grace"])
 def test_a_rank_that_is_told_to_stop_alone_ends_all_for_good(
     launch: Callable[..., Launch], monkeypatch: pytest.MonkeyPatch, told: int, state: str
-):
+) -> None:
     monkeypatch.setenv("FAKE_LOAD_SECONDS", "60" if state == "loading" else "0")
     grace = 1 if state == "longer than the grace" else 20
     host = launch(2, f"--stop_grace={grace}", torchrun=("--max-restarts=3",))
@@ -249,7 +249,7 @@ def test_a_rank_that_is_told_to_stop_alone_ends_all_for_good(
 
 
 @pytest.mark.parametrize("told", [0, 1])
-def test_machines_stop_together(launch: Callable[..., Launch], told: int):
+def test_machines_stop_together(launch: Callable[..., Launch], told: int) -> None:
     meet = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=x")
     hosts = [launch(1, torchrun=(*meet, "--max-restarts=3")) for _ in range(2)]
     until(lambda: "ready after" in hosts[0].log.read_text(), 60)
@@ -263,7 +263,7 @@ def test_machines_stop_together(launch: Callable[..., Launch], told: int):
     assert [host.process.returncode for host in hosts] == [0, 0], hosts[0].log.read_text()
 
 
-def test_a_rank_that_is_told_twice_ends_all_at_once(launch: Callable[..., Launch]):
+def test_a_rank_that_is_told_twice_ends_all_at_once(launch: Callable[..., Launch]) -> None:
     host = launch(2, torchrun=("--max-restarts=3",)).ready()
     _, answers = host.post_later(sleep=0.1, steps=500)
     worker = children(host.process.pid)[1]
@@ -275,7 +275,7 @@ def test_a_rank_that_is_told_twice_ends_all_at_once(launch: Callable[..., Launch
     assert answers[0].status_code == 503 and answers[0].headers["Retry-After"]
 
 
-def test_the_reason_is_the_rank_that_died(launch: Callable[..., Launch]):
+def test_the_reason_is_the_rank_that_died(launch: Callable[..., Launch]) -> None:
     host = launch(2).ready()
     os.kill(children(host.process.pid)[1], signal.SIGKILL)
     until(lambda: host.process.poll() is not None, 15)
@@ -285,7 +285,7 @@ def test_the_reason_is_the_rank_that_died(launch: Callable[..., Launch]):
 @pytest.mark.parametrize("ranks, told", [("0 1", ""), ("1", "[rank 1] ")])
 def test_a_load_that_fails_says_why_once(
     launch: Callable[..., Launch], monkeypatch: pytest.MonkeyPatch, ranks: str, told: str
-):
+) -> None:
     monkeypatch.setenv("FAKE_LOAD_FAILS", ranks)
     host = launch(2)
     until(lambda: host.process.poll() is not None, 40)
@@ -293,7 +293,7 @@ def test_a_load_that_fails_says_why_once(
     assert len(lines) == 1 and f"ERROR {told}cannot load: no weights" in lines[0]
 
 
-def test_ctrl_c_without_torchrun_exits_130(launch: Callable[..., Launch]):
+def test_ctrl_c_without_torchrun_exits_130(launch: Callable[..., Launch]) -> None:
     host = launch(0).ready()
     assert host.post(sleep=0.01).status_code == 200
     os.kill(host.process.pid, signal.SIGINT)
@@ -301,7 +301,7 @@ def test_ctrl_c_without_torchrun_exits_130(launch: Callable[..., Launch]):
     assert "Traceback" not in host.log.read_text()
 
 
-def test_a_rank_that_hangs_breaks_the_host_in_time(launch: Callable[..., Launch]):
+def test_a_rank_that_hangs_breaks_the_host_in_time(launch: Callable[..., Launch]) -> None:
     host = launch(2, "--collective_timeout=2").ready()
     answer = host.post(rank=1, step=2, do="hang")
     assert answer.status_code == 500
@@ -309,7 +309,7 @@ def test_a_rank_that_hangs_breaks_the_host_in_time(launch: Callable[..., Launch]
     assert host.process.returncode != 0
 
 
-def test_an_error_inside_a_collective_breaks_the_host_in_time(launch: Callable[..., Launch]):
+def test_an_error_inside_a_collective_breaks_the_host_in_time(launch: Callable[..., Launch]) -> None:
     host = launch(2, "--collective_timeout=2").ready()
     answer = host.post(rank=1, step=2, do="raise_in_step")
     assert answer.status_code == 500 and "broken inside a step" in answer.json()["message"]
@@ -317,7 +317,7 @@ def test_an_error_inside_a_collective_breaks_the_host_in_time(launch: Callable[.
     assert host.process.returncode != 0
 
 
-def test_a_usage_error_ends_every_rank_with_one_line(launch: Callable[..., Launch]):
+def test_a_usage_error_ends_every_rank_with_one_line(launch: Callable[..., Launch]) -> None:
     host = launch(2, "--stride=3")
     host.process.wait(30)
     lines = [line for line in host.log.read_text().splitlines() if "error: --stride" in line]
@@ -326,7 +326,7 @@ def test_a_usage_error_ends_every_rank_with_one_line(launch: Callable[..., Launc
     assert re.search(r"exitcode *: 2", host.log.read_text())
 
 
-def test_other_ranks_let_rank_0_say_a_usage_error_first():
+def test_other_ranks_let_rank_0_say_a_usage_error_first() -> None:
     environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
 
     def start() -> subprocess.Popen[str]:
@@ -347,7 +347,7 @@ def test_other_ranks_let_rank_0_say_a_usage_error_first():
     assert left.returncode == 2
 
 
-def test_a_port_in_use_is_a_usage_error(launch: Callable[..., Launch]):
+def test_a_port_in_use_is_a_usage_error(launch: Callable[..., Launch]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -357,20 +357,20 @@ def test_a_port_in_use_is_a_usage_error(launch: Callable[..., Launch]):
 
 
 @pytest.mark.parametrize("name", ["a..b", "nobody.invalid", "203.0.113.5"])
-def test_a_host_that_is_not_here_is_a_usage_error(launch: Callable[..., Launch], name: str):
+def test_a_host_that_is_not_here_is_a_usage_error(launch: Callable[..., Launch], name: str) -> None:
     host = launch(0, f"--host={name}")
     assert host.process.wait(20) == 2
     [line] = host.log.read_text().splitlines()
     assert f"error: --host: must be a name or an address of this machine; got '{name}'" in line
 
 
-def test_one_stage_leaves_flags_without_effect(launch: Callable[..., Launch]):
+def test_one_stage_leaves_flags_without_effect(launch: Callable[..., Launch]) -> None:
     host = launch(0, "--time_shift").ready()
     assert host.log.read_text().count("WARNING --time_shift has no effect: there is one stage") == 1
 
 
 @pytest.mark.parametrize("backend", ["asyncdiff", "distrifuser", "xdit"])
-def test_help_and_usage_errors_are_instant(backend: str):
+def test_help_and_usage_errors_are_instant(backend: str) -> None:
     script = str(ROOT / f"{backend}_host.py")
     for arguments, code in ((["--help"], 0), (["--bogus"], 2), (["--type=sd1"], 2)):
         best = 9.0

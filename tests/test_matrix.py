@@ -196,17 +196,17 @@ def plain_latents() -> dict[tuple[str, str], np.ndarray]:
 
 
 @pytest.mark.parametrize(("name", "feature"), cells("asyncdiff"))
-def test_asyncdiff(pool: RankPool, plain_latents: dict[Any, Any], name: str, feature: str):
+def test_asyncdiff(pool: RankPool, plain_latents: dict[Any, Any], name: str, feature: str) -> None:
     run_and_check(pool, plain_latents, "asyncdiff", name, feature)
 
 
 @pytest.mark.parametrize(("name", "feature"), cells("distrifuser"))
-def test_distrifuser(pool: RankPool, plain_latents: dict[Any, Any], name: str, feature: str):
+def test_distrifuser(pool: RankPool, plain_latents: dict[Any, Any], name: str, feature: str) -> None:
     run_and_check(pool, plain_latents, "distrifuser", name, feature)
 
 
 @pytest.mark.parametrize(("name", "feature"), cells("xdit"))
-def test_xdit(pool: RankPool, plain_latents: dict[Any, Any], name: str, feature: str):
+def test_xdit(pool: RankPool, plain_latents: dict[Any, Any], name: str, feature: str) -> None:
     run_and_check(pool, plain_latents, "xdit", name, feature)
 
 
@@ -270,12 +270,12 @@ def pairs() -> list[Any]:
 
 
 @pytest.mark.parametrize(("backend", "name", "a", "b"), pairs())
-def test_two_features_together(pool: RankPool, backend: str, name: str, a: str, b: str):
+def test_two_features_together(pool: RankPool, backend: str, name: str, a: str, b: str) -> None:
     flags = SETTINGS[a](name) | SETTINGS[b](name)
     check_plans(pool.run(run_cell, 2, backend, name, flags, {}, False, timeout=240))
 
 
-def test_the_setting_of_every_feature_of_a_request_is_known():
+def test_the_setting_of_every_feature_of_a_request_is_known() -> None:
     decoded_only = {"compile_vae", "compile_text_encoder", "enable_vae_tiling", "enable_vae_slicing"}
     gpu_only = {f for f in FEATURES if f.endswith("offload")}
     assert set(FEATURES) - decoded_only - gpu_only - {"gguf_model"} == set(SETTINGS)
@@ -292,7 +292,7 @@ def test_the_setting_of_every_feature_of_a_request_is_known():
     ],
     ids=["cfg-2", "hybrid-2", "cfg-4", "stride-2", "weights"],
 )
-def test_asyncdiff_plans(pool: RankPool, size: int, flags: Flags):
+def test_asyncdiff_plans(pool: RankPool, size: int, flags: Flags) -> None:
     features = flags_of("asyncdiff", "sd1", "control_net")
     ranks = pool.run(run_cell, size, "asyncdiff", "sd1", features, flags)
     holder = next(r for r in ranks if r["exact"] is not None)
@@ -306,7 +306,7 @@ def test_asyncdiff_plans(pool: RankPool, size: int, flags: Flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BACKENDS["asyncdiff"].types)
-def test_the_hybrid_of_branches_and_stages(pool: RankPool, name: str):
+def test_the_hybrid_of_branches_and_stages(pool: RankPool, name: str) -> None:
     ranks = pool.run(run_cell, 2, "asyncdiff", name, {}, {"use_cfg_parallel": True, "async_steps": 2})
     holder = next(r for r in ranks if r["exact"] is not None)
     assert psnr(holder["exact"], holder["plain"]) >= EXACT_DB
@@ -326,7 +326,7 @@ def inpainting_checkpoint(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_inpainting_checkpoints_paint_the_whole_picture(pool: RankPool, name: str):
+def test_inpainting_checkpoints_paint_the_whole_picture(pool: RankPool, name: str) -> None:
     ranks = pool.run(run_cell, 2, "asyncdiff", name, {}, {"checkpoint": inpainting_checkpoint(name)})
     holder = next(r for r in ranks if r["exact"] is not None)
     assert psnr(holder["exact"], holder["plain"]) >= EXACT_DB

@@ -29,14 +29,14 @@ def one_hangs() -> None:
         time.sleep(60)
 
 
-def test_world_sizes_change_and_processes_stay(pool: RankPool):
+def test_world_sizes_change_and_processes_stay(pool: RankPool) -> None:
     first = pool.run(summed, 2, 10)
     assert [r[:2] for r in first] == [(2, 21)] * 2
     assert [r[:2] for r in pool.run(summed, 3, 0)] == [(3, 3)] * 3
     assert pool.run(summed, 2, 10) == first
 
 
-def test_failures_bring_the_traceback_and_the_pool_recovers():
+def test_failures_bring_the_traceback_and_the_pool_recovers() -> None:
     pool = RankPool(timeout=30)
     try:
         with pytest.raises(RankError, match=r"(?s)rank 1.*no such thing"):

@@ -71,7 +71,7 @@ def test_a_command_works(
     request: pytest.FixtureRequest,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-):
+) -> None:
     program = Path(words[0]).name
     assert program in COMMANDS, f"{words}: teach this test what it is"
     if program == "curl":
@@ -145,7 +145,7 @@ def _launch(folder: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("snippet", CODE, ids=lambda s: s.text.strip().splitlines()[0][:60])
 def test_a_code_block_works(
     snippet: Snippet, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     if snippet.language == "python":
         monkeypatch.chdir(tmp_path)
         host: Launch = request.getfixturevalue("demo_host")
@@ -159,5 +159,5 @@ def test_a_code_block_works(
         assert snippet.language == "text", f"{snippet.language}: teach this test what it is"
 
 
-def test_the_readmes_commands_are_found():
+def test_the_readmes_commands_are_found() -> None:
     assert {"curl", "torchrun", "pip", "make"} <= {Path(words[0]).name for _, words in SHELL}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,11 +22,11 @@ def test_runs_and_answers_to_its_inputs(name: str) -> None:
     assert np.abs(first - tiny.run(pipe, name, **other)).max() > 1e-3
 
 
-def test_cache_survives_several_builders_at_once(tmp_path, monkeypatch) -> None:
+def test_cache_survives_several_builders_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TINY_CACHE", str(tmp_path))
     built = []
 
-    def make(path) -> None:
+    def make(path: Path) -> None:
         built.append(path)
         path.mkdir()
         (path / "weights").write_text("x" * 1000)

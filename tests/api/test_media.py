@@ -19,7 +19,7 @@ def png(image: Image.Image, **settings: Any) -> bytes:
     return out.getvalue()
 
 
-def test_grey_of_16_bits_keeps_its_shades():
+def test_grey_of_16_bits_keeps_its_shades() -> None:
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     deep = np.asarray(decode_image(png(Image.fromarray(ramp))))
     assert np.array_equal(deep[:, :, 0], (ramp // 257).astype(np.uint8))
@@ -29,18 +29,18 @@ def test_grey_of_16_bits_keeps_its_shades():
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0rubbish", b"Exif\0\0MM\0*\0\0\0\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"]
 )
-def test_exif_that_cannot_be_read_is_passed_over(exif: bytes):
+def test_exif_that_cannot_be_read_is_passed_over(exif: bytes) -> None:
     assert decode_image(png(Image.new("RGB", (4, 6), "red"), exif=exif)).size == (4, 6)
 
 
-def test_exif_turns_a_picture_upright():
+def test_exif_turns_a_picture_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     assert decode_image(png(Image.new("RGB", (4, 6), "red"), exif=exif)).size == (6, 4)
 
 
 @pytest.mark.parametrize(("fps", "shown"), [(8, 120), (50, 20), (120, 20)])
-def test_a_gif_is_never_faster_than_browsers_show(fps: int, shown: int):
+def test_a_gif_is_never_faster_than_browsers_show(fps: int, shown: int) -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     made = Image.open(io.BytesIO(encode_video(frames, "gif", fps)))
     assert made.info["duration"] == shown
@@ -54,14 +54,14 @@ def encoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (37, 5, 3), (64, 128, 3), (40, 24)])
-def test_a_png_has_every_pixel(encoder: None, shape: tuple[int, ...]):
+def test_a_png_has_every_pixel(encoder: None, shape: tuple[int, ...]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     made = encode_image(Image.fromarray(pixels), "png")
     assert made.startswith(b"\x89PNG") and np.array_equal(np.asarray(Image.open(io.BytesIO(made))), pixels)
 
 
 @pytest.mark.parametrize("grain", [0, 2, 20])
-def test_a_png_is_as_small_as_pillows(grain: int):
+def test_a_png_is_as_small_as_pillows(grain: int) -> None:
     rng = np.random.default_rng(0)
     smooth = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((256, 256))
     pixels = np.asarray(smooth) + rng.integers(0, grain + 1, (256, 256, 3))
@@ -69,13 +69,13 @@ def test_a_png_is_as_small_as_pillows(grain: int):
     assert len(encode_image(image, "png")) <= 1.02 * len(png(image, compress_level=1, compress_type=Z_RLE))
 
 
-def test_several_pictures_are_encoded_in_their_order():
+def test_several_pictures_are_encoded_in_their_order() -> None:
     pictures = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(20)]
     shown = [np.asarray(decode_image(file))[0, 0, 0] for file in encode(pictures, "png")]
     assert shown == list(range(20))
 
 
 @pytest.mark.parametrize(("format", "fps", "files"), [("webp", None, 3), ("webp", 8, 1), ("png", 8, 3)])
-def test_frames_are_one_file_where_the_format_can(format: str, fps: int | None, files: int):
+def test_frames_are_one_file_where_the_format_can(format: str, fps: int | None, files: int) -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
     assert len(encode(frames, format, fps)) == files

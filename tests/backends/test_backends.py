@@ -119,7 +119,9 @@ def test_loras_are_fused_where_weights_are_divided(needs: Needs) -> None:
         ),
     ],
 )
-def test_degrees_that_do_not_fit_are_told_as_flags(world: int, flags: dict[str, Any], words: str | None):
+def test_degrees_that_do_not_fit_are_told_as_flags(
+    world: int, flags: dict[str, Any], words: str | None
+) -> None:
     config = replace(tiny.config("sd3"), backend="xdit", **flags)
     if words is None:
         assert xdit_degrees(config, world) == Degrees(cfg=2, ulysses=2)

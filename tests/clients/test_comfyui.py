@@ -37,7 +37,7 @@ def defaults(comfy: ComfyUI, node: str, **given: Any) -> dict[str, Any]:
     return {"class_type": node, "inputs": inputs | given}
 
 
-def test_the_choices_are_the_registrys(comfy: ComfyUI):
+def test_the_choices_are_the_registrys(comfy: ComfyUI) -> None:
     choices = sys.modules[comfy.pack["nodes"].__name__.replace(".nodes", ".choices")]
     assert set(choices.TYPES) == set(MODELS) and list(BACKENDS) == choices.BACKENDS
     assert set(choices.SCHEDULERS) == {n for spec in MODELS.values() for n in schedulers_for(spec)}
@@ -50,7 +50,7 @@ def test_the_choices_are_the_registrys(comfy: ComfyUI):
     )
 
 
-def test_the_pack_is_a_client_and_its_pyproject_is_comfys():
+def test_the_pack_is_a_client_and_its_pyproject_is_comfys() -> None:
     project = tomllib.loads((PACK / "pyproject.toml").read_text())
     assert "comfyui" not in project["project"]["name"].lower()
     assert (PACK / project["project"]["license"]["file"]).is_file() and "DisplayName" in project["tool"][
@@ -62,7 +62,7 @@ def test_the_pack_is_a_client_and_its_pyproject_is_comfys():
 
 
 @pytest.mark.skipif("COMFYUI" not in os.environ, reason="COMFYUI is not set to a ComfyUI checkout")
-def test_the_stand_in_has_comfyuis_signatures():
+def test_the_stand_in_has_comfyuis_signatures() -> None:
     code = f"""
 import inspect, sys
 sys.path.insert(0, {os.environ["COMFYUI"]!r})
@@ -80,7 +80,7 @@ assert not set({SCHEMA!r}) - set(inspect.signature(io.Schema).parameters)
     assert done.returncode == 0, done.stderr
 
 
-def test_workflows_are_current(comfy: ComfyUI):
+def test_workflows_are_current(comfy: ComfyUI) -> None:
     for name, text in texts(comfy).items():
         assert (FOLDER / f"{name}.json").read_text() == text, "run python -m tests.comfy_workflows"
 
@@ -88,7 +88,7 @@ def test_workflows_are_current(comfy: ComfyUI):
 @pytest.mark.parametrize("name", list(WORKFLOWS))
 def test_workflows_run_and_their_launches_parse(
     comfy: ComfyUI, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+) -> None:
     """From the saved file to a request that a host of the type accepts, and to flags that it parses."""
     import json
 
@@ -137,7 +137,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(tmp_path)
 
 
-def test_a_launched_host_lives_until_something_needs_another(comfy: ComfyUI, project: str):
+def test_a_launched_host_lives_until_something_needs_another(comfy: ComfyUI, project: str) -> None:
     hosts = comfy.pack["launched"].HOSTS
 
     def run(**given: Any) -> int:
@@ -162,7 +162,7 @@ def test_a_launched_host_lives_until_something_needs_another(comfy: ComfyUI, pro
     assert not hosts.pids() and not alive(third)
 
 
-def test_a_host_that_loads_is_seen_to(comfy: ComfyUI, project: str, caplog: pytest.LogCaptureFixture):
+def test_a_host_that_loads_is_seen_to(comfy: ComfyUI, project: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     comfy.progress.clear()
     plain = {"type": "sd1", "checkpoint": "demo/", "ranks": 1, "project": project}
@@ -172,7 +172,7 @@ def test_a_host_that_loads_is_seen_to(comfy: ComfyUI, project: str, caplog: pyte
     assert "the host is loading: importing libraries" in [r.getMessage() for r in caplog.records]
 
 
-def test_a_cancelled_launch_and_one_whose_node_is_gone_leave_nothing(comfy: ComfyUI, project: str):
+def test_a_cancelled_launch_and_one_whose_node_is_gone_leave_nothing(comfy: ComfyUI, project: str) -> None:
     hosts = comfy.pack["launched"].HOSTS
     plain = {"type": "sd1", "checkpoint": "demo/", "ranks": 1, "project": project}
     launch = defaults(comfy, "MultiGPUDiffusionLaunchHost", **plain)
@@ -185,7 +185,7 @@ def test_a_cancelled_launch_and_one_whose_node_is_gone_leave_nothing(comfy: Comf
     assert not hosts.pids() and not alive(first)
 
 
-def test_a_host_ends_with_its_launch_whatever_other_nodes_are_called(comfy: ComfyUI, project: str):
+def test_a_host_ends_with_its_launch_whatever_other_nodes_are_called(comfy: ComfyUI, project: str) -> None:
     hosts = comfy.pack["launched"].HOSTS
     plain = {"type": "sd1", "checkpoint": "demo/", "ranks": 1, "project": project}
     other = defaults(comfy, "MultiGPUDiffusionScheduler")
@@ -226,7 +226,7 @@ LEFT_OUT = {
 }
 
 
-def test_every_flag_has_a_widget_and_every_input_a_tooltip(comfy: ComfyUI):
+def test_every_flag_has_a_widget_and_every_input_a_tooltip(comfy: ComfyUI) -> None:
     named: set[str] = set()
     for name, cls in comfy.nodes.items():
         if name.startswith("MultiGPUDiffusion"):
@@ -243,7 +243,7 @@ def test_every_flag_has_a_widget_and_every_input_a_tooltip(comfy: ComfyUI):
             assert flag.name in named or any(flag.name in names for names in LEFT_OUT.values()), flag.name
 
 
-def test_scales_and_loras_need_no_other_host(comfy: ComfyUI):
+def test_scales_and_loras_need_no_other_host(comfy: ComfyUI) -> None:
     launched = comfy.pack["launched"]
 
     def launch(features: dict[str, Any], *flags: str) -> Any:
@@ -266,7 +266,7 @@ def test_scales_and_loras_need_no_other_host(comfy: ComfyUI):
         assert not host.loras and running.handle(launch({})).scales == {}
 
 
-def test_the_host_ends_when_its_starter_is_killed(project: str):
+def test_the_host_ends_when_its_starter_is_killed(project: str) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(PACK)!r})
@@ -286,12 +286,12 @@ import time; time.sleep(60)
     until(lambda: not alive(guard) and not alive(int(host)), 10)
 
 
-def test_both_clients_have_the_same_link_to_a_host():
+def test_both_clients_have_the_same_link_to_a_host() -> None:
     copies = [ROOT / "clients" / name / "host.py" for name in ("comfyui", "localai")]
     assert copies[0].read_text() == copies[1].read_text()
 
 
-def test_every_node_gets_what_its_schema_names(comfy: ComfyUI):
+def test_every_node_gets_what_its_schema_names(comfy: ComfyUI) -> None:
     for name, cls in comfy.nodes.items():
         parameters = inspect.signature(cls.execute).parameters
         named = {one.id for one in cls.define_schema().inputs}

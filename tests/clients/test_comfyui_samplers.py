@@ -39,7 +39,7 @@ def pixels(image: torch.Tensor) -> np.ndarray:
     return (image[0].numpy() * 255).round().astype(np.uint8)
 
 
-def test_a_picture_with_progress_is_the_hosts_own(comfy: ComfyUI, demo_host: Launch):
+def test_a_picture_with_progress_is_the_hosts_own(comfy: ComfyUI, demo_host: Launch) -> None:
     comfy.progress.clear()
     image, latent = sampler(comfy, demo_host, steps=30, negative="yellow")
     assert image.shape == (1, 128, 128, 3) and latent["samples"].shape == (1, 4, 16, 16)
@@ -59,7 +59,7 @@ def _latent(data: bytes) -> torch.Tensor:
     return safetensors.torch.load(data)["latent"]
 
 
-def test_latents_in_and_out(comfy: ComfyUI, demo_host: Launch):
+def test_latents_in_and_out(comfy: ComfyUI, demo_host: Launch) -> None:
     whole, finished = sampler(comfy, demo_host)
     _, half = sampler(comfy, demo_host, stop_at=0.5)
     rest, _ = sampler(comfy, demo_host, latent=half, denoise=0.5, add_noise=False)
@@ -75,7 +75,7 @@ def test_latents_in_and_out(comfy: ComfyUI, demo_host: Launch):
         sampler(comfy, demo_host, denoise=0.5)
 
 
-def test_flux_latents_are_packed_and_unpacked(comfy: ComfyUI):
+def test_flux_latents_are_packed_and_unpacked(comfy: ComfyUI) -> None:
     convert = comfy.pack["convert"]
     samples = torch.randn(1, 16, 8, 12)
     packed = convert.latent_to_host(samples, "flux")
@@ -87,7 +87,7 @@ def test_flux_latents_are_packed_and_unpacked(comfy: ComfyUI):
     torch.testing.assert_close(_latent(base64.b64decode(packed)), theirs)
 
 
-def test_conditioning_is_the_prompt(comfy: ComfyUI, demo_host: Launch):
+def test_conditioning_is_the_prompt(comfy: ComfyUI, demo_host: Launch) -> None:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(DEMO_CHECKPOINT / "tokenizer")
@@ -117,7 +117,7 @@ def test_conditioning_is_the_prompt(comfy: ComfyUI, demo_host: Launch):
         sampler(comfy, demo_host, positive_conditioning=masked)
 
 
-def test_cancel_frees_the_host_and_errors_are_the_hosts_words(comfy: ComfyUI, demo_host: Launch):
+def test_cancel_frees_the_host_and_errors_are_the_hosts_words(comfy: ComfyUI, demo_host: Launch) -> None:
     comfy.progress.clear()
 
     def press() -> None:
@@ -149,7 +149,7 @@ def by_hand(host: Launch, **body: Any) -> dict[str, Any]:
     return answer.json()
 
 
-def test_denoise_is_the_hosts_strength(comfy: ComfyUI, demo_host: Launch):
+def test_denoise_is_the_hosts_strength(comfy: ComfyUI, demo_host: Launch) -> None:
     """Also at 1, where KSampler too mixes a latent that is not empty into the noise."""
     convert, latent = comfy.pack["convert"], noisy(1, 4, 16, 16)
     given = convert.latent_to_host(latent["samples"], "sd1")
@@ -161,7 +161,7 @@ def test_denoise_is_the_hosts_strength(comfy: ComfyUI, demo_host: Launch):
         assert not torch.equal(image, convert.images(plain["output"]))
 
 
-def test_what_a_latent_becomes_in_a_request(comfy: ComfyUI):
+def test_what_a_latent_becomes_in_a_request(comfy: ComfyUI) -> None:
     assert all("strength" in MODELS[name].fields for name in comfy.pack["convert"].FAMILIES)
 
     def asked(host: FakeHost, **given: Any) -> tuple[Any, ...]:
@@ -181,12 +181,12 @@ def test_what_a_latent_becomes_in_a_request(comfy: ComfyUI):
         assert asked(host, latent=full, add_noise=False) == (None, None, None, None, True)
 
 
-def test_an_empty_latent_is_not_shifted(comfy: ComfyUI):
+def test_an_empty_latent_is_not_shifted(comfy: ComfyUI) -> None:
     text = comfy.pack["convert"].latent_to_host(torch.zeros(1, 16, 8, 8), "sd3")
     assert not _latent(base64.b64decode(text)).any()
 
 
-def test_several_pictures_are_one_request(comfy: ComfyUI, demo_host: Launch):
+def test_several_pictures_are_one_request(comfy: ComfyUI, demo_host: Launch) -> None:
     three, latents = sampler(comfy, demo_host, pictures=3)
     assert three.shape == (3, 128, 128, 3) and latents["samples"].shape == (3, 4, 16, 16)
     batch, _ = sampler(comfy, demo_host, latent={"samples": torch.zeros(3, 4, 16, 16)})
@@ -197,7 +197,7 @@ def test_several_pictures_are_one_request(comfy: ComfyUI, demo_host: Launch):
         torch.testing.assert_close(latent["samples"][0], latents["samples"][index])
 
 
-def test_more_pictures_than_a_request_may_have(comfy: ComfyUI):
+def test_more_pictures_than_a_request_may_have(comfy: ComfyUI) -> None:
     samplers = comfy.pack["samplers"]
     assert samplers.MAX_PICTURES == MAX_PICTURES
     with FakeHost() as host:
@@ -214,7 +214,7 @@ def test_more_pictures_than_a_request_may_have(comfy: ComfyUI):
         assert submitted == [2, 2] and [one.seed for one in host.seen[-4:]] == [7, 8, 9, 10]
 
 
-def test_pictures_that_form_are_shown_and_nobody_elses(comfy: ComfyUI):
+def test_pictures_that_form_are_shown_and_nobody_elses(comfy: ComfyUI) -> None:
     comfy.progress.clear()
     comfy.previews.clear()
     seen: list[tuple[int, int, int]] = []
@@ -234,7 +234,7 @@ def test_pictures_that_form_are_shown_and_nobody_elses(comfy: ComfyUI):
     assert any(0 < percent < 100 for percent in comfy.progress)
 
 
-def test_without_events_there_is_progress(comfy: ComfyUI, caplog: pytest.LogCaptureFixture):
+def test_without_events_there_is_progress(comfy: ComfyUI, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     comfy.progress.clear()
     comfy.previews.clear()
@@ -246,7 +246,7 @@ def test_without_events_there_is_progress(comfy: ComfyUI, caplog: pytest.LogCapt
     assert told == f"no previews from the host at {host.url}: at most 16 clients may watch at once"
 
 
-def test_an_event_that_is_none_ends_no_picture(comfy: ComfyUI, monkeypatch: pytest.MonkeyPatch):
+def test_an_event_that_is_none_ends_no_picture(comfy: ComfyUI, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> NoReturn:
         raise ValueError("no JSON")
 
@@ -256,7 +256,7 @@ def test_an_event_that_is_none_ends_no_picture(comfy: ComfyUI, monkeypatch: pyte
         assert sampler(comfy, host)[0].shape == (1, 8, 8, 3)
 
 
-def test_warnings_are_logged_once(comfy: ComfyUI, caplog: pytest.LogCaptureFixture):
+def test_warnings_are_logged_once(comfy: ComfyUI, caplog: pytest.LogCaptureFixture) -> None:
     with FakeHost() as host:
         sampler(comfy, host, positive="warn: the prompt was cut", latent=noisy(2, 4, 16, 16))
         assert len(host.seen) == 2
@@ -266,7 +266,7 @@ def test_warnings_are_logged_once(comfy: ComfyUI, caplog: pytest.LogCaptureFixtu
     assert told == [f"the host at {host.url}: warn: the prompt was cut"]
 
 
-def test_cancel_ends_this_request_and_no_other(comfy: ComfyUI):
+def test_cancel_ends_this_request_and_no_other(comfy: ComfyUI) -> None:
     answers: list[int] = []
     with FakeHost() as host:
 
@@ -289,7 +289,9 @@ def test_cancel_ends_this_request_and_no_other(comfy: ComfyUI):
         assert answers == [200] and host.steps_run < 100
 
 
-def test_an_attached_host_is_waited_for_while_it_loads(comfy: ComfyUI, caplog: pytest.LogCaptureFixture):
+def test_an_attached_host_is_waited_for_while_it_loads(
+    comfy: ComfyUI, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO)
     comfy.progress.clear()
     with FakeHost(state="loading") as host:

@@ -80,7 +80,7 @@ def client(proto: tuple[Any, Any]) -> Iterator[Client]:
         client.process.kill()
 
 
-def test_the_proto_has_localais_numbers(proto: tuple[Any, Any]):
+def test_the_proto_has_localais_numbers(proto: tuple[Any, Any]) -> None:
     messages, _ = proto
     numbers = {
         "ModelOptions": "Model 1, LowVRAM 9, ModelFile 21, PipelineType 26, SchedulerType 27, CUDA 28, "
@@ -105,7 +105,7 @@ def test_the_proto_has_localais_numbers(proto: tuple[Any, Any]):
 
 def test_options_become_flags_that_the_host_parses(
     proto: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+) -> None:
     options = importlib.import_module("options")
     assert list(options.BACKENDS) == list(BACKENDS)
     messages, _ = proto
@@ -158,7 +158,7 @@ def test_options_become_flags_that_the_host_parses(
     ).flags == ("--type=sdxl", "--checkpoint=", "--compel")
 
 
-def test_a_backend_without_a_model_and_without_a_token(client: Client):
+def test_a_backend_without_a_model_and_without_a_token(client: Client) -> None:
     assert client.call("Health", "HealthMessage").message == b"OK"
     assert client.state() == 0
     assert client.fails("GenerateImage", "GenerateImageRequest", dst="/tmp/x")[0] == CODE.FAILED_PRECONDITION
@@ -172,7 +172,9 @@ def test_a_backend_without_a_model_and_without_a_token(client: Client):
     assert client.state() == 0
 
 
-def test_a_model_is_loaded_draws_cancels_and_is_freed(client: Client, demo_host: Launch, tmp_path: Path):
+def test_a_model_is_loaded_draws_cancels_and_is_freed(
+    client: Client, demo_host: Launch, tmp_path: Path
+) -> None:
     options = client.load(
         "ranks:2", "variant:fp32", "width:128", "height:128", "warm_up_steps:6", CFGScale=4.0
     )
@@ -223,7 +225,7 @@ def test_a_model_is_loaded_draws_cancels_and_is_freed(client: Client, demo_host:
     assert client.state() == 0 and not any(map(alive, family))
 
 
-def test_a_running_host_is_asked_for_a_video(client: Client, tmp_path: Path):
+def test_a_running_host_is_asked_for_a_video(client: Client, tmp_path: Path) -> None:
     with FakeHost(config_of("svd")) as host:
         client.call("LoadModel", "ModelOptions", Options=[f"host_url:{host.url}"], CFGScale=2.5)
         picture = tmp_path / "start.png"
@@ -252,7 +254,7 @@ def test_a_running_host_is_asked_for_a_video(client: Client, tmp_path: Path):
     assert client.fails("LoadModel", "ModelOptions", Options=[f"host_url:{host.url}"])[0] == CODE.UNAVAILABLE
 
 
-def test_src_starts_at_the_models_strength(client: Client, tmp_path: Path):
+def test_src_starts_at_the_models_strength(client: Client, tmp_path: Path) -> None:
     picture = tmp_path / "start.png"
     picture.write_bytes(base64.b64decode(_PNG))
     given: dict[str, Any] = {"src": str(picture), "dst": str(tmp_path / "out.png"), "positive_prompt": "x"}
@@ -272,7 +274,7 @@ def test_src_starts_at_the_models_strength(client: Client, tmp_path: Path):
         assert host.seen[0].strength is None
 
 
-def test_src_is_the_image_of_a_running_hosts_control_net(client: Client, tmp_path: Path):
+def test_src_is_the_image_of_a_running_hosts_control_net(client: Client, tmp_path: Path) -> None:
     picture = tmp_path / "control.png"
     picture.write_bytes(base64.b64decode(_PNG))
     with FakeHost(config_of("sd1", control_net={"/x": 1.0})) as host:
@@ -286,7 +288,7 @@ def test_src_is_the_image_of_a_running_hosts_control_net(client: Client, tmp_pat
         assert host.seen[0].control_image and host.seen[0].image is None
 
 
-def test_warnings_are_in_the_log(client: Client, tmp_path: Path):
+def test_warnings_are_in_the_log(client: Client, tmp_path: Path) -> None:
     assert client.process.stderr is not None
     with FakeHost(config_of("sd1")) as host:
         client.call("LoadModel", "ModelOptions", Options=[f"host_url:{host.url}"])
@@ -304,7 +306,7 @@ def test_warnings_are_in_the_log(client: Client, tmp_path: Path):
 _PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
 
 
-def test_the_backend_ends_with_its_parent(client: Client):
+def test_the_backend_ends_with_its_parent(client: Client) -> None:
     assert alive(client.pid)
     client.process.kill()
     client.process.wait()

@@ -448,7 +448,7 @@ parse_or_exit(BACKENDS[{backend!r}], BACKENDS)
         assert len(done.stderr.strip().splitlines()) == 1 and argument.split("=")[0] in done.stderr
 
 
-def test_paths_may_begin_at_home(folder: Path, monkeypatch) -> None:
+def test_paths_may_begin_at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder))
     loras = '--lora={"~/file.safetensors": 0.5, "~/other.safetensors": 1}'
     config = parse(folder, "--checkpoint=~/model", "--vae=~/file.safetensors", loras)

@@ -40,7 +40,7 @@ def self_attention(model: nn.Module) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("name", PLANNED)
-def test_a_plan_names_what_its_model_has(name: str):
+def test_a_plan_names_what_its_model_has(name: str) -> None:
     spec, every = MODELS[name], models(name)
     plans = [spec.tokens, spec.tokens and spec.tokens.control_net]
     assert [type(model).__name__ for model in every] == [plan.name for plan in plans if plan]
@@ -60,7 +60,7 @@ def test_a_plan_names_what_its_model_has(name: str):
         assert (plan.output is None) == (model is not every[0])
 
 
-def test_a_type_and_its_plan_say_the_same():
+def test_a_type_and_its_plan_say_the_same() -> None:
     for spec in MODELS.values():
         plan = spec.tokens
         assert (spec.denoiser == "transformer") == (plan is not None)
@@ -68,7 +68,7 @@ def test_a_type_and_its_plan_say_the_same():
         assert (plan and plan.control_net and plan.control_net.name) == (plan and spec.control_net_class)
 
 
-def test_every_plan_is_found_by_its_class():
+def test_every_plan_is_found_by_its_class() -> None:
     assert {plan.name: plan for plan in TOKEN_PLANS.values()} == TOKEN_PLANS
     assert all(plan.name in dir(diffusers) for plan in TOKEN_PLANS.values())
 
@@ -82,7 +82,7 @@ def test_every_plan_is_found_by_its_class():
         ("pixs", {"branches": 2, "flow": False, "packed": False, "joined": ("picture",)}),
     ],
 )
-def test_a_plan_says_how_its_model_works(name: str, expected: dict[str, Any]):
+def test_a_plan_says_how_its_model_works(name: str, expected: dict[str, Any]) -> None:
     plan: Any = MODELS[name].tokens
     assert {key: getattr(plan, key) for key in expected} == expected
 
@@ -110,7 +110,7 @@ def wan() -> Any:
 
 
 @pytest.mark.parametrize("make", [qwen, wan])
-def test_a_class_without_a_plan_is_refused_by_name_before_surgery(make: Any):
+def test_a_class_without_a_plan_is_refused_by_name_before_surgery(make: Any) -> None:
     pipe = make()
     before = repr(pipe.transformer)
     words = f"{type(pipe.transformer).__name__} has no token plan; .*FluxTransformer2DModel, Hunyuan"
@@ -121,7 +121,7 @@ def test_a_class_without_a_plan_is_refused_by_name_before_surgery(make: Any):
     assert not any("forward" in vars(module) for module in pipe.transformer.modules())
 
 
-def test_a_transformer_without_stages_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_a_transformer_without_stages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny.load("pixa")
     plan = TokenPlan("PixArtTransformer2DModel", "PixArt", ("transformer_blocks",), ("attn1",), ())
     monkeypatch.setitem(TOKEN_PLANS, plan.name, plan)
@@ -203,5 +203,5 @@ def toy(by: Any) -> float:
 
 
 @pytest.mark.parametrize("by", ["ulysses", "ring"])
-def test_a_plan_is_all_that_sequence_parallelism_needs(pool: RankPool, by: str):
+def test_a_plan_is_all_that_sequence_parallelism_needs(pool: RankPool, by: str) -> None:
     assert max(pool.run(toy, 2, by)) < 1e-5

@@ -209,7 +209,9 @@ def exact_and_steady(name: str, plans: tuple[tuple[int, int], ...]) -> dict[Any,
 
 @pytest.mark.parametrize("world_size", sorted(PLANS))
 @pytest.mark.parametrize("name", sorted(FLOORS))
-def test_exact_at_full_warm_up_and_on_schedule_in_steady_state(pool: RankPool, name: str, world_size: int):
+def test_exact_at_full_warm_up_and_on_schedule_in_steady_state(
+    pool: RankPool, name: str, world_size: int
+) -> None:
     plans = PLANS[world_size]
     tiny.checkpoint(name)  # built here: transformers saves nothing on other ranks than 0
     ranks = pool.run(exact_and_steady, world_size, name, plans)
@@ -260,7 +262,7 @@ def limited(name: str, hybrid: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("name", "hybrid"), [("sd1", False), ("sd1", True), ("sdxl", True), ("sd3", True)])
-def test_asynchronous_steps_in_the_middle_alone(pool: RankPool, name: str, hybrid: bool):
+def test_asynchronous_steps_in_the_middle_alone(pool: RankPool, name: str, hybrid: bool) -> None:
     tiny.checkpoint(name)
     ranks = pool.run(limited, 2, name, hybrid)
     assert min(rank["exact"] for rank in ranks) >= 80
@@ -292,7 +294,7 @@ def many_shapes(name: str) -> dict[Any, list]:
 
 
 @pytest.mark.parametrize("name", ["sdxl"])
-def test_other_sizes_steps_and_batches_and_back(pool: RankPool, name: str):
+def test_other_sizes_steps_and_batches_and_back(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     for rank in pool.run(many_shapes, 2, name):
         assert min(rank["exact"]) >= 80
@@ -334,7 +336,7 @@ def variations() -> dict[Any, Any]:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_time_shift_stage_weights_and_short_warm_up(pool: RankPool, stride: int):
+def test_time_shift_stage_weights_and_short_warm_up(pool: RankPool, stride: int) -> None:
     tiny.checkpoint("sd1")
     found = pool.run(variations, 1 + stride)
     for rank in found:
@@ -375,7 +377,7 @@ def dressed() -> dict[str, tuple[float, float, bool]]:
     return found
 
 
-def test_adapters_hooks_compiled_and_quantized_modules(pool: RankPool):
+def test_adapters_hooks_compiled_and_quantized_modules(pool: RankPool) -> None:
     tiny.checkpoint("sd1")
     for rank in pool.run(dressed, 2):
         assert set(rank) == {"lora, hooks and compiled blocks", "quantized"}
@@ -413,7 +415,7 @@ def all_adapters(name: str) -> tuple[float, float, float]:
 
 
 @pytest.mark.parametrize("name", sorted(CONTROLLED))
-def test_lora_control_net_and_ip_adapter_together(pool: RankPool, name: str):
+def test_lora_control_net_and_ip_adapter_together(pool: RankPool, name: str) -> None:
     for make in (tiny.checkpoint, tiny_extras.control_net, tiny_extras.lora, tiny_extras.ip_adapter):
         make(name)
     for exact, steady, other_image in pool.run(all_adapters, 2, name):
@@ -430,14 +432,14 @@ def in_halves() -> tuple[bytes, list[str]]:
         return made.tobytes(), parallel.partition.names(parallel.stage)
 
 
-def test_two_groups_work_side_by_side(pool: RankPool):
+def test_two_groups_work_side_by_side(pool: RankPool) -> None:
     tiny.checkpoint("sd1")
     found = pool.run(in_halves, 4)
     assert found[0][0] == found[1][0] != found[2][0] == found[3][0]
     assert found[0][1] == found[2][1] != found[1][1] == found[3][1]
 
 
-def test_one_rank_is_the_plain_pipeline():
+def test_one_rank_is_the_plain_pipeline() -> None:
     pipe = tiny.load("sdxl")
     plain, text = tiny.run(pipe, "sdxl", steps=3), repr(pipe.unet)
     with AsyncDiff(pipe, 1) as parallel:
@@ -463,6 +465,6 @@ def test_one_rank_is_the_plain_pipeline():
         ),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str):
+def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         AsyncDiff(SimpleNamespace(unet=torch.nn.Linear(1, 1), scheduler=None), **settings)

@@ -120,7 +120,7 @@ EXACT_CASES: dict[tuple[str, int], tuple[dict[str, Any], list[dict[str, Any]]]] 
 
 
 @pytest.mark.parametrize(("name", "world_size"), EXACT_CASES)
-def test_full_warm_up_equals_the_plain_pipeline(pool: RankPool, name: str, world_size: int):
+def test_full_warm_up_equals_the_plain_pipeline(pool: RankPool, name: str, world_size: int) -> None:
     tiny.checkpoint(name)
     size, cases = EXACT_CASES[name, world_size]
     for rank in pool.run(exact, world_size, name, cases, size):
@@ -254,7 +254,7 @@ def steady(name: str, modes: tuple[str, ...], steps: int, size: dict[str, Any]) 
 @pytest.mark.parametrize(("name", "world_size", "height"), [("sd1", 2, 64), ("sdxl", 3, 80)])
 def test_steady_state_is_on_schedule_in_every_sync_mode(
     pool: RankPool, name: str, world_size: int, height: int
-):
+) -> None:
     tiny.checkpoint(name)
     steps = 5
     found = pool.run(steady, world_size, name, SYNC_MODES, steps, {"height": height, "width": 64})
@@ -322,7 +322,7 @@ def on_the_demo() -> dict[str, list[float]]:
     return found
 
 
-def test_corrected_moments_lead_less_astray_than_stale_ones(pool: RankPool):
+def test_corrected_moments_lead_less_astray_than_stale_ones(pool: RankPool) -> None:
     corrected, stale, waited = pool.run(on_the_demo, 2)[0].values()
     assert all(a < b for a, b in zip(corrected, stale, strict=True)), (corrected, stale)
     assert 0 < sum(waited) < sum(corrected) < 0.8 * sum(stale)
@@ -350,7 +350,7 @@ def shapes() -> dict[str, Any]:
     return found
 
 
-def test_other_sizes_and_guidance_and_back(pool: RankPool):
+def test_other_sizes_and_guidance_and_back(pool: RankPool) -> None:
     tiny.checkpoint("sd1")
     for rank in pool.run(shapes, 2):
         assert min(rank["exact 3"] + rank["exact 1"]) >= EXACT
@@ -421,7 +421,7 @@ def dressed(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_adapters_controlnets_and_quantized_weights(pool: RankPool, name: str):
+def test_adapters_controlnets_and_quantized_weights(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     for rank in pool.run(dressed, 2, name):
         for key, (values, same) in rank.items():
@@ -457,7 +457,7 @@ def compiled(split_batch: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("split_batch", [False, True])
-def test_compiled_blocks_exchange_too(pool: RankPool, split_batch: bool):
+def test_compiled_blocks_exchange_too(pool: RankPool, split_batch: bool) -> None:
     tiny.checkpoint("sd1")
     for rank in pool.run(compiled, 2, split_batch):
         assert min(rank["psnr"]) >= 100
@@ -488,7 +488,7 @@ def operators() -> None:
                     torch.library.opcheck(operator, arguments, test_utils=["test_schema", "test_faketensor"])
 
 
-def test_operators_in_compiled_code_are_what_it_is_told(pool: RankPool):
+def test_operators_in_compiled_code_are_what_it_is_told(pool: RankPool) -> None:
     pool.run(operators, 2)
 
 
@@ -514,7 +514,7 @@ def inpainting() -> list[float]:
     return [psnr(made, plain)]
 
 
-def test_an_inpainting_unet_with_lora_on_convolutions_and_hooks(pool: RankPool):
+def test_an_inpainting_unet_with_lora_on_convolutions_and_hooks(pool: RankPool) -> None:
     tiny.checkpoint("sd1")
     assert all(min(rank) >= EXACT for rank in pool.run(inpainting, 3))
 
@@ -532,7 +532,7 @@ def decoded() -> list[float]:
     return found
 
 
-def test_joint_decoding_is_exact(pool: RankPool):
+def test_joint_decoding_is_exact(pool: RankPool) -> None:
     tiny.checkpoint("sdxl")
     for rank in pool.run(decoded, 3):
         assert max(rank) < 1e-4
@@ -561,7 +561,7 @@ def branches() -> dict[str, Any]:
             "active": active}  # fmt: skip
 
 
-def test_guidance_branches_on_two_ranks(pool: RankPool):
+def test_guidance_branches_on_two_ranks(pool: RankPool) -> None:
     for branch, rank in enumerate(pool.run(branches, 2)):
         assert rank["seen"] == (1, 2) and rank["whole"] == (1, 4) and not rank["active"]
         halves = torch.stack([torch.tensor([2.0, 3, 4]), torch.tensor([3.0, 4, 5]) + 6])
@@ -570,7 +570,7 @@ def test_guidance_branches_on_two_ranks(pool: RankPool):
         assert torch.equal(rank["again"][0], rank["single"][0])
 
 
-def test_moments_of_parts_make_the_norm_of_the_whole():
+def test_moments_of_parts_make_the_norm_of_the_whole() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 12, 10, 5) * torch.arange(1.0, 11).view(10, 1) + 20
     norm = nn.GroupNorm(4, 12)
@@ -631,7 +631,7 @@ class Arrivals:
 
 
 @pytest.mark.parametrize("norm", [0, 1])
-def test_a_forecast_of_moments_follows_a_drift(norm: int):
+def test_a_forecast_of_moments_follows_a_drift(norm: int) -> None:
     still = Arrivals(drift(2), drift(2)).whole(norm, drift(2)[norm, 0])
     assert torch.allclose(still, whole(drift(2)[norm, 0], drift(2), norm))
 
@@ -662,7 +662,7 @@ def test_a_forecast_of_moments_follows_a_drift(norm: int):
     assert torch.allclose(forecast.whole(norm, own), whole(own, both, norm), atol=5e-4)
 
 
-def test_a_forecast_of_moments_begins_anew():
+def test_a_forecast_of_moments_begins_anew() -> None:
     used = Arrivals(drift(0), drift(20))
     used.forecast.reset()
     used.arrive(drift(5))
@@ -673,7 +673,7 @@ def test_a_forecast_of_moments_begins_anew():
     assert torch.allclose(used.whole(0, own), whole(own, drift(7), 0), atol=5e-4)
 
 
-def test_a_forecast_variance_is_never_negative():
+def test_a_forecast_variance_is_never_negative() -> None:
     more, less = drift(0), drift(0)
     more[:, :, 1] *= 10
     found = Arrivals(more, less).whole(0, less[0, 0] / 50)
@@ -690,11 +690,11 @@ def test_a_forecast_variance_is_never_negative():
         (9, 8, 2, [0, 8, 9]),
     ],
 )
-def test_cuts(length: int, unit: int, ranks: int, expected: list[int]):
+def test_cuts(length: int, unit: int, ranks: int, expected: list[int]) -> None:
     assert cuts(length, unit, ranks) == expected
 
 
-def test_too_small_a_picture_is_refused_with_what_fits():
+def test_too_small_a_picture_is_refused_with_what_fits() -> None:
     with pytest.raises(ValueError, match=r"512 pixels make only 8 patches of 64 for 9 .* 520 .*\(576"):
         cuts(64, 8, 9, 8)
 
@@ -708,7 +708,7 @@ def test_too_small_a_picture_is_refused_with_what_fits():
         ({"warm_up_steps": 0}, "warm_up_steps must be 1 or more; got 0"),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str):
+def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         DistriFusion(SimpleNamespace(unet=nn.Linear(1, 1)), **settings)
 
@@ -723,7 +723,7 @@ def test_impossible_settings_are_refused(settings: dict[str, Any], problem: str)
         ({"parallelism": "tensor", "enable_model_cpu_offload": True}, 2, "not supported with CPU offload"),
     ],
 )
-def test_impossible_launches_are_refused(flags: dict[str, Any], ranks: int, problem: str):
+def test_impossible_launches_are_refused(flags: dict[str, Any], ranks: int, problem: str) -> None:
     with pytest.raises(UsageError, match=problem):
         BACKENDS["distrifuser"].check(
             HostConfig(backend="distrifuser", type="sd1", checkpoint="x", **flags), ranks
@@ -738,5 +738,5 @@ def test_impossible_launches_are_refused(flags: dict[str, Any], ranks: int, prob
         {"warm_up_steps": 0, "parallelism": "tensor"},
     ],
 )
-def test_possible_launches_are_not(flags: dict[str, Any]):
+def test_possible_launches_are_not(flags: dict[str, Any]) -> None:
     BACKENDS["distrifuser"].check(HostConfig(backend="distrifuser", type="sd1", checkpoint="x", **flags), 7)

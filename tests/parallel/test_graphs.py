@@ -10,7 +10,7 @@ from shared.parallel.graphs import Graphs, signature
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-def test_signature_tells_shapes_dtypes_structure_and_values_apart():
+def test_signature_tells_shapes_dtypes_structure_and_values_apart() -> None:
     x = torch.zeros(2, 3)
     base = {"x": x, "scale": 1.0, "more": [x, None]}
     assert signature(base) == signature({"x": x + 1, "scale": 1.0, "more": [x * 2, None]})
@@ -26,7 +26,7 @@ def test_signature_tells_shapes_dtypes_structure_and_values_apart():
     assert len({signature(base), *map(signature, others)}) == len(others) + 1
 
 
-def test_without_cuda_every_call_goes_through():
+def test_without_cuda_every_call_goes_through() -> None:
     calls = []
 
     def double(x: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ def test_without_cuda_every_call_goes_through():
 
 
 @cuda
-def test_third_call_is_replayed_and_results_are_the_callers():
+def test_third_call_is_replayed_and_results_are_the_callers() -> None:
     calls = []
 
     def scaled(x: torch.Tensor, t: torch.Tensor, scale: float) -> dict[str, torch.Tensor]:
@@ -64,7 +64,7 @@ def test_third_call_is_replayed_and_results_are_the_callers():
 
 
 @cuda
-def test_switched_off_it_never_captures():
+def test_switched_off_it_never_captures() -> None:
     calls = []
     graphs = Graphs(enabled=False)
     for _ in range(3):

@@ -60,7 +60,7 @@ def chain(costs: list[int], sizes: list[int] | None = None) -> Trace:
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_trace_of_every_type(name: str):
+def test_trace_of_every_type(name: str) -> None:
     denoiser, kwargs, found = traced(name)
     text = repr(denoiser)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_trace_of_every_type(name: str):
     assert set(labels) <= names
 
 
-def test_data_flow_has_the_skip_connections():
+def test_data_flow_has_the_skip_connections() -> None:
     units = traced("sd1")[2].as_dict()
     assert units["conv_in"]["from"] == ["sample"]
     assert units["up_blocks.1.resnets.2"]["from"] == ["conv_in", "up_blocks.1.attentions.1"]
@@ -94,7 +94,7 @@ def test_data_flow_has_the_skip_connections():
     assert blocks["transformer_blocks.1"]["from"] == ["transformer_blocks.0"]
 
 
-def test_quantized_products_are_counted():
+def test_quantized_products_are_counted() -> None:
     denoiser, kwargs = first_call(tiny.load("sd1"), "sd1")
     plain = trace(denoiser, kwargs)[0]
     quantize(denoiser, weights=qint8)
@@ -104,7 +104,7 @@ def test_quantized_products_are_counted():
 
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_stages_cover_all_units_and_close_over_their_data(name: str, n: int):
+def test_stages_cover_all_units_and_close_over_their_data(name: str, n: int) -> None:
     found = traced(name)[2]
     made = partition(found, n)
     assert sorted(itertools.chain(*made.stages)) == list(range(len(found.units)))
@@ -158,7 +158,7 @@ def real_size(kind: str) -> tuple[torch.nn.Module, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
-def test_real_unets_divide_evenly(kind: str):
+def test_real_unets_divide_evenly(kind: str) -> None:
     found = trace(*real_size(kind))[0]
     # TFLOP for one picture; 0.40 T multiply-adds are what others count for SD 1.5 at 512 pixels.
     assert sum(found.flops) / 2e12 == pytest.approx({"sd1": 0.8, "sd2": 2.15, "sdxl": 6.76}[kind], rel=0.02)
@@ -172,7 +172,7 @@ def test_real_unets_divide_evenly(kind: str):
     assert nested.nbytes < 0.02 * everything
 
 
-def test_weights_and_costs_move_the_cuts():
+def test_weights_and_costs_move_the_cuts() -> None:
     found = trace(*real_size("sd1"))[0]
     total = sum(found.flops)
 
@@ -188,7 +188,7 @@ def test_weights_and_costs_move_the_cuts():
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("n", [2, 3])
-def test_against_all_partitions(seed: int, n: int):
+def test_against_all_partitions(seed: int, n: int) -> None:
     draw = np.random.default_rng(seed)
     costs = [int(c) for c in draw.integers(0, 100, 12)]
     weights = [1.0, 2.0, 1.0][:n]
@@ -202,7 +202,7 @@ def test_against_all_partitions(seed: int, n: int):
     assert max(made.loads) == pytest.approx(min(every))
 
 
-def test_equal_balance_takes_the_cheaper_cut():
+def test_equal_balance_takes_the_cheaper_cut() -> None:
     costs = [1, 1, 1, 1, 0, 0]
     made = partition(chain(costs, [5, 2, 5, 5, 5, 5]), 2)
     assert made.stages == ((0, 1), (2, 3, 4, 5)) and made.nbytes == 2
@@ -221,12 +221,12 @@ def test_equal_balance_takes_the_cheaper_cut():
         (2, {"costs": [1, 2, -1]}, "costs must hold 3 numbers of 0 or more"),
     ],
 )
-def test_impossible_divisions_are_refused(n: int, settings: dict[str, Any], problem: str):
+def test_impossible_divisions_are_refused(n: int, settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         partition(chain([1, 2, 3]), n, **settings)
 
 
-def test_module_compile_is_refused_with_advice():
+def test_module_compile_is_refused_with_advice() -> None:
     denoiser, kwargs = first_call(tiny.load("sd1"), "sd1")
     denoiser.get_submodule("mid_block.resnets.0").compile()
     with pytest.raises(ValueError, match=r"mid_block\.resnets\.0 was compiled with module\.compile"):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import types
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from shared.parallel.surgery import Surgery
+from shared.parallel.surgery import Forward, Surgery
 
 
 def net() -> nn.Sequential:
@@ -17,11 +18,11 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 4), nn.SiLU(), nn.Linear(4, 2)).eval()
 
 
-def doubled(original, args, kwargs):
+def doubled(original: Forward, args: tuple, kwargs: dict) -> Any:
     return 2 * original(*args, **kwargs)
 
 
-def test_repr_and_output_come_back_twice():
+def test_repr_and_output_come_back_twice() -> None:
     module, x = net(), torch.randn(3, 4)
     text, keys, output = repr(module), list(module.state_dict()), module(x)
     for _ in range(2):
@@ -35,7 +36,7 @@ def test_repr_and_output_come_back_twice():
         assert repr(module) == text and "forward" not in module[2].__dict__
 
 
-def test_an_own_forward_of_the_instance_comes_back():
+def test_an_own_forward_of_the_instance_comes_back() -> None:
     module, x = net()[0], torch.randn(3, 4)
     class_forward = module.forward
     module.forward = functools.update_wrapper(
@@ -50,7 +51,7 @@ def test_an_own_forward_of_the_instance_comes_back():
     assert torch.equal(module(x), output)
 
 
-def test_two_overrides_of_one_module_are_undone_last_first():
+def test_two_overrides_of_one_module_are_undone_last_first() -> None:
     module, x = net()[0], torch.randn(3, 4)
     output = module(x)
     with Surgery() as surgery:
@@ -61,7 +62,7 @@ def test_two_overrides_of_one_module_are_undone_last_first():
     assert torch.equal(module(x), output)
 
 
-def test_a_later_override_by_someone_else_is_reported_and_the_rest_given_back():
+def test_a_later_override_by_someone_else_is_reported_and_the_rest_given_back() -> None:
     module, x = net(), torch.randn(3, 4)
     output = module(x)
     surgery = Surgery()

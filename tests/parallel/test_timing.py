@@ -33,7 +33,7 @@ def stages_of(measured: bool) -> tuple[list[list[str]], bool]:
         )
 
 
-def test_a_slow_unit_gets_a_stage_to_itself(pool: RankPool):
+def test_a_slow_unit_gets_a_stage_to_itself(pool: RankPool) -> None:
     by_time = pool.run(stages_of, 2, True)
     assert by_time[0] == by_time[1], "the ranks cut differently"
     stages, finite = by_time[0]

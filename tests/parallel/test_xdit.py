@@ -100,7 +100,7 @@ MORE: dict[str, list[Case]] = {
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_two_ranks_equal_the_plain_pipeline(pool: RankPool, name: str):
+def test_two_ranks_equal_the_plain_pipeline(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     more = [{"tensor": 2}] if name == "flux" else [{"cfg": 2}]
     for rank in pool.run(exact, 2, name, CASES_2 + more, SIZES + MORE[name]):
@@ -158,7 +158,7 @@ LATENTS = {"flux": (1, 16, 16), "sd3": (1, 8, 8, 8), "hy": (1, 4, 8, 8)}
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_pipefusion(pool: RankPool, name: str):
+def test_pipefusion(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     calls = list(PIPEFUSION_CALLS)
     if name in LATENTS:
@@ -191,14 +191,14 @@ PIPEFUSION_HYBRIDS: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_hybrids_on_four_ranks(pool: RankPool, name: str):
+def test_hybrids_on_four_ranks(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     for rank in pool.run(exact, 4, name, HYBRIDS[name], SIZES[1:]):
         assert min(min(row) for row in rank) >= EXACT, rank
 
 
 @pytest.mark.parametrize("name", PIPEFUSION_HYBRIDS)
-def test_pipefusion_hybrids_on_four_ranks(pool: RankPool, name: str):
+def test_pipefusion_hybrids_on_four_ranks(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     calls: list[Case] = [{"steps": 2, "height": 64, "width": 48, "prompt": "a"}]
     # xfuser would count FLUX's text once a rank.
@@ -227,7 +227,7 @@ def cached(cache: str, thresholds: list[float], steps: int) -> list[tuple[int, f
 
 
 @pytest.mark.parametrize("cache", ["teacache", "fbcache"])
-def test_caches_leave_blocks_out(pool: RankPool, cache: str):
+def test_caches_leave_blocks_out(pool: RankPool, cache: str) -> None:
     blocks_in_all = 4 * 6
     ranks = pool.run(cached, 2, cache, [0.0, 100.0], 4)
     assert [blocks for blocks, _ in ranks[0]] == [blocks for blocks, _ in ranks[1]]
@@ -254,7 +254,7 @@ def agreed(threshold: float) -> tuple[bool, bool]:
     return changed, transformer.is_cache_enabled or "forward" in vars(transformer.transformer_blocks[0])
 
 
-def test_ranks_decide_together_what_a_cache_computes(pool: RankPool):
+def test_ranks_decide_together_what_a_cache_computes(pool: RankPool) -> None:
     # Rank 0 has changed by 1, rank 1 by nothing: by half in all.
     tiny.checkpoint("flux")
     assert pool.run(agreed, 2, 0.4) == [(True, False)] * 2
@@ -282,7 +282,7 @@ def compiled(name: str, degrees: dict[str, int]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "method"), [("flux", "ulysses"), ("flux", "ring"), ("sd3", "ulysses"), ("sd3", "ring")]
 )
-def test_compiled_blocks_are_compiled_under_the_surgery(pool: RankPool, name: str, method: str):
+def test_compiled_blocks_are_compiled_under_the_surgery(pool: RankPool, name: str, method: str) -> None:
     for rank in pool.run(compiled, 2, name, {method: 2}):
         assert rank["psnr"] >= EXACT
         # Blocks of one kind share a graph.
@@ -301,7 +301,7 @@ def fused_projections(name: str) -> float:
         return psnr(picture(pipe, name, parallel), plain)
 
 
-def test_ring_takes_values_from_fused_projections(pool: RankPool):
+def test_ring_takes_values_from_fused_projections(pool: RankPool) -> None:
     assert min(pool.run(fused_projections, 2, "flux")) >= EXACT
 
 
@@ -347,7 +347,7 @@ def ended_early(name: str, at: int) -> list[float]:
 
 
 @pytest.mark.parametrize("at", [1, 4])
-def test_a_generation_of_pipefusion_ends_early_and_the_next_is_whole(pool: RankPool, at: int):
+def test_a_generation_of_pipefusion_ends_early_and_the_next_is_whole(pool: RankPool, at: int) -> None:
     for rank in pool.run(ended_early, 2, "sd3", at):
         assert min(rank) >= 30
 
@@ -374,7 +374,7 @@ def decoded(name: str) -> list[float]:
     return [psnr(a, b) for a, b in zip(made, pictures(), strict=True)]
 
 
-def test_all_ranks_of_pipefusion_decode_a_picture_together(pool: RankPool):
+def test_all_ranks_of_pipefusion_decode_a_picture_together(pool: RankPool) -> None:
     tiny.checkpoint("flux")
     close, none = pool.run(decoded, 2, "flux")
     assert len(close) == 2 and min(close) >= 45 and none == []
@@ -404,7 +404,7 @@ def several(pictures: int) -> Any:
     return [[(r.seed, r.pictures[0].tobytes()) for r in job.made] for job in jobs] if rank == 0 else None
 
 
-def test_several_pictures_are_made_at_the_same_time(pool: RankPool):
+def test_several_pictures_are_made_at_the_same_time(pool: RankPool) -> None:
     tiny.checkpoint("pixa")
     both, first, second = pool.run(several, 2, 2)[0]
     assert [seed for seed, _ in both] == [2**64 - 1, 0]
@@ -428,7 +428,7 @@ SETTINGS = test_matrix.SETTINGS | {"gguf_model": lambda name: {"gguf_model": str
         ("pixs", ("quantize_to", "lora"), {"pipefusion_parallel_degree": 2, "warm_up_steps": 99}),
     ],
 )
-def test_features_in_pairs(pool: RankPool, name: str, features: tuple[str, ...], plan: Case):
+def test_features_in_pairs(pool: RankPool, name: str, features: tuple[str, ...], plan: Case) -> None:
     flags: Case = {}
     for feature in features:
         flags |= SETTINGS[feature](name)
@@ -511,7 +511,7 @@ STOCHASTIC = {"scheduler": "flow_euler", "stochastic_sampling": True}
         ("sd3", {"pipefusion_parallel_degree": 2, "scheduler": STOCHASTIC}, 2, "stochastic_sampling False"),
     ],
 )
-def test_launches_that_cannot_work_are_refused(name: str, flags: Case, world: int, words: str):
+def test_launches_that_cannot_work_are_refused(name: str, flags: Case, world: int, words: str) -> None:
     config = tiny.config(name, **({"width": 64, "height": 64, "ulysses_degree": None} | flags))
     if name == "sd3" and "height" in flags:
         config = replace(config, ulysses_degree=2)
@@ -520,7 +520,7 @@ def test_launches_that_cannot_work_are_refused(name: str, flags: Case, world: in
 
 
 @pytest.mark.parametrize("name", ["pixa", "flux"])
-def test_schedulers_of_pipefusion_are_let_through(name: str):
+def test_schedulers_of_pipefusion_are_let_through(name: str) -> None:
     mine = {
         "flux": "FlowMatchEulerDiscreteScheduler",
         "pixa": {"scheduler": "k_dpmpp_2m_sde", "solver_order": 2},
@@ -551,7 +551,7 @@ def changed(root: Path, name: str, path: str, changes: Case) -> str:
 )
 def test_checkpoints_that_pipefusion_cannot_run_are_refused(
     tmp_path: Path, name: str, path: str, changes: Case, words: str
-):
+) -> None:
     config = tiny.config(
         name,
         checkpoint=changed(tmp_path, name, path, changes),
@@ -563,7 +563,7 @@ def test_checkpoints_that_pipefusion_cannot_run_are_refused(
     BACKENDS["xdit"].check(plain, 4)
 
 
-def test_the_heads_of_a_control_net_are_looked_at(tmp_path: Path):
+def test_the_heads_of_a_control_net_are_looked_at(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"num_attention_heads": 6}')
     config = tiny.config("flux", width=64, height=64, control_net={str(tmp_path): 1.0})
     assert xdit_degrees(config, 4) == Degrees(ulysses=2, ring=2)
@@ -571,7 +571,7 @@ def test_the_heads_of_a_control_net_are_looked_at(tmp_path: Path):
         xdit_degrees(replace(config, ulysses_degree=4), 4)
 
 
-def test_stages_that_pipefusion_cannot_have_are_refused():
+def test_stages_that_pipefusion_cannot_have_are_refused() -> None:
     pipe, degrees = tiny.load("sd3"), Degrees(pipefusion=2, ulysses=2)
     pipe.transformer.register_to_config(dual_attention_layers=(0, 1))
     with pytest.raises(ValueError, match="dual attention"):
@@ -588,18 +588,18 @@ def test_stages_that_pipefusion_cannot_have_are_refused():
 )
 def test_gpus_get_an_attention_that_they_have(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, capability: tuple[int, int], expected: set[str]
-):
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert attention_backend(torch.device("cuda", 1), dtype, Degrees()) in expected
 
 
-def test_log_sum_exps_are_of_the_rows_that_there_are():
+def test_log_sum_exps_are_of_the_rows_that_there_are() -> None:
     query = torch.zeros(1, 2, 33, 4)
     answer, log_sum_exp = trimmed(lambda q, k, v: (q, torch.zeros(1, 2, 64)))(query, query, query)
     assert answer is query and log_sum_exp.shape == (1, 2, 33)
 
 
-def test_steps_are_told_on_the_gpu_that_computes_them(monkeypatch: pytest.MonkeyPatch):
+def test_steps_are_told_on_the_gpu_that_computes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[tuple[str, torch.device]] = []
     note = lambda device: chosen.append((threading.current_thread().name, device))  # noqa: E731
     monkeypatch.setattr(torch.cuda, "set_device", note)
@@ -619,7 +619,9 @@ def test_steps_are_told_on_the_gpu_that_computes_them(monkeypatch: pytest.Monkey
         ("pixa", {"ulysses": 3}, {}, "4 attention heads"),
     ],
 )
-def test_plans_that_a_model_cannot_have_are_refused(name: str, degrees: Case, options: Case, words: str):
+def test_plans_that_a_model_cannot_have_are_refused(
+    name: str, degrees: Case, options: Case, words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         XDiT(pipeline(name), Degrees(**degrees), **options)
 
@@ -644,7 +646,7 @@ def unheard(name: str, calls: list[tuple[Case, str]]) -> None:
         pipe.scheduler = scheduler
 
 
-def test_pipefusion_refuses_unsupported_arguments(pool: RankPool):
+def test_pipefusion_refuses_unsupported_arguments(pool: RankPool) -> None:
     calls: list[tuple[Case, str]] = [
         ({"sigmas": [1.0, 0.5]}, "sigmas"),
         ({"max_sequence_length": 77}, "max_sequence_length"),
@@ -672,7 +674,7 @@ def test_pipefusion_refuses_unsupported_arguments(pool: RankPool):
 )
 def test_degrees_are_chosen_by_the_rule(
     world: int, given: dict[str, int], branches: int, heads: int | None, expected: dict[str, int]
-):
+) -> None:
     degrees = choose_degrees(world, given, branches, heads)
     assert degrees == Degrees(**expected) and degrees.world == world
 
@@ -686,6 +688,6 @@ def test_degrees_are_chosen_by_the_rule(
         (4, {"ulysses": 2, "ring": 1, "cfg": 1}, "must be the world size 4"),
     ],
 )
-def test_degrees_that_do_not_fit_are_refused(world: int, given: dict[str, int], words: str):
+def test_degrees_that_do_not_fit_are_refused(world: int, given: dict[str, int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         choose_degrees(world, given, 2, 24)

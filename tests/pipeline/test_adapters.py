@@ -124,7 +124,7 @@ def ip_adapter_of(form: str, folder: Path) -> Path:
     return folder / "adapter.safetensors"
 
 
-def test_ip_adapter_full_face_is_diffusers_picture(tmp_path) -> None:
+def test_ip_adapter_full_face_is_diffusers_picture(tmp_path: Path) -> None:
     path = ip_adapter_of("full-face", tmp_path)
     launch = {str(path): 0.7}
     pipe = tiny.host("sd1", ip_adapter=launch)
@@ -146,12 +146,12 @@ def test_ip_adapter_full_face_is_diffusers_picture(tmp_path) -> None:
     ("form", "says"),
     [("FaceID", "a FaceID adapter"), ("InstantID", "InstantID"), ("odd", "not of a supported kind")],
 )
-def test_other_kinds_of_ip_adapters_are_refused(form: str, says: str, tmp_path) -> None:
+def test_other_kinds_of_ip_adapters_are_refused(form: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match=says):
         tiny.host("sd1", ip_adapter={str(ip_adapter_of(form, tmp_path)): 1.0})
 
 
-def test_image_encoder_of_the_checkpoint(tmp_path) -> None:
+def test_image_encoder_of_the_checkpoint(tmp_path: Path) -> None:
     """An adapter without an encoder beside it uses the checkpoint's; where there is none, that is said."""
     bare = {str(tiny_extras.ip_adapter("sd1", encoder=False)): 0.7}
     with pytest.raises(LoadError, match=r"needs an image encoder of width 32 .* found none"):
@@ -214,21 +214,21 @@ def test_refused(name: str, flags: Any, says: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["not JSON", "[1]", "\udcff"])
-def test_control_net_with_a_broken_config(text: str, tmp_path) -> None:
+def test_control_net_with_a_broken_config(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(AdapterError, match=r"config\.json must hold a JSON object"):
         load_control_nets(MODELS["sd1"], {str(tmp_path): 1.0}, torch.float32)
 
 
-def test_a_union_control_net_is_refused(tmp_path) -> None:
+def test_a_union_control_net_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "FluxControlNetModel", "num_mode": 10}')
     with pytest.raises(AdapterError, match="a union of 10 control types"):
         load_control_nets(MODELS["flux"], {str(tmp_path): 1.0}, torch.float32)
 
 
-def test_pickles_with_code_are_refused(tmp_path) -> None:
+def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
     class Trap:
-        def __reduce__(self):
+        def __reduce__(self) -> tuple[Any, ...]:
             return (open, (str(tmp_path / "sprung"), "w"))
 
     torch.save({"image_proj": Trap()}, tmp_path / "trap.bin")

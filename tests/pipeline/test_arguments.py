@@ -75,7 +75,7 @@ def distance(made: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("scheduler", EVERY)
-def test_two_parts_make_the_whole_with_every_scheduler(scheduler: str):
+def test_two_parts_make_the_whole_with_every_scheduler(scheduler: str) -> None:
     whole = latents("sd1", scheduler=scheduler)
     half = latents("sd1", scheduler=scheduler, denoising_end=0.5)
     rest = latents("sd1", scheduler=scheduler, denoising_start=0.5, latent=packed(half))
@@ -89,7 +89,7 @@ def test_two_parts_make_the_whole_with_every_scheduler(scheduler: str):
 
 
 @pytest.mark.parametrize("name", PARTIAL)
-def test_two_parts_make_the_whole_of_every_type(name: str):
+def test_two_parts_make_the_whole_of_every_type(name: str) -> None:
     scheduler = {"discrete": "ddim"}.get(MODELS[name].scheduler_family, "flow_euler")
     asked: dict[str, Any] = {"scheduler": scheduler, "steps": 4}
     whole = latents(name, **asked)
@@ -112,7 +112,7 @@ STRENGTHS = [
 @pytest.mark.parametrize(("name", "scheduler", "strength"), STRENGTHS)
 def test_strength_makes_what_image_to_image_of_diffusers_makes(
     name: str, scheduler: str | None, strength: float
-):
+) -> None:
     spec, pipe = MODELS[name], engine(name).pipe
     finished = latents(name, steps=2, seed=8)
     image = finished
@@ -137,7 +137,7 @@ def test_strength_makes_what_image_to_image_of_diffusers_makes(
     assert distance(wanted, finished) > 0.01
 
 
-def test_strength_counts_steps():
+def test_strength_counts_steps() -> None:
     start = {"latent": packed(torch.zeros(1, 4, 8, 8)), "scheduler": "ddim", "add_noise": True}
     assert reply("sd1", **start, strength=0.3).steps == 3
     assert reply("sd1", **start, denoise=1.0).steps == 12
@@ -148,7 +148,7 @@ def test_strength_counts_steps():
     assert distance(latents("sd1", scheduler="heun", steps=3, strength=1.0), whole) > 0
 
 
-def test_parts_of_pairs_are_refused():
+def test_parts_of_pairs_are_refused() -> None:
     for scheduler in ("heun", "dpm_2", "k_dpmpp_sde"):
         with pytest.raises(RequestError, match="does not support a part of a schedule"):
             latents("sd1", scheduler=scheduler, denoising_end=0.5)
@@ -156,7 +156,7 @@ def test_parts_of_pairs_are_refused():
         latents("sd1", scheduler={"scheduler": "pndm", "skip_prk_steps": False}, denoising_end=0.5)
 
 
-def test_true_guidance_hears_a_negative_prompt():
+def test_true_guidance_hears_a_negative_prompt() -> None:
     usual = latents("flux", steps=2)
     guided = [latents("flux", steps=2, true_cfg_scale=3.0, **more) for more in ({}, {"negative": "blur"})]
     assert distance(guided[0], usual) > 1e-4 and distance(*guided) > 1e-4
@@ -190,7 +190,7 @@ EULER = {"scheduler": "euler"}
         ("pixa", {"negative_embeds": packed(torch.zeros(1, 8, 32), "embeds")}, "negative_embeds", "beside"),
     ],
 )  # fmt: skip
-def test_a_fault_that_the_ranks_find_names_its_field(name: str, fields: dict, field: str, words: str):
+def test_a_fault_that_the_ranks_find_names_its_field(name: str, fields: dict, field: str, words: str) -> None:
     with pytest.raises(RequestError, match=words) as refused:
         latents(name, **{"steps": 2} | fields)
     assert refused.value.status == 422
@@ -198,25 +198,25 @@ def test_a_fault_that_the_ranks_find_names_its_field(name: str, fields: dict, fi
 
 
 @pytest.mark.parametrize("shape", [(2, 64), (1, 65), (1, 1, 64)])
-def test_pooled_embeddings_of_another_shape_are_refused(shape: tuple[int, ...]):
+def test_pooled_embeddings_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     both = safetensors.torch.save({"embeds": torch.zeros(1, 77, 96), "pooled": torch.zeros(shape)})
     with pytest.raises(RequestError, match=r"'pooled' must be \[1, 64\]"):
         latents("sdxl", positive_embeds=both)
 
 
 @pytest.mark.parametrize("scheduler", ["pndm", "heun", "dpm_2", "ddim"])
-def test_steps_are_counted_as_clients_count_them(scheduler: str):
+def test_steps_are_counted_as_clients_count_them(scheduler: str) -> None:
     assert reply("sd1", scheduler=scheduler, steps=4).steps == 4
     if scheduler in ("pndm", "ddim"):
         assert reply("sd1", scheduler=scheduler, steps=4, denoising_end=0.5).steps == 2
 
 
-def test_guidance_of_a_single_frame_is_the_requests():
+def test_guidance_of_a_single_frame_is_the_requests() -> None:
     made = [latents("svd", frames=1, cfg=cfg, steps=2) for cfg in (1.0, 3.0)]
     assert distance(*made) > 1e-3
 
 
-def test_an_upscaled_picture_of_any_size():
+def test_an_upscaled_picture_of_any_size() -> None:
     image = encode_image(tiny.picture().resize((18, 13)), "png")
     made = reply("sdup", image=image, steps=2)
     assert made.latent is not None
@@ -357,6 +357,6 @@ def test_what_is_no_number_is_refused_in_words(name: str, broken: float) -> None
 
 
 @pytest.mark.parametrize("name", ["lcm", "tcd"])
-def test_consistency_models_do_not_run_in_parts(name: str):
+def test_consistency_models_do_not_run_in_parts(name: str) -> None:
     with pytest.raises(RequestError, match="does not support a part of a schedule"):
         reply("sd1", scheduler=name, denoising_end=0.5)

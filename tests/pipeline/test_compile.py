@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests import tiny, tiny_extras
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo():
+def fresh_dynamo() -> Iterator[None]:
     config = torch._dynamo.config
     kept = config.recompile_limit, config.accumulated_recompile_limit, config.fail_on_recompile_limit_hit
     torch._dynamo.reset()
@@ -72,7 +73,7 @@ def test_inductor_and_mode() -> None:
     assert np.abs(tiny.run(pipe, "pixa") - plain("pixa")).max() < 1e-3 and graph_count() > 0
 
 
-def test_backend_options_and_fullgraph_reach_torch(monkeypatch) -> None:
+def test_backend_options_and_fullgraph_reach_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
 
     def noting(forward: Any, **arguments: Any) -> Any:

@@ -25,7 +25,7 @@ def plain(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_diffusers(name: str, recwarn) -> None:
+def test_equals_diffusers(name: str, recwarn: pytest.WarningsRecorder) -> None:
     pipe = tiny.host(name)
     assert type(pipe).__name__ == MODELS[name].pipeline
     assert np.array_equal(tiny.run(pipe, name), plain(name))
@@ -163,13 +163,15 @@ def test_what_torch_compile_knows() -> None:
 @pytest.mark.parametrize(
     "settings", [{"trained_betas": []}, {"num_train_timesteps": -5}, {"spacing": "trailing"}]
 )
-def test_schedulers_are_refused_before_weights_are_read(settings: dict[str, Any], monkeypatch) -> None:
+def test_schedulers_are_refused_before_weights_are_read(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shared.pipeline.loading._load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(UsageError, match="--scheduler: .*" + next(iter(settings))):
         tiny.host("sd1", scheduler={"scheduler": "ddim", **settings})
 
 
-def test_loras_stay_under_offload_by_layers(monkeypatch) -> None:
+def test_loras_stay_under_offload_by_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """They keep their scales, which a request may change."""
     monkeypatch.setattr("shared.pipeline.memory.check_memory_flags", lambda *_: None)
     monkeypatch.setattr("shared.pipeline.memory.place", lambda *_: None)
@@ -192,7 +194,7 @@ def test_safety_checker_is_dropped(tmp_path: Path) -> None:
     assert pipe.safety_checker is None and np.array_equal(tiny.run(pipe, "sd1"), plain("sd1"))
 
 
-def test_progress_bars_only_where_asked(capsys) -> None:
+def test_progress_bars_only_where_asked(capsys: pytest.CaptureFixture[str]) -> None:
     from shared.launch.backend import Needs
     from shared.pipeline.loading import load_pipeline
 

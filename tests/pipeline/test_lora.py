@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,7 +41,7 @@ def shared_pipe(name: str) -> Any:
 
 
 @pytest.fixture(params=tiny.BUILDERS)
-def loras(request):
+def loras(request: pytest.FixtureRequest) -> Iterator[LoraSet]:
     """The LoRA set of each type's pipeline, empty before and after."""
     found = loras_of(shared_pipe(request.param), MODELS[request.param])
     yield found
@@ -52,7 +54,7 @@ def change(loras: LoraSet) -> float:
     return float(np.abs(tiny.run(loras.pipe, name) - plain(name)).max())
 
 
-def test_every_format_means_the_same(loras) -> None:
+def test_every_format_means_the_same(loras: LoraSet) -> None:
     name = loras.spec.name
     denoiser = getattr(loras.pipe, loras.spec.denoiser)
     before, layers = repr(denoiser), len(tiny_extras.adapted_layers(denoiser))
@@ -74,7 +76,7 @@ def test_every_format_means_the_same(loras) -> None:
     assert matrices["diffusers"] == matrices["kohya"] == matrices["peft"]
 
 
-def test_several_at_their_scales_and_fused(loras) -> None:
+def test_several_at_their_scales_and_fused(loras: LoraSet) -> None:
     name = loras.spec.name
     first, second = (str(tiny_extras.lora(name, seed=seed)) for seed in (0, 1))
     loras.add(first, 0.7)
@@ -111,7 +113,7 @@ def test_equals_diffusers_own_loader(name: str, text: bool) -> None:
     assert np.abs(tiny.run(ours.pipe, name) - plain(name)).max() > 0.02
 
 
-def test_alpha_scales_and_original_sdxl_names(tmp_path) -> None:
+def test_alpha_scales_and_original_sdxl_names(tmp_path: Path) -> None:
     kohya = load_file(tiny_extras.lora("sdxl", "kohya", text=True))
     halved = {key: value / 2 if key.endswith(".alpha") else value for key, value in kohya.items()}
     save_file(halved, tmp_path / "half.safetensors")
@@ -138,7 +140,7 @@ def test_alpha_scales_and_original_sdxl_names(tmp_path) -> None:
     loras.remove("alone")
 
 
-def test_convolutions_too(tmp_path) -> None:
+def test_convolutions_too(tmp_path: Path) -> None:
     tensors = {}
     for name in ("down_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.2.conv_shortcut"):
         conv = shared_pipe("sd1").unet.get_submodule(name)
@@ -153,7 +155,7 @@ def test_convolutions_too(tmp_path) -> None:
     assert change(loras) == 0
 
 
-def test_partly_matched_is_told(caplog) -> None:
+def test_partly_matched_is_told(caplog: pytest.LogCaptureFixture) -> None:
     loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
     path = str(tiny_extras.lora("sd1", "partial"))
     with caplog.at_level("WARNING", "host"):
@@ -181,7 +183,7 @@ def test_partly_matched_is_told(caplog) -> None:
         (lambda tmp: tmp / "nul\0.safetensors", "cannot be read"),
     ],
 )
-def test_refused(make, says, tmp_path) -> None:
+def test_refused(make: Callable[[Path], Path], says: str, tmp_path: Path) -> None:
     loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
     unet = shared_pipe("sd1").unet
     before = repr(unet)
@@ -230,7 +232,7 @@ def in_8_bits(tensors: dict[str, torch.Tensor], suffix: str) -> dict[str, torch.
 
 
 @pytest.mark.parametrize("suffix", [None, ".scale_weight", ".weight_scale"])
-def test_in_float8(tmp_path, suffix) -> None:
+def test_in_float8(tmp_path: Path, suffix: str | None) -> None:
     tensors = load_file(tiny_extras.lora("sdxl", "kohya"))
     if suffix is None:
         stored = {key: t.to(torch.float8_e4m3fn) if t.ndim else t for key, t in tensors.items()}
@@ -257,7 +259,9 @@ def test_in_float8(tmp_path, suffix) -> None:
         (lambda t: t.to(torch.int64), "must hold floats, got int64"),
     ],
 )
-def test_what_is_no_number_is_refused(spoil, says, tmp_path) -> None:
+def test_what_is_no_number_is_refused(
+    spoil: Callable[[torch.Tensor], torch.Tensor], says: str, tmp_path: Path
+) -> None:
     tensors = load_file(tiny_extras.lora("sd1", "kohya"))
     key = next(key for key in tensors if "lora_up" in key)
     tensors[key] = spoil(tensors[key].clone())
@@ -321,7 +325,7 @@ def ranks_name_loras(backend: str, name: str, folder: str) -> dict[str, list[np.
 @pytest.mark.parametrize(
     ("backend", "name"), [("asyncdiff", "sd1"), ("distrifuser", "sdxl"), ("xdit", "pixa")]
 )
-def test_named_in_a_request_on_two_ranks(pool: RankPool, tmp_path, backend: str, name: str) -> None:
+def test_named_in_a_request_on_two_ranks(pool: RankPool, tmp_path: Path, backend: str, name: str) -> None:
     for stem, seed in (("one", 0), ("two", 1), *((f"more{n}", 2) for n in range(NAMED_LORAS + 1))):
         tensors = load_file(tiny_extras.lora(name, seed=seed))
         save_file(tensors, tmp_path / f"{stem}.safetensors")
@@ -335,7 +339,7 @@ def test_named_in_a_request_on_two_ranks(pool: RankPool, tmp_path, backend: str,
 
 
 @pytest.mark.parametrize("flags", [{"quantize_to": "int8"}, {"compile_unet": True}])
-def test_named_where_weights_are_fixed_is_refused(flags, tmp_path) -> None:
+def test_named_where_weights_are_fixed_is_refused(flags: dict[str, Any], tmp_path: Path) -> None:
     save_file(load_file(tiny_extras.lora("sd1")), tmp_path / "style.safetensors")
     config = tiny.config("sd1", lora_dir=(str(tmp_path),), **flags)
     pipe = tiny.load("sd1")
@@ -348,22 +352,24 @@ def test_named_where_weights_are_fixed_is_refused(flags, tmp_path) -> None:
     assert error.value.status == 422
 
 
-def test_read_folder(tmp_path) -> None:
+def test_read_folder(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     assert list(read_lora(str(tmp_path))) == ["x"]
 
 
-def _file(path, data: bytes):
+def _file(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
 
 
-def _lokr(path):
+def _lokr(path: Path) -> Path:
     save_file({"lora_unet_x.lokr_w1": torch.zeros(2, 2)}, path)
     return path
 
 
-def _linear(path, down=(4, 32), up=(32, 4), alpha=1):
+def _linear(
+    path: Path, down: tuple[int, ...] = (4, 32), up: tuple[int, ...] = (32, 4), alpha: int = 1
+) -> Path:
     """A LoRA on one layer of 32 inputs and outputs."""
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {"lora_down.weight": torch.ones(down), "lora_up.weight": torch.ones(up)}
@@ -371,7 +377,7 @@ def _linear(path, down=(4, 32), up=(32, 4), alpha=1):
     return path
 
 
-def test_the_layer_of_the_broken_ones_fits(tmp_path) -> None:
+def test_the_layer_of_the_broken_ones_fits(tmp_path: Path) -> None:
     loras = loras_of(shared_pipe("sd1"), MODELS["sd1"])
     assert loras.add(str(_linear(tmp_path / "whole.safetensors"))).matched == 1
     loras.remove("whole")
@@ -421,7 +427,7 @@ def test_flux_in_the_names_of_its_authors() -> None:
         assert torch.allclose(scale * pair.up @ pair.down, delta[start : start + size], atol=1e-3)
 
 
-def test_sd3_in_the_names_of_its_authors_is_refused(tmp_path) -> None:
+def test_sd3_in_the_names_of_its_authors_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "original.safetensors"
     layers = {f"joint_blocks_{n}_x_block_attn_qkv": (32, 96) for n in range(2)}
     save_file(original_lora(layers), path)

@@ -53,7 +53,7 @@ def note_calls(pipe: Any, monkeypatch: pytest.MonkeyPatch, note: Callable[[torch
 
 
 @pytest.mark.parametrize("name", TILING)
-def test_tiling_decodes_in_tiles(name: str, monkeypatch) -> None:
+def test_tiling_decodes_in_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny.host(name, enable_vae_tiling=True)
     shapes: list[tuple[int, ...]] = []
     note_calls(pipe, monkeypatch, lambda z: shapes.append(tuple(z.shape)))
@@ -65,7 +65,7 @@ def test_tiling_decodes_in_tiles(name: str, monkeypatch) -> None:
     assert 0 < np.abs(tiled - whole).mean() < 0.2, "seams are blended"
 
 
-def test_slicing_decodes_one_by_one(monkeypatch) -> None:
+def test_slicing_decodes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = tiny.host("sd1", enable_vae_slicing=True)
     batches: list[int] = []
     note_calls(pipe, monkeypatch, lambda z: batches.append(len(z)))
@@ -88,7 +88,7 @@ def test_the_video_vae_says_no() -> None:
         "xformers_efficient",
     ],
 )
-def test_refused_on_a_cpu_before_anything_is_read(flag: str, monkeypatch) -> None:
+def test_refused_on_a_cpu_before_anything_is_read(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared.pipeline.loading._load", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(UsageError, match=f"--{flag}: .*CPU"):
         tiny.host("sd1", **{flag: True})

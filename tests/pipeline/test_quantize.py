@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from shared.models import MODELS
@@ -25,7 +27,7 @@ def plain(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_fewer_bits_are_smaller_and_further_off(name: str, caplog) -> None:
+def test_fewer_bits_are_smaller_and_further_off(name: str, caplog: pytest.LogCaptureFixture) -> None:
     spec = MODELS[name]
     full = tiny.load(name)
     parts = [part for part in (spec.denoiser, *spec.text_encoders) if getattr(full, part) is not None]
@@ -74,7 +76,7 @@ def test_with_ip_adapter_and_control_net(kind: str) -> None:
     control, ip = {str(tiny_extras.control_net("sdxl")): 1.0}, {str(tiny_extras.ip_adapter("sdxl")): 0.7}
     pipe = tiny.host("sdxl", quantize_to=kind, control_net=control, ip_adapter=ip)
 
-    def made(image, face) -> np.ndarray:
+    def made(image: Image.Image | None, face: Image.Image | None) -> np.ndarray:
         arguments = control_arguments(MODELS["sdxl"], control, image, size=(64, 64))
         return tiny.run(pipe, "sdxl", **arguments, **ip_arguments(pipe, ip, face))
 
@@ -110,7 +112,7 @@ def test_gguf_with_lora() -> None:
     assert np.abs(tiny.run(pipe, "sd1") - plain("sd1")).max() > 0.1
 
 
-def test_gguf_refused(tmp_path) -> None:
+def test_gguf_refused(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"something else")
     with pytest.raises(LoadError, match="is not a GGUF file"):
         tiny.host("sd1", gguf_model=str(tmp_path / "a.gguf"))

@@ -122,7 +122,7 @@ def source(name: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def shipped(tmp_path: Path, monkeypatch) -> Path:
+def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny checkpoints' configurations in the place of the shipped ones; an empty folder for files."""
     for name in ("sd1", "sd2", "sdxl", "sd3", "flux"):
         shutil.copytree(tiny_original.single_file(name).with_suffix(""), tmp_path / "configs" / name)
@@ -205,7 +205,14 @@ def test_scales_that_are_refused(key: str, value: torch.Tensor, says: str, shipp
     ],
 )
 def test_velocity(
-    name: str, keys: Any, metadata: Any, yaml: str, cls: str, settings: Any, shipped: Path, caplog
+    name: str,
+    keys: Any,
+    metadata: Any,
+    yaml: str,
+    cls: str,
+    settings: Any,
+    shipped: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Recognised from marks, metadata and YAML; it stays under another scheduler."""
     tensors = source(name) | {key: torch.tensor([]) for key in keys}
@@ -246,7 +253,7 @@ def test_velocity(
     ],
 )
 def test_sd2_of_512_and_768(
-    file: str, extra: Any, metadata: Any, prediction: str, shipped: Path, caplog
+    file: str, extra: Any, metadata: Any, prediction: str, shipped: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = save(source("sd2") | extra, shipped / f"{file}.safetensors", metadata)
     with caplog.at_level("INFO", "host"):
@@ -389,7 +396,9 @@ def other_kinds() -> dict[str, tuple[str, Any, str]]:
 
 
 @pytest.mark.parametrize("kind", other_kinds())
-def test_what_a_file_is_is_said_before_weights_are_read(kind: str, shipped: Path, monkeypatch) -> None:
+def test_what_a_file_is_is_said_before_weights_are_read(
+    kind: str, shipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unread = "shared.pipeline.single_file.read_weights"
     monkeypatch.setattr(unread, lambda *_: pytest.fail("weights were read"))
     name, tensors, says = other_kinds()[kind]

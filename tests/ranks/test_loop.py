@@ -103,7 +103,7 @@ def serve_jobs(
     return result
 
 
-def test_replies_come_from_the_rank_that_holds_them(pool: RankPool):
+def test_replies_come_from_the_rank_that_holds_them(pool: RankPool) -> None:
     for size in (1, 2, 3):
         ranks = pool.run(serve_jobs, size, [{"seed": 5}, {"seed": 6, "steps": 1}])
         first, second = ranks[0]["jobs"]
@@ -112,12 +112,12 @@ def test_replies_come_from_the_rank_that_holds_them(pool: RankPool):
         assert all(r["done"] == ["5", "6"] and r["broken"] is None for r in ranks)
 
 
-def test_each_ranks_warnings_reach_the_reply_once(pool: RankPool):
+def test_each_ranks_warnings_reach_the_reply_once(pool: RankPool) -> None:
     first, second = pool.run(serve_jobs, 2, [{"warn": True}, {"seed": 7}])[0]["jobs"]
     assert first["warnings"] == ["of rank 0", "of all", "of rank 1"] and second["warnings"] == []
 
 
-def test_a_rank_that_fails_between_collectives_fails_one_request_only(pool: RankPool):
+def test_a_rank_that_fails_between_collectives_fails_one_request_only(pool: RankPool) -> None:
     for rank in (0, 1):
         ranks = pool.run(serve_jobs, 2, [{"do": "raise", "rank": rank, "step": 2}, {"seed": 7}])
         failed, good = ranks[0]["jobs"]
@@ -126,14 +126,14 @@ def test_a_rank_that_fails_between_collectives_fails_one_request_only(pool: Rank
         assert all(r["done"] == ["7"] for r in ranks)
 
 
-def test_a_request_that_the_ranks_refuse_is_the_clients_fault(pool: RankPool):
+def test_a_request_that_the_ranks_refuse_is_the_clients_fault(pool: RankPool) -> None:
     ranks = pool.run(serve_jobs, 2, [{"do": "bad_request"}, {"seed": 7}])
     refused = ranks[0]["jobs"][0]
     assert refused["error"] == (422, "positive: the ranks refuse it") and refused["fields"] == ["positive"]
     assert all(r["done"] == ["7"] for r in ranks)
 
 
-def test_what_one_rank_refuses_is_undone_on_the_others(pool: RankPool):
+def test_what_one_rank_refuses_is_undone_on_the_others(pool: RankPool) -> None:
     orders: list[dict[str, Any]] = [{"lora": "missing 1"}, {"lora": "here"}, {"seed": 7}]
     began = time.monotonic()
     ranks = pool.run(serve_jobs, 2, orders, collective_timeout=15.0)
@@ -142,7 +142,7 @@ def test_what_one_rank_refuses_is_undone_on_the_others(pool: RankPool):
     assert all(r["done"] == ["here", "7"] and r["broken"] is None for r in ranks)
 
 
-def test_cancel_ends_within_a_step_on_all_ranks(pool: RankPool):
+def test_cancel_ends_within_a_step_on_all_ranks(pool: RankPool) -> None:
     ranks = pool.run(serve_jobs, 2, [{"sleep": 0.1, "steps": 50}, {"seed": 8}], cancel_after=0.45)
     cancelled = ranks[0]["jobs"][0]
     assert cancelled["error"] == (499, "cancelled")
@@ -150,13 +150,13 @@ def test_cancel_ends_within_a_step_on_all_ranks(pool: RankPool):
     assert all(r["done"] == ["8"] for r in ranks)
 
 
-def test_a_request_that_takes_too_long_is_timed_out(pool: RankPool):
+def test_a_request_that_takes_too_long_is_timed_out(pool: RankPool) -> None:
     ranks = pool.run(serve_jobs, 2, [{"sleep": 0.1, "steps": 50}, {"seed": 9}], request_timeout=0.35)
     assert ranks[0]["jobs"][0]["error"] == (504, "timed out after 0.35 s")
     assert all(r["done"] == ["9"] for r in ranks)
 
 
-def test_pictures_of_one_request_are_made_in_a_row_as_one_job(pool: RankPool):
+def test_pictures_of_one_request_are_made_in_a_row_as_one_job(pool: RankPool) -> None:
     ranks = pool.run(serve_jobs, 2, [{"seed": 2**64 - 1, "pictures": 3}, {"seed": 8}])
     several, one = ranks[0]["jobs"]
     assert several["seeds"] == [2**64 - 1, 0, 1] and one["seeds"] == [8]
@@ -164,7 +164,7 @@ def test_pictures_of_one_request_are_made_in_a_row_as_one_job(pool: RankPool):
     assert all(r["done"] == [str(2**64 - 1), "0", "1", "8"] for r in ranks)
 
 
-def test_cancel_and_the_time_out_end_all_pictures_of_a_request(pool: RankPool):
+def test_cancel_and_the_time_out_end_all_pictures_of_a_request(pool: RankPool) -> None:
     order = {"seed": 5, "pictures": 9, "steps": 3, "sleep": 0.1}
     for limits, error in (
         ({"cancel_after": 0.5}, (499, "cancelled")),
@@ -176,7 +176,7 @@ def test_cancel_and_the_time_out_end_all_pictures_of_a_request(pool: RankPool):
         assert all(r["done"] == ["5", "8"] for r in ranks)
 
 
-def test_an_error_inside_a_collective_breaks_the_job_in_time(pool: RankPool):
+def test_an_error_inside_a_collective_breaks_the_job_in_time(pool: RankPool) -> None:
     began = time.monotonic()
     ranks = pool.run(serve_jobs, 2, [{"do": "raise_in_step", "rank": 1, "step": 2}], collective_timeout=2.0)
     assert time.monotonic() - began < 15
@@ -205,11 +205,11 @@ def late_vote() -> str:
     return ""
 
 
-def test_the_highest_vote_counts(pool: RankPool):
+def test_the_highest_vote_counts(pool: RankPool) -> None:
     assert pool.run(votes, 3) == [[0, 2, 4]] * 3
 
 
-def test_a_rank_that_does_not_come_to_the_vote_is_noticed(pool: RankPool):
+def test_a_rank_that_does_not_come_to_the_vote_is_noticed(pool: RankPool) -> None:
     assert "step boundary" in pool.run(late_vote, 2)[0]
 
 
@@ -231,7 +231,7 @@ def echoed(sizes: list[int]) -> list[tuple[bool, list[int], Any]]:
     return found
 
 
-def test_messages_and_outcomes_of_any_size(pool: RankPool):
+def test_messages_and_outcomes_of_any_size(pool: RankPool) -> None:
     call = Call("id", RemoveLora("x" * FRAME))
     outcome = Outcome(1, Verdict.FAILED, "e" * FRAME, result=0)
     # The largest that fit into one frame, and one byte to either side of them.

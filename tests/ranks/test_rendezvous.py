@@ -58,7 +58,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("late", [0, 1])
-def test_a_generation_shares_a_store_that_no_other_had(store: Any, late: int):
+def test_a_generation_shares_a_store_that_no_other_had(store: Any, late: int) -> None:
     old: list[Any] = []
     with ThreadPoolExecutor() as threads:
         for _ in range(3):
@@ -72,14 +72,14 @@ def test_a_generation_shares_a_store_that_no_other_had(store: Any, late: int):
     assert [one.get("key") for one in old] == [b"mine"] * 6
 
 
-def test_a_rank_that_never_comes(store: Any):
+def test_a_rank_that_never_comes(store: Any) -> None:
     rank = OneStore(store, 0)
     rank.timeout = 0.2
     with pytest.raises(TimeoutError, match="not all 2 ranks joined"):
         rank.join()
 
 
-def test_a_machine_that_falls_silent(store: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_machine_that_falls_silent(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = []
     for rank in (0, 1):
         monkeypatch.setenv("GROUP_RANK", str(rank))
@@ -120,7 +120,7 @@ ctypes.PyDLL(None).sleep(300)  # holds Python's lock
 """
 
 
-def test_a_rank_that_holds_the_lock_beats_and_one_that_is_stopped_does_not():
+def test_a_rank_that_holds_the_lock_beats_and_one_that_is_stopped_does_not() -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "RANK": "0", "WORLD_SIZE": "2"}
     count = dist.PrefixStore("beats", server)
@@ -150,7 +150,7 @@ def test_a_rank_that_holds_the_lock_beats_and_one_that_is_stopped_does_not():
     assert _is_in(beater, "ZX")
 
 
-def test_a_machine_that_is_told_to_stop_tells_the_others(store: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_machine_that_is_told_to_stop_tells_the_others(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = []
     for rank in (0, 1):
         monkeypatch.setenv("GROUP_RANK", str(rank))
@@ -193,7 +193,7 @@ def test_a_machine_that_is_told_to_stop_tells_the_others(store: Any, monkeypatch
             one._heartbeats.join(5)
 
 
-def test_a_stall_counts_only_while_somebody_checks(monkeypatch: pytest.MonkeyPatch):
+def test_a_stall_counts_only_while_somebody_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(liveness, "time", clock)
     stall = StallTimer(limit=3.0, every=1.0)
@@ -208,7 +208,7 @@ def test_a_stall_counts_only_while_somebody_checks(monkeypatch: pytest.MonkeyPat
     assert stall.over("b")
 
 
-def test_a_process_that_is_stopped():
+def test_a_process_that_is_stopped() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
         assert not _is_in(process.pid, "Tt")
         os.kill(process.pid, signal.SIGSTOP)
