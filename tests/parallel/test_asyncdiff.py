@@ -326,7 +326,9 @@ def variations() -> dict[Any, Any]:
             found["simulation", key] = psnr(result, expected)
     found["different"] = len(set(made.values())) == len(made)
     with AsyncDiff(pipe, 2, stride, 2) as parallel, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shared.parallel.asyncdiff.asyncdiff.Exchange", lambda group, early: Exchange(group, early=False))
+        patch.setattr(
+            "shared.parallel.asyncdiff.asyncdiff.Exchange", lambda group, early: Exchange(group, early=False)
+        )
         found["late"] = picture(name, parallel).tobytes() == made["base"]
         with pytest.raises(RuntimeError, match="call begin before each generation"):
             tiny.run(pipe, name, steps=STEPS)

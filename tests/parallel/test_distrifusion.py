@@ -343,7 +343,9 @@ def shapes() -> dict[str, Any]:
             made = [picture(pipe, name, parallel, **request) for request in requests]
             found[f"steady {kept}"] = [psnr(a, b) for a, b in zip(made, plain, strict=True)]
             found[f"bytes {kept}"] = [image.tobytes() for image in made]
-            with pytest.raises(ValueError, match=r"16 pixels make only 1 patches of 16.*\(32 for equal patches"):
+            with pytest.raises(
+                ValueError, match=r"16 pixels make only 1 patches of 16.*\(32 for equal patches"
+            ):
                 picture(pipe, name, parallel, height=16)
     with DistriFusion(pipe), pytest.raises(RuntimeError, match="must be called before a generation"):
         tiny.run(pipe, name)
