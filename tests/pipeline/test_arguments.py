@@ -187,7 +187,7 @@ EULER = {"scheduler": "euler"}
         ("sd1", {"lora_scales": {"x": 1.0}}, "lora_scales", "is not loaded"),
         ("sd1", {"scheduler": {"scheduler": "ddim", "bogus": 1}}, "scheduler", "no setting 'bogus'"),
         ("sd1", {"scheduler": {"scheduler": "unipc", "solver_p": "x"}}, "scheduler", "must be left out"),
-        ("pixa", {"negative_embeds": packed(torch.zeros(1, 8, 32), "embeds")}, "negative_embeds", "together with"),
+        ("pixa", {"negative_embeds": packed(torch.zeros(1, 8, 32), "embeds")}, "negative_embeds", "together"),
     ],
 )  # fmt: skip
 def test_a_fault_that_the_ranks_find_names_its_field(name: str, fields: dict, field: str, words: str) -> None:
