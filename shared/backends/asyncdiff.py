@@ -142,15 +142,9 @@ def attach(pipe: Pipeline, config: HostConfig, world: World) -> Method:
 def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     """Load the pipeline on this rank's device and make it parallel."""
     from shared.pipeline.engine import PipelineEngine
-    from shared.pipeline.loading import load_pipeline
+    from shared.pipeline.loading import load_on_rank
 
-    pipe = load_pipeline(
-        config.spec,
-        config,
-        world.device,
-        needs(config, world.size),
-        quiet=not config.shows_progress(world.rank),
-    )
+    pipe = load_on_rank(config, world, needs(config, world.size))
     return PipelineEngine(pipe, config, world, lambda pipe: attach(pipe, config, world))
 
 

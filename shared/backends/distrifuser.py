@@ -88,16 +88,10 @@ def attach(pipe: Pipeline, config: HostConfig, world: World, branches: Any = Non
 def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     """Load the pipeline on this rank's device and make it parallel."""
     from shared.pipeline.engine import PipelineEngine
-    from shared.pipeline.loading import load_pipeline
+    from shared.pipeline.loading import load_on_rank
     from shared.ranks.groups import branch_groups
 
-    pipe = load_pipeline(
-        config.spec,
-        config,
-        world.device,
-        needs(config, world.size),
-        quiet=not config.shows_progress(world.rank),
-    )
+    pipe = load_on_rank(config, world, needs(config, world.size))
     split = world.size % 2 == 0 and not config.no_split_batch
     branches = branch_groups(world, config.collective_timeout) if split else None
     return PipelineEngine(pipe, config, world, lambda pipe: attach(pipe, config, world, branches))

@@ -80,15 +80,9 @@ def _pipefusion(pipe: Pipeline, config: HostConfig, groups: XfuserGroups) -> XDi
 def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     """Load the pipeline on this rank's device and share it among the ranks."""
     from shared.pipeline.engine import PipelineEngine
-    from shared.pipeline.loading import load_pipeline
+    from shared.pipeline.loading import load_on_rank
 
-    pipe = load_pipeline(
-        config.spec,
-        config,
-        world.device,
-        needs(config, world.size),
-        quiet=not config.shows_progress(world.rank),
-    )
+    pipe = load_on_rank(config, world, needs(config, world.size))
     groups = make_groups(config, world)
     # Every rank ends with the picture of its replica; the first of each decodes it.
     picture = groups.picture if groups else 0

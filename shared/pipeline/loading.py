@@ -38,6 +38,7 @@ from shared.pipeline.weights_file import (
     scale_names,
 )
 from shared.ranks.device import memory_report
+from shared.ranks.groups import World
 
 log = logging.getLogger("host")
 
@@ -46,6 +47,12 @@ OUR_ERRORS = (
     adapters.AdapterError, LoraError, memory.MemoryFlagError, quantize.QuantizeError, SchedulerError,
     SingleFileError,
 )  # fmt: skip
+
+
+def load_on_rank(config: HostConfig, world: World, needs: Needs) -> Pipeline:
+    """`load_pipeline` for a launch, on this rank's device; progress bars only where the rank shows them."""
+    quiet = not config.shows_progress(world.rank)
+    return load_pipeline(config.spec, config, world.device, needs, quiet=quiet)
 
 
 def load_pipeline(
