@@ -2,7 +2,9 @@
 
     python -m benchmarks.gpu_matrix                          # two GPUs, NCCL, CUDA graphs: about four minutes
     python -m benchmarks.gpu_matrix --device cpu sd1:lora    # cells whose name matches, on CPU ranks
-    python -m benchmarks.gpu_matrix --ranks 1                # one GPU: graphs and features, no parallel plans
+    python -m benchmarks.gpu_matrix --ranks 1                # graphs and features, no parallel plans
+
+On one GPU the two ranks share it: the numbers are as good, the seconds mean nothing.
 
 A cell is a type and a feature, or a type and a plan, of one backend. It asks for a picture, for other words,
 another size and other scales, each twice, then for the first again, and compares latents:
@@ -312,9 +314,13 @@ def work(device: str, out: Path, todo: list[str]) -> None:
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    where = torch.device("cuda", rank) if device == "cuda" else torch.device("cpu")
+    where = torch.device("cpu")
     if device == "cuda":
+        where = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(where)
+        if torch.cuda.device_count() < size:
+            # NCCL refuses two ranks of one host on one GPU: they stand for two hosts, over sockets.
+            os.environ |= {"NCCL_HOSTID": str(rank), "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
     dist.init_process_group("gloo")
     world = World(rank, size, rank, where, *make_groups(60, "nccl" if device == "cuda" else "gloo"))
     for cell in todo:
