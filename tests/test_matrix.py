@@ -94,11 +94,12 @@ def launch(
     rank, size = dist.get_rank(), dist.get_world_size()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
+    asked = parallel_flags.pop("ask", {})
     common: Flags = {"backend": backend, "type": name, "width": 64, "height": 64}
     common["checkpoint"] = parallel_flags.pop("checkpoint", str(tiny.checkpoint(name)))
     config = HostConfig(**common, **flags, **{"warm_up_steps": STEPS, **parallel_flags})
     check_config(config, BACKENDS[backend], size)
-    request = check_request(body(name, flags), config)
+    request = check_request(body(name, flags) | asked, config)
 
     def latents(engine: Any) -> np.ndarray | None:
         reply = engine.generate(request, lambda step, steps: None)
@@ -302,6 +303,24 @@ def test_asyncdiff_plans(pool: RankPool, size: int, flags: Flags) -> None:
         assert stale >= EXACT_DB, "the CFG split alone is exact whatever the warm-up"
     else:
         assert 10 < stale < float("inf")
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "flags", "field"),
+    [
+        ("asyncdiff", "sd1", {"use_cfg_parallel": True}, {"guidance_rescale": 0.7}),
+        ("asyncdiff", "sdxl", {}, {"guidance_rescale": 0.7}),
+        ("asyncdiff", "sdup", {"use_cfg_parallel": True, "async_steps": 1}, {"noise_level": 60}),
+        ("distrifuser", "sdxl", {}, {"guidance_rescale": 0.7}),
+    ],
+)
+def test_fields_on_two_ranks(pool: RankPool, backend: str, name: str, flags: Flags, field: Flags) -> None:
+    holders = []
+    for ask in ({}, field):
+        ranks = pool.run(run_cell, 2, backend, name, {}, {**flags, "ask": ask}, False)
+        holders.append(next(r for r in ranks if r["exact"] is not None))
+        assert psnr(holders[-1]["exact"], holders[-1]["plain"]) >= EXACT_DB
+    assert psnr(holders[1]["exact"], holders[0]["exact"]) < EXACT_DB, "the field changes nothing"
 
 
 @pytest.mark.slow

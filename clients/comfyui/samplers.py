@@ -173,6 +173,15 @@ class PictureSampler(io.ComfyNode):
                     tooltip="how many for each latent, with seeds seed, seed + 1, ...; a host with "
                     "data_parallel_degree makes that many at the same time",
                 ),
+                io.Float.Input(
+                    "guidance_rescale",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    optional=True,
+                    tooltip="sd1, sd2, sdxl, hy: takes back contrast that guidance adds; for zero-SNR models",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image"), io.Latent.Output(display_name="latent")],
         )
@@ -200,6 +209,7 @@ class PictureSampler(io.ComfyNode):
         scheduler: Any = None,
         true_cfg_scale: float = 1.0,
         pictures: int = 1,
+        guidance_rescale: float = 0.0,
     ) -> io.NodeOutput:
         if host.type not in convert.FAMILIES:
             raise ValueError(
@@ -223,6 +233,7 @@ class PictureSampler(io.ComfyNode):
             "steps": steps,
             "cfg": cfg,
             "true_cfg_scale": true_cfg_scale if true_cfg_scale > 1 else None,
+            "guidance_rescale": guidance_rescale or None,
             "width": width,
             "height": height,
             "denoising_end": stop_at if stop_at < 1 else None,
@@ -368,6 +379,14 @@ class Upscaler(io.ComfyNode):
                 _clip_skip(),
                 *_conditionings(),
                 _scheduler(),
+                io.Int.Input(
+                    "noise_level",
+                    default=20,
+                    min=0,
+                    max=350,
+                    optional=True,
+                    tooltip="noise on the input; more of it invents more detail",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image")],
         )
@@ -386,12 +405,13 @@ class Upscaler(io.ComfyNode):
         positive_conditioning: Any = None,
         negative_conditioning: Any = None,
         scheduler: Any = None,
+        noise_level: int = 20,
     ) -> io.NodeOutput:
         body = _conditions(
             *(host, positive, negative, clip_skip, positive_conditioning, negative_conditioning),
             *(None, None, scheduler),
         )
-        body |= {"seed": seed, "steps": steps, "cfg": cfg, "output_format": "png"}
+        body |= {"seed": seed, "steps": steps, "cfg": cfg, "noise_level": noise_level, "output_format": "png"}
         answers = ask(host, [body | {"image": convert.picture(one, "image")} for one in image])
         return io.NodeOutput(torch.cat([convert.images(answer["output"]) for answer in answers]))
 

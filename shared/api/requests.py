@@ -100,6 +100,10 @@ class GenerateRequest(BaseModel):
         Annotated[float, Field(ge=0, le=100, description="above 1: flux uses the negative prompt")] | None,
         Notes("True guidance"),
     ] = None
+    guidance_rescale: Annotated[
+        Annotated[Fraction, Field(description="above 0: less of the contrast that guidance adds")] | None,
+        Notes("Rescaled guidance"),
+    ] = None
     seed: Annotated[
         Annotated[int, Field(ge=-(2**63), lt=2**64, description="negative: drawn")] | None,
         Notes("Seed", common=True),
@@ -131,6 +135,10 @@ class GenerateRequest(BaseModel):
     ] = None
     motion_bucket_id: Annotated[Annotated[int, Field(ge=0, le=1023)] | None, Notes("Motion")] = None
     noise_aug_strength: Annotated[Annotated[float, Field(ge=0, le=10)] | None, Notes("Added noise")] = None
+    noise_level: Annotated[
+        Annotated[int, Field(ge=0, le=999, description="timestep of the noise on the input image")] | None,
+        Notes("Noise on the input"),
+    ] = None
     fps: Annotated[Annotated[int, Field(ge=1, le=120)] | None, Notes("Frames per second")] = None
     scheduler: Annotated[
         str | dict[str, Any] | None, BeforeValidator(_check_scheduler), Notes("Scheduler", common=True)

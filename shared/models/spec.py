@@ -129,6 +129,7 @@ SCHEDULE = frozenset({"sigmas", "timesteps"})
 PARTIAL = frozenset({"strength", "denoise", "denoising_start", "denoising_end", "add_noise"})
 VIDEO = frozenset({"frames", "decode_chunk_size", "fps"})
 LORA = frozenset({"lora_scales"})
+RESCALE = frozenset({"guidance_rescale"})
 
 SD_FIELDS = PROMPTS | EMBEDS | CONTROL | IP | SIZE | SCHEDULE | PARTIAL | LORA | {"clip_skip", "latent"}
 

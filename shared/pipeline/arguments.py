@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from itertools import pairwise
 from typing import Any
@@ -86,11 +87,25 @@ def call_arguments(
         arguments["eta"] = eta
     if request.latent is not None:
         arguments["latents"] = _latents(pipe, spec, request, device)
+    if request.guidance_rescale is not None:
+        _check_takes(pipe, "guidance_rescale")
+        arguments["guidance_rescale"] = request.guidance_rescale
+    if request.noise_level is not None:
+        most = pipe.config.max_noise_level
+        if request.noise_level > most:
+            raise refused("noise_level", f"must be at most {most} here, got {request.noise_level}")
+        arguments["noise_level"] = request.noise_level
     if request.true_cfg_scale is not None:
         arguments["true_cfg_scale"] = request.true_cfg_scale
         if request.true_cfg_scale > 1 and not any(name.startswith("negative_") for name in arguments):
             arguments["negative_prompt"] = ""  # there is no true guidance without one
     return arguments
+
+
+def _check_takes(pipe: Pipeline, name: str) -> None:
+    """Refuse an argument that some pipelines of the type have, and this one has not."""
+    if name not in inspect.signature(type(pipe).__call__).parameters:
+        raise refused(name, f"diffusers' {type(pipe).__name__} does not support it")
 
 
 def _tensors(field: str, data: bytes | None, device: torch.device) -> dict[str, torch.Tensor] | None:

@@ -93,7 +93,7 @@ MORE: dict[str, list[Case]] = {
         {"sigmas": [1.0, 0.7, 0.2], "max_sequence_length": 17},
     ],
     "sd3": [{"guidance_scale": 1.0, "max_sequence_length": 40}, {"sigmas": [1.0, 0.7, 0.2]}],
-    "hy": [{"guidance_scale": 1.0}],
+    "hy": [{"guidance_scale": 1.0}, {"guidance_rescale": 0.7}],
     "pixa": [{"guidance_scale": 1.0}],
     "pixs": [{"negative_prompt": "blur"}],
 }
@@ -142,6 +142,9 @@ def pipefused(
             if refused is not None:
                 with pytest.raises(ValueError, match="makes 1 patch"):
                     parallel.run(tiny.call_args(name) | refused)
+            if name == "hy":
+                with pytest.raises(ValueError, match="PipeFusion does not support guidance_rescale"):
+                    parallel.run(tiny.call_args(name) | {"guidance_rescale": 0.5})
         assert repr(pipe.transformer) == text
         assert {k: id(v) for k, v in pipe.transformer.state_dict(keep_vars=True).items()} == state
         assert np.array_equal(picture(pipe, name, **calls[0], **whole), plain[0])

@@ -24,7 +24,7 @@ from shared.parallel.graphs import Graphs
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.pictures import to_picture
 from shared.pipeline.schedulers import scheduler_for_request
-from tests import tiny
+from tests import tiny, tiny_extras
 
 PAIRED = ("dpm_2", "heun", "dpmpp_sde")
 """Schedulers whose steps come in pairs."""
@@ -166,6 +166,57 @@ def test_true_guidance_hears_a_negative_prompt() -> None:
             RequestError, match="type flux ignores a negative prompt unless true_cfg_scale is above 1"
         ):
             latents("flux", negative="blur", **fields)
+
+
+def own(name: str, **changes: Any) -> torch.Tensor:
+    """What diffusers' own pipeline makes of a request of `latents`."""
+    arguments = {"prompt": "a cat", "num_inference_steps": 4, "guidance_scale": 7.0, "output_type": "latent"}
+    if name == "sdup":
+        arguments["image"] = tiny.picture(16)
+    else:
+        arguments |= {"width": 64, "height": 64}
+    generator = torch.Generator("cpu").manual_seed(3)
+    made = engine(name).pipe(**arguments, **MODELS[name].pipeline_defaults, **changes, generator=generator)
+    return made.images
+
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize("name", [n for n, spec in MODELS.items() if "guidance_rescale" in spec.fields])
+def test_rescaled_guidance(name: str) -> None:
+    asked: dict[str, Any] = {"steps": 4, "cfg": 7.0}
+    made = latents(name, **asked, guidance_rescale=0.7)
+    assert distance(made, own(name, guidance_rescale=0.7)) < 1e-6
+    assert distance(made, latents(name, **asked)) > 1e-3
+    if name == "hy":
+        return
+    zero: Any = {"scheduler": {"scheduler": "ddim", **ZERO_SNR}}
+    made = latents(name, **asked, **zero, guidance_rescale=0.7)
+    with scheduler_for_request(engine(name).pipe, MODELS[name], zero["scheduler"]):
+        assert distance(made, own(name, guidance_rescale=0.7)) < 1e-6
+
+
+def test_pipelines_without_rescaled_guidance_refuse_it() -> None:
+    config = tiny.config("sd1", width=64, height=64, control_net={str(tiny_extras.control_net("sd1")): 1.0})
+    request = {"control_image": encode_image(tiny.picture(), "png"), "guidance_rescale": 0.5, "steps": 1}
+    on = PipelineEngine(tiny.host("sd1", control_net=config.control_net), config, tiny.world())
+    with pytest.raises(RequestError, match="StableDiffusionControlNetPipeline does not support it"):
+        on.generate(check_request(request, config), lambda step, steps: None)
+    for name in ("ad", "sd3", "sdup", "flux"):
+        with pytest.raises(RequestError, match=rf"type {name} \(.*\) does not support guidance_rescale"):
+            latents(name, guidance_rescale=0.5)
+
+
+def test_the_upscalers_noise_level() -> None:
+    asked: dict[str, Any] = {"steps": 4, "cfg": 7.0}
+    made = {level: latents("sdup", **asked, noise_level=level) for level in (None, 0, 20, 350)}
+    for level in (0, 350):
+        assert distance(made[level], own("sdup", noise_level=level)) < 1e-6
+        assert distance(made[level], made[None]) > 1e-3
+    assert torch.equal(made[20], made[None]) and distance(made[20], own("sdup")) < 1e-6
+    with pytest.raises(RequestError, match="noise_level: must be at most 350 here, got 351"):
+        latents("sdup", noise_level=351)
 
 
 NAN = float("nan")

@@ -32,11 +32,14 @@ from shared.parallel.xdit.groups import XfuserGroups
 from shared.parallel.xdit.sequence import blocks_of
 from shared.parallel.xdit.stages import Snapshot, StepReporter, noise_of_whole_pictures
 
-UNSUPPORTED = ("sigmas", "timesteps", "true_cfg_scale", "ip_adapter_image", "ip_adapter_image_embeds")
-"""Arguments that xfuser's pipelines ignore, or do not keep in step between the stages."""
+UNSUPPORTED = (
+    "sigmas", "timesteps", "true_cfg_scale", "guidance_rescale", "ip_adapter_image",
+    "ip_adapter_image_embeds",
+)  # fmt: skip
+"""Arguments that xfuser's pipelines ignore, do not keep in step between the stages, or measure by patch."""
 STREAMS: dict[Stream, str] = {"picture": "hidden_states", "text": "encoder_hidden_states"}
 """A block's first two arguments."""
-FIXED_VALUES = {"max_sequence_length": 256}
+FIXED_VALUES = {"max_sequence_length": 256, "guidance_rescale": 0.0}
 """Arguments that some of xfuser's pipelines do not take, with the value that they use instead."""
 
 
