@@ -64,6 +64,11 @@ class Order:
     request: GenerateRequest
     second: SecondPass | None = None
 
+    @property
+    def last(self) -> GenerateRequest:
+        """The request of the pass that makes the picture."""
+        return self.request if self.second is None else self.second.request
+
 
 @dataclass(eq=False, kw_only=True)
 class _Job:

@@ -5,6 +5,7 @@ How files hold the two texts: shared.api.embedded. Imports no torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -18,8 +19,9 @@ from shared.api.a1111_samplers import AUTOMATIC, sampler_labels
 from shared.api.codecs import LEFT_OUT, check_image
 from shared.api.embedded import KEY, PARAMETERS, Metadata, read
 from shared.api.faults import FieldProblem, RequestError
-from shared.api.jobs import SecondPass
-from shared.api.lora_dir import SUFFIX, is_named, lora_files
+from shared.api.hashes import FileHashes
+from shared.api.jobs import Order
+from shared.api.lora_dir import SUFFIX, LoraNameError, find_lora, is_named, lora_files
 from shared.api.replies import Reply
 from shared.api.requests import COMMON_FIELDS, GenerateRequest
 from shared.launch.flags import HostConfig
@@ -32,18 +34,14 @@ _PAIR = re.compile(r'(?:^|,)\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)')
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
 
-def made_by(
-    request: GenerateRequest, reply: Reply, config: HostConfig, second: SecondPass | None = None
-) -> Metadata | None:
-    """What the reply's files tell of the request; None where they have no place for it, or shall not.
+def made_by(order: Order, reply: Reply, config: HostConfig) -> Metadata | None:
+    """What the reply's files tell of the order; None where they have no place for it, or shall not.
 
     A JPEG's EXIF has 64 KB. Of longer texts the body is left out, and then A1111's; `reply.warnings` says so.
     """
-    if request.metadata is False or reply.format not in _FORMATS:
+    if order.request.metadata is False or reply.format not in _FORMATS:
         return None
-    last = request if second is None else second.request
-    body = json.dumps(body_of(last, reply.seed, config))
-    made = Metadata(infotext(request, reply, config, second), body)
+    made = Metadata(reply.infotext, json.dumps(body_of(order.last, reply.seed, config)))
     if reply.format != "jpeg":
         return made
     for left in (made, replace(made, body="")):
@@ -94,13 +92,12 @@ def _public(name: str, config: HostConfig) -> str:
     return next((end for end in ends if sum(is_named(path, end) for path in known) < 2), LEFT_OUT)
 
 
-def infotext(
-    request: GenerateRequest, reply: Reply, config: HostConfig, second: SecondPass | None = None
-) -> str:
-    """A picture's parameters as A1111 writes them: the prompts, and a line from "Steps" to "Model".
+def infotext(order: Order, reply: Reply, config: HostConfig, hashes: FileHashes) -> str:
+    """A picture's parameters as A1111 writes them: the prompts, and a line from "Steps" to "Lora hashes".
 
-    With a second pass, steps and size are the first one's.
+    With a second pass, steps and size are the first one's. Hashes that are not computed yet are left out.
     """
+    request, second = order.request, order.second
     loras = {_public(name, config): scale for name, scale in (request.lora_scales or {}).items()}
     networks = "".join(f" <lora:{name}:{_number(scale)}>" for name, scale in loras.items())
     scheduler = request.scheduler or config.scheduler or AUTOMATIC
@@ -113,6 +110,7 @@ def infotext(
         "CFG scale": request.cfg,
         "Seed": reply.seed,
         "Size": f"{reply.width}x{reply.height}",
+        "Model hash": hashes.model(config),
         "Model": config.model_id,
         "Denoising strength": request.strength,
         "Clip skip": request.clip_skip + 1
@@ -127,7 +125,22 @@ def infotext(
             "Hires steps": second.request.steps,
             "Hires upscaler": second.upscaler,
         }
+    told["Lora hashes"] = _lora_hashes(order.last, config, hashes)
     return _infotext(f"{request.positive or ''}{networks}", request.negative or "", told)
+
+
+def _lora_hashes(request: GenerateRequest, config: HostConfig, hashes: FileHashes) -> str | None:
+    """Those of the LoRAs that made the picture, by name: the request's and the launch's."""
+    used: dict[str, str | None] = {}
+    asked = dict(request.lora_scales or {})
+    for name in asked:
+        with contextlib.suppress(LoraNameError):
+            path = find_lora(config, name, config.lora or ()).path
+            used[_public(name, config)] = hashes.lora(path) if asked[name] else None
+    for path, scale in (config.lora or {}).items():
+        if scale and not any(is_named(path, name) for name in asked):
+            used[_public(path, config)] = hashes.lora(path)
+    return ", ".join(f"{name}: {short}" for name, short in used.items() if short) or None
 
 
 def _infotext(prompt: str, negative: str, told: Mapping[str, Any]) -> str:

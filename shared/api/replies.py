@@ -76,6 +76,7 @@ class Reply:
     pictures: list[Image.Image] = field(default_factory=list)
     fps: int | None = None  # of a video, whose frames the pictures are
     warnings: list[str] = field(default_factory=list)  # by `shared.api.warned.warn`
+    infotext: str = ""  # how it was made, in A1111's words; filled in by whoever answers
 
     def encode(self, metadata: Metadata | None = None) -> None:
         """Fill `output` from `pictures`; the seconds that it takes count as decoding."""

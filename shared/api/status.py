@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ class HostStatus:
     ranks: list[dict[str, Any]] = field(default_factory=list)  # device and memory of each rank
     versions: dict[str, str] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
+    when_ready: list[Callable[[], None]] = field(default_factory=list)  # called once the host is loaded
 
     def at(self, loaded: int, message: str) -> None:
         """The host has come so far in loading, percent, and is at `message`; nothing once it is broken."""
@@ -35,6 +37,8 @@ class HostStatus:
         """The host is loaded and takes requests."""
         self.at(100, "")
         self.state = "ready"
+        for call in self.when_ready:
+            call()
 
     def health(self, queue: JobQueue) -> dict[str, Any]:
         """The JSON of GET /health."""

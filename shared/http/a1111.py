@@ -20,7 +20,7 @@ from shared.api.a1111_samplers import AUTOMATIC, SCHEDULES, samplers_for, schedu
 from shared.api.codecs import MAX_SIDE
 from shared.api.faults import FieldProblem, RequestError, all_faults
 from shared.api.jobs import Order
-from shared.api.metadata import infotext, png_info
+from shared.api.metadata import png_info
 from shared.api.parsing import check_request
 from shared.api.replies import Reply
 from shared.api.requests import MAX_PICTURES, GenerateRequest
@@ -221,9 +221,7 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
 
     asked, replies = dispatcher.run(caller(), parse)
     told = {k: v for k, v in asked.options.items() if k not in ("init_images", "alwayson_scripts")}
-    info = _info(asked, replies, config) | {
-        "infotexts": [infotext(asked.request, reply, config, asked.second) for reply in replies]
-    }
+    info = _info(asked, replies, config) | {"infotexts": [reply.infotext for reply in replies]}
     body = {
         "images": [reply.answer()["output"] for reply in replies],
         "parameters": told,

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from shared.api.faults import MAX_TOLD, FieldProblem, RequestError
+from shared.api.hashes import FileHashes, cache_folder
 from shared.api.jobs import GenerationJob, Job, JobError, OperationJob, Order
 from shared.api.media import side_by_side
-from shared.api.metadata import made_by
+from shared.api.metadata import infotext, made_by
 from shared.api.operations import Operation
 from shared.api.queue import JobQueue, QueueFullError
 from shared.api.replies import Reply
@@ -89,6 +90,8 @@ class Dispatcher:
         self.status = status
         self.queue = queue
         self.metrics = Metrics(status, queue)
+        self.hashes = FileHashes(cache_folder(config))
+        status.when_ready.append(lambda: self.hashes.begin(config))  # not before: it would delay the loading
         # Fewer than the server's threads, so that some are always left for the quick routes.
         self._slots = threading.BoundedSemaphore(queue.limit + 1 + PARSING)
         self._parsing = threading.BoundedSemaphore(PARSED_AT_ONCE)
@@ -118,7 +121,7 @@ class Dispatcher:
                 asked = self._parsed(parse)
             began = time.monotonic()
             job = GenerationJob(asked.request, asked.second, id=caller.id)
-            self._await(job, caller, meanwhile=lambda: self._encode(job))
+            self._await(job, caller, meanwhile=lambda: self._encode(job, asked))
             for reply in job.made:
                 self.metrics.made(reply, time.monotonic() - began)
                 reply.warnings = merged(told, reply.warnings)
@@ -180,13 +183,14 @@ class Dispatcher:
             raise _api_error(job.error)
         meanwhile()
 
-    def _encode(self, job: GenerationJob) -> None:
+    def _encode(self, job: GenerationJob, asked: Order) -> None:
         """Encode the pictures that are made so far; the ranks make the next ones at the same time."""
 
         def encode(reply: Reply) -> None:
-            reply.encode(made_by(job.request, reply, self.config, job.second))
+            reply.infotext = infotext(asked, reply, self.config, self.hashes)
+            reply.encode(made_by(asked, reply, self.config))
 
-        side_by_side(encode, [reply for reply in job.made if reply.pictures])
+        side_by_side(encode, [reply for reply in job.made if not reply.infotext])
 
 
 def _api_error(error: JobError) -> ApiError:

@@ -309,6 +309,14 @@ class HostConfig:
         as_integer,
         least=1,
     )
+    cache_dir: str | None = _flag(
+        None,
+        _HOST,
+        "folder for what a second start need not make again: hashes of files (default: multigpu_diffusion in "
+        "the user's cache folder)",
+        as_text,
+        path=True,
+    )
     legacy_pickle: bool = _flag(
         False, _HOST, "accept and send base64(pickle), for the original project's clients"
     )

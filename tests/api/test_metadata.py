@@ -21,6 +21,8 @@ from PIL.PngImagePlugin import PngInfo
 from shared.api import media
 from shared.api.codecs import LEFT_OUT
 from shared.api.embedded import KEY, Metadata
+from shared.api.hashes import FileHashes
+from shared.api.jobs import Order
 from shared.api.media import encode_image, encode_video
 from shared.api.metadata import body_of, infotext, parse_infotext
 from shared.api.parsing import check_request
@@ -251,10 +253,11 @@ def test_schedulers_by_a1111s_names(host: DrawingHost, scheduler: Any, words: st
         assert words in (texts(files(other.generate(BODY))[0])[0] or "")
 
 
-def test_a_name_with_commas_is_quoted_as_a1111_does() -> None:
+def test_a_name_with_commas_is_quoted_as_a1111_does(tmp_path: Path) -> None:
     config = config_of(checkpoint="/models/a, b: c")
     request = check_request(BODY | {"clip_skip": 1}, config)
-    text = infotext(request, Reply([], "png", 3, 24, 16, 2), config)
+    hashes = FileHashes(tmp_path)
+    text = infotext(Order(request), Reply([], "png", 3, 24, 16, 2), config, hashes)
     assert text.endswith('Size: 24x16, Model: "a, b: c", Clip skip: 2')
     assert parse_infotext(text)["Model"] == "a, b: c"
 

@@ -103,6 +103,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "trusted_hosts": ("gpu.example,b", ("gpu.example", "b")),
     "allow_origin": ("https://app.example", ("https://app.example",)),
     "max_pixel_steps": ("1000", 1000),
+    "cache_dir": ("{f}/new", "{f}/new"),
 }
 # Flags that need others, another type or another world size beside them.
 COMPANY: dict[str, dict[str, Any]] = {

@@ -6,6 +6,7 @@ One entry a flag: `EFFECTS[flag](ground)` fails when the flag, once accepted, ch
 from __future__ import annotations
 
 import base64
+import hashlib
 import importlib
 import io
 import json
@@ -43,6 +44,7 @@ from shared.ranks.groups import World, init_world, make_groups
 from tests import tiny, tiny_extras, tiny_original
 from tests.httphost import FakeHost, asyncdiff, config_of
 from tests.pool import RankPool
+from tests.test_host import until
 from tests.test_matrix import body, psnr
 
 STEPS = 3
@@ -218,6 +220,16 @@ def _(ground: Ground) -> None:
     for allowed, status in ((False, 422), (True, 200)):
         with FakeHost(config_of(allow_lora_paths=allowed)) as host:
             assert host.post("/lora", json={"path": str(style)}).status_code == status
+
+
+@shows("cache_dir")
+def _(ground: Ground) -> None:
+    checkpoint, kept = ground.folder / "x.safetensors", ground.folder / "kept"
+    checkpoint.write_bytes(b"weights")
+    with FakeHost(config_of(checkpoint=str(checkpoint), cache_dir=str(kept))) as host:
+        host.status.ready()
+        until(lambda: (kept / "hashes.json").exists(), 10)
+    assert hashlib.sha256(b"weights").hexdigest() in (kept / "hashes.json").read_text()
 
 
 @shows("control_net")
