@@ -118,9 +118,8 @@ def _load_and_loop(
     began = time.monotonic()
     status.at(5, "importing libraries")
     from shared.api.faults import RequestError
-    from shared.pipeline.memory import freeze_heap
     from shared.ranks.channel import Channel
-    from shared.ranks.device import rank_device_info
+    from shared.ranks.device import freeze_heap, rank_device_info
     from shared.ranks.groups import init_world
     from shared.ranks.loop import RankLoop
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,8 @@ class FakeEngine:
     def __init__(self, world: World) -> None:
         self.world = world
         self.picture = 0
-        self.plan: dict[str, Any] = {"method": "fake"}
+        # A host imports what a pipeline needs only when its backend loads one.
+        self.plan: dict[str, Any] = {"method": "fake", "diffusers": "diffusers" in sys.modules}
         self.done: list[str] = []
 
     def enlarge(self, draft: Reply, second: SecondPass) -> bytes:

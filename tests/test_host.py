@@ -296,6 +296,7 @@ def test_a_load_that_fails_says_why_once(
 def test_ctrl_c_without_torchrun_exits_130(launch: Callable[..., Launch]) -> None:
     host = launch(0).ready()
     assert host.post(sleep=0.01).status_code == 200
+    assert requests.get(f"{host.url}/health", timeout=5).json()["plan"]["diffusers"] is False
     os.kill(host.process.pid, signal.SIGINT)
     assert host.process.wait(5) == 130
     assert "Traceback" not in host.log.read_text()
@@ -373,9 +374,9 @@ def test_one_stage_leaves_flags_without_effect(launch: Callable[..., Launch]) ->
 def test_help_and_usage_errors_are_instant(backend: str) -> None:
     script = str(ROOT / f"{backend}_host.py")
     for arguments, code in ((["--help"], 0), (["--bogus"], 2), (["--type=sd1"], 2)):
-        best = 9.0
-        for _ in range(3):
-            began = time.monotonic()
+        best, tries = 9.0, 0
+        while best >= 0.5 and tries < 5:  # other processes may have the cores
+            began, tries = time.monotonic(), tries + 1
             done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
             best = min(best, time.monotonic() - began)
             assert done.returncode == code

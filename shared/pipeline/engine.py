@@ -24,7 +24,6 @@ from shared.pipeline.arguments import call_arguments
 from shared.pipeline.latents import enlarged
 from shared.pipeline.lora import LoraError, LoraSet, loras_of
 from shared.pipeline.lora_by_name import RunningLoras
-from shared.pipeline.memory import freeze_heap
 from shared.pipeline.pictures import make_reply, noting_broken_pixels
 from shared.pipeline.preview import Previewer
 from shared.pipeline.prompts import EncodedPrompts
@@ -32,6 +31,7 @@ from shared.pipeline.schedule_part import part_of_schedule
 from shared.pipeline.schedulers import SchedulerError, scheduler_for_request
 from shared.pipeline.steps import StepWatch
 from shared.pipeline.warm_up import warm_up
+from shared.ranks.device import freeze_heap
 from shared.ranks.groups import World
 from shared.ranks.messages import OnStep
 

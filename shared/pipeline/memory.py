@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import logging
 from collections.abc import Sequence
@@ -172,13 +171,3 @@ def _offload_groups(pipe: Pipeline, spec: ModelSpec, device: torch.device) -> No
             module.enable_group_offload(**how)
         else:
             apply_group_offloading(module, **how)
-
-
-def freeze_heap() -> None:
-    """Free what is unused, and exclude what is in use from later garbage collections.
-
-    A full one walks every object of torch, diffusers and the model: 0.3 s, in the middle of a request.
-    """
-    gc.unfreeze()
-    gc.collect()
-    gc.freeze()

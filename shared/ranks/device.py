@@ -1,7 +1,8 @@
-"""What a rank reports of its device: memory in use and speed."""
+"""A rank's device and heap: memory in use, speed, what a garbage collection walks. Imports no diffusers."""
 
 from __future__ import annotations
 
+import gc
 import resource
 import time
 from typing import Any
@@ -59,3 +60,13 @@ def measured_speeds(world: World, group: dist.ProcessGroup, size: int = 2048) ->
     dist.all_gather(speeds, torch.tensor([mine], device=world.device), group=group)
     fastest = max(float(speed) for speed in speeds)
     return [round(float(speed) / fastest, 2) for speed in speeds]
+
+
+def freeze_heap() -> None:
+    """Free what is unused, and exclude what is in use from later garbage collections.
+
+    A full one walks every object of torch, diffusers and the model: 0.3 s, in the middle of a request.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()

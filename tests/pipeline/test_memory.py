@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -25,7 +23,6 @@ from shared.pipeline.memory import (
     MemoryFlagError,
     apply_vae_flags,
     check_memory_flags,
-    freeze_heap,
     place,
 )
 from tests import tiny
@@ -231,21 +228,3 @@ def test_offload_on_a_gpu(flag: str) -> None:
     for _ in range(2):
         assert np.abs(tiny.run(pipe, "sd1") - plain("sd1")).max() < 0.01
     assert next(pipe.unet.parameters()).device.type in ("cpu", "meta")
-
-
-def test_a_frozen_heap_still_gives_back_what_dies() -> None:
-    class Node:
-        other: Node
-
-    try:
-        one, two = Node(), Node()
-        one.other, two.other = two, one
-        alive = weakref.ref(one)
-        freeze_heap()
-        del one, two
-        gc.collect()
-        assert alive() is not None, "what is frozen is out of a collection's sight"
-        freeze_heap()
-        assert alive() is None
-    finally:
-        gc.unfreeze()
