@@ -15,6 +15,8 @@ from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
     AutoencoderKLTemporalDecoder,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -195,6 +197,27 @@ def make_flux(device: torch.device, dtype: torch.dtype) -> Any:
         tokenizer=None,
         text_encoder_2=None,
         tokenizer_2=None,
+    )
+
+
+def chroma_transformer() -> Any:
+    return ChromaTransformer2DModel(
+        in_channels=64,
+        num_layers=19,
+        num_single_layers=38,
+        attention_head_dim=128,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+    )
+
+
+def make_chroma(device: torch.device, dtype: torch.dtype) -> Any:
+    return ChromaPipeline(
+        transformer=on(device, dtype, chroma_transformer),
+        vae=on(device, dtype, lambda: vae(16, 0.3611)),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_beta_sigmas=True),
+        text_encoder=None,
+        tokenizer=None,
     )
 
 
@@ -393,6 +416,8 @@ def call_arguments(
         embeds = _embeds(device, dtype, 512, 4096, 768)
         given = {key: value for key, value in embeds.items() if not key.startswith("negative")}
         return common | given | {"guidance_scale": 3.5}
+    if name == "chroma":
+        return common | _masked(_embeds(device, dtype, 512, 4096), device)
     if name in PIXART_TOKENS:
         return (
             common
@@ -426,6 +451,7 @@ MAKERS: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
     "sd1": make_sd1,
     "sd3": make_sd3,
     "flux": make_flux,
+    "chroma": make_chroma,
     "hy": make_hy,
     "pixa": partial(make_pixart, cls=PixArtAlphaPipeline, conditions=True, scaling=0.18215),
     "pixs": make_pixart,

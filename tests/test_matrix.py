@@ -45,10 +45,11 @@ SETTINGS: dict[str, Callable[[str], Flags]] = {
 }
 UNCHANGED = {"compile_unet"}  # same picture, made otherwise
 # The second plan of a host whose methods differ in more than the warm-up steps, for a cell with these flags.
-OTHERWISE: dict[str, Callable[[Flags], Flags]] = {
-    "xdit": lambda flags: (
+OTHERWISE: dict[str, Callable[[str, Flags], Flags]] = {
+    "xdit": lambda name, flags: (
         {"ring_degree": 2}
         if {"control_net", "ip_adapter", "compile_unet"} & set(flags)
+        or BACKENDS["xdit"].refusal(MODELS[name], "pipefusion_parallel_degree")
         else {"pipefusion_parallel_degree": 2}
     )
 }
@@ -131,7 +132,7 @@ def run_cell(
     plain_engine = PipelineEngine(engine.pipe, config, world)
     plain = latents(plain_engine)
     assert repr(getattr(engine.pipe, config.spec.denoiser)) == text
-    fast = replace(config, warm_up_steps=1, **OTHERWISE.get(backend, lambda flags: {})(flags))
+    fast = replace(config, warm_up_steps=1, **OTHERWISE.get(backend, lambda name, flags: {})(name, flags))
     if backend in OTHERWISE:
         stale_engine = host.build_engine(fast, world)
     else:

@@ -282,6 +282,20 @@ def make_flux() -> Any:
     )  # fmt: skip
 
 
+def make_chroma() -> Any:
+    # As FLUX's; approximator_num_channels is four times the 16 that its timestep embeddings have.
+    denoiser = seeded(14, lambda: diffusers.ChromaTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=2, num_single_layers=4, attention_head_dim=16,
+        num_attention_heads=4, joint_attention_dim=32, axes_dims_rope=(4, 6, 6), approximator_num_channels=64,
+        approximator_hidden_dim=32, approximator_layers=2,
+    ))  # fmt: skip
+    return diffusers.ChromaPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, use_beta_sigmas=True),
+        vae=vae(4, scaling=0.3611, shift=0.1159), text_encoder=t5_text(), tokenizer=t5_tokenizer(),
+        transformer=denoiser, image_encoder=None, feature_extractor=None,
+    )  # fmt: skip
+
+
 def make_hy() -> Any:
     bert = seeded(10, lambda: transformers.BertModel(transformers.BertConfig(
         vocab_size=5 + 2 * len(ASCII), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -320,7 +334,8 @@ def make_pixart(pipeline: Any, tokens: int, seed: int) -> Any:
 
 BUILDERS: dict[str, Callable[[], Any]] = {
     "ad": make_ad, "sd1": make_sd1, "sd2": make_sd2, "sdxl": make_sdxl, "sd3": make_sd3, "sdup": make_sdup,
-    "svd": make_svd, "flux": make_flux, "hy": make_hy,
+    "svd": make_svd, "flux": make_flux, "chroma": make_chroma,
+    "hy": make_hy,
     "pixa": lambda: make_pixart(diffusers.PixArtAlphaPipeline, 120, 12),
     "pixs": lambda: make_pixart(diffusers.PixArtSigmaPipeline, 300, 13),
 }  # fmt: skip
@@ -386,7 +401,7 @@ def call_args(
         args |= {"use_resolution_binning": False}
     if name in ("pixa", "pixs"):
         args |= {"clean_caption": False}
-    if name in ("sd3", "flux"):
+    if name in ("sd3", "flux", "chroma"):
         args |= {"max_sequence_length": 32}
     return args
 

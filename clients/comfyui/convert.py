@@ -28,7 +28,9 @@ FAMILIES = {
     "hy": (0.13025, 0.0),
     "sd3": (1.5305, 0.0609),
     "flux": (0.3611, 0.1159),
+    "chroma": (0.3611, 0.1159),
 }
+PACKED = frozenset({"chroma", "flux"})  # types whose latents are rows of 2 x 2 patches
 POOLED = frozenset({"sdxl", "sd3", "flux"})  # types whose embeddings come with pooled ones
 _PLAIN_CONDITIONING = frozenset({"pooled_output"})
 
@@ -80,7 +82,7 @@ def latent_to_host(samples: torch.Tensor, type: str) -> str:
     """Samples [1, channels, h, w] as a host's `latent`."""
     scale, shift = FAMILIES[type]
     latent = (samples.float() - (0.0 if is_empty(samples) else shift)) * scale
-    if type == "flux":  # 2x2 patches in a row: [1, h/2 * w/2, channels * 4]
+    if type in PACKED:  # [1, h/2 * w/2, channels * 4]
         n, c, h, w = latent.shape
         latent = latent.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
         latent = latent.reshape(n, (h // 2) * (w // 2), c * 4)
@@ -93,7 +95,7 @@ def latent_from_host(given: str | list[str], type: str, width: int, height: int)
         return torch.cat([latent_from_host(one, type, width, height) for one in given])
     scale, shift = FAMILIES[type]
     latent = safetensors.torch.load(base64.b64decode(given))["latent"].float()
-    if type == "flux":
+    if type in PACKED:
         h, w = height // LATENT_FACTOR, width // LATENT_FACTOR
         n, c = latent.shape[0], latent.shape[2] // 4
         latent = latent.view(n, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)

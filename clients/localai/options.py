@@ -20,6 +20,7 @@ PIPELINES = {
     "StableVideoDiffusionPipeline": "svd",
     "AnimateDiffPipeline": "ad",
     "FluxPipeline": "flux",
+    "ChromaPipeline": "chroma",
     "HunyuanDiTPipeline": "hy",
     "PixArtAlphaPipeline": "pixa",
     "PixArtSigmaPipeline": "pixs",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
-from shared.models import flux, hunyuan, pixart, sd, sd3
+from shared.models import chroma, flux, hunyuan, pixart, sd, sd3
 from shared.models.files import INPUTS, PARTS, VAE_PREFIXES, FileKind
 from shared.models.schedulers import (
     EDM_CLASSES,
@@ -52,7 +52,14 @@ __all__ = [
 ]
 
 # A file that matches several kinds belongs to the first family; SD3's marks match the most.
-FAMILIES: tuple[Family, ...] = (sd.FAMILY, flux.FAMILY, sd3.FAMILY, hunyuan.FAMILY, pixart.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    sd.FAMILY,
+    chroma.FAMILY,
+    flux.FAMILY,
+    sd3.FAMILY,
+    hunyuan.FAMILY,
+    pixart.FAMILY,
+)
 
 
 def _collected(rows: tuple[ModelSpec, ...]) -> dict[str, ModelSpec]:

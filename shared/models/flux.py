@@ -55,7 +55,6 @@ TOKENS = replace(
 )
 
 FILES = (
-    FileKind("Chroma", marks=("distilled_guidance_layer.",), hint="no type here loads it"),
     FileKind("FLUX.2", marks=("double_stream_modulation_img.", "single_stream_modulation."),
              hint="no type here loads it"),
     FileKind("FLUX.1", "flux", ("double_blocks.0.img_attn.", "single_transformer_blocks.0.")),
@@ -113,7 +112,6 @@ FAMILY = Family(
             "FluxFillPipeline": "FLUX.1 Fill",
             "FluxControlPipeline": "FLUX.1 Canny or Depth",
             "Flux2Pipeline": "FLUX.2",
-            "ChromaPipeline": "Chroma",
         }
     ),
 )

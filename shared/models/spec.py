@@ -81,7 +81,7 @@ class ModelSpec:
 
     @property
     def guidance_branches(self) -> int:
-        """How many guidance branches one call of the denoiser computes."""
+        """How many guidance branches one step computes."""
         return 2 if self.tokens is None else self.tokens.branches
 
     @property

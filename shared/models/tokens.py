@@ -74,6 +74,8 @@ class TokenPlan:
     """The last module that has tokens, [batch, picture's tokens, channels]; None: residuals stay in parts."""
     guidance: Literal["batch", "calls", "embedded"] = "batch"
     """Both guidance branches in one batch, each in a call of its own, or the scale as an input."""
+    scale: str = "guidance_scale"
+    """The pipeline's argument that turns guidance in two calls on where it is above 1."""
     flow: bool = False
     """Whether it predicts flow: noise less picture."""
     packed: bool = False
@@ -91,5 +93,5 @@ class TokenPlan:
 
     @property
     def branches(self) -> int:
-        """Guidance branches in one call: 1 or 2."""
-        return 2 if self.guidance == "batch" else 1
+        """Guidance branches of one step, in one call or in two: 1 or 2."""
+        return 1 if self.guidance == "embedded" else 2

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from shared.parallel.exchange import Ranks, all_gather
 from shared.parallel.method import Part
+from shared.parallel.shapes import Latest
 from shared.parallel.surgery import Forward, Surgery
 
 BATCH = 2
@@ -156,6 +157,71 @@ class HybridSplit(CfgSplit):
 
     def _completed(self, leaf: Any, kept: Iterator[torch.Tensor]) -> Any:
         return torch.cat([leaf - next(kept), leaf]) if isinstance(leaf, torch.Tensor) else leaf
+
+
+class CallsSplit(Part):
+    """The two guidance branches of a step, each a call of its own, on two ranks.
+
+    Each rank computes one of the two calls. The first call's answer on the other rank is filled in during the
+    second, so a pipeline may only cut it until then, which all of diffusers' do. The first step of a size
+    computes both calls on both ranks: it shows what a call returns.
+
+    Args:
+        module: the denoiser; overridden after all others, and closed before them.
+        group: two ranks.
+
+    Raises:
+        ValueError: the group is not one of two ranks.
+    """
+
+    def __init__(self, module: nn.Module, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        ranks = Ranks.of(group)
+        if ranks.size != BATCH:
+            raise ValueError(f"CFG split needs a group of 2 ranks; got {ranks.size}")
+        self.group, self.branch = group, ranks.rank
+        self.guided = False
+        """Whether the generation makes two calls a step; set after ``begin``."""
+        self._call, self._divided = 0, False
+        self._first: list[torch.Tensor] = []
+        self._shapes: Latest[list[torch.Tensor]] = Latest(8)
+        self.held.enter_context(Surgery()).override(module, self._one)
+
+    def begin(self, steps: int) -> None:
+        super().begin(steps)
+        self.guided, self._call = False, 0
+
+    def _one(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        if not self.guided:
+            return original(*args, **kwargs)
+        number, self._call = self._call, 1 - self._call
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        shape = tensors[0].shape, tensors[0].dtype
+        if number == 0:
+            self._divided = self._shapes.get(shape) is not None
+        if not self._divided:
+            answer = original(*args, **kwargs)
+            if self._shapes.get(shape) is None:
+                self._shapes.put(shape, [torch.empty_like(x, device="meta") for x in tree_leaves(answer)])
+            return answer
+        if number == 0:
+            if self.branch == 0:
+                answer = original(*args, **kwargs)
+            else:
+                answer = tuple(
+                    torch.empty_like(x, device=tensors[0].device) for x in self._shapes.get(shape) or ()
+                )
+            self._first = tree_leaves(answer)
+            return answer
+        own = tree_leaves(original(*args, **kwargs)) if self.branch == 1 else self._first
+        second = []
+        for mine, first in zip(own, self._first, strict=True):
+            both = all_gather(mine, self.group).chunk(BATCH)
+            if self.branch == 1:
+                first.copy_(both[0])
+            second.append(both[1])
+        self._first = []
+        return tuple(second)
 
 
 def _guided(args: tuple, kwargs: dict) -> bool:

@@ -16,6 +16,7 @@ from shared.api.faults import RequestError
 from shared.api.parsing import STRENGTH, check_request, parse_request
 from shared.api.replies import Reply
 from shared.api.requests import COMMON_FIELDS, GenerateRequest
+from shared.backends import BACKENDS
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
 from tests.httphost import config_of, picture
@@ -93,7 +94,7 @@ def root(field: str, data: dict[str, Any]) -> str:
 @example({"add_noise": True, "strength": []}, "ad")
 def test_every_fault_is_named(data: dict[str, Any], type: str) -> None:
     """What is refused alone is refused, by the same name, among others."""
-    backend = "xdit" if type in ("flux", "hy", "pixa", "pixs") else "asyncdiff"
+    backend = "asyncdiff" if type in BACKENDS["asyncdiff"].types else "xdit"
     config = config_of(type, backend=backend, max_pixel_steps=10**15)
     try:
         parse(data, config)

@@ -45,6 +45,7 @@ def test_the_choices_are_the_registrys(comfy: ComfyUI) -> None:
         n for n, s in MODELS.items() if s.output == "image" and s.image == "none"
     }
     assert {n for n, s in MODELS.items() if s.pooled_embeds} == comfy.pack["convert"].POOLED
+    assert {n for n, s in MODELS.items() if s.packed} == comfy.pack["convert"].PACKED
     assert len(choices.SCHEDULERS) == len(set(choices.SCHEDULERS)) and set(SCHEDULERS) <= set(
         choices.SCHEDULERS
     )

@@ -77,6 +77,7 @@ def test_every_plan_is_found_by_its_class() -> None:
     ("name", "expected"),
     [
         ("flux", {"branches": 1, "flow": True, "packed": True, "joined": ("text", "picture")}),
+        ("chroma", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("sd3", {"branches": 2, "flow": True, "packed": False, "joined": ("picture", "text")}),
         ("hy", {"branches": 2, "flow": False, "packed": False, "joined": ("picture",)}),
         ("pixs", {"branches": 2, "flow": False, "packed": False, "joined": ("picture",)}),

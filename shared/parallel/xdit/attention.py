@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
+from torch.nn import functional as F
 
 # torch 2.13 gave it this name and warns at the one that older releases know.
 _all_gather = getattr(functional, "all_gather_single_coalesced", functional.all_gather_into_tensor_coalesced)
@@ -132,6 +133,7 @@ def ring(
     common_value: torch.Tensor | None,
     group: dist.ProcessGroup,
     backend: str,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """This rank's queries over the keys and values of all ranks, gathered at once.
 
@@ -144,7 +146,8 @@ def ring(
         values: of the same tokens, in pieces; as the key, or in flight as [batch, tokens, heads * channels].
         common_key, common_value: of tokens that every rank has, [batch, heads, tokens, channels].
         group: the ranks that share the sequence.
-        backend: name of xfuser's attention backend.
+        backend: name of xfuser's attention backend; torch's is taken with a mask.
+        mask: as torch's attention takes it; its keys are the gathered ones, rank by rank, then the common.
 
     Returns:
         [batch, heads, the query's tokens, channels].
@@ -160,6 +163,8 @@ def ring(
     k, v = (joined(x).transpose(1, 2) for x in (keys, gathered))
     if common_key is not None and common_value is not None:
         k, v = torch.cat([k, common_key], 2), torch.cat([v, common_value], 2)
+    if mask is not None:
+        return token_major(F.scaled_dot_product_attention(query, k, v, attn_mask=mask))
     return token_major(_attention(query, k, v, backend))
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from shared.models import Cache, TokenPlan, token_plan
-from shared.parallel.cfg_split import CfgSplit
+from shared.parallel.cfg_split import CallsSplit, CfgSplit
 from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.exchange import Ranks
 from shared.parallel.graphs import Graphs
-from shared.parallel.method import Method, control_nets
+from shared.parallel.method import Method, Watch, control_nets
 from shared.parallel.pipeline import Pipeline, model_of
 from shared.parallel.surgery import Surgery
 from shared.parallel.tensor_parallel import TensorParallel
@@ -78,6 +78,7 @@ class XDiT(Method):
         # Which blocks a cache computes is decided by numbers, which a captured graph cannot do.
         self._graphs = Graphs(cuda_graph and cache is None)
         self.cache: StepCache | None = None
+        self._calls: CallsSplit | None = None
         self.decodes_together = parallel_vae and degrees.world > degrees.data
         """Whether all ranks must decode, as each decodes a patch."""
         try:
@@ -109,7 +110,10 @@ class XDiT(Method):
                 surgery.override(model, self._graphs.around(index))
         if degrees.cfg == 2:
             pair = Ranks.of(groups.branches)
-            held.enter_context(CfgSplit([self.transformer], pair.group, pair.rank, local=nets))
+            if self.tokens.guidance == "calls":
+                self._calls = held.enter_context(CallsSplit(self.transformer, pair.group))
+            else:
+                held.enter_context(CfgSplit([self.transformer], pair.group, pair.rank, local=nets))
         if self.decodes_together:
             held.enter_context(PatchDecoder(self.pipeline.vae, groups.replica))
 
@@ -138,6 +142,13 @@ class XDiT(Method):
         super().begin(steps)
         if self.cache is not None:
             self.cache.begin(steps)
+        if self._calls is not None:
+            self._calls.begin(steps)
+
+    def run(self, arguments: dict[str, Any], watch: Watch) -> Any:
+        if self._calls is not None:
+            self._calls.guided = arguments.get(self.tokens.scale, 0.0) > 1
+        return super().run(arguments, watch)
 
     def reset(self) -> None:
         """Forget captured graphs: scales of adapters are numbers inside them."""

@@ -185,22 +185,26 @@ class SequenceParallel:
                     query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **others
                 )
             self._answered = True
-            if attn_mask is not None:
-                raise ValueError("sequence parallelism does not support masked self-attention")
             # xfuser's own attention may be torch's too.
             self._inside = False
-            answer = self._shared(query, key, value)
+            answer = self._shared(query, key, value, attn_mask)
             self._inside = True
             return answer
 
         return attend
 
-    def _shared(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _shared(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """Attention over all ranks' tokens; [batch, heads, tokens, channels]."""
         group, backend, runs = self.shares.group, self.backend, self._runs(query.shape[2])
         # Keys behind the tokens (an IP-Adapter's) are the same on every rank.
         further = key.shape[2] - query.shape[2]
         (k, common_k), (v, common_v) = (_sort(x, [*runs, (further, False)], 2) for x in (key, value))
+        if mask is not None:
+            # xfuser's attentions take no mask: torch's does, over all keys.
+            part = self._masked(mask, runs, further)
+            return ring(query, k, self._in_order(v), common_k, common_v, group, backend, part)
         if self.by == "ring":
             return ring(query, k, self._in_order(v), common_k, common_v, group, backend)
         q, common_q = _sort(query, runs, 2)
@@ -216,6 +220,22 @@ class SequenceParallel:
             pieces.append(answer.narrow(2, at[is_own], length))
             at[is_own] += length
         return token_major(torch.cat(pieces, 2))
+
+    def _masked(self, mask: torch.Tensor, runs: list[tuple[int, bool]], further: int) -> torch.Tensor:
+        """A mask of the whole sequence [batch, heads or 1, queries or 1, keys] for this rank's queries, its
+        keys in the order in which `ring` has them: each rank's own, then what every rank has."""
+        ranks, rank = self.shares.ranks, self.shares.rank
+        whole = [length * ranks if own else length for length, own in runs]
+        if mask.shape[-1] != sum(whole) + further or mask.shape[-2] not in (1, sum(whole)):
+            raise ValueError(f"a mask of shape {list(mask.shape)} for a sequence of {sum(whole)} tokens")
+        columns = mask.split([*whole, further], -1)
+        own = [c for c, (_, mine) in zip(columns, runs, strict=False) if mine]
+        common = [c for c, (_, mine) in zip(columns, [*runs, (further, False)], strict=True) if not mine]
+        mask = torch.cat([*(c.chunk(ranks, -1)[r] for r in range(ranks) for c in own), *common], -1)
+        if mask.shape[-2] == 1:
+            return mask
+        rows = zip(mask.split(whole, -2), runs, strict=True)
+        return torch.cat([row.chunk(ranks, -2)[rank] if mine else row for row, (_, mine) in rows], -2)
 
     def _in_order(self, value: torch.Tensor) -> list[torch.Tensor | Gathering]:
         """This rank's values [batch, heads, tokens, channels]; those sent before as their gathering."""

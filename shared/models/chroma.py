@@ -1,0 +1,70 @@
+"""Chroma: FLUX's blocks without guidance embedding, with T5 alone and true guidance."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from shared.models.files import FileKind
+from shared.models.spec import (
+    EMBEDS,
+    LORA,
+    NO_COMPEL,
+    NO_CONTROL,
+    NO_IP,
+    NO_MOTION,
+    PARTIAL,
+    PROMPTS,
+    SIZE,
+    Family,
+    ModelSpec,
+    refusals,
+)
+from shared.models.tokens import Site, TokenPlan
+
+TOKENS = TokenPlan(
+    name="ChromaTransformer2DModel",
+    title="Chroma",
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    attention=("attn",),
+    picture=(Site("x_embedder", "input"),),
+    text=(Site("context_embedder", "input", of=("text",)),),
+    positions=(Site("pos_embed", "input", dim=0, of=("text", "picture")),),
+    joined=("text", "picture"),
+    guidance="calls",
+    flow=True,
+    packed=True,
+)
+
+FAMILY = Family(
+    rows=(
+        ModelSpec(
+            name="chroma",
+            title="Chroma1",
+            pipeline="ChromaPipeline",
+            image_pipeline="ChromaImg2ImgPipeline",
+            denoiser="transformer",
+            tokens=TOKENS,
+            output="image",
+            width=1024,
+            height=1024,
+            steps=35,
+            cfg=5.0,
+            size_multiple=16,
+            text_encoders=("text_encoder",),
+            tokenizers=("tokenizer",),
+            sized_tokenizers=("tokenizer",),
+            most_tokens=512,
+            embeds_setting="joint_attention_dim",
+            embeds_mask=True,
+            kept=("proj_out", "x_embedder", "context_embedder", "norm_out*", "distilled_guidance_layer*"),
+            scheduler_family="flow_flux",
+            single_file_config="chroma",
+            single_file_encoders=MappingProxyType({"text_encoder": "text_encoders.t5xxl.transformer."}),
+            fields=PROMPTS | EMBEDS | SIZE | PARTIAL | LORA | {"sigmas", "latent"},
+            refuses=refusals(
+                NO_MOTION, {"control_net": NO_CONTROL, "ip_adapter": NO_IP, "compel": NO_COMPEL}
+            ),
+        ),
+    ),
+    files=(FileKind("Chroma", "chroma", ("distilled_guidance_layer.",)),),
+)
