@@ -15,6 +15,7 @@ from shared.api.faults import FieldProblem
 from shared.api.operations import Operation
 from shared.api.replies import Reply
 from shared.api.requests import GenerateRequest
+from shared.api.retouch import Retouched
 from shared.api.warned import merged
 
 
@@ -59,10 +60,15 @@ def _work(request: GenerateRequest) -> float:
 
 @dataclass(frozen=True)
 class Order:
-    """What a client asks for: pictures of `request`; where they take two passes, `second` says the other."""
+    """What a client asks for: pictures of `request`; where they take two passes, `second` says the other.
+
+    Attributes:
+        retouched: where the request's picture is not the client's own.
+    """
 
     request: GenerateRequest
     second: SecondPass | None = None
+    retouched: Retouched | None = None
 
     @property
     def last(self) -> GenerateRequest:

@@ -30,9 +30,14 @@ VIDEO_FILES = ("mp4", "webp", "gif")  # that hold all frames
 SHORTEST_GIF = 20  # milliseconds a frame
 
 
+def open_image(data: bytes) -> Image.Image:
+    """Encoded picture -> upright by its EXIF tag, with 8 bits a channel, in its own mode."""
+    return _eight_bits(_upright(Image.open(io.BytesIO(data))))
+
+
 def decode_image(data: bytes, percent: float | None = None) -> Image.Image:
     """Encoded picture -> RGB, upright by its EXIF tag, resized to `percent` of its size where given."""
-    image = _eight_bits(_upright(Image.open(io.BytesIO(data)))).convert("RGB")
+    image = open_image(data).convert("RGB")
     if percent is None or percent == 100:
         return image
     size = tuple(max(1, round(side * percent / 100)) for side in image.size)

@@ -41,7 +41,9 @@ def made_by(order: Order, reply: Reply, config: HostConfig) -> Metadata | None:
     """
     if order.request.metadata is False or reply.format not in _FORMATS:
         return None
-    made = Metadata(reply.infotext, json.dumps(body_of(order.last, reply.seed, config)))
+    # Of a picture that was prepared or is pasted into another one no body of /generate gives it again.
+    body = "" if order.retouched else json.dumps(body_of(order.last, reply.seed, config))
+    made = Metadata(reply.infotext, body)
     if reply.format != "jpeg":
         return made
     for left in (made, replace(made, body="")):
@@ -125,6 +127,8 @@ def infotext(order: Order, reply: Reply, config: HostConfig, hashes: FileHashes)
             "Hires steps": second.request.steps,
             "Hires upscaler": second.upscaler,
         }
+    if order.retouched is not None:
+        told |= order.retouched.told
     told["Lora hashes"] = _lora_hashes(order.last, config, hashes)
     return _infotext(f"{request.positive or ''}{networks}", request.negative or "", told)
 

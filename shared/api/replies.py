@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -77,6 +77,12 @@ class Reply:
     fps: int | None = None  # of a video, whose frames the pictures are
     warnings: list[str] = field(default_factory=list)  # by `shared.api.warned.warn`
     infotext: str = ""  # how it was made, in A1111's words; filled in by whoever answers
+
+    def paste(self, call: Callable[[Image.Image], Image.Image]) -> None:
+        """Have the pictures, which are not encoded yet, put into larger ones."""
+        self.pictures = [call(picture) for picture in self.pictures]
+        for picture in self.pictures[:1]:
+            self.width, self.height = picture.size
 
     def encode(self, metadata: Metadata | None = None) -> None:
         """Fill `output` from `pictures`; the seconds that it takes count as decoding."""

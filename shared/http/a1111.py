@@ -7,7 +7,6 @@ type takes. What cannot be done is refused in words, never done in another way.
 from __future__ import annotations
 
 import json
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,44 +14,31 @@ from typing import Any
 
 from flask import Response, jsonify
 
-from shared.api.a1111_prompts import NotationError, take_networks
-from shared.api.a1111_samplers import AUTOMATIC, SCHEDULES, samplers_for, scheduler_for, taken_variant
-from shared.api.codecs import MAX_SIDE
-from shared.api.faults import FieldProblem, RequestError, all_faults
+from shared.api.a1111_samplers import AUTOMATIC, SCHEDULES, samplers_for, taken_variant
+from shared.api.faults import all_faults
 from shared.api.jobs import Order
 from shared.api.metadata import png_info
 from shared.api.parsing import check_request
 from shared.api.replies import Reply
-from shared.api.requests import MAX_PICTURES, GenerateRequest
-from shared.api.warned import merged, warn, with_warnings
+from shared.api.requests import GenerateRequest
+from shared.api.retouch import Retouched
+from shared.api.warned import merged, with_warnings
 from shared.http import a1111_hires as hires
-from shared.http.a1111_options import check_options, is_img2img
+from shared.http.a1111_request import OURS, check_model, translate
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.incoming import caller, check_json_type, json_body
 from shared.http.routes import App, Route, picture_route
 from shared.http.wsgi import MAX_BODY
 from shared.launch.flags import HostConfig
-from shared.launch.wording import shown
 
 PREFIX = "/sdapi/"
-IMG2IMG_STRENGTH = 0.75  # A1111's default
-_OURS = {
-    "prompt": "positive",
-    "negative_prompt": "negative",
-    "steps": "steps",
-    "cfg_scale": "cfg",
-    "seed": "seed",
-    "width": "width",
-    "height": "height",
-}
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {
+_THEIRS = {ours: theirs for theirs, ours in OURS.items()} | {
     "image": "init_images",
     "strength": "denoising_strength",
     "control_image": "alwayson_scripts.ControlNet.image",
     "controlnet_scale": "alwayson_scripts.ControlNet.weight",
 }
-_WHOLE = frozenset({"steps", "seed", "width", "height"})
-
+_LARGE = ("init_images", "mask", "alwayson_scripts")  # are not told again
 
 _LISTS = {
     "sd-models": "the checkpoint, as a list",
@@ -118,7 +104,7 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
     def a1111_set_options() -> Response:
         check_json_type()
         wanted = json_body().get("sd_model_checkpoint")
-        _check_model(wanted, name)
+        check_model(wanted, name)
         return jsonify(None)
 
     @app.serve("GET", "/sdapi/v1/progress", Route("A1111: progress and jobs"))
@@ -162,18 +148,6 @@ def _scheduler_entry(label: str, rho: float) -> dict[str, Any]:
     }
 
 
-_TITLE = re.compile(
-    r"(\.safetensors|\.sft|\.ckpt)?( \[[0-9a-f]+\])?$"
-)  # what A1111 writes behind a model's name
-
-
-def _check_model(wanted: Any, name: str) -> None:
-    """Raise ApiError 422 for another checkpoint than the launch's, by its name or by A1111's title of it."""
-    title = _TITLE.sub("", wanted, count=1) if isinstance(wanted, str) else wanted
-    if name not in (wanted, title) and wanted not in (None, ""):
-        raise ApiError(422, f"this host has only the checkpoint {name!r}; got {shown(wanted)}")
-
-
 def _progress(dispatcher: Dispatcher) -> dict[str, Any]:
     job = dispatcher.queue.generation
     waiting = len(dispatcher.queue)
@@ -210,17 +184,22 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
     check_json_type()
     config = dispatcher.config
 
-    def check(options: dict[str, Any], more: dict[str, Any]) -> GenerateRequest:
-        return check_request(translate(options, config, samplers, with_image) | more, config)
-
     def parse() -> _Asked:
+        retouched: Retouched | None = None
+
+        def check(options: dict[str, Any], more: dict[str, Any]) -> GenerateRequest:
+            nonlocal retouched
+            made = translate(options, config, samplers, with_image)
+            retouched = made.retouched
+            return check_request(made.data | more, config)
+
         options = json_body()
         if with_image or not hires.is_asked(options):
-            return _Asked(check(options, {}), options=options)
-        return _Asked(*hires.two_passes(options, config, check), options=options)
+            return _Asked(check(options, {}), None, retouched, options)
+        return _Asked(*hires.two_passes(options, config, check), retouched, options)
 
     asked, replies = dispatcher.run(caller(), parse)
-    told = {k: v for k, v in asked.options.items() if k not in ("init_images", "alwayson_scripts")}
+    told = {k: v for k, v in asked.options.items() if k not in _LARGE}
     info = _info(asked, replies, config) | {"infotexts": [reply.infotext for reply in replies]}
     body = {
         "images": [reply.answer()["output"] for reply in replies],
@@ -231,9 +210,10 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
 
 
 def _info(asked: _Asked, replies: list[Reply], config: HostConfig) -> dict[str, Any]:
-    """What A1111 tells of its pictures; with the hires fix, size and steps are the first pass'."""
+    """What A1111 tells of its pictures; the size is the painted one, with the hires fix the first pass'."""
     options = asked.options
-    first = replies[0] if asked.second is None else asked.request
+    pasted = asked.retouched is not None and asked.retouched.paste is not None
+    first = asked.request if pasted or asked.second is not None else replies[0]
     prompt, negative = str(options.get("prompt") or ""), str(options.get("negative_prompt") or "")
     sampler = str(options.get("sampler_name") or options.get("sampler_index") or AUTOMATIC)
     cfg = options.get("cfg_scale") or config.spec.cfg
@@ -254,100 +234,3 @@ def _info(asked: _Asked, replies: list[Reply], config: HostConfig) -> dict[str, 
         "sd_model_name": config.model_id,
         "index_of_first_image": 0,
     }
-
-
-def translate(
-    asked: dict[str, Any], config: HostConfig, samplers: dict[str, str], with_image: bool
-) -> dict[str, Any]:
-    """A1111's keys -> a body of POST /generate.
-
-    Raises:
-        ApiError, RequestError: 422 where this host cannot serve what was asked.
-    """
-    spec, problems = config.spec, []
-    overrides = asked.get("override_settings")
-    overrides = overrides if isinstance(overrides, dict) else {}
-    _check_model(overrides.get("sd_model_checkpoint"), config.model_id)
-    data = {
-        ours: _number(theirs, asked[theirs])
-        for theirs, ours in _OURS.items()
-        if asked.get(theirs) is not None
-    }
-    problems += _notation(data, bool(asked.get("disable_extra_networks")))
-    if spec.output == "video":
-        data["output_format"] = "gif"
-    if overrides.get("enable_pnginfo") is False:
-        data["metadata"] = False
-    for side in ("width", "height"):
-        if side not in spec.fields:
-            data.pop(side, None)
-        elif isinstance(value := data.get(side), int) and abs(value) <= MAX_SIDE:
-            data[side] = hires.rounded(value, spec.size_multiple)
-    skip = _number("steps", overrides.get("CLIP_stop_at_last_layers", asked.get("clip_skip")))
-    if isinstance(skip, int) and skip > 1 and "clip_skip" in spec.fields:
-        data["clip_skip"] = skip - 1  # theirs counts the last layer as 1
-    scheduler, problem = scheduler_for(asked, samplers)
-    if scheduler:
-        data["scheduler"] = scheduler
-    if problem:
-        problems.append(problem)
-    if with_image:
-        images = asked.get("init_images")
-        if not isinstance(images, list) or len(images) != 1:
-            found = len(images) if isinstance(images, list) else "none"
-            problems.append(FieldProblem("init_images", f"must hold one picture, got {found}"))
-        else:
-            data["image"] = images[0]
-        strength = asked.get("denoising_strength")
-        if is_img2img(spec):
-            data["strength"] = IMG2IMG_STRENGTH if strength is None else strength
-        elif strength is not None:
-            warn(f"denoising_strength: type {spec.name} ({spec.title}) ignores it with a picture; left out")
-    more, faults = check_options(asked, config, with_image)
-    data |= more
-    problems += faults
-    counts = [_number("steps", asked.get(key) or 1) for key in ("batch_size", "n_iter")]
-    pictures = 1
-    for key, count in zip(("batch_size", "n_iter"), counts, strict=True):
-        if not isinstance(count, int) or not 1 <= count <= MAX_PICTURES:
-            problems.append(FieldProblem(key, f"must be 1 to {MAX_PICTURES}, got {shown(count)}"))
-        else:
-            pictures *= count
-    if pictures > MAX_PICTURES:
-        problems.append(
-            FieldProblem("n_iter", f"times batch_size must be at most {MAX_PICTURES}, got {pictures}")
-        )
-    if problems:
-        raise RequestError(422, problems)
-    data["pictures"] = pictures
-    return data
-
-
-def _number(key: str, value: Any) -> Any:
-    """A number as the field takes it: clients send 20.0 for a whole number."""
-    if key in _WHOLE and isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
-
-
-def _notation(data: dict[str, Any], without_loras: bool) -> list[FieldProblem]:
-    """Mark the prompts as A1111's and take the LoRAs out of them; what cannot be read."""
-    problems = []
-    for theirs, ours in (("prompt", "positive"), ("negative_prompt", "negative")):
-        if not isinstance(text := data.get(ours), str) or not text:
-            continue
-        try:
-            taken = take_networks(text)
-        except NotationError as error:
-            problems.append(FieldProblem(theirs, str(error)))
-            continue
-        data[ours], data["prompt_syntax"] = taken.text, "a1111"
-        if without_loras:
-            continue
-        if taken.loras and ours == "positive":
-            data["lora_scales"] = taken.loras
-        elif taken.loras:
-            warn(f"{theirs}: LoRAs are read only in the prompt; left out: {', '.join(taken.loras)}")
-        for scale in taken.left_out:
-            warn(f"{theirs}: a LoRA takes only one scale; left out: {scale}")
-    return problems

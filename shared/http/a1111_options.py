@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shared.api.faults import FieldProblem
+from shared.api.retouch import CROP, FILL, JUST_RESIZE
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
-from shared.models import ModelSpec
 
 # Option -> the values that mean nothing, beside those of `is_nothing`.
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -34,24 +35,12 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "s_tmax": (),
     "s_min_uncond": (),
     "s_noise": (1,),
-    "mask": (),
     "latent_mask": (),
 }
 OF_IMAGES: dict[str, tuple[Any, ...]] = {
     "enable_hr": (),
-    "resize_mode": (),
     "initial_noise_multiplier": (1,),
     "image_cfg_scale": (1, 1.5),  # which only InstructPix2Pix reads
-}
-# They do nothing without a mask.
-OF_MASKS: dict[str, tuple[Any, ...]] = {
-    "mask_blur": (),
-    "mask_blur_x": (),
-    "mask_blur_y": (),
-    "inpainting_fill": (1,),
-    "inpaint_full_res": (),
-    "inpaint_full_res_padding": (),
-    "inpainting_mask_invert": (),
 }
 OVERRIDES: dict[str, tuple[Any, ...]] = {
     "eta_noise_seed_delta": (),
@@ -97,17 +86,37 @@ _UNIT: dict[str, tuple[Any, ...]] = {
     "guidance_start": (),
     "guidance_end": (1,),
     "control_mode": ("Balanced",),
-    "resize_mode": (1, "Just Resize", "Crop and Resize"),
     "mask": (),
     "mask_image": (),
     "effective_region_mask": (),
     "hr_option": ("Both",),
     "union_control_type": ("Unknown",),
+    "inpaint_crop_input_image": (),
 }
+# Of the control image, and what each is in shared.api.retouch.
+RESIZE_MODES: dict[Any, int] = {
+    0: JUST_RESIZE, 1: CROP, 2: FILL,
+    "Just Resize": JUST_RESIZE, "Crop and Resize": CROP, "Resize and Fill": FILL,
+}  # fmt: skip
 _CONTROL_NET = "controlnet"
 _HASH = re.compile(r"\s*\[[^\]]*\]$")  # "name [a1b2c3d4]"
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 _NOTHING = ("none", "automatic")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What A1111's options mean here.
+
+    Attributes:
+        data: what they add to a body of POST /generate.
+        problems: the faults of those that are not served.
+        control_mode: how the control image is resized, as shared.api.retouch has it.
+    """
+
+    data: dict[str, Any]
+    problems: list[FieldProblem]
+    control_mode: int = JUST_RESIZE
 
 
 def is_nothing(value: Any, more: tuple[Any, ...] = ()) -> bool:
@@ -140,12 +149,9 @@ def _is_on(unit: dict[str, Any]) -> bool:
     return bool(unit) and not any(unit.get(key) is False for key in ("enabled", "enable", "is_enabled"))
 
 
-def check_options(
-    asked: dict[str, Any], config: HostConfig, with_image: bool
-) -> tuple[dict[str, Any], list[FieldProblem]]:
+def check_options(asked: dict[str, Any], config: HostConfig, with_image: bool) -> Options:
     """What A1111's options add to a body of POST /generate, and the faults of those that are not served."""
-    masked = any(not is_nothing(asked.get(key)) for key in ("mask", "latent_mask"))
-    table = OPTIONS | (OF_IMAGES if with_image else {}) | (OF_MASKS if masked else {})
+    table = OPTIONS | (OF_IMAGES if with_image else {"mask": ()})
     problems = list(_refused(asked, table, ""))
     sampler = str(asked.get("sampler_name") or asked.get("sampler_index") or "").lower()
     ancestral = sampler.split(" karras")[0].endswith((" a", "_a", "sde"))
@@ -158,8 +164,8 @@ def check_options(
         problems.append(FieldProblem("override_settings", f"must be an object, got {shown(overrides)}"))
     scripts = asked.get("alwayson_scripts") or {}
     if not isinstance(scripts, dict):
-        return {}, [*problems, FieldProblem("alwayson_scripts", f"must be an object, got {shown(scripts)}")]
-    data: dict[str, Any] = {}
+        problems.append(FieldProblem("alwayson_scripts", f"must be an object, got {shown(scripts)}"))
+        return Options({}, problems)
     units: list[Any] = []
     for name, script in scripts.items():
         args = _args(script)
@@ -176,14 +182,9 @@ def check_options(
     elif units and not isinstance(units[0], dict):
         problems.append(FieldProblem(field, f"must hold an object, got {shown(units[0])}"))
     elif units:
-        data, faults = _control(units[0], field, config)
-        problems += faults
-    return data, problems
-
-
-def is_img2img(spec: ModelSpec) -> bool:
-    """Whether a picture is where the type starts from, as far as `strength` says."""
-    return {"image", "strength"} <= spec.fields and spec.image != "needed"
+        unit = _control(units[0], field, config, with_image)
+        return replace(unit, problems=problems + unit.problems)
+    return Options({}, problems)
 
 
 def _stem(name: str) -> str:
@@ -192,10 +193,11 @@ def _stem(name: str) -> str:
     return name.removesuffix(next((end for end in _SUFFIXES if name.endswith(end)), ""))
 
 
-def _control(
-    unit: dict[str, Any], field: str, config: HostConfig
-) -> tuple[dict[str, Any], list[FieldProblem]]:
-    """One ControlNet unit -> our fields. It may name a ControlNet of the launch, and no other."""
+def _control(unit: dict[str, Any], field: str, config: HostConfig, with_image: bool) -> Options:
+    """One ControlNet unit -> our fields. It may name a ControlNet of the launch, and no other.
+
+    In img2img `control_image` may be None: a unit without a picture takes that of img2img.
+    """
     problems = list(_refused(unit, _UNIT, f"{field}."))
     launched, model = list(config.control_net or ()), unit.get("model")
     if launched and model and not (isinstance(model, str) and _stem(model) in map(_stem, launched)):
@@ -210,9 +212,14 @@ def _control(
     if isinstance(image, dict):  # as the extension's page sends it
         problems += _refused(image, {"mask": ()}, f"{field}.image.")
         image = image.get("image")
-    if not image:
+    if not image and not with_image:
         problems.append(FieldProblem(f"{field}.image", "is needed: a picture in base64"))
+    mode = 1 if unit.get("resize_mode") is None else unit["resize_mode"]
+    if isinstance(mode, bool) or not isinstance(mode, int | str) or mode not in RESIZE_MODES:
+        names = ", ".join(map(str, RESIZE_MODES))
+        problems.append(FieldProblem(f"{field}.resize_mode", f"must be one of {names}; got {shown(mode)}"))
+        mode = 1
     data = {"control_image": image}
     if unit.get("weight") is not None:
         data["controlnet_scale"] = unit["weight"]
-    return data, problems
+    return Options(data, problems, RESIZE_MODES[mode])

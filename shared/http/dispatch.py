@@ -188,6 +188,8 @@ class Dispatcher:
 
         def encode(reply: Reply) -> None:
             reply.infotext = infotext(asked, reply, self.config, self.hashes)
+            if asked.retouched is not None and asked.retouched.paste is not None:
+                reply.paste(asked.retouched.paste)
             reply.encode(made_by(asked, reply, self.config))
 
         side_by_side(encode, [reply for reply in job.made if not reply.infotext])

@@ -13,7 +13,7 @@ import pytest
 import requests
 
 from shared.api.a1111_samplers import SAMPLERS, SCHEDULES, samplers_for
-from shared.http.a1111 import translate
+from shared.http.a1111_request import translate
 from shared.models import MODELS, schedulers_for
 from shared.models.spec import IMAGE
 from tests.httphost import FakeHost, config_of, picture, wait_for
@@ -116,7 +116,8 @@ def test_img2img_where_the_type_takes_an_image(host: FakeHost) -> None:
             base64.b64decode(post(video, "img2img", {"init_images": [image]}).json()["images"][0])[:3]
             == b"GIF"
         )
-    answer = post(host, "img2img", {"init_images": [image], "prompt": "x"})
+    with FakeHost(config_of("hy")) as none:
+        answer = post(none, "img2img", {"init_images": [image], "prompt": "x"})
     assert answer.status_code == 422 and "does not support image" in answer.json()["detail"]
 
 
@@ -213,10 +214,7 @@ def test_lists(host: FakeHost) -> None:
         ({"firstpass_image": "xyz"}, "firstpass_image: "),
         ({"infotext": "a cat\nSteps: 3"}, "infotext: "),
         ({"mask": "xyz"}, "mask: "),
-        ({"mask": "xyz", "mask_blur": 4}, "mask_blur: "),
-        ({"mask": "xyz", "inpainting_fill": 2}, "inpainting_fill: "),
-        ({"latent_mask": "xyz", "inpaint_full_res": True}, "inpaint_full_res: "),
-        ({"mask": "xyz", "inpainting_mask_invert": 1}, "inpainting_mask_invert: "),
+        ({"latent_mask": "xyz"}, "latent_mask: "),
         ({"firstphase_width": 64}, "firstphase_width: "),
         ({"override_settings": {"sd_vae": "a.safetensors"}}, "override_settings.sd_vae: is not supported"),
         ({"override_settings": {"eta_noise_seed_delta": 31337}}, "override_settings.eta_noise_seed_delta: "),
@@ -326,7 +324,7 @@ def test_denoising_strength_is_how_much_of_img2img_is_run() -> None:
     ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(MODELS, "sd1", able)
-            data = translate(body | asked, config, samplers, with_image=True)
+            data = translate(body | asked, config, samplers, with_image=True).data
         assert (data["strength"], data["image"]) == (strength, image)
     for name in ("sdup", "svd"):
         with FakeHost(config_of(name)) as host:
@@ -339,7 +337,7 @@ def test_denoising_strength_is_how_much_of_img2img_is_run() -> None:
 def test_options_of_img2img_alone(host: FakeHost) -> None:
     image = base64.b64encode(picture(size=(16, 16))).decode()
     with FakeHost(config_of("sdup")) as upscaler:
-        for option, value in (("image_cfg_scale", 3.5), ("enable_hr", True), ("resize_mode", 2)):
+        for option, value in (("image_cfg_scale", 3.5), ("enable_hr", True), ("latent_mask", image)):
             answer = post(upscaler, "img2img", {"init_images": [image], option: value})
             assert answer.status_code == 422 and f"{option}: is not supported" in answer.json()["detail"]
         passing = {"image_cfg_scale": 1.5, "enable_hr": False, "mask_blur": 4}

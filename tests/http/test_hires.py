@@ -24,8 +24,8 @@ from shared.api.queue import JobQueue
 from shared.api.replies import Reply
 from shared.api.requests import GenerateRequest
 from shared.api.status import HostStatus
-from shared.http.a1111 import translate
 from shared.http.a1111_hires import UPSCALERS, two_passes
+from shared.http.a1111_request import translate
 from shared.models import MODELS
 from shared.pipeline.latents import enlarged
 from shared.ranks.channel import Channel
@@ -129,7 +129,7 @@ def both_ways(backend: str, name: str, flags: Json, at_once: int) -> tuple[list[
         return job.made
 
     def check(options: Json, more: Json) -> GenerateRequest:
-        return check_request(translate(options, config, samplers_for(config), False) | more, config)
+        return check_request(translate(options, config, samplers_for(config), False).data | more, config)
 
     def hand(seed: int) -> Any:
         first: Json = {

@@ -1,0 +1,202 @@
+"""A1111's img2img: its picture, mask and their settings -> fields of POST /generate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+from pydantic_core import PydanticCustomError
+
+from shared.api.codecs import MAX_SIDE, check_image
+from shared.api.faults import FieldProblem
+from shared.api.media import encode_image, open_image
+from shared.api.retouch import (
+    JUST_RESIZE,
+    Masking,
+    Retouched,
+    filled,
+    flattened,
+    has_alpha,
+    mask_of,
+    masked,
+    resized,
+)
+from shared.api.warned import warn
+from shared.http.a1111_options import is_nothing
+from shared.launch.flags import HostConfig
+from shared.launch.wording import shown
+from shared.models import ModelSpec
+
+STRENGTH = 0.75  # A1111's default
+RESIZE_MODES = ("Just resize", "Crop and resize", "Resize and fill")
+FILLS = ("fill", "original")
+MAX_BLUR = 256  # pixels
+_SIZE = ("width", "height")
+
+
+def is_img2img(spec: ModelSpec) -> bool:
+    """Whether a picture is where the type starts from, as far as `strength` says."""
+    return {"image", "strength"} <= spec.fields and spec.image != "needed"
+
+
+class _Settings:
+    """The settings of the picture and its mask, by A1111's names; `problems` has what is wrong with them."""
+
+    def __init__(self, asked: dict[str, Any], spec: ModelSpec) -> None:
+        self.problems: list[FieldProblem] = []
+        self._asked = asked
+        if not is_nothing(asked.get("mask")) and "mask" not in spec.fields:
+            self._add("mask", f"type {spec.name} ({spec.title}) does not support mask")
+        self.mode = self._whole("resize_mode", JUST_RESIZE, range(4))
+        if self.mode >= len(RESIZE_MODES):
+            self._add("resize_mode", "must be 0, 1 or 2; 3 resizes latents, not pixels; got 3")
+        elif self.mode != JUST_RESIZE and "width" not in spec.fields:
+            text = f"must be 0: the picture of type {spec.name} sets the size; got {self.mode}"
+            self._add("resize_mode", text)
+        if asked.get("mask_round") is False:
+            self._add("mask_round", "must be true: a mask is black and white in the latents; got False")
+        both = self._whole("mask_blur", 4, range(MAX_BLUR + 1))
+        blur = tuple(self._whole(f"mask_blur_{side}", both, range(MAX_BLUR + 1)) for side in "xy")
+        fill = self._whole("inpainting_fill", 0, range(4))
+        if fill > 1:
+            text = f"must be 0 (fill) or 1 (original); 2 and 3 change latents, not pixels; got {fill}"
+            self._add("inpainting_fill", text)
+        self.fill = fill == 0
+        self.masking = Masking(
+            blur=(blur[0], blur[1]),
+            inverted=self._flag("inpainting_mask_invert", False),
+            only_masked=self._flag("inpaint_full_res", True),
+            padding=self._whole("inpaint_full_res_padding", 0, range(MAX_SIDE + 1)),
+        )
+
+    def _add(self, name: str, text: str) -> None:
+        self.problems.append(FieldProblem(name, text))
+
+    def _whole(self, name: str, default: int, allowed: range) -> int:
+        value = default if (value := self._asked.get(name)) is None else value
+        if isinstance(value, bool) or not isinstance(value, int | float) or value not in allowed:
+            self._add(name, f"must be a whole number from 0 to {allowed[-1]}, got {shown(value)}")
+            return default
+        return int(value)
+
+    def _flag(self, name: str, default: bool) -> bool:
+        value = default if (value := self._asked.get(name)) is None else value
+        if not isinstance(value, int) or value not in (0, 1):
+            self._add(name, f"must be true or false, got {shown(value)}")
+            return default
+        return bool(value)
+
+    def told(self, with_mask: bool) -> dict[str, Any]:
+        """In the words of A1111's infotexts; what is its default there is left out."""
+        told: dict[str, Any] = {}
+        if self.mode != JUST_RESIZE:
+            told["Resize mode"] = RESIZE_MODES[self.mode]
+        if not with_mask:
+            return told
+        how, (x, y) = self.masking, self.masking.blur
+        if x == y and x:
+            told["Mask blur"] = x
+        elif x or y:
+            told |= {"Mask blur X": x, "Mask blur Y": y}
+        if how.inverted:
+            told["Mask mode"] = "Inpaint not masked"
+        if self.fill:
+            told["Masked content"] = FILLS[0]
+        if how.only_masked:
+            told |= {"Inpaint area": "Only masked", "Masked area padding": how.padding}
+        return told
+
+
+def start(
+    asked: dict[str, Any], data: dict[str, Any], config: HostConfig, controlled: bool
+) -> tuple[dict[str, Any], Retouched | None, list[FieldProblem]]:
+    """The fields of the picture, what was done to it before, and the faults.
+
+    A picture that is only resized goes as it came. Pictures that cannot be read go on too, for the check of
+    the request to say so.
+
+    Args:
+        asked: in A1111's words.
+        data: the other fields, translated; their size is used.
+        controlled: whether the picture is the ControlNet's too.
+    """
+    spec, settings = config.spec, _Settings(asked, config.spec)
+    images, mask = asked.get("init_images"), asked.get("mask")
+    if not isinstance(images, list) or len(images) != 1:
+        found = len(images) if isinstance(images, list) else "none"
+        return (
+            {},
+            None,
+            [FieldProblem("init_images", f"must hold one picture, got {found}"), *settings.problems],
+        )
+    fields: dict[str, Any] = {"image": images[0]} | ({"control_image": images[0]} if controlled else {})
+    strength = asked.get("denoising_strength")
+    if is_img2img(spec):
+        fields["strength"] = STRENGTH if strength is None else strength
+    elif strength is not None:
+        warn(f"denoising_strength: type {spec.name} ({spec.title}) ignores it with a picture; left out")
+    if not is_nothing(mask):
+        fields["mask"] = mask
+    if settings.problems:
+        return fields, None, settings.problems
+    try:
+        image = open_image(check_image(images[0]))
+        white = None if is_nothing(mask) else mask_of(open_image(check_image(mask)))
+    except PydanticCustomError:
+        return fields, None, []
+    size = _size(data, image, settings, white is not None, config)
+    if not all(_is_side(side) for side in size):
+        return fields, None, []
+    made = None if white is None else masked(flattened(image), white, size, settings.mode, settings.masking)
+    told = settings.told(made is not None)
+    if made is not None:
+        image, white, paste = made
+        if controlled:
+            fields["control_image"] = encode_image(image, "png")
+        image = filled(image, white) if settings.fill else image
+        fields |= {"image": encode_image(image, "png"), "mask": encode_image(white, "png")}
+        return fields | dict(zip(_SIZE, size, strict=True)), Retouched(told, paste), []
+    if white is not None:
+        warn("mask: is blank, so the whole picture is painted, as image to image")
+        del fields["mask"]
+    if settings.mode == JUST_RESIZE and not has_alpha(image):
+        return fields, None, []
+    image = flattened(image)
+    if settings.mode != JUST_RESIZE:
+        image = resized(image, size, settings.mode)
+        fields |= dict(zip(_SIZE, size, strict=True))
+    fields["image"] = encode_image(image, "png")
+    return fields | ({"control_image": fields["image"]} if controlled else {}), Retouched(told), []
+
+
+def _size(
+    data: dict[str, Any], image: Image.Image, settings: _Settings, with_mask: bool, config: HostConfig
+) -> tuple[Any, Any]:
+    """Width and height of what is painted: as asked, else the picture's own; of a part the launch's."""
+    multiple, own = config.spec.size_multiple, image.size
+    if config.spec.image == "needed" or (with_mask and settings.masking.only_masked):
+        own = config.size
+    width, height = (max(side // multiple * multiple, 16) for side in own)
+    return data.get("width", width), data.get("height", height)
+
+
+def fit_control_image(data: dict[str, Any], mode: int, config: HostConfig) -> bool:
+    """Give the control image the aspect of what is made, where it has another; whether it had.
+
+    Pipelines stretch it to the size of the picture, so nothing is done where that is wanted.
+    """
+    width, height = (data.get(name, default) for name, default in zip(_SIZE, config.size, strict=True))
+    if mode == JUST_RESIZE or not all(_is_side(side) for side in (width, height)):
+        return False
+    try:
+        image = open_image(check_image(data["control_image"]))
+    except PydanticCustomError:
+        return False  # the check of the request says so
+    if image.width * height == image.height * width:
+        return False
+    data["control_image"] = encode_image(resized(flattened(image), (width, height), mode), "png")
+    return True
+
+
+def _is_side(side: Any) -> bool:
+    return type(side) is int and 16 <= side <= MAX_SIDE

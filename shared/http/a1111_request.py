@@ -1,0 +1,145 @@
+"""A request of A1111's API -> a body of POST /generate."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from shared.api.a1111_prompts import NotationError, take_networks
+from shared.api.a1111_samplers import scheduler_for
+from shared.api.codecs import MAX_SIDE
+from shared.api.faults import FieldProblem, RequestError
+from shared.api.requests import MAX_PICTURES
+from shared.api.retouch import Retouched
+from shared.api.warned import warn
+from shared.http import a1111_img2img as img2img
+from shared.http.a1111_hires import rounded
+from shared.http.a1111_options import check_options
+from shared.http.dispatch import ApiError
+from shared.launch.flags import HostConfig
+from shared.launch.wording import shown
+
+OURS = {
+    "prompt": "positive",
+    "negative_prompt": "negative",
+    "steps": "steps",
+    "cfg_scale": "cfg",
+    "seed": "seed",
+    "width": "width",
+    "height": "height",
+}
+_WHOLE = frozenset({"steps", "seed", "width", "height"})
+_TITLE = re.compile(
+    r"(\.safetensors|\.sft|\.ckpt)?( \[[0-9a-f]+\])?$"
+)  # what A1111 writes behind a model's name
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A body of POST /generate, and what was done to its picture before."""
+
+    data: dict[str, Any]
+    retouched: Retouched | None = None
+
+
+def check_model(wanted: Any, name: str) -> None:
+    """Raise ApiError 422 for another checkpoint than the launch's, by its name or by A1111's title of it."""
+    title = _TITLE.sub("", wanted, count=1) if isinstance(wanted, str) else wanted
+    if name not in (wanted, title) and wanted not in (None, ""):
+        raise ApiError(422, f"this host has only the checkpoint {name!r}; got {shown(wanted)}")
+
+
+def translate(
+    asked: dict[str, Any], config: HostConfig, samplers: dict[str, str], with_image: bool
+) -> Translated:
+    """A1111's keys -> a body of POST /generate.
+
+    Raises:
+        ApiError, RequestError: 422 where this host cannot serve what was asked.
+    """
+    spec, problems = config.spec, []
+    overrides = asked.get("override_settings")
+    overrides = overrides if isinstance(overrides, dict) else {}
+    check_model(overrides.get("sd_model_checkpoint"), config.model_id)
+    data = {
+        ours: _number(theirs, asked[theirs]) for theirs, ours in OURS.items() if asked.get(theirs) is not None
+    }
+    problems += _notation(data, bool(asked.get("disable_extra_networks")))
+    if spec.output == "video":
+        data["output_format"] = "gif"
+    if overrides.get("enable_pnginfo") is False:
+        data["metadata"] = False
+    for side in ("width", "height"):
+        if side not in spec.fields:
+            data.pop(side, None)
+        elif isinstance(value := data.get(side), int) and abs(value) <= MAX_SIDE:
+            data[side] = rounded(value, spec.size_multiple)
+    skip = _number("steps", overrides.get("CLIP_stop_at_last_layers", asked.get("clip_skip")))
+    if isinstance(skip, int) and skip > 1 and "clip_skip" in spec.fields:
+        data["clip_skip"] = skip - 1  # theirs counts the last layer as 1
+    scheduler, problem = scheduler_for(asked, samplers)
+    if scheduler:
+        data["scheduler"] = scheduler
+    if problem:
+        problems.append(problem)
+    options = check_options(asked, config, with_image)
+    data |= options.data
+    problems += options.problems
+    counts = [_number("steps", asked.get(key) or 1) for key in ("batch_size", "n_iter")]
+    pictures = 1
+    for key, count in zip(("batch_size", "n_iter"), counts, strict=True):
+        if not isinstance(count, int) or not 1 <= count <= MAX_PICTURES:
+            problems.append(FieldProblem(key, f"must be 1 to {MAX_PICTURES}, got {shown(count)}"))
+        else:
+            pictures *= count
+    if pictures > MAX_PICTURES:
+        problems.append(
+            FieldProblem("n_iter", f"times batch_size must be at most {MAX_PICTURES}, got {pictures}")
+        )
+    retouched = None
+    controlled = "control_image" in data and not data["control_image"]
+    if with_image:
+        fields, retouched, faults = img2img.start(asked, data, config, controlled)
+        data |= fields
+        problems += faults
+    if problems:
+        raise RequestError(422, problems)
+    if (
+        "control_image" in data
+        and not controlled
+        and img2img.fit_control_image(data, options.control_mode, config)
+    ):
+        retouched = retouched or Retouched()
+    data["pictures"] = pictures
+    return Translated(data, retouched)
+
+
+def _number(key: str, value: Any) -> Any:
+    """A number as the field takes it: clients send 20.0 for a whole number."""
+    if key in _WHOLE and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def _notation(data: dict[str, Any], without_loras: bool) -> list[FieldProblem]:
+    """Mark the prompts as A1111's and take the LoRAs out of them; what cannot be read."""
+    problems = []
+    for theirs, ours in (("prompt", "positive"), ("negative_prompt", "negative")):
+        if not isinstance(text := data.get(ours), str) or not text:
+            continue
+        try:
+            taken = take_networks(text)
+        except NotationError as error:
+            problems.append(FieldProblem(theirs, str(error)))
+            continue
+        data[ours], data["prompt_syntax"] = taken.text, "a1111"
+        if without_loras:
+            continue
+        if taken.loras and ours == "positive":
+            data["lora_scales"] = taken.loras
+        elif taken.loras:
+            warn(f"{theirs}: LoRAs are read only in the prompt; left out: {', '.join(taken.loras)}")
+        for scale in taken.left_out:
+            warn(f"{theirs}: a LoRA takes only one scale; left out: {scale}")
+    return problems
