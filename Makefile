@@ -1,6 +1,6 @@
 # make demo   a picture made by two ranks on this machine, in demo.png
 # make test   the whole test suite      make check   format, lint and types
-# make matrix the README's tables from the registry and a run of every cell
+# make matrix the README's tables from the registry, a run of every cell, and the slow tests of other files
 # Each sets up .venv first where it is missing or the requirements have changed.
 
 PYTHON ?= python3
@@ -30,6 +30,7 @@ check: $(VENV)/.installed
 
 matrix: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_matrix.py -m 'slow or not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore=tests/test_matrix.py
 	$(BIN)/python -m tests.tables --write
 
 gpu-matrix: $(VENV)/.installed

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from benchmarks.faults import Fault, all_faults, run
+from pathlib import Path
+
+from benchmarks.faults import Fault, all_faults, chain
 
 
-def test_a_host_comes_back_from_a_kill_and_makes_the_same_picture() -> None:
-    fault = Fault("steady", "rank 0", "KILL", True)
-    [(made, row)] = run([fault])
-    assert made == fault and row["running request"].startswith("connection closed")
-    assert row["back"].endswith("s, same picture") and row["left"] == "0"
-
-
-def test_a_launcher_that_is_killed_leaves_nothing() -> None:
-    [(_, row)] = run([Fault("steady", "launcher", "KILL", False)])
-    assert row["launcher"] == "exit -9" and row["left"] == "0"
-    assert row["running request"].startswith("500") and row["ranks gone"].endswith(" s")
+def test_a_host_comes_back_from_a_kill_and_leaves_nothing_when_its_launcher_is_killed(tmp_path: Path) -> None:
+    kill, launcher = Fault("steady", "rank 0", "KILL", True), Fault("steady", "launcher", "KILL", False)
+    rows = dict(chain([kill, launcher], tmp_path))  # both on one host
+    assert rows[kill]["running request"].startswith("connection closed")
+    assert rows[kill]["back"].endswith("s, same picture") and rows[kill]["left"] == "0"
+    assert rows[launcher]["launcher"] == "exit -9" and rows[launcher]["left"] == "0"
+    assert rows[launcher]["running request"].startswith("500")
+    assert rows[launcher]["ranks gone"].endswith(" s")
 
 
 def test_the_table_is_long() -> None:
