@@ -142,7 +142,7 @@ def _load_and_loop(
     channel = Channel(world)
     status.ranks = channel.gather_infos(rank_device_info(world))
     lifeline.serving = True
-    status.plan = engine.plan
+    status.plan, status.embeddings = engine.plan, engine.embeddings
     status.versions = versions()
     status.ready()
     log.info(

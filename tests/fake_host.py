@@ -86,6 +86,10 @@ class FakeEngine:
             seconds=seconds,
         )
 
+    @property
+    def embeddings(self) -> list[dict[str, Any]]:
+        return []
+
     def warm_up(self) -> None:
         """Nothing to warm."""
 

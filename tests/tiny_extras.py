@@ -137,6 +137,23 @@ def vae(name: str, seed: int = 77) -> Path:
     )
 
 
+def embeddings(name: str, vectors: int = 3) -> Path:
+    """A folder with a textual inversion for this type, whose word is cat, as trainers write it."""
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        widths = [part.config.hidden_size for key, part in sorted(tiny.load(name).components.items())
+                  if key.startswith("text_encoder")]  # fmt: skip
+        keys = ["emb_params"] if len(widths) == 1 else ["clip_l", "clip_g"]
+        drawn = torch.Generator().manual_seed(91)
+        save_file(
+            {k: torch.randn(vectors, w, generator=drawn) for k, w in zip(keys, widths, strict=True)},
+            folder / "cat.safetensors",
+        )
+
+    return tiny.cached(f"embeddings-{name}-{vectors}", make)
+
+
 def _resampler(width: int, out: int, in_dim: int = 32, queries: int = 4, ff: int = 4) -> Tensors:
     """IP-Adapter Plus's resampler in its authors' naming: four layers, one head of 64."""
     sizes: dict[str, tuple[int, ...]] = {

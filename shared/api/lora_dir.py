@@ -11,7 +11,7 @@ import functools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,21 +49,27 @@ def is_named(path: str, name: str) -> bool:
     return name == path or (bool(parts) and not name.startswith("/") and list(whole[-len(parts) :]) == parts)
 
 
+def files_in(folder: str, suffixes: str | tuple[str, ...]) -> Iterator[str]:
+    """The paths of files with these suffixes in a folder and those in it; none outside of it, by a link."""
+    root = os.path.realpath(folder)
+    for place, folders, files in os.walk(root):
+        folders.sort()
+        for file in sorted(files):
+            path = os.path.join(place, file)
+            real = os.path.realpath(path)
+            inside = real.startswith(root.rstrip("/") + "/")
+            if file.endswith(suffixes) and inside and os.path.isfile(real):
+                yield path
+
+
 def lora_files(config: HostConfig) -> list[LoraFile]:
     """The files in all folders of the launch, as they are now, by name."""
-    found: dict[str, tuple[str, str, os.stat_result]] = {}  # by real path: folder's name, name in it
+    found: dict[str, tuple[str, str, os.stat_result]] = {}  # by path: folder's name, name in it
     for folder in config.lora_dir or ():
         root = os.path.realpath(folder)
-        for place, folders, files in os.walk(root):
-            folders.sort()
-            for file in sorted(files):
-                path = os.path.join(place, file)
-                real = os.path.realpath(path)
-                if not file.endswith(SUFFIX) or not real.startswith(root.rstrip("/") + "/"):
-                    continue
-                if os.path.isfile(real):
-                    inner = os.path.relpath(path, root).removesuffix(SUFFIX)
-                    found.setdefault(path, (os.path.basename(root), inner, os.stat(real)))
+        for path in files_in(root, SUFFIX):
+            inner = os.path.relpath(path, root).removesuffix(SUFFIX)
+            found.setdefault(path, (os.path.basename(root), inner, os.stat(path)))
     often = Counter(inner for _, inner, _ in found.values())
     listed = [
         LoraFile(inner if often[inner] == 1 else f"{head}/{inner}", path, stat.st_size, stat.st_mtime_ns)

@@ -25,6 +25,7 @@ class HostStatus:
     plan: dict[str, Any] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)  # device and memory of each rank
     versions: dict[str, str] = field(default_factory=dict)
+    embeddings: list[dict[str, Any]] = field(default_factory=list)  # of --embeddings_dir
     started: float = field(default_factory=time.time)
     when_ready: list[Callable[[], None]] = field(default_factory=list)  # called once the host is loaded
 

@@ -9,7 +9,7 @@ from werkzeug.exceptions import HTTPException
 
 from shared.api.queue import JobQueue
 from shared.api.status import HostStatus
-from shared.http import a1111, generate, legacy, loras, metrics, openai, openapi, pages, state
+from shared.http import a1111, embeddings, generate, legacy, loras, metrics, openai, openapi, pages, state
 from shared.http.access import AccessRules
 from shared.http.answers import Json
 from shared.http.dispatch import Dispatcher
@@ -34,7 +34,7 @@ def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> App:
     app.json = Json(app)
     dispatcher = Dispatcher(config, status, queue)
     add_frame(app, dispatcher)
-    for part in (state, generate, loras, metrics, openai, a1111, pages):
+    for part in (state, generate, loras, embeddings, metrics, openai, a1111, pages):
         part.add_routes(app, dispatcher)
     if config.legacy_pickle:
         legacy.add_routes(app, dispatcher)

@@ -60,8 +60,8 @@ def _check_paths(config: HostConfig) -> None:
                 raise UsageError(f"--{f.name}: no such file or folder: {path!r}")
             if f.name in _FOLDERS and not os.path.isdir(path):
                 raise UsageError(f"--{f.name}: must be a diffusers folder; got the file {path!r}")
-            if f.name == "lora_dir" and not os.path.isdir(path):
-                raise UsageError(f"--lora_dir: must be a folder; got the file {path!r}")
+            if f.metadata["several"] and not os.path.isdir(path):
+                raise UsageError(f"--{f.name}: must be a folder; got the file {path!r}")
             if f.name in _FILES and os.path.isdir(path):
                 raise UsageError(f"--{f.name}: must be a file; got the folder {path!r}")
             if f.name in _LORAS and os.path.isfile(path) and not path.endswith(".safetensors"):

@@ -116,6 +116,14 @@ class HostConfig:
         path=True,
         several=True,
     )
+    embeddings_dir: tuple[str, ...] | None = _flag(
+        None,
+        _FEATURES,
+        "folders of textual inversion embeddings, whose file names are words in prompts; separated by commas",
+        as_folders,
+        path=True,
+        several=True,
+    )
     allow_lora_paths: bool = _flag(
         False, _FEATURES, "let clients add any LoRA file on the server by its path (POST /lora)"
     )

@@ -119,6 +119,7 @@ FEATURES: dict[str, str] = {
     "enable_vae_tiling": "VAE tiling",
     "enable_vae_slicing": "VAE slicing",
     "compel": "compel",
+    "embeddings_dir": "textual inversion",
     "motion_module": "motion module",
     "motion_adapter": "motion adapter",
     "motion_adapter_lora": "motion LoRA",

@@ -11,6 +11,7 @@ from shared.models.spec import (
     EMBEDS,
     IP,
     LORA,
+    NO_EMBEDDINGS,
     NO_MOTION,
     PARTIAL,
     PROMPTS,
@@ -103,7 +104,7 @@ FAMILY = Family(
                     "text_encoder_2": "text_encoders.t5xxl.transformer.",
                 }
             ),
-            refuses=refusals(NO_MOTION),
+            refuses=refusals(NO_MOTION, {"embeddings_dir": NO_EMBEDDINGS}),
         ),
     ),
     files=FILES,

@@ -9,6 +9,7 @@ from shared.models.spec import (
     LORA,
     NO_COMPEL,
     NO_CONTROL,
+    NO_EMBEDDINGS,
     NO_GGUF,
     NO_IP,
     NO_MOTION,
@@ -62,6 +63,7 @@ FAMILY = Family(
                         "ip_adapter": NO_IP,
                         "gguf_model": NO_GGUF,
                         "compel": NO_COMPEL,
+                        "embeddings_dir": NO_EMBEDDINGS,
                     },
                 ),
             )

@@ -193,6 +193,7 @@ FAMILY = Family(
                     "ip_adapter": NO_IP,
                     "gguf_model": NO_GGUF,
                     "compel": "it takes a picture, not a prompt",
+                    "embeddings_dir": "it takes a picture, not a prompt",
                     "compile_text_encoder": "it has no text encoder",
                     "enable_vae_tiling": "its VAE decoder has no tiling; decode_chunk_size limits memory",
                     "enable_vae_slicing": "its VAE decoder has no slicing; decode_chunk_size limits memory",

@@ -12,6 +12,7 @@ from shared.models.spec import (
     IP,
     LORA,
     NO_COMPEL,
+    NO_EMBEDDINGS,
     NO_MOTION,
     PARTIAL,
     PROMPTS,
@@ -103,7 +104,7 @@ FAMILY = Family(
                     "text_encoder_3": "text_encoders.t5xxl.transformer.",
                 }
             ),
-            refuses=refusals(NO_MOTION, {"compel": NO_COMPEL}),
+            refuses=refusals(NO_MOTION, {"compel": NO_COMPEL, "embeddings_dir": NO_EMBEDDINGS}),
         ),
     ),
     files=FILES,

@@ -141,4 +141,7 @@ NO_MOTION = {
 NO_GGUF = "diffusers has no GGUF loader for this denoiser; types with one: {types}"
 NO_CONTROL = "diffusers has no ControlNet pipeline for it; types with one: {types}"
 NO_IP = "diffusers has no IP-Adapter for it; types with one: {types}"
+NO_EMBEDDINGS = (
+    "its T5 encoder reads the prompt too, and textual inversion is for CLIP; types with it: {types}"
+)
 NO_COMPEL = "compel does not support its text encoders; types with it: {types}"

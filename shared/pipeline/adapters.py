@@ -41,7 +41,9 @@ def read_tensors(path: str | Path, what: str) -> dict[str, Any]:
             return load_file(path)
         if path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
             state = torch.load(path, map_location="cpu", weights_only=True)
-            return state.get("state_dict", state)
+            if isinstance(state, dict):
+                return state.get("state_dict", state)
+            raise AdapterError(f"{what} {str(path)!r} must hold named tensors, got a {type(state).__name__}")
     except READ_ERRORS as error:
         raise AdapterError(f"{what} {str(path)!r} cannot be read: {first_line(error)}") from None
     raise AdapterError(f"{what} {str(path)!r} must be a .safetensors, .bin, .ckpt, .pt or .pth file")

@@ -21,6 +21,7 @@ from shared.parallel.graphs import Captured
 from shared.parallel.method import Method, Plain
 from shared.parallel.pipeline import Pipeline
 from shared.pipeline.arguments import call_arguments
+from shared.pipeline.embeddings import embeddings_of
 from shared.pipeline.latents import enlarged
 from shared.pipeline.lora import LoraError, LoraSet, loras_of
 from shared.pipeline.lora_by_name import RunningLoras
@@ -68,6 +69,7 @@ class PipelineEngine:
         self._make_parallel = make_parallel
         self.parallel = make_parallel(pipe)
         self._prompts = EncodedPrompts()
+        self._embeddings = embeddings_of(pipe)
         captures = config.captures(world.device.type) and not config.compile_text_encoder
         self._encoders = Captured(pipe, self.spec.text_encoders, captures)
         self._adapter_state: Any = None
@@ -78,9 +80,13 @@ class PipelineEngine:
     def plan(self) -> dict[str, Any]:
         return self.parallel.plan
 
+    @property
+    def embeddings(self) -> list[dict[str, Any]]:
+        return [one.told() for one in self._embeddings.found]
+
     def generate(self, request: GenerateRequest, on_step: OnStep) -> Reply | None:
         began = time.perf_counter()
-        request = self._loras.of(request)
+        request = self._embeddings.of(self._loras.of(request))
         holds_picture = self.world.rank == self.output_rank
         # Some pipelines draw control latents from the global state: alike on all ranks then.
         torch.manual_seed(request.seed or 0)

@@ -24,6 +24,7 @@ from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
 from shared.pipeline import adapters, memory, quantize
 from shared.pipeline.arguments import INPAINT_CHANNELS
 from shared.pipeline.compile import compile_pipeline
+from shared.pipeline.embeddings import check_alike, load_embeddings
 from shared.pipeline.lora import LoraError, check_lora, loras_of
 from shared.pipeline.schedulers import SchedulerError, make_scheduler, set_scheduler
 from shared.pipeline.single_file import BROKEN, CONFIGS, config_folder, load_single_file, pick_variant
@@ -52,7 +53,10 @@ OUR_ERRORS = (
 def load_on_rank(config: HostConfig, world: World, needs: Needs) -> Pipeline:
     """`load_pipeline` for a launch, on this rank's device; progress bars only where the rank shows them."""
     quiet = not config.shows_progress(world.rank)
-    return load_pipeline(config.spec, config, world.device, needs, quiet=quiet)
+    pipe = load_pipeline(config.spec, config, world.device, needs, quiet=quiet)
+    if config.embeddings_dir:
+        check_alike(pipe, world)
+    return pipe
 
 
 def load_pipeline(
@@ -157,6 +161,8 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, needs: Need
     dtype = compute_dtype(config, device)
     pipe = _load_components(spec, config, dtype)
     _check_tokenizers(pipe, spec, config)
+    if config.embeddings_dir:
+        load_embeddings(pipe, spec, config.embeddings_dir)
     if quiet:
         pipe.set_progress_bar_config(disable=True)
     for component in pipe.components.values():

@@ -16,6 +16,7 @@ from shared.api.a1111_prompts import Chunk, parse, plain
 from shared.api.warned import warn
 from shared.models import MODELS, ModelSpec
 from shared.parallel.pipeline import Pipeline, parts_of
+from shared.pipeline.embeddings import embeddings_of
 
 SHOWN = 160  # characters of the truncated part
 
@@ -120,13 +121,20 @@ def encode_chunks(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], notat
 def _token_chunks(pipe: Pipeline, tokenizer: Any, parts: list[Chunk]) -> list[list[tuple[int, float]]]:
     """Tokens with weights, in chunks of as many as fit between the two at the ends."""
     size = tokenizer.model_max_length - 2
+    further = embeddings_of(pipe).further
     chunks = []
     for part in parts:
         tokens: list[tuple[int, float]] = []
         for words, weight in part:
             ids = tokens_of(pipe, words, tokenizer)[1:-1]
             tokens += [(token, weight) for token in ids]
-        chunks += [tokens[start : start + size] for start in range(0, max(len(tokens), 1), size)]
+        while len(tokens) > size:
+            end = size
+            while tokenizer.convert_ids_to_tokens(tokens[end][0]) in further:  # an embedding stays whole
+                end -= 1
+            chunks.append(tokens[:end])
+            tokens = tokens[end:]
+        chunks.append(tokens)
     return chunks
 
 

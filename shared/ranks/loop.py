@@ -48,6 +48,11 @@ class Engine(Protocol):
         """How the work is divided, as JSON, for the log and /health."""
         ...
 
+    @property
+    def embeddings(self) -> list[dict[str, Any]]:
+        """The embeddings of --embeddings_dir, as JSON, for /embeddings."""
+        ...
+
     def generate(self, request: GenerateRequest, on_step: OnStep) -> Reply | None:
         """Make one picture or video; the rank that holds it returns the reply, the others None.
 

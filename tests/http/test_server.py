@@ -307,10 +307,10 @@ def test_503_while_loading_and_when_broken() -> None:
         assert (health.status_code, health.json()["state"]) == (503, "broken")
 
 
-def test_every_get_but_lora_is_answered_while_loading() -> None:
+def test_every_get_but_the_models_own_is_answered_while_loading() -> None:
     with FakeHost(state="loading") as host:
         gets = [rule.rule for rule in host.app.url_map.iter_rules() if "GET" in (rule.methods or ())]
-        for path in set(gets) - {"/lora", "/ready", "/events"}:
+        for path in set(gets) - {"/lora", "/embeddings", "/sdapi/v1/embeddings", "/ready", "/events"}:
             if "<" not in path:
                 assert host.get(path).status_code // 100 == 2, path
         answer = host.get("/ready")
@@ -574,6 +574,27 @@ def test_loras_by_name(tmp_path: Path) -> None:
         assert len(host.calls) == made
 
 
+EMBEDDINGS: list[dict[str, Any]] = [
+    {"name": "bad-hands-5", "vectors": 2, "shape": 768, "step": 700},
+    {"name": "wide", "vectors": 1, "shape": 1024, "left_out": "it is 1024 wide, ..."},
+    {"name": "broken", "left_out": "cannot be read"},
+]
+
+
+def test_embeddings_are_listed_once_they_are_loaded(host: FakeHost) -> None:
+    assert host.get("/embeddings").json() == {"message": "OK", "embeddings": []}
+    host.status.embeddings = EMBEDDINGS
+    assert host.get("/embeddings").json()["embeddings"] == EMBEDDINGS
+    unknown = {"sd_checkpoint": None, "sd_checkpoint_name": None}
+    assert host.get("/sdapi/v1/embeddings").json() == {
+        "loaded": {"bad-hands-5": {"vectors": 2, "shape": 768, "step": 700, **unknown}},
+        "skipped": {"wide": {"vectors": 1, "shape": 1024, "step": None, **unknown}},
+    }
+    host.status.state = "loading"
+    for path in ("/embeddings", "/sdapi/v1/embeddings"):
+        assert host.get(path).status_code == 503
+
+
 def test_a_lora_path_needs_its_switch(host: FakeHost) -> None:
     check_error(host.post("/lora", json={"path": "/etc/x.safetensors"}), 422, "--allow_lora_paths")
     assert not host.calls and host.get("/loras").json()["loras"] == []
@@ -747,6 +768,8 @@ def test_openapi_is_valid_and_true(type: str) -> None:
         check({"path": "a", "scale": 1}, "LoraChange")
         check(host.post("/lora", json={"path": "a"}, headers=key).json(), "LoraAnswer")
         check(host.get("/loras", headers=key).json(), "LoraNames")
+        host.status.embeddings = EMBEDDINGS
+        check(host.get("/embeddings", headers=key).json(), "EmbeddingNames")
         check(host.post("/cancel", headers=key).json(), "Cancelled")
         with pytest.raises(jsonschema.ValidationError):
             check({"steps": 0}, "GenerateRequest")

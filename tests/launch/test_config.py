@@ -70,6 +70,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "quantize_to": ("int8", "int8"),
     "lora": ('{{"{f}/file.safetensors": 0.5}}', {"{f}/file.safetensors": 0.5}),
     "lora_dir": ("{f}/model,{f}", ("{f}/model", "{f}")),
+    "embeddings_dir": ("{f}/model,{f}", ("{f}/model", "{f}")),
     "control_net": ("{f}/model", {"{f}/model": 1.0}),
     "ip_adapter": ('{{"{f}/file.safetensors": 1}}', {"{f}/file.safetensors": 1.0}),
     "compile_backend": ("eager", "eager"),

@@ -232,6 +232,14 @@ def _(ground: Ground) -> None:
     assert hashlib.sha256(b"weights").hexdigest() in (kept / "hashes.json").read_text()
 
 
+@shows("embeddings_dir")
+def _(ground: Ground) -> None:
+    folder = (str(tiny_extras.embeddings("sd1")),)
+    assert differs(made(embeddings_dir=folder).latents, plain().latents)
+    other = {"positive": "a small red dog"}
+    assert not differs(made(embeddings_dir=folder, ask=other).latents, made(ask=other).latents)
+
+
 @shows("control_net")
 def _(ground: Ground) -> None:
     path = str(tiny_extras.control_net("sd1"))
