@@ -35,6 +35,7 @@ class FakeEngine:
         # A host imports what a pipeline needs only when its backend loads one.
         self.plan: dict[str, Any] = {"method": "fake", "diffusers": "diffusers" in sys.modules}
         self.done: list[str] = []
+        self.crowded = False  # whether several pictures are drawn together
 
     def enlarge(self, draft: Reply, second: SecondPass) -> bytes:
         from shared.pipeline.latents import enlarged
@@ -69,6 +70,8 @@ class FakeEngine:
             time.sleep(order.get("sleep", 0.0))
             if mine and order["do"] == "raise":
                 raise RuntimeError("out of ideas")
+            if self.crowded and order.get("no_room") == self.world.rank:
+                raise torch.OutOfMemoryError("no room")
             on_step(step, steps)
         self.done.append(str(request.seed))
         if self.world.rank != self.world.size - 1:
@@ -89,6 +92,26 @@ class FakeEngine:
     @property
     def embeddings(self) -> list[dict[str, Any]]:
         return []
+
+    def most_at_once(self, request: GenerateRequest) -> int:
+        return json.loads(request.positive or "{}").get("at_once", 1)
+
+    def generate_all(
+        self, request: GenerateRequest, on_step: OnStep, pictures: int, together: bool = True
+    ) -> list[Reply]:
+        """With {"no_room": rank}, that rank runs out of memory where it may draw several at once."""
+        if pictures > 1:
+            self.done.append(f"{pictures} at once")
+        self.crowded = pictures > 1 and together
+        steps = request.steps or 1
+        made = []
+        for number in range(pictures):
+
+            def step_of_all(step: int, _: int, number: int = number) -> None:
+                on_step(number * steps + step, pictures * steps)
+
+            made.append(self.generate(request.numbered(number), step_of_all))
+        return [reply for reply in made if reply is not None]
 
     def warm_up(self) -> None:
         """Nothing to warm."""

@@ -148,6 +148,7 @@ class GenerationJob(_Job):
     preview: Preview | None = None  # the newest, while somebody watches
     made: list[Reply] = field(default_factory=list)  # the pictures so far, their seeds in a row
     drawing: int = 1  # pictures that are made now, at the same time
+    together: bool = True  # whether one call of the pipeline may draw several
     drafts: list[Reply] = field(default_factory=list)  # first passes whose second is next, or runs
     starts: tuple[bytes, ...] = ()  # their latents, enlarged
     _progress: float = field(default=0.0, init=False)
@@ -177,6 +178,12 @@ class GenerationJob(_Job):
             return done
         first, second = _work(self.request), self.second.work()
         return (first + second * done if self.drafts else first * done) / (first + second)
+
+    def each(self, replicas: int, most: int) -> int:
+        """How many pictures each replica makes next, where it may make `most`; with two passes it is one."""
+        if self.second is not None or not self.together:
+            return 1
+        return min(most, -(-(self.pictures - len(self.made)) // replicas))
 
     def draw(self, at_once: int) -> tuple[GenerateRequest, int]:
         """The request for the pictures that come next, and how many are made at the same time.

@@ -13,6 +13,7 @@ from shared.models import chroma, flux, hunyuan, pixart, sd, sd3
 from shared.models.files import INPUTS, PARTS, VAE_PREFIXES, FileKind
 from shared.models.schedulers import (
     EDM_CLASSES,
+    ONE_NOISE,
     SCHEDULERS,
     VARIANTS,
     SchedulerSpec,
@@ -31,6 +32,7 @@ __all__ = [
     "FILE_KINDS",
     "INPUTS",
     "MODELS",
+    "ONE_NOISE",
     "OTHER_PIPELINES",
     "SCHEDULERS",
     "TOKEN_PLANS",

@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from shared.models.spec import (
+    BATCH_PIXELS,
     CONTROL,
     LORA,
     NO_COMPEL,
@@ -52,6 +53,8 @@ FAMILY = Family(
             output="image",
             width=1024,
             height=1024,
+            batch_pixels=BATCH_PIXELS,
+            control_draws=True,
             steps=25,
             cfg=5.0,
             size_multiple=16,

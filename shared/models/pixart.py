@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from shared.models.spec import (
+    BATCH_PIXELS,
     EMBEDS,
     LORA,
     NO_COMPEL,
@@ -44,6 +45,7 @@ FAMILY = Family(
                 output="image",
                 width=1024,
                 height=1024,
+                batch_pixels=BATCH_PIXELS,
                 steps=20,
                 cfg=4.5,
                 size_multiple=16,

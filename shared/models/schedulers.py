@@ -20,12 +20,20 @@ class SchedulerSpec:
     families: frozenset[str] = frozenset({"discrete"})
     sigmas: bool = False  # whether it takes Karras, exponential and beta sigmas
     trailing: bool = False  # whether its timesteps may be spaced from the end
+    one_noise: bool = False  # whether it draws one noise for all pictures of a call
 
 
 def _scheduler(
-    name: str, cls: str, *families: str, sigmas: bool = False, trailing: bool = False, **settings: object
+    name: str,
+    cls: str,
+    *families: str,
+    sigmas: bool = False,
+    trailing: bool = False,
+    one_noise: bool = False,
+    **settings: object,
 ) -> SchedulerSpec:
-    return SchedulerSpec(name, cls, MappingProxyType(settings), frozenset(families), sigmas, trailing)
+    of = frozenset(families)
+    return SchedulerSpec(name, cls, MappingProxyType(settings), of, sigmas, trailing, one_noise)
 
 
 _FLOW: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -47,7 +55,7 @@ SCHEDULERS: dict[str, SchedulerSpec] = {
             algorithm_type="sde-dpmsolver++",
         ),
         # With trailing timesteps its last step leaves torchsde's noise interval: the noise differs each time.
-        _scheduler("dpmpp_sde", "DPMSolverSDEScheduler", "discrete", sigmas=True),
+        _scheduler("dpmpp_sde", "DPMSolverSDEScheduler", "discrete", sigmas=True, one_noise=True),
         _scheduler("euler", "EulerDiscreteScheduler", "discrete", "video", sigmas=True, trailing=True),
         _scheduler("euler_a", "EulerAncestralDiscreteScheduler", "discrete", "video", trailing=True),
         _scheduler("heun", "HeunDiscreteScheduler", "discrete", sigmas=True, trailing=True),
@@ -101,6 +109,8 @@ def schedulers_for(spec: ModelSpec) -> list[str]:
     fitting = (name for name, (s, _) in _NAMED.items() if spec.scheduler_family in s.families)
     return sorted(fitting, key=lambda name: (name not in SCHEDULERS, name))
 
+
+ONE_NOISE = frozenset(entry.cls for entry in SCHEDULERS.values() if entry.one_noise)
 
 EDM_CLASSES = {
     "EulerDiscreteScheduler": "EDMEulerScheduler",

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from shared.models.files import FileKind
 from shared.models.spec import (
+    BATCH_PIXELS,
     EMBEDS,
     IMAGE,
     LORA,
@@ -74,6 +75,7 @@ FAMILY = Family(
             output="image",
             width=512,
             height=512,
+            batch_pixels=BATCH_PIXELS,
             steps=30,
             cfg=7.5,
             text_encoders=("text_encoder",),
@@ -97,6 +99,7 @@ FAMILY = Family(
             output="image",
             width=768,
             height=768,
+            batch_pixels=BATCH_PIXELS,
             steps=30,
             cfg=7.5,
             text_encoders=("text_encoder",),
@@ -122,6 +125,7 @@ FAMILY = Family(
             output="image",
             width=1024,
             height=1024,
+            batch_pixels=BATCH_PIXELS,
             steps=30,
             cfg=5.0,
             text_encoders=("text_encoder", "text_encoder_2"),

@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from shared.models.files import FileKind
 from shared.models.spec import (
+    BATCH_PIXELS,
     CONTROL,
     EMBEDS,
     IP,
@@ -75,6 +76,8 @@ FAMILY = Family(
             output="image",
             width=1024,
             height=1024,
+            batch_pixels=BATCH_PIXELS,
+            control_draws=True,
             steps=28,
             cfg=7.0,
             size_multiple=16,

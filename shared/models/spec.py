@@ -39,6 +39,8 @@ class ModelSpec:
     cfg_field: str = "guidance_scale"
     first_cfg_field: str | None = None  # of the first frame, where guidance grows from it to the last one's
     size_multiple: int = 8
+    batch_pixels: int = 0  # of all pictures in one call of the pipeline; 0: each picture has its own call
+    control_draws: bool = False  # whether control pictures are encoded with noise of the global state
     size_scale: int = 1  # output pixels per pixel of the size that the pipeline is given (x4 upscaler: 4)
     frames: int | None = None
     fps: int = 8
@@ -118,6 +120,9 @@ class Family:
     # Classes in model_index.json that share components with a type here but are another model.
     other_pipelines: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
+
+BATCH_PIXELS = 4 * 512 * 512
+"""For types with two guidance branches: smaller pictures leave a GPU idle, larger ones gain little."""
 
 PROMPTS = frozenset({"positive", "negative", "prompt_syntax"})
 EMBEDS = frozenset({"positive_embeds", "negative_embeds"})

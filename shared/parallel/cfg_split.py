@@ -15,8 +15,8 @@ from shared.parallel.method import Part
 from shared.parallel.shapes import Latest
 from shared.parallel.surgery import Forward, Surgery
 
-BATCH = 2
-"""Guidance doubles the batch, without it there is one picture: [without prompt, with prompt]."""
+BRANCHES = 2
+"""Guidance doubles the batch: [pictures without prompt, pictures with prompt]."""
 POSITIONS = frozenset({"image_rotary_emb", "img_ids", "txt_ids"})
 """Keyword arguments whose first dimension is tokens, not pictures."""
 RESIDUALS = frozenset({"down_block_additional_residuals", "mid_block_additional_residual"})
@@ -26,10 +26,10 @@ RESIDUALS = frozenset({"down_block_additional_residuals", "mid_block_additional_
 class CfgSplit(Part):
     """Makes modules compute only one guidance branch, and return both.
 
-    A call whose first argument has a batch of two is halved: of every tensor among its arguments whose first
-    dimension is a multiple of two (branch-major), positions aside, the module gets this branch's half. Any
-    other call is unchanged. Overrides must be put on after all others of these modules, and closed
-    before them.
+    A call whose first argument has a batch of twice as many as ``begin`` was told is halved: of every tensor
+    among its arguments whose first dimension is a multiple of two (branch-major), positions aside, the module
+    gets this branch's half. Any other call is unchanged. Overrides must be put on after all others of these
+    modules, and closed before them.
 
     Args:
         modules: denoisers; what they return is gathered from both ranks along the first dimension.
@@ -53,7 +53,7 @@ class CfgSplit(Part):
     ) -> None:
         super().__init__()
         ranks = Ranks.of(group)
-        if ranks.size != BATCH or branch != ranks.rank:
+        if ranks.size != BRANCHES or branch != ranks.rank:
             raise ValueError(
                 f"CFG split needs a group of 2 ranks, in branch order; got branch {branch} on rank "
                 f"{ranks.rank} of {ranks.size}"
@@ -72,13 +72,18 @@ class CfgSplit(Part):
         return self.branch
 
     def _gathering(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        if not _guided(args, kwargs):
+        if not self._has_both(args, kwargs):
             return original(*args, **kwargs)
         return tree_map(self._both, self._halved(original, args, kwargs))
 
     def _local(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        guided = _guided(args, kwargs) if self.guided is None else self.guided()
+        guided = self._has_both(args, kwargs) if self.guided is None else self.guided()
         return self._halved(original, args, kwargs) if guided else original(*args, **kwargs)
+
+    def _has_both(self, args: tuple, kwargs: dict) -> bool:
+        first = args[0] if args else next(iter(kwargs.values()))
+        batch = BRANCHES * self.pictures
+        return isinstance(first, torch.Tensor) and first.ndim > 0 and first.shape[0] == batch
 
     def _halved(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         self.active = True
@@ -90,9 +95,9 @@ class CfgSplit(Part):
             self.active = False
 
     def _mine(self, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0 or leaf.shape[0] % BATCH:
+        if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0 or leaf.shape[0] % BRANCHES:
             return leaf
-        return leaf.chunk(BATCH)[self.taken]
+        return leaf.chunk(BRANCHES)[self.taken]
 
     def _both(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -128,8 +133,8 @@ class HybridSplit(CfgSplit):
         self.shared, self._step = shared, 0
         self._difference: list[torch.Tensor] | None = None
 
-    def begin(self, steps: int) -> None:
-        super().begin(steps)
+    def begin(self, steps: int, pictures: int = 1) -> None:
+        super().begin(steps, pictures)
         self._step, self._difference = 0, None
 
     @property
@@ -139,7 +144,7 @@ class HybridSplit(CfgSplit):
 
     def _gathering(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         try:
-            if not _guided(args, kwargs):
+            if not self._has_both(args, kwargs):
                 return original(*args, **kwargs)
             if not self.shared(self._step):
                 return self._keep(tree_map(self._both, self._halved(original, args, kwargs)))
@@ -152,7 +157,7 @@ class HybridSplit(CfgSplit):
 
     def _keep(self, answer: Any) -> Any:
         leaves = [leaf for leaf in tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
-        self._difference = [prompted - other for other, prompted in (x.chunk(BATCH) for x in leaves)]
+        self._difference = [prompted - other for other, prompted in (x.chunk(BRANCHES) for x in leaves)]
         return answer
 
     def _completed(self, leaf: Any, kept: Iterator[torch.Tensor]) -> Any:
@@ -177,7 +182,7 @@ class CallsSplit(Part):
     def __init__(self, module: nn.Module, group: dist.ProcessGroup | None) -> None:
         super().__init__()
         ranks = Ranks.of(group)
-        if ranks.size != BATCH:
+        if ranks.size != BRANCHES:
             raise ValueError(f"CFG split needs a group of 2 ranks; got {ranks.size}")
         self.group, self.branch = group, ranks.rank
         self.guided = False
@@ -187,8 +192,8 @@ class CallsSplit(Part):
         self._shapes: Latest[list[torch.Tensor]] = Latest(8)
         self.held.enter_context(Surgery()).override(module, self._one)
 
-    def begin(self, steps: int) -> None:
-        super().begin(steps)
+    def begin(self, steps: int, pictures: int = 1) -> None:
+        super().begin(steps, pictures)
         self.guided, self._call = False, 0
 
     def _one(self, original: Forward, args: tuple, kwargs: dict) -> Any:
@@ -216,14 +221,9 @@ class CallsSplit(Part):
         own = tree_leaves(original(*args, **kwargs)) if self.branch == 1 else self._first
         second = []
         for mine, first in zip(own, self._first, strict=True):
-            both = all_gather(mine, self.group).chunk(BATCH)
+            both = all_gather(mine, self.group).chunk(BRANCHES)
             if self.branch == 1:
                 first.copy_(both[0])
             second.append(both[1])
         self._first = []
         return tuple(second)
-
-
-def _guided(args: tuple, kwargs: dict) -> bool:
-    first = args[0] if args else next(iter(kwargs.values()))
-    return isinstance(first, torch.Tensor) and first.ndim > 0 and first.shape[0] == BATCH

@@ -31,13 +31,18 @@ class Unwatched(contextlib.nullcontext[None]):
 class Part(Closing):
     """Something that changes modules until ``close``. What it must undo is put on `held`."""
 
+    batches = True
+    """Whether each of several pictures of one call is the one that a call of its own makes."""
+
     def __init__(self) -> None:
         self.held = contextlib.ExitStack()
+        self.pictures = 1
+        """How many the denoiser works on at once."""
         self._steps: int | None = None
 
-    def begin(self, steps: int) -> None:
-        """A new generation of `steps` denoiser calls starts."""
-        self._steps = steps
+    def begin(self, steps: int, pictures: int = 1) -> None:
+        """A new generation of `steps` denoiser calls starts, of so many pictures at once."""
+        self._steps, self.pictures = steps, pictures
 
     def check_begun(self) -> int:
         """The denoiser calls of this generation. Raises RuntimeError where ``begin`` was not called."""
@@ -108,6 +113,7 @@ class CombinedMethod(Method):
         super().__init__(method.pipeline)
         self.method, self.parts, self.note = method, [method, *parts], note or {}
         self.decodes_together = method.decodes_together
+        self.batches = all(part.batches for part in self.parts)
         for part in self.parts:
             self.held.enter_context(part)
 
@@ -119,9 +125,10 @@ class CombinedMethod(Method):
     def warm_up_calls(self) -> int:
         return max(part.warm_up_calls for part in self.parts if isinstance(part, Method))
 
-    def begin(self, steps: int) -> None:
+    def begin(self, steps: int, pictures: int = 1) -> None:
+        super().begin(steps, pictures)
         for part in self.parts:
-            part.begin(steps)
+            part.begin(steps, pictures)
 
     def reset(self) -> None:
         for part in self.parts:

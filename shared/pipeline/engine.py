@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from shared.parallel.graphs import Captured
 from shared.parallel.method import Method, Plain
 from shared.parallel.pipeline import Pipeline
 from shared.pipeline.arguments import call_arguments
+from shared.pipeline.batches import Batches, most_together, several
 from shared.pipeline.embeddings import embeddings_of
 from shared.pipeline.latents import enlarged
 from shared.pipeline.lora import LoraError, LoraSet, loras_of
@@ -74,6 +76,7 @@ class PipelineEngine:
         self._encoders = Captured(pipe, self.spec.text_encoders, captures)
         self._adapter_state: Any = None
         self._previewer: Previewer | None = None
+        self._batches = Batches(pipe, config, world)
         self._loras = RunningLoras(pipe, config, world, self._operate)
 
     @property
@@ -85,8 +88,33 @@ class PipelineEngine:
         return [one.told() for one in self._embeddings.found]
 
     def generate(self, request: GenerateRequest, on_step: OnStep) -> Reply | None:
-        began = time.perf_counter()
+        return next(iter(self.generate_all(request, on_step, 1)), None)
+
+    def most_at_once(self, request: GenerateRequest) -> int:
+        """How many pictures of a request a call of generate_all may be asked for."""
+        return most_together(self.config, request) if self.parallel.batches else 1
+
+    def generate_all(
+        self, request: GenerateRequest, on_step: OnStep, pictures: int, together: bool = True
+    ) -> list[Reply]:
         request = self._embeddings.of(self._loras.of(request))
+        replies: list[Reply] = []
+        drawn = 0
+        while drawn < pictures:
+            left = pictures - drawn
+            count = self._batches.next(request, left, self.parallel) if together else 1
+
+            def step_of_all(step: int, steps: int, before: int = drawn, count: int = count) -> None:
+                on_step(before * steps + count * step, pictures * steps)
+
+            one = request.numbered(drawn)
+            replies += self._batches.measured(one, count, partial(self._draw, one, count, step_of_all))
+            drawn += count
+        return replies
+
+    def _draw(self, request: GenerateRequest, pictures: int, on_step: OnStep) -> list[Reply]:
+        """Pictures of one call of the pipeline, on the rank that holds them."""
+        began = time.perf_counter()
         holds_picture = self.world.rank == self.output_rank
         # Some pipelines draw control latents from the global state: alike on all ranks then.
         torch.manual_seed(request.seed or 0)
@@ -95,7 +123,7 @@ class PipelineEngine:
             self._previewer.begin(request)
         try:
             with scheduler_for_request(self.pipe, self.spec, request.scheduler, request.steps):
-                output = self._call(request, watch, holds_picture)
+                output = self._call(request, watch, holds_picture, pictures)
         except RequestError:
             raise
         except Exception as error:
@@ -108,22 +136,27 @@ class PipelineEngine:
             raise RequestError(422, [FieldProblem(field, "no step is left to run")])
         denoise = watch.seconds()
         if not holds_picture:
-            return None
-        reply = make_reply(self.pipe, self.config, request, output, watch)
+            return []
+        replies = [
+            make_reply(self.pipe, self.config, request.numbered(place), output, watch, place)
+            for place in range(pictures)
+        ]
         total = time.perf_counter() - began
         seconds = {"total": total, "denoise": denoise, "decode": total - denoise}
-        reply.seconds = {name: round(value, 4) for name, value in seconds.items()}
-        return reply
+        for reply in replies:
+            reply.seconds = {name: round(value / pictures, 4) for name, value in seconds.items()}
+        return replies
 
-    def _call(self, request: GenerateRequest, watch: StepWatch, holds_picture: bool) -> Any:
+    def _call(self, request: GenerateRequest, watch: StepWatch, holds_picture: bool, pictures: int) -> Any:
         if "lora_scales" in self.spec.fields:
             loras_of(self.pipe, self.spec).set_scales(request.lora_scales or {})
         arguments = call_arguments(self.pipe, self.config, request, self.world.device)
+        arguments = several(arguments, request.seed or 0, pictures)
         watch.asked = arguments["num_inference_steps"]
         decode = (holds_picture or self.parallel.decodes_together) and request.output_format != "latent"
         arguments["output_type"] = "pt" if decode else "latent"
         self._note_adapters(request)
-        self.parallel.begin(arguments["num_inference_steps"])
+        self.parallel.begin(arguments["num_inference_steps"], pictures)
         try:
             with (
                 noting_broken_pixels(self.pipe, watch.finite),

@@ -55,9 +55,17 @@ def to_picture(pixels: torch.Tensor) -> Image.Image:
 
 
 def make_reply(
-    pipe: Pipeline, config: HostConfig, request: GenerateRequest, output: Any, watch: StepWatch
+    pipe: Pipeline,
+    config: HostConfig,
+    request: GenerateRequest,
+    output: Any,
+    watch: StepWatch,
+    place: int = 0,
 ) -> Reply:
-    """The reply with the pipeline's output; its pictures are not encoded yet.
+    """The reply with one picture of the pipeline's output; it is not encoded yet.
+
+    Args:
+        place: which of several pictures.
 
     Raises:
         RequestError: 422, the result contains NaN or Inf.
@@ -78,13 +86,14 @@ def make_reply(
     pictures: list[Image.Image] = []
     if format == "latent" or request.return_latent or config.legacy_pickle:
         assert watch.latents is not None
-        latent = safetensors.torch.save({"latent": watch.latents.contiguous().cpu()})
+        latent = safetensors.torch.save({"latent": watch.latents[place : place + 1].contiguous().cpu()})
     if format == "latent":
         files = [latent or b""]
         if spec.size_scale != 1 and watch.latents is not None:
             height, width = (side * pipe.vae_scale_factor for side in watch.latents.shape[-2:])
     else:
-        pictures = [to_picture(pixels) for pixels in (output.frames[0] if video else output.images)]
+        made = output.frames[0] if video else output.images[place : place + 1]
+        pictures = [to_picture(pixels) for pixels in made]
         width, height = pictures[0].size
     return Reply(
         output=files,

@@ -61,7 +61,7 @@ class Previewer:
             return
         if self._shape is None:
             self._shape = latent_shape(self.pipe, self.spec, self._request)
-        latents = self._clean(result, noise)
+        latents = self._clean(result, noise)[:1]  # the first of several
         if latents.shape != self._shape:
             return  # not one whole picture
         factor = self.pipe.vae_scale_factor

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import resource
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -13,13 +14,31 @@ import torch.distributed as dist
 
 from shared.ranks.groups import World
 
+Result = TypeVar("Result")
+
+_peaks: dict[torch.device, int] = {}
+"""The most that was in use on each GPU before its count was started anew."""
+
+
+def peak_since(device: torch.device, act: Callable[[], Result]) -> tuple[Result, int]:
+    """What `act` returns, and the most bytes that it had in use on a GPU beyond those in use before it."""
+    before = torch.cuda.memory_allocated(device)
+    _peaks[device] = _peak(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = act()
+    return result, torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak(device: torch.device) -> int:
+    return max(_peaks.get(device, 0), torch.cuda.max_memory_allocated(device))
+
 
 def memory_report(device: torch.device) -> dict[str, int]:
     """Bytes that this rank uses now and at its peak: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return {
             "allocated": torch.cuda.memory_allocated(device),
-            "peak": torch.cuda.max_memory_allocated(device),
+            "peak": _peak(device),
             "reserved": torch.cuda.memory_reserved(device),
         }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux gives KiB
@@ -35,7 +54,7 @@ def rank_device_info(world: World) -> dict[str, Any]:
             "name": torch.cuda.get_device_name(world.device),
             "memory_used_mib": (total - free) >> 20,
             "memory_total_mib": total >> 20,
-            "memory_peak_mib": torch.cuda.max_memory_allocated(world.device) >> 20,
+            "memory_peak_mib": _peak(world.device) >> 20,
         }
     else:
         info["memory_used_mib"] = memory_report(world.device)["allocated"] >> 20

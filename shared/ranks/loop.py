@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
+
 from shared.api.faults import RequestError
 from shared.api.jobs import GenerationJob, Job, JobError, OperationJob, SecondPass
 from shared.api.operations import AddLora, Operation, RemoveLora
@@ -41,7 +43,7 @@ class Engine(Protocol):
     """A loaded pipeline made parallel. All ranks call the same methods with the same arguments."""
 
     picture: int
-    """Which of the pictures of one request this rank works on, from 0."""
+    """Which of the pictures that are made at the same time this rank works on, from 0: its replica."""
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -59,6 +61,20 @@ class Engine(Protocol):
         Raises:
             RequestError: the request is wrong; raised on all ranks.
             StoppedError: passed on from `on_step`.
+        """
+        ...
+
+    def most_at_once(self, request: GenerateRequest) -> int:
+        """How many pictures of a request one replica may be asked for at once; called on rank 0 only."""
+        ...
+
+    def generate_all(
+        self, request: GenerateRequest, on_step: OnStep, pictures: int, together: bool = True
+    ) -> list[Reply]:
+        """Pictures with seeds in a row, as `generate` makes them; `on_step` gets the steps of all of them.
+
+        Args:
+            together: whether they may be drawn in one call of the pipeline, as far as memory allows.
         """
         ...
 
@@ -137,7 +153,7 @@ class RankLoop:
                 continue
             self._set_state("busy")
             # If the ranks fail, the job stays the running one: what ends the host answers it.
-            self._finish(job, self._carry_out(message))
+            self._finish(job, message, self._carry_out(message))
             if job is None or not job.done:
                 continue  # with the next of the job's pictures, or the second pass of this one
             if self.queue is not None:
@@ -157,8 +173,9 @@ class RankLoop:
             case OperationJob():
                 return Call(job.id, job.operation)
             case GenerationJob():
-                request, pictures = job.draw(self.at_once)
-                return Generate(job.id, request, pictures, job.starts)
+                each = job.each(self.at_once, self.engine.most_at_once(job.request))
+                request, pictures = job.draw(self.at_once * each)
+                return Generate(job.id, request, pictures, each, job.together, job.starts)
 
     def _carry_out(self, message: Generate | Call) -> list[Outcome]:
         rank = self.channel.world.rank
@@ -178,6 +195,7 @@ class RankLoop:
             raise
         except Exception as error:
             outcome.error = str(error) or type(error).__name__
+            outcome.out_of_memory = isinstance(error, torch.OutOfMemoryError)
             if isinstance(error, RequestError):
                 outcome.status, outcome.problems = error.status, error.problems
             else:
@@ -192,16 +210,17 @@ class RankLoop:
         outcome.device = rank_device_info(self.channel.world)
         return self.channel.gather_outcomes(outcome)
 
-    def _generate(self, message: Generate) -> Reply | None:
-        """This rank's picture; None on a rank without one, which runs along for the collectives."""
-        number = self.engine.picture
-        request = message.request.numbered(number)
+    def _generate(self, message: Generate) -> list[Reply]:
+        """The pictures that this rank holds. A replica without any runs along for the collectives."""
+        first = self.engine.picture * message.each
+        request = message.request.numbered(first)
         if message.latents:
-            latent = message.latents[min(number, len(message.latents) - 1)]
+            latent = message.latents[min(first, len(message.latents) - 1)]
             request = request.model_copy(update={"latent": latent})
         job = None if self.queue is None else self.queue.generation
-        reply = self.engine.generate(request, self._step_boundary(job))
-        return reply if number < message.pictures else None
+        on_step = self._step_boundary(job)
+        replies = self.engine.generate_all(request, on_step, message.each, message.together)
+        return replies[: max(message.pictures - first, 0)]
 
     def _operate(self, operation: Operation) -> Sequence[object]:
         match operation:
@@ -241,12 +260,18 @@ class RankLoop:
         if agreed is not Verdict.GO_ON:
             raise StoppedError(agreed)
 
-    def _finish(self, job: Job | None, outcomes: list[Outcome]) -> None:
+    def _finish(self, job: Job | None, message: Generate | Call, outcomes: list[Outcome]) -> None:
         """Answer the job from the outcomes of all ranks; every rank sees a broken compute group."""
         if self.status is not None:
             self.status.ranks = [o.device for o in outcomes if o.device is not None]
         broken = [o for o in outcomes if not o.in_sync]
-        if job is not None:
+        if not broken and _had_no_room(message, outcomes):
+            log.warning("request %s: out of memory for several pictures at once; one by one", message.job_id)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if isinstance(job, GenerationJob):
+                job.together = False
+        elif job is not None:
             verdict = max(o.verdict for o in outcomes)
             if verdict is Verdict.FINISHED:
                 self._deliver(job, outcomes)
@@ -258,14 +283,14 @@ class RankLoop:
 
     def _deliver(self, job: Job, outcomes: list[Outcome]) -> None:
         """Give the job the results of the ranks."""
-        results = [o.result for o in outcomes if o.result is not None]
         match job:
             case OperationJob():
-                job.succeed(results[0])
+                job.succeed(outcomes[0].result)
             case GenerationJob():
-                for reply in results:
+                replies = [reply for outcome in outcomes for reply in outcome.result]
+                for reply in replies:
                     reply.warnings = merged(reply.warnings, *(o.warnings for o in outcomes))
-                job.add(results)
+                job.add(replies)
                 self._enlarge(job)
 
     def _enlarge(self, job: GenerationJob) -> None:
@@ -292,3 +317,10 @@ class RankLoop:
     def _set_state(self, state: Any) -> None:
         if self.status is not None and self.status.state not in ("stopping", "broken"):
             self.status.state = state
+
+
+def _had_no_room(message: Generate | Call, outcomes: list[Outcome]) -> bool:
+    """Whether several pictures in one call were too many for the memory, and nothing else went wrong."""
+    several = isinstance(message, Generate) and message.each > 1 and message.together
+    failed = [outcome for outcome in outcomes if outcome.error]
+    return several and bool(failed) and all(outcome.out_of_memory for outcome in failed)

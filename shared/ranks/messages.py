@@ -27,11 +27,13 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True)
 class Generate:
-    """Rank 0 to all: make this picture. Images and tensors inside the request are encoded bytes."""
+    """Rank 0 to all: make these pictures. Images and tensors inside the request are encoded bytes."""
 
     job_id: str
     request: GenerateRequest
-    pictures: int = 1  # ranks that work on another picture than the first take the seeds after this one
+    pictures: int = 1  # of all replicas; their seeds follow the request's
+    each: int = 1  # pictures of one replica; the last of them may have none that counts
+    together: bool = True  # whether a replica may draw its pictures in one call of the pipeline
     latents: tuple[bytes, ...] = ()  # what each picture starts from, in place of the request's
 
 
@@ -69,6 +71,7 @@ class Outcome:
     result: Any = None
     warnings: list[str] = field(default_factory=list)  # of this rank, for the client
     device: dict[str, Any] | None = None
+    out_of_memory: bool = False  # what failed here
 
 
 class BrokenJobError(RuntimeError):

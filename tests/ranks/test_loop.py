@@ -164,6 +164,22 @@ def test_pictures_of_one_request_are_made_in_a_row_as_one_job(pool: RankPool) ->
     assert all(r["done"] == [str(2**64 - 1), "0", "1", "8"] for r in ranks)
 
 
+def test_a_replica_makes_several_pictures_at_once(pool: RankPool) -> None:
+    ranks = pool.run(serve_jobs, 2, [{"seed": 5, "pictures": 5, "at_once": 3, "steps": 4}])
+    (job,) = ranks[0]["jobs"]
+    assert job["seeds"] == [5, 6, 7, 8, 9] and job["error"] is None
+    assert job["step"] == 8, "the last two pictures have four steps each"
+    assert all(r["done"] == ["3 at once", "5", "6", "7", "2 at once", "8", "9"] for r in ranks)
+
+
+def test_pictures_without_room_together_are_made_one_by_one(pool: RankPool) -> None:
+    orders = [{"seed": 5, "pictures": 3, "at_once": 2, "no_room": 1}, {"seed": 1, "no_room": 0}]
+    ranks = pool.run(serve_jobs, 2, orders)
+    several, one = ranks[0]["jobs"]
+    assert several["seeds"] == [5, 6, 7] and several["error"] is None and one["seeds"] == [1]
+    assert all(r["done"] == ["2 at once", "5", "6", "7", "1"] and r["broken"] is None for r in ranks)
+
+
 def test_cancel_and_the_time_out_end_all_pictures_of_a_request(pool: RankPool) -> None:
     order = {"seed": 5, "pictures": 9, "steps": 3, "sleep": 0.1}
     for limits, error in (

@@ -110,6 +110,7 @@ class AsyncDiff(Method):
         self.executions: Counter[str] = Counter()
         """How often each unit ran here in this generation's asynchronous steps, graph replays not counted."""
         self.measure_units = measure_units
+        self.batches = not measure_units  # another batch may be divided differently
         self._cuda_graph = cuda_graph
         self._stages: Latest[Stage] = Latest(max_shapes, lambda stage: stage.graphs.close())
         self._names = parameter_names(found)
@@ -130,9 +131,9 @@ class AsyncDiff(Method):
         after = step - self.warm_up_steps
         return self.ranks > 1 and after >= 0 and (self.async_steps is None or after < self.async_steps)
 
-    def begin(self, steps: int) -> None:
+    def begin(self, steps: int, pictures: int = 1) -> None:
         """A new generation of ``steps`` steps starts: its first ``warm_up_steps`` are exact again."""
-        super().begin(steps)
+        super().begin(steps, pictures)
         self.executions.clear()
         for stage in self._stages:
             stage.calls = 0

@@ -102,16 +102,16 @@ class DistriFusion(Method):
         self._split: CfgSplit | None = None
         self._install()
 
-    def begin(self, steps: int) -> None:
+    def begin(self, steps: int, pictures: int = 1) -> None:
         """A new generation starts: its first steps are exact again.
 
         Changes of adapters since the last one (loaded, scaled, merged) take effect here.
         """
-        super().begin(steps)
+        super().begin(steps, pictures)
         if adapters(self.pipeline) != self._adapters:
             self.reset()
-        for model in self.models:
-            model.begin(steps)
+        for part in (*self.models, *([self._split] if self._split else [])):
+            part.begin(steps, pictures)
 
     def reset(self) -> None:
         """Override the models again, without old buffers and graphs: after weights or layers changed."""

@@ -162,8 +162,8 @@ class Patched(Part):
         self.layers = PatchLayers(model, surgery)
         surgery.override(model, self._forward)
 
-    def begin(self, steps: int) -> None:
-        super().begin(steps)
+    def begin(self, steps: int, pictures: int = 1) -> None:
+        super().begin(steps, pictures)
         self.calls = 0
         for layout in self.layouts:
             layout.fresh = layout.prompted = False

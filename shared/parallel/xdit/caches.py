@@ -42,8 +42,8 @@ class StepCache(Part):
         for block in blocks_of(transformer, plan):
             self.surgery.override(block, self._counted)
 
-    def begin(self, steps: int) -> None:
-        super().begin(steps)
+    def begin(self, steps: int, pictures: int = 1) -> None:
+        super().begin(steps, pictures)
         self.computed_blocks = 0
 
     def _counted(self, original: Forward, args: tuple, kwargs: dict) -> Any:
@@ -76,8 +76,8 @@ class FirstBlockCache(StepCache):
         self._hook: Any = first.get_hook(_FBC_LEADER_BLOCK_HOOK)
         self.surgery.replace(self._hook, "_should_compute_remaining_blocks", self._has_changed)
 
-    def begin(self, steps: int) -> None:
-        super().begin(steps)
+    def begin(self, steps: int, pictures: int = 1) -> None:
+        super().begin(steps, pictures)
         self.transformer._reset_stateful_cache()
 
     def _has_changed(self, residual: torch.Tensor) -> bool:
@@ -110,9 +110,9 @@ class TeaCache(StepCache):
         self._caches: dict[str, dict[str, nn.ModuleList]] = {}
         self._context = self.surgery.replace(self.transformer, "cache_context", self._branch)
 
-    def begin(self, steps: int) -> None:
+    def begin(self, steps: int, pictures: int = 1) -> None:
         """Fresh caches: xfuser's keep residuals, and count steps, from one generation to the next."""
-        super().begin(steps)
+        super().begin(steps, pictures)
         self._caches = {}
         # For pipelines that do not name their guidance branches.
         self._put(self._new())

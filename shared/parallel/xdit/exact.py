@@ -79,6 +79,8 @@ class XDiT(Method):
         self._graphs = Graphs(cuda_graph and cache is None)
         self.cache: StepCache | None = None
         self._calls: CallsSplit | None = None
+        self._split: CfgSplit | None = None
+        self.batches = cache is None  # a cache decides for all pictures of a call together
         self.decodes_together = parallel_vae and degrees.world > degrees.data
         """Whether all ranks must decode, as each decodes a patch."""
         try:
@@ -113,7 +115,9 @@ class XDiT(Method):
             if self.tokens.guidance == "calls":
                 self._calls = held.enter_context(CallsSplit(self.transformer, pair.group))
             else:
-                held.enter_context(CfgSplit([self.transformer], pair.group, pair.rank, local=nets))
+                self._split = held.enter_context(
+                    CfgSplit([self.transformer], pair.group, pair.rank, local=nets)
+                )
         if self.decodes_together:
             held.enter_context(PatchDecoder(self.pipeline.vae, groups.replica))
 
@@ -138,12 +142,11 @@ class XDiT(Method):
         """Steps after which the transformer has been captured."""
         return 2 if self._graphs.enabled else 1
 
-    def begin(self, steps: int) -> None:
-        super().begin(steps)
-        if self.cache is not None:
-            self.cache.begin(steps)
-        if self._calls is not None:
-            self._calls.begin(steps)
+    def begin(self, steps: int, pictures: int = 1) -> None:
+        super().begin(steps, pictures)
+        for part in (self.cache, self._split, self._calls):
+            if part is not None:
+                part.begin(steps, pictures)
 
     def run(self, arguments: dict[str, Any], watch: Watch) -> Any:
         if self._calls is not None:

@@ -64,6 +64,8 @@ class XDiTPipeFusion(Method):
         ValueError: PipeFusion does not support this model or these degrees.
     """
 
+    batches = False
+
     def __init__(
         self,
         pipeline: Pipeline,
@@ -189,9 +191,9 @@ class XDiTPipeFusion(Method):
     def warm_up_calls(self) -> int:
         return 2
 
-    def begin(self, steps: int) -> None:
+    def begin(self, steps: int, pictures: int = 1) -> None:
         """A new generation starts: xfuser's buffers of the last one are reset."""
-        super().begin(steps)
+        super().begin(steps, pictures)
         from xfuser.core.distributed import get_runtime_state
 
         state = get_runtime_state()
