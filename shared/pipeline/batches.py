@@ -19,6 +19,7 @@ from shared.models import ONE_NOISE
 from shared.parallel.method import Method
 from shared.parallel.pipeline import Pipeline, model_of
 from shared.pipeline.arguments import INPAINT_CHANNELS
+from shared.pipeline.schedulers import SchedulerError, scheduler_for_request
 from shared.ranks.device import peak_since
 from shared.ranks.groups import World
 
@@ -70,7 +71,7 @@ class Batches:
     def next(self, request: GenerateRequest, left: int, method: Method) -> int:
         """How many of the pictures that are left the next call draws, the same on all ranks."""
         most = min(most_together(self.config, request), left)
-        if most == 1 or not self._exact(method):
+        if most == 1 or not self._exact(request, method):
             return 1
         fit = self._fitting(request, most)
         if self.world.size > 1:
@@ -82,11 +83,16 @@ class Batches:
             log.info("memory is free for %d of %d pictures of %s together", fit, most, size)
         return max(fit, 1)
 
-    def _exact(self, method: Method) -> bool:
+    def _exact(self, request: GenerateRequest, method: Method) -> bool:
         """Whether each of several pictures is the one that is drawn alone."""
-        scheduler = self.pipe.scheduler
+        spec = self.config.spec
+        try:
+            with scheduler_for_request(self.pipe, spec, request.scheduler, request.steps):
+                scheduler = self.pipe.scheduler
+        except SchedulerError:
+            return False  # the call that draws will tell why
         drawn_alike = type(scheduler).__name__ in ONE_NOISE or scheduler.config.get("stochastic_sampling")
-        denoiser = model_of(self.pipe, self.config.spec.denoiser)
+        denoiser = model_of(self.pipe, spec.denoiser)
         paints = denoiser.config.get("in_channels") == INPAINT_CHANNELS  # from an empty picture
         return method.batches and not drawn_alike and not paints
 

@@ -1,0 +1,166 @@
+"""Several pictures of one request in one call of the pipeline: each is the one that is drawn alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load
+
+from shared.api.parsing import check_request
+from shared.api.requests import GenerateRequest
+from shared.backends import BACKENDS
+from shared.launch.checks import check_config
+from shared.models import MODELS
+from shared.pipeline.batches import most_together
+from shared.pipeline.engine import PipelineEngine
+from shared.ranks.groups import World, make_groups
+from tests import test_matrix, tiny
+from tests.pool import RankPool
+from tests.test_matrix import SETTINGS, psnr
+
+Case = dict[str, Any]
+SEED = 2**64 - 2
+"""The seeds of three pictures go over the largest one."""
+BATCHED = [name for name, spec in MODELS.items() if spec.batch_pixels]
+
+
+def drawn(engine: PipelineEngine, request: GenerateRequest, pictures: int) -> tuple[list[int], list[Any]]:
+    """How many pictures each call of the pipeline made, and (seed, latents, pixels) of those held here."""
+    calls: list[int] = []
+    inner = engine._draw
+
+    def noted(one: GenerateRequest, count: int, *more: Any) -> Any:
+        calls.append(count)
+        return inner(one, count, *more)
+
+    engine._draw = noted  # type: ignore[method-assign]
+    steps: list[tuple[int, int]] = []
+    replies = engine.generate_all(request, lambda step, of: steps.append((step, of)), pictures)
+    engine._draw = inner  # type: ignore[method-assign]
+    assert steps == sorted(steps) and steps[-1][0] == steps[-1][1]
+    return calls, [
+        (reply.seed, load(reply.latent or b"")["latent"].float().numpy(), np.asarray(reply.pictures[0]))
+        for reply in replies
+    ]
+
+
+def together_and_alone(
+    backend: str, name: str, flags: Case | None = None, plan: Case | None = None, **fields: Any
+) -> tuple[list[int], list[float], int]:
+    """On each rank: the calls for three pictures at once, how close each is to the one drawn alone, and how
+    far pixels are apart."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
+    flags = flags or {}
+    config = replace(tiny.config(name, width=64, height=64, **flags, **(plan or {})), backend=backend)
+    check_config(config, BACKENDS[backend], size)
+    body = test_matrix.body(name, flags) | {"seed": SEED, "output_format": "png", "return_latent": True}
+    request = check_request(body | {"steps": 4} | fields, config)
+    engine = BACKENDS[backend].build_engine(config, world)
+    calls, several = drawn(engine, request, 3)
+    one_by_one = [drawn(engine, request.numbered(number), 1)[1] for number in range(3)]
+    engine.close()
+    alone = [made[0] for made in one_by_one if made]
+    assert [seed for seed, *_ in several] == [seed for seed, *_ in alone]
+    apart = [np.abs(a[2].astype(int) - b[2].astype(int)).max() for a, b in zip(several, alone, strict=True)]
+    close = [psnr(a[1], b[1]) for a, b in zip(several, alone, strict=True)]
+    assert len({made[1].tobytes() for made in several}) == len(several), "the same picture twice"
+    return calls, close, int(max(apart, default=0))
+
+
+def check(made: list[tuple[list[int], list[float], int]], calls: list[int], least: float = 80) -> None:
+    """That all ranks made the same calls, and that the pictures are those drawn alone."""
+    assert all(of_rank[0] == calls for of_rank in made)
+    found = [of_rank for of_rank in made if of_rank[1]]
+    assert len(found) == 1 and len(found[0][1]) == 3
+    assert min(found[0][1]) >= least and found[0][2] <= 1
+
+
+ALONE: list[tuple[str, str, tuple[str, ...], Case]] = [
+    ("asyncdiff", "sd1", ("control_net", "ip_adapter"), {"scheduler": "euler_a"}),
+    ("asyncdiff", "sd1", ("enable_vae_slicing",), {"scheduler": "dpmpp_2m_sde", "cfg": 1.0}),
+    ("asyncdiff", "sd2", ("compel",), {}),
+    ("asyncdiff", "sdxl", ("lora",), {"positive": "a red cat, " * 40, "scheduler": "ddpm"}),
+    ("asyncdiff", "sd3", ("ip_adapter",), {}),
+    ("xdit", "pixa", (), {}),
+    ("xdit", "pixs", (), {"scheduler": "dpmpp_2m"}),
+    ("xdit", "hy", (), {}),
+]
+
+
+@pytest.mark.parametrize(("backend", "name", "features", "fields"), ALONE)
+def test_each_of_several_pictures_is_the_one_drawn_alone(
+    pool: RankPool, backend: str, name: str, features: tuple[str, ...], fields: Case
+) -> None:
+    flags: Case = {}
+    for feature in features:
+        flags |= SETTINGS[feature](name) if feature in SETTINGS else {feature: True}
+    tiny.checkpoint(name)
+    check(pool.run(together_and_alone, 1, backend, name, flags, **fields), [3])
+
+
+def test_every_type_with_a_batch_is_tested() -> None:
+    assert {name for _, name, *_ in ALONE} == set(BATCHED)
+
+
+ON_RANKS: list[tuple[str, str, int, tuple[str, ...], Case]] = [
+    ("asyncdiff", "sd1", 2, (), {"warm_up_steps": 1}),
+    ("asyncdiff", "sdxl", 2, (), {"use_cfg_parallel": True, "warm_up_steps": 1}),
+    ("distrifuser", "sd1", 2, ("control_net",), {"warm_up_steps": 1}),
+    ("distrifuser", "sdxl", 2, (), {"no_split_batch": True, "warm_up_steps": 1}),
+    ("distrifuser", "sd1", 2, (), {"no_split_batch": True, "parallelism": "tensor"}),
+    ("xdit", "pixa", 2, (), {"ulysses_degree": 2}),
+    ("xdit", "hy", 2, (), {"ring_degree": 2}),
+    ("xdit", "sd3", 2, (), {"use_cfg_parallel": True}),
+]
+
+
+@pytest.mark.parametrize(("backend", "name", "ranks", "features", "plan"), ON_RANKS)
+def test_so_it_is_under_every_method(
+    pool: RankPool, backend: str, name: str, ranks: int, features: tuple[str, ...], plan: Case
+) -> None:
+    flags: Case = {}
+    for feature in features:
+        flags |= SETTINGS[feature](name)
+    tiny.checkpoint(name)
+    check(pool.run(together_and_alone, ranks, backend, name, flags, plan), [3])
+
+
+APART: list[tuple[str, str, int, tuple[str, ...], Case, Case]] = [
+    # torchsde draws one noise for all; the pictures of some ControlNets are encoded with the global state.
+    ("asyncdiff", "sd1", 1, (), {}, {"scheduler": "dpmpp_sde"}),
+    ("asyncdiff", "sd3", 1, ("control_net",), {}, {}),
+    ("xdit", "pixa", 2, (), {"pipefusion_parallel_degree": 2, "warm_up_steps": 1}, {}),
+    ("xdit", "flux", 1, (), {}, {}),
+]
+
+
+@pytest.mark.parametrize(("backend", "name", "ranks", "features", "plan", "fields"), APART)
+def test_others_are_drawn_one_by_one(
+    pool: RankPool, backend: str, name: str, ranks: int, features: tuple[str, ...], plan: Case, fields: Case
+) -> None:
+    flags: Case = {}
+    for feature in features:
+        flags |= SETTINGS[feature](name)
+    tiny.checkpoint(name)
+    check(pool.run(together_and_alone, ranks, backend, name, flags, plan, **fields), [1, 1, 1])
+
+
+def test_the_size_says_how_many() -> None:
+    sd1, flux = tiny.config("sd1"), tiny.config("flux")
+
+    def most(config: Any, width: int, height: int, **more: Any) -> int:
+        return most_together(config, GenerateRequest.model_construct(width=width, height=height, **more))
+
+    assert [most(sd1, side, side) for side in (256, 512, 768, 1024, 2048)] == [16, 4, 1, 1, 1]
+    assert most(sd1, 768, 512) == 2
+    assert most(flux, 256, 256) == 1
+    assert most(replace(sd1, compile_unet=True), 512, 512) == 1
+    assert most(sd1, 512, 512, latent=b"x") == most(sd1, 512, 512, image=b"x") == 1
