@@ -40,9 +40,9 @@ class Noted(Method):
     def warm_up_calls(self) -> int:
         return self._calls
 
-    def begin(self, steps: int) -> None:
-        super().begin(steps)
-        self.told.append(f"{self.name} begins {steps}")
+    def begin(self, steps: int, pictures: int = 1) -> None:
+        super().begin(steps, pictures)
+        self.told.append(f"{self.name} begins {steps} of {pictures}")
 
     def reset(self) -> None:
         self.told.append(f"{self.name} forgets")
@@ -52,12 +52,12 @@ def test_a_combined_method_closes_its_parts_last_first() -> None:
     told: list[str] = []
     with CombinedMethod(Noted("first", told, 2), [Noted("second", told, 5), Part()], {"note": 1}) as both:
         assert (both.plan, both.warm_up_calls) == ({"note": 1, "method": "first"}, 5)
-        both.begin(3)
+        both.begin(3, 2)
         both.reset()
         assert both.run({"steps": 3}, Unwatched()) == ("first", {"steps": 3})
     both.close()
     assert told == [
-        *("first begins 3", "second begins 3", "first forgets", "second forgets"),
+        *("first begins 3 of 2", "second begins 3 of 2", "first forgets", "second forgets"),
         *("second closed", "first closed"),
     ]
 
