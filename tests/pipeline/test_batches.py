@@ -42,7 +42,7 @@ def drawn(engine: PipelineEngine, request: GenerateRequest, pictures: int) -> tu
     engine._draw = noted  # type: ignore[method-assign, assignment]
     steps: list[tuple[int, int]] = []
     replies = engine.generate_all(request, lambda step, of: steps.append((step, of)), pictures)
-    engine._draw = inner  # type: ignore[method-assign, assignment]
+    engine._draw = inner  # type: ignore[method-assign]
     assert steps == sorted(steps) and steps[-1][0] == steps[-1][1]
     return calls, [
         (reply.seed, load(reply.latent or b"")["latent"].float().numpy(), np.asarray(reply.pictures[0]))
