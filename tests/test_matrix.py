@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from shared.backends import BACKENDS
 from shared.models import FEATURES, MODELS
+from shared.models.spec import Kind
 from tests import tiny, tiny_extras
 from tests.pool import RankPool
 
@@ -44,25 +45,29 @@ SETTINGS: dict[str, Callable[[str], Flags]] = {
     "motion_module": lambda name: {"motion_module": str(tiny_extras.motion_adapter("file"))},
     "motion_adapter_lora": lambda name: {"motion_adapter_lora": {str(tiny_extras.motion_lora()): 1.0}},
 }
+# What a request may bring that is no flag: a column of the tables, and the kind of its pipeline.
+FROM_PICTURE: dict[str, Kind] = {"image": "image", "mask": "inpaint"}
+SETTINGS |= {field: lambda name, field=field: {"start": field} for field in FROM_PICTURE}  # type: ignore[misc]
 UNCHANGED = {"compile_unet"}  # same picture, made otherwise
 # The second plan of a host whose methods differ in more than the warm-up steps, for a cell with these flags.
 OTHERWISE: dict[str, Callable[[str, Flags], Flags]] = {
     "xdit": lambda name, flags: (
         {"ring_degree": 2}
-        if {"control_net", "ip_adapter", "compile_unet"} & set(flags)
+        if {"control_net", "ip_adapter", "compile_unet", "start"} & set(flags)
         or BACKENDS["xdit"].refusal(MODELS[name], "pipefusion_parallel_degree")
         else {"pipefusion_parallel_degree": 2}
     )
 }
 EVERYTHING = ("lora", "control_net", "ip_adapter", "quantize_to", "compile_unet")
+PAIRED = (*EVERYTHING, "compel", *FROM_PICTURE)
 
 
 def body(name: str, flags: Flags) -> dict[str, Any]:
     """A request of this type, with the inputs that the flags want."""
 
-    def picture(seed: int) -> str:
+    def picture(seed: int, mode: str = "RGB") -> str:
         out = io.BytesIO()
-        tiny.picture(64 if MODELS[name].size_scale == 1 else 16, seed).save(out, "PNG")
+        tiny.picture(64 if MODELS[name].size_scale == 1 else 16, seed).convert(mode).save(out, "PNG")
         return base64.b64encode(out.getvalue()).decode()
 
     request: dict[str, Any] = {"steps": STEPS, "seed": 11, "output_format": "latent"}
@@ -70,8 +75,13 @@ def body(name: str, flags: Flags) -> dict[str, Any]:
         request |= {"positive": "a (small)1.5 red cat", "cfg": 5.0}
         if MODELS[name].guidance_branches == 2:
             request["negative"] = "blur"
-    if MODELS[name].image == "needed":
+    if MODELS[name].image == "needed" or flags.get("start"):
         request["image"] = picture(1)
+    if start := flags.get("start"):
+        # Twice as many, of which the last half runs.
+        request |= {"steps": 2 * STEPS, "strength": 0.5}
+        if start == "mask":
+            request["mask"] = picture(4, "L")
     if flags.get("control_net"):
         request["control_image"] = picture(2)
     if flags.get("ip_adapter"):
@@ -99,7 +109,8 @@ def launch(
     asked = parallel_flags.pop("ask", {})
     common: Flags = {"backend": backend, "type": name, "width": 64, "height": 64}
     common["checkpoint"] = parallel_flags.pop("checkpoint", str(tiny.checkpoint(name)))
-    config = HostConfig(**common, **flags, **{"warm_up_steps": STEPS, **parallel_flags})
+    launched = {flag: value for flag, value in flags.items() if flag != "start"}
+    config = HostConfig(**common, **launched, **{"warm_up_steps": STEPS, **parallel_flags})
     check_config(config, BACKENDS[backend], size)
     request = check_request(body(name, flags) | asked, config)
 
@@ -163,13 +174,23 @@ COMPILED = {"asyncdiff": ("sd1", "sdxl"), "distrifuser": (), "xdit": ()}
 ALIKE = {"asyncdiff": ("sd2",), "distrifuser": ("sd2",), "xdit": ("pixa",)}
 
 
+def supports(backend: str, name: str, *features: str) -> bool:
+    """Whether a type may combine these on a host."""
+    fields = [f for f in features if f in FROM_PICTURE]
+    flags = [f for f in features if f not in FROM_PICTURE]
+    if len(fields) > 1 or any(BACKENDS[backend].refusal(MODELS[name], f) for f in flags):
+        return False
+    starts = [MODELS[name].start(FROM_PICTURE[f], "control_net" in flags) for f in fields]
+    return all(s is not None and ("ip_adapter" not in flags or s.ip_adapter) for s in starts)
+
+
 def cells(backend: str) -> list[Any]:
     """(type, feature) of every yes that has a setting above, and `everything` of each type."""
     spec = BACKENDS[backend]
     found: list[Any] = []
     for name in spec.types:
         found.append((name, "nothing"))
-        yes = [f for f in FEATURES if f in SETTINGS and spec.refusal(MODELS[name], f) is None]
+        yes = [f for f in (*FEATURES, *FROM_PICTURE) if f in SETTINGS and supports(backend, name, f)]
         for feature in yes:
             slow = (feature == "compile_unet" and name not in COMPILED[backend]) or name in ALIKE[backend]
             found.append(pytest.param(name, feature, marks=[pytest.mark.slow] if slow else []))
@@ -256,14 +277,10 @@ def pairs() -> list[Any]:
     `make matrix`.
     """
     found: list[Any] = []
-    for number, (a, b) in enumerate(itertools.combinations((*EVERYTHING, "compel"), 2)):
+    for number, (a, b) in enumerate(itertools.combinations(PAIRED, 2)):
         for place, (backend, spec) in enumerate(BACKENDS.items()):
-            able = [
-                name
-                for name in spec.types
-                if not spec.refusal(MODELS[name], a) and not spec.refusal(MODELS[name], b)
-            ]
-            chosen = able[number % len(able)]
+            able = [name for name in spec.types if supports(backend, name, a, b)]
+            chosen = able[number % len(able)] if able else None
             for name in able:
                 turn = 0 if "compile_unet" in (a, b) else number % len(BACKENDS)
                 slow = name != chosen or place != turn
@@ -281,7 +298,7 @@ def test_two_features_together(pool: RankPool, backend: str, name: str, a: str, 
 def test_the_setting_of_every_feature_of_a_request_is_known() -> None:
     decoded_only = {"compile_vae", "compile_text_encoder", "enable_vae_tiling", "enable_vae_slicing"}
     gpu_only = {f for f in FEATURES if f.endswith("offload")}
-    assert set(FEATURES) - decoded_only - gpu_only - {"gguf_model"} == set(SETTINGS)
+    assert set(FEATURES) - decoded_only - gpu_only - {"gguf_model"} == set(SETTINGS) - set(FROM_PICTURE)
 
 
 @pytest.mark.parametrize(
@@ -346,9 +363,21 @@ def inpainting_checkpoint(name: str) -> str:
     return str(tiny.cached(f"inpaint_{name}", make))
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_inpainting_checkpoints_paint_the_whole_picture(pool: RankPool, name: str) -> None:
-    ranks = pool.run(run_cell, 2, "asyncdiff", name, {}, {"checkpoint": inpainting_checkpoint(name)})
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [
+        ("sd1", ()),
+        ("sd1", ("image",)),
+        ("sd1", ("mask", "control_net", "ip_adapter")),
+        ("sdxl", ()),
+        ("sdxl", ("mask", "control_net", "lora")),
+    ],
+)
+def test_inpainting_checkpoints(pool: RankPool, name: str, features: tuple[str, ...]) -> None:
+    flags: Flags = {}
+    for feature in features:
+        flags |= SETTINGS[feature](name)
+    ranks = pool.run(run_cell, 2, "asyncdiff", name, flags, {"checkpoint": inpainting_checkpoint(name)})
     holder = next(r for r in ranks if r["exact"] is not None)
     assert psnr(holder["exact"], holder["plain"]) >= EXACT_DB
     assert 10 < psnr(holder["asynchronous"], holder["plain"]) < float("inf")

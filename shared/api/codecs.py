@@ -73,11 +73,19 @@ def check_image(value: Any) -> bytes:
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
-    """(width, height) in pixels of a picture that was checked before; reads only its header."""
-    from PIL import Image
+    """(width, height) in pixels of a picture that was checked before, upright by its EXIF tag.
+
+    Reads only its header.
+    """
+    from PIL import ExifTags, Image
 
     with Image.open(io.BytesIO(data), formats=IMAGE_INPUTS) as image:
-        return image.size
+        width, height = image.size
+        try:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        except _BROKEN_PICTURE:
+            turned = False  # its EXIF data cannot be read
+        return (height, width) if turned else (width, height)
 
 
 def tensor_of(*names: str, optional: tuple[str, ...] = (), most: float = math.inf) -> Any:

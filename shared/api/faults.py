@@ -40,3 +40,8 @@ class RequestError(ValueError):
         self.problems = problems
         told = [f"{p.field}: {p.problem}" if p.field else p.problem for p in problems[:MAX_TOLD]]
         super().__init__(all_faults(told, len(problems)))
+
+
+def refused(field: str, problem: str) -> RequestError:
+    """A RequestError 422 for the content of a field."""
+    return RequestError(422, [FieldProblem(field, problem)])

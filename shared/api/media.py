@@ -44,6 +44,24 @@ def decode_image(data: bytes, percent: float | None = None) -> Image.Image:
     return image.resize(size, Image.Resampling.LANCZOS)  # type: ignore[arg-type]
 
 
+def decode_picture(data: bytes, percent: float | None, size: tuple[int, int]) -> Image.Image:
+    """`decode_image`, resized to exactly `size` (width, height) where it has another."""
+    return _sized(decode_image(data, percent), size)
+
+
+def decode_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
+    """Encoded mask -> grey of `size`; white is painted anew. Its alpha, unless that is opaque everywhere."""
+    image = _eight_bits(_upright(Image.open(io.BytesIO(data))))
+    if "transparency" in image.info or "A" in image.getbands():
+        alpha = image.convert("RGBA").getchannel("A")
+        image = image if alpha.getextrema() == (255, 255) else alpha
+    return _sized(image.convert("L"), size)
+
+
+def _sized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)

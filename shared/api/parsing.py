@@ -19,6 +19,7 @@ from shared.api.requests import (
     VIDEO_FORMATS,
     GenerateRequest,
     Scale,
+    size_of,
 )
 from shared.launch.checks import scheduler_problem
 from shared.launch.flags import HostConfig
@@ -140,8 +141,29 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
         add(name, "give strength or denoising_start, not both", *STRENGTH, "denoising_start")
     elif strength == 0:
         add(name, "must be above 0, or no step is left to run; got 0")
-    elif strength is not None and strength < 1 and request.latent is None:
-        add(name, f"below 1 needs a latent to start from; got {strength:g} and no latent", "latent")
+    elif strength is not None and strength < 1 and request.latent is None and not request.starts(config):
+        wanted, lacks = ("a latent", "no latent")
+        if config.spec.image == "start":
+            wanted, lacks = ("an image or a latent", "neither")
+        add(name, f"below 1 needs {wanted} to start from; got {strength:g} and {lacks}", "latent", "image")
+    if request.mask is not None and request.image is None:
+        add("mask", "needs the image that it is a mask of; got no image", "image")
+    if request.starts(config):
+        for name, given in (
+            ("latent", request.latent is not None),
+            ("denoising_start", start > 0),
+            ("denoising_end", end not in (None, 1.0)),
+        ):
+            if given:
+                add(name, f"give image or {name}, not both", "image")
+        if max(size := size_of(request, config)) > MAX_SIDE:
+            got = "{}x{}".format(*size)
+            add(
+                "image",
+                f"makes {got} pixels, more than {MAX_SIDE} a side; give width and height",
+                "width",
+                "height",
+            )
     if end is not None and start >= end:
         add("denoising_end", f"must be above denoising_start {start:g}, got {end:g}", "denoising_start")
     elif start >= 1:
@@ -197,6 +219,8 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
             problems.append(FieldProblem(name, text))
     if spec.image == "needed" and request.image is None:
         problems.append(FieldProblem("image", f"type {spec.name} ({spec.title}) needs an input image"))
+    if fault := _no_start(request, config):
+        problems.append(fault)
     if config.control_net and request.control_image is None:
         problems.append(FieldProblem("control_image", "is needed: the host was started with --control_net"))
     allowed = IMAGE_FORMATS if spec.output == "image" else VIDEO_FORMATS
@@ -224,15 +248,30 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
     return problems
 
 
+def _no_start(request: GenerateRequest, config: HostConfig) -> FieldProblem | None:
+    """The fault of a picture to start from, or of a mask, where diffusers has no pipeline for the launch."""
+    if not request.starts(config):
+        return None
+    spec, control = config.spec, bool(config.control_net)
+    name, what = ("image", "starts from a picture") if request.mask is None else ("mask", "takes a mask")
+    start = spec.start("image" if request.mask is None else "inpaint", control)
+    if start is None and control:
+        text = f"type {spec.name} with --control_net: diffusers has no pipeline that {what}"
+        return FieldProblem(name, text)
+    if start is not None and config.ip_adapter and not start.ip_adapter:
+        return FieldProblem(name, f"is not supported with --ip_adapter: {start.pipeline} takes none")
+    return None
+
+
 def _too_much(request: GenerateRequest, config: HostConfig) -> FieldProblem | None:
     """The fault of a picture that would keep the ranks for longer than the launch allows."""
-    spec, (width, height) = config.spec, config.size
-    width, height = request.width or width, request.height or height
+    spec, (width, height) = config.spec, size_of(request, config)
     steps, frames = request.steps or spec.steps, request.frames or spec.frames or 1
     work = width * height * frames * steps
     if work <= config.max_pixel_steps:
         return None
-    name = next((n for n in ("steps", "frames", "width", "height") if getattr(request, n)), "steps")
+    names = ("steps", "frames", "width", "height", "image")
+    name = next((n for n in names if getattr(request, n)), "steps")
     given = f"{width} x {height} pixels x {frames} frames x {steps} steps = {work}"
     return FieldProblem(name, f"{given} exceeds this launch's --max_pixel_steps={config.max_pixel_steps}")
 

@@ -20,8 +20,10 @@ from shared.api.codecs import (
     Picture,
     Sigmas,
     Timesteps,
+    picture_size,
     problem,
 )
+from shared.api.warned import warn
 from shared.launch.flags import HostConfig
 
 IMAGE_FORMATS = ("png", "jpeg", "webp", "latent")
@@ -86,6 +88,11 @@ class GenerateRequest(BaseModel):
     positive_embeds: Embeds | None = None
     negative_embeds: Embeds | None = None
     image: Annotated[Picture | None, Notes("Input image")] = None
+    mask: Annotated[
+        Annotated[Picture, Field(description="white is painted anew, black stays as it is in `image`")]
+        | None,
+        Notes("Mask"),
+    ] = None
     ip_image: Annotated[Picture | None, Notes("IP-Adapter image", flag="ip_adapter")] = None
     control_image: Annotated[Picture | None, Notes("ControlNet image", flag="control_net")] = None
     image_scale: Annotated[Percent | None, Notes("Input size", unit="%")] = None
@@ -117,7 +124,10 @@ class GenerateRequest(BaseModel):
     width: Annotated[Side | None, Notes("Width", unit="pixels")] = None
     height: Annotated[Side | None, Notes("Height", unit="pixels")] = None
     strength: (
-        Annotated[Fraction, Field(description="how much of the schedule is run from `latent`; 1: all of it")]
+        Annotated[
+            Fraction,
+            Field(description="how much of the schedule is run from `image` or `latent`; 1: all of it"),
+        ]
         | None
     ) = None
     denoise: Annotated[Fraction, Field(description="the same as strength")] | None = None
@@ -171,7 +181,42 @@ class GenerateRequest(BaseModel):
             "output_format": self.output_format or output_format or "png",
         }
         filled = {n: v for n, v in launch_defaults(config).items() if getattr(self, n) is None}
+        filled["width"], filled["height"] = size = size_of(self, config)
+        if (
+            self.starts(config)
+            and None in (self.width, self.height)
+            and size != (own_size := self._own_size())
+        ):
+            warn(
+                "image: {}x{} pixels are made {}x{}, as the sides of a picture of type {} are multiples of "
+                "{}".format(*own_size, *size, config.type, config.spec.size_multiple)
+            )
         return self.model_copy(update=own | filled)
+
+    def starts(self, config: HostConfig) -> bool:
+        """Whether what is made starts from the request's picture."""
+        return self.image is not None and config.spec.image == "start"
+
+    def _own_size(self) -> tuple[int, int]:
+        """(width, height) of the request's picture after `image_scale`, in pixels."""
+        width, height = picture_size(self.image or b"")
+        scale = (self.image_scale or 100) / 100
+        return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def size_of(request: GenerateRequest, config: HostConfig) -> tuple[int, int]:
+    """(width, height) of what is made, in pixels: as asked, else the picture's own, else the launch's.
+
+    A picture's own sides are rounded down to the type's multiple.
+    """
+    if not request.starts(config):
+        width, height = config.size
+    elif request.width and request.height:
+        width, height = request.width, request.height
+    else:
+        multiple = config.spec.size_multiple
+        width, height = (max(16, side // multiple * multiple) for side in request._own_size())
+    return request.width or width, request.height or height
 
 
 def launch_defaults(config: HostConfig) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def attach(pipe: Pipeline, config: HostConfig, world: World) -> Method:
         for module in (denoiser, *nets)
     ]
     parts: list[Part] = [*others]
-    guided = (lambda: pipe.do_classifier_free_guidance) if nets else None
+    guided = (lambda: method.running.do_classifier_free_guidance) if nets else None
     if hybrid:
         shared = method.asynchronous
         parts.append(HybridSplit([denoiser], group, world.rank, shared, local=nets, guided=guided))

@@ -21,7 +21,7 @@ from shared.models.schedulers import (
     schedulers_for,
     with_variant,
 )
-from shared.models.spec import Family, ModelSpec
+from shared.models.spec import Family, ModelSpec, Start
 from shared.models.tokens import CACHES, Cache, Site, StagePlan, Stream, TokenPlan
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "SchedulerSpec",
     "Site",
     "StagePlan",
+    "Start",
     "Stream",
     "TokenPlan",
     "scheduler_named",

@@ -9,6 +9,7 @@ from shared.models.spec import (
     BATCH_PIXELS,
     EMBEDS,
     IMAGE,
+    INPAINT,
     LORA,
     NO_CONTROL,
     NO_GGUF,
@@ -23,6 +24,7 @@ from shared.models.spec import (
     VIDEO,
     Family,
     ModelSpec,
+    Start,
     refusals,
 )
 
@@ -36,6 +38,23 @@ FILES = (
     FileKind("Stable Diffusion 2", "sd2", ("cond_stage_model.model.",)),
     FileKind("Stable Diffusion 1", "sd1", ("cond_stage_model.transformer.",)),
 )  # fmt: skip
+
+SD_STARTS = (
+    Start("StableDiffusionImg2ImgPipeline", "image", 0.8, sized=False),
+    Start("StableDiffusionInpaintPipeline", "inpaint", 1.0),
+    Start("StableDiffusionInpaintPipeline", "fill", 1.0),
+    Start("StableDiffusionControlNetImg2ImgPipeline", "image", 0.8, control=True),
+    Start("StableDiffusionControlNetInpaintPipeline", "inpaint", 1.0, control=True),
+    Start("StableDiffusionControlNetInpaintPipeline", "fill", 1.0, control=True),
+)
+SDXL_STARTS = (
+    Start("StableDiffusionXLImg2ImgPipeline", "image", 0.3, sized=False),
+    Start("StableDiffusionXLInpaintPipeline", "inpaint", 0.9999),
+    Start("StableDiffusionXLInpaintPipeline", "fill", 0.9999),
+    Start("StableDiffusionXLControlNetImg2ImgPipeline", "image", 0.8, control=True),
+    Start("StableDiffusionXLControlNetInpaintPipeline", "inpaint", 0.9999, control=True),
+    Start("StableDiffusionXLControlNetInpaintPipeline", "fill", 0.9999, control=True),
+)
 
 FAMILY = Family(
     rows=(
@@ -70,7 +89,8 @@ FAMILY = Family(
             prompt_chunks=True,
             title="Stable Diffusion 1.x",
             pipeline="StableDiffusionPipeline",
-            inpaint_pipeline="StableDiffusionInpaintPipeline",
+            image="start",
+            starts=SD_STARTS,
             denoiser="unet",
             output="image",
             width=512,
@@ -81,7 +101,7 @@ FAMILY = Family(
             text_encoders=("text_encoder",),
             tokenizers=("tokenizer",),
             compel_class="CompelForSD",
-            fields=SD_FIELDS | RESCALE,
+            fields=SD_FIELDS | RESCALE | INPAINT,
             control_net_class="ControlNetModel",
             control_net_pipeline="StableDiffusionControlNetPipeline",
             ip_adapter_encoder="clip",
@@ -94,7 +114,8 @@ FAMILY = Family(
             prompt_chunks=True,
             title="Stable Diffusion 2.x",
             pipeline="StableDiffusionPipeline",
-            inpaint_pipeline="StableDiffusionInpaintPipeline",
+            image="start",
+            starts=SD_STARTS,
             denoiser="unet",
             output="image",
             width=768,
@@ -105,7 +126,7 @@ FAMILY = Family(
             text_encoders=("text_encoder",),
             tokenizers=("tokenizer",),
             compel_class="CompelForSD",
-            fields=SD_FIELDS | RESCALE,
+            fields=SD_FIELDS | RESCALE | INPAINT,
             control_net_class="ControlNetModel",
             control_net_pipeline="StableDiffusionControlNetPipeline",
             ip_adapter_encoder="clip",
@@ -120,7 +141,8 @@ FAMILY = Family(
             title="Stable Diffusion XL",
             pipeline="StableDiffusionXLPipeline",
             image_pipeline="StableDiffusionXLImg2ImgPipeline",
-            inpaint_pipeline="StableDiffusionXLInpaintPipeline",
+            image="start",
+            starts=SDXL_STARTS,
             denoiser="unet",
             output="image",
             width=1024,
@@ -132,7 +154,7 @@ FAMILY = Family(
             tokenizers=("tokenizer", "tokenizer_2"),
             pooled_embeds=True,
             compel_class="CompelForSDXL",
-            fields=SD_FIELDS | RESCALE,
+            fields=SD_FIELDS | RESCALE | INPAINT,
             control_net_class="ControlNetModel",
             control_net_pipeline="StableDiffusionXLControlNetPipeline",
             ip_adapter_encoder="clip",

@@ -19,6 +19,25 @@ def refusals(*groups: Mapping[str, str]) -> Mapping[str, str]:
     return MappingProxyType(merged)
 
 
+Kind = Literal["image", "inpaint", "fill"]
+"""What is made of a picture: another one (image to image), a part of it anew (inpainting), or a part of it
+anew by a checkpoint that was trained for it, whose denoiser sees the mask and the rest of the picture."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One of diffusers' pipelines that start from a picture."""
+
+    pipeline: str
+    kind: Kind
+    strength: float  # its default
+    control: bool = False  # whether it is the one with a ControlNet
+    ip_adapter: bool = True  # whether it takes an IP-Adapter
+    image: str = "image"  # its argument for the picture
+    sized: bool = True  # whether it takes a size; else the picture's is taken
+    control_image: str = "control_image"  # its argument for the control image
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Everything about one model type.
@@ -48,7 +67,9 @@ class ModelSpec:
     frames_limit: tuple[str, str] | None = None  # component and its setting that bounds the frames
     text_encoders: tuple[str, ...] = ()
     tokenizers: tuple[str, ...] = ()
-    image: Literal["none", "needed"] = "none"
+    # What `image` of a request is: nothing, an input of the model, or what the picture starts from.
+    image: Literal["none", "needed", "start"] = "none"
+    starts: tuple[Start, ...] = ()
     unpacked_layout: Literal["nchw", "ncfhw", "nfchw"] = "nchw"  # of latents that are not packed
     pooled_embeds: bool = False
     prompt_chunks: bool = False  # whether its denoiser accepts a prompt of any length, in CLIP's chunks
@@ -58,8 +79,7 @@ class ModelSpec:
     embeds_mask: bool = False  # whether embeddings come with an attention mask
     scheduler_family: Literal["discrete", "video", "flow", "flow_flux"] = "discrete"
     fields: frozenset[str] = frozenset()
-    image_pipeline: str = "StableDiffusionImg2ImgPipeline"  # whose `strength` is ours
-    inpaint_pipeline: str | None = None  # for checkpoints whose UNet has 9 input channels
+    image_pipeline: str = "StableDiffusionImg2ImgPipeline"  # whose `strength` is ours with `latent`
     control_net_class: str | None = None
     control_net_pipeline: str | None = None
     control_image_field: str = "image"  # the ControlNet pipeline's argument for the control image
@@ -101,6 +121,25 @@ class ModelSpec:
         """Whether the denoiser predicts flow: noise less picture (rectified flow, arXiv 2209.03003)."""
         return self.tokens is not None and self.tokens.flow
 
+    def start(self, kind: Kind, control: bool) -> Start | None:
+        """diffusers' pipeline for this, with or without a ControlNet; None where it has none."""
+        return next((s for s in self.starts if (s.kind, s.control) == (kind, control)), None)
+
+    @property
+    def index_classes(self) -> frozenset[str]:
+        """The classes that model_index.json of its checkpoints names."""
+        return frozenset({self.pipeline, *(s.pipeline for s in self.starts if s.kind == "fill")})
+
+    def fill_channels(self, inputs: int) -> int | None:
+        """The denoiser's input channels in checkpoints trained for inpainting; `inputs` are the others'.
+
+        They also see the latents of the picture without what is masked, and the mask: of a UNet at the
+        latents' size, else a channel for each of the 8 x 8 pixels of a latent.
+        """
+        if all(start.kind != "fill" for start in self.starts):
+            return None
+        return 2 * inputs + (4 * 64 if self.packed else 1)
+
     def latent_shape(self, channels: int, height: int, width: int, frames: int) -> tuple[int, ...]:
         """The shape of the latents of one picture or video; height and width in latents before packing."""
         return {
@@ -129,6 +168,7 @@ EMBEDS = frozenset({"positive_embeds", "negative_embeds"})
 CONTROL = frozenset({"control_image", "control_image_scale", "controlnet_scale"})
 IP = frozenset({"ip_image", "ip_image_scale", "ip_adapter_scale"})
 IMAGE = frozenset({"image", "image_scale"})
+INPAINT = IMAGE | {"mask"}
 SIZE = frozenset({"width", "height"})
 SCHEDULE = frozenset({"sigmas", "timesteps"})
 PARTIAL = frozenset({"strength", "denoise", "denoising_start", "denoising_end", "add_noise"})

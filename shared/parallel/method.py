@@ -44,6 +44,15 @@ class Part(Closing):
         """A new generation of `steps` denoiser calls starts, of so many pictures at once."""
         self._steps, self.pictures = steps, pictures
 
+    def begin_late(self, steps: int, first: int) -> None:
+        """As `begin`, known only once the pipeline has set its schedule: it starts late.
+
+        Args:
+            steps: denoiser calls that are left.
+            first: place in the scheduler's timesteps of the first of them.
+        """
+        self.begin(steps, self.pictures)
+
     def check_begun(self) -> int:
         """The denoiser calls of this generation. Raises RuntimeError where ``begin`` was not called."""
         if self._steps is None:
@@ -72,7 +81,15 @@ class Method(Part):
 
     def __init__(self, pipeline: Pipeline) -> None:
         super().__init__()
-        self.pipeline = pipeline
+        self.pipeline = self.running = pipeline
+
+    def take(self, pipeline: Pipeline) -> None:
+        """`run` runs this pipeline from now on, which consists of the parts of the first one.
+
+        Raises:
+            ValueError: the method runs only the first one.
+        """
+        self.running = pipeline
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -85,9 +102,9 @@ class Method(Part):
         return 1
 
     def run(self, arguments: dict[str, Any], watch: Watch) -> Any:
-        """What ``pipeline(**arguments)`` gives, with its steps reported to `watch`."""
+        """What the pipeline gives for these arguments, with its steps reported to `watch`."""
         with watch:
-            return self.pipeline(**arguments)
+            return self.running(**arguments)
 
 
 class Plain(Method):
@@ -129,6 +146,13 @@ class CombinedMethod(Method):
         super().begin(steps, pictures)
         for part in self.parts:
             part.begin(steps, pictures)
+
+    def begin_late(self, steps: int, first: int) -> None:
+        for part in self.parts:
+            part.begin_late(steps, first)
+
+    def take(self, pipeline: Pipeline) -> None:
+        self.method.take(pipeline)
 
     def reset(self) -> None:
         for part in self.parts:

@@ -64,6 +64,7 @@ class Pipeline(Protocol):
     embeddings: Any  # neither, and those of --embeddings_dir
     text_encoder: Any
     encode_prompt: Callable[..., Any]
+    get_timesteps: Callable[..., Any]  # of those that start from a picture
     image_processor: Any
     lora_state_dict: Callable[..., Any]
     _pack_latents: Callable[..., torch.Tensor]

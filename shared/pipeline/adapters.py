@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from shared.launch.errors import first_line
-from shared.models import ModelSpec
+from shared.models import ModelSpec, Start
 from shared.parallel.method import control_nets
 from shared.parallel.pipeline import Pipeline, model_of, part_of
 
@@ -104,6 +104,7 @@ def control_arguments(
     scale: float | None = None,
     size: tuple[int, int] = (512, 512),
     frames: int = 1,
+    start: Start | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of the ControlNet pipeline.
 
@@ -113,6 +114,7 @@ def control_arguments(
         scale: instead of the launch's scales.
         size: (width, height) of the picture, pixels.
         frames: of a video; each gets the image.
+        start: what kind of pipeline it is, if it starts from a picture.
     """
     scales = [0.0 if image is None else given if scale is None else scale for given in launch.values()]
     picture: Any = image or Image.new("RGB", size)
@@ -120,7 +122,9 @@ def control_arguments(
         picture = [picture] * frames
     several = len(launch) > 1
     return {
-        spec.control_image_field: [picture] * len(launch) if several else picture,
+        spec.control_image_field if start is None else start.control_image: [picture] * len(launch)
+        if several
+        else picture,
         "controlnet_conditioning_scale": scales if several else scales[0],
     }
 

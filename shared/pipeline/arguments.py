@@ -9,22 +9,27 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from PIL import Image
 
-from shared.api.faults import FieldProblem, RequestError
+from shared.api.faults import refused
 from shared.api.media import decode_image
 from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
-from shared.models import ModelSpec
+from shared.models import ModelSpec, Start
 from shared.parallel.pipeline import Pipeline, model_of, part_of
 from shared.pipeline.adapters import control_arguments, ip_arguments
+from shared.pipeline.from_picture import start_arguments
 from shared.pipeline.prompts import prompt_arguments
 
-INPAINT_CHANNELS = 9  # 4 of the latents, 4 of the masked picture, 1 of the mask
+FIELDS = {"ip_adapter_image": "ip_image", "negative_prompt": "negative", "latents": "latent"}
+"""Arguments of pipelines -> the request fields that they come from, where these are called otherwise."""
 
 
 def call_arguments(
-    pipe: Pipeline, config: HostConfig, request: GenerateRequest, device: torch.device
+    pipe: Pipeline,
+    config: HostConfig,
+    request: GenerateRequest,
+    device: torch.device,
+    start: Start | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of one pipeline call, without output_type. Sets the IP-Adapter's scale.
 
@@ -32,9 +37,10 @@ def call_arguments(
         request: with its defaults filled in.
         device: where given tensors go; the generator stays on the CPU, so that every rank and every machine
             draws the same noise.
+        start: what kind of pipeline `pipe` is, if it starts from a picture.
 
     Raises:
-        RequestError: 422, tensors or embeddings that do not fit the model.
+        RequestError: 422, tensors or embeddings that do not fit the model, or what `pipe` does not take.
         ValueError: a feature does not support the request.
     """
     spec = config.spec
@@ -55,18 +61,12 @@ def call_arguments(
         request.clip_skip,
         config.compel and request.prompt_syntax is None,  # A1111's notation is read elsewhere
     )
-    if "width" in spec.fields:
+    if "width" in spec.fields and (start is None or start.sized):
         arguments |= {"width": request.width, "height": request.height}
-    if request.image is not None:
+    if start is not None:
+        arguments |= start_arguments(start, request)
+    elif request.image is not None:
         arguments["image"] = decode_image(request.image, request.image_scale)
-    if spec.inpaint_pipeline and model_of(pipe, spec.denoiser).config.in_channels == INPAINT_CHANNELS:
-        # An inpainting checkpoint paints the whole of an empty picture.
-        size = (request.width or 0, request.height or 0)
-        arguments |= {
-            "image": Image.new("RGB", size),
-            "mask_image": Image.new("L", size, 255),
-            "strength": 1.0,
-        }
     if config.control_net:
         picture = _picture(request.control_image, request.control_image_scale)
         arguments |= control_arguments(
@@ -76,6 +76,7 @@ def call_arguments(
             request.controlnet_scale,
             (request.width or 0, request.height or 0),
             request.frames or 1,
+            start,
         )
     if config.ip_adapter:
         picture = _picture(request.ip_image, request.ip_image_scale)
@@ -99,6 +100,12 @@ def call_arguments(
         arguments["true_cfg_scale"] = request.true_cfg_scale
         if request.true_cfg_scale > 1 and not any(name.startswith("negative_") for name in arguments):
             arguments["negative_prompt"] = ""  # there is no true guidance without one
+    if start is not None:
+        takes = inspect.signature(type(pipe).__call__).parameters
+        for name in arguments:
+            if name not in takes:
+                field = FIELDS.get(name, name)
+                raise refused(field, f"is not supported from a picture: {start.pipeline} does not take it")
     return arguments
 
 
@@ -125,11 +132,6 @@ def _check_finite(field: str, tensor: torch.Tensor) -> None:
 
 def _picture(data: bytes | None, percent: float | None) -> Any:
     return None if data is None else decode_image(data, percent)
-
-
-def refused(field: str, problem: str) -> RequestError:
-    """A RequestError 422 for the content of a field."""
-    return RequestError(422, [FieldProblem(field, problem)])
 
 
 def _video_arguments(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.models import ONE_NOISE
 from shared.parallel.method import Method
-from shared.parallel.pipeline import Pipeline, model_of
-from shared.pipeline.arguments import INPAINT_CHANNELS
+from shared.parallel.pipeline import Pipeline
+from shared.pipeline.from_picture import trained_to_fill
 from shared.pipeline.schedulers import SchedulerError, scheduler_for_request
 from shared.ranks.device import peak_since
 from shared.ranks.groups import World
@@ -92,8 +92,7 @@ class Batches:
         except SchedulerError:
             return False  # the call that draws will tell why
         drawn_alike = type(scheduler).__name__ in ONE_NOISE or scheduler.config.get("stochastic_sampling")
-        denoiser = model_of(self.pipe, spec.denoiser)
-        paints = denoiser.config.get("in_channels") == INPAINT_CHANNELS  # from an empty picture
+        paints = trained_to_fill(self.pipe, spec)  # from an empty picture
         return method.batches and not drawn_alike and not paints
 
     def _fitting(self, request: GenerateRequest, most: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,14 @@ from shared.api.queue import JobQueue
 from shared.api.replies import Reply
 from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
-from shared.models import ModelSpec
+from shared.models import ModelSpec, Start
 from shared.parallel.graphs import Captured
 from shared.parallel.method import Method, Plain
 from shared.parallel.pipeline import Pipeline
 from shared.pipeline.arguments import call_arguments
 from shared.pipeline.batches import Batches, most_together, several
 from shared.pipeline.embeddings import embeddings_of
+from shared.pipeline.from_picture import PicturePipelines, late_start, start_of
 from shared.pipeline.latents import enlarged
 from shared.pipeline.lora import LoraError, LoraSet, loras_of
 from shared.pipeline.lora_by_name import RunningLoras
@@ -31,7 +33,7 @@ from shared.pipeline.pictures import make_reply, noting_broken_pixels
 from shared.pipeline.preview import Previewer
 from shared.pipeline.prompts import EncodedPrompts
 from shared.pipeline.schedule_part import part_of_schedule
-from shared.pipeline.schedulers import SchedulerError, scheduler_for_request
+from shared.pipeline.schedulers import SchedulerError
 from shared.pipeline.steps import StepWatch
 from shared.pipeline.warm_up import warm_up
 from shared.ranks.device import freeze_heap
@@ -77,6 +79,7 @@ class PipelineEngine:
         self._adapter_state: Any = None
         self._previewer: Previewer | None = None
         self._batches = Batches(pipe, config, world)
+        self._pipelines = PicturePipelines(pipe, self.spec)
         self._loras = RunningLoras(pipe, config, world, self._operate)
 
     @property
@@ -122,8 +125,9 @@ class PipelineEngine:
         if self._previewer is not None:
             self._previewer.begin(request)
         try:
-            with scheduler_for_request(self.pipe, self.spec, request.scheduler, request.steps):
-                output = self._call(request, watch, holds_picture, pictures)
+            start = start_of(self.pipe, self.config, request)
+            with self._pipelines.of(start, request) as running:
+                output = self._call(running, start, request, watch, holds_picture, pictures)
         except RequestError:
             raise
         except Exception as error:
@@ -147,22 +151,33 @@ class PipelineEngine:
             reply.seconds = {name: round(value / pictures, 4) for name, value in seconds.items()}
         return replies
 
-    def _call(self, request: GenerateRequest, watch: StepWatch, holds_picture: bool, pictures: int) -> Any:
+    def _call(
+        self,
+        running: Pipeline,
+        start: Start | None,
+        request: GenerateRequest,
+        watch: StepWatch,
+        holds_picture: bool,
+        pictures: int,
+    ) -> Any:
         if "lora_scales" in self.spec.fields:
             loras_of(self.pipe, self.spec).set_scales(request.lora_scales or {})
-        arguments = call_arguments(self.pipe, self.config, request, self.world.device)
+        arguments = call_arguments(running, self.config, request, self.world.device, start)
         arguments = several(arguments, request.seed or 0, pictures)
         watch.asked = arguments["num_inference_steps"]
         decode = (holds_picture or self.parallel.decodes_together) and request.output_format != "latent"
         arguments["output_type"] = "pt" if decode else "latent"
+        if start is not None and start.kind == "inpaint":
+            arguments["callback_on_step_end"] = watch.after_blend
         self._note_adapters(request)
+        self.parallel.take(running)
         self.parallel.begin(arguments["num_inference_steps"], pictures)
         try:
             with (
-                noting_broken_pixels(self.pipe, watch.finite),
-                part_of_schedule(self.pipe, self.spec, request, arguments),
+                noting_broken_pixels(running, watch.finite),
+                self._part_of_schedule(running, start, request, watch, arguments),
                 self._prompts.of(
-                    self.pipe,
+                    running,
                     tuple(sorted((request.lora_scales or {}).items())),
                     self.spec,
                     request.prompt_syntax,
@@ -172,6 +187,24 @@ class PipelineEngine:
                 return self.parallel.run(arguments, watch)
         finally:
             self.pipe.maybe_free_model_hooks()  # which a pipeline that is interrupted does not reach
+
+    def _part_of_schedule(
+        self,
+        running: Pipeline,
+        start: Start | None,
+        request: GenerateRequest,
+        watch: StepWatch,
+        arguments: dict[str, Any],
+    ) -> AbstractContextManager[None]:
+        """Run the part of the schedule that is asked for, of which the method and the watch are told."""
+        if start is None or request.image is None:
+            return part_of_schedule(running, self.spec, request, arguments)
+
+        def begin(timesteps: torch.Tensor, first: int) -> None:
+            watch.part = timesteps
+            self.parallel.begin_late(len(timesteps), first)
+
+        return late_start(running, arguments, begin)
 
     def _note_adapters(self, request: GenerateRequest) -> None:
         """Scales are numbers inside the modules: a captured step would miss their change."""
@@ -235,7 +268,7 @@ class PipelineEngine:
 
 
 CONTENT_FIELDS = frozenset(
-    {"scheduler", "sigmas", "timesteps", "latent", "positive_embeds", "negative_embeds", "image"}
+    {"scheduler", "sigmas", "timesteps", "latent", "positive_embeds", "negative_embeds", "image", "mask"}
 )
 """Fields whose content the models and schedulers may fail on, before the first step."""
 

@@ -22,7 +22,6 @@ from shared.launch.flags import HostConfig
 from shared.models import MODELS, OTHER_PIPELINES, ModelSpec
 from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
 from shared.pipeline import adapters, memory, quantize
-from shared.pipeline.arguments import INPAINT_CHANNELS
 from shared.pipeline.compile import compile_pipeline
 from shared.pipeline.embeddings import check_alike, load_embeddings
 from shared.pipeline.lora import LoraError, check_lora, loras_of
@@ -236,12 +235,14 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
         inputs = _input_channels(folder / spec.denoiser)
         _check_inputs(spec, folder, inputs)
         _check_scales(folder)
-    if spec.inpaint_pipeline and inputs == INPAINT_CHANNELS:
-        if config.control_net:
+    if inputs is not None and inputs == _fill_channels(spec, folder):
+        start = spec.start("fill", bool(config.control_net))
+        if start is None:
             raise LoadError(
-                "--control_net does not support an inpainting checkpoint, whose UNet has 9 input channels"
+                f"--control_net: not supported with an inpainting checkpoint of type {spec.name}: diffusers "
+                "has no pipeline for both"
             )
-        cls = getattr(diffusers, spec.inpaint_pipeline)
+        cls = getattr(diffusers, start.pipeline)
     parts: dict[str, Any] = {}
     if config.vae:
         parts["vae"] = load_vae(config.vae, index, folder, dtype)
@@ -346,16 +347,27 @@ def _input_channels(denoiser: Path) -> int | None:
         return None
 
 
-def _check_inputs(spec: ModelSpec, folder: Path, inputs: int | None) -> None:
-    """A denoiser with other inputs fails only in its first call, if at all: refuse it here."""
+def _latent_inputs(spec: ModelSpec, folder: Path) -> int | None:
+    """The input channels of a denoiser that sees latents only; None where loading reports what is wrong."""
     try:
         latent = json.loads((folder / "vae" / "config.json").read_text())["latent_channels"]
     except (OSError, ValueError, KeyError):
-        return  # loading reports what is wrong with it
-    if spec.image == "needed" or inputs is None or spec.single_file_config is None:
+        return None
+    return latent * (4 if spec.packed else 1)
+
+
+def _fill_channels(spec: ModelSpec, folder: Path) -> int | None:
+    expected = _latent_inputs(spec, folder)
+    return None if expected is None else spec.fill_channels(expected)
+
+
+def _check_inputs(spec: ModelSpec, folder: Path, inputs: int | None) -> None:
+    """A denoiser with other inputs fails only in its first call, if at all: refuse it here."""
+    expected = _latent_inputs(spec, folder)
+    if spec.image == "needed" or None in (inputs, expected) or spec.single_file_config is None:
         return
-    expected = latent * (4 if spec.packed else 1)
-    if inputs != expected and not (spec.inpaint_pipeline and inputs == INPAINT_CHANNELS):
+    assert inputs is not None and expected is not None
+    if inputs not in (expected, spec.fill_channels(expected)):
         raise LoadError(f"--checkpoint {str(folder)!r} {other_inputs(spec, inputs, expected)}")
 
 
@@ -380,7 +392,7 @@ def _check_index(spec: ModelSpec, index: dict[str, Any], folder: Path) -> None:
         raise LoadError(f"--checkpoint {str(folder)!r} is {what} ({name}), not of type {spec.name}")
     if index.get("requires_aesthetics_score"):
         raise LoadError(f"--checkpoint {str(folder)!r} is the SDXL refiner, which no type supports")
-    owners = [s for s in MODELS.values() if name in (s.pipeline, s.inpaint_pipeline)]
+    owners = [s for s in MODELS.values() if name in s.index_classes]
     kin = [s for s in owners if s.single_file_config == spec.single_file_config and s.output == "image"]
     if owners and spec not in owners and not (kin and spec.single_file_config):
         raise LoadError(

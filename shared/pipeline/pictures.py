@@ -17,6 +17,7 @@ from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.parallel.pipeline import Pipeline, part_of
 from shared.parallel.surgery import Surgery
+from shared.pipeline.from_picture import without_outside
 from shared.pipeline.steps import StepWatch
 
 
@@ -93,7 +94,7 @@ def make_reply(
             height, width = (side * pipe.vae_scale_factor for side in watch.latents.shape[-2:])
     else:
         made = output.frames[0] if video else output.images[place : place + 1]
-        pictures = [to_picture(pixels) for pixels in made]
+        pictures = [without_outside(request, to_picture(pixels)) for pixels in made]
         width, height = pictures[0].size
     return Reply(
         output=files,

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from shared.api.faults import refused
 from shared.api.requests import GenerateRequest
 from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline
-from shared.pipeline.arguments import refused
 from shared.pipeline.steps import after_set_timesteps, whole_while_stepping
 
 

@@ -96,11 +96,21 @@ def set_scheduler(
 
 @contextlib.contextmanager
 def scheduler_for_request(
-    pipe: Pipeline, spec: ModelSpec, wanted: str | Mapping[str, Any] | None, steps: int | None = None
+    pipe: Pipeline,
+    spec: ModelSpec,
+    wanted: str | Mapping[str, Any] | None,
+    steps: int | None = None,
+    default: Any = None,
 ) -> Iterator[None]:
-    """Another scheduler for one call of `steps`; the launch's is back afterwards. Raises SchedulerError."""
+    """Another scheduler for one call of `steps`; the launch's is back afterwards. Raises SchedulerError.
+
+    Args:
+        default: in place of the launch's, where the request names none.
+    """
     launched = pipe.scheduler
     try:
+        if wanted is None and default is not None:
+            pipe.register_modules(scheduler=default)
         set_scheduler(pipe, spec, wanted, steps)
         yield
     finally:

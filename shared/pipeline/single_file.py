@@ -15,7 +15,6 @@ import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 
 from shared.models import VAE_PREFIXES, ModelSpec
-from shared.pipeline.arguments import INPAINT_CHANNELS
 from shared.pipeline.single_file_schedule import has_guidance, schedule_of
 from shared.pipeline.weights_file import (
     DENOISER,
@@ -224,8 +223,7 @@ def _check_shape(spec: ModelSpec, header: Header) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SingleFileError(f"{str(folder / 'config.json')!r} cannot be read: {error}") from None
     given = input_channels(header, spec)
-    allowed = {None, expected, *((INPAINT_CHANNELS,) if spec.inpaint_pipeline else ())}
-    if given not in allowed:
+    if given not in (None, expected, spec.fill_channels(expected)):
         assert given is not None
         raise SingleFileError(f"--checkpoint {str(header.file)!r} {other_inputs(spec, given, expected)}")
 

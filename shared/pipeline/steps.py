@@ -140,6 +140,8 @@ class StepWatch:
         self.previewer = previewer
         self.step = self.asked = 0
         """Calls of the scheduler so far; steps of the whole schedule."""
+        self.part: torch.Tensor | None = None
+        """The timesteps that are run, where a pipeline takes only the last ones of the schedule."""
         self.timesteps: int | None = None
         """Number of different timesteps run: a scheduler may run some twice, a request may ask for a part."""
         self.latents: torch.Tensor | None = None
@@ -157,7 +159,7 @@ class StepWatch:
         @functools.wraps(inner)
         def step(*args: Any, **kwargs: Any) -> Any:
             result = inner(*args, **kwargs)
-            self.after_step(result[0], len(scheduler.timesteps))
+            self.after_step(result[0], len(self._run))
             if self.previewer is not None:
                 self.previewer.after_step(self.step, result, args[0])
             return result
@@ -167,8 +169,12 @@ class StepWatch:
 
     def __exit__(self, *error: object) -> None:
         self._surgery.close()
-        if self._scheduler.timesteps is not None:
-            self.timesteps = len(set(self._scheduler.timesteps.tolist()))
+        if self._run is not None:
+            self.timesteps = len(set(self._run.tolist()))
+
+    @property
+    def _run(self) -> torch.Tensor:
+        return self._scheduler.timesteps if self.part is None else self.part
 
     @property
     def steps(self) -> int:
@@ -184,6 +190,11 @@ class StepWatch:
             before.synchronize()
         self._ended = time.perf_counter()
         self.on_step(self.step, steps)
+
+    def after_blend(self, pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """What pipelines call at the end of a step: inpainting blends its latents with the picture's."""
+        self.latents = given["latents"]
+        return given
 
     def seconds(self) -> float:
         """From the start to the end of the last step, which it waits for."""

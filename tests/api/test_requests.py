@@ -203,7 +203,11 @@ def test_a_drawn_seed_is_told_and_changes() -> None:
         ({"width": 100}, "width", "multiple of 8"),
         ({"denoise": 0.5, "strength": 0.4}, "denoise", "differ: 0.4 and 0.5"),
         ({"strength": 0.5, "denoising_start": 0.4}, "strength", "not both"),
-        ({"strength": 0.5}, "strength", "below 1 needs a latent to start from; got 0.5 and no latent"),
+        (
+            {"strength": 0.5},
+            "strength",
+            "below 1 needs an image or a latent to start from; got 0.5 and neither",
+        ),
         ({"strength": 0, "latent": tensor(latent=[1])}, "strength", "above 0"),
         ({"strength": 1.1}, "strength", "at most 1, got 1.1"),
         ({"add_noise": True, "latent": tensor(latent=[1])}, "add_noise", "needs latent and strength"),
@@ -254,7 +258,7 @@ def test_a_picture_may_not_be_scaled_beyond_the_largest_side() -> None:
 def test_a_scale_needs_its_picture() -> None:
     status, problems = refused({"image_scale": 50}, config_of("svd"))
     assert (status, problems["image_scale"]) == (400, "there is no image to scale")
-    status, problems = refused({"image_scale": 50}, CONFIG)
+    status, problems = refused({"image_scale": 50}, config_of("hy"))
     assert status == 422 and "does not support image_scale" in problems["image_scale"]
 
 

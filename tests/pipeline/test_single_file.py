@@ -353,7 +353,8 @@ def test_inpainting(name: str, shipped: Path) -> None:
     tensors = source(name)
     tensors[key] = torch.cat([tensors[key], torch.zeros(len(tensors[key]), 5, 3, 3)], 1)
     made = tiny.host(name, checkpoint=save(tensors, shipped / "a.safetensors"))
-    assert type(made).__name__ == MODELS[name].inpaint_pipeline and made.unet.config.in_channels == 9
+    start = MODELS[name].start("fill", control=False)
+    assert start and type(made).__name__ == start.pipeline and made.unet.config.in_channels == 9
 
 
 @pytest.mark.parametrize("suffix", [".sft", ".fp16.safetensors"])

@@ -115,6 +115,8 @@ class AsyncDiff(Method):
         self._stages: Latest[Stage] = Latest(max_shapes, lambda stage: stage.graphs.close())
         self._names = parameter_names(found)
         self._run: Run | UnitTimer | None = None
+        self._first = 0
+        """Place in the schedule of a generation's first step."""
         self.held.callback(self.reset)
         surgery = self.held.enter_context(Surgery())
         surgery.override(found, self._forward)
@@ -134,9 +136,14 @@ class AsyncDiff(Method):
     def begin(self, steps: int, pictures: int = 1) -> None:
         """A new generation of ``steps`` steps starts: its first ``warm_up_steps`` are exact again."""
         super().begin(steps, pictures)
+        self._first = 0
         self.executions.clear()
         for stage in self._stages:
             stage.calls = 0
+
+    def begin_late(self, steps: int, first: int) -> None:
+        super().begin_late(steps, first)
+        self._first = first
 
     def reset(self) -> None:
         """Forget all traces, partitions, buffers and graphs: after adapters or weights have changed."""
@@ -223,12 +230,12 @@ class AsyncDiff(Method):
         if self.stride == 1 and not self.time_shift:
             return 0  # the schedule is not needed
         schedule = self.pipeline.scheduler.timesteps
-        found = (schedule == t.flatten()[0].to(schedule)).nonzero()
+        found = (schedule[self._first :] == t.flatten()[0].to(schedule)).nonzero()
         if not len(found):
             raise ValueError(
                 f"timestep {t.flatten()[0].item()} is not one of the scheduler's: {schedule.tolist()}"
             )
-        return int(found[0])
+        return self._first + int(found[0])
 
     def _timestep(self, t: torch.Tensor, position: int) -> torch.Tensor:
         """The timestep that this rank embeds in the parallel batch at this position of the schedule."""

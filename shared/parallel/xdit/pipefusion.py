@@ -191,6 +191,13 @@ class XDiTPipeFusion(Method):
     def warm_up_calls(self) -> int:
         return 2
 
+    def take(self, pipeline: Pipeline) -> None:
+        if pipeline is not self.pipeline:
+            raise ValueError(
+                "image: PipeFusion runs xfuser's own pipelines, and none starts from a picture; the other "
+                "degrees support it"
+            )
+
     def begin(self, steps: int, pictures: int = 1) -> None:
         """A new generation starts: xfuser's buffers of the last one are reset."""
         super().begin(steps, pictures)

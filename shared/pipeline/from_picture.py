@@ -1,0 +1,136 @@
+"""From a picture: the pipeline of diffusers that a request needs, made of the loaded one's parts."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from PIL import Image
+
+from shared.api.faults import refused
+from shared.api.media import decode_mask, decode_picture
+from shared.api.requests import GenerateRequest
+from shared.launch.flags import HostConfig
+from shared.models import ModelSpec, Start
+from shared.parallel.pipeline import Pipeline, model_of
+from shared.parallel.surgery import Surgery
+from shared.pipeline.schedulers import scheduler_for_request
+
+
+def trained_to_fill(pipe: Pipeline, spec: ModelSpec) -> bool:
+    """Whether the checkpoint was trained for inpainting: its denoiser sees a mask in every call."""
+    latent = pipe.vae.config.latent_channels * (4 if spec.packed else 1)
+    channels = spec.fill_channels(latent)
+    return channels is not None and model_of(pipe, spec.denoiser).config.in_channels == channels
+
+
+def start_of(pipe: Pipeline, config: HostConfig, request: GenerateRequest) -> Start | None:
+    """What the request starts from; None: from noise, by the loaded pipeline.
+
+    A checkpoint trained for inpainting paints the whole of a picture that comes without a mask, and of an
+    empty one where none comes.
+    """
+    spec, control = config.spec, bool(config.control_net)
+    if trained_to_fill(pipe, spec):
+        return spec.start("fill", control)
+    if not request.starts(config):
+        return None
+    return spec.start("image" if request.mask is None else "inpaint", control)
+
+
+class PicturePipelines:
+    """diffusers' pipelines from a picture, each made once of the loaded pipeline's own parts.
+
+    Args:
+        pipe: the loaded pipeline, with all that was put on its parts.
+        spec: of its type.
+    """
+
+    def __init__(self, pipe: Pipeline, spec: ModelSpec) -> None:
+        self.pipe, self.spec = pipe, spec
+        self._made: dict[str, tuple[Pipeline, Any]] = {}
+
+    @contextlib.contextmanager
+    def of(self, start: Start | None, request: GenerateRequest) -> Iterator[Pipeline]:
+        """The pipeline for a request, with the request's scheduler, which the loaded one has too inside.
+
+        Raises:
+            SchedulerError: of the request's scheduler.
+        """
+        running, launched = (self.pipe, None) if start is None else self._of(start)
+        with scheduler_for_request(self.pipe, self.spec, request.scheduler, request.steps, launched):
+            if running is not self.pipe:
+                running.register_modules(scheduler=self.pipe.scheduler)
+            yield running
+
+    def _of(self, start: Start) -> tuple[Pipeline, Any]:
+        """The pipeline and its form of the launch's scheduler, whose settings its constructor may change."""
+        if start.pipeline not in self._made:
+            import diffusers
+
+            cls, pipe = getattr(diffusers, start.pipeline), self.pipe
+            scheduler = copy.deepcopy(pipe.scheduler)
+            given = {**pipe.config, **pipe.components, "scheduler": scheduler}
+            takes = inspect.signature(cls.__init__).parameters
+            made = cls(**{name: part for name, part in given.items() if name in takes})
+            made._exclude_from_cpu_offload = pipe._exclude_from_cpu_offload
+            made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+            self._made[start.pipeline] = made, scheduler
+        return self._made[start.pipeline]
+
+
+def start_arguments(start: Start, request: GenerateRequest) -> dict[str, Any]:
+    """Keyword arguments for the picture, the mask and the strength; without an image an empty one."""
+    size = (request.width or 0, request.height or 0)
+    picture = Image.new("RGB", size)
+    if request.image is not None:
+        picture = decode_picture(request.image, request.image_scale, size)
+    arguments: dict[str, Any] = {start.image: picture, "strength": strength_of(start, request)}
+    if start.kind != "image":
+        mask = Image.new("L", size, 255)
+        arguments["mask_image"] = mask if request.mask is None else decode_mask(request.mask, size)
+    return arguments
+
+
+def strength_of(start: Start, request: GenerateRequest) -> float:
+    """The part of the schedule that runs: the request's, or the default of what it asks for."""
+    if request.image is None:
+        return 1.0
+    return start.strength if request.strength is None else request.strength
+
+
+def without_outside(request: GenerateRequest, picture: Image.Image) -> Image.Image:
+    """A made picture with the request's own one where the mask is black; soft edges are mixed."""
+    if request.image is None or request.mask is None:
+        return picture
+    own = decode_picture(request.image, request.image_scale, picture.size)
+    return Image.composite(picture, own, decode_mask(request.mask, picture.size))
+
+
+@contextlib.contextmanager
+def late_start(
+    pipe: Pipeline, arguments: Mapping[str, Any], begin: Callable[[Any, int], None]
+) -> Iterator[None]:
+    """Inside, `begin` gets the timesteps that the pipeline takes by its strength, and the place of the first.
+
+    Raises:
+        RequestError: 422, no step is left.
+    """
+    inner = pipe.get_timesteps
+
+    @functools.wraps(inner)
+    def get_timesteps(*args: Any, **kwargs: Any) -> Any:
+        timesteps, steps = inner(*args, **kwargs)
+        if not len(timesteps):
+            strength, whole = arguments["strength"], arguments["num_inference_steps"]
+            raise refused("strength", f"leaves no step to run: {strength:g} of {whole} steps")
+        begin(timesteps, len(pipe.scheduler.timesteps) - len(timesteps))
+        return timesteps, steps
+
+    with Surgery() as surgery:
+        surgery.replace(pipe, "get_timesteps", get_timesteps)
+        yield
