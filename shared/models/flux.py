@@ -77,6 +77,7 @@ FAMILY = Family(
             cfg=3.5,
             size_multiple=16,
             text_encoders=("text_encoder", "text_encoder_2"),
+            encoder_names=("clip_l", "t5xxl"),
             tokenizers=("tokenizer", "tokenizer_2"),
             sized_tokenizers=("tokenizer_2",),
             embeds_setting="joint_attention_dim",

@@ -59,6 +59,7 @@ FAMILY = Family(
             cfg=5.0,
             size_multiple=16,
             text_encoders=("text_encoder", "text_encoder_2"),
+            encoder_names=("hydit_clip", "mt5xl"),
             tokenizers=("tokenizer", "tokenizer_2"),
             sized_tokenizers=("tokenizer", "tokenizer_2"),
             kept=("proj_out", "norm_out*", "time_*", "pos_embed*", "text_embedder*"),

@@ -50,6 +50,7 @@ FAMILY = Family(
                 cfg=4.5,
                 size_multiple=16,
                 text_encoders=("text_encoder",),
+                encoder_names=("t5xxl",),
                 tokenizers=("tokenizer",),
                 sized_tokenizers=("tokenizer",),
                 embeds_setting="caption_channels",

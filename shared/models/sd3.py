@@ -82,6 +82,7 @@ FAMILY = Family(
             cfg=7.0,
             size_multiple=16,
             text_encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
+            encoder_names=("clip_l", "clip_g", "t5xxl"),
             tokenizers=("tokenizer", "tokenizer_2", "tokenizer_3"),
             pooled_embeds=True,
             scheduler_family="flow",

@@ -66,6 +66,7 @@ class ModelSpec:
     fps_condition: bool = False  # whether the frames per second are an input of the model
     frames_limit: tuple[str, str] | None = None  # component and its setting that bounds the frames
     text_encoders: tuple[str, ...] = ()
+    encoder_names: tuple[str, ...] = ()  # what LoRAs from ComfyUI call them
     tokenizers: tuple[str, ...] = ()
     # What `image` of a request is: nothing, an input of the model, or what the picture starts from.
     image: Literal["none", "needed", "start"] = "none"

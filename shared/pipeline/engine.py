@@ -27,8 +27,9 @@ from shared.pipeline.batches import Batches, most_together, several
 from shared.pipeline.embeddings import embeddings_of
 from shared.pipeline.from_picture import PicturePipelines, late_start, start_of
 from shared.pipeline.latents import enlarged
-from shared.pipeline.lora import LoraError, LoraSet, loras_of
+from shared.pipeline.lora import LoraSet, loras_of
 from shared.pipeline.lora_by_name import RunningLoras
+from shared.pipeline.lora_file import LoraError
 from shared.pipeline.pictures import make_reply, noting_broken_pixels
 from shared.pipeline.preview import Previewer
 from shared.pipeline.prompts import EncodedPrompts

@@ -24,7 +24,8 @@ from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
 from shared.pipeline import adapters, memory, quantize
 from shared.pipeline.compile import compile_pipeline
 from shared.pipeline.embeddings import check_alike, load_embeddings
-from shared.pipeline.lora import LoraError, check_lora, loras_of
+from shared.pipeline.lora import loras_of
+from shared.pipeline.lora_file import LoraError, check_lora
 from shared.pipeline.schedulers import SchedulerError, make_scheduler, set_scheduler
 from shared.pipeline.single_file import BROKEN, CONFIGS, config_folder, load_single_file, pick_variant
 from shared.pipeline.single_file_schedule import schedule_of

@@ -13,7 +13,8 @@ from shared.api.lora_dir import LoraNameError, find_lora
 from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.parallel.pipeline import Pipeline
-from shared.pipeline.lora import LoraError, LoraSet, loras_of
+from shared.pipeline.lora import LoraSet, loras_of
+from shared.pipeline.lora_file import LoraError
 from shared.ranks.groups import World
 
 NAMED_LORAS = 4  # of --lora_dir stay loaded between requests

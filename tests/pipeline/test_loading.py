@@ -15,7 +15,7 @@ import torch
 from shared.launch.errors import UsageError
 from shared.models import MODELS
 from shared.pipeline.loading import LoadError, check_environment, compute_dtype, pick_variant
-from shared.pipeline.lora import LoraError
+from shared.pipeline.lora_file import LoraError
 from tests import tiny, tiny_extras
 
 

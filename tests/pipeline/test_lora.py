@@ -22,9 +22,11 @@ from shared.launch.errors import UsageError
 from shared.models import MODELS
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import LoadError, check_environment, load_pipeline
-from shared.pipeline.lora import LoraError, LoraSet, loras_of, match_layers, read_lora
+from shared.pipeline.lora import LoraSet, loras_of
 from shared.pipeline.lora_by_name import NAMED_LORAS
-from tests import test_matrix, tiny, tiny_extras
+from shared.pipeline.lora_file import LoraError, read_lora
+from shared.pipeline.lora_names import match_layers
+from tests import test_matrix, tiny, tiny_extras, tiny_lycoris
 from tests.pool import RankPool
 
 PIPELINE_LOADERS = ("sd1", "sdxl", "sd3", "flux")
@@ -173,7 +175,7 @@ def test_partly_matched_is_told(caplog: pytest.LogCaptureFixture) -> None:
         (lambda tmp: _file(tmp / "a.safetensors", b"not a tensor file"), "cannot be read"),
         (lambda tmp: _file(tmp / "a.bin", b"x"), r"must be a \.safetensors file"),
         (lambda tmp: tmp, r"must hold one \.safetensors file, got 0"),
-        (lambda tmp: _lokr(tmp / "lokr.safetensors"), "DoRA, LoHa, LoKr"),
+        (lambda tmp: _oft(tmp / "oft.safetensors"), "'lora_unet_x.oft_blocks' is of a format that is not"),
         (lambda tmp: _linear(tmp / "flat.safetensors", down=(32,)), "fits no layer of type sd1"),
         (lambda tmp: _linear(tmp / "flat.safetensors", up=(32,)), "fits no layer of type sd1"),
         (lambda tmp: _linear(tmp / "rank0.safetensors", (0, 32), (32, 0)), "fits no layer of type sd1"),
@@ -329,12 +331,15 @@ def test_named_in_a_request_on_two_ranks(pool: RankPool, tmp_path: Path, backend
     for stem, seed in (("one", 0), ("two", 1), *((f"more{n}", 2) for n in range(NAMED_LORAS + 1))):
         tensors = load_file(tiny_extras.lora(name, seed=seed))
         save_file(tensors, tmp_path / f"{stem}.safetensors")
+    lycoris, _ = tiny_lycoris.mixed(name, tiny_extras.denoiser(name), 0)
+    tiny_lycoris.write(tmp_path / "two.safetensors", lycoris)
     save_file({key: t * float("nan") for key, t in tensors.items()}, tmp_path / "broken.safetensors")
     ranks = pool.run(ranks_name_loras, 2, backend, name, str(tmp_path))
     holder = next(r for r in ranks if r["named"][0] is not None)
     for number, (named, alone) in enumerate(zip(holder["named"], holder["plain"], strict=True)):
         assert test_matrix.psnr(named, alone) >= 60, number
-    assert test_matrix.psnr(holder["plain"][1], holder["plain"][0]) < 40
+    for number in (1, 3):
+        assert test_matrix.psnr(holder["plain"][number], holder["plain"][0]) < 40
     assert all(np.array_equal(holder["named"][0], holder["named"][n]) for n in (2, 5, 6))
 
 
@@ -362,8 +367,8 @@ def _file(path: Path, data: bytes) -> Path:
     return path
 
 
-def _lokr(path: Path) -> Path:
-    save_file({"lora_unet_x.lokr_w1": torch.zeros(2, 2)}, path)
+def _oft(path: Path) -> Path:
+    save_file({"lora_unet_x.oft_blocks": torch.zeros(2, 2)}, path)
     return path
 
 
@@ -422,9 +427,8 @@ def test_flux_in_the_names_of_its_authors() -> None:
     )
     for name, start, size in (("attn.to_q", 0, 3072), ("attn.to_v", 6144, 3072), ("proj_mlp", 9216, 12288)):
         pair = pairs[f"single_transformer_blocks.0.{name}"]
-        assert pair.up is not None and pair.down is not None
-        scale = 1.0 if pair.alpha is None else pair.alpha / pair.rank
-        assert torch.allclose(scale * pair.up @ pair.down, delta[start : start + size], atol=1e-3)
+        found = pair.scale * pair.tensors["up"] @ pair.tensors["down"]
+        assert torch.allclose(found, delta[start : start + size], atol=1e-3)
 
 
 def test_sd3_in_the_names_of_its_authors_is_refused(tmp_path: Path) -> None:
