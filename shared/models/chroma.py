@@ -51,6 +51,7 @@ FAMILY = Family(
             cfg=5.0,
             size_multiple=16,
             text_encoders=("text_encoder",),
+            encoder_names=("t5xxl",),
             tokenizers=("tokenizer",),
             sized_tokenizers=("tokenizer",),
             most_tokens=512,
