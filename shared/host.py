@@ -24,6 +24,8 @@ from shared.ranks.liveness import dead_ranks, died
 if TYPE_CHECKING:
     from shared.api.queue import JobQueue
     from shared.api.status import HostStatus
+    from shared.ranks.groups import World
+    from shared.ranks.loop import Engine
 
 log = logging.getLogger("host")
 
@@ -32,7 +34,7 @@ ANSWER_SECONDS = 3.0  # the same, where a picture was finished after the first s
 WORKERS_GRACE = 5.0  # seconds that other ranks wait for rank 0's message, after --stop_grace
 
 
-def serve(backend: Backend) -> NoReturn:
+def serve(backend: Backend[World, Engine]) -> NoReturn:
     """Run one rank of a host until it is stopped; never returns.
 
     Exit codes: 2 for a usage error, 1 when loading fails or the ranks lose each other, 130 after Ctrl-C,
@@ -113,7 +115,11 @@ def _cannot_serve(config: HostConfig, error: OSError | UnicodeError) -> str:
 
 
 def _load_and_loop(
-    config: HostConfig, backend: Backend, status: HostStatus, queue: JobQueue, lifeline: Lifeline
+    config: HostConfig,
+    backend: Backend[World, Engine],
+    status: HostStatus,
+    queue: JobQueue,
+    lifeline: Lifeline,
 ) -> None:
     began = time.monotonic()
     status.at(5, "importing libraries")

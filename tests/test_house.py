@@ -23,7 +23,7 @@ BELOW: dict[str, set[str]] = {
     "host": {"models", "launch", "api", "parallel", "ranks", "pipeline", "backends", "http"},
     "scripts": {"host", "backends"},
 }
-"""Room -> the rooms that its modules may import, in functions too; for types alone they may name others."""
+"""Room -> the rooms that its modules may import, in functions and for types too."""
 FILES = {
     **{path: path.relative_to(ROOT / "shared").parts[0].removesuffix(".py")
        for path in sorted((ROOT / "shared").glob("**/*.py")) if path != ROOT / "shared" / "__init__.py"},
@@ -32,19 +32,15 @@ FILES = {
 NO_TORCH = ("models", "launch", "api", "http", "backends", "host")
 
 
-def for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-
-
 def imported(node: ast.AST) -> Iterator[str]:
-    """The modules of the project that are imported anywhere below, but for types."""
+    """The modules that are imported anywhere below."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             yield from (name.name for name in child.names)
         elif isinstance(child, ast.ImportFrom):
             assert child.level == 0, "relative import"
             yield from (f"{child.module}.{name.name}" for name in child.names)
-        elif not for_types(child):
+        else:
             yield from imported(child)
 
 
@@ -56,9 +52,9 @@ def rooms(source: str) -> set[str]:
 def texts(source: str) -> Iterator[str]:
     """Every string of the source but the docstrings."""
     tree = ast.parse(source)
-    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
             yield node.value
 
 
@@ -83,7 +79,7 @@ def late():
     if World:
         from shared.api import jobs
 """
-    assert rooms(source) == {"http", "host", "ranks", "api"}
+    assert rooms(source) == {"http", "host", "pipeline", "ranks", "api"}
     assert set(texts('"""--a"""\ndef f():\n    """--b"""\n    return f"--{f}", "c"')) == {"--", "c"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shared.launch.backend import Backend, Needs
+from shared.launch.backend import Backend, Needs, runs_plain
 from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
 
@@ -93,10 +93,9 @@ def attach(pipe: Pipeline, config: HostConfig, world: World) -> Method:
     from shared.ranks.device import measured_speeds
     from shared.ranks.groups import branch_groups
 
-    graphs = config.captures(world.device.type)
-    model_n = stages(config, world.size)
-    if world.size == 1 and not graphs:
+    if runs_plain(config, world.size, world.device.type):
         return Plain(pipe)
+    model_n = stages(config, world.size)
     group, hybrid = world.compute, shares_branch(config, world.size)
     if config.use_cfg_parallel and not hybrid:
         group, pair, branch = branch_groups(world, config.collective_timeout)
@@ -116,7 +115,7 @@ def attach(pipe: Pipeline, config: HostConfig, world: World) -> Method:
             config.time_shift,
             group=group,
             stage_weights=weights,
-            cuda_graph=graphs,
+            cuda_graph=config.captures(world.device.type),
             measure_units=config.auto_balance,
             denoiser=module,
             async_steps=config.async_steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from shared.launch.backend import Backend, Needs
+from shared.launch.backend import Backend, Needs, runs_plain
 from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
 
@@ -67,8 +67,7 @@ def attach(pipe: Pipeline, config: HostConfig, world: World, branches: Any = Non
     from shared.parallel.distrifusion import DistriFusion
     from shared.parallel.method import Plain
 
-    graphs = config.captures(world.device.type)
-    if world.size == 1 and not graphs:
+    if runs_plain(config, world.size, world.device.type):
         return Plain(pipe)
     return DistriFusion(
         pipe,
@@ -79,7 +78,7 @@ def attach(pipe: Pipeline, config: HostConfig, world: World, branches: Any = Non
         split_batch=branches is not None,
         group=world.compute,
         branches=branches,
-        cuda_graph=graphs,
+        cuda_graph=config.captures(world.device.type),
         # A compiled decoder cannot be split.
         split_decode=not config.compile_vae,
     )

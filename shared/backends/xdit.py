@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from shared.backends.xdit_plan import FLAGS, REFUSES, TYPES, check, xdit_degrees
 from shared.launch.backend import Backend, Needs
-from shared.launch.errors import LoadError
 from shared.launch.flags import HostConfig
 
 if TYPE_CHECKING:
@@ -92,12 +91,7 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
             "the web page shows no previews with PipeFusion: no rank has the whole picture during a step"
         )
     holder = picture * (world.size // replicas)
-    try:
-        return PipelineEngine(
-            pipe, config, world, lambda p: attach(p, config, world, groups), holder, picture
-        )
-    except ValueError as error:
-        raise LoadError(str(error)) from error
+    return PipelineEngine(pipe, config, world, lambda p: attach(p, config, world, groups), holder, picture)
 
 
 BACKEND = Backend(

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
 
-if TYPE_CHECKING:
-    from shared.pipeline.engine import PipelineEngine
-    from shared.ranks.groups import World
+World = TypeVar("World")  # a rank's place among the others
+Engine = TypeVar("Engine")  # what runs requests on it
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,16 @@ def _one_picture(config: HostConfig) -> int:
     return 1
 
 
+def runs_plain(config: HostConfig, world_size: int, device_type: str) -> bool:
+    """Whether a single rank runs the plain pipeline: there is nothing to divide, and no step to capture."""
+    return world_size == 1 and not config.captures(device_type)
+
+
 @dataclass(frozen=True)
-class Backend:
+class Backend(Generic[World, Engine]):
     """One host: its types and flags, and how it makes a pipeline parallel.
 
-    The functions take a launch and its world size (or this rank's World), and import torch only when called.
+    The functions take a launch and its world size or this rank's World, and import torch only when called.
     """
 
     name: str
@@ -45,7 +49,7 @@ class Backend:
     flags: frozenset[str]  # beyond the common ones
     check: Callable[[HostConfig, int], None]  # raises UsageError where the plan does not fit the ranks
     needs: Callable[[HostConfig, int], Needs]
-    build_engine: Callable[[HostConfig, World], PipelineEngine]  # on every rank; loads and makes parallel
+    build_engine: Callable[[HostConfig, World], Engine]  # on every rank; loads and makes parallel
     # Type -> flag -> why this method does not support it for this type.
     refuses: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}))
     idle: Callable[[HostConfig, int], list[str]] = _no_idle_flags  # a line for each flag that changes nothing

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from shared.launch.logs import on_terminal
 from shared.launch.values import (
     as_counts,
     as_folders,
@@ -353,10 +352,6 @@ class HostConfig:
     def captures(self, device_type: str) -> bool:
         """Whether steps are captured as CUDA graphs, which hold on to addresses that offloading changes."""
         return device_type == "cuda" and not self.no_cuda_graph and not self.offloads
-
-    def shows_progress(self, rank: int) -> bool:
-        """Whether this rank shows progress bars: on a terminal, where they are no JSON lines, no warnings."""
-        return rank == 0 and on_terminal() and not self.log_json and self.log_level in ("info", "debug")
 
     @property
     def size(self) -> tuple[int, int]:

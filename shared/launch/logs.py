@@ -48,6 +48,11 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() if _terminal is None else _terminal
 
 
+def shows_progress(config: HostConfig, rank: int) -> bool:
+    """Whether this rank shows progress bars: only rank 0 on a terminal, and no bars between JSON lines."""
+    return rank == 0 and on_terminal() and not config.log_json and config.log_level in ("info", "debug")
+
+
 def guard_streams() -> None:
     """Let a scribe write what this process writes to standard output and error. Call it before threads."""
     global _finish, _terminal

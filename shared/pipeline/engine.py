@@ -17,6 +17,7 @@ from shared.api.operations import AddLora, Operation
 from shared.api.queue import JobQueue
 from shared.api.replies import Reply
 from shared.api.requests import GenerateRequest
+from shared.launch.errors import LoadError, UsageError
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, Start
 from shared.parallel.graphs import Captured
@@ -54,6 +55,9 @@ class PipelineEngine:
         make_parallel: makes the parallel method on the pipeline.
         output_rank: the rank that decodes and holds the picture; the others stop at the latents.
         picture: which of the pictures of one request this rank works on.
+
+    Raises:
+        LoadError: the parallel method does not fit the loaded pipeline.
     """
 
     def __init__(
@@ -72,7 +76,12 @@ class PipelineEngine:
         self.world = world
         self.output_rank = output_rank
         self._make_parallel = make_parallel
-        self.parallel = make_parallel(pipe)
+        try:
+            self.parallel = make_parallel(pipe)
+        except UsageError:
+            raise
+        except ValueError as error:
+            raise LoadError(str(error)) from error
         self._prompts = EncodedPrompts()
         self._embeddings = embeddings_of(pipe)
         captures = config.captures(world.device.type) and not config.compile_text_encoder

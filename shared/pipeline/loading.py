@@ -19,6 +19,7 @@ import torch
 from shared.launch.backend import Needs
 from shared.launch.errors import LoadError, UsageError, first_line
 from shared.launch.flags import HostConfig
+from shared.launch.logs import shows_progress
 from shared.models import MODELS, OTHER_PIPELINES, ModelSpec
 from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
 from shared.pipeline import adapters, memory, quantize
@@ -52,7 +53,7 @@ OUR_ERRORS = (
 
 def load_on_rank(config: HostConfig, world: World, needs: Needs) -> Pipeline:
     """`load_pipeline` for a launch, on this rank's device; progress bars only where the rank shows them."""
-    quiet = not config.shows_progress(world.rank)
+    quiet = not shows_progress(config, world.rank)
     pipe = load_pipeline(config.spec, config, world.device, needs, quiet=quiet)
     if config.embeddings_dir:
         check_alike(pipe, world)

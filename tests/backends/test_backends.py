@@ -12,11 +12,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from shared.backends import BACKENDS
 from shared.backends.xdit_plan import xdit_degrees
-from shared.launch.backend import Needs
-from shared.launch.errors import UsageError
+from shared.launch.backend import Needs, runs_plain
+from shared.launch.errors import LoadError, UsageError
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
 from shared.parallel.xdit.degrees import Degrees
+from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import load_pipeline
 from tests import tiny, tiny_extras
 
@@ -128,3 +129,19 @@ def test_degrees_that_do_not_fit_are_told_as_flags(
         return
     with pytest.raises(UsageError, match=f"^{re.escape(words)}$"):
         xdit_degrees(config, world)
+
+
+def test_a_method_that_does_not_fit_the_pipeline_fails_the_load_in_one_line() -> None:
+    def refuse(pipe: Any) -> Any:
+        raise error
+
+    for error, raised in ((ValueError("2 heads, 3 ranks"), LoadError), (UsageError("--x: no"), UsageError)):
+        with pytest.raises(raised, match=f"^{error}$") as caught:
+            PipelineEngine(tiny.load("sd1"), tiny.config("sd1"), tiny.world(), refuse)
+        assert type(caught.value) is raised
+
+
+def test_one_rank_is_plain_unless_steps_are_captured() -> None:
+    config = tiny.config("sd1")
+    assert runs_plain(config, 1, "cpu") and not runs_plain(config, 1, "cuda")
+    assert runs_plain(replace(config, no_cuda_graph=True), 1, "cuda") and not runs_plain(config, 2, "cpu")

@@ -13,6 +13,7 @@ import pytest
 from shared.backends import BACKENDS
 from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
+from shared.launch.logs import shows_progress
 from shared.launch.parser import build_parser, parse_config
 from shared.models import FEATURES, MODELS, schedulers_for
 from tests.httphost import asyncdiff
@@ -368,12 +369,12 @@ def test_flags_that_do_nothing_are_told(
 
 def test_bars_show_on_rank_0_of_a_log_for_people(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared.launch.logs._terminal", False)
-    assert not parse(folder).shows_progress(0)
+    assert not shows_progress(parse(folder), 0)
     monkeypatch.setattr("shared.launch.logs._terminal", True)
-    assert parse(folder).shows_progress(0) and parse(folder, "--log_level=debug").shows_progress(0)
-    assert not parse(folder).shows_progress(1)
+    assert shows_progress(parse(folder), 0) and shows_progress(parse(folder, "--log_level=debug"), 0)
+    assert not shows_progress(parse(folder), 1)
     for flag in ("--log_json", "--log_level=warning", "--log_level=error"):
-        assert not parse(folder, flag).shows_progress(0)
+        assert not shows_progress(parse(folder, flag), 0)
 
 
 def test_an_empty_yaml_file_has_no_flags(folder: Path) -> None:
