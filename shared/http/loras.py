@@ -10,7 +10,7 @@ from flask import request as http
 from pydantic import BaseModel, Field
 
 from shared.api.faults import FieldProblem, RequestError
-from shared.api.lora_dir import LoraNameError, list_loras, lora_path
+from shared.api.lora_dir import LoraNameError, a1111_loras, list_loras, lora_path
 from shared.api.operations import AddLora, RemoveLora
 from shared.api.parsing import LoraAnswer, LoraChange, LoraEntry, parse_lora_change
 from shared.http.dispatch import ApiError, Dispatcher
@@ -65,6 +65,14 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
     )
     def lora_names() -> Response:
         return jsonify({"message": "OK", "loras": list_loras(dispatcher.config)})
+
+    @app.serve("GET", "/sdapi/v1/loras", Route("A1111: the LoRAs in --lora_dir, for <lora:name:scale>"))
+    def a1111_names() -> Response:
+        return jsonify(a1111_loras(dispatcher.config))
+
+    @app.serve("POST", "/sdapi/v1/refresh-loras", Route("A1111: nothing to do, the folders are always read"))
+    def a1111_refresh() -> Response:
+        return jsonify(None)
 
     @app.serve("POST", "/lora", _change("Add a LoRA between two pictures"))
     @app.serve("DELETE", "/lora", _change("Remove a LoRA between two pictures"))

@@ -574,6 +574,44 @@ def test_loras_by_name(tmp_path: Path) -> None:
         assert len(host.calls) == made
 
 
+def test_loras_as_a1111_lists_them(tmp_path: Path) -> None:
+    tags = {"1_a": {"ink": 9}}
+    metadata = {"ss_output_name": "Ink v2", "ss_tag_frequency": json.dumps(tags), "ss_network_args": "{bad"}
+    header = json.dumps({"__metadata__": metadata | {"ss_epoch": 3}}).encode()
+    for folder in ("a/loras", "b/loras"):
+        (tmp_path / folder / "my styles").mkdir(parents=True)
+    (tmp_path / "a/loras/my styles/ink wash.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header
+    )
+    for folder in ("a/loras", "b/loras"):
+        (tmp_path / folder / "same.safetensors").write_bytes(b"none")
+    folders = (str(tmp_path / "a/loras"), str(tmp_path / "b/loras"))
+    with FakeHost(config_of(lora_dir=folders)) as host:
+        host.status.state = "loading"
+        listed = host.get("/sdapi/v1/loras").json()
+        assert listed[2] == {
+            "name": "my styles/ink wash",
+            "alias": "Ink v2",
+            "path": "my styles/ink wash.safetensors",
+            "metadata": metadata | {"ss_tag_frequency": tags},
+        }
+        assert [entry["name"] for entry in listed] == ["a/loras/same", "b/loras/same", "my styles/ink wash"]
+        assert host.post("/sdapi/v1/refresh-loras").json() is None
+        host.status.state = "ready"
+        for name, path in (
+            ("Ink v2", "a/loras/my styles/ink wash"), ("ink wash", "a/loras/my styles/ink wash"),
+            ("a/loras/same", "a/loras/same"), ("b/loras/same", "b/loras/same"),
+        ):  # fmt: skip
+            assert host.post("/lora", json={"path": name}).status_code == 200
+            assert host.calls[-1].path == f"{tmp_path}/{path}.safetensors"
+        check_error(
+            host.post("/lora", json={"path": "same"}), 422, "is ambiguous: a/loras/same, b/loras/same"
+        )
+        prompt = {"prompt": "a cat <lora:ink wash:0.8>", "steps": 1}
+        assert host.post("/sdapi/v1/txt2img", json=prompt).status_code == 200
+        assert host.seen[-1].lora_scales == {"ink wash": 0.8} and host.seen[-1].positive == "a cat "
+
+
 EMBEDDINGS: list[dict[str, Any]] = [
     {"name": "bad-hands-5", "vectors": 2, "shape": 768, "step": 700},
     {"name": "wide", "vectors": 1, "shape": 1024, "left_out": "it is 1024 wide, ..."},

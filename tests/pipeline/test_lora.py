@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -341,6 +342,37 @@ def test_named_in_a_request_on_two_ranks(pool: RankPool, tmp_path: Path, backend
     for number in (1, 3):
         assert test_matrix.psnr(holder["plain"][number], holder["plain"][0]) < 40
     assert all(np.array_equal(holder["named"][0], holder["named"][n]) for n in (2, 5, 6))
+
+
+def test_files_come_change_and_go_while_a_host_runs(tmp_path: Path) -> None:
+    config = tiny.config("sd1", width=64, height=64, lora_dir=(str(tmp_path),))
+    engine = PipelineEngine(tiny.load("sd1"), config, tiny.world())
+    first, second = (load_file(tiny_extras.lora("sd1", seed=seed)) for seed in (0, 1))
+    file = tmp_path / "my styles" / "ink wash.safetensors"
+
+    def made(**scales: float) -> bytes:
+        request = check_request({"positive": "x", "steps": 2, "seed": 1, "lora_scales": scales}, config)
+        reply = engine.generate(request, lambda step, steps: None)
+        assert reply is not None
+        return reply.pictures[0].tobytes()
+
+    without = made()
+    with pytest.raises(RequestError, match="'ink wash' is not in --lora_dir, which has none"):
+        made(**{"ink wash": 1.0})
+    file.parent.mkdir()
+    save_file(first, file)
+    as_first = made(**{"ink wash": 1.0})
+    assert as_first == made(**{"my styles/ink wash.safetensors": 1.0}) != without
+    times = file.stat()
+    save_file(second, tmp_path / "other")
+    os.utime(tmp_path / "other", ns=(times.st_atime_ns, times.st_mtime_ns))
+    (tmp_path / "other").replace(file)  # as a copy that keeps the time of its source
+    as_second = made(**{"ink wash": 1.0})
+    assert as_second not in (as_first, without)
+    file.unlink()
+    with pytest.raises(RequestError, match="ink wash"):
+        made(**{"ink wash": 1.0})
+    assert made() == without and not loras_of(engine.pipe, config.spec).loaded
 
 
 @pytest.mark.parametrize("flags", [{"quantize_to": "int8"}, {"compile_unet": True}])
