@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from shared.backends import BACKENDS
 from shared.launch.backend import Backend
+from shared.launch.checks import idle_flags
 from shared.launch.errors import LoadError, UsageError, first_line
 from shared.launch.flags import HostConfig
 from shared.launch.logs import adopt_libraries, guard_streams, set_up_logging, world_from_environment
@@ -55,7 +56,7 @@ def serve(backend: Backend[World, Engine]) -> NoReturn:
     queue = JobQueue(config.max_queue)
     if rank == 0:
         _start_server(config, backend, status, queue, lifeline)
-        for line in [*exposure_warnings(config), *backend.idle(config, world_size)]:
+        for line in [*exposure_warnings(config), *idle_flags(config, backend, world_size)]:
             log.warning("%s", line)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -146,7 +147,7 @@ def _load_and_loop(
         engine.preview_to(queue)
     freeze_heap()
     channel = Channel(world)
-    status.ranks = channel.gather_infos(rank_device_info(world))
+    status.ranks = channel.gather_infos(rank_device_info(world) | {"parameters": engine.parameters})
     lifeline.serving = True
     status.plan, status.embeddings = engine.plan, engine.embeddings
     status.versions = versions()

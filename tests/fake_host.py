@@ -34,6 +34,7 @@ class FakeEngine:
         self.picture = 0
         # A host imports what a pipeline needs only when its backend loads one.
         self.plan: dict[str, Any] = {"method": "fake", "diffusers": "diffusers" in sys.modules}
+        self.parameters: dict[str, dict[str, int]] = {}
         self.done: list[str] = []
         self.crowded = False  # whether several pictures are drawn together
 

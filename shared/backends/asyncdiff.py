@@ -61,6 +61,8 @@ def stages(config: HostConfig, world_size: int) -> int:
 
 def check(config: HostConfig, world_size: int) -> None:
     """Refuse a plan that does not fit the world size. Raises UsageError."""
+    if config.shard_weights and world_size > 1:
+        raise UsageError("--shard_weights: not supported on asyncdiff_host.py yet")
     stages(config, world_size)
     if world_size > 1 and config.warm_up_steps < 1:
         raise UsageError("--warm_up_steps: must be at least 1 (the first step fills the activations); got 0")

@@ -29,7 +29,7 @@ def check(config: HostConfig, world_size: int) -> None:
         raise UsageError("--warm_up_steps: must be at least 1 (the first step fills the activations); got 0")
     if config.parallelism == "tensor":
         # A LoRA is fused when it is loaded.
-        flags = ("quantize_to", "gguf_model", "compile_unet")
+        flags = ("quantize_to", "gguf_model", "compile_unet", "shard_weights")
         given = next((f"--{flag}" for flag in flags if getattr(config, flag)), None)
         if given or config.offloads:
             raise UsageError(
@@ -53,7 +53,7 @@ def idle(config: HostConfig, world_size: int) -> list[str]:
 def needs(config: HostConfig, world_size: int) -> Needs:
     """Patches and parts of layers are computed inside the UNet."""
     divides = "--parallelism=tensor" if config.parallelism == "tensor" else None
-    return Needs(in_parts=world_size > 1, divides_weights=divides)
+    return Needs(world_size > 1, divides_weights=divides, shards=config.shards(world_size))
 
 
 def attach(pipe: Pipeline, config: HostConfig, world: World, branches: Any = None) -> Method:
@@ -81,6 +81,7 @@ def attach(pipe: Pipeline, config: HostConfig, world: World, branches: Any = Non
         cuda_graph=config.captures(world.device.type),
         # A compiled decoder cannot be split.
         split_decode=not config.compile_vae,
+        keeps_prompts=not config.shard_weights,
     )
 
 
@@ -88,12 +89,16 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     """Load the pipeline on this rank's device and make it parallel."""
     from shared.pipeline.engine import PipelineEngine
     from shared.pipeline.loading import load_on_rank
+    from shared.pipeline.sharding import shard
     from shared.ranks.groups import branch_groups
 
     pipe = load_on_rank(config, world, needs(config, world.size))
     split = world.size % 2 == 0 and not config.no_split_batch
     branches = branch_groups(world, config.collective_timeout) if split else None
-    return PipelineEngine(pipe, config, world, lambda pipe: attach(pipe, config, world, branches))
+    weights = shard(pipe, config, world, needs(config, world.size))
+    return PipelineEngine(
+        pipe, config, world, lambda pipe: attach(pipe, config, world, branches), weights=weights
+    )
 
 
 BACKEND = Backend(

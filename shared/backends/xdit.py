@@ -26,7 +26,17 @@ def needs(config: HostConfig, world_size: int) -> Needs:
     pipefused = world_size > 1 and (config.pipefusion_parallel_degree or 1) > 1
     flags = ("pipefusion_parallel_degree", "tensor_parallel_degree")
     divides = next((f"--{flag}" for flag in flags if (getattr(config, flag) or 1) > 1), None)
-    return Needs(in_parts=pipefused, inside_blocks=pipefused, divides_weights=divides)
+    # PipeFusion's stages keep their own blocks already.
+    shards = tuple(m for m in config.shards(world_size) if not pipefused or m in config.spec.text_encoders)
+    return Needs(pipefused, inside_blocks=pipefused, divides_weights=divides, shards=shards)
+
+
+def idle(config: HostConfig, world_size: int) -> list[str]:
+    """A line for each flag that changes nothing in this launch."""
+    if config.shard_weights and needs(config, world_size).in_parts:
+        reason = "PipeFusion's stages keep only their own blocks anyway; it shards the text encoders"
+        return [f"--shard_weights has no effect on the transformer: {reason}"]
+    return []
 
 
 def make_groups(config: HostConfig, world: World) -> XfuserGroups | None:
@@ -80,6 +90,7 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     """Load the pipeline on this rank's device and share it among the ranks."""
     from shared.pipeline.engine import PipelineEngine
     from shared.pipeline.loading import load_on_rank
+    from shared.pipeline.sharding import shard
 
     pipe = load_on_rank(config, world, needs(config, world.size))
     groups = make_groups(config, world)
@@ -91,7 +102,10 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
             "the web page shows no previews with PipeFusion: no rank has the whole picture during a step"
         )
     holder = picture * (world.size // replicas)
-    return PipelineEngine(pipe, config, world, lambda p: attach(p, config, world, groups), holder, picture)
+    weights = shard(pipe, config, world, needs(config, world.size), replicas)
+    return PipelineEngine(
+        pipe, config, world, lambda p: attach(p, config, world, groups), holder, picture, weights
+    )
 
 
 BACKEND = Backend(
@@ -101,6 +115,7 @@ BACKEND = Backend(
     flags=FLAGS,
     refuses=REFUSES,
     check=check,
+    idle=idle,
     needs=needs,
     build_engine=build_engine,
     pictures_at_once=lambda config: config.data_parallel_degree or 1,

@@ -248,6 +248,12 @@ def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str,
         config.compile_vae and config.use_parallel_vae,
         "not supported with --use_parallel_vae, as a compiled decoder is one piece",
     )
+    yield "shard_weights", config.shard_weights and tensor, "not supported with --tensor_parallel_degree"
+    yield (
+        "shard_weights",
+        config.shard_weights and degrees.world == degrees.data > 1,
+        f"needs ranks that share a picture; got {degrees}",
+    )
     yield (
         "xformers_efficient",
         config.xformers_efficient and degrees.world > 1,

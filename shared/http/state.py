@@ -31,7 +31,9 @@ class Health(BaseModel):
     plan: Annotated[dict[str, Any], Field(description="how the work is divided over the ranks")]
     world_size: int
     queue_length: Annotated[int, Field(description="requests that wait")]
-    ranks: Annotated[list[dict[str, Any]], Field(description="device, memory in MiB")]
+    ranks: Annotated[
+        list[dict[str, Any]], Field(description="device, memory in MiB, bytes of parameters by model")
+    ]
     versions: dict[str, str]
     uptime_seconds: float
     step_age_seconds: Annotated[

@@ -41,6 +41,12 @@ def check_config(config: HostConfig, backend: Backend, world_size: int) -> None:
     backend.check(config, world_size)
 
 
+def idle_flags(config: HostConfig, backend: Backend, world_size: int) -> list[str]:
+    """A line for each flag that changes nothing in this launch."""
+    alone = ["--shard_weights has no effect: there is one rank"] if config.shard_weights else []
+    return [*backend.idle(config, world_size), *(alone if world_size == 1 else [])]
+
+
 _FOLDERS = ("control_net",)
 _FILES = ("gguf_model",)
 _LORAS = ("lora", "motion_adapter_lora")
@@ -123,6 +129,13 @@ def _check_features(config: HostConfig, backend: Backend) -> None:
                 raise UsageError(
                     f"--{flag}: not supported with --{other}: {why}; use --enable_model_cpu_offload"
                 )
+    if config.shard_weights and (offloads or config.compile_text_encoder):
+        other, why = (
+            (offloads[0], "each rank's part of the weights stays on its GPU")
+            if offloads
+            else ("compile_text_encoder", "encoders are compiled whole, and weights are gathered by block")
+        )
+        raise UsageError(f"--shard_weights: not supported with --{other}: {why}")
     if config.gguf_model and config.quantize_to:
         raise UsageError(
             "--quantize_to: the weights of --gguf_model are quantized already; give only one of them"

@@ -163,6 +163,11 @@ class HostConfig:
 
     enable_vae_tiling: bool = _flag(False, _MEMORY, "decode in tiles, with less memory")
     enable_vae_slicing: bool = _flag(False, _MEMORY, "decode pictures of a batch one by one")
+    shard_weights: bool = _flag(
+        False,
+        _MEMORY,
+        "keep a part of the weights of denoiser, ControlNets and text encoders on each rank",
+    )
     xformers_efficient: bool = _flag(
         False, _MEMORY, "use the attention of the xformers package (needs a GPU)"
     )
@@ -327,6 +332,12 @@ class HostConfig:
     legacy_pickle: bool = _flag(
         False, _HOST, "accept and send base64(pickle), for the original project's clients"
     )
+
+    def shards(self, world_size: int) -> tuple[str, ...]:
+        """The models of which each rank keeps a part, by the names of their components."""
+        if not self.shard_weights or world_size == 1:
+            return ()
+        return (self.spec.denoiser, "controlnet", *self.spec.text_encoders)
 
     @property
     def spec(self) -> ModelSpec:

@@ -38,6 +38,15 @@ def all_gather(own: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tens
     return every
 
 
+def start_all_gather(every: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup | None) -> Any:
+    """Start to fill `every` with the ranks' `own`, of one length, in rank order.
+
+    Returns:
+        what must be waited for; on CUDA, `wait` makes the current stream wait.
+    """
+    return _all_gather(every, own, group=group, async_op=True)
+
+
 class Exchange:
     """The transfers of one step, between pairs of ranks, each tensor on its own.
 

@@ -23,6 +23,7 @@ from shared.models import ModelSpec, Start
 from shared.parallel.graphs import Captured
 from shared.parallel.method import Method, Plain
 from shared.parallel.pipeline import Pipeline
+from shared.parallel.sharded import ShardedWeights
 from shared.pipeline.arguments import call_arguments
 from shared.pipeline.batches import Batches, most_together, several
 from shared.pipeline.embeddings import embeddings_of
@@ -36,6 +37,7 @@ from shared.pipeline.preview import Previewer
 from shared.pipeline.prompts import EncodedPrompts
 from shared.pipeline.schedule_part import part_of_schedule
 from shared.pipeline.schedulers import SchedulerError
+from shared.pipeline.sharding import parameter_bytes
 from shared.pipeline.steps import StepWatch
 from shared.pipeline.warm_up import warm_up
 from shared.ranks.device import freeze_heap
@@ -55,6 +57,7 @@ class PipelineEngine:
         make_parallel: makes the parallel method on the pipeline.
         output_rank: the rank that decodes and holds the picture; the others stop at the latents.
         picture: which of the pictures of one request this rank works on.
+        weights: the sharded ones of the pipeline, given back in ``close``.
 
     Raises:
         LoadError: the parallel method does not fit the loaded pipeline.
@@ -68,6 +71,7 @@ class PipelineEngine:
         make_parallel: Callable[[Pipeline], Method] = Plain,
         output_rank: int = 0,
         picture: int = 0,
+        weights: ShardedWeights | None = None,
     ) -> None:
         self.picture = picture
         self.pipe = pipe
@@ -75,6 +79,10 @@ class PipelineEngine:
         self.spec: ModelSpec = config.spec
         self.world = world
         self.output_rank = output_rank
+        self._weights = weights
+        self._loaded = {name: whole for name, (_, whole) in parameter_bytes(pipe).items()}
+        """Bytes of each model as it was loaded: PipeFusion takes blocks out of it."""
+        self._parameters: dict[str, dict[str, int]] | None = None
         self._make_parallel = make_parallel
         try:
             self.parallel = make_parallel(pipe)
@@ -99,6 +107,15 @@ class PipelineEngine:
     @property
     def embeddings(self) -> list[dict[str, Any]]:
         return [one.told() for one in self._embeddings.found]
+
+    @property
+    def parameters(self) -> dict[str, dict[str, int]]:
+        if self._parameters is None:
+            self._parameters = {
+                name: {"kept": kept, "whole": max(whole, self._loaded[name])}
+                for name, (kept, whole) in parameter_bytes(self.pipe, self._weights).items()
+            }
+        return self._parameters
 
     def generate(self, request: GenerateRequest, on_step: OnStep) -> Reply | None:
         return next(iter(self.generate_all(request, on_step, 1)), None)
@@ -230,6 +247,7 @@ class PipelineEngine:
         self.pipe.set_progress_bar_config(disable=True)
         warm_up(self, self.config, self.parallel.warm_up_calls, self._encoders.captures)
         self.pipe.set_progress_bar_config(**shown)
+        self._parameters = None
 
     def preview_to(self, queue: JobQueue) -> None:
         """Show previews to those who watch the queue; only on rank 0."""
@@ -270,11 +288,14 @@ class PipelineEngine:
             change(loras_of(self.pipe, self.spec))
         finally:
             self.parallel = self._make_parallel(self.pipe)
+            self._parameters = None
             freeze_heap()
 
     def close(self) -> None:
         self.parallel.close()
         self._encoders.close()
+        if self._weights is not None:
+            self._weights.close()
 
 
 CONTENT_FIELDS = frozenset(

@@ -177,7 +177,7 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, needs: Need
         for path, scale in config.ip_adapter.items():
             adapters.load_ip_adapter(pipe, spec, path, scale, dtype)
     if config.quantize_to:
-        stays = torch.device("cpu") if config.offloads else device
+        stays = torch.device("cpu") if config.offloads or needs.shards else device
         quantize.quantize_pipeline(pipe, spec, config.quantize_to, stays)
     memory.apply_xformers(pipe, config)
     memory.apply_vae_flags(pipe, config)
@@ -186,7 +186,7 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, needs: Need
         denoiser: Any = model_of(pipe, spec.denoiser)  # torch's types know no memory_format
         denoiser.to(memory_format=torch.channels_last)
     compile_pipeline(pipe, spec, config, whole_blocks=not needs.inside_blocks)
-    memory.place(pipe, spec, config, device, needs.in_parts)
+    memory.place(pipe, spec, config, device, needs)
     used = memory_report(device)
     log.info("loaded %s in %s, %.1f MB in use on %s", spec.name, dtype, used["allocated"] / 1e6, device)
     return pipe

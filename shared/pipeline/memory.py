@@ -11,6 +11,7 @@ import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module
 from torch import nn
 
+from shared.launch.backend import Needs
 from shared.launch.errors import first_line
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
@@ -72,15 +73,14 @@ def apply_xformers(pipe: Pipeline, config: HostConfig) -> None:
     log.info("xformers attention; PyTorch's own is as fast on GPUs since 2.2")
 
 
-def place(pipe: Pipeline, spec: ModelSpec, config: HostConfig, device: torch.device, parallel: bool) -> None:
+def place(pipe: Pipeline, spec: ModelSpec, config: HostConfig, device: torch.device, needs: Needs) -> None:
     """Move the pipeline to this rank's device, or put it under the offload that was asked for.
 
-    Args:
-        parallel: the denoiser will run in parts, so that no call of the whole module can load it to the
-            device: model offload then keeps it there and offloads the rest.
+    A denoiser that will run in parts stays on the device under model offload, as no call of the whole module
+    could load it. What will be sharded stays in host memory.
     """
     if config.enable_model_cpu_offload:
-        _offload_models(pipe, device, (spec.denoiser, "controlnet") if parallel else ())
+        _offload_models(pipe, device, (spec.denoiser, "controlnet") if needs.in_parts else ())
     elif config.enable_sequential_cpu_offload:
         _offload_layers(pipe, device)
     elif config.enable_group_offload:
@@ -89,7 +89,9 @@ def place(pipe: Pipeline, spec: ModelSpec, config: HostConfig, device: torch.dev
         except ValueError as error:
             raise MemoryFlagError(f"--enable_group_offload: {first_line(error)}") from None
     else:
-        pipe.to(device)
+        for name, module in _models(pipe).items():
+            if name not in needs.shards:
+                module.to(device)
 
 
 class KeptOffload(CpuOffload):

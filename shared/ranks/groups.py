@@ -112,6 +112,20 @@ def make_groups(
 
 
 @functools.cache
+def weights_group(world: World, replicas: int, collective_timeout: float) -> dist.ProcessGroup:
+    """The ranks of this rank's replica, for messages that run beside those of the compute group.
+
+    Made once; all ranks must ask at the same time.
+    """
+    size, short = world.size // replicas, timedelta(seconds=collective_timeout)
+    groups = [
+        dist.new_group(list(range(r * size, (r + 1) * size)), backend=world.backend, timeout=short)
+        for r in range(replicas)
+    ]
+    return groups[world.rank // size]
+
+
+@functools.cache
 def branch_groups(
     world: World, collective_timeout: float
 ) -> tuple[dist.ProcessGroup, dist.ProcessGroup, int]:

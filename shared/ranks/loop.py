@@ -55,6 +55,11 @@ class Engine(Protocol):
         """The embeddings of --embeddings_dir, as JSON, for /embeddings."""
         ...
 
+    @property
+    def parameters(self) -> dict[str, dict[str, int]]:
+        """By model: bytes of parameters that this rank keeps, and of the whole model, for /health."""
+        ...
+
     def generate(self, request: GenerateRequest, on_step: OnStep) -> Reply | None:
         """Make one picture or video; the rank that holds it returns the reply, the others None.
 
@@ -207,7 +212,7 @@ class RankLoop:
             hosts_fault = bool(outcome.error) and outcome.status == 500
             doubt = self.channel.vote(Verdict.FAILED if hosts_fault else Verdict.GO_ON)
             outcome.in_sync = doubt is Verdict.GO_ON or self.channel.compute_works()
-        outcome.device = rank_device_info(self.channel.world)
+        outcome.device = rank_device_info(self.channel.world) | {"parameters": self.engine.parameters}
         return self.channel.gather_outcomes(outcome)
 
     def _generate(self, message: Generate) -> list[Reply]:

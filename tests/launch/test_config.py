@@ -270,6 +270,13 @@ def test_type_and_checkpoint(folder: Path) -> None:
             for flag in flags
         ),
         (["--gguf_model={f}/file.gguf", "--quantize_to=int8"], "--quantize_to: the weights"),
+        *(
+            (["--shard_weights", flag], f"--shard_weights: not supported with {flag}: ")
+            for flag in (
+                *(f"--enable_{how}_offload" for how in ("model_cpu", "sequential_cpu", "group")),
+                "--compile_text_encoder",
+            )
+        ),
         (["--compile_mode=default", '--compile_options={{"a": 1}}'], "--compile_options"),
         *(
             ([flag], f"{flag.split('=')[0]}: has no effect without --compile_unet or --compile_vae")

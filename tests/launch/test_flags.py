@@ -118,8 +118,11 @@ def rank_made(backend: str, name: str, flags: dict[str, Any]) -> dict[str, Any]:
     check_config(config, BACKENDS[backend], size)
     engine = BACKENDS[backend].build_engine(config, world)
     found = answer(engine, config, ask)
+    parameters = engine.parameters
     engine.close()
-    return {"latents": found.latents, "picture": found.picture, "plan": found.plan}
+    return {
+        "latents": found.latents, "picture": found.picture, "plan": found.plan, "parameters": parameters
+    }  # fmt: skip
 
 
 def parallel(ground: Ground, ranks: int, backend: str = "asyncdiff", name: str = "sd1", **flags: Any) -> Any:
@@ -346,6 +349,21 @@ def _(ground: Ground) -> None:
     for flag in flags:
         with pytest.raises(UsageError, match=f"--{flag}: .*CPU"):
             made(**{flag: True})
+
+
+@shows("shard_weights")
+def _(ground: Ground) -> None:
+    """Each rank keeps half of what is sharded, and makes the same picture."""
+    found = {}
+    for shard in (False, True):
+        flags = {"warm_up_steps": STEPS, "no_split_batch": True, "shard_weights": shard}
+        found[shard] = ground.pool.run(rank_made, 2, "distrifuser", "sd1", flags)
+    assert not differs(found[True][0]["latents"], found[False][0]["latents"], 120)
+    for before, after in zip(found[False], found[True], strict=True):
+        for model, sizes in before["parameters"].items():
+            share = after["parameters"][model]["kept"] / sizes["kept"]
+            assert sizes["kept"] == sizes["whole"] == after["parameters"][model]["whole"]
+            assert share == 1 if model == "vae" else 0.5 <= share < 0.52, model
 
 
 # Plans

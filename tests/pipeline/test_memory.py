@@ -114,13 +114,13 @@ class Recorder:
 def test_model_offload_is_to_the_ranks_own_gpu() -> None:
     pipe: Any = Recorder()
     config = tiny.config("sd1", enable_model_cpu_offload=True)
-    place(pipe, MODELS["sd1"], config, torch.device("cuda", 3), parallel=False)
+    place(pipe, MODELS["sd1"], config, torch.device("cuda", 3), Needs())
     assert pipe.calls == [("enable_model_cpu_offload", (), {"gpu_id": 3, "device": "cuda"})]
 
 
 def test_a_denoiser_in_parts_is_not_model_offloaded() -> None:
     pipe: Any = Recorder()
-    place(pipe, MODELS["sd1"], tiny.config("sd1", enable_model_cpu_offload=True), CUDA, parallel=True)
+    place(pipe, MODELS["sd1"], tiny.config("sd1", enable_model_cpu_offload=True), CUDA, Needs(in_parts=True))
     assert pipe.model_cpu_offload_seq == "text_encoder->vae"
     assert pipe._exclude_from_cpu_offload == ["safety_checker", "unet", "controlnet"]
 
@@ -152,7 +152,9 @@ def test_a_model_goes_without_a_copy_back() -> None:
 
 def test_every_model_keeps_its_weights_under_model_offload() -> None:
     pipe = tiny.load("sd1")
-    place(pipe, MODELS["sd1"], tiny.config("sd1", enable_model_cpu_offload=True), torch.device("cpu"), False)
+    place(
+        pipe, MODELS["sd1"], tiny.config("sd1", enable_model_cpu_offload=True), torch.device("cpu"), Needs()
+    )
     for model, after in ((pipe.text_encoder, None), (pipe.unet, pipe.text_encoder), (pipe.vae, pipe.unet)):
         assert isinstance(model._hf_hook, KeptOffload)
         assert getattr(model._hf_hook.prev_module_hook, "model", None) is after
@@ -167,7 +169,7 @@ def offloaded(backend: str, name: str, flags: dict[str, Any], how: str) -> list[
     pipe = load_pipeline(spec, config, cpu, Needs(), quiet=True)
     plain = latents(PipelineEngine(pipe, config, world))
     offload: dict[str, Any] = {f"enable_{how}_offload": True}
-    place(pipe, spec, replace(config, **offload), cpu, BACKENDS[backend].needs(config, world.size).in_parts)
+    place(pipe, spec, replace(config, **offload), cpu, BACKENDS[backend].needs(config, world.size))
     groups = [host.make_groups(config, world)] if hasattr(host, "make_groups") else []
     engine = PipelineEngine(pipe, config, world, lambda p: host.attach(p, config, world, *groups))
     made = [latents(engine) for _ in range(2)]
@@ -208,7 +210,8 @@ def test_layers_come_and_go_under_every_method(
 def test_what_runs_in_one_piece_stays_under_group_offload() -> None:
     pipe = tiny.load("sd1")
     pipe.register_modules(image_encoder=nn.Sequential(nn.MultiheadAttention(8, 2)))
-    place(pipe, MODELS["sd1"], tiny.config("sd1", enable_group_offload=True), torch.device("cpu"), True)
+    config = tiny.config("sd1", enable_group_offload=True)
+    place(pipe, MODELS["sd1"], config, torch.device("cpu"), Needs(in_parts=True))
 
     def comes_and_goes(part: nn.Module) -> bool:
         return any(hasattr(module, "_diffusers_hook") for module in part.modules())

@@ -52,6 +52,8 @@ class DistriFusion(Method):
         branches: this rank's half of the group, the pair of ranks with its place in both halves (branch 0
             first), and its branch; None makes them where they are needed.
         bundle_bytes: least size of the messages of an asynchronous step.
+        keeps_prompts: make a prompt's keys and values once a generation; not where weights are sharded, as
+            that calls layers outside of their blocks.
 
     Raises:
         ValueError: impossible values, or a model that cannot be divided.
@@ -72,6 +74,7 @@ class DistriFusion(Method):
         max_shapes: int = 3,
         branches: tuple[dist.ProcessGroup, dist.ProcessGroup, int] | None = None,
         bundle_bytes: int = 4 << 20,
+        keeps_prompts: bool = True,
     ) -> None:
         for name, value, allowed in (
             ("parallelism", parallelism, get_args(Parallelism)),
@@ -92,6 +95,7 @@ class DistriFusion(Method):
         self.parallelism, self.group = parallelism, group
         self.schedule = Schedule(parallelism == "naive_patch", split_scheme, sync_mode, warm_up_steps)
         self.cuda_graph, self.max_shapes, self.bundle_bytes = cuda_graph, max_shapes, bundle_bytes
+        self.keeps_prompts = keeps_prompts
         self.all = Ranks.of(group)
         self.half, self.pair, self.branch = self.all, None, 0
         if split_batch and self.all.size % 2 == 0:
@@ -178,6 +182,7 @@ class DistriFusion(Method):
             cuda_graph=self.cuda_graph,
             max_shapes=self.max_shapes,
             bundle_bytes=self.bundle_bytes,
+            keeps_prompts=self.keeps_prompts,
             pixels=self.pipeline.vae_scale_factor,
             is_control=model is not self.unet,
         )

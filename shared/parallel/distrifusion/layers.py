@@ -64,9 +64,12 @@ class PatchLayers:
     Args:
         model: a UNet, a ControlNet or a VAE decoder of diffusers.
         surgery: takes the overrides, and gives them back.
+        keeps_prompts: whether the prompt's keys and values are made once a prompt, from layers called by
+            themselves.
     """
 
-    def __init__(self, model: nn.Module, surgery: Surgery) -> None:
+    def __init__(self, model: nn.Module, surgery: Surgery, keeps_prompts: bool = True) -> None:
+        self.keeps_prompts = keeps_prompts
         self.run: PatchRun | None = None
         self._prompts: list[_Prompt] = []
         self._loaded: PatchRun | None = None
@@ -76,7 +79,7 @@ class PatchLayers:
             elif not isinstance(module, Attention):
                 surgery.override(module, self._convolution(name, module))
             elif module.is_cross_attention:
-                for layer in (module.to_k, module.to_v):
+                for layer in (module.to_k, module.to_v) if keeps_prompts else ():
                     known = _Prompt(module, layer.forward)
                     self._prompts.append(known)
                     surgery.override(layer, self._prompt(known))

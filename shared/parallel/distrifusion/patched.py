@@ -132,6 +132,7 @@ class Patched(Part):
         surgery: takes the overrides.
         cuda_graph, max_shapes, bundle_bytes: as in ``DistriFusion``.
         pixels: of the picture, per element of the sample; for messages.
+        keeps_prompts: as in ``DistriFusion``.
         is_control: whether the model is a ControlNet.
     """
 
@@ -146,6 +147,7 @@ class Patched(Part):
         max_shapes: int = 3,
         bundle_bytes: int = 4 << 20,
         pixels: int = 8,
+        keeps_prompts: bool = True,
         is_control: bool = False,
     ) -> None:
         super().__init__()
@@ -159,7 +161,7 @@ class Patched(Part):
         blocks = model.get_submodule("down_blocks").children()
         self.unit = 2 ** sum(bool(getattr(block, "downsamplers", None)) for block in blocks)
         self._names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
-        self.layers = PatchLayers(model, surgery)
+        self.layers = PatchLayers(model, surgery, keeps_prompts)
         surgery.override(model, self._forward)
 
     def begin(self, steps: int, pictures: int = 1) -> None:
@@ -197,7 +199,7 @@ class Patched(Part):
             self._record(layout, original, kwargs, exchanging)
         run.exchange = layout.exchange if exchanging else None
         run.local_norms = stale and self.schedule.sync_mode in LOCAL_NORMS
-        if not layout.prompted:
+        if not layout.prompted and self.layers.keeps_prompts:
             self._take_prompt(layout, kwargs)
         layout.prompted, layout.fresh = True, True
 

@@ -1,0 +1,251 @@
+"""Sharded weights: each rank keeps a part of every block, and a block is whole only while it runs.
+
+The blocks of a model share two buffers, and its parameters are views of them for good. While a block runs out
+of one buffer, the next one is gathered into the other. A parameter therefore never changes its identity, its
+shape or its address, so that LoRA, quantized layers, compiled code and captured graphs work as they are; what
+FSDP2 puts in its place (another class of module, DTensors that come and go) breaks each of these.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from shared.parallel.asyncdiff.trace import candidates, contiguous_stride, is_dense
+from shared.parallel.exchange import Ranks, start_all_gather
+from shared.parallel.surgery import Closing, Forward, Surgery
+
+ALIGNMENT = 64
+"""Bytes at whose multiples tensors and parts begin; kernels load 16 at once."""
+LEAST = 0.002
+"""Share of a model's bytes below which a module stays whole: its message would cost more than it frees."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor's place in the buffer of its block."""
+
+    tensor: torch.Tensor
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, offset: int) -> Piece:
+        stride = tensor.stride() if is_dense(tensor) else contiguous_stride(tensor.shape)
+        return cls(tensor, offset, tuple(tensor.shape), tuple(stride))
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.numel() * self.tensor.element_size()
+
+    def inside(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The tensor that lies at this place of a buffer of bytes."""
+        flat = buffer[self.offset : self.offset + self.nbytes].view(self.tensor.dtype)
+        return flat.as_strided(self.shape, self.stride)
+
+
+class Block:
+    """A module whose weights are gathered together. Sizes in bytes.
+
+    Args:
+        modules: more than one where they share all parameters.
+        parameters: their names in the module; its others stay whole.
+        ranks: over how many it is divided.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], parameters: Sequence[str], ranks: int) -> None:
+        self.modules, self.parameters = tuple(modules), tuple(parameters)
+        self.pieces = self._find()
+        last = self.pieces[-1]
+        self.nbytes = _aligned(last.offset + last.nbytes, ranks * ALIGNMENT)
+        """Of all parts together, each as long as the others."""
+        self.part: torch.Tensor
+        """This rank's."""
+        self.slot = 0
+        """Which of the two buffers it is gathered into."""
+
+    def move(self, device: torch.device) -> None:
+        """Move the module to a device, which replaces the tensors inside of quantized ones."""
+        self.modules[0].to(device)
+        self.pieces = self._find()
+
+    def put(self, buffer: torch.Tensor) -> None:
+        """Make the parameters views of a buffer."""
+        for piece in self.pieces:
+            piece.tensor.data = piece.inside(buffer)
+
+    def _find(self) -> list[Piece]:
+        pieces, end = [], 0
+        for name in self.parameters:
+            for tensor in plain(self.modules[0].get_parameter(name)):
+                pieces.append(Piece.of(tensor, end))
+                end += _aligned(pieces[-1].nbytes, ALIGNMENT)
+        return pieces
+
+
+class ShardedWeights(Closing):
+    """Keeps a part of the weights of some models on each rank of a group, until ``close``.
+
+    All ranks must call the models' blocks in the same order. Adapters may come and go meanwhile: their own
+    weights stay whole. Whatever works on the models (a parallel method, compiled code around blocks) may be
+    put on afterwards and taken off before ``close``; it must not read weights but by calling a block.
+
+    Args:
+        models: whole on every rank, on any device; by name.
+        group: the ranks; None for all. Its collectives run beside those of other groups.
+        device: of this rank, where the parts and the buffers are.
+    """
+
+    def __init__(
+        self, models: Mapping[str, nn.Module], group: dist.ProcessGroup | None, device: torch.device
+    ) -> None:
+        self.ranks, self.device = Ranks.of(group), device
+        self.blocks = {name: blocks_of(model, self.ranks.size) for name, model in models.items()}
+        """By model."""
+        self._surgery = Surgery()
+        self._next: dict[Block, Block] = {}
+        self._order: dict[str, list[Block]] = {}
+        self._called: list[Block] = []
+        self._holds: list[Block | None] = [None, None]
+        self._coming: tuple[Block, Any] | None = None
+        every = [block for blocks in self.blocks.values() for block in blocks]
+        largest = max((block.nbytes for block in every), default=0)
+        self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
+        for block in every:
+            self._cut(block)
+        done = {id(m) for block in every for module in block.modules for m in module.modules()}
+        for name, model in models.items():
+            for module in model.modules():
+                if id(module) not in done:  # a quantized tensor would be copied by a second move
+                    module._apply(lambda tensor: tensor.to(device), recurse=False)
+            self._surgery.override(model, self._model(name))
+
+    def close(self) -> None:
+        """Give every rank the whole weights back. All ranks must call it, any number of times."""
+        self._surgery.close()
+        for blocks in self.blocks.values():
+            for block in blocks:
+                self._gather(block).wait()
+                block.put(self._buffers[block.slot].clone())
+        self.blocks, self._buffers = {}, []
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of the two buffers in which blocks are gathered."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def saved_bytes(self, model: str) -> int:
+        """What this rank does not keep of a model's weights."""
+        whole = sum(piece.nbytes for block in self.blocks.get(model, ()) for piece in block.pieces)
+        return whole - sum(block.part.nbytes for block in self.blocks.get(model, ()))
+
+    def _cut(self, block: Block) -> None:
+        """Keep this rank's part of a block, and no other memory."""
+        block.move(self.device)
+        buffer = self._buffers[block.slot]
+        for piece in block.pieces:
+            piece.inside(buffer).copy_(piece.tensor)
+        length = block.nbytes // self.ranks.size
+        block.part = buffer[self.ranks.rank * length :][:length].clone()
+        block.put(buffer)
+        for module in block.modules:
+            self._surgery.override(module, lambda *call: self._block(block, *call))
+
+    def _model(self, name: str) -> Callable[[Forward, tuple, dict], Any]:
+        def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
+            # What the buffers hold is not known: a captured graph may have been replayed in between.
+            self._arrived()
+            self._holds, self._called = [None, None], []
+            out = original(*args, **kwargs)
+            self._arrived()
+            self._learn(name)
+            return out
+
+        return answer
+
+    def _learn(self, name: str) -> None:
+        """The order of the latest forward is what the next one is expected to have."""
+        if self._called == self._order.get(name):
+            return
+        if name not in self._order:
+            for place, block in enumerate(dict.fromkeys(self._called)):
+                block.slot = place % 2
+                block.put(self._buffers[block.slot])
+        self._order[name] = self._called
+        self._next |= {a: b for a, b in zip(self._called, self._called[1:], strict=False)}
+        if self._called:
+            self._next.pop(self._called[-1], None)
+
+    def _block(self, block: Block, original: Forward, args: tuple, kwargs: dict) -> Any:
+        self._called.append(block)
+        self._arrived()
+        if self._holds[block.slot] is not block:
+            self._gather(block).wait()
+            self._holds[block.slot] = block
+        following = self._next.get(block)
+        if following is not None and following.slot != block.slot:
+            # What ran out of the other buffer is done: on CUDA, the collective waits for this stream first.
+            self._holds[following.slot] = None
+            self._coming = following, self._gather(following)
+        return original(*args, **kwargs)
+
+    def _arrived(self) -> None:
+        """Wait for the block that is on its way, if one is."""
+        if self._coming is not None:
+            block, work = self._coming
+            self._coming = None
+            work.wait()
+            self._holds[block.slot] = block
+
+    def _gather(self, block: Block) -> Any:
+        """Start to fill the block's buffer; what it gives must be waited for."""
+        return start_all_gather(self._buffers[block.slot][: block.nbytes], block.part, self.ranks.group)
+
+
+def blocks_of(model: nn.Module, ranks: int) -> list[Block]:
+    """The modules of a model that are gathered each as one: the smallest that are not containers of others.
+
+    Norms of their own, what is small and what two modules share stay whole.
+    """
+    found: dict[frozenset[int], dict[int, nn.Module]] = {}
+    for module in _modules(model):
+        found.setdefault(frozenset(map(id, module.parameters())), {})[id(module)] = module
+    users = Counter(key for keys in found for key in keys)
+    total = sum(_bytes(parameter) for parameter in model.parameters())
+    blocks = []
+    for modules in (list(same.values()) for same in found.values()):
+        own = {name: p for name, p in modules[0].named_parameters() if users[id(p)] == 1}
+        if any(p.ndim > 1 for p in own.values()) and sum(map(_bytes, own.values())) >= LEAST * total:
+            blocks.append(Block(modules, list(own), ranks))
+    return blocks
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    for _, module, container in candidates(model):
+        if not container:
+            # An adapter's layer comes and goes; the layer inside it stays.
+            yield getattr(module, "base_layer", module)
+
+
+def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors with memory of their own that a parameter is made of: one, or those of a quantized one."""
+    if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not nn.Parameter:
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from plain(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def _bytes(parameter: torch.Tensor) -> int:
+    return sum(piece.numel() * piece.element_size() for piece in plain(parameter))
+
+
+def _aligned(nbytes: int, unit: int) -> int:
+    return -(-nbytes // unit) * unit
