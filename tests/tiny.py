@@ -79,11 +79,16 @@ def seeded(seed: int, make: Callable[[], torch.nn.Module]) -> Any:
         return make().eval()
 
 
-def clip_tokenizer(pad: str = EOS) -> Any:
-    """Byte-level CLIP tokenizer without merges: one token a byte, the last of a word with `</w>`."""
+def byte_letters() -> list[str]:
+    """The letters that stand for bytes in byte-level tokenizers."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def clip_tokenizer(pad: str = EOS) -> Any:
+    """Byte-level CLIP tokenizer without merges: one token a byte, the last of a word with `</w>`."""
+    letters = byte_letters()
     tokens = [*letters, *(letter + "</w>" for letter in letters), BOS, EOS]
     return transformers.CLIPTokenizer(
         vocab={token: i for i, token in enumerate(tokens)}, merges=[], pad_token=pad, model_max_length=77
@@ -332,10 +337,16 @@ def make_pixart(pipeline: Any, tokens: int, seed: int) -> Any:
     )  # fmt: skip
 
 
+def make_qwen() -> Any:
+    from tests import tiny_qwen  # which builds on this file
+
+    return tiny_qwen.make_qwen()
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "ad": make_ad, "sd1": make_sd1, "sd2": make_sd2, "sdxl": make_sdxl, "sd3": make_sd3, "sdup": make_sdup,
     "svd": make_svd, "flux": make_flux, "chroma": make_chroma,
-    "hy": make_hy,
+    "hy": make_hy, "qwen": make_qwen,
     "pixa": lambda: make_pixart(diffusers.PixArtAlphaPipeline, 120, 12),
     "pixs": lambda: make_pixart(diffusers.PixArtSigmaPipeline, 300, 13),
 }  # fmt: skip
@@ -397,6 +408,8 @@ def call_args(
         args |= {"image": picture(size), "decode_chunk_size": 2}
     if name in ("svd", "ad"):
         args |= {"num_frames": frames}
+    if name == "qwen":
+        args |= {"negative_prompt": " ", "true_cfg_scale": args.pop("guidance_scale")}
     if name in ("hy", "pixa", "pixs"):
         args |= {"use_resolution_binning": False}
     if name in ("pixa", "pixs"):

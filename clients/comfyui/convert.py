@@ -18,8 +18,17 @@ import torch
 from PIL import Image
 
 LATENT_FACTOR = 8  # pixels a latent
-# (scale, shift) of the VAE by type: the denoiser sees (samples - shift) * scale.
-FAMILIES = {
+# Of the VAE of Wan 2.1, which Qwen-Image has too, by channel.
+_WAN_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+_WAN_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+# (scale, shift) of the VAE by type, of all channels or of each: the denoiser sees (samples - shift) * scale.
+FAMILIES: dict[str, tuple[float | tuple[float, ...], float | tuple[float, ...]]] = {
     "sd1": (0.18215, 0.0),
     "sd2": (0.18215, 0.0),
     "pixa": (0.18215, 0.0),
@@ -29,8 +38,10 @@ FAMILIES = {
     "sd3": (1.5305, 0.0609),
     "flux": (0.3611, 0.1159),
     "chroma": (0.3611, 0.1159),
+    "qwen": (tuple(1 / std for std in _WAN_STD), _WAN_MEAN),
 }
-PACKED = frozenset({"chroma", "flux"})  # types whose latents are rows of 2 x 2 patches
+OF_VIDEOS = frozenset({"qwen"})  # types whose samples are [N, channels, frames, h, w], here of one frame
+PACKED = frozenset({"chroma", "flux", "qwen"})  # types whose latents are rows of 2 x 2 patches
 POOLED = frozenset({"sdxl", "sd3", "flux"})  # types whose embeddings come with pooled ones
 _PLAIN_CONDITIONING = frozenset({"pooled_output"})
 
@@ -58,9 +69,17 @@ def images(output: str | list[str]) -> torch.Tensor:
     return torch.stack(frames)
 
 
+def _factors(type: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift, for samples [N, channels, h, w]."""
+    scale, shift = (torch.tensor(value).view(1, -1, 1, 1) for value in FAMILIES[type])
+    return scale, shift
+
+
 def samples_of(latent: dict[str, Any]) -> torch.Tensor:
     """The samples of a LATENT, checked. Raises ValueError."""
     samples = latent["samples"]
+    if samples.ndim == 5 and samples.shape[2] == 1:
+        samples = samples[:, :, 0]
     if samples.ndim != 4:
         raise ValueError(f"latent: samples must be [N, channels, height, width], got {list(samples.shape)}")
     if latent.get("noise_mask") is not None:
@@ -80,7 +99,7 @@ def is_empty(samples: torch.Tensor) -> bool:
 
 def latent_to_host(samples: torch.Tensor, type: str) -> str:
     """Samples [1, channels, h, w] as a host's `latent`."""
-    scale, shift = FAMILIES[type]
+    scale, shift = _factors(type)
     latent = (samples.float() - (0.0 if is_empty(samples) else shift)) * scale
     if type in PACKED:  # [1, h/2 * w/2, channels * 4]
         n, c, h, w = latent.shape
@@ -93,13 +112,14 @@ def latent_from_host(given: str | list[str], type: str, width: int, height: int)
     """A host's `latent`, one a picture of that size, pixels, as samples [N, channels, h, w]."""
     if isinstance(given, list):
         return torch.cat([latent_from_host(one, type, width, height) for one in given])
-    scale, shift = FAMILIES[type]
+    scale, shift = _factors(type)
     latent = safetensors.torch.load(base64.b64decode(given))["latent"].float()
     if type in PACKED:
         h, w = height // LATENT_FACTOR, width // LATENT_FACTOR
         n, c = latent.shape[0], latent.shape[2] // 4
         latent = latent.view(n, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
-    return latent / scale + shift
+    samples = latent / scale + shift
+    return samples[:, :, None] if type in OF_VIDEOS else samples
 
 
 def embeds(positive: Any, negative: Any, type: str) -> dict[str, str]:

@@ -117,8 +117,8 @@ class PictureSampler(io.ComfyNode):
             node_id="MultiGPUDiffusionSampler",
             display_name="Sampler (multi-GPU)",
             category=CATEGORY,
-            description="Makes pictures. Needs a host of type sd1, sd2, sdxl, sd3, flux, chroma, hy, pixa or "
-            "pixs.",
+            description="Makes pictures. Needs a host of type sd1, sd2, sdxl, sd3, flux, chroma, hy, pixa, "
+            "pixs or qwen.",
             inputs=[
                 _host(),
                 *_prompts("a red circle on a blue background", ""),

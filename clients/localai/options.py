@@ -24,6 +24,7 @@ PIPELINES = {
     "HunyuanDiTPipeline": "hy",
     "PixArtAlphaPipeline": "pixa",
     "PixArtSigmaPipeline": "pixs",
+    "QwenImagePipeline": "qwen",
 }
 STRENGTH_WITH_CONTROL = "strength: not supported with a ControlNet, as `src` is the control image then"
 

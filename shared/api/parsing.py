@@ -241,6 +241,9 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
                 f"must be 1 for a video as a list of png, got {count}; mp4, gif and webp hold a whole video"
             )
             problems.append(FieldProblem("pictures", text))
+    if (request.steps or spec.steps) < spec.least_steps:
+        text = f"must be at least {spec.least_steps} for type {spec.name}, got {request.steps}"
+        problems.append(FieldProblem("steps", text))
     if fault := _too_much(request, config):
         problems.append(fault)
     if request.scheduler is not None and (problem := scheduler_problem(spec, request.scheduler)):

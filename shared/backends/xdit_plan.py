@@ -11,7 +11,7 @@ from typing import Any
 
 from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
-from shared.models import CACHES, MODELS, StagePlan, TokenPlan, scheduler_named
+from shared.models import CACHES, MODELS, ModelSpec, StagePlan, TokenPlan, scheduler_named
 from shared.parallel.xdit.degrees import (
     Degrees,
     DegreesError,
@@ -50,12 +50,14 @@ TYPES = tuple(sorted(PLANS))
 """The types whose transformer has a token plan."""
 
 
-def _refused(plan: TokenPlan) -> Iterator[tuple[str, str]]:
-    """The flags that a transformer does not support, and why."""
+def _refused(spec: ModelSpec, plan: TokenPlan) -> Iterator[tuple[str, str]]:
+    """The flags that a type's transformer or VAE does not support, and why."""
 
     def types(fitting: Callable[[TokenPlan], Any]) -> str:
         return ", ".join(name for name in TYPES if fitting(PLANS[name]))
 
+    if spec.vae_kind == "video":
+        yield "use_parallel_vae", "its VAE is one of videos, which is not decoded in patches"
     if plan.branches == 1:
         yield "use_cfg_parallel", "its transformer has only one guidance branch"
     if not plan.tensor:
@@ -73,7 +75,7 @@ def _refused(plan: TokenPlan) -> Iterator[tuple[str, str]]:
 
 
 REFUSES: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {name: MappingProxyType(dict(_refused(plan))) for name, plan in PLANS.items()}
+    {name: MappingProxyType(dict(_refused(MODELS[name], plan))) for name, plan in PLANS.items()}
 )
 
 

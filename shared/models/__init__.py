@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
-from shared.models import chroma, flux, hunyuan, pixart, sd, sd3
+from shared.models import chroma, flux, hunyuan, pixart, qwen, sd, sd3
 from shared.models.files import INPUTS, PARTS, VAE_PREFIXES, FileKind
 from shared.models.schedulers import (
     EDM_CLASSES,
@@ -62,6 +62,7 @@ FAMILIES: tuple[Family, ...] = (
     sd3.FAMILY,
     hunyuan.FAMILY,
     pixart.FAMILY,
+    qwen.FAMILY,
 )
 
 

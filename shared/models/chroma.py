@@ -10,6 +10,7 @@ from shared.models.spec import (
     LORA,
     NO_COMPEL,
     NO_CONTROL,
+    NO_EMBEDDINGS,
     NO_IP,
     NO_MOTION,
     PARTIAL,
@@ -63,7 +64,13 @@ FAMILY = Family(
             single_file_encoders=MappingProxyType({"text_encoder": "text_encoders.t5xxl.transformer."}),
             fields=PROMPTS | EMBEDS | SIZE | PARTIAL | LORA | {"sigmas", "latent"},
             refuses=refusals(
-                NO_MOTION, {"control_net": NO_CONTROL, "ip_adapter": NO_IP, "compel": NO_COMPEL}
+                NO_MOTION,
+                {
+                    "control_net": NO_CONTROL,
+                    "ip_adapter": NO_IP,
+                    "compel": NO_COMPEL,
+                    "embeddings_dir": NO_EMBEDDINGS,
+                },
             ),
         ),
     ),

@@ -55,6 +55,7 @@ class ModelSpec:
     height: int
     steps: int
     cfg: float
+    least_steps: int = 1  # with fewer its schedule is not a number
     cfg_field: str = "guidance_scale"
     first_cfg_field: str | None = None  # of the first frame, where guidance grows from it to the last one's
     size_multiple: int = 8
@@ -78,6 +79,7 @@ class ModelSpec:
     most_tokens: int = 0  # that these may read, where that is more than usual
     embeds_setting: str = "cross_attention_dim"  # of the denoiser: how wide embeddings are
     embeds_mask: bool = False  # whether embeddings come with an attention mask
+    vae_kind: Literal["image", "video"] = "image"  # what its VAE takes; of a video's, a picture is one frame
     scheduler_family: Literal["discrete", "video", "flow", "flow_flux"] = "discrete"
     fields: frozenset[str] = frozenset()
     image_pipeline: str = "StableDiffusionImg2ImgPipeline"  # whose `strength` is ours with `latent`
@@ -111,6 +113,11 @@ class ModelSpec:
     def latent_layout(self) -> Literal["nchw", "ncfhw", "nfchw", "packed"]:
         """The layout of the pipeline's latents."""
         return "packed" if self.packed else self.unpacked_layout
+
+    @property
+    def latent_setting(self) -> str:
+        """What its VAE's configuration calls the number of latent channels."""
+        return "latent_channels" if self.vae_kind == "image" else "z_dim"
 
     @property
     def packed(self) -> bool:

@@ -67,6 +67,8 @@ class TokenPlan:
     """The inputs of the text's tokens, if they take part in self-attention."""
     positions: tuple[Site, ...] = ()
     """The inputs of positions and masks."""
+    counted: tuple[str, str] | None = None
+    """A module, and the argument that tells it how many tokens of text there are."""
     joined: tuple[Stream, ...] = ("picture",)
     """Whose tokens self-attention sees, in this order; so do blocks of one stream. Blocks for the picture's
     tokens only may lie between."""

@@ -186,7 +186,7 @@ class CallsSplit(Part):
             raise ValueError(f"CFG split needs a group of 2 ranks; got {ranks.size}")
         self.group, self.branch = group, ranks.rank
         self.guided = False
-        """Whether the generation makes two calls a step; set after ``begin``."""
+        """Whether the running generation makes two calls a step."""
         self._call, self._divided = 0, False
         self._first: list[torch.Tensor] = []
         self._shapes: Latest[list[torch.Tensor]] = Latest(8)
@@ -194,7 +194,7 @@ class CallsSplit(Part):
 
     def begin(self, steps: int, pictures: int = 1) -> None:
         super().begin(steps, pictures)
-        self.guided, self._call = False, 0
+        self._call = 0
 
     def _one(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         if not self.guided:

@@ -188,7 +188,7 @@ def _latents(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest, device: 
 
 def latent_shape(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) -> torch.Size:
     """Shape of the latents of one picture or video of the request's size."""
-    channels = pipe.vae.config.latent_channels
+    channels = pipe.vae.config[spec.latent_setting]
     factor = pipe.vae_scale_factor
     if spec.size_scale != 1 and request.image is not None:
         # The pipeline makes its picture's sides multiples of this.

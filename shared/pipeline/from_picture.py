@@ -23,7 +23,7 @@ from shared.pipeline.schedulers import scheduler_for_request
 
 def trained_to_fill(pipe: Pipeline, spec: ModelSpec) -> bool:
     """Whether the checkpoint was trained for inpainting: its denoiser sees a mask in every call."""
-    latent = pipe.vae.config.latent_channels * (4 if spec.packed else 1)
+    latent = pipe.vae.config[spec.latent_setting] * (4 if spec.packed else 1)
     channels = spec.fill_channels(latent)
     return channels is not None and model_of(pipe, spec.denoiser).config.in_channels == channels
 

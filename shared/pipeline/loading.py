@@ -247,7 +247,7 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
         cls = getattr(diffusers, start.pipeline)
     parts: dict[str, Any] = {}
     if config.vae:
-        parts["vae"] = load_vae(config.vae, index, folder, dtype)
+        parts["vae"] = load_vae(config.vae, spec, index, folder, dtype)
     if config.control_net:
         parts["controlnet"] = adapters.load_control_nets(spec, config.control_net, dtype)
     if config.gguf_model:
@@ -285,7 +285,7 @@ def _from_folder(
         raise LoadError(f"--checkpoint {str(folder)!r} cannot be loaded: {first_line(error)}") from error
 
 
-def load_vae(path: str, index: dict[str, Any], config: Path, dtype: torch.dtype) -> Any:
+def load_vae(path: str, spec: ModelSpec, index: dict[str, Any], config: Path, dtype: torch.dtype) -> Any:
     """A VAE from a diffusers folder (with or without a `vae` folder inside) or a single file.
 
     Args:
@@ -298,7 +298,7 @@ def load_vae(path: str, index: dict[str, Any], config: Path, dtype: torch.dtype)
     import diffusers
 
     cls = getattr(diffusers, index["vae"][1])
-    place = Path(path)
+    place, setting = Path(path), spec.latent_setting
     try:
         if place.is_file():
             settings = {"config": str(config), "subfolder": "vae"}
@@ -313,11 +313,10 @@ def load_vae(path: str, index: dict[str, Any], config: Path, dtype: torch.dtype)
             vae = cls.from_pretrained(place, variant=variant, dtype=dtype, local_files_only=True)
     except BROKEN as error:
         raise LoadError(f"--vae {path!r} cannot be loaded as {cls.__name__}: {first_line(error)}") from error
-    expected = json.loads((config / "vae" / "config.json").read_text()).get("latent_channels")
-    if vae.config.latent_channels != expected:
+    expected = json.loads((config / "vae" / "config.json").read_text()).get(setting)
+    if vae.config[setting] != expected:
         raise LoadError(
-            f"--vae {path!r} has {vae.config.latent_channels} latent channels, "
-            f"the checkpoint's has {expected}"
+            f"--vae {path!r} has {vae.config[setting]} latent channels, the checkpoint's has {expected}"
         )
     return vae
 
@@ -352,7 +351,7 @@ def _input_channels(denoiser: Path) -> int | None:
 def _latent_inputs(spec: ModelSpec, folder: Path) -> int | None:
     """The input channels of a denoiser that sees latents only; None where loading reports what is wrong."""
     try:
-        latent = json.loads((folder / "vae" / "config.json").read_text())["latent_channels"]
+        latent = json.loads((folder / "vae" / "config.json").read_text())[spec.latent_setting]
     except (OSError, ValueError, KeyError):
         return None
     return latent * (4 if spec.packed else 1)

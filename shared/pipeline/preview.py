@@ -45,7 +45,7 @@ class Previewer:
         self.pipe = pipe
         self.spec = spec
         self.queue = queue
-        self.projection = fit_projection(pipe.vae, device)
+        self.projection = fit_projection(pipe.vae, device, spec.vae_kind == "video")
         self._request: GenerateRequest | None = None
         self._shape: torch.Size | None = None
         self._copy: tuple[int, torch.Tensor, torch.cuda.Event] | None = None
@@ -98,10 +98,13 @@ class Previewer:
 
 
 @torch.no_grad()
-def fit_projection(vae: Any, device: torch.device) -> torch.Tensor:
+def fit_projection(vae: Any, device: torch.device, of_videos: bool = False) -> torch.Tensor:
     """The matrix float32 [channels + 1, 3] on `device` from latents, and 1, to RGB in -1 to 1.
 
     Least squares over one picture of random colours, in squares, that the VAE encodes.
+
+    Args:
+        of_videos: whether the VAE takes [batch, 3, frames, height, width].
 
     Raises:
         RuntimeError: the VAE encodes the picture to NaN or Inf.
@@ -113,16 +116,17 @@ def fit_projection(vae: Any, device: torch.device) -> torch.Tensor:
     upcast = dtype == torch.float16 and config.get("force_upcast", False)
     if upcast:
         vae.to(torch.float32)
+    given = pixels.to(device, torch.float32 if upcast else dtype)
     try:
-        encoded = vae.encode(pixels.to(device, torch.float32 if upcast else dtype)).latent_dist.mode()
+        encoded = vae.encode(given[:, :, None] if of_videos else given).latent_dist.mode()
     finally:
         if upcast:
             vae.to(dtype)
-    z = encoded.float().cpu()
+    z = (encoded[:, :, 0] if of_videos else encoded).float().cpu()
     if config.get("latents_mean") and config.get("latents_std"):
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
         z = (z - mean) / std
-    z = (z - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+    z = (z - (config.get("shift_factor") or 0.0)) * (config.get("scaling_factor") or 1.0)
     if not bool(z.isfinite().all()):
         raise RuntimeError("the VAE encodes a picture to NaN or Inf")
     wanted = F.adaptive_avg_pool2d(pixels, z.shape[-2:])

@@ -116,7 +116,7 @@ def _add_noise(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest, argume
     if spec.packed:  # drawn in the unpacked layout, as for a picture from noise
         factor = pipe.vae_scale_factor
         height, width = (request.height or 0) // factor, (request.width or 0) // factor
-        shape = torch.Size((1, pipe.vae.config.latent_channels, height, width))
+        shape = torch.Size((1, pipe.vae.config[spec.latent_setting], height, width))
     noise = randn_tensor(shape, generator=arguments["generator"], device=latents.device, dtype=latents.dtype)
     if spec.packed:
         noise = pipe._pack_latents(noise, *shape)

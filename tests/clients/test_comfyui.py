@@ -42,10 +42,11 @@ def test_the_choices_are_the_registrys(comfy: ComfyUI) -> None:
     assert set(choices.TYPES) == set(MODELS) and list(BACKENDS) == choices.BACKENDS
     assert set(choices.SCHEDULERS) == {n for spec in MODELS.values() for n in schedulers_for(spec)}
     assert set(comfy.pack["convert"].FAMILIES) == {
-        n for n, s in MODELS.items() if s.output == "image" and s.image == "none"
+        n for n, s in MODELS.items() if s.output == "image" and s.image != "needed"
     }
     assert {n for n, s in MODELS.items() if s.pooled_embeds} == comfy.pack["convert"].POOLED
     assert {n for n, s in MODELS.items() if s.packed} == comfy.pack["convert"].PACKED
+    assert {n for n, s in MODELS.items() if s.vae_kind == "video"} == comfy.pack["convert"].OF_VIDEOS
     assert len(choices.SCHEDULERS) == len(set(choices.SCHEDULERS)) and set(SCHEDULERS) <= set(
         choices.SCHEDULERS
     )

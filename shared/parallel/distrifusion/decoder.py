@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers import AutoencoderKL
 
 from shared.parallel.distrifusion.layers import PatchLayers, PatchRun
 from shared.parallel.distrifusion.patch_exchange import PatchExchange
@@ -23,12 +24,17 @@ class PatchDecoder(Part):
     fewer rows than there are ranks are decoded whole by each.
 
     Args:
-        vae: AutoencoderKL, or another whose ``decoder`` is made of the same layers.
+        vae: AutoencoderKL.
         group: the ranks; None for all.
+
+    Raises:
+        ValueError: another kind of VAE.
     """
 
     def __init__(self, vae: Any, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
+        if not isinstance(vae, AutoencoderKL):
+            raise ValueError(f"decoding in patches supports AutoencoderKL; got {type(vae).__name__}")
         self.ranks = Ranks.of(group)
         surgery = self.held.enter_context(Surgery())
         self._layers = PatchLayers(vae.decoder, surgery)

@@ -149,9 +149,13 @@ class XDiT(Method):
                 part.begin(steps, pictures)
 
     def run(self, arguments: dict[str, Any], watch: Watch) -> Any:
-        if self._calls is not None:
-            self._calls.guided = arguments.get(self.tokens.scale, 0.0) > 1
-        return super().run(arguments, watch)
+        if self._calls is None:
+            return super().run(arguments, watch)
+        self._calls.guided = arguments.get(self.tokens.scale, 0.0) > 1
+        try:
+            return super().run(arguments, watch)
+        finally:
+            self._calls.guided = False
 
     def reset(self) -> None:
         """Forget captured graphs: scales of adapters are numbers inside them."""

@@ -83,6 +83,13 @@ class SequenceParallel:
         self._sent: Gathering | None = None
         for site in (*self.plan.picture, *self.plan.text, *self.plan.positions):
             self._divide(model, site, surgery)
+        if self.plan.counted is not None:
+            name, argument = self.plan.counted
+
+            def all_of_it(original: Forward, args: tuple, kwargs: dict) -> Any:
+                return original(*args, **kwargs | {argument: self.tokens["text"]})
+
+            surgery.override(model.get_submodule(name), all_of_it)
         if self.plan.output is not None:
             surgery.override(model.get_submodule(self.plan.output), self._output)
         for block in blocks_of(model, self.plan):

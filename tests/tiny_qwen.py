@@ -1,0 +1,105 @@
+"""Tiny random Qwen text encoders, their tokenizer, and pipelines that read prompts with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import diffusers
+import transformers
+
+from tests.tiny import byte_letters, seeded
+
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+IDS = {mark: 256 + place for place, mark in enumerate(SPECIAL)}
+VOCABULARY = 1536  # bytes, special tokens, and the words of a pipeline's template
+
+
+def tokenizer(template: str = "") -> Any:
+    """One token a byte, a special mark, and a word of the template, whose first tokens pipelines cut off."""
+    tokens, merges = [*byte_letters(), *SPECIAL], []
+    for mark in (*SPECIAL, "{}"):
+        template = template.replace(mark, "")
+    for word in sorted(_words(template), key=lambda word: (word[0] != "Ġ", word)):
+        for end in range(1, len(word)):
+            if word[: end + 1] not in tokens:
+                tokens.append(word[: end + 1])
+                merges.append((word[:end], word[end]))
+    return _tokenizer(tokens, merges)
+
+
+def _words(text: str) -> Iterable[str]:
+    splits = _tokenizer([*byte_letters(), *SPECIAL], []).backend_tokenizer.pre_tokenizer
+    return {word for word, _ in splits.pre_tokenize_str(text)} if text else ()
+
+
+def _tokenizer(tokens: list[str], merges: list[tuple[str, str]]) -> Any:
+    return transformers.Qwen2Tokenizer(
+        vocab={token: place for place, token in enumerate(tokens)},
+        merges=merges,
+        model_max_length=1024,
+        unk_token=SPECIAL[0],
+        eos_token=SPECIAL[2],
+        pad_token=SPECIAL[0],
+        extra_special_tokens=list(SPECIAL[1:]),
+    )
+
+
+def qwen25_vl(width: int = 32) -> Any:
+    text = {
+        "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "max_position_embeddings": 4096, "bos_token_id": IDS["<|endoftext|>"],
+        "eos_token_id": IDS["<|im_end|>"], "pad_token_id": IDS["<|endoftext|>"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "out_hidden_size": width,
+        "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=IDS["<|image_pad|>"],
+        video_token_id=IDS["<|video_pad|>"],
+        vision_start_token_id=IDS["<|vision_start|>"],
+        vision_end_token_id=IDS["<|vision_end|>"],
+    )
+    return seeded(22, lambda: transformers.Qwen2_5_VLForConditionalGeneration(config))
+
+
+def vae() -> Any:
+    channels = 4
+    return seeded(32, lambda: diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=channels, dim_mult=[1, 2, 2, 2], num_res_blocks=1,
+        temperal_downsample=[False, True, True], latents_mean=[0.1 * (i - 1) for i in range(channels)],
+        latents_std=[1.5 + 0.25 * i for i in range(channels)],
+    ))  # fmt: skip
+
+
+def make_qwen() -> Any:
+    denoiser = seeded(44, lambda: diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16,
+        num_attention_heads=4, joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+    ))  # fmt: skip
+    for weight in denoiser.transformer_blocks.parameters():
+        weight.data *= 2  # else what quantization changes drowns in the residual stream
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=8192, base_shift=0.5,
+        max_shift=0.9, shift=1.0, shift_terminal=0.02,
+    )  # fmt: skip
+    pipe = diffusers.QwenImagePipeline(
+        scheduler=scheduler, vae=vae(), text_encoder=qwen25_vl(), tokenizer=tokenizer(), transformer=denoiser
+    )
+    pipe.register_modules(tokenizer=tokenizer(pipe.prompt_template_encode))
+    return pipe
