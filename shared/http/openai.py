@@ -14,13 +14,16 @@ from typing import Any
 
 from flask import Response, jsonify
 from flask import request as http
-from pydantic_core import from_json
+from pydantic_core import PydanticCustomError, from_json
 
+from shared.api.codecs import check_image
 from shared.api.faults import FieldProblem, RequestError
 from shared.api.jobs import Order
+from shared.api.media import encode_image, open_image
 from shared.api.parsing import check_request
 from shared.api.replies import File
-from shared.api.warned import merged, with_warnings
+from shared.api.retouch import has_alpha, transparent_mask
+from shared.api.warned import merged, warn, with_warnings
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.incoming import caller, check_json_type, json_body
 from shared.http.routes import App, Route, picture_route
@@ -38,7 +41,7 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {
     "height": "size",
     "pictures": "n",
 }
-_FILES = {"image": "image", "image[]": "image", "ip_image": "ip_image", "control_image": "control_image"}
+_SEVERAL = "[]"  # behind the name of a part that may come several times
 _TEXTS = frozenset({"prompt", "positive", "negative", "negative_prompt", "size"})
 
 
@@ -58,7 +61,7 @@ def error_body(error: ApiError) -> dict[str, Any]:
 
 
 def add_routes(app: App, dispatcher: Dispatcher) -> None:
-    """Add /v1/models, /v1/images/generations and /v1/images/edits."""
+    """Add /v1/models and /v1/images."""
     config = dispatcher.config
     model = {
         "id": config.model_id,
@@ -97,13 +100,20 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
             raise ApiError(415, f"Content-Type must be multipart/form-data; got {shown(given)}")
 
         def read() -> dict[str, Any]:
-            data = _form()
+            data = _edited(_form(), config)
             if "positive" not in config.spec.fields:
                 # OpenAI's API always asks for a prompt; a type without one is not to blame the client for it.
                 data.pop("prompt", None)
             return data
 
         return _answer(dispatcher, read)
+
+    @app.serve("POST", "/v1/images/variations", picture_route("OpenAI: refused in words"))
+    def openai_variations() -> Response:
+        raise ApiError(
+            422,
+            "variations have no prompt, which is not supported: post the picture and one to /v1/images/edits",
+        )
 
 
 def _form() -> dict[str, Any]:
@@ -128,13 +138,41 @@ def _form() -> dict[str, Any]:
             data[name] = from_json(text)
         except ValueError:
             data[name] = text
+    found: dict[str, list[str]] = {}
     for name, files in pictures.lists():
-        field = _FILES.get(name, name)
-        if len(files) > 1 or field in data:
-            raise RequestError(400, [FieldProblem(name, f"must be one picture, got {len(files)}")])
-        data[field] = base64.b64encode(files[0].read()).decode()
-    if not data.get("image"):
-        raise RequestError(400, [FieldProblem("image", "is needed: a file with the picture to edit")])
+        field = name.removesuffix(_SEVERAL)
+        if field in data:
+            raise RequestError(400, [FieldProblem(field, "must be given once, got a text and a file")])
+        found.setdefault(field, []).extend(base64.b64encode(file.read()).decode() for file in files)
+    return data | {name: files[0] if len(files) == 1 else files for name, files in found.items()}
+
+
+def _edited(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
+    """The fields of an edit with what OpenAI's picture and mask mean here.
+
+    Raises:
+        RequestError: 400 with their faults.
+    """
+    image, mask = data.get("image"), data.get("mask")
+    problems = []
+    if not image:
+        problems.append(FieldProblem("image", "is needed: a file with the picture to edit"))
+    elif isinstance(image, list) and config.spec.output == "image":
+        text = f"must be one picture for type {config.spec.name}, got {len(image)}"
+        problems.append(FieldProblem("image", text))
+    try:
+        if mask is not None and "mask" in config.spec.fields:
+            picture = open_image(check_image(mask))
+            data["mask"] = encode_image(transparent_mask(picture), "png")
+            if not has_alpha(picture):
+                text = "must be transparent where the picture is painted anew, but nothing of it is"
+                problems.append(FieldProblem("mask", text))
+        elif isinstance(image, str) and has_alpha(open_image(check_image(image))):
+            warn("image: what is transparent in it counts only in a mask; the whole picture is painted")
+    except PydanticCustomError as error:
+        problems.append(FieldProblem("image" if mask is None else "mask", error.message()))
+    if problems:
+        raise RequestError(400, problems)
     return data
 
 
@@ -188,9 +226,6 @@ def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
         if value not in allowed:
             texts = " or ".join(str(a).lower() for a in allowed)
             problems.append(FieldProblem(name, f"must be {texts} on this host, got {shown(value)}"))
-    if "mask" in ours:
-        problems.append(FieldProblem("mask", "is not supported: the whole picture is redrawn"))
-        del ours["mask"]
     if config.spec.output == "video" and "output_format" not in ours:
         ours["output_format"] = "webp"
     if config.spec.output == "video" and ours.get("output_format") == "png":

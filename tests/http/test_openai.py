@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 import requests
+from PIL import Image
 
 from tests.httphost import FakeHost, config_of, picture, wait_for
 
@@ -58,6 +60,72 @@ def test_edit_with_the_sdk() -> None:
         assert (seen.image, seen.positive, seen.steps, seen.seed) == (picture(size=(16, 16)), "sharper", 2, 5)
 
 
+def rgba(size: tuple[int, int], clear: tuple[int, int, int, int] | None = None) -> bytes:
+    """A red picture, transparent in the box."""
+    image, out = Image.new("RGBA", size, (255, 0, 0, 255)), io.BytesIO()
+    if clear is not None:
+        image.paste((0, 255, 0, 0), clear)
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def test_edit_paints_what_is_transparent_in_the_mask(host: FakeHost) -> None:
+    answer = client(host).images.edit(
+        image=picture(size=(64, 48)),
+        mask=rgba((64, 48), (8, 16, 24, 32)),
+        prompt="a hat",
+        n=2,
+        size="auto",
+        quality="high",
+        input_fidelity="high",
+        extra_body={"steps": 4, "seed": 5, "strength": 0.5},
+    )
+    assert answer.data is not None and len(answer.data) == 2
+    assert [seen.seed for seen in host.seen] == [5, 6]
+    seen = host.seen[0]
+    assert (seen.width, seen.height, seen.strength, seen.positive) == (64, 48, 0.5, "a hat")
+    assert seen.image == picture(size=(64, 48)) and seen.mask is not None
+    mask = Image.open(io.BytesIO(seen.mask))
+    expected = Image.new("L", (64, 48))
+    expected.paste(255, (8, 16, 24, 32))
+    assert mask.mode == "L" and mask.tobytes() == expected.tobytes()
+    client(host).images.edit(image=picture(size=(64, 48)), prompt="a hat", size="128x256")
+    assert (host.seen[-1].width, host.seen[-1].height, host.seen[-1].mask) == (128, 256, None)
+
+
+def test_an_opaque_mask_would_paint_nothing(host: FakeHost) -> None:
+    for mask in (rgba((64, 64)), picture(size=(64, 64))):
+        with pytest.raises(openai.BadRequestError, match="mask: must be transparent where the picture"):
+            client(host).images.edit(image=picture(size=(64, 64)), mask=mask, prompt="a hat")
+    with pytest.raises(openai.BadRequestError, match="mask: is not a picture"):
+        client(host).images.edit(image=picture(size=(64, 64)), mask=b"text", prompt="a hat")
+    with (
+        FakeHost(config_of("sdup")) as upscaler,
+        pytest.raises(openai.UnprocessableEntityError, match="does not support mask"),
+    ):
+        client(upscaler).images.edit(image=picture(), mask=rgba((8, 8), (0, 0, 4, 4)), prompt="a")
+    assert not host.seen
+
+
+def test_a_transparent_picture_without_a_mask_is_painted_whole_and_that_is_said(host: FakeHost) -> None:
+    answer = client(host).images.edit(image=rgba((64, 64), (0, 0, 9, 9)), prompt="a hat")
+    told = "image: what is transparent in it counts only in a mask; the whole picture is painted"
+    assert answer.model_dump()["warnings"] == [told] and host.seen[0].mask is None
+
+
+@pytest.mark.parametrize("name", ["image", "image[]"])
+def test_edit_as_open_webui_sends_it(host: FakeHost, name: str) -> None:
+    """Its routers/images.py: one picture as `image`, a list of them as `image[]`."""
+    form = {"model": "demo", "prompt": "a hat", "n": "1", "size": "64x32", "response_format": "b64_json"}
+    files = [(name, ("5c2f.png", picture(size=(64, 32)), "image/png"))]
+    key = {"Authorization": "Bearer none"}
+    answer = host.post("/v1/images/edits", headers=key, files=files, data=form)
+    assert answer.status_code == 200, answer.text
+    assert [base64.b64decode(image["b64_json"]) for image in answer.json()["data"]] == [picture()]
+    seen = host.seen[0]
+    assert (seen.positive, seen.width, seen.height) == ("a hat", 64, 32) and seen.image == files[0][1][1]
+
+
 def test_edit_of_a_type_without_a_prompt_makes_a_video() -> None:
     with FakeHost(config_of("svd")) as host:
         answer = client(host).images.edit(image=[picture()], prompt="ignored", extra_body={"frames": 4})
@@ -105,8 +173,11 @@ def test_errors_become_the_sdks_own(host: FakeHost) -> None:
     sdk = client(host)
     with pytest.raises(openai.BadRequestError, match="multiple of 8"):
         sdk.images.generate(prompt="a", size="70x70")
-    with pytest.raises(openai.UnprocessableEntityError, match="does not support image"):
-        sdk.images.edit(image=picture(), prompt="a")
+    with (
+        FakeHost(config_of("hy", backend="xdit")) as hy,
+        pytest.raises(openai.UnprocessableEntityError, match="does not support image"),
+    ):
+        client(hy).images.edit(image=picture(), prompt="a")
     with pytest.raises(openai.InternalServerError, match="out of memory"):
         sdk.images.generate(prompt="fail")
     host.status.state = "loading"
@@ -133,7 +204,7 @@ def test_other_faults_of_http(host: FakeHost) -> None:
     for answer, status in (
         (requests.post(f"{base}/generations", data="x=1", timeout=5), 415),
         (requests.post(f"{base}/edits", json={}, timeout=5), 415),
-        (requests.post(f"{base}/variations", json={}, timeout=5), 404),
+        (requests.post(f"{base}/variations", files={"image": picture()}, timeout=5), 422),
         (requests.get(f"{base}/generations", timeout=5), 405),
         (requests.post(f"{base}/generations", json=[], timeout=5), 400),
         (requests.post(f"{base}/edits", files={"image": b"text"}, data={"n": "x"}, timeout=5), 400),
@@ -142,7 +213,7 @@ def test_other_faults_of_http(host: FakeHost) -> None:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     files = [("image[]", ("a.png", picture())), ("image[]", ("b.png", picture()))]
     answer = requests.post(f"{base}/edits", files=files, data={"prompt": "a"}, timeout=5)
-    assert answer.status_code == 400 and "must be one picture, got 2" in answer.text
+    assert answer.status_code == 400 and "must be one picture for type sd1, got 2" in answer.text
 
 
 def part(disposition: bytes, content: bytes = b"x") -> bytes:
