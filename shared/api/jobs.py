@@ -40,14 +40,14 @@ class Preview:
 
 @dataclass(frozen=True)
 class SecondPass:
-    """What a job makes of its first pass' latents, enlarged (A1111's hires fix)."""
+    """What a job makes of its first pass' latents or pixels, enlarged (A1111's hires fix)."""
 
-    request: GenerateRequest  # another latent stands in its place until the first pass is over
+    request: GenerateRequest  # another latent or image stands in its place until the first pass is over
     upscaler: str  # as A1111 calls it
-    mode: str  # of torch.nn.functional.interpolate
+    mode: str  # of torch.nn.functional.interpolate; of pixels, of Image.Resampling
     antialias: bool
-    layout: str  # ModelSpec.latent_layout
-    covers: tuple[int, int]  # width and height in pixels of the enlarged latents, before they are cut
+    layout: str  # ModelSpec.latent_layout, or "pixels"
+    covers: tuple[int, int]  # width and height in pixels of what is enlarged, before it is cut
 
     def work(self) -> float:
         """Pixels times steps."""
@@ -150,7 +150,7 @@ class GenerationJob(_Job):
     drawing: int = 1  # pictures that are made now, at the same time
     together: bool = True  # whether one call of the pipeline may draw several
     drafts: list[Reply] = field(default_factory=list)  # first passes whose second is next, or runs
-    starts: tuple[bytes, ...] = ()  # their latents, enlarged
+    starts: tuple[bytes, ...] = ()  # their latents or pictures, enlarged
     _progress: float = field(default=0.0, init=False)
 
     @property

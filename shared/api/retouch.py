@@ -114,6 +114,12 @@ def resized(image: Image.Image, size: Size, mode: int = JUST_RESIZE) -> Image.Im
     return made
 
 
+def cut_from(image: Image.Image, size: Size) -> Image.Image:
+    """The middle of a picture, which is at least as large."""
+    left, upper = ((whole - part) // 2 for whole, part in zip(image.size, size, strict=True))
+    return image.crop((left, upper, left + size[0], upper + size[1]))
+
+
 def _edge(image: Image.Image, box: Box, size: Size) -> Image.Image:
     return image.crop(box).resize(size, Image.Resampling.NEAREST)
 

@@ -44,7 +44,7 @@ _LISTS = {
     "sd-models": "the checkpoint, as a list",
     "samplers": "names of the type's schedulers",
     "schedulers": "names of their noise schedules",
-    "upscalers": "none; latents are enlarged by those of latent-upscale-modes",
+    "upscalers": "the hires fix's ways to enlarge pixels",
     "latent-upscale-modes": "the hires fix's ways to enlarge latents",
     "sd-vae": "the launch's own VAE",
 }
@@ -88,7 +88,7 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
         ],
         "samplers": [{"name": theirs, "aliases": [ours], "options": {}} for theirs, ours in samplers.items()],
         "schedulers": schedulers,
-        "upscalers": [],
+        "upscalers": [_upscaler_entry(name) for name in hires.served_pixels(config.spec)],
         "latent-upscale-modes": [{"name": name} for name in hires.served(config.spec)],
         "sd-vae": [{"model_name": Path(vae).name, "filename": vae} for vae in vaes],
     }
@@ -136,6 +136,10 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
     def a1111_png_info() -> Response:
         check_json_type()
         return jsonify(dispatcher.read(lambda: png_info(json_body())))
+
+
+def _upscaler_entry(name: str) -> dict[str, Any]:
+    return {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 4}
 
 
 def _scheduler_entry(label: str, rho: float) -> dict[str, Any]:

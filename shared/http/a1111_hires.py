@@ -1,4 +1,4 @@
-"""A1111's hires fix: a first pass, its latents enlarged, and a second pass from them, as one job.
+"""A1111's hires fix: a first pass, its latents or pixels enlarged, and a second pass from them, as one job.
 
 Imports no torch: `shared.pipeline.latents` enlarges, where the latents are.
 """
@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from PIL import Image
 
 from shared.api.codecs import MAX_SIDE
 from shared.api.faults import FieldProblem, RequestError
 from shared.api.jobs import SecondPass
+from shared.api.media import encode_image
 from shared.api.requests import GenerateRequest
+from shared.http.a1111_img2img import is_img2img
 from shared.http.a1111_options import is_nothing
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
@@ -29,6 +32,8 @@ UPSCALERS: dict[str, tuple[str, bool]] = {
     "Latent (nearest)": ("nearest", False),
     "Latent (nearest-exact)": ("nearest-exact", False),
 }
+# Its upscalers of pixels -> Pillow's, with which the second pass is image to image.
+PIXEL_UPSCALERS = {"None": "LANCZOS", "Lanczos": "LANCZOS", "Nearest": "NEAREST"}
 STRENGTH = 0.7
 SCALE = 2.0
 _NEEDED = ("width", "height", "latent", "strength", "add_noise")
@@ -46,16 +51,23 @@ _NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "hr_additional_modules": (["Use same choices"],),
 }
 _SAME = ("Use same sampler", "Use same scheduler")
-# Checked in the place of the latents that the first pass will make.
-_STAND_IN = safetensors.numpy.save({"latent": np.zeros(1, np.float32)})
+# Checked in the place of what the first pass will make.
+_LATENT = safetensors.numpy.save({"latent": np.zeros(1, np.float32)})
+_PICTURE = encode_image(Image.new("RGB", (16, 16)), "png")
 
 Check = Callable[[dict[str, Any], dict[str, Any]], GenerateRequest]
 """A1111's options, and more fields of ours -> the request; raises RequestError."""
 
 
 def served(spec: ModelSpec) -> list[str]:
-    """The upscalers that this type can run."""
+    """The upscalers of latents that this type can run."""
     return list(UPSCALERS) if set(_NEEDED) <= spec.fields else []
+
+
+def served_pixels(spec: ModelSpec) -> list[str]:
+    """The upscalers of pixels that this type can run."""
+    able = is_img2img(spec) and "width" in spec.fields and spec.output == "image"
+    return list(PIXEL_UPSCALERS) if able else []
 
 
 def is_asked(asked: dict[str, Any]) -> bool:
@@ -70,7 +82,9 @@ def two_passes(asked: dict[str, Any], config: HostConfig, check: Check) -> tuple
         RequestError: with the faults of both passes, in A1111's words.
     """
     spec, faults, statuses = config.spec, list(_faults(asked, config)), {422}
-    if not served(spec):
+    upscaler = asked.get("hr_upscaler") or "Latent"
+    of_pixels = upscaler in served_pixels(spec)
+    if not served(spec) and not served_pixels(spec):
         raise RequestError(422, faults)
     first: GenerateRequest | None = None
     try:
@@ -85,11 +99,8 @@ def two_passes(asked: dict[str, Any], config: HostConfig, check: Check) -> tuple
             text = f"and hr_resize_y cut the picture out of {covers[0]}x{covers[1]}, above {MAX_SIDE} a side"
             faults.append(FieldProblem("hr_resize_x", text))
         strength = asked.get("denoising_strength")
-        more = {
-            "latent": _STAND_IN,
-            "add_noise": True,
-            "strength": STRENGTH if strength is None else strength,
-        }
+        more: dict[str, Any] = {"strength": STRENGTH if strength is None else strength}
+        more |= {"image": _PICTURE} if of_pixels else {"latent": _LATENT, "add_noise": True}
         try:
             second = check(_second(asked, target), more)
         except RequestError as error:
@@ -100,21 +111,25 @@ def two_passes(asked: dict[str, Any], config: HostConfig, check: Check) -> tuple
             faults += _no_step(second, spec)
     if faults or first is None:
         raise RequestError(min(statuses), faults)
-    upscaler = asked.get("hr_upscaler") or "Latent"
     width = max(second.width or 0, rounded(covers[0], spec.size_multiple))
     height = max(second.height or 0, rounded(covers[1], spec.size_multiple))
     second = second.model_copy(update={"seed": first.seed})
+    covers = (width, height)
+    if of_pixels:
+        return first, SecondPass(second, upscaler, PIXEL_UPSCALERS[upscaler], False, "pixels", covers)
     first = first.model_copy(update={"output_format": "latent"})
-    return first, SecondPass(second, upscaler, *UPSCALERS[upscaler], spec.latent_layout, (width, height))
+    return first, SecondPass(second, upscaler, *UPSCALERS[upscaler], spec.latent_layout, covers)
 
 
 def _faults(asked: dict[str, Any], config: HostConfig) -> Iterator[FieldProblem]:
     spec, checkpoint = config.spec, config.model_id
-    if missing := [name for name in _NEEDED if name not in spec.fields]:
-        yield FieldProblem("enable_hr", f"type {spec.name} ({spec.title}) does not support {missing[0]}")
+    names = served(spec) + served_pixels(spec)
     upscaler = asked.get("hr_upscaler") or "Latent"
-    if not isinstance(upscaler, str) or upscaler not in UPSCALERS:
-        yield FieldProblem("hr_upscaler", f"must be one of {', '.join(UPSCALERS)}; got {shown(upscaler)}")
+    if not names:
+        missing = next(name for name in _NEEDED if name not in spec.fields)
+        yield FieldProblem("enable_hr", f"type {spec.name} ({spec.title}) does not support {missing}")
+    elif not isinstance(upscaler, str) or upscaler not in names:
+        yield FieldProblem("hr_upscaler", f"must be one of {', '.join(names)}; got {shown(upscaler)}")
     for name, nothing in _NOT_SERVED.items():
         if not is_nothing(value := asked.get(name), (*nothing, checkpoint)):
             text = f"is not supported: this host has only the checkpoint {checkpoint!r}; got {shown(value)}"
@@ -166,7 +181,7 @@ def _is_given(asked: dict[str, Any], name: str) -> bool:
 
 def _named(problem: FieldProblem, asked: dict[str, Any]) -> FieldProblem:
     """A fault of the second pass, by the option that brought it."""
-    ours = {"positive": "prompt", "negative": "negative_prompt", "cfg": "cfg_scale"}
+    ours = {"positive": "prompt", "negative": "negative_prompt", "cfg": "cfg_scale", "image": "hr_upscaler"}
     field = ours.get(problem.field, problem.field)
     given = next((hr for hr, first in _OF_FIRST.items() if first == field and _is_given(asked, hr)), None)
     if given:

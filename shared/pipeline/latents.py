@@ -7,16 +7,23 @@ import math
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from shared.api.jobs import SecondPass
+from shared.api.media import encode_image
 from shared.api.replies import Reply
+from shared.api.retouch import cut_from
 
 
 def enlarged(draft: Reply, second: SecondPass) -> bytes:
-    """The safetensors of a first pass' `latent`, for the second: as A1111 enlarges it.
+    """What the second pass starts from: the first one's latents in safetensors or picture as PNG, enlarged.
 
     A picture with another aspect ratio than the first one's is the centre crop of one that covers it.
     """
+    if second.layout == "pixels":
+        size = (second.request.width or 0, second.request.height or 0)
+        resample = Image.Resampling[second.mode]
+        return encode_image(cut_from(draft.pictures[0].resize(second.covers, resample), size), "png")
     latent = safetensors.torch.load(draft.output[0])["latent"]
     kind = latent.dtype
     if second.layout == "packed":

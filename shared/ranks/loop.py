@@ -96,7 +96,7 @@ class Engine(Protocol):
         ...
 
     def enlarge(self, draft: Reply, second: SecondPass) -> bytes:
-        """The safetensors of a first pass' latents as its second pass takes them; called on rank 0 only."""
+        """A first pass' latents or picture as its second pass takes them; called on rank 0 only."""
         ...
 
     def add_lora(self, path: str, scale: float) -> Sequence[object]:
@@ -219,9 +219,10 @@ class RankLoop:
         """The pictures that this rank holds. A replica without any runs along for the collectives."""
         first = self.engine.picture * message.each
         request = message.request.numbered(first)
-        if message.latents:
-            latent = message.latents[min(first, len(message.latents) - 1)]
-            request = request.model_copy(update={"latent": latent})
+        if message.starts:
+            start = message.starts[min(first, len(message.starts) - 1)]
+            name = "image" if request.latent is None else "latent"
+            request = request.model_copy(update={name: start})
         job = None if self.queue is None else self.queue.generation
         on_step = self._step_boundary(job)
         replies = self.engine.generate_all(request, on_step, message.each, message.together)
@@ -299,7 +300,7 @@ class RankLoop:
                 self._enlarge(job)
 
     def _enlarge(self, job: GenerationJob) -> None:
-        """Make the latents of the second passes from those of the first."""
+        """Make what the second passes start from."""
         if job.second is None or not job.drafts or job.done:
             return
         try:

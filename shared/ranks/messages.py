@@ -34,7 +34,7 @@ class Generate:
     pictures: int = 1  # of all replicas; their seeds follow the request's
     each: int = 1  # pictures of one replica; the last of them may have none that counts
     together: bool = True  # whether a replica may draw its pictures in one call of the pipeline
-    latents: tuple[bytes, ...] = ()  # what each picture starts from, in place of the request's
+    starts: tuple[bytes, ...] = ()  # what each picture starts from, in place of its latent or image
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pytest
 import requests
 import safetensors.torch
 import torch
+import webuiapi
 from diffusers import FluxPipeline
 from PIL import Image
 
@@ -24,7 +25,7 @@ from shared.api.queue import JobQueue
 from shared.api.replies import Reply
 from shared.api.requests import GenerateRequest
 from shared.api.status import HostStatus
-from shared.http.a1111_hires import UPSCALERS, two_passes
+from shared.http.a1111_hires import PIXEL_UPSCALERS, UPSCALERS, two_passes
 from shared.http.a1111_request import translate
 from shared.models import MODELS
 from shared.pipeline.latents import enlarged
@@ -109,6 +110,52 @@ def test_the_second_pass_has_options_of_its_own_and_is_cut_from_the_middle(demo_
         ],
     )
     assert expected[0] == (160, 96) and pixels(answer["images"][0]) == expected
+
+
+@pytest.mark.parametrize(("upscaler", "resample"), [("Lanczos", "LANCZOS"), ("Nearest", "NEAREST")])
+def test_an_upscaler_of_pixels_is_image_to_image_of_the_enlarged_picture(
+    demo_host: Launch, upscaler: str, resample: str
+) -> None:
+    size, own = (
+        {"width": 64, "height": 64},
+        {"hr_resize_x": 128, "hr_resize_y": 96, "denoising_strength": 0.5},
+    )
+    body = HIRES | size | own | {"hr_upscaler": upscaler, "n_iter": 2}
+    answer = post(demo_host.url, "/sdapi/v1/txt2img", body)
+    for seed, image in enumerate(answer["images"], 7):
+        first = {"positive": "a red circle", "prompt_syntax": "a1111", "steps": 4, "cfg": 4.0, "seed": seed}
+        made = post(demo_host.url, "/generate", first | size)["output"]
+        # 128x128 covers 128x96, the middle of it is kept.
+        large = Image.open(io.BytesIO(base64.b64decode(made))).resize((128, 128), Image.Resampling[resample])
+        out = io.BytesIO()
+        large.crop((0, 16, 128, 112)).save(out, "PNG")
+        second = {"image": base64.b64encode(out.getvalue()).decode(), "width": 128, "height": 96}
+        expected = post(demo_host.url, "/generate", first | second | {"strength": 0.5})["output"]
+        assert pixels(image) == pixels(expected) and pixels(image)[0] == (128, 96)
+    told = json.loads(answer["info"])["infotexts"][0]
+    assert told.endswith(f"Hires resize: 128x96, Hires steps: 4, Hires upscaler: {upscaler}")
+
+
+def test_txt2img_with_hires_fix_as_webuiapi_sends_it() -> None:
+    with FakeHost() as host:
+        sdk = webuiapi.WebUIApi(port=host.server.port, steps=3)
+        for upscaler in (webuiapi.HiResUpscaler.Latent, webuiapi.HiResUpscaler.Lanczos):
+            made = sdk.txt2img(
+                *(True, 0.6),
+                prompt="x",
+                hr_upscaler=upscaler,
+                hr_scale=1.5,
+                width=64,
+                height=64,
+                hr_second_pass_steps=5,
+            )
+            assert len(made.images) == 1 and made.info["sampler_name"] == "Euler a"
+        names = [one["name"] for one in sdk.get_upscalers()]
+    assert [seen.output_format for seen in host.seen] == ["latent", "png", "png", "png"]
+    for second, field in ((host.seen[1], "latent"), (host.seen[3], "image")):
+        assert (second.width, second.height, second.strength, second.steps) == (96, 96, 0.6, 5)
+        assert [name for name in ("latent", "image") if getattr(second, name) is not None] == [field]
+    assert names == list(PIXEL_UPSCALERS)
 
 
 def both_ways(backend: str, name: str, flags: Json, at_once: int) -> tuple[list[Any], list[Any]] | None:
@@ -248,7 +295,7 @@ def test_sizes_of_the_second_pass(options: Json, size: tuple[int, int]) -> None:
     ("options", "status", "words"),
     [
         ({"hr_upscaler": "R-ESRGAN 4x+"}, 422, "hr_upscaler: must be one of Latent, Latent (antialiased), "),
-        ({"hr_upscaler": "None"}, 422, "(nearest), Latent (nearest-exact); got 'None'"),
+        ({"hr_upscaler": "LDSR"}, 422, "Latent (nearest-exact), None, Lanczos, Nearest; got 'LDSR'"),
         ({"hr_checkpoint_name": "other"}, 422, "hr_checkpoint_name: is not supported: this host has only"),
         ({"hr_scale": 0}, 422, "hr_scale: must be a number above 0"),
         ({"hr_scale": 100}, 400, "hr_scale: makes a width that must be at most 8192, got 51200"),
@@ -295,7 +342,8 @@ def test_types_without_latents_to_start_from_refuse_it() -> None:
     for name in sorted(MODELS):
         with FakeHost(config_of(name)) as host:
             names = [mode["name"] for mode in host.get("/sdapi/v1/latent-upscale-modes").json()]
-            assert host.get("/sdapi/v1/upscalers").json() == []
+            pixels = [mode["name"] for mode in host.get("/sdapi/v1/upscalers").json()]
+            assert pixels == (list(PIXEL_UPSCALERS) if MODELS[name].image == "start" else [])
             answer = host.post("/sdapi/v1/txt2img", json={"enable_hr": True, "prompt": "x"})
             if name in ("svd", "sdup"):
                 assert names == [] and answer.status_code == 422
