@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from host import Host, HostError, HostProcess  # noqa: E402
-from options import STRENGTH_WITH_CONTROL, LoadPlan, OptionError, plan  # noqa: E402
+from options import IMG2IMG_WITH_CONTROL, STRENGTH_WITH_CONTROL, LoadPlan, OptionError, plan  # noqa: E402
 
 messages, services = grpc.protos_and_services("backend.proto")  # grpcio-tools; found on sys.path
 
@@ -116,6 +116,8 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
         self.controlled = "control_image" in host.launch()["fields"]
         if self.controlled and wanted.strength is not None:
             raise OptionError(STRENGTH_WITH_CONTROL)
+        if self.controlled and wanted.img2img:
+            raise OptionError(IMG2IMG_WITH_CONTROL)
         self.type = str(host.health()["type"])
         self.host = host
 
@@ -136,12 +138,18 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
         }
         if self.type != "sdup":  # the upscaler's size is that of its picture
             body |= {"width": request.width, "height": request.height}
-        body["control_image" if self.controlled else "image"] = _file(request.src, "src", context)
-        if request.src and not self.controlled:
+        started = _start(request.src, context)
+        if "image" in started and self.controlled and "mask" not in started:
+            started = {"control_image": started["image"]}
+        body |= started
+        if "image" in started:
             body["strength"] = self.plan.strength
-        if len(request.ref_images) > 1:
+        if "mask" in started:  # LocalAI names a fixed size, and picture and mask again as ref_images
+            body |= {"width": None, "height": None}
+        elif len(request.ref_images) > 1:
             _refuse(context, f"ref_images: one picture, for the IP-Adapter; got {len(request.ref_images)}")
-        body["ip_image"] = _file("".join(request.ref_images), "ref_images", context)
+        else:
+            body["ip_image"] = _file("".join(request.ref_images), "ref_images", context)
         self._make(host, body, request.dst, context)
         return messages.Result(message="OK", success=True)
 
@@ -240,12 +248,35 @@ def _file(path: str, name: str, context: grpc.ServicerContext, or_base64: bool =
     """A picture's file as base64; its problem is the caller's."""
     if not path:
         return None
+    if or_base64 and not path.startswith("/") and not _is_file(path):
+        return path
+    return base64.b64encode(_read(path, name, context)).decode()
+
+
+def _is_file(path: str) -> bool:
     try:
-        return base64.b64encode(Path(path).read_bytes()).decode()
+        return Path(path).is_file()
+    except OSError:  # base64 is too long for a name
+        return False
+
+
+def _read(path: str, name: str, context: grpc.ServicerContext) -> bytes:
+    try:
+        return Path(path).read_bytes()
     except OSError as error:
-        if or_base64 and not path.startswith("/"):
-            return path
         _refuse(context, f"{name}: cannot read {path[:200]!r}: {error.strerror}")
+
+
+def _start(src: str, context: grpc.ServicerContext) -> dict[str, Any]:
+    """The fields of `src`: a picture's file, or JSON with `image` and `mask_image`, white to be painted."""
+    data = _read(src, "src", context) if src else b""
+    if not data.startswith(b"{"):
+        return {"image": base64.b64encode(data).decode()} if src else {}
+    try:
+        found = json.loads(data)
+        return {"image": found["image"], "mask": found["mask_image"]}
+    except (ValueError, KeyError):
+        _refuse(context, 'src: JSON must have "image" and "mask_image", each in base64')
 
 
 class TokenCheck(grpc.ServerInterceptor):

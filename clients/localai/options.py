@@ -26,6 +26,18 @@ PIPELINES = {
     "PixArtSigmaPipeline": "pixs",
     "QwenImagePipeline": "qwen",
 }
+# The same, by what LocalAI calls them where they start from a picture.
+PIPELINES |= {
+    name.replace("Pipeline", f"{end}Pipeline"): PIPELINES[name]
+    for name in (
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxPipeline",
+    )
+    for end in ("Img2Img", "Inpaint")
+}
+IMG2IMG_WITH_CONTROL = "img2img: not supported with a ControlNet, as `src` is the control image then"
 STRENGTH_WITH_CONTROL = "strength: not supported with a ControlNet, as `src` is the control image then"
 
 
@@ -42,6 +54,7 @@ class LoadPlan:
         flags: of the host to start.
         defaults: request fields of every picture: cfg, clip_skip.
         strength: of the pictures that start from another one, 0 to 1; None: the host's own.
+        img2img: whether `src` is to be what a picture starts from.
     """
 
     host_url: str = ""
@@ -53,6 +66,7 @@ class LoadPlan:
     flags: tuple[str, ...] = ()
     defaults: dict[str, Any] = field(default_factory=dict)
     strength: float | None = None
+    img2img: bool = False
 
 
 def plan(request: Any) -> LoadPlan:
@@ -64,19 +78,23 @@ def plan(request: Any) -> LoadPlan:
         defaults["cfg"] = round(request.CFGScale, 6)
     if request.CLIPSkip:
         defaults["clip_skip"] = request.CLIPSkip
-    if request.IMG2IMG:
-        raise OptionError(
-            "img2img: not supported; only types sdup and svd and ControlNets take a picture; "
-            "leave diffusers.img2img out"
-        )
-    strength = _strength(own, bool(request.ControlNet or "control_net" in given))
+    controlled = bool(request.ControlNet or "control_net" in given)
+    if request.IMG2IMG and controlled:
+        raise OptionError(IMG2IMG_WITH_CONTROL)
+    strength = _strength(own, controlled)
     if own.get("host_url"):
         extra = sorted([*given, *(set(own) - {"host_url", "api_key", "strength"})])
         if extra or request.LoraAdapters or request.ControlNet or request.SchedulerType or request.LowVRAM:
             named = ", ".join(extra) or "LoRA, ControlNet, scheduler and low_vram"
             raise OptionError(f"host_url: the host is running already and cannot change {named}")
         api_key = own.get("api_key", "")
-        return LoadPlan(host_url=own["host_url"], api_key=api_key, defaults=defaults, strength=strength)
+        return LoadPlan(
+            host_url=own["host_url"],
+            api_key=api_key,
+            defaults=defaults,
+            strength=strength,
+            img2img=request.IMG2IMG,
+        )
     backend = own.get("backend", "asyncdiff")
     if backend not in BACKENDS:
         raise OptionError(f"backend: must be one of {', '.join(BACKENDS)}; got {backend!r}")
@@ -91,6 +109,7 @@ def plan(request: Any) -> LoadPlan:
         flags=tuple(f"--{name}" if value is None else f"--{name}={value}" for name, value in flags.items()),
         defaults=defaults,
         strength=strength,
+        img2img=request.IMG2IMG,
     )
 
 

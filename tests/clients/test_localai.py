@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import importlib
+import io
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import grpc
 import pytest
 import requests
 import yaml
+from PIL import Image
 
 from shared.backends import BACKENDS
 from shared.launch.parser import parse_config
@@ -140,7 +143,17 @@ def test_options_become_flags_that_the_host_parses(
     assert "lora_scales: must be one for each of 1" in refused(
         LoraAdapters=["a"], LoraScales=[1, 2], Options=["type:sd1"]
     )
-    assert "img2img" in refused(IMG2IMG=True)
+    assert "img2img: not supported with a ControlNet" in refused(
+        IMG2IMG=True, ControlNet="x", Options=["type:sd1"]
+    )
+    for pipeline, name in (
+        ("StableDiffusionImg2ImgPipeline", "sd1"),
+        ("StableDiffusionXLInpaintPipeline", "sdxl"),
+        ("StableDiffusion3Img2ImgPipeline", "sd3"),
+        ("FluxInpaintPipeline", "flux"),
+    ):
+        flags = options.plan(messages.ModelOptions(PipelineType=pipeline, IMG2IMG=True)).flags
+        assert flags[0] == f"--type={name}"
     assert "cannot change type" in refused(Options=["host_url:http://x", "type:sd1"])
     for wrong in ("strength:0", "strength:1.5", "strength:much"):
         assert "strength: must be a number above 0 and at most 1" in refused(
@@ -209,8 +222,17 @@ def test_a_model_is_loaded_draws_cancels_and_is_freed(
     assert code == CODE.INVALID_ARGUMENT and "width: must be a multiple of 8, got 20" in told
     assert fails(ModelIdentity="other")[0] == CODE.NOT_FOUND
     assert fails(src=str(tmp_path / "none.png"))[0] == CODE.INVALID_ARGUMENT
-    code, told = fails(src=str(dst))
-    assert code == CODE.INVALID_ARGUMENT and "does not support image" in told
+    # The picture that it made, drawn on and read back: a body that gives the same pixels, with `src` again.
+    again = tmp_path / "again.png.tmp"
+    start = asked | {"src": str(dst), "dst": str(again), "positive_prompt": "a blue circle"}
+    assert client.call("GenerateImage", "GenerateImageRequest", **start).success
+    with Image.open(again) as made:
+        body = json.loads(made.info["multigpu_diffusion"])
+        assert body["image"] == "(left out)" and made.info["parameters"].startswith("a blue circle\n")
+        body["image"] = base64.b64encode(dst.read_bytes()).decode()
+        answer = requests.post(f"{demo_host.url}/generate", json=body, timeout=60).json()
+        other = Image.open(io.BytesIO(base64.b64decode(answer["output"])))
+        assert other.tobytes() == made.tobytes() and made.tobytes() != Image.open(dst).tobytes()
     assert fails(ref_images=[str(dst)])[1] == "ip_image: the host was started without --ip_adapter"
     assert fails(dst="/nowhere/x.png")[0] == CODE.INTERNAL
     code, told = client.fails("GenerateVideo", "GenerateVideoRequest", dst=str(dst))
@@ -272,6 +294,41 @@ def test_src_starts_at_the_models_strength(client: Client, tmp_path: Path) -> No
         client.call("LoadModel", "ModelOptions", Options=[f"host_url:{host.url}", "strength:0.4"])
         client.call("GenerateImage", "GenerateImageRequest", **given | {"src": ""})
         assert host.seen[0].strength is None
+
+
+def test_inpainting_is_a_picture_and_a_mask_in_one_file(client: Client, tmp_path: Path) -> None:
+    """As LocalAI's /v1/images/inpainting writes it."""
+    image, mask = Image.new("RGB", (64, 48), "red"), Image.new("L", (64, 48))
+    mask.paste(255, (8, 8, 24, 24))
+    paths = [tmp_path / "refimg_1", tmp_path / "refmask_1"]
+    for picture, path in zip((image, mask), paths, strict=True):
+        picture.save(path, "PNG")
+    texts = [base64.b64encode(path.read_bytes()).decode() for path in paths]
+    src = tmp_path / "inpaint_1.json"
+    src.write_text(json.dumps(dict(zip(("image", "mask_image"), texts, strict=True))) + "\n")
+    given: dict[str, Any] = {
+        "src": str(src),
+        "dst": str(tmp_path / "out_1.png"),
+        "positive_prompt": "a hat",
+        "ref_images": list(map(str, paths)),
+        "width": 512,
+        "height": 512,
+        "step": 25,
+    }
+    with FakeHost(config_of("sd1")) as host:
+        client.call(
+            "LoadModel", "ModelOptions", Options=[f"host_url:{host.url}", "strength:0.6"], IMG2IMG=True
+        )
+        client.call("GenerateImage", "GenerateImageRequest", **given)
+        [seen] = host.seen
+        assert (seen.image, seen.mask) == tuple(path.read_bytes() for path in paths)
+        assert (seen.width, seen.height, seen.strength, seen.steps) == (64, 48, 0.6, 25)
+        src.write_text('{"image": "x"}')
+        code, told = client.fails("GenerateImage", "GenerateImageRequest", **given)
+        assert code == CODE.INVALID_ARGUMENT and 'src: JSON must have "image" and "mask_image"' in told
+    with FakeHost(config_of("sd1", control_net={"/x": 1.0})) as host:
+        code, told = client.fails("LoadModel", "ModelOptions", Options=[f"host_url:{host.url}"], IMG2IMG=True)
+        assert code == CODE.INVALID_ARGUMENT and "img2img: not supported with a ControlNet" in told
 
 
 def test_src_is_the_image_of_a_running_hosts_control_net(client: Client, tmp_path: Path) -> None:
