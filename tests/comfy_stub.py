@@ -37,6 +37,7 @@ INPUTS: dict[str, tuple[str, tuple[str, ...]]] = {
         (*_WIDGET, "options", "control_after_generate", "upload", "image_folder", "remote"),
     ),
     "Image": ("IMAGE", _ANY),
+    "Mask": ("MASK", _ANY),
     "Latent": ("LATENT", _ANY),
     "Conditioning": ("CONDITIONING", _ANY),
 }

@@ -54,7 +54,16 @@ def picture(image: torch.Tensor | None, name: str) -> str | None:
         image = image[None]
     if image.shape[0] != 1:
         raise ValueError(f"{name}: must be one picture; got a batch of {image.shape[0]}")
-    pixels = (image[0, ..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return _png(image[0, ..., :3])
+
+
+def mask(mask: torch.Tensor | None) -> str | None:
+    """One picture of a MASK, [height, width] in 0..1 with 1 to be painted, as base64 PNG."""
+    return None if mask is None else _png(mask)
+
+
+def _png(values: torch.Tensor) -> str:
+    pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
     return base64.b64encode(out.getvalue()).decode()
@@ -83,7 +92,7 @@ def samples_of(latent: dict[str, Any]) -> torch.Tensor:
     if samples.ndim != 4:
         raise ValueError(f"latent: samples must be [N, channels, height, width], got {list(samples.shape)}")
     if latent.get("noise_mask") is not None:
-        raise ValueError("latent: noise masks are not supported")
+        raise ValueError("latent: noise masks are not supported; the sampler's image and mask are")
     return samples
 
 

@@ -129,8 +129,8 @@ class PictureSampler(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="how much of the schedule is run from the latent; 1: all of it. KSampler "
-                    "lengthens the schedule to keep the number of steps; here fewer steps are run",
+                    tooltip="how much of the schedule is run from the latent or image; 1: all of it. "
+                    "KSampler lengthens the schedule to keep the number of steps; here fewer steps are run",
                 ),
                 io.Float.Input(
                     "stop_at",
@@ -171,7 +171,7 @@ class PictureSampler(io.ComfyNode):
                     min=1,
                     max=MAX_PICTURES,
                     optional=True,
-                    tooltip="how many for each latent, with seeds seed, seed + 1, ...; a host with "
+                    tooltip="how many for each latent or image, with seeds seed, seed + 1, ...; a host with "
                     "data_parallel_degree makes that many at the same time",
                 ),
                 io.Float.Input(
@@ -182,6 +182,16 @@ class PictureSampler(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     tooltip="sd1, sd2, sdxl, hy: takes back contrast that guidance adds; for zero-SNR models",
+                ),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="what to start from; it sets the size. Each of a batch makes a picture",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="what is white is painted anew, the rest of the image stays",
                 ),
             ],
             outputs=[io.Image.Output(display_name="image"), io.Latent.Output(display_name="latent")],
@@ -211,6 +221,8 @@ class PictureSampler(io.ComfyNode):
         true_cfg_scale: float = 1.0,
         pictures: int = 1,
         guidance_rescale: float = 0.0,
+        image: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         if host.type not in convert.FAMILIES:
             raise ValueError(
@@ -221,22 +233,29 @@ class PictureSampler(io.ComfyNode):
             *(control_image, ip_image, scheduler),
         )
         starts: list[dict[str, Any]] = [{}]
-        if latent is not None:
+        size: dict[str, int] = {"width": width, "height": height}
+        if image is not None or mask is not None:
+            if latent is not None:
+                raise ValueError("latent: give a latent or an image, not both")
+            if not add_noise:
+                raise ValueError("add_noise: must be on where an image is given")
+            starts, size = _pictures(image, mask, denoise), {}
+        elif latent is not None:
             samples = convert.samples_of(latent)
             height, width = (int(side) * convert.LATENT_FACTOR for side in samples.shape[2:])
+            size = {"width": width, "height": height}
             if denoise == 1 and add_noise and convert.is_empty(samples):
                 pictures *= samples.shape[0]
             else:
                 starts = [_start(one[None], host.type, denoise, add_noise) for one in samples]
         elif denoise < 1 or not add_noise:
-            raise ValueError("latent: needed where denoise is below 1 or add_noise is off")
+            raise ValueError("latent: needed, or an image, where denoise is below 1 or add_noise is off")
         body |= {
             "steps": steps,
             "cfg": cfg,
             "true_cfg_scale": true_cfg_scale if true_cfg_scale > 1 else None,
             "guidance_rescale": guidance_rescale or None,
-            "width": width,
-            "height": height,
+            **size,
             "denoising_end": stop_at if stop_at < 1 else None,
             "output_format": "png",
             "return_latent": True,
@@ -248,7 +267,7 @@ class PictureSampler(io.ComfyNode):
                 bodies.append(body | start | _seeds(seed, count))
                 seed += count
         answers = ask(host, bodies)
-        made = [convert.latent_from_host(a["latent"], host.type, width, height) for a in answers]
+        made = [convert.latent_from_host(a["latent"], host.type, a["width"], a["height"]) for a in answers]
         images = torch.cat([convert.images(a["output"]) for a in answers])
         return io.NodeOutput(images, {"samples": torch.cat(made)})
 
@@ -263,6 +282,22 @@ def _start(samples: torch.Tensor, type: str, denoise: float, add_noise: bool) ->
     if add_noise:
         return start | {"strength": denoise, "add_noise": True}
     return start | {"denoising_start": round(1 - denoise, 6) or None}
+
+
+def _pictures(image: torch.Tensor | None, mask: torch.Tensor | None, denoise: float) -> list[dict[str, Any]]:
+    """What requests start from: each picture of an IMAGE, with its own MASK or the one for all of them."""
+    if image is None:
+        raise ValueError("mask: needs the image that it is a mask of")
+    masks: list[Any] = [None] * len(image)
+    if mask is not None:
+        masks = list(mask if mask.ndim == 3 else mask[None])
+        if len(masks) not in (1, len(image)):
+            raise ValueError(f"mask: must be one, or one for each of {len(image)} images; got {len(masks)}")
+        masks *= len(image) // len(masks)
+    return [
+        {"image": convert.picture(one, "image"), "mask": convert.mask(white), "strength": denoise}
+        for one, white in zip(image, masks, strict=True)
+    ]
 
 
 def _seeds(seed: int, pictures: int) -> dict[str, Any]:

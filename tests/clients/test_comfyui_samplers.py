@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ import pytest
 import requests
 import safetensors.torch
 import torch
+from PIL import Image
 
 from shared.api.requests import MAX_PICTURES
 from shared.http.wsgi import MAX_WATCHERS
@@ -71,7 +73,7 @@ def test_latents_in_and_out(comfy: ComfyUI, demo_host: Launch) -> None:
     # An empty latent is a size and a number of pictures.
     both, _ = sampler(comfy, demo_host, latent={"samples": torch.zeros(2, 4, 20, 12)}, width=512)
     assert both.shape == (2, 160, 96, 3) and not torch.equal(both[0], both[1])
-    with pytest.raises(ValueError, match="latent: needed where denoise"):
+    with pytest.raises(ValueError, match="latent: needed, or an image, where denoise"):
         sampler(comfy, demo_host, denoise=0.5)
 
 
@@ -179,6 +181,54 @@ def test_what_a_latent_becomes_in_a_request(comfy: ComfyUI) -> None:
         # What stop_at left goes on where that was cut.
         assert asked(host, latent=full, denoise=0.4, add_noise=False) == (None, 0.6, None, None, True)
         assert asked(host, latent=full, add_noise=False) == (None, None, None, None, True)
+
+
+def test_an_image_and_a_mask_of_comfyui_are_the_hosts(comfy: ComfyUI) -> None:
+    one, two = torch.zeros(48, 64, 3), torch.ones(48, 64, 3)
+    white = torch.zeros(1, 48, 64)
+    white[0, 8:16, 8:24] = 1.0
+    white[0, 0, 0] = 0.5
+    with FakeHost() as host:
+        sampler(comfy, host, image=torch.stack([one, two]), denoise=0.6, pictures=2)
+        assert [(seen.seed, seen.strength, seen.mask) for seen in host.seen] == [
+            *((7, 0.6, None), (8, 0.6, None), (9, 0.6, None), (10, 0.6, None))
+        ]
+        assert {(seen.width, seen.height) for seen in host.seen} == {(64, 48)}, "the images' own size"
+        sent = [opened(seen.image).getpixel((0, 0)) for seen in host.seen]
+        assert sent == [(0, 0, 0), (0, 0, 0), (255, 255, 255), (255, 255, 255)]
+        sampler(comfy, host, image=one[None], mask=white)
+        [_, _, _, _, seen] = host.seen
+        mask = opened(seen.mask)
+        assert (mask.mode, mask.size, seen.strength) == ("L", (64, 48), 1.0)
+        assert [mask.getpixel(at) for at in ((8, 8), (23, 15), (24, 16), (0, 0))] == [255, 255, 0, 128]
+        for words, given in (
+            ("mask: needs the image", {"mask": white}),
+            ("mask: must be one, or one for each of 2 images; got 3", {"mask": torch.zeros(3, 48, 64)}),
+            ("latent: give a latent or an image", {"latent": noisy(1, 4, 16, 16)}),
+            ("add_noise: must be on", {"add_noise": False}),
+        ):
+            image = None if words.startswith("mask: needs") else torch.stack([one, two])
+            with pytest.raises(ValueError, match=words):
+                sampler(comfy, host, image=image, **given)
+    assert len(host.seen) == 5
+
+
+def opened(data: bytes | None) -> Image.Image:
+    assert data is not None
+    return Image.open(io.BytesIO(data))
+
+
+def test_an_image_is_painted_anew_where_the_mask_is_white(comfy: ComfyUI, demo_host: Launch) -> None:
+    image, _ = sampler(comfy, demo_host)
+    white = torch.zeros(1, 128, 128)
+    white[:, :, 64:] = 1.0
+    given = {"image": image, "mask": white, "positive": "a blue circle", "denoise": 0.7, "seed": 8}
+    made, latent = sampler(comfy, demo_host, **given)
+    convert = comfy.pack["convert"]
+    files = {"image": convert.picture(image, "image"), "mask": convert.mask(white[0])}
+    answer = by_hand(demo_host, positive="a blue circle", seed=8, strength=0.7, **files)
+    assert torch.equal(made, convert.images(answer["output"]))
+    assert made.shape == (1, 128, 128, 3) and latent["samples"].shape == (1, 4, 16, 16)
 
 
 def test_an_empty_latent_is_not_shifted(comfy: ComfyUI) -> None:
