@@ -123,13 +123,14 @@ class GenerateRequest(BaseModel):
     clip_skip: Annotated[Annotated[int, Field(ge=0, le=12)] | None, Notes("CLIP layers to skip")] = None
     width: Annotated[Side | None, Notes("Width", unit="pixels")] = None
     height: Annotated[Side | None, Notes("Height", unit="pixels")] = None
-    strength: (
+    strength: Annotated[
         Annotated[
             Fraction,
             Field(description="how much of the schedule is run from `image` or `latent`; 1: all of it"),
         ]
-        | None
-    ) = None
+        | None,
+        Notes("Strength"),
+    ] = None
     denoise: Annotated[Fraction, Field(description="the same as strength")] | None = None
     denoising_start: Fraction | None = None
     denoising_end: Fraction | None = None

@@ -9,6 +9,7 @@ import base64
 import contextlib
 import functools
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,12 +35,8 @@ from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, schedulers_for
 
 FOLDER = Path(__file__).parent / "web"
-FILES = {
-    "index.html": "text/html",
-    "style.css": "text/css",
-    "script.js": "text/javascript",
-    "icon.svg": "image/svg+xml",
-}
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+FILES = {path.name: _TYPES[path.suffix] for path in sorted(FOLDER.iterdir())}
 _POLICY = (
     "default-src 'none'",
     "script-src 'self'",
@@ -91,7 +88,14 @@ class Launch(BaseModel):
     ]
     needs: list[str]
     defaults: dict[str, Any]
+    strengths: Annotated[
+        dict[str, float], Field(description="the default of `strength` with `image`, and with `mask` too")
+    ]
     size_multiple: Annotated[int, Field(description="pixels")]
+    sizes: Annotated[
+        list[tuple[int, int]],
+        Field(description="widths and heights in pixels: the launch's own, others of as many pixels"),
+    ]
     schedulers: list[str]
     formats: list[str]
 
@@ -151,6 +155,9 @@ def offer(config: HostConfig) -> dict[str, Any]:
         "controlnet_scale": None if not config.control_net else next(iter(config.control_net.values())),
         "ip_adapter_scale": None if not config.ip_adapter else next(iter(config.ip_adapter.values())),
     }
+    strengths = _strengths(config)
+    if spec.image == "start":
+        missing |= {"mask"} - strengths.keys() if strengths else {"image", "mask"}
     missing |= {f"{name}_scale" for name in missing}  # of a picture that is not taken
     fields = (spec.fields | COMMON_FIELDS) - missing
     schedulers = schedulers_for(spec)
@@ -164,10 +171,35 @@ def offer(config: HostConfig) -> dict[str, Any]:
         "fields": {name: _field(name, spec, choices.get(name)) for name in FIELD_NOTES if name in fields},
         "needs": needs,
         "defaults": {name: value for name, value in defaults.items() if name in fields and value is not None},
+        "strengths": strengths,
         "size_multiple": spec.size_multiple,
+        "sizes": sizes(*config.size, spec.size_multiple) if "width" in fields else [],
         "schedulers": schedulers,
         "formats": formats,
     }
+
+
+def _strengths(config: HostConfig) -> dict[str, float]:
+    """By request field the default strength of diffusers' pipeline that starts from it with this launch."""
+    image, mask = (config.spec.start(kind, bool(config.control_net)) for kind in ("image", "inpaint"))
+    starts = {"image": image, "mask": mask}
+    return {n: s.strength for n, s in starts.items() if s and (s.ip_adapter or not config.ip_adapter)}
+
+
+_SHAPES = ((1, 1), (4, 3), (3, 2), (16, 9))
+
+
+def sizes(width: int, height: int, multiple: int) -> list[tuple[int, int]]:
+    """This size, a square, and wide and tall ones: of about as many pixels, and not of more."""
+    area = width * height
+    grid = math.lcm(multiple, 64 if area >= 320 * 320 else 16)
+    found = [(width, height)]
+    for wide, tall in _SHAPES:
+        short = max(round(math.sqrt(area * tall / wide) / grid), 1) * grid
+        long = area // short // grid * grid
+        if long >= short:
+            found += [(long, short), (short, long)]
+    return list(dict.fromkeys(found))
 
 
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
@@ -282,6 +314,8 @@ class Watchers:
                 "id": running.id,
                 "step": running.step,
                 "steps": running.steps or running.request.steps,
+                "picture": min(len(running.made) + 1, running.pictures),
+                "pictures": running.pictures,
                 "progress": round(running.progress, 1),
             },
             "waiting": [job.id for job in self.queue.waiting()],

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import shutil
 import socket
 import threading
 import time
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 import pytest
 import requests
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import expect
 from pydantic import Field
 
 from shared.api.requests import FIELD_NOTES, GenerateRequest, Notes, field_notes
@@ -26,26 +25,9 @@ from shared.http import pages
 from shared.http.pages import FILES, FOLDER, MAX_UNSENT, LaunchField, Watchers, offer
 from shared.http.wsgi import MAX_WATCHERS
 from shared.models import MODELS
+from tests.chromium import fill, luminance, needs_chromium, no_sideways_scroll
 from tests.httphost import FakeHost, config_of, picture, wait_for
 from tests.test_host import Launch
-
-CHROMIUM = next(
-    filter(
-        None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))
-    ),
-    None,
-)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
-ARGUMENTS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture
@@ -142,6 +124,26 @@ def test_the_launch_tells_each_fields_label_kind_and_bounds() -> None:
             assert (field["kind"] == "choice") == ("choices" in field), name
 
 
+def test_the_launch_tells_from_what_it_can_start_and_how_far() -> None:
+    sd1, sdxl = offer(config_of("sd1")), offer(config_of("sdxl", control_net={"/c": 1.0}))
+    assert sd1["strengths"] == {"image": 0.8, "mask": 1.0} and {"image", "mask", "strength"} <= set(
+        sd1["fields"]
+    )
+    assert sdxl["strengths"] == {"image": 0.8, "mask": 0.9999}
+    assert offer(config_of("svd"))["strengths"] == {} and "image" in offer(config_of("svd"))["fields"]
+
+
+def test_the_launch_tells_of_no_start_that_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    sd1 = MODELS["sd1"]
+    for starts, taken in (((), set()), (tuple(s for s in sd1.starts if s.kind == "image"), {"image"})):
+        monkeypatch.setitem(MODELS, "sd1", replace(sd1, starts=starts))
+        assert {"image", "mask"} & set(offer(config_of("sd1"))["fields"]) == taken
+    alone = tuple(replace(start, ip_adapter=False) for start in sd1.starts)
+    monkeypatch.setitem(MODELS, "sd1", replace(sd1, starts=alone))
+    assert "image" not in offer(config_of("sd1", ip_adapter={"/i": 1.0}))["fields"]
+    assert "image" in offer(config_of("sd1"))["fields"]
+
+
 def test_a_new_field_is_told_as_it_is_defined(monkeypatch: pytest.MonkeyPatch) -> None:
     class More(GenerateRequest):
         sharpness: Annotated[Annotated[float, Field(ge=0, lt=2)] | None, Notes("Sharpness", unit="x")] = None
@@ -156,9 +158,9 @@ def test_a_new_field_is_told_as_it_is_defined(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_page_names_no_field_that_there_is_not() -> None:
-    script = (FOLDER / "script.js").read_text()
-    first = re.findall(r'"(\w+)"', script[script.index("const FIRST") : script.index("const EMPTY")])
-    assert len(first) == 13 and set(first) <= set(GenerateRequest.model_fields)
+    script = (FOLDER / "form.js").read_text()
+    named = re.findall(r'"(\w+)"', script[script.index("const FIRST") : script.index("const EMPTY")])
+    assert len(named) > 15 and set(named) <= set(GenerateRequest.model_fields)
 
 
 # The events.
@@ -252,50 +254,6 @@ def test_who_does_not_read_gets_no_previews_and_is_let_go(host: FakeHost) -> Non
 # The page in a browser.
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=30_000)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def tabs(browser: Browser) -> Iterator[Any]:
-    """Opens tabs, each of a user of its own; no script of the page may fail in any of them."""
-    faults: list[str] = []
-    contexts = []
-
-    def open_tab(url: str, **options: Any) -> Page:
-        contexts.append(browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options)))
-        page = contexts[-1].new_page()
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda m: faults.append(m.text) if "Content Security" in m.text else None)
-        page.goto(url)
-        return page
-
-    yield open_tab
-    for context in contexts:
-        context.close()
-    assert not faults
-
-
-def fill(page: Page, **values: Any) -> None:
-    for name, value in values.items():
-        page.locator(f"#{name}").fill(str(value))
-
-
-def no_sideways_scroll(page: Page) -> bool:
-    return bool(page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth"))
-
-
-def luminance(page: Page, of: str) -> float:
-    colour = page.evaluate("(of) => getComputedStyle(document.body)[of]", of)
-    r, g, b = (int(n) for n in re.findall(r"\d+", colour)[:3])
-    return (0.2126 * r + 0.7152 * g + 0.0722 * b) / 255
-
-
 @needs_chromium
 def test_a_picture_forms_in_two_tabs_and_the_history_keeps_it(demo_host: Launch, tabs: Any) -> None:
     page, second = tabs(demo_host.url), tabs(demo_host.url, color_scheme="dark")
@@ -304,6 +262,9 @@ def test_a_picture_forms_in_two_tabs_and_the_history_keeps_it(demo_host: Launch,
         expect(tab.locator("#title")).to_have_text("Stable Diffusion 1.x on asyncdiff")
         expect(tab.locator("#stages li")).to_have_count(2)
         expect(tab.locator("#ranks tbody tr")).to_have_count(2)
+    expect(page.locator("#ranks")).to_be_hidden()
+    page.locator("#host summary").click()
+    expect(page.locator("#ranks")).to_be_visible()
     expect(page.locator("#width")).to_have_value("128")
     fill(page, positive="a red circle on a blue background", steps=20, cfg=4, seed=7)
     page.get_by_role("button", name="Generate").click()
@@ -326,7 +287,7 @@ def test_a_picture_forms_in_two_tabs_and_the_history_keeps_it(demo_host: Launch,
     fill(page, positive="a blue circle on a red background", seed=20, pictures=2, steps=2)
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#history li")).to_have_count(3)
-    expect(page.locator("#history button").first).to_have_text("Seed 21")
+    assert page.locator("#history button").all_inner_texts() == ["Seed 20", "Seed 21", "Seed 7"]
     page.locator("#history button").last.click()
     expect(page.locator("#facts")).to_contain_text("Seed 7 ")
     page.get_by_role("button", name="Use these settings").click()
@@ -430,6 +391,8 @@ def test_errors_in_words_beside_their_fields_on_a_phone_by_keyboard(host: FakeHo
     main = [
         "positive",
         "negative",
+        "image",
+        "size",
         "width",
         "height",
         "steps",
@@ -441,7 +404,8 @@ def test_errors_in_words_beside_their_fields_on_a_phone_by_keyboard(host: FakeHo
     ]
     assert visited[: len(main)] == main
     assert page.evaluate(
-        "() => [...document.querySelectorAll('input, select, textarea')].every((c) => c.labels.length)"
+        "() => [...document.querySelectorAll('input, select, textarea')]"
+        ".every((control) => control.labels.length || control.ariaLabel)"
     )
     fill(page, width=100, steps=0, positive="fail")
     page.locator("#generate").press("Enter")
