@@ -211,12 +211,12 @@ def make_sd3() -> Any:
     first = clip_text(projection=32)
     torch.nn.init.eye_(first.text_projection.weight)
     denoiser = seeded(6, lambda: diffusers.SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=8, out_channels=8, num_layers=4, attention_head_dim=8,
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=4, attention_head_dim=8,
         num_attention_heads=4, caption_projection_dim=32, joint_attention_dim=96, pooled_projection_dim=96,
         pos_embed_max_size=32,
     ))  # fmt: skip
     return diffusers.StableDiffusion3Pipeline(
-        transformer=denoiser, vae=vae(8, scaling=1.5305, shift=0.0609),
+        transformer=denoiser, vae=vae(16, scaling=1.5305, shift=0.0609),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=first, tokenizer=clip_tokenizer(),
         text_encoder_2=clip_text(64, projection=64, act="gelu", seed=21), tokenizer_2=clip_tokenizer("!"),

@@ -6,6 +6,7 @@ enough to change a picture.
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import nn
 
+from shared.models import MODELS
 from tests import tiny
 
 Tensors = dict[str, torch.Tensor]
@@ -35,6 +37,26 @@ def denoiser(name: str) -> Any:
     """The untrained denoiser of the tiny checkpoint of this type, as its builder makes it."""
     pipe = tiny.BUILDERS[name]()
     return getattr(pipe, "unet", None) or pipe.transformer
+
+
+def fill_checkpoint(name: str) -> Path:
+    """The checkpoint of this type as one trained for inpainting: its denoiser sees a mask too."""
+
+    def make(folder: Path) -> None:
+        pipe, spec = tiny.load(name), MODELS[name]
+        model = denoiser(name)
+        latents = model.config.in_channels
+        config = {**model.config, "in_channels": spec.fill_channels(latents), "out_channels": latents}
+        config["_use_default_values"] = []  # else out_channels would be forgotten
+        made = tiny.seeded(9, lambda: type(model).from_config(config))
+        start = spec.start("fill", control=False)
+        assert start is not None
+        cls = getattr(diffusers, start.pipeline)
+        takes = inspect.signature(cls.__init__).parameters
+        parts = {key: part for key, part in pipe.components.items() if key in takes}
+        cls(**(parts | {spec.denoiser: made})).save_pretrained(folder)
+
+    return tiny.cached(f"fill_{name}", make)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Linear]:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from shared.models.files import FileKind
 from shared.models.spec import (
     EMBEDS,
+    IMAGE,
     LORA,
     NO_COMPEL,
     NO_CONTROL,
@@ -18,6 +19,7 @@ from shared.models.spec import (
     SIZE,
     Family,
     ModelSpec,
+    Start,
     refusals,
 )
 from shared.models.tokens import Site, TokenPlan
@@ -42,6 +44,9 @@ FAMILY = Family(
             name="chroma",
             title="Chroma1",
             pipeline="ChromaPipeline",
+            image="start",
+            # diffusers 0.42's ChromaInpaintPipeline asks its transformer for a guidance embedding, and fails.
+            starts=(Start("ChromaImg2ImgPipeline", "image", 0.9),),
             image_pipeline="ChromaImg2ImgPipeline",
             denoiser="transformer",
             tokens=TOKENS,
@@ -62,7 +67,7 @@ FAMILY = Family(
             scheduler_family="flow_flux",
             single_file_config="chroma",
             single_file_encoders=MappingProxyType({"text_encoder": "text_encoders.t5xxl.transformer."}),
-            fields=PROMPTS | EMBEDS | SIZE | PARTIAL | LORA | {"sigmas", "latent"},
+            fields=PROMPTS | EMBEDS | SIZE | PARTIAL | LORA | IMAGE | {"sigmas", "latent"},
             refuses=refusals(
                 NO_MOTION,
                 {

@@ -9,6 +9,7 @@ from shared.models.files import FileKind
 from shared.models.spec import (
     CONTROL,
     EMBEDS,
+    INPAINT,
     IP,
     LORA,
     NO_EMBEDDINGS,
@@ -18,6 +19,7 @@ from shared.models.spec import (
     SIZE,
     Family,
     ModelSpec,
+    Start,
     refusals,
 )
 from shared.models.tokens import Site, StagePlan, TokenPlan
@@ -67,6 +69,14 @@ FAMILY = Family(
             name="flux",
             title="FLUX.1",
             pipeline="FluxPipeline",
+            image="start",
+            starts=(
+                Start("FluxImg2ImgPipeline", "image", 0.6),
+                Start("FluxInpaintPipeline", "inpaint", 0.6),
+                Start("FluxFillPipeline", "fill", 1.0, ip_adapter=False),
+                Start("FluxControlNetImg2ImgPipeline", "image", 0.6, control=True, ip_adapter=False),
+                Start("FluxControlNetInpaintPipeline", "inpaint", 0.6, control=True, ip_adapter=False),
+            ),
             image_pipeline="FluxImg2ImgPipeline",
             denoiser="transformer",
             tokens=TOKENS,
@@ -92,6 +102,7 @@ FAMILY = Family(
             | SIZE
             | PARTIAL
             | LORA
+            | INPAINT
             | {"sigmas", "latent", "true_cfg_scale"},
             control_net_class="FluxControlNetModel",
             control_net_pipeline="FluxControlNetPipeline",
@@ -111,7 +122,6 @@ FAMILY = Family(
     files=FILES,
     other_pipelines=MappingProxyType(
         {
-            "FluxFillPipeline": "FLUX.1 Fill",
             "FluxControlPipeline": "FLUX.1 Canny or Depth",
             "Flux2Pipeline": "FLUX.2",
         }

@@ -10,6 +10,7 @@ from shared.models.spec import (
     BATCH_PIXELS,
     CONTROL,
     EMBEDS,
+    INPAINT,
     IP,
     LORA,
     NO_COMPEL,
@@ -20,6 +21,7 @@ from shared.models.spec import (
     SIZE,
     Family,
     ModelSpec,
+    Start,
     refusals,
 )
 from shared.models.tokens import Site, StagePlan, TokenPlan
@@ -70,6 +72,11 @@ FAMILY = Family(
             kept=("proj_out", "context_embedder", "norm_out*", "time_*", "pos_embed*"),
             title="Stable Diffusion 3",
             pipeline="StableDiffusion3Pipeline",
+            image="start",
+            starts=(
+                Start("StableDiffusion3Img2ImgPipeline", "image", 0.6),
+                Start("StableDiffusion3InpaintPipeline", "inpaint", 0.6),
+            ),
             image_pipeline="StableDiffusion3Img2ImgPipeline",
             denoiser="transformer",
             tokens=TOKENS,
@@ -93,6 +100,7 @@ FAMILY = Family(
             | SIZE
             | LORA
             | PARTIAL
+            | INPAINT
             | {"sigmas", "clip_skip", "latent"},
             control_net_class="SD3ControlNetModel",
             control_net_pipeline="StableDiffusion3ControlNetPipeline",

@@ -244,6 +244,8 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
                 f"--control_net: not supported with an inpainting checkpoint of type {spec.name}: diffusers "
                 "has no pipeline for both"
             )
+        if config.ip_adapter and not start.ip_adapter:
+            raise LoadError(f"--ip_adapter: not supported with this checkpoint: {start.pipeline} takes none")
         cls = getattr(diffusers, start.pipeline)
     parts: dict[str, Any] = {}
     if config.vae:

@@ -189,7 +189,12 @@ def _overrides(spec: ModelSpec, header: Header) -> dict[str, Any]:
     """Settings of the denoiser that are read from its tensors."""
     match spec.single_file_settings:
         case "guidance_embeds":
-            return {"guidance_embeds": has_guidance(header)}
+            outputs = header.shape("final_layer.linear.weight") or header.shape("proj_out.weight")
+            return {
+                "guidance_embeds": has_guidance(header),
+                "in_channels": input_channels(header, spec),
+                "out_channels": outputs and outputs[0],
+            }
         case "mmdit_blocks":
             return _mmdit_settings(header)
     return {"in_channels": input_channels(header, spec)}
@@ -216,7 +221,7 @@ def _mmdit_settings(header: Header) -> dict[str, Any]:
 
 
 def _check_shape(spec: ModelSpec, header: Header) -> None:
-    """Refuse a denoiser with other inputs, such as FLUX.1 Fill; inpainting is a pipeline class of its own."""
+    """Refuse a denoiser with other inputs, such as FLUX.1 Depth, but for inpainting."""
     folder = config_folder(spec, header.file, spec.denoiser) / spec.denoiser
     try:
         expected = json.loads((folder / "config.json").read_text())["in_channels"]

@@ -205,7 +205,7 @@ def input_channels(header: Header, spec: ModelSpec) -> int | None:
 def other_inputs(spec: ModelSpec, given: int, expected: int) -> str:
     """What a denoiser with another number of input channels is."""
     words = {
-        "unet": {2: "InstructPix2Pix"}, "transformer": {6: "FLUX.1 Fill", 2: "FLUX.1 Canny or Depth"},
+        "unet": {2: "InstructPix2Pix"}, "transformer": {2: "FLUX.1 Canny or Depth"},
     }[spec.denoiser]  # fmt: skip
     kinds = {expected * times: word for times, word in words.items()}
     if spec.denoiser == "unet":

@@ -166,7 +166,7 @@ PIPEFUSION_CALLS: list[Case] = [
     {"steps": 5, "prompt": "two large blue dogs on a hill"},
     {"steps": 4, "height": 96},
 ]
-LATENTS = {"flux": (1, 16, 16), "sd3": (1, 8, 8, 8), "hy": (1, 4, 8, 8)}
+LATENTS = {"flux": (1, 16, 16), "sd3": (1, 16, 8, 8), "hy": (1, 4, 8, 8)}
 
 
 @pytest.mark.parametrize("name", sorted(set(TYPES) - {"chroma", "qwen"}))  # xfuser has no stages of them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -15,23 +16,29 @@ from PIL import Image
 from shared.api.media import encode_image
 from shared.api.parsing import check_request
 from shared.api.replies import Reply
+from shared.backends import BACKENDS
 from shared.models import MODELS, Start
 from shared.pipeline.engine import PipelineEngine
-from tests import tiny
+from shared.pipeline.loading import load_pipeline
+from tests import tiny, tiny_extras
 
 EXACT_DB = 45.0
 SIZE = (72, 104)  # width and height: neither is a power of two
 STEPS = 10
 
 
-def picture(size: tuple[int, int] = SIZE, seed: int = 5) -> Image.Image:
-    return tiny.picture(64, seed).resize(size, Image.Resampling.BICUBIC)
+def picture(seed: int = 5) -> Image.Image:
+    return tiny.picture(64, seed).resize(SIZE, Image.Resampling.BICUBIC)
 
 
-def mask(size: tuple[int, int] = SIZE) -> Image.Image:
+def mask() -> Image.Image:
     """White on the right side, with an edge over a third of the width."""
-    ramp = np.clip(np.linspace(-1, 2, size[0]), 0, 1) * 255
-    return Image.fromarray(np.tile(ramp.astype(np.uint8), (size[1], 1)))
+    ramp = np.clip(np.linspace(-1, 2, SIZE[0]), 0, 1) * 255
+    return Image.fromarray(np.tile(ramp.astype(np.uint8), (SIZE[1], 1)))
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def png(image: Image.Image) -> bytes:
@@ -62,13 +69,18 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float("inf") if error == 0 else 10 * np.log10(float(np.ptp(b)) ** 2 / error)
 
 
-def theirs(name: str, start: Start, strength: float, size: tuple[int, int], **changes: Any) -> np.ndarray:
+def theirs(
+    name: str, start: Start, strength: float, folder: Path | None = None, painted: Image.Image | None = None
+) -> np.ndarray:
     """Latents that diffusers' class makes, loaded from the checkpoint by itself."""
-    pipe = getattr(diffusers, start.pipeline).from_pretrained(tiny.checkpoint(name), local_files_only=True)
+    multiple = MODELS[name].size_multiple
+    size = (SIZE[0] // multiple * multiple, SIZE[1] // multiple * multiple)
+    folder = folder or tiny.checkpoint(name)
+    pipe = getattr(diffusers, start.pipeline).from_pretrained(folder, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = {
         "prompt": "a cat",
-        "image": picture(size),
+        start.image: resized(picture(), size),
         "strength": strength,
         "num_inference_steps": STEPS,
         "guidance_scale": 4.0,
@@ -77,9 +89,29 @@ def theirs(name: str, start: Start, strength: float, size: tuple[int, int], **ch
     }
     if start.sized:
         arguments |= {"width": size[0], "height": size[1]}
-    if start.kind == "inpaint":
-        arguments["mask_image"] = mask(size)
-    return pipe(**(arguments | changes)).images.float().numpy()
+    if start.kind != "image":
+        arguments["mask_image"] = resized(painted or mask(), size)
+    return pipe(**arguments).images.float().numpy()
+
+
+FILLS = [name for name, spec in MODELS.items() if spec.start("fill", control=False)]
+
+
+@pytest.mark.parametrize("name", FILLS)
+@pytest.mark.parametrize(("with_mask", "strength"), [(True, 1.0), (True, 0.5), (False, 0.5)])
+def test_a_checkpoint_for_inpainting_paints_the_mask_or_all(
+    name: str, with_mask: bool, strength: float
+) -> None:
+    folder = tiny_extras.fill_checkpoint(name)
+    config = tiny.config(name, width=64, height=64, checkpoint=str(folder))
+    needs = BACKENDS[config.backend].needs(config, 1)
+    on = PipelineEngine(load_pipeline(MODELS[name], config, torch.device("cpu"), needs), config, tiny.world())
+    start = MODELS[name].start("fill", control=False)
+    assert start is not None and type(on.pipe).__name__ == start.pipeline
+    fields = {"image": png(picture()), "strength": strength} | ({"mask": png(mask())} if with_mask else {})
+    made = latents(on, **fields)
+    painted = mask() if with_mask else Image.new("L", SIZE, 255)
+    assert psnr(made, theirs(name, start, strength, folder, painted)) >= EXACT_DB
 
 
 def starts(kind: str) -> list[tuple[str, Start]]:
@@ -100,4 +132,4 @@ def test_a_picture_becomes_what_diffusers_makes_of_it(name: str, start: Start, s
     if start.kind == "inpaint":
         fields["mask"] = png(mask())
     made = latents(engine(name), **fields)
-    assert psnr(made, theirs(name, start, strength, SIZE)) >= EXACT_DB
+    assert psnr(made, theirs(name, start, strength)) >= EXACT_DB

@@ -347,14 +347,20 @@ def test_sd35(shipped: Path) -> None:
     assert np.abs(tiny.run(made, "sd3") - tiny.run(right, "sd3")).max() < 1e-5
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "flux"])
 def test_inpainting(name: str, shipped: Path) -> None:
-    key = "model.diffusion_model.input_blocks.0.0.weight"
-    tensors = source(name)
-    tensors[key] = torch.cat([tensors[key], torch.zeros(len(tensors[key]), 5, 3, 3)], 1)
+    tensors, spec = source(name), MODELS[name]
+    key = next(key for key in tensors if key.endswith(("input_blocks.0.0.weight", "x_embedder.weight")))
+    latents = tensors[key].shape[1]
+    channels = spec.fill_channels(latents)
+    assert channels is not None
+    more = torch.zeros(len(tensors[key]), channels - latents, *tensors[key].shape[2:])
+    tensors[key] = torch.cat([tensors[key], more], 1)
     made = tiny.host(name, checkpoint=save(tensors, shipped / "a.safetensors"))
-    start = MODELS[name].start("fill", control=False)
-    assert start and type(made).__name__ == start.pipeline and made.unet.config.in_channels == 9
+    start = spec.start("fill", control=False)
+    assert start and type(made).__name__ == start.pipeline
+    config = getattr(made, spec.denoiser).config
+    assert (config.in_channels, config.out_channels) == (channels, latents)
 
 
 @pytest.mark.parametrize("suffix", [".sft", ".fp16.safetensors"])
@@ -390,7 +396,7 @@ def other_kinds() -> dict[str, tuple[str, Any, str]]:
         "sd3": ("flux", lambda: source("sd3"), "is Stable Diffusion 3"),
         "refiner": ("sdxl", lambda: {"conditioner.embedders.0.model.a": one, f"{known}b": one}, "refiner"),
         "pix2pix": ("sdxl", lambda: inputs("sdxl", 2, first), "is InstructPix2Pix"),
-        "fill": ("flux", lambda: inputs("flux", 6, "x_embedder.weight"), "is FLUX.1 Fill"),
+        "depth": ("flux", lambda: inputs("flux", 2, "x_embedder.weight"), "is FLUX.1 Canny or Depth"),
         "chroma": ("flux", lambda: {"distilled_guidance_layer.in_proj.bias": one}, "is Chroma"),
         "motion": ("sd1", lambda: {"down_blocks.0.motion_modules.0.a": one}, "a motion module"),
         "else": ("sd1", lambda: {"what": one}, "not a supported model; its tensors are 'what'"),
