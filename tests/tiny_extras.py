@@ -87,8 +87,16 @@ def lora(
     `form`: diffusers, kohya (flattened names and alphas), sgm (kohya with the original SDXL block names),
     peft (`base_model.model.` in front), partial (as many keys fit nothing), alien (none fits).
     """
+    label = f"lora-{name}-{form}-{seed}-{strength}{'-text' if text else ''}"
+    return tiny.cached(
+        label, lambda path: save_file(_lora(name, form, seed, strength, text), path), ".safetensors"
+    )
+
+
+def _lora(name: str, form: str, seed: int, strength: float, text: bool) -> Tensors:
     pipe = tiny.BUILDERS[name]()
-    models = {"unet" if hasattr(pipe, "unet") else "transformer": denoiser(name)}
+    key = "unet" if hasattr(pipe, "unet") else "transformer"
+    models = {key: getattr(pipe, key)}
     if text:
         models |= {key: getattr(pipe, key) for key in KOHYA_PREFIX if getattr(pipe, key, None) is not None}
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -115,8 +123,7 @@ def lora(
             if form in ("partial", "alien"):
                 tensors[f"{prefix}.nowhere.{layer}.lora_A.weight"] = down.clone()
                 tensors[f"{prefix}.nowhere.{layer}.lora_B.weight"] = up.clone()
-    label = f"lora-{name}-{form}-{seed}-{strength}{'-text' if text else ''}"
-    return tiny.cached(label, lambda path: save_file(tensors, path), ".safetensors")
+    return tensors
 
 
 def hy_control_net(base: Any, **unused: Any) -> Any:
@@ -150,13 +157,12 @@ def control_net(name: str, seed: int = 0) -> Path:
 
 def vae(name: str, seed: int = 77) -> Path:
     """The folder of another VAE that fits type `name`."""
-    config = dict(tiny.BUILDERS[name]().vae.config)
-    return tiny.cached(
-        f"vae-{name}-{seed}",
-        lambda path: tiny.seeded(seed, lambda: diffusers.AutoencoderKL.from_config(config)).save_pretrained(
-            path
-        ),
-    )
+
+    def make(path: Path) -> None:
+        config = dict(tiny.BUILDERS[name]().vae.config)
+        tiny.seeded(seed, lambda: diffusers.AutoencoderKL.from_config(config)).save_pretrained(path)
+
+    return tiny.cached(f"vae-{name}-{seed}", make)
 
 
 def embeddings(name: str, vectors: int = 3) -> Path:
@@ -314,14 +320,18 @@ def motion_adapter(form: str = "folder", seed: int = 80) -> Path:
 
 def motion_lora(seed: int = 0) -> Path:
     """A LoRA on the temporal attention of type ad, diffusers naming."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors: Tensors = {}
-    for name, layer in adapted_layers(denoiser("ad")).items():
-        if "motion_modules" in name:
-            tensors[f"unet.{name}.lora_A.weight"] = (
-                torch.randn(4, layer.in_features, generator=generator) * 0.3
-            )
-            tensors[f"unet.{name}.lora_B.weight"] = (
-                torch.randn(layer.out_features, 4, generator=generator) * 0.3
-            )
-    return tiny.cached(f"motion-lora-{seed}", lambda path: save_file(tensors, path), ".safetensors")
+
+    def make(path: Path) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        tensors: Tensors = {}
+        for name, layer in adapted_layers(denoiser("ad")).items():
+            if "motion_modules" in name:
+                tensors[f"unet.{name}.lora_A.weight"] = (
+                    torch.randn(4, layer.in_features, generator=generator) * 0.3
+                )
+                tensors[f"unet.{name}.lora_B.weight"] = (
+                    torch.randn(layer.out_features, 4, generator=generator) * 0.3
+                )
+        save_file(tensors, path)
+
+    return tiny.cached(f"motion-lora-{seed}", make, ".safetensors")

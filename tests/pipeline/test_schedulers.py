@@ -29,21 +29,32 @@ def named(wanted: str) -> Any:
     return scheduler_named(wanted)
 
 
+def latents(pipe: Any, name: str) -> np.ndarray:
+    return tiny.run(pipe, name, steps=4, output_type="latent")
+
+
+def predict(*inputs: torch.Tensor, **named_inputs: Any) -> tuple[torch.Tensor]:
+    """In place of a denoiser, which takes long and here may be any function of its input."""
+    noisy = inputs[0] if inputs else named_inputs["hidden_states"]
+    return (torch.tanh(noisy[:, :, :4] if noisy.ndim == 5 else noisy),)  # of a video: without its first frame
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_name_of_a_family_runs(family: str) -> None:
+def test_every_name_of_a_family_runs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name = FAMILIES[family]
     pipe, spec = pipe_of(name), MODELS[name]
+    monkeypatch.setattr(getattr(pipe, spec.denoiser), "forward", predict)
     launched = pipe.scheduler
-    before = tiny.run(pipe, name, steps=4)
+    before = latents(pipe, name)
     pictures = {}
     for wanted in schedulers_for(spec):
         with scheduler_for_request(pipe, spec, wanted):
             assert type(pipe.scheduler).__name__ == named(wanted)[0].cls
-            pictures[wanted] = tiny.run(pipe, name, steps=4)
+            pictures[wanted] = latents(pipe, name)
             assert np.array_equal(watched(pipe, name), pictures[wanted]), wanted
         assert np.isfinite(pictures[wanted]).all(), wanted
         assert pipe.scheduler is launched
-    assert np.array_equal(tiny.run(pipe, name, steps=4), before)
+    assert np.array_equal(latents(pipe, name), before)
     for wanted in pictures:
         entry, settings = named(wanted)
         set_already = all(launched.config.get(key, False) == value for key, value in settings.items())
@@ -178,7 +189,7 @@ def test_launch_flag() -> None:
 def watched(pipe: Any, name: str) -> np.ndarray:
     torch.manual_seed(99)  # not what the request's own generator draws from
     with StepWatch(pipe, torch.device("cpu"), lambda step, steps: None):
-        return tiny.run(pipe, name, steps=4)
+        return latents(pipe, name)
 
 
 def test_steps_get_their_timestep_from_a_copy() -> None:
