@@ -130,6 +130,9 @@ export function readForm() {
 export function fillForm(body, inputs = {}) {
   const lost = [];
   extras = {};
+  for (const name of Object.keys(inputs)) {
+    if (!pictureFields().includes(name)) lost.push(`${name} is not taken by this host`);
+  }
   for (const name of pictureFields()) {
     setPictures(name, (inputs[name] ?? []).map((one) => ({ ...one })).slice(-(launch.fields[name].most ?? 1)));
     if (body[name] && !inputs[name]) lost.push(`the ${launch.fields[name].label} is not in the file`);

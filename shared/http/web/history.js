@@ -32,7 +32,12 @@ async function load() {
   try {
     const records = (await store.readAll()).sort((one, other) => other.at - one.at);
     const old = new Map(entries.map((entry) => [keyOf(entry), entry]));
-    entries = records.flatMap(entriesOf).map((entry) => old.get(keyOf(entry)) ?? entry);
+    entries = records.flatMap(entriesOf).map((entry) => {
+      const known = old.get(keyOf(entry));
+      if (!known) return entry;
+      URL.revokeObjectURL(entry.url);
+      return Object.assign(known, { record: entry.record });
+    });
     for (const entry of old.values()) if (!entries.includes(entry)) URL.revokeObjectURL(entry.url);
     if (shown && !entries.includes(shown)) forget();
   } catch {

@@ -89,8 +89,8 @@ async function layer(mask) {
   drawing.drawImage(image, 0, 0, made.width, made.height);
   const pixels = drawing.getImageData(0, 0, made.width, made.height);
   for (let at = 0; at < pixels.data.length; at += 4) {
-    const [red, green, blue, alpha] = pixels.data.subarray(at, at + 4);
-    pixels.data[at + 3] = ((0.299 * red + 0.587 * green + 0.114 * blue) * alpha) / 255;
+    const light = 0.299 * pixels.data[at] + 0.587 * pixels.data[at + 1] + 0.114 * pixels.data[at + 2];
+    pixels.data[at + 3] = (light * pixels.data[at + 3]) / 255;
   }
   drawing.putImageData(pixels, 0, 0);
   tint(drawing, PAINT);
@@ -230,9 +230,9 @@ async function finish() {
   if (byId("painter").returnValue !== "done") return;
   const drawing = context();
   const { width, height } = canvas();
-  const alphas = drawing.getImageData(0, 0, width, height).data;
-  const isEmpty = !alphas.some((value, at) => at % 4 === 3 && value);
-  if (isEmpty) return setPictures("mask", [], true);
+  // A clear pixel is 0 as a whole.
+  const pixels = new Uint32Array(drawing.getImageData(0, 0, width, height).data.buffer);
+  if (pixels.every((pixel) => !pixel)) return setPictures("mask", [], true);
   tint(drawing, "#fff");
   drawing.globalCompositeOperation = "destination-over";
   drawing.fillStyle = "#000";

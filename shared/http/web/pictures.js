@@ -1,6 +1,6 @@
 // Picture fields of the form: their pictures come as files, by drop or by paste.
 
-import { byId, button, element } from "./dom.js";
+import { byId, button, dialogIsOpen, element } from "./dom.js";
 
 export const ACCEPT = "image/png,image/jpeg,image/webp,image/bmp";
 
@@ -107,6 +107,7 @@ export function takeDrops(elsewhere) {
     if (!hasFiles(event)) return;
     event.preventDefault();
     mark(null);
+    if (dialogIsOpen()) return;
     const files = [...event.dataTransfer.files];
     const name = event.target.closest?.("[data-drop]")?.dataset.drop;
     if (name) choose(name, files);
@@ -114,7 +115,7 @@ export function takeDrops(elsewhere) {
   });
   document.addEventListener("paste", (event) => {
     const files = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith("image/"));
-    if (!files.length) return;
+    if (!files.length || dialogIsOpen()) return;
     event.preventDefault();
     const inField = document.activeElement?.closest("[data-drop]")?.dataset.drop;
     const name = inField ?? (fields.has("image") ? "image" : null);

@@ -27,11 +27,16 @@ function ask() {
   clearProblems();
   const { body, inputs, wrong } = readForm();
   if (wrong) return goTo(wrong);
+  const before = requests.length;
   requests.push({ id: newId(), body, inputs, isSent: false, isStopped: false, control: new AbortController() });
-  if (requests.length === 1) follows = true;
-  say(requests.length > 1 ? "Queued." : "Sent.");
+  if (!before) follows = true;
+  say(before ? `Queued: ${titleOf(requests.at(-1))}` : "Sent.");
   byId("stage").scrollIntoView({ block: "nearest" });
   pump();
+}
+
+function titleOf({ body, inputs }) {
+  return short(body.positive ?? inputs.image?.[0].name ?? "without a prompt");
 }
 
 function newId() {
@@ -158,7 +163,7 @@ function showJobs() {
 function showQueue(waiting) {
   byId("queue-title").hidden = !waiting.length;
   const items = waiting.map((request) => {
-    const text = short(request.body.positive ?? request.inputs.image?.[0]?.name ?? "without a prompt");
+    const text = titleOf(request);
     const remove = button("Remove", () => stop(request), { disabled: request.isStopped });
     remove.setAttribute("aria-label", `Remove from the queue: ${text}`);
     return element("li", { class: "row" }, element("span", {}, text), remove);

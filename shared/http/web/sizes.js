@@ -12,8 +12,8 @@ export function sizeField() {
   document.addEventListener("picture", ({ detail: { name, pictures, byHand } }) => {
     if (name !== "image") return;
     if (byHand && !launch.needs.includes("image")) {
-      const { width, height } = launch.defaults;
-      setSize(...(pictures.length ? fitting(pictures[0]) : [width, height]));
+      if (pictures.length) follow(pictures[0]);
+      else setSize(launch.defaults.width, launch.defaults.height);
     }
     showSizes();
   });
@@ -23,6 +23,12 @@ export function sizeField() {
   }
   queueMicrotask(showSizes); // when the fields of width and height are there
   return [element("div", { class: "field wide" }, element("label", { for: "size" }, "Size"), select)];
+}
+
+// A size of the picture's shape stays, as one from the settings of another picture.
+function follow(picture) {
+  const shape = byId("width").valueAsNumber / byId("height").valueAsNumber;
+  if (!(Math.abs((shape * picture.height) / picture.width - 1) < 0.02)) setSize(...fitting(picture));
 }
 
 function setSize(width, height) {
