@@ -357,6 +357,7 @@ def text_modules(name: str, device: torch.device, dtype: torch.dtype) -> dict[st
     clip_l, clip_g = partial(clip, 768, 12), partial(clip, 1280, 32, projection=True)
     t5_xxl, mt5_xl = partial(t5, 4096, 10240, 64), partial(t5, 2048, 5120, 32, 250112)
     makers: dict[str, list[tuple[Callable[..., Any], Callable[[], Any]]]] = {
+        "sd1": [(clip_l, clip_tokenizer)],
         "sdxl": [(clip_l, clip_tokenizer), (clip_g, clip_tokenizer)],
         "sd3": [
             (partial(clip_l, projection=True), clip_tokenizer),
