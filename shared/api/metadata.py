@@ -114,7 +114,7 @@ def infotext(order: Order, reply: Reply, config: HostConfig, hashes: FileHashes)
         "Size": f"{reply.width}x{reply.height}",
         "Model hash": hashes.model(config),
         "Model": config.model_id,
-        "Denoising strength": request.strength,
+        "Denoising strength": _strength(request, config),
         "Clip skip": request.clip_skip + 1
         if request.clip_skip
         else None,  # theirs counts the last layer as 1
@@ -131,6 +131,14 @@ def infotext(order: Order, reply: Reply, config: HostConfig, hashes: FileHashes)
         told |= order.retouched.told
     told["Lora hashes"] = _lora_hashes(order.last, config, hashes)
     return _infotext(f"{request.positive or ''}{networks}", request.negative or "", told)
+
+
+def _strength(request: GenerateRequest, config: HostConfig) -> float | None:
+    """How much of the schedule is run, where that is not all of it by the nature of the request."""
+    if request.strength is not None or not request.starts(config):
+        return request.strength
+    start = config.spec.start("image" if request.mask is None else "inpaint", bool(config.control_net))
+    return None if start is None else start.strength
 
 
 def _lora_hashes(request: GenerateRequest, config: HostConfig, hashes: FileHashes) -> str | None:

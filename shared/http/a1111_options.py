@@ -155,7 +155,8 @@ def check_options(asked: dict[str, Any], config: HostConfig, with_image: bool) -
     problems = list(_refused(asked, table, ""))
     sampler = str(asked.get("sampler_name") or asked.get("sampler_index") or "").lower()
     ancestral = sampler.split(" karras")[0].endswith((" a", "_a", "sde"))
-    problems += _refused(asked, {"eta": (1,) if ancestral else ()}, "")
+    if ancestral or sampler in ("", "automatic") or sampler.startswith(("ddim", "tcd")):  # others read none
+        problems += _refused(asked, {"eta": (1,) if ancestral else ()}, "")
     overrides = asked.get("override_settings")
     if isinstance(overrides, dict):
         vae = (config.vae, Path(config.vae).name) if config.vae else ()

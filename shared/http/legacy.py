@@ -169,7 +169,7 @@ def answer(reply: Reply, config: HostConfig) -> dict[str, Any]:
         "is_image": is_image,
         "latent": None,
     }
-    if reply.latent is not None and is_image and config.spec.image == "none":
+    if reply.latent is not None and is_image and config.spec.image != "needed":
         body["latent"] = _pickled(_torch_latent(reply.latent))
     return body
 

@@ -199,6 +199,25 @@ def test_pictures_and_tensors_are_left_out_and_refused_by_name_until_given(host:
     assert files(host.generate(body | inputs)) == [file]
 
 
+@pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
+def test_from_a_picture_and_back(host: DrawingHost, format: str) -> None:
+    """With the picture and the mask given again the same bytes, whether or not the strength was named."""
+    given = {"image": base64.b64encode(picture(size=(24, 16))).decode()}
+    masked = given | {"mask": base64.b64encode(picture("BMP", (24, 16))).decode()}
+    for pictures, own, told in (
+        (given, {}, "0.8"),
+        (given, {"strength": 0.4}, "0.4"),
+        (masked, {}, "1"),
+        (masked, {"strength": 0.75}, "0.75"),
+    ):
+        [file] = files(host.generate(BODY | {"output_format": format} | pictures | own))
+        body = body_in(file)
+        assert {name for name, value in body.items() if value == LEFT_OUT} == set(pictures)
+        assert parse_infotext(texts(file)[0] or "")["Denoising strength"] == told
+        assert files(host.generate(body | pictures)) == [file]
+        assert host.generate(body).status_code == 400
+
+
 def test_nothing_of_the_server_is_in_it(tmp_path: Path) -> None:
     folder = tmp_path / "secret-folder"
     for name in ("style", "a/same", "b/same"):

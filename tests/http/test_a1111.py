@@ -248,6 +248,9 @@ def test_options_that_mean_nothing_pass(host: FakeHost) -> None:
         "Refiner": {"args": [False, "", 0.8]},
         "Comments": {"args": []},
     }
+    for sampler in ("Euler", "DPM++ 2M Karras", "UniPC"):  # webuiapi always sends an eta of 1
+        assert post(host, "txt2img", {"sampler_name": sampler, "eta": 1.0}).status_code == 200
+    host.seen.clear()
     body: dict[str, Any] = {
         "tiling": None,
         "styles": [],

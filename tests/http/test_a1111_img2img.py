@@ -17,6 +17,7 @@ from shared.api.metadata import parse_infotext
 from shared.api.retouch import filled
 from tests.api.test_metadata import DrawingHost
 from tests.httphost import FakeHost, config_of
+from tests.test_host import Launch
 
 Json = dict[str, Any]
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -282,3 +283,33 @@ def text_of(image: Image.Image) -> Any:
     info = PngInfo()
     info.add_text("parameters", image.info["parameters"])
     return info
+
+
+def test_on_a_real_model_only_what_is_masked_changes_and_to_what_is_asked(demo_host: Launch) -> None:
+    sdk = webuiapi.WebUIApi(port=int(demo_host.url.rpartition(":")[2]), sampler="Euler", steps=12)
+    red = sdk.txt2img(prompt="a red circle on a blue background", seed=7, width=128, height=128, cfg_scale=4)
+    picture = red.image.convert("RGB")
+    mask = spot((0, 0, 128, 64), (128, 128))
+    for padding, size in ((0, (128, 64)), (16, (128, 96))):
+        made = sdk.img2img(
+            *([picture],),
+            mask_image=mask,
+            prompt="a green circle on a yellow background",
+            seed=9,
+            cfg_scale=4,
+            denoising_strength=1.0,
+            mask_blur=0,
+            inpainting_fill=1,
+            inpaint_full_res_padding=padding,
+            width=size[0],
+            height=size[1],
+        )
+        found, before = values(made.image), values(picture)
+        assert made.image.size == (128, 128) and (found[64:] == before[64:]).all()
+        assert np.abs(found[:64] - before[:64]).mean() > 30
+    asked: Json = {"prompt": "a green circle", "seed": 9, "cfg_scale": 4, "width": 128, "height": 128}
+    apart = []
+    for strength in (0.25, 1.0):
+        whole = sdk.img2img([picture], denoising_strength=strength, **asked)
+        apart.append(np.abs(values(whole.image) - values(picture)).mean())
+    assert apart[0] < apart[1] / 2, "little of the schedule, little of a change"

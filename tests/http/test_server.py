@@ -209,7 +209,7 @@ def test_curl_as_the_protocol_shows_it(host: FakeHost, tmp_path: Path) -> None:
         ),
         ({"latent": PNG}, {"latent"}, "safetensors"),
         ({"cfg": 1e6, "clip_skip": 1.5, "x": 0}, {"cfg", "clip_skip", "x"}, "at most 100"),
-        ({"steps": 0, "image": PNG}, {"steps", "image"}, "does not support image"),
+        ({"steps": 0, "frames": 3}, {"steps", "frames"}, "does not support frames"),
     ],
 )
 def test_400_names_all_faults(host: FakeHost, body: Any, fields: set[str], words: str) -> None:
@@ -223,7 +223,8 @@ def test_400_names_all_faults(host: FakeHost, body: Any, fields: set[str], words
     [
         ({"type": "svd"}, {}, None, {"image"}, "needs an input image"),
         ({}, {"ip_image": PNG}, None, {"ip_image"}, "without --ip_adapter"),
-        ({}, {"frames": 3, "image": PNG}, None, {"frames", "image"}, "does not support frames"),
+        ({}, {"frames": 3, "fps": 8}, None, {"frames", "fps"}, "does not support frames"),
+        ({"backend": "xdit", "type": "hy"}, {"image": PNG}, None, {"image"}, "does not support image"),
         ({}, {"scheduler": "nonsense"}, None, {"scheduler"}, "euler_a"),
         ({}, {"output_format": "mp4"}, None, {"output_format"}, "makes png, jpeg, webp"),
         ({}, {}, "video/mp4", {"Accept"}, "image/png"),
@@ -468,7 +469,7 @@ FAULTS: list[tuple[Any, int]] = [
     ({"control_image": base64.b64encode(b"a text file\n" * 50).decode()}, 400),
     (Zeros, 413),
     (b"this is not JSON", 400),
-    ({"image": PNG}, 422),
+    ({"frames": 3}, 422),
     ({"positive": "fail", "steps": 3}, 500),
 ]
 
