@@ -76,6 +76,8 @@ def body(name: str, flags: Flags) -> dict[str, Any]:
             request["negative"] = "blur"
     if MODELS[name].image == "needed" or flags.get("start"):
         request["image"] = picture(1)
+        if MODELS[name].output == "video" and flags.get("start"):
+            request["image"] = [picture(seed) for seed in (1, 5, 6, 7)]
     if start := flags.get("start"):
         # Twice as many, of which the last half runs.
         request |= {"steps": 2 * STEPS, "strength": 0.5}

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 MAX_SIDE = 8192  # pixels
+MAX_FRAMES = 1024  # of one video
 MAX_STEPS = 1000  # of one schedule
 MAX_IMAGE_PIXELS = MAX_SIDE * MAX_SIDE
 IMAGE_INPUTS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -72,6 +73,15 @@ def check_image(value: Any) -> bytes:
     return data
 
 
+def check_pictures(value: Any) -> bytes | list[bytes]:
+    """`check_image` of one picture, or of each of a list."""
+    if not isinstance(value, list):
+        return check_image(value)
+    if not 1 <= len(value) <= MAX_FRAMES:
+        raise problem(f"must hold 1 to {MAX_FRAMES} pictures, got {len(value)}")
+    return [check_image(one) for one in value]
+
+
 def picture_size(data: bytes) -> tuple[int, int]:
     """(width, height) in pixels of a picture that was checked before, upright by its EXIF tag.
 
@@ -124,6 +134,14 @@ Picture = Annotated[
     bytes,
     BeforeValidator(check_image),
     _base64_schema("base64 (or a data: URI) of a PNG, JPEG, WebP or BMP", contentMediaType="image/*"),
+]
+Pictures = Annotated[
+    bytes | list[bytes],
+    BeforeValidator(check_pictures),
+    _base64_schema(
+        "base64 (or a data: URI) of a PNG, JPEG, WebP or BMP; for video to video a list, its frames",
+        contentMediaType="image/*",
+    ),
 ]
 Embeds = Annotated[
     bytes,

@@ -146,6 +146,15 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
         if config.spec.image == "start":
             wanted, lacks = ("an image or a latent", "neither")
         add(name, f"below 1 needs {wanted} to start from; got {strength:g} and {lacks}", "latent", "image")
+    if isinstance(request.image, list):
+        if not (request.starts(config) and config.spec.output == "video"):
+            add("image", f"must be one picture for type {config.type}, got a list of {len(request.image)}")
+        elif request.frames not in (None, len(request.image)):
+            add(
+                "frames",
+                f"must be {len(request.image)}, the pictures of image; got {request.frames}",
+                "image",
+            )
     if request.mask is not None and request.image is None:
         add("mask", "needs the image that it is a mask of; got no image", "image")
     if request.starts(config):
@@ -183,6 +192,7 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
             add(f"{name}_embeds", f"give {name} or {name}_embeds, not both")
     for name in ("image", "ip_image", "control_image"):
         picture, percent = getattr(request, name), getattr(request, f"{name}_scale")
+        picture = picture[0] if isinstance(picture, list) else picture
         if percent is None:
             continue
         if picture is None:

@@ -13,11 +13,13 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import from_json
 
 from shared.api.codecs import (
+    MAX_FRAMES,
     MAX_SIDE,
     MAX_STEPS,
     Embeds,
     Latent,
     Picture,
+    Pictures,
     Sigmas,
     Timesteps,
     picture_size,
@@ -87,7 +89,7 @@ class GenerateRequest(BaseModel):
     ) = None
     positive_embeds: Embeds | None = None
     negative_embeds: Embeds | None = None
-    image: Annotated[Picture | None, Notes("Input image")] = None
+    image: Annotated[Pictures | None, Notes("Input image")] = None
     mask: Annotated[
         Annotated[Picture, Field(description="white is painted anew, black stays as it is in `image`")]
         | None,
@@ -140,7 +142,7 @@ class GenerateRequest(BaseModel):
     controlnet_scale: Annotated[Scale | None, Notes("ControlNet scale", flag="control_net")] = None
     ip_adapter_scale: Annotated[Scale | None, Notes("IP-Adapter scale", flag="ip_adapter")] = None
     lora_scales: Annotated[dict[str, Scale], Field(max_length=64)] | None = None
-    frames: Annotated[Annotated[int, Field(ge=1, le=1024)] | None, Notes("Frames")] = None
+    frames: Annotated[Annotated[int, Field(ge=1, le=MAX_FRAMES)] | None, Notes("Frames")] = None
     decode_chunk_size: Annotated[
         Annotated[int, Field(ge=1, le=1024)] | None, Notes("Frames decoded at once")
     ] = None
@@ -182,25 +184,36 @@ class GenerateRequest(BaseModel):
             "output_format": self.output_format or output_format or "png",
         }
         filled = {n: v for n, v in launch_defaults(config).items() if getattr(self, n) is None}
+        if isinstance(self.image, list):
+            filled["frames"] = len(self.image)
         filled["width"], filled["height"] = size = size_of(self, config)
-        if (
-            self.starts(config)
-            and None in (self.width, self.height)
-            and size != (own_size := self._own_size())
-        ):
-            warn(
-                "image: {}x{} pixels are made {}x{}, as the sides of a picture of type {} are multiples of "
-                "{}".format(*own_size, *size, config.type, config.spec.size_multiple)
-            )
+        if self.starts(config):
+            self._warn_of_rounding(size, config)
         return self.model_copy(update=own | filled)
 
     def starts(self, config: HostConfig) -> bool:
         """Whether what is made starts from the request's picture."""
         return self.image is not None and config.spec.image == "start"
 
+    def _warn_of_rounding(self, size: tuple[int, int], config: HostConfig) -> None:
+        own = self._own_size()
+        asked = (self.width, self.height)
+        if any(given is None and side != made for given, side, made in zip(asked, own, size, strict=True)):
+            warn(
+                "image: {}x{} pixels are made {}x{}, as the sides of a picture of type {} are multiples of "
+                "{}".format(*own, *size, config.type, config.spec.size_multiple)
+            )
+
+    @property
+    def images(self) -> list[bytes]:
+        """The pictures of `image`: none, one, or a video's frames."""
+        if self.image is None:
+            return []
+        return self.image if isinstance(self.image, list) else [self.image]
+
     def _own_size(self) -> tuple[int, int]:
-        """(width, height) of the request's picture after `image_scale`, in pixels."""
-        width, height = picture_size(self.image or b"")
+        """(width, height) of the request's first picture after `image_scale`, in pixels."""
+        width, height = picture_size(self.images[0])
         scale = (self.image_scale or 100) / 100
         return max(1, round(width * scale)), max(1, round(height * scale))
 

@@ -39,6 +39,18 @@ FILES = (
     FileKind("Stable Diffusion 1", "sd1", ("cond_stage_model.transformer.",)),
 )  # fmt: skip
 
+AD_STARTS = (
+    Start("AnimateDiffVideoToVideoPipeline", "image", 0.8, image="video", frames=True),
+    Start(
+        "AnimateDiffVideoToVideoControlNetPipeline",
+        "image",
+        0.8,
+        control=True,
+        image="video",
+        frames=True,
+        control_image="conditioning_frames",
+    ),
+)
 SD_STARTS = (
     Start("StableDiffusionImg2ImgPipeline", "image", 0.8, sized=False),
     Start("StableDiffusionInpaintPipeline", "inpaint", 1.0),
@@ -63,6 +75,8 @@ FAMILY = Family(
             prompt_chunks=True,
             title="AnimateDiff (Stable Diffusion 1.5 with a motion module)",
             pipeline="AnimateDiffPipeline",
+            image="start",
+            starts=AD_STARTS,
             denoiser="unet",
             output="video",
             width=512,
@@ -76,7 +90,7 @@ FAMILY = Family(
             encoder_names=("clip_l",),
             tokenizers=("tokenizer",),
             compel_class="CompelForSD",
-            fields=SD_FIELDS - SCHEDULE | VIDEO,
+            fields=SD_FIELDS - SCHEDULE | VIDEO | IMAGE,
             control_net_class="ControlNetModel",
             control_net_pipeline="AnimateDiffControlNetPipeline",
             control_image_field="conditioning_frames",

@@ -34,6 +34,7 @@ class Start:
     control: bool = False  # whether it is the one with a ControlNet
     ip_adapter: bool = True  # whether it takes an IP-Adapter
     image: str = "image"  # its argument for the picture
+    frames: bool = False  # whether that is a list, the frames of a video
     sized: bool = True  # whether it takes a size; else the picture's is taken
     control_image: str = "control_image"  # its argument for the control image
 

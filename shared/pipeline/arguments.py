@@ -66,7 +66,7 @@ def call_arguments(
     if start is not None:
         arguments |= start_arguments(start, request)
     elif request.image is not None:
-        arguments["image"] = decode_image(request.image, request.image_scale)
+        arguments["image"] = decode_image(request.images[0], request.image_scale)
     if config.control_net:
         picture = _picture(request.control_image, request.control_image_scale)
         arguments |= control_arguments(
@@ -83,6 +83,8 @@ def call_arguments(
         arguments |= ip_arguments(pipe, config.ip_adapter, picture, request.ip_adapter_scale)
     if spec.output == "video":
         arguments |= _video_arguments(pipe, spec, request)
+        if start is not None:
+            del arguments["num_frames"]  # there are as many as pictures
     arguments |= _schedule_arguments(request, pipe.scheduler.config.num_train_timesteps)
     if (eta := getattr(pipe.scheduler, "eta", None)) is not None:
         arguments["eta"] = eta
@@ -192,7 +194,7 @@ def latent_shape(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) -> t
     factor = pipe.vae_scale_factor
     if spec.size_scale != 1 and request.image is not None:
         # The pipeline makes its picture's sides multiples of this.
-        size = decode_image(request.image, request.image_scale).size
+        size = decode_image(request.images[0], request.image_scale).size
         width, height = (side // factor * factor for side in size)
     else:
         width, height = (request.width or 0) // factor, (request.height or 0) // factor

@@ -84,12 +84,16 @@ class PicturePipelines:
 
 
 def start_arguments(start: Start, request: GenerateRequest) -> dict[str, Any]:
-    """Keyword arguments for the picture, the mask and the strength; without an image an empty one."""
+    """Keyword arguments for the picture, the mask and the strength; without an image an empty one.
+
+    Of a single picture a video begins as one that stands still.
+    """
     size = (request.width or 0, request.height or 0)
-    picture = Image.new("RGB", size)
-    if request.image is not None:
-        picture = decode_picture(request.image, request.image_scale, size)
-    arguments: dict[str, Any] = {start.image: picture, "strength": strength_of(start, request)}
+    pictures = [decode_picture(one, request.image_scale, size) for one in request.images]
+    given: Any = pictures[0] if pictures else Image.new("RGB", size)
+    if start.frames:
+        given = pictures if len(pictures) > 1 else pictures * (request.frames or 1)
+    arguments: dict[str, Any] = {start.image: given, "strength": strength_of(start, request)}
     if start.kind != "image":
         mask = Image.new("L", size, 255)
         arguments["mask_image"] = mask if request.mask is None else decode_mask(request.mask, size)
@@ -107,7 +111,7 @@ def without_outside(request: GenerateRequest, picture: Image.Image) -> Image.Ima
     """A made picture with the request's own one where the mask is black; soft edges are mixed."""
     if request.image is None or request.mask is None:
         return picture
-    own = decode_picture(request.image, request.image_scale, picture.size)
+    own = decode_picture(request.images[0], request.image_scale, picture.size)
     return Image.composite(picture, own, decode_mask(request.mask, picture.size))
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from shared.api import media
-from shared.api.media import Z_RLE, decode_image, encode, encode_image, encode_video
+from shared.api.media import Z_RLE, decode_image, decode_mask, encode, encode_image, encode_video
 
 
 def png(image: Image.Image, **settings: Any) -> bytes:
@@ -79,3 +79,14 @@ def test_several_pictures_are_encoded_in_their_order() -> None:
 def test_frames_are_one_file_where_the_format_can(format: str, fps: int | None, files: int) -> None:
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
     assert len(encode(frames, format, fps)) == files
+
+
+def test_a_mask_is_its_alpha_where_that_is_not_opaque() -> None:
+    grey, alpha = Image.new("L", (2, 1)), Image.new("L", (2, 1))
+    grey.putdata([255, 0])
+    alpha.putdata([64, 255])
+    with_alpha = encode_image(Image.merge("LA", (grey, alpha)), "png")
+    opaque = encode_image(Image.merge("LA", (grey, Image.new("L", (2, 1), 255))), "png")
+    assert list(decode_mask(with_alpha, (2, 1)).getdata()) == [64, 255]
+    assert list(decode_mask(opaque, (2, 1)).getdata()) == [255, 0]
+    assert decode_mask(opaque, (64, 32)).size == (64, 32)

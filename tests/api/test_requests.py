@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from typing import Any
 
@@ -10,12 +11,15 @@ import pytest
 import safetensors.numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import ExifTags, Image
 
 from shared.api.codecs import picture_size
 from shared.api.faults import RequestError
+from shared.api.media import decode_image
 from shared.api.parsing import STRENGTH, check_request, parse_request
 from shared.api.replies import Reply
 from shared.api.requests import COMMON_FIELDS, GenerateRequest
+from shared.api.warned import collecting_warnings
 from shared.backends import BACKENDS
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
@@ -358,3 +362,81 @@ def test_a_schedule_is_bounded_as_steps_are(name: str) -> None:
     parse_request(body(1000), CONFIG)
     with pytest.raises(RequestError, match="at most 1000 numbers, one per step; got 1001"):
         parse_request(body(1001), CONFIG)
+
+
+# Pictures to start from.
+
+
+def drawn(width: int, height: int) -> str:
+    return b64(picture(size=(width, height)))
+
+
+@pytest.mark.parametrize(
+    ("type", "fields", "size", "warned"),
+    [
+        ("sd1", {"image": drawn(70, 41)}, (64, 40), "70x41 pixels are made 64x40"),
+        ("flux", {"image": drawn(72, 104)}, (64, 96), "multiples of 16"),
+        ("sd1", {"image": drawn(128, 80), "image_scale": 50}, (64, 40), None),
+        ("sd1", {"image": drawn(72, 40), "mask": drawn(8, 8)}, (72, 40), None),
+        ("sd1", {"image": drawn(70, 41), "width": 128, "height": 96}, (128, 96), None),
+        ("sd1", {"image": drawn(70, 48), "width": 128}, (128, 48), None),
+        ("sd1", {"image": drawn(5, 300)}, (16, 296), "5x300 pixels are made 16x296"),
+        ("svd", {"image": drawn(70, 41)}, (1024, 576), None),
+    ],
+)
+def test_the_size_is_the_picture_s_own(
+    type: str, fields: dict[str, Any], size: tuple[int, int], warned: str | None
+) -> None:
+    with collecting_warnings() as told:
+        request = parse(fields, config_of(type))
+    assert (request.width, request.height) == size
+    assert (warned in told[0]) if warned else not told
+
+
+def test_a_picture_that_lies_on_its_side_is_turned() -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    out = io.BytesIO()
+    Image.new("RGB", (96, 40)).save(out, "JPEG", exif=exif)
+    assert picture_size(out.getvalue()) == (40, 96)
+    request = parse({"image": b64(out.getvalue())})
+    assert (request.width, request.height) == (40, 96) == decode_image(out.getvalue()).size
+
+
+def test_frames_are_as_many_as_pictures() -> None:
+    two = {"image": [drawn(64, 64), drawn(64, 64)]}
+    assert parse(two, config_of("ad")).frames == 2
+    assert parse({"image": drawn(64, 64)}, config_of("ad")).frames == 16
+    assert refused(two | {"frames": 3}, config_of("ad")) == (
+        400,
+        {"frames": "must be 2, the pictures of image; got 3"},
+    )
+    status, problems = refused(two)
+    assert status == 400 and problems["image"] == "must be one picture for type sd1, got a list of 2"
+    assert refused({"image": []}, config_of("ad"))[1]["image"].startswith("must hold 1 to 1024 pictures")
+
+
+@pytest.mark.parametrize(
+    ("type", "flags", "fields", "status", "field", "words"),
+    [
+        ("sd1", {}, {"mask": drawn(8, 8)}, 400, "mask", "needs the image that it is a mask of"),
+        ("sd1", {}, {"latent": tensor(latent=[1])}, 400, "latent", "give image or latent, not both"),
+        ("sd1", {}, {"denoising_end": 0.5}, 400, "denoising_end", "give image or denoising_end, not both"),
+        ("sd1", {"max_pixel_steps": 1000}, {"steps": 1}, 422, "steps", "64 x 64 pixels x 1 frames x 1 steps"),
+        ("sd3", {"control_net": {"/c": 1.0}}, {}, 422, "image", "diffusers has no pipeline that starts from"),
+        ("sd3", {"control_net": {"/c": 1.0}}, {"mask": drawn(8, 8)}, 422, "mask", "that takes a mask"),
+        (
+            *("flux", {"control_net": {"/c": 1.0}, "ip_adapter": {"/i": 1.0}}, {}, 422),
+            *("image", "is not supported with --ip_adapter: FluxControlNetImg2ImgPipeline takes none"),
+        ),
+        ("ad", {}, {"mask": drawn(8, 8)}, 422, "mask", "does not support mask"),
+        ("chroma", {}, {"mask": drawn(8, 8)}, 422, "mask", "does not support mask"),
+        *((name, {}, {}, 422, "image", "does not support image") for name in ("hy", "pixa", "pixs")),
+    ],
+)
+def test_pictures_that_are_refused(
+    type: str, flags: dict[str, Any], fields: dict[str, Any], status: int, field: str, words: str
+) -> None:
+    given = fields if set(fields) == {"mask"} and status == 400 else {"image": drawn(64, 64)} | fields
+    got, problems = refused(given, config_of(type, **flags))
+    assert got == status and words in problems[field], problems

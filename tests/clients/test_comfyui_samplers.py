@@ -213,8 +213,8 @@ def test_an_image_and_a_mask_of_comfyui_are_the_hosts(comfy: ComfyUI) -> None:
     assert len(host.seen) == 5
 
 
-def opened(data: bytes | None) -> Image.Image:
-    assert data is not None
+def opened(data: bytes | list[bytes] | None) -> Image.Image:
+    assert isinstance(data, bytes)
     return Image.open(io.BytesIO(data))
 
 

@@ -52,8 +52,8 @@ def base64_of(image: Image.Image, format: str = "PNG", **more: Any) -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 
-def opened(data: bytes | None) -> Image.Image:
-    assert data is not None
+def opened(data: bytes | list[bytes] | None) -> Image.Image:
+    assert isinstance(data, bytes)
     return Image.open(io.BytesIO(data))
 
 

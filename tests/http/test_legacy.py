@@ -85,7 +85,7 @@ def test_frames_come_as_a_pickled_list() -> None:
         frames = decoded(body["output"])
         assert [type(f) for f in frames] == [Image.Image] * 3 and body["is_image"] is False
         assert body["latent"] is None
-        with Image.open(io.BytesIO(host.seen[0].image or b"")) as image:
+        with Image.open(io.BytesIO(host.seen[0].images[0])) as image:
             assert (image.size, image.getpixel((0, 0))) == ((16, 8), (255, 0, 0))
 
 

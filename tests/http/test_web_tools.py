@@ -410,7 +410,7 @@ def test_full_size_before_and_after_and_the_seed(host: DrawingHost, tabs: Any, s
     expect(before).to_have_css("clip-path", "inset(0px 100% 0px 0px)")
     fill(page, compare=40)
     expect(before).to_have_css("clip-path", "inset(0px 60% 0px 0px)")
-    with Image.open(io.BytesIO(host.seen[1].image or b"")) as start:
+    with Image.open(io.BytesIO(host.seen[1].images[0])) as start:
         assert start.size == (64, 64)
     page.get_by_role("button", name="Copy seed").click()
     expect(page.locator("#status")).to_have_text("Seed 22 is copied.")

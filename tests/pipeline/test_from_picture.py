@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -13,11 +15,15 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from shared.api.faults import RequestError
 from shared.api.media import encode_image
 from shared.api.parsing import check_request
 from shared.api.replies import Reply
 from shared.backends import BACKENDS
 from shared.models import MODELS, Start
+from shared.parallel.asyncdiff import AsyncDiff
+from shared.parallel.xdit.pipefusion import XDiTPipeFusion
+from shared.pipeline.adapters import load_ip_adapter
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import load_pipeline
 from tests import tiny, tiny_extras
@@ -25,6 +31,8 @@ from tests import tiny, tiny_extras
 EXACT_DB = 45.0
 SIZE = (72, 104)  # width and height: neither is a power of two
 STEPS = 10
+FRAMES = (5, 6, 7)
+"""The seeds of a video's pictures."""
 
 
 def picture(seed: int = 5) -> Image.Image:
@@ -70,17 +78,27 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def theirs(
-    name: str, start: Start, strength: float, folder: Path | None = None, painted: Image.Image | None = None
+    name: str,
+    start: Start,
+    strength: float,
+    folder: Path | None = None,
+    painted: Image.Image | None = None,
+    put_on: Callable[[Any], None] = lambda pipe: None,
+    parts: Mapping[str, Any] = MappingProxyType({}),
+    **more: Any,
 ) -> np.ndarray:
     """Latents that diffusers' class makes, loaded from the checkpoint by itself."""
     multiple = MODELS[name].size_multiple
     size = (SIZE[0] // multiple * multiple, SIZE[1] // multiple * multiple)
     folder = folder or tiny.checkpoint(name)
-    pipe = getattr(diffusers, start.pipeline).from_pretrained(folder, local_files_only=True)
+    pipe = getattr(diffusers, start.pipeline).from_pretrained(folder, local_files_only=True, **parts)
+    put_on(pipe)
     pipe.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = {
         "prompt": "a cat",
-        start.image: resized(picture(), size),
+        start.image: [resized(picture(seed), size) for seed in FRAMES]
+        if start.frames
+        else resized(picture(), size),
         "strength": strength,
         "num_inference_steps": STEPS,
         "guidance_scale": 4.0,
@@ -91,7 +109,8 @@ def theirs(
         arguments |= {"width": size[0], "height": size[1]}
     if start.kind != "image":
         arguments["mask_image"] = resized(painted or mask(), size)
-    return pipe(**arguments).images.float().numpy()
+    made = pipe(**arguments, **more)
+    return (made.frames if start.frames else made.images).float().numpy()
 
 
 FILLS = [name for name, spec in MODELS.items() if spec.start("fill", control=False)]
@@ -128,8 +147,131 @@ CELLS = [
 
 @pytest.mark.parametrize(("name", "start", "strength"), CELLS)
 def test_a_picture_becomes_what_diffusers_makes_of_it(name: str, start: Start, strength: float) -> None:
-    fields = {"image": png(picture()), "strength": strength}
+    fields: dict[str, Any] = {"image": png(picture()), "strength": strength}
+    if start.frames:
+        fields["image"] = [png(picture(seed)) for seed in FRAMES]
     if start.kind == "inpaint":
         fields["mask"] = png(mask())
     made = latents(engine(name), **fields)
     assert psnr(made, theirs(name, start, strength)) >= EXACT_DB
+
+
+def controlled() -> list[Any]:
+    """Every pipeline with a ControlNet, those that take one with an IP-Adapter too."""
+    found = [(n, s) for n, spec in MODELS.items() for s in spec.starts if s.control and s.kind != "fill"]
+    slow = ("sd2", "ad")  # alike
+    return [
+        pytest.param(n, s, id=f"{n}-{s.kind}", marks=[pytest.mark.slow] if n in slow else [])
+        for n, s in found
+    ]
+
+
+@pytest.mark.parametrize(("name", "start"), controlled())
+def test_beside_a_control_net_and_an_ip_adapter(name: str, start: Start) -> None:
+    flags: dict[str, Any] = {"control_net": {str(tiny_extras.control_net(name)): 0.8}}
+    hint = picture(9)
+    fields: dict[str, Any] = {"image": png(picture()), "strength": 0.5, "control_image": png(hint)}
+    more: dict[str, Any] = {"controlnet_conditioning_scale": 0.8}
+    if start.ip_adapter:
+        flags["ip_adapter"] = {str(tiny_extras.ip_adapter(name)): 0.7}
+        fields["ip_image"], more["ip_adapter_image"] = png(picture(8)), picture(8)
+    if start.kind == "inpaint":
+        fields["mask"] = png(mask())
+    if start.frames:
+        fields["image"] = [png(picture(seed)) for seed in FRAMES]
+    more[start.control_image] = [hint] * len(FRAMES) if start.frames else hint
+    config = tiny.config(name, width=64, height=64, **flags)
+    made = latents(PipelineEngine(tiny.host(name, **flags), config, tiny.world()), **fields)
+
+    def put_on(pipe: Any) -> None:
+        if start.ip_adapter:
+            load_ip_adapter(pipe, MODELS[name], str(tiny_extras.ip_adapter(name)), 0.7, torch.float32)
+
+    net = getattr(diffusers, MODELS[name].control_net_class or "").from_pretrained(
+        tiny_extras.control_net(name)
+    )
+    wanted = theirs(name, start, 0.5, put_on=put_on, parts={"controlnet": net}, **more)
+    assert psnr(made, wanted) >= EXACT_DB
+
+
+def test_a_mask_changes_only_the_inside() -> None:
+    fields: dict[str, Any] = {"image": png(picture()), "strength": 1.0, "seed": 4}
+    hard = mask().point(lambda value: 255 if value > 127 else 0)
+    made, whole = (
+        np.asarray(reply(engine("sd1"), mask=png(one), **fields).pictures[0]).astype(int)
+        for one in (hard, Image.new("L", SIZE, 255))
+    )
+    inside, own = np.asarray(hard) == 255, np.asarray(picture()).astype(int)
+    assert np.array_equal(made[~inside], own[~inside])
+    assert np.abs(made[inside] - own[inside]).mean() > 8 and not np.array_equal(made, whole)
+    soft = np.asarray(reply(engine("sd1"), mask=png(mask()), **fields).pictures[0]).astype(int)
+    edge = (np.asarray(mask()) > 0) & (np.asarray(mask()) < 64)
+    assert 0 < np.abs(soft[edge] - own[edge]).mean() < np.abs(soft[inside] - own[inside]).mean()
+
+
+def test_the_latent_of_an_inpainted_picture_is_the_blended_one() -> None:
+    fields: dict[str, Any] = {"image": png(picture()), "mask": png(mask()), "strength": 0.5}
+    told = reply(engine("sd1"), return_latent=True, **fields).latent
+    assert told is not None
+    assert np.array_equal(safetensors.torch.load(told)["latent"].numpy(), latents(engine("sd1"), **fields))
+
+
+def test_requests_of_every_kind_follow_each_other() -> None:
+    on = engine("sd1")
+    start: dict[str, Any] = {"image": png(picture()), "strength": 0.5}
+    asked: list[dict[str, Any]] = [
+        {},
+        start,
+        {**start, "mask": png(mask()), "scheduler": "heun"},
+        {**start, "width": 64, "height": 96, "scheduler": "euler_a"},
+        {"scheduler": "dpmpp_2m"},
+        {**start, "mask": png(mask()), "negative": "blur", "strength": 0.2},
+    ]
+    first = [latents(on, **fields) for fields in asked]
+    again = [latents(on, **fields) for fields in reversed(asked)]
+    for fields, one, other in zip(asked, first, reversed(again), strict=True):
+        fresh = PipelineEngine(tiny.load("sd1"), on.config, tiny.world())
+        assert np.array_equal(one, other) and np.array_equal(one, latents(fresh, **fields))
+
+
+@pytest.mark.parametrize(("scheduler", "calls"), [("ddim", 5), ("heun", 10), ("pndm", 5)])
+def test_steps_and_progress_are_those_that_run(scheduler: str, calls: int) -> None:
+    on, told = engine("sd1"), []
+    body = {"seed": 3, "steps": STEPS, "image": png(picture()), "strength": 0.5, "scheduler": scheduler}
+    made = on.generate(check_request(body, on.config), lambda step, steps: told.append((step, steps)))
+    assert made is not None and made.steps == 5
+    assert told[-1][0] == told[-1][1] and abs(len(told) - calls) <= 1
+
+
+@pytest.mark.parametrize("fields", [{"strength": 0.05}, {"strength": 0.2, "steps": 4}])
+def test_a_strength_that_leaves_no_step(fields: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=r"strength: leaves no step to run: 0\.\d+ of \d+ steps"):
+        reply(engine("sd1"), image=png(picture()), **fields)
+
+
+def test_what_a_pipeline_has_no_argument_for_is_refused() -> None:
+    flags = {"control_net": {str(tiny_extras.control_net("flux")): 1.0}}
+    config = tiny.config("flux", width=64, height=64, **flags)
+    on = PipelineEngine(tiny.host("flux", **flags), config, tiny.world())
+    with pytest.raises(RequestError, match="negative: is not supported from a picture") as caught:
+        reply(on, image=png(picture()), control_image=png(picture()), negative="blur", true_cfg_scale=2.0)
+    assert caught.value.status == 422
+
+
+def test_a_late_start_has_its_place_in_the_schedule() -> None:
+    pipe = tiny.load("sd1")
+    pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler.set_timesteps(6)  # all but the first come twice
+    with AsyncDiff(pipe, 1, time_shift=True) as method:
+        for first in (0, 2, 4):
+            method.begin_late(11 - first, first)
+            assert method._position(pipe.scheduler.timesteps[first]) == first
+        method.begin(6)
+        assert method._position(pipe.scheduler.timesteps[1]) == 1
+
+
+def test_pipe_fusion_starts_from_no_picture() -> None:
+    method = SimpleNamespace(pipeline=object())
+    XDiTPipeFusion.take(method, method.pipeline)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="image: PipeFusion runs xfuser's own pipelines"):
+        XDiTPipeFusion.take(method, object())  # type: ignore[arg-type]
