@@ -40,6 +40,7 @@ SETTINGS: dict[str, Callable[[str], Flags]] = {
     "compile_unet": lambda name: {"compile_unet": True, "compile_backend": "eager"},
     "compel": lambda name: {"compel": True},
     "embeddings_dir": lambda name: {"embeddings_dir": (str(tiny_extras.embeddings(name)),)},
+    "refiner": lambda name: {"refiner": str(tiny_extras.refiner())},
     "motion_adapter": lambda name: {"motion_adapter": str(tiny_extras.motion_adapter())},
     "motion_module": lambda name: {"motion_module": str(tiny_extras.motion_adapter("file"))},
     "motion_adapter_lora": lambda name: {"motion_adapter_lora": {str(tiny_extras.motion_lora()): 1.0}},

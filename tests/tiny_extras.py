@@ -165,6 +165,24 @@ def vae(name: str, seed: int = 77) -> Path:
     return tiny.cached(f"vae-{name}-{seed}", make)
 
 
+def refiner(seed: int = 95, **changes: Any) -> Path:
+    """The diffusers folder of a refiner for the tiny sdxl: it reads the second text encoder only."""
+
+    def make(folder: Path) -> None:
+        base = tiny.load("sdxl")
+        sizes = {"cross_attention_dim": 64, "projection_class_embeddings_input_dim": 5 * 8 + 64}
+        denoiser = tiny.seeded(
+            seed, lambda: diffusers.UNet2DConditionModel.from_config({**base.unet.config, **sizes, **changes})
+        )
+        diffusers.StableDiffusionXLImg2ImgPipeline(
+            vae=base.vae, text_encoder=None, tokenizer=None, text_encoder_2=base.text_encoder_2,
+            tokenizer_2=base.tokenizer_2, unet=denoiser, scheduler=base.scheduler,
+            requires_aesthetics_score=True, force_zeros_for_empty_prompt=False,
+        ).save_pretrained(folder)  # fmt: skip
+
+    return tiny.cached(f"refiner-{seed}-{'-'.join(map(str, changes.values()))}", make)
+
+
 def embeddings(name: str, vectors: int = 3) -> Path:
     """A folder with a textual inversion for this type, whose word is cat, as trainers write it."""
 

@@ -127,6 +127,8 @@ def infotext(order: Order, reply: Reply, config: HostConfig, hashes: FileHashes)
             "Hires steps": second.request.steps,
             "Hires upscaler": second.upscaler,
         }
+    if config.refiner and (start := order.last.refiner_start or 1) < 1:
+        told |= {"Refiner": config.refiner_id, "Refiner switch at": start}
     if order.retouched is not None:
         told |= order.retouched.told
     told["Lora hashes"] = _lora_hashes(order.last, config, hashes)

@@ -177,6 +177,9 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
         add("denoising_end", f"must be above denoising_start {start:g}, got {end:g}", "denoising_start")
     elif start >= 1:
         add("denoising_start", "must be below 1, or no step is left to run; got 1")
+    for name in ("denoising_start", "denoising_end", "mask"):  # diffusers' refiner knows no mask
+        if getattr(request, name) is not None and (request.refiner_start or 1) < 1:
+            add("refiner_start", f"give refiner_start or {name}, not both", name)
     if request.add_noise and (request.latent is None or not (start or strength)):
         missing = ("latent",) if request.latent is None else (*STRENGTH, "denoising_start")
         add("add_noise", "needs latent and strength", *missing)

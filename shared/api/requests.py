@@ -134,6 +134,11 @@ class GenerateRequest(BaseModel):
         Notes("Strength"),
     ] = None
     denoise: Annotated[Fraction, Field(description="the same as strength")] | None = None
+    refiner_start: Annotated[
+        Annotated[float, Field(gt=0, le=1, description="fraction of the schedule; 1: without the refiner")]
+        | None,
+        Notes("Refiner from", flag="refiner"),
+    ] = None
     denoising_start: Fraction | None = None
     denoising_end: Fraction | None = None
     add_noise: (
@@ -173,6 +178,13 @@ class GenerateRequest(BaseModel):
             return self
         return self.model_copy(update={"seed": ((self.seed or 0) + number) % 2**64})
 
+    def _refined_from(self, config: HostConfig) -> float | None:
+        """Where the launch's refiner starts: only where asked, or from noise to the end of the schedule."""
+        if not config.refiner or self.refiner_start is not None:
+            return self.refiner_start
+        others = (self.denoising_start, self.denoising_end, self.latent, self.image)
+        return config.spec.refiner_start if all(other is None for other in others) else 1.0
+
     def filled(self, config: HostConfig, output_format: str | None = None) -> GenerateRequest:
         """The request with every default of the launch in its place: seed drawn, size, steps and cfg set."""
         own = {
@@ -181,6 +193,7 @@ class GenerateRequest(BaseModel):
             "strength": self.denoise if self.strength is None else self.strength,
             "denoise": None,
             "denoising_start": self.denoising_start or None,
+            "refiner_start": self._refined_from(config),
             "output_format": self.output_format or output_format or "png",
         }
         filled = {n: v for n, v in launch_defaults(config).items() if getattr(self, n) is None}

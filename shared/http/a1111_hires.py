@@ -114,6 +114,10 @@ def two_passes(asked: dict[str, Any], config: HostConfig, check: Check) -> tuple
     width = max(second.width or 0, rounded(covers[0], spec.size_multiple))
     height = max(second.height or 0, rounded(covers[1], spec.size_multiple))
     second = second.model_copy(update={"seed": first.seed})
+    refined = first.refiner_start  # of A1111's passes only the second one is refined
+    if refined is not None and 1 - (second.strength or 1) < refined:
+        second = second.model_copy(update={"refiner_start": refined})
+    first = first.model_copy(update={"refiner_start": None if refined is None else 1.0})
     covers = (width, height)
     if of_pixels:
         return first, SecondPass(second, upscaler, PIXEL_UPSCALERS[upscaler], False, "pixels", covers)

@@ -26,7 +26,6 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "tiling": (),
     "styles": (),
     "script_name": (),
-    "refiner_checkpoint": (),
     "subseed_strength": (),
     "seed_resize_from_w": (-1,),
     "seed_resize_from_h": (-1,),

@@ -50,6 +50,26 @@ def check_model(wanted: Any, name: str) -> None:
         raise ApiError(422, f"this host has only the checkpoint {name!r}; got {shown(wanted)}")
 
 
+def _refined(asked: dict[str, Any], config: HostConfig) -> dict[str, Any]:
+    """Where the refiner starts: "None" for it means none, none given the launch's own.
+
+    Raises:
+        ApiError: 422, another refiner than the launch's.
+    """
+    wanted, at = asked.get("refiner_checkpoint"), asked.get("refiner_switch_at")
+    if wanted in (None, ""):
+        return {}
+    if str(wanted).lower() == "none":
+        return {"refiner_start": 1.0} if config.refiner else {}
+    if not config.refiner_id:
+        raise ApiError(
+            422, f"refiner_checkpoint: the host was started without --refiner; got {shown(wanted)}"
+        )
+    check_model(wanted, config.refiner_id)
+    start = config.spec.refiner_start if at is None else at
+    return {"refiner_start": start or 1.0}  # theirs is 0 where it is off
+
+
 def translate(
     asked: dict[str, Any], config: HostConfig, samplers: dict[str, str], with_image: bool
 ) -> Translated:
@@ -83,6 +103,7 @@ def translate(
         data["scheduler"] = scheduler
     if problem:
         problems.append(problem)
+    data |= _refined(asked, config)
     options = check_options(asked, config, with_image)
     data |= options.data
     problems += options.problems

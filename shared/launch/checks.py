@@ -77,6 +77,13 @@ def _check_paths(config: HostConfig) -> None:
         raise UsageError(
             f"--checkpoint: no model_index.json in {config.checkpoint!r}; not a diffusers folder"
         )
+    if config.refiner and Path(config.refiner).is_dir():
+        if not (Path(config.refiner) / "model_index.json").is_file():
+            raise UsageError(f"--refiner: no model_index.json in {config.refiner!r}; not a diffusers folder")
+    elif config.refiner and Path(config.refiner).suffix not in (".safetensors", ".sft"):
+        raise UsageError(
+            f"--refiner: a single file must be .safetensors or .sft (no pickles); got {config.refiner!r}"
+        )
     if checkpoint.is_file():
         if checkpoint.suffix not in (".safetensors", ".sft"):
             hint = "; a .gguf goes to --gguf_model" if checkpoint.suffix == ".gguf" else ""
@@ -136,6 +143,8 @@ def _check_features(config: HostConfig, backend: Backend) -> None:
             else ("compile_text_encoder", "encoders are compiled whole, and weights are gathered by block")
         )
         raise UsageError(f"--shard_weights: not supported with --{other}: {why}")
+    if config.shard_weights and config.refiner:
+        raise UsageError("--refiner: not supported with --shard_weights, which shards one denoiser")
     if config.gguf_model and config.quantize_to:
         raise UsageError(
             "--quantize_to: the weights of --gguf_model are quantized already; give only one of them"

@@ -96,6 +96,13 @@ class HostConfig:
     scheduler: str | dict[str, Any] | None = _flag(
         None, _MODEL, "short name, diffusers class or JSON (default: the checkpoint's)", as_scheduler
     )
+    refiner: str | None = _flag(
+        None,
+        _MODEL,
+        "the model's refiner, a diffusers folder or single .safetensors file, for the end of the schedule",
+        as_text,
+        path=True,
+    )
     vae: str | None = _flag(None, _MODEL, "VAE to use instead of the checkpoint's", as_text, path=True)
     gguf_model: str | None = _flag(None, _MODEL, "GGUF file for the denoiser", as_text, path=True)
     quantize_to: str | None = _flag(
@@ -347,6 +354,11 @@ class HostConfig:
         """Those of the flags that are not at their defaults."""
         defaults = {f.name: f.default for f in fields(self)}
         return [flag for flag in flags if getattr(self, flag) != defaults[flag]]
+
+    @property
+    def refiner_id(self) -> str | None:
+        """The refiner's name, as the checkpoint's."""
+        return Path(self.refiner).name.removesuffix(".safetensors") if self.refiner else None
 
     @property
     def model_id(self) -> str:

@@ -72,9 +72,15 @@ def _collected(rows: tuple[ModelSpec, ...]) -> dict[str, ModelSpec]:
     def with_types(flag: str, reason: str) -> str:
         return reason.format(types=", ".join(sorted(row.name for row in rows if flag not in row.refuses)))
 
+    refining = ", ".join(sorted(row.name for row in rows if row.refiner_pipeline))
+    no_refiner = {"refiner": f"it has no refiner; types with one: {refining}"}
     return {
         row.name: replace(
-            row, refuses=MappingProxyType({flag: with_types(flag, why) for flag, why in row.refuses.items()})
+            row,
+            refuses=MappingProxyType(
+                {flag: with_types(flag, why) for flag, why in row.refuses.items()}
+                | ({} if row.refiner_pipeline else no_refiner)
+            ),
         )
         for row in rows
     }
@@ -124,6 +130,7 @@ FEATURES: dict[str, str] = {
     "enable_vae_slicing": "VAE slicing",
     "compel": "compel",
     "embeddings_dir": "textual inversion",
+    "refiner": "refiner",
     "motion_module": "motion module",
     "motion_adapter": "motion adapter",
     "motion_adapter_lora": "motion LoRA",

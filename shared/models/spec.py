@@ -84,6 +84,9 @@ class ModelSpec:
     scheduler_family: Literal["discrete", "video", "flow", "flow_flux"] = "discrete"
     fields: frozenset[str] = frozenset()
     image_pipeline: str = "StableDiffusionImg2ImgPipeline"  # whose `strength` is ours with `latent`
+    refiner_pipeline: str | None = None  # for a second denoiser, which takes over near the end
+    refiner_config: str | None = None  # folder under configs/ of its single files
+    refiner_start: float = 1.0  # the fraction of the schedule from which it runs, where a launch has one
     control_net_class: str | None = None
     control_net_pipeline: str | None = None
     control_image_field: str = "image"  # the ControlNet pipeline's argument for the control image
@@ -183,6 +186,7 @@ SCHEDULE = frozenset({"sigmas", "timesteps"})
 PARTIAL = frozenset({"strength", "denoise", "denoising_start", "denoising_end", "add_noise"})
 VIDEO = frozenset({"frames", "decode_chunk_size", "fps"})
 LORA = frozenset({"lora_scales"})
+REFINER = frozenset({"refiner_start"})
 RESCALE = frozenset({"guidance_rescale"})
 
 SD_FIELDS = PROMPTS | EMBEDS | CONTROL | IP | SIZE | SCHEDULE | PARTIAL | LORA | {"clip_skip", "latent"}

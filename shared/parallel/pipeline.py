@@ -61,6 +61,7 @@ class Pipeline(Protocol):
     # Of some pipelines only; the type says which.
 
     lora_set: Any  # no part of diffusers: whoever loads LoRAs keeps them there
+    refiner: Any  # neither: the pipeline of --refiner
     embeddings: Any  # neither, and those of --embeddings_dir
     text_encoder: Any
     encode_prompt: Callable[..., Any]

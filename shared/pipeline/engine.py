@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from shared.api.faults import FieldProblem, RequestError
+from shared.api.faults import FieldProblem, RequestError, refused
 from shared.api.jobs import SecondPass
 from shared.api.operations import AddLora, Operation
 from shared.api.queue import JobQueue
@@ -22,7 +22,7 @@ from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, Start
 from shared.parallel.graphs import Captured
 from shared.parallel.method import Method, Plain
-from shared.parallel.pipeline import Pipeline
+from shared.parallel.pipeline import Pipeline, part_of
 from shared.parallel.sharded import ShardedWeights
 from shared.pipeline.arguments import call_arguments
 from shared.pipeline.batches import Batches, most_together, several
@@ -35,6 +35,7 @@ from shared.pipeline.lora_file import LoraError
 from shared.pipeline.pictures import make_reply, noting_broken_pixels
 from shared.pipeline.preview import Previewer
 from shared.pipeline.prompts import EncodedPrompts
+from shared.pipeline.refiner import Refiner
 from shared.pipeline.schedule_part import part_of_schedule
 from shared.pipeline.schedulers import SchedulerError
 from shared.pipeline.sharding import parameter_bytes
@@ -96,13 +97,17 @@ class PipelineEngine:
         self._encoders = Captured(pipe, self.spec.text_encoders, captures)
         self._adapter_state: Any = None
         self._previewer: Previewer | None = None
+        refiner = part_of(pipe, "refiner")
+        self._refiner = None if refiner is None else Refiner(refiner, pipe, self.spec, make_parallel)
         self._batches = Batches(pipe, config, world)
         self._pipelines = PicturePipelines(pipe, self.spec)
         self._loras = RunningLoras(pipe, config, world, self._operate)
 
     @property
     def plan(self) -> dict[str, Any]:
-        return self.parallel.plan
+        if self._refiner is None:
+            return self.parallel.plan
+        return self.parallel.plan | {"refiner": self._refiner.method.plan}
 
     @property
     def embeddings(self) -> list[dict[str, Any]]:
@@ -193,7 +198,11 @@ class PipelineEngine:
         arguments = several(arguments, request.seed or 0, pictures)
         watch.asked = arguments["num_inference_steps"]
         decode = (holds_picture or self.parallel.decodes_together) and request.output_format != "latent"
-        arguments["output_type"] = "pt" if decode else "latent"
+        output_type = "pt" if decode else "latent"
+        refiner = self._refiner if (request.refiner_start or 1) < 1 else None
+        if refiner is not None:
+            arguments["denoising_end"] = request.refiner_start
+        arguments["output_type"] = output_type if refiner is None else "latent"
         if start is not None and start.kind == "inpaint":
             arguments["callback_on_step_end"] = watch.after_blend
         self._note_adapters(request)
@@ -211,7 +220,12 @@ class PipelineEngine:
                     request.negative,
                 ),
             ):
-                return self.parallel.run(arguments, watch)
+                made = self.parallel.run(arguments, watch)
+            if refiner is None:
+                return made
+            if not watch.step and (request.image or request.latent) is not None:
+                raise refused("refiner_start", "strength leaves no step before it")
+            return refiner.run(request, arguments, made.images, self._prompts, watch, output_type)
         finally:
             self.pipe.maybe_free_model_hooks()  # which a pipeline that is interrupted does not reach
 
@@ -245,7 +259,8 @@ class PipelineEngine:
         """The first steps of a generation at the launch's size, before the first request."""
         shown = getattr(self.pipe, "_progress_bar_config", {})
         self.pipe.set_progress_bar_config(disable=True)
-        warm_up(self, self.config, self.parallel.warm_up_calls, self._encoders.captures)
+        refined = 0 if self._refiner is None else self._refiner.method.warm_up_calls
+        warm_up(self, self.config, self.parallel.warm_up_calls, self._encoders.captures, refined)
         self.pipe.set_progress_bar_config(**shown)
         self._parameters = None
 
@@ -292,6 +307,8 @@ class PipelineEngine:
             freeze_heap()
 
     def close(self) -> None:
+        if self._refiner is not None:
+            self._refiner.close()
         self.parallel.close()
         self._encoders.close()
         if self._weights is not None:

@@ -10,6 +10,7 @@ import difflib
 import inspect
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from shared.pipeline.compile import compile_pipeline
 from shared.pipeline.embeddings import check_alike, load_embeddings
 from shared.pipeline.lora import loras_of
 from shared.pipeline.lora_file import LoraError, check_lora
+from shared.pipeline.refiner import load_refiner
 from shared.pipeline.schedulers import SchedulerError, make_scheduler, set_scheduler
 from shared.pipeline.single_file import BROKEN, CONFIGS, config_folder, load_single_file, pick_variant
 from shared.pipeline.single_file_schedule import schedule_of
@@ -176,20 +178,41 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, needs: Need
     if config.ip_adapter:
         for path, scale in config.ip_adapter.items():
             adapters.load_ip_adapter(pipe, spec, path, scale, dtype)
+    memory.apply_vae_flags(pipe, config)
+    _prepare(pipe, spec, config, device, needs)
+    if config.refiner:
+        pipe.refiner = _load_refiner(pipe, spec, config, device, needs)
+        pipe.refiner.set_progress_bar_config(disable=quiet)
+    used = memory_report(device)
+    log.info("loaded %s in %s, %.1f MB in use on %s", spec.name, dtype, used["allocated"] / 1e6, device)
+    return pipe
+
+
+def _load_refiner(
+    base: Pipeline, spec: ModelSpec, config: HostConfig, device: torch.device, needs: Needs
+) -> Pipeline:
+    """The pipeline of --refiner, with what the launch puts on denoisers; it has no other part of its own."""
+    log.info("loading the refiner from %s", config.refiner)
+    pipe = load_refiner(config.refiner or "", base, spec, compute_dtype(config, device))
+    set_scheduler(pipe, spec, config.scheduler)
+    alone = replace(spec, text_encoders=(), tokenizers=())
+    flags = replace(config, compile_vae=False, compile_text_encoder=False)
+    _prepare(pipe, alone, flags, device, needs)
+    return pipe
+
+
+def _prepare(pipe: Pipeline, spec: ModelSpec, config: HostConfig, device: torch.device, needs: Needs) -> None:
+    """Quantize, compile and place a pipeline that is loaded with all its adapters."""
     if config.quantize_to:
         stays = torch.device("cpu") if config.offloads or needs.shards else device
         quantize.quantize_pipeline(pipe, spec, config.quantize_to, stays)
     memory.apply_xformers(pipe, config)
-    memory.apply_vae_flags(pipe, config)
     if config.compile_unet and device.type == "cuda" and not config.quantize_to:
         # Compiled convolutions are fastest in this layout: 15 % of an SDXL step on an H200.
         denoiser: Any = model_of(pipe, spec.denoiser)  # torch's types know no memory_format
         denoiser.to(memory_format=torch.channels_last)
     compile_pipeline(pipe, spec, config, whole_blocks=not needs.inside_blocks)
     memory.place(pipe, spec, config, device, needs)
-    used = memory_report(device)
-    log.info("loaded %s in %s, %.1f MB in use on %s", spec.name, dtype, used["allocated"] / 1e6, device)
-    return pipe
 
 
 def _load_loras(pipe: Pipeline, spec: ModelSpec, config: HostConfig, needs: Needs) -> None:
@@ -394,7 +417,7 @@ def _check_index(spec: ModelSpec, index: dict[str, Any], folder: Path) -> None:
     if what := OTHER_PIPELINES.get(str(name)):
         raise LoadError(f"--checkpoint {str(folder)!r} is {what} ({name}), not of type {spec.name}")
     if index.get("requires_aesthetics_score"):
-        raise LoadError(f"--checkpoint {str(folder)!r} is the SDXL refiner, which no type supports")
+        raise LoadError(f"--checkpoint {str(folder)!r} is the SDXL refiner: give it as --refiner")
     owners = [s for s in MODELS.values() if name in s.index_classes]
     kin = [s for s in owners if s.single_file_config == spec.single_file_config and s.output == "image"]
     if owners and spec not in owners and not (kin and spec.single_file_config):

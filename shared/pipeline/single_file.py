@@ -117,6 +117,14 @@ def load_single_file(
     return cls(**given)
 
 
+def load_denoiser(header: Header, cls: Any, spec: ModelSpec, folder: Path, dtype: torch.dtype) -> Any:
+    """The denoiser of a refiner's single file. Raises SingleFileError."""
+    weights = _grouped(spec, read_weights(header.file, dtype, "--refiner"))
+    model = _denoiser(cls, header, weights[spec.denoiser], spec, folder, dtype)
+    _check_complete(header.file, spec, {spec.denoiser: model}, "--refiner")
+    return model
+
+
 def config_folder(spec: ModelSpec, file: Path, name: str) -> Path:
     """The folder that configures this component: the one beside the file, else the type's."""
     beside = file.with_suffix("")
@@ -246,13 +254,13 @@ def _from_folder(library: str, class_name: str, folder: Path, dtype: torch.dtype
     return cls.from_pretrained(folder, **settings)
 
 
-def _check_complete(file: Path, spec: ModelSpec, found: dict[str, Any]) -> None:
+def _check_complete(file: Path, spec: ModelSpec, found: dict[str, Any], flag: str = "--checkpoint") -> None:
     for name, module in found.items():
         if isinstance(module, torch.nn.Module):
             missing = [key for key, p in module.named_parameters() if p.is_meta]
             if missing:
                 raise SingleFileError(
-                    f"--checkpoint {str(file)!r} lacks {len(missing)} tensors of {name}, such as "
+                    f"{flag} {str(file)!r} lacks {len(missing)} tensors of {name}, such as "
                     f"{missing[0]!r}: is it of type {spec.name}?"
                 )
 

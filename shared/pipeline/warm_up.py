@@ -17,12 +17,13 @@ from shared.ranks.messages import StoppedError, Verdict
 log = logging.getLogger("host")
 
 
-def warm_up(engine: Engine, config: HostConfig, steps: int, twice: bool) -> None:
+def warm_up(engine: Engine, config: HostConfig, steps: int, twice: bool, refined: int = 0) -> None:
     """Generate at the launch's size, up to step `steps`; with decoding, where the VAE is compiled.
 
     Args:
         twice: also generate with another prompt: text encoders are captured at their second call, and the
             same prompt is not encoded again.
+        refined: also steps of the refiner, at least so many.
     """
     whole = config.compile_vae
     image = encode_image(Image.new("RGB", (64, 64)), "png")
@@ -47,3 +48,7 @@ def warm_up(engine: Engine, config: HostConfig, steps: int, twice: bool) -> None
     run(None, None if whole else steps)
     if twice:
         run("again", 1)
+    if refined and not whole:
+        steps = refined + 2
+        late = {"steps": steps, "refiner_start": 1.5 / steps}  # after one or two steps
+        engine.generate(request.model_copy(update=late), lambda step, steps: None)

@@ -202,7 +202,7 @@ def test_lists(host: FakeHost) -> None:
         ({"styles": ["anime"]}, "styles: "),
         ({"tiling": True}, "tiling: "),
         ({"restore_faces": True}, "restore_faces: "),
-        ({"refiner_checkpoint": "r", "refiner_switch_at": 0.8}, "refiner_checkpoint: "),
+        ({"refiner_checkpoint": "r", "refiner_switch_at": 0.8}, "without --refiner"),
         (
             {"subseed": 3, "subseed_strength": 0.5},
             "subseed_strength: is not supported: leave it out; got 0.5",
@@ -239,6 +239,28 @@ def test_options_that_are_not_served_are_refused_by_name(host: FakeHost, body: A
     answer = post(host, "txt2img", body)
     assert answer.status_code == 422 and words in answer.json()["detail"], answer.text
     assert not host.seen
+
+
+def test_the_refiner_of_the_launch() -> None:
+    with FakeHost(config_of("sdxl", refiner="/models/sdxl-refiner.safetensors")) as host:
+        for body, start in (
+            ({}, 0.8),
+            ({"refiner_checkpoint": "", "refiner_switch_at": 0.5}, 0.8),
+            ({"refiner_checkpoint": "None"}, 1.0),
+            ({"refiner_checkpoint": "sdxl-refiner"}, 0.8),
+            ({"refiner_checkpoint": "sdxl-refiner.safetensors [1f3a]", "refiner_switch_at": 0.5}, 0.5),
+            ({"refiner_checkpoint": "sdxl-refiner", "refiner_switch_at": 0}, 1.0),
+        ):
+            answer = post(host, "txt2img", {"prompt": "a cat", **body})
+            assert answer.status_code == 200 and host.seen[-1].refiner_start == start, body
+            text = json.loads(answer.json()["info"])["infotexts"][0]
+            told = f"Refiner: sdxl-refiner, Refiner switch at: {start}"
+            assert (told in text) == (start < 1)
+        other = post(host, "txt2img", {"refiner_checkpoint": "other"})
+        assert other.status_code == 422 and "has only the checkpoint 'sdxl-refiner'" in other.text
+        more = {"enable_hr": True, "hr_scale": 2, "denoising_strength": 0.7, "width": 64, "height": 64}
+        assert post(host, "txt2img", {"prompt": "a cat", **more}).status_code == 200
+        assert [request.refiner_start for request in host.seen[-2:]] == [1.0, 0.8]
 
 
 def test_options_that_mean_nothing_pass(host: FakeHost) -> None:

@@ -71,6 +71,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "quantize_to": ("int8", "int8"),
     "lora": ('{{"{f}/file.safetensors": 0.5}}', {"{f}/file.safetensors": 0.5}),
     "lora_dir": ("{f}/model,{f}", ("{f}/model", "{f}")),
+    "refiner": ("{f}/other.safetensors", "{f}/other.safetensors"),
     "embeddings_dir": ("{f}/model,{f}", ("{f}/model", "{f}")),
     "control_net": ("{f}/model", {"{f}/model": 1.0}),
     "ip_adapter": ('{{"{f}/file.safetensors": 1}}', {"{f}/file.safetensors": 1.0}),
@@ -117,6 +118,7 @@ COMPANY: dict[str, dict[str, Any]] = {
         f"compile_{name}": {"beside": ("--compile_vae",)}
         for name in ("backend", "mode", "options", "fullgraph_off")
     },
+    "refiner": {"type": "sdxl"},
     "motion_module": {"type": "ad"},
     "motion_adapter": {"type": "ad"},
     "motion_adapter_lora": {"type": "ad"},
@@ -289,6 +291,12 @@ def test_type_and_checkpoint(folder: Path) -> None:
         ),
         (["--gguf_model={f}/model"], "--gguf_model: must be a file; got the folder"),
         (["--control_net={f}/file.safetensors"], "--control_net: must be a diffusers folder; got the file"),
+        (["--refiner={f}/file.ckpt"], "--refiner: a single file must be .safetensors or .sft (no pickles)"),
+        (["--refiner={f}"], "--refiner: no model_index.json in"),
+        (
+            ["--type=sdxl", "--refiner={f}/other.safetensors", "--shard_weights"],
+            "--refiner: not supported with --shard_weights",
+        ),
         (['--lora={{"{f}/file.ckpt": 1}}'], "--lora: a file must be .safetensors"),
         (
             ['--ip_adapter={{"{f}/file.safetensors": 1, "{f}/other.safetensors": 1}}'],

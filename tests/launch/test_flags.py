@@ -235,6 +235,15 @@ def _(ground: Ground) -> None:
     assert hashlib.sha256(b"weights").hexdigest() in (kept / "hashes.json").read_text()
 
 
+@shows("refiner")
+def _(ground: Ground) -> None:
+    path = str(tiny_extras.refiner())
+    found = made("sdxl", refiner=path)
+    assert differs(found.latents, plain("sdxl").latents) and found.plan["refiner"]
+    without = made("sdxl", refiner=path, ask={"refiner_start": 1.0})
+    assert not differs(without.latents, plain("sdxl").latents)
+
+
 @shows("embeddings_dir")
 def _(ground: Ground) -> None:
     folder = (str(tiny_extras.embeddings("sd1")),)
