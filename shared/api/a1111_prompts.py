@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 
 ROUND, SQUARE = 1.1, 1 / 1.1
-MAX_DEPTH = 64  # brackets in each other
+MAX_DEPTH = 64  # nested brackets
 MAX_WEIGHT = 100.0
 
 _TOKENS = re.compile(
@@ -95,7 +95,7 @@ def _refuse_schedules(text: str) -> None:
             shown = f"[{match[1][:40]}]"
             if "|" in match[1]:
                 raise NotationError(f"alternating words are not supported, got {shown}")
-            # The number of a weight ends with a bracket: (word:1.3) inside is none.
+            # A weight ends with a round bracket, so [(word:1.3)] is no edit.
             if _EDITS.search(match[1]):
                 raise NotationError(f"prompt editing is not supported, got {shown}")
         shorter = _INNERMOST.sub("", left)

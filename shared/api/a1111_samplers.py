@@ -10,7 +10,7 @@ from shared.launch.wording import shown
 from shared.models import schedulers_for, with_variant
 
 AUTOMATIC = "Automatic"
-# Their names for our schedulers; the first that the type has is meant.
+# A1111's names -> our schedulers; the first that the type supports is used.
 SAMPLERS: dict[str, tuple[str, ...]] = {
     "DPM++ 2M": ("dpmpp_2m", "flow_dpmpp_2m"),
     "DPM++ SDE": ("dpmpp_sde",),
@@ -28,7 +28,7 @@ SAMPLERS: dict[str, tuple[str, ...]] = {
     "LCM": ("lcm", "flow_lcm"),
     "TCD": ("tcd",),
 }
-# Their names for the variants of our schedulers.
+# A1111's names -> the variants of our schedulers.
 SCHEDULES = {
     "Karras": "k_",
     "Exponential": "exponential_",
@@ -60,7 +60,7 @@ def sampler_labels(name: str) -> tuple[str, str | None]:
 def taken_variant(ours: str, variant: str) -> str | None:
     """Our name for a sampler with one of A1111's schedulers; None where there is no such pair."""
     if ours.startswith("flow_") and variant == "_trailing":
-        return ours  # flow matching is spaced so as it is
+        return ours  # flow matching has this spacing already
     return with_variant(ours, variant)
 
 

@@ -60,7 +60,7 @@ def read(file: bytes) -> tuple[str, dict[str, str]]:
     """A1111's infotext of a checked picture, "" where it has none, and the file's other texts by name."""
     with Image.open(io.BytesIO(file), formats=IMAGE_INPUTS) as image:
         if image.format == "PNG":
-            image.load()  # its texts may stand behind its pixels
+            image.load()  # its text chunks may follow its pixels
         items = {str(name): str(text) for name, text in image.info.items() if isinstance(text, str)}
         try:
             exif = image.getexif()

@@ -1,4 +1,4 @@
-"""Faults of a request, by field, and the error that tells them."""
+"""Faults of a request, by field, and the error that lists them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ class FieldProblem:
 
     field: str
     problem: str
-    needs: frozenset[str] = frozenset()  # fields that must be sound for this fault to be told
+    needs: frozenset[str] = frozenset()  # fields that must be valid for this fault to be reported
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "field", cut(self.field, MAX_VALUE))
         object.__setattr__(self, "problem", cut(self.problem))
 
 
-MAX_TOLD = 20  # faults of one request
+MAX_FAULTS = 20  # reported of one request
 
 
 def all_faults(texts: Sequence[str], total: int | None = None) -> str:
     """The first faults in one line, and how many more there are of `total`."""
-    told, total = list(texts[:MAX_TOLD]), len(texts) if total is None else total
-    if total > len(told):
-        told.append(f"and {total - len(told)} more faults")
-    return "; ".join(told)
+    shown, total = list(texts[:MAX_FAULTS]), len(texts) if total is None else total
+    if total > len(shown):
+        shown.append(f"and {total - len(shown)} more faults")
+    return "; ".join(shown)
 
 
 class RequestError(ValueError):
@@ -38,8 +38,8 @@ class RequestError(ValueError):
     def __init__(self, status: int, problems: list[FieldProblem]) -> None:
         self.status = status
         self.problems = problems
-        told = [f"{p.field}: {p.problem}" if p.field else p.problem for p in problems[:MAX_TOLD]]
-        super().__init__(all_faults(told, len(problems)))
+        shown = [f"{p.field}: {p.problem}" if p.field else p.problem for p in problems[:MAX_FAULTS]]
+        super().__init__(all_faults(shown, len(problems)))
 
 
 def refused(field: str, problem: str) -> RequestError:

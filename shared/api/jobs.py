@@ -42,8 +42,8 @@ class Preview:
 class SecondPass:
     """What a job makes of its first pass' latents or pixels, enlarged (A1111's hires fix)."""
 
-    request: GenerateRequest  # another latent or image stands in its place until the first pass is over
-    upscaler: str  # as A1111 calls it
+    request: GenerateRequest  # with a placeholder for its latent or image until the first pass is over
+    upscaler: str  # A1111's name
     mode: str  # of torch.nn.functional.interpolate; of pixels, of Image.Resampling
     antialias: bool
     layout: str  # ModelSpec.latent_layout, or "pixels"
@@ -145,11 +145,11 @@ class GenerationJob(_Job):
     step: int = 0
     steps: int = 0
     stepped: float | None = None  # time.monotonic() of the last step
-    preview: Preview | None = None  # the newest, while somebody watches
-    made: list[Reply] = field(default_factory=list)  # the pictures so far, their seeds in a row
-    drawing: int = 1  # pictures that are made now, at the same time
+    preview: Preview | None = None  # the newest, while clients watch
+    made: list[Reply] = field(default_factory=list)  # the pictures so far, with consecutive seeds
+    drawing: int = 1  # pictures that are being made at the same time
     together: bool = True  # whether one call of the pipeline may draw several
-    drafts: list[Reply] = field(default_factory=list)  # first passes whose second is next, or runs
+    drafts: list[Reply] = field(default_factory=list)  # first passes whose second is next or running
     starts: tuple[bytes, ...] = ()  # their latents or pictures, enlarged
     _progress: float = field(default=0.0, init=False)
 

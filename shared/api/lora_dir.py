@@ -20,7 +20,7 @@ from typing import Any
 from shared.launch.flags import HostConfig
 
 SUFFIX = ".safetensors"
-HEADER_BYTES = 16 << 20  # of a file that is read for what it says of itself
+HEADER_BYTES = 16 << 20  # the longest header that is read for its metadata
 TRIGGER_WORDS = 10
 SHOWN = 10  # names in an error
 
@@ -70,7 +70,7 @@ def lora_files(config: HostConfig) -> list[LoraFile]:
         root = os.path.realpath(folder)
         for path in files_in(root, SUFFIX):
             inner = os.path.relpath(path, root).removesuffix(SUFFIX)
-            with contextlib.suppress(FileNotFoundError):  # it may go meanwhile
+            with contextlib.suppress(FileNotFoundError):  # it may be removed meanwhile
                 found.setdefault(path, (root, inner, os.stat(path)))
     roots: dict[str, list[str]] = {}
     for root, inner, _ in found.values():

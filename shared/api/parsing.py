@@ -84,7 +84,7 @@ def check_request(data: dict[str, Any], config: HostConfig, accept: str | None =
 def _unknown(data: dict[str, Any], model: type[BaseModel]) -> list[FieldProblem]:
     """A fault for each name that the model has not; pydantic would take seconds to say so of 100,000."""
     unknown = [FieldProblem(name, "unknown field") for name in data if name not in model.model_fields]
-    if unknown:  # told once
+    if unknown:  # reported once
         text = f"unknown field; allowed: {', '.join(sorted(model.model_fields))}"
         unknown[0] = FieldProblem(unknown[0].field, text)
     return unknown
@@ -208,7 +208,7 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
     return problems
 
 
-STRENGTH = ("strength", "denoise")  # two words for one thing
+STRENGTH = ("strength", "denoise")  # two names of one field
 
 
 def _truly_guided(request: GenerateRequest) -> bool:

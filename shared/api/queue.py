@@ -8,7 +8,7 @@ from collections import deque
 
 from shared.api.jobs import GenerationJob, Job, JobError, Preview
 
-PREVIEW_SECONDS = 0.25  # between two previews of a picture that forms
+PREVIEW_SECONDS = 0.25  # between two previews of a picture
 
 
 class QueueFullError(RuntimeError):
@@ -22,7 +22,7 @@ class JobQueue:
         self.limit = limit
         self.running: Job | None = None
         self.last: GenerationJob | None = None  # the newest that left the queue
-        self.watchers = 0  # who would see a preview; written by the HTTP threads
+        self.watchers = 0  # clients that would see a preview; written by the HTTP threads
         self._previewed = 0.0  # time.monotonic()
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()

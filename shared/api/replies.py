@@ -74,7 +74,7 @@ class Reply:
     seconds: dict[str, float] = field(default_factory=dict)
     latent: bytes | None = None  # safetensors with `latent`, where the launch asks for it
     pictures: list[Image.Image] = field(default_factory=list)
-    fps: int | None = None  # of a video, whose frames the pictures are
+    fps: int | None = None  # frames per second, where the pictures are a video's frames
     warnings: list[str] = field(default_factory=list)  # by `shared.api.warned.warn`
     infotext: str = ""  # how it was made, in A1111's words; filled in by whoever answers
 

@@ -68,10 +68,10 @@ Side = Annotated[int, Field(ge=16, le=MAX_SIDE, multiple_of=8, description="pixe
 class Notes:
     """What is to be known of a field beside its type, bounds and description, which pydantic has."""
 
-    label: str = ""  # in a form; without one no form shows the field
+    label: str = ""  # in forms, which show only fields with one
     unit: str = ""
-    common: bool = False  # every type takes it; of the others ModelSpec.fields says who does
-    flag: str = ""  # of the launch, without which the field has nothing to act on
+    common: bool = False  # every type takes it; ModelSpec.fields names the types of the others
+    flag: str = ""  # of the launch, which the field needs
 
 
 class GenerateRequest(BaseModel):
@@ -260,13 +260,13 @@ def launch_defaults(config: HostConfig) -> dict[str, Any]:
 
 
 def field_notes(model: type[BaseModel]) -> dict[str, Notes]:
-    """What is told of each field of a model."""
+    """The notes of each field of a model."""
     return {
-        name: next((told for told in info.metadata if isinstance(told, Notes)), Notes())
+        name: next((note for note in info.metadata if isinstance(note, Notes)), Notes())
         for name, info in model.model_fields.items()
     }
 
 
 FIELD_NOTES = field_notes(GenerateRequest)
-COMMON_FIELDS = frozenset(name for name, told in FIELD_NOTES.items() if told.common)
-NEEDS_FLAG = {name: told.flag for name, told in FIELD_NOTES.items() if told.flag}
+COMMON_FIELDS = frozenset(name for name, notes in FIELD_NOTES.items() if notes.common)
+NEEDS_FLAG = {name: notes.flag for name, notes in FIELD_NOTES.items() if notes.flag}

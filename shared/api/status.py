@@ -20,8 +20,8 @@ class HostStatus:
     type: str
     world_size: int
     state: State = "loading"
-    message: str = ""  # why the host is broken, or what it is at while it loads
-    loaded: int = 0  # percent of the way to ready, by the stages of loading
+    message: str = ""  # why the host is broken, or what it does while it loads
+    loaded: int = 0  # percent loaded, by the stages of loading
     plan: dict[str, Any] = field(default_factory=dict)
     ranks: list[dict[str, Any]] = field(default_factory=list)  # device and memory of each rank
     versions: dict[str, str] = field(default_factory=dict)

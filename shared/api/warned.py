@@ -20,18 +20,18 @@ _collected: ContextVar[list[str] | None] = ContextVar("warnings", default=None)
 
 def warn(text: str) -> None:
     """Add a warning to the request that this thread works on; does nothing while warming up."""
-    told = _collected.get()
-    if told is not None and text not in told:
-        told.append(text)
+    collected = _collected.get()
+    if collected is not None and text not in collected:
+        collected.append(text)
 
 
 @contextlib.contextmanager
 def collecting_warnings() -> Iterator[list[str]]:
     """The list that `warn` fills inside."""
-    told: list[str] = []
-    token = _collected.set(told)
+    collected: list[str] = []
+    token = _collected.set(collected)
     try:
-        yield told
+        yield collected
     finally:
         _collected.reset(token)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from shared.api.faults import MAX_TOLD, FieldProblem, RequestError
+from shared.api.faults import MAX_FAULTS, FieldProblem, RequestError
 from shared.api.hashes import FileHashes, cache_folder
 from shared.api.jobs import GenerationJob, Job, JobError, OperationJob, Order
 from shared.api.media import side_by_side
@@ -28,7 +28,7 @@ from shared.http.wsgi import PARSING
 from shared.launch.flags import HostConfig
 from shared.launch.wording import MAX_TEXT, cut
 
-DISCONNECT_POLL = 0.1  # seconds between two looks whether the client is still there
+DISCONNECT_POLL = 0.1  # seconds between two checks of whether the client is still connected
 PARSED_AT_ONCE = 2  # a body, its text and its pictures may take some hundred MB while they are checked
 RETRY_AFTER = {"loading": 5, "full": 2, "broken": 30, "stopping": 30}  # seconds
 
@@ -45,9 +45,9 @@ class ApiError(Exception):
     ) -> None:
         faults = list(problems)
         self.status = status
-        self.message = cut(message, MAX_TOLD * MAX_TEXT)
-        self.problems = faults[:MAX_TOLD]
-        self.more = len(faults) - len(self.problems)  # faults that are not told
+        self.message = cut(message, MAX_FAULTS * MAX_TEXT)
+        self.problems = faults[:MAX_FAULTS]
+        self.more = len(faults) - len(self.problems)  # faults that are not listed
         self.headers = headers or {}
         super().__init__(message)
 
@@ -117,14 +117,14 @@ class Dispatcher:
         """
         self.check_ready()
         with self._slot():
-            with collecting_warnings() as told:
+            with collecting_warnings() as warnings:
                 asked = self._parsed(parse)
             began = time.monotonic()
             job = GenerationJob(asked.request, asked.second, id=caller.id)
             self._await(job, caller, meanwhile=lambda: self._encode(job, asked))
             for reply in job.made:
                 self.metrics.made(reply, time.monotonic() - began)
-                reply.warnings = merged(told, reply.warnings)
+                reply.warnings = merged(warnings, reply.warnings)
             caller.warnings = merged(*(reply.warnings for reply in job.made))
             return asked, job.made
 

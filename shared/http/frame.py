@@ -132,7 +132,7 @@ def as_api_error(error: Exception) -> ApiError:
             allowed = headers.get("Allow", "")
             path, method = shown(http.path, MAX_ROUTE), cut(http.method, 20)
             return ApiError(405, f"{path} allows only {allowed}; got {method}", headers=headers)
-        if code == 413:  # of werkzeug, whose words tell neither; bodies are bounded before
+        if code == 413:  # from werkzeug, whose text names neither; bodies are bounded before
             return ApiError(413, "the form has too many parts, or a part is too large")
         return ApiError(code, error.description or _reason(code), headers=headers)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

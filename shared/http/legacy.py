@@ -151,7 +151,7 @@ def _safetensors(tensors: dict[str, Tensor]) -> bytes:
 def answer(reply: Reply, config: HostConfig) -> dict[str, Any]:
     """The JSON of a reply in png, pickled: `output` a PIL image or a list of them, `latent` a torch tensor.
 
-    `latent` is told of the types that make pictures from a prompt; the other samplers of the original node
+    `latent` is given for types that make pictures from a prompt; the other samplers of the original node
     pack cannot read an answer that has it.
     """
     from PIL import Image
@@ -202,12 +202,12 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
     def offload() -> Response:
         _refuse_browsers()
         dispatcher.check_ready()
-        told = (
+        message = (
             "OK: idle weights are on the CPU already"
             if config.offloads
             else "OK: nothing was moved; --enable_model_cpu_offload keeps idle models on the CPU"
         )
-        return jsonify({"message": told})
+        return jsonify({"message": message})
 
     @app.serve("GET", "/close", Route("Legacy: ends the host"))
     @app.serve("POST", "/close", Route("Legacy: ends the host"))

@@ -11,7 +11,7 @@ from shared.launch.wording import cut, shown
 from shared.models import ModelSpec
 
 JSON = "application/json"
-# Formats that one file holds whole, in the order in which a wildcard gets them; frames as png are a list.
+# Formats of a single file, in the order in which a wildcard prefers them; png frames are a list.
 RAW_FORMATS = {"image": ("png", "jpeg", "webp"), "video": VIDEO_FILES}
 _ALIASES = {"image/jpg": "image/jpeg"}
 

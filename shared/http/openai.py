@@ -30,7 +30,7 @@ from shared.http.routes import App, Route, picture_route
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 
-MAX_PICTURES = 10  # of one request, as there
+MAX_PICTURES = 10  # of one request, as in OpenAI's API
 PREFIX = "/v1/"
 _MEANINGLESS = frozenset(
     {"model", "quality", "style", "user", "moderation", "output_compression", "input_fidelity"}
@@ -41,7 +41,7 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {
     "height": "size",
     "pictures": "n",
 }
-_SEVERAL = "[]"  # behind the name of a part that may come several times
+_SEVERAL = "[]"  # suffix of the name of a part that may be repeated
 _TEXTS = frozenset({"prompt", "positive", "negative", "negative_prompt", "size"})
 
 
@@ -102,7 +102,7 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
         def read() -> dict[str, Any]:
             data = _edited(_form(), config)
             if "positive" not in config.spec.fields:
-                # OpenAI's API always asks for a prompt; a type without one is not to blame the client for it.
+                # OpenAI's API always asks for a prompt; a type without one ignores it.
                 data.pop("prompt", None)
             return data
 

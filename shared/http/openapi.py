@@ -44,12 +44,12 @@ _PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhg
 
 
 def add_route(app: App, config: HostConfig) -> None:
-    """Add GET /openapi.json, last: the document tells all routes that there are."""
+    """Add GET /openapi.json, last: the document lists all routes."""
     document: dict[str, Any] = {}
     answer = Answer("OpenAPI 3.1", media={JSON: {"schema": {"type": "object"}}})
 
     @app.serve("GET", "/openapi.json", Route("This document", answer, errors=()))
-    def told() -> Response:
+    def openapi_document() -> Response:
         return jsonify(document)
 
     document |= openapi(app, config)
@@ -125,7 +125,7 @@ def _operation(route: Route, arguments: list[str]) -> dict[str, Any]:
             for name, meaning in route.query.items()
         ),
     ]
-    answers: dict[str, Any] = {str(code): _answer(told) for code, told in route.others.items()}
+    answers: dict[str, Any] = {str(code): _answer(answer) for code, answer in route.others.items()}
     if route.errors is None:
         answers["default"] = _answer(AS_THERE)
     else:
@@ -147,8 +147,8 @@ def _operation(route: Route, arguments: list[str]) -> dict[str, Any]:
 
 def _answer(answer: Answer) -> dict[str, Any]:
     content = {JSON: {"schema": _ref(answer.model.__name__)}} if answer.model is not None else {}
-    told: dict[str, Any] = {"description": answer.description, "content": content | dict(answer.media)}
-    return told | ({"headers": dict(answer.headers)} if answer.headers else {})
+    made: dict[str, Any] = {"description": answer.description, "content": content | dict(answer.media)}
+    return made | ({"headers": dict(answer.headers)} if answer.headers else {})
 
 
 def _models(app: App) -> list[tuple[type[BaseModel], JsonSchemaMode]]:

@@ -54,9 +54,9 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-POLL = 0.1  # seconds between two looks at the queue
-HEARTBEAT = 10.0  # seconds; what is sent then shows whether the client is still there
-MAX_UNSENT = 1 << 20  # bytes; a watcher that leaves more unread is let go and may come again
+POLL = 0.1  # seconds between two checks of the queue
+HEARTBEAT = 10.0  # seconds; sent to detect clients that are gone
+MAX_UNSENT = 1 << 20  # bytes; a client that leaves more unread is disconnected and may reconnect
 
 
 FILE = stream("The file", "*/*")  # it holds nothing of the launch, so its routes ask for no token
@@ -245,7 +245,7 @@ def _kind(schema: dict[str, Any]) -> str:
 class Watchers:
     """Streams of server-sent events: the host's state, the running and the waiting requests, previews.
 
-    Each stream compares what is with what it told last, a few times a second; rank 0's loop never waits for
+    Each stream compares the state with what it last sent, a few times a second; rank 0's loop never waits for
     one. A stream holds a thread of the server, so there are at most MAX_WATCHERS.
     """
 
@@ -264,7 +264,7 @@ class Watchers:
         unsent: Callable[[], int] = http.environ.get("host.unsent", lambda: 0)
         response = Response(self._events(gone, unsent), mimetype="text/event-stream")
         response.headers["X-Accel-Buffering"] = "no"  # nginx would hold the events back
-        # A generator that was never begun runs no `finally`, so the seat is given up here.
+        # A generator that was never started runs no `finally`, so its place is freed here.
         seat = contextlib.ExitStack()
         seat.callback(self._leave)
         response.call_on_close(seat.close)
@@ -275,15 +275,15 @@ class Watchers:
             self.queue.watchers -= 1
 
     def _events(self, gone: Callable[[], bool], unsent: Callable[[], int]) -> Iterator[bytes]:
-        told: dict[str, str] = {}
+        sent: dict[str, str] = {}
         shown: tuple[str, Preview] | None = None
         latest = self.queue.last
         open_job = latest if latest is not None and not latest.done else None
         sent_at = time.monotonic()
         while not gone() and unsent() <= MAX_UNSENT:
             ending = self.queue.closed
-            news = [(name, text) for name, text in self._state() if told.get(name) != text]
-            told.update(news)
+            news = [(name, text) for name, text in self._state() if sent.get(name) != text]
+            sent.update(news)
             if open_job is not None and open_job.done:
                 news.append(("end", json.dumps(_end(open_job))))
                 open_job = None

@@ -29,7 +29,7 @@ MAX_BODY = 64 << 20  # bytes, of routes that take pictures
 SMALL_BODY = 64 << 10  # bytes, of all others
 MAX_DRAIN = (
     1 << 30
-)  # bytes of a refused body that are read and thrown away, so that its client reads the answer
+)  # bytes of a refused body that are read and discarded, so that its client reads the answer
 PARSING = 4  # requests that may be read and checked beside those that wait or run
 SPARE_THREADS = 4  # for /health, /progress and /cancel, whatever /generate does
 MAX_WATCHERS = 16  # open streams of GET /events; each holds a thread
@@ -81,12 +81,12 @@ class _Parser(HTTPRequestParser):
         try:
             consumed = super().received(data)
         except OSError as error:
-            # The receiver has counted nothing of this piece, and no byte of the body is of use any more.
+            # The receiver has not counted this piece, and the rest of the body is no longer needed.
             logging.getLogger("host").error("a body could not be kept: %s", error)
             self.refuse(507, NO_ROOM)
             return len(data)
         if self.error and self.path is not None:
-            # A transfer coding that waitress does not have is its one 501; the client is to blame for it.
+            # waitress' only 501 is for a transfer coding that it does not have: an error of the client.
             code = self.error.code if self.error.code < 500 else 400
             self.refuse(code, f"{self.error.reason}: {self.error.body}")
         elif self.body_rcv is None:
@@ -185,7 +185,7 @@ class _Channel(HTTPChannel):
         self._bound_request()
         self._bound_answer(now)
         if self.will_close and self.total_outbufs_len:
-            # A socket whose client takes nothing never gets writable, which is when waitress would close it.
+            # The socket of a client that reads nothing never becomes writable, when waitress would close it.
             super().handle_close()
             self.will_close = False
             return False
@@ -196,7 +196,7 @@ class _Channel(HTTPChannel):
 
     def handle_close(self) -> None:
         if self.discarding and self.connected and self._lingers_since is None:
-            # A close with unread bytes would be a reset, and the client would lose its answer.
+            # Closing with unread bytes would reset the connection, and the client would lose its answer.
             self._lingers_since = time.monotonic()
             self.will_close = self.close_when_flushed = False
             with contextlib.suppress(OSError):
@@ -265,7 +265,7 @@ class Server:
         threads = max_queue + 1 + PARSING + SPARE_THREADS + MAX_WATCHERS
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most_connections = min(threads + IDLE_CONNECTIONS, max(files - OTHER_FILES, OTHER_FILES // 4))
-        # A full queue is answered 503; that waitress has tasks waiting for a thread says nothing more.
+        # A full queue is answered 503; waitress' own warning that tasks wait for a thread adds nothing.
         logging.getLogger("waitress.queue").setLevel(logging.ERROR)
         self._map: dict[int, Any] = {}
         self._server = create_server(
