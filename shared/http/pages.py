@@ -12,7 +12,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ from PIL import Image
 from pydantic import BaseModel, Field
 from werkzeug.exceptions import NotFound
 
+from shared.api.codecs import MAX_FRAMES
 from shared.api.jobs import GenerationJob, Preview
 from shared.api.media import encode_image
 from shared.api.queue import JobQueue
@@ -74,6 +75,7 @@ class LaunchField(BaseModel):
     exclusiveMinimum: float | None = None
     exclusiveMaximum: float | None = None
     choices: list[str] | None = None
+    most: Annotated[int | None, Field(description="pictures that it takes; absent: one")] = None
 
 
 class Launch(BaseModel):
@@ -152,8 +154,8 @@ def offer(config: HostConfig) -> dict[str, Any]:
         name for name, on in (("image", spec.image == "needed"), ("control_image", config.control_net)) if on
     ]
     defaults = launch_defaults(config) | {
-        "controlnet_scale": None if not config.control_net else next(iter(config.control_net.values())),
-        "ip_adapter_scale": None if not config.ip_adapter else next(iter(config.ip_adapter.values())),
+        "controlnet_scale": _alike(config.control_net),
+        "ip_adapter_scale": _alike(config.ip_adapter),
     }
     strengths = _strengths(config)
     if spec.image == "start":
@@ -168,7 +170,11 @@ def offer(config: HostConfig) -> dict[str, Any]:
         "type": spec.name,
         "title": spec.title,
         "output": spec.output,
-        "fields": {name: _field(name, spec, choices.get(name)) for name in FIELD_NOTES if name in fields},
+        "fields": {
+            name: _field(name, spec, choices.get(name)) | _most(name, config)
+            for name in FIELD_NOTES
+            if name in fields
+        },
         "needs": needs,
         "defaults": {name: value for name, value in defaults.items() if name in fields and value is not None},
         "strengths": strengths,
@@ -184,6 +190,18 @@ def _strengths(config: HostConfig) -> dict[str, float]:
     image, mask = (config.spec.start(kind, bool(config.control_net)) for kind in ("image", "inpaint"))
     starts = {"image": image, "mask": mask}
     return {n: s.strength for n, s in starts.items() if s and (s.ip_adapter or not config.ip_adapter)}
+
+
+def _alike(scales: Mapping[str, float] | None) -> float | None:
+    """The scale of all of them, if they have one: a request's one number would be all of theirs."""
+    found = set((scales or {}).values())
+    return found.pop() if len(found) == 1 else None
+
+
+def _most(name: str, config: HostConfig) -> dict[str, int]:
+    """`most` of a field that takes several pictures."""
+    start = config.spec.start("image", bool(config.control_net))
+    return {"most": MAX_FRAMES} if name == "image" and start is not None and start.frames else {}
 
 
 _SHAPES = ((1, 1), (4, 3), (3, 2), (16, 9))

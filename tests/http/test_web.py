@@ -20,6 +20,7 @@ from PIL import Image
 from playwright.sync_api import expect
 from pydantic import Field
 
+from shared.api.codecs import MAX_FRAMES
 from shared.api.requests import FIELD_NOTES, GenerateRequest, Notes, field_notes
 from shared.http import pages
 from shared.http.pages import FILES, FOLDER, MAX_UNSENT, LaunchField, Watchers, offer
@@ -133,11 +134,21 @@ def test_the_launch_tells_from_what_it_can_start_and_how_far() -> None:
     assert offer(config_of("svd"))["strengths"] == {} and "image" in offer(config_of("svd"))["fields"]
 
 
+def test_the_launch_tells_how_many_pictures_a_field_takes_and_a_scale_that_is_of_all() -> None:
+    assert offer(config_of("ad"))["fields"]["image"]["most"] == MAX_FRAMES
+    assert "most" not in offer(config_of("sd1"))["fields"]["image"]
+    for scales, told in (((0.5, 0.5), 0.5), ((0.5, 1.0), None)):
+        nets = dict(zip(("/a", "/b"), scales, strict=True))
+        assert offer(config_of("sd1", control_net=nets))["defaults"].get("controlnet_scale") == told
+        assert offer(config_of("sd1", ip_adapter=nets))["defaults"].get("ip_adapter_scale") == told
+
+
 def test_the_launch_tells_of_no_start_that_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     sd1 = MODELS["sd1"]
     for starts, taken in (((), set()), (tuple(s for s in sd1.starts if s.kind == "image"), {"image"})):
         monkeypatch.setitem(MODELS, "sd1", replace(sd1, starts=starts))
         assert {"image", "mask"} & set(offer(config_of("sd1"))["fields"]) == taken
+    monkeypatch.setitem(MODELS, "sd1", sd1)
     alone = tuple(replace(start, ip_adapter=False) for start in sd1.starts)
     monkeypatch.setitem(MODELS, "sd1", replace(sd1, starts=alone))
     assert "image" not in offer(config_of("sd1", ip_adapter={"/i": 1.0}))["fields"]

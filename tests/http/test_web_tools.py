@@ -223,6 +223,25 @@ def test_pictures_come_by_drop_and_paste_to_their_fields(tabs: Any) -> None:
         assert host.seen[0].ip_image == png(colour="green")
 
 
+def test_the_frames_of_a_video_are_several_pictures_in_the_order_of_their_names(tabs: Any) -> None:
+    with FakeHost(config_of("ad", width=64, height=64)) as host:
+        page = tabs(host.url)
+        colours = ("red", "green", "blue", "white")
+        given = [file(f"frame{number}.png", png((64, 64), colours[number - 8])) for number in (9, 10, 8)]
+        page.locator("#image").set_input_files(given)
+        expect(page.locator("#image-chosen span")).to_have_text(
+            [re.compile(f"frame{n}.png") for n in (8, 9, 10)]
+        )
+        expect(page.locator("#frames")).to_have_value("3")
+        bring(page, "drop", "[data-drop=image]", "frame11.png", png((64, 64), "white"))
+        expect(page.locator("#frames")).to_have_value("4")
+        make(page, positive="a", steps=1)
+        assert host.seen[0].image == [png((64, 64), colour) for colour in colours]
+        assert host.seen[0].frames == 4
+        page.get_by_role("button", name="Use these settings").click()
+        expect(page.locator("#image-chosen span")).to_have_count(4)
+
+
 @both
 def test_prompts_are_queued_while_one_draws(host: DrawingHost, tabs: Any, screen: Any) -> None:
     page = tabs(host.url, **screen)

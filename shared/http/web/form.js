@@ -93,6 +93,8 @@ function isShown(name) {
 }
 
 function showBeside() {
+  const frames = picked("image").length;
+  if (frames > 1 && byId("frames")) byId("frames").value = frames;
   for (const [name, picture] of Object.entries(BESIDE)) {
     if (fieldFor(name)) fieldFor(name).hidden = !picked(picture).length;
   }

@@ -24,7 +24,8 @@ export async function choose(name, files) {
   const { most, pictures } = fields.get(name);
   byId(`${name}-problem`).textContent = "";
   const added = [];
-  for (const given of files) {
+  const inOrder = [...files].sort((one, other) => one.name.localeCompare(other.name, "en", { numeric: true }));
+  for (const given of inOrder) {
     try {
       added.push(await measured(given.file ?? given, given.name));
     } catch {
@@ -62,7 +63,7 @@ export function pictureField(name, { most }) {
     { class: "drop" },
     input,
     element("label", { class: "button", for: name }, "Choose"),
-    element("span", { class: "hint" }, "or drop or paste it here"),
+    element("span", { class: "hint" }, most > 1 ? "or drop or paste some here" : "or drop or paste it here"),
   );
   return [area, element("div", { id: `${name}-chosen`, class: "chosen", hidden: true })];
 }
@@ -71,6 +72,7 @@ function showPicked(name) {
   const { pictures, most } = fields.get(name);
   const chosen = byId(`${name}-chosen`);
   chosen.hidden = !pictures.length;
+  chosen.classList.toggle("many", pictures.length > 3);
   byId(name).parentElement.hidden = pictures.length >= most;
   chosen.replaceChildren(
     ...pictures.map((picture) => {
