@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from shared.launch.backend import Backend, Needs, runs_plain
@@ -9,6 +11,7 @@ from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
 
 if TYPE_CHECKING:
+    from shared.parallel.asyncdiff.weights import StageWeights
     from shared.parallel.method import Method, Part
     from shared.parallel.pipeline import Pipeline
     from shared.pipeline.engine import PipelineEngine
@@ -61,9 +64,14 @@ def stages(config: HostConfig, world_size: int) -> int:
 
 def check(config: HostConfig, world_size: int) -> None:
     """Refuse a plan that does not fit the world size. Raises UsageError."""
-    if config.shard_weights and world_size > 1:
-        raise UsageError("--shard_weights: not supported on asyncdiff_host.py yet")
     stages(config, world_size)
+    if config.shard_weights and world_size > 1:
+        both = "use_cfg_parallel with --async_steps on two ranks"
+        given = "auto_balance" if config.auto_balance else both
+        if config.auto_balance or shares_branch(config, world_size):
+            raise UsageError(
+                f"--shard_weights: not supported with --{given}: each rank computes the whole model there"
+            )
     if world_size > 1 and config.warm_up_steps < 1:
         raise UsageError("--warm_up_steps: must be at least 1 (the first step fills the activations); got 0")
     if config.auto_balance and config.stage_weights:
@@ -80,13 +88,23 @@ def idle(config: HostConfig, world_size: int) -> list[str]:
 
 def needs(config: HostConfig, world_size: int) -> Needs:
     """Stages call parts of the denoiser."""
-    return Needs(in_parts=world_size > 1)
+    shards, staged = config.shards(world_size), tuple[str, ...]()
+    if stages(config, world_size) > 1:
+        encoders = config.spec.text_encoders
+        staged = tuple(name for name in shards if name not in encoders)
+        shards = tuple(name for name in shards if name in encoders)
+    return Needs(in_parts=world_size > 1, shards=shards, stages=staged)
 
 
-def attach(pipe: Pipeline, config: HostConfig, world: World) -> Method:
+def attach(
+    pipe: Pipeline, config: HostConfig, world: World, stage_weights: Sequence[StageWeights] = ()
+) -> Method:
     """Cut the denoiser and the ControlNets into stages, and put the guidance branches on halves of the ranks.
 
     A single rank runs the plain pipeline, on a GPU as CUDA graphs like the others.
+
+    Args:
+        stage_weights: of these models, where a rank keeps only its stage's.
     """
     from shared.parallel.asyncdiff import AsyncDiff
     from shared.parallel.cfg_split import CfgSplit, HybridSplit
@@ -121,8 +139,9 @@ def attach(pipe: Pipeline, config: HostConfig, world: World) -> Method:
             measure_units=config.auto_balance,
             denoiser=module,
             async_steps=config.async_steps,
+            weights=kept,
         )
-        for module in (denoiser, *nets)
+        for module, kept in zip_longest((denoiser, *nets), stage_weights)
     ]
     parts: list[Part] = [*others]
     guided = (lambda: method.running.do_classifier_free_guidance) if nets else None
@@ -142,11 +161,31 @@ def attach(pipe: Pipeline, config: HostConfig, world: World) -> Method:
 
 def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     """Load the pipeline on this rank's device and make it parallel."""
+    from shared.parallel.asyncdiff.weights import StageWeights
+    from shared.parallel.method import control_nets
+    from shared.parallel.pipeline import model_of
     from shared.pipeline.engine import PipelineEngine
     from shared.pipeline.loading import load_on_rank
+    from shared.pipeline.sharding import shard
+    from shared.ranks.groups import branch_groups
 
-    pipe = load_on_rank(config, world, needs(config, world.size))
-    return PipelineEngine(pipe, config, world, lambda pipe: attach(pipe, config, world))
+    needed = needs(config, world.size)
+    pipe = load_on_rank(config, world, needed)
+    weights = shard(pipe, config, world, needed)
+    kept: list[StageWeights] = []
+    if needed.stages:
+        split = config.use_cfg_parallel
+        group = branch_groups(world, config.collective_timeout)[0] if split else world.compute
+        models = (model_of(pipe, config.spec.denoiser), *control_nets(pipe))
+        kept = [StageWeights(model, group, world.device) for model in models]
+    return PipelineEngine(
+        pipe,
+        config,
+        world,
+        lambda pipe: attach(pipe, config, world, kept),
+        weights=weights,
+        stage_weights=kept,
+    )
 
 
 BACKEND = Backend(

@@ -78,6 +78,13 @@ class Exchange:
         """Receive into ``buffer``, whose memory has no gaps; it is filled after ``finish``."""
         self._add(dist.irecv, buffer, peer, tag)
 
+    def receive_now(self, buffer: torch.Tensor, peer: int, tag: int) -> None:
+        """Receive into ``buffer`` and wait for it (on CUDA: make the current stream wait)."""
+        flat = buffer.as_strided((buffer.numel(),), (1,))
+        work = dist.irecv(flat, self.ranks.to_global(peer), group=self.ranks.group, tag=tag)
+        assert work is not None  # only for ranks outside of the group
+        work.wait()
+
     def finish(self) -> None:
         """Wait until all transfers are done (on CUDA: make the current stream wait)."""
         if self._later:

@@ -81,6 +81,23 @@ class Block:
         for piece in self.pieces:
             piece.tensor.data = piece.inside(buffer)
 
+    def divide(self, buffer: torch.Tensor, ranks: Ranks) -> None:
+        """Keep this rank's part of the parameters, and make them views of a buffer."""
+        for piece in self.pieces:
+            piece.inside(buffer).copy_(piece.tensor)
+        length = self.nbytes // ranks.size
+        self.part = buffer[ranks.rank * length :][:length].clone()
+        self.put(buffer)
+
+    def gather(self, buffer: torch.Tensor, ranks: Ranks) -> Any:
+        """Start to fill the buffer with the parts of all ranks; what this returns must be waited for."""
+        return start_all_gather(buffer[: self.nbytes], self.part, ranks.group)
+
+    def restore(self, buffer: torch.Tensor, ranks: Ranks) -> None:
+        """Give the parameters memory of their own, with what all ranks keep."""
+        self.gather(buffer, ranks).wait()
+        self.put(buffer[: self.nbytes].clone())
+
     def _find(self) -> list[Piece]:
         pieces, end = [], 0
         for name in self.parameters:
@@ -119,12 +136,12 @@ class ShardedWeights(Closing):
         largest = max((block.nbytes for block in every), default=0)
         self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
         for block in every:
-            self._cut(block)
-        done = {id(m) for block in every for module in block.modules for m in module.modules()}
+            block.move(device)
+            block.divide(self._buffers[0], self.ranks)
+            for module in block.modules:
+                self._surgery.override(module, lambda *call, block=block: self._block(block, *call))
         for name, model in models.items():
-            for module in model.modules():
-                if id(module) not in done:  # a quantized tensor would be copied by a second move
-                    module._apply(lambda tensor: tensor.to(device), recurse=False)
+            move_rest(model, [module for block in every for module in block.modules], device)
             self._surgery.override(model, self._model(name))
 
     def close(self) -> None:
@@ -132,8 +149,7 @@ class ShardedWeights(Closing):
         self._surgery.close()
         for blocks in self.blocks.values():
             for block in blocks:
-                self._gather(block).wait()
-                block.put(self._buffers[block.slot].clone())
+                block.restore(self._buffers[block.slot], self.ranks)
         self.blocks, self._buffers = {}, []
 
     @property
@@ -145,18 +161,6 @@ class ShardedWeights(Closing):
         """What this rank does not keep of a model's weights."""
         whole = sum(piece.nbytes for block in self.blocks.get(model, ()) for piece in block.pieces)
         return whole - sum(block.part.nbytes for block in self.blocks.get(model, ()))
-
-    def _cut(self, block: Block) -> None:
-        """Keep this rank's part of a block, and no other memory."""
-        block.move(self.device)
-        buffer = self._buffers[block.slot]
-        for piece in block.pieces:
-            piece.inside(buffer).copy_(piece.tensor)
-        length = block.nbytes // self.ranks.size
-        block.part = buffer[self.ranks.rank * length :][:length].clone()
-        block.put(buffer)
-        for module in block.modules:
-            self._surgery.override(module, lambda *call: self._block(block, *call))
 
     def _model(self, name: str) -> Callable[[Forward, tuple, dict], Any]:
         def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
@@ -206,7 +210,7 @@ class ShardedWeights(Closing):
 
     def _gather(self, block: Block) -> Any:
         """Start to fill the block's buffer; what it gives must be waited for."""
-        return start_all_gather(self._buffers[block.slot][: block.nbytes], block.part, self.ranks.group)
+        return block.gather(self._buffers[block.slot], self.ranks)
 
 
 def blocks_of(model: nn.Module, ranks: int) -> list[Block]:
@@ -215,7 +219,7 @@ def blocks_of(model: nn.Module, ranks: int) -> list[Block]:
     Norms of their own, what is small and what two modules share stay whole.
     """
     found: dict[frozenset[int], dict[int, nn.Module]] = {}
-    for module in _modules(model):
+    for _, module in layers_of(model):
         found.setdefault(frozenset(map(id, module.parameters())), {})[id(module)] = module
     users = Counter(key for keys in found for key in keys)
     total = sum(_bytes(parameter) for parameter in model.parameters())
@@ -227,11 +231,20 @@ def blocks_of(model: nn.Module, ranks: int) -> list[Block]:
     return blocks
 
 
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    for _, module, container in candidates(model):
+def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model that it calls as one, by qualified name; a layer without its adapters'."""
+    for name, module, container in candidates(model):
         if not container:
             # An adapter's layer comes and goes; the layer inside it stays.
-            yield getattr(module, "base_layer", module)
+            yield name, getattr(module, "base_layer", module)
+
+
+def move_rest(model: nn.Module, moved: Sequence[nn.Module], device: torch.device) -> None:
+    """Move a model to a device, but for modules that are there: a second move copies quantized tensors."""
+    done = {id(part) for module in moved for part in module.modules()}
+    for module in model.modules():
+        if id(module) not in done:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
 
 
 def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

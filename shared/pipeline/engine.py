@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from shared.api.requests import GenerateRequest
 from shared.launch.errors import LoadError, UsageError
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, Start
+from shared.parallel.asyncdiff.weights import StageWeights
 from shared.parallel.graphs import Captured
 from shared.parallel.method import Method, Plain
 from shared.parallel.pipeline import Pipeline, part_of
@@ -59,6 +60,7 @@ class PipelineEngine:
         output_rank: the rank that decodes and holds the picture; the others stop at the latents.
         picture: which of the pictures of one request this rank works on.
         weights: the sharded ones of the pipeline, given back in ``close``.
+        stage_weights: the same, of models of which a rank keeps a stage.
 
     Raises:
         LoadError: the parallel method does not fit the loaded pipeline.
@@ -73,6 +75,7 @@ class PipelineEngine:
         output_rank: int = 0,
         picture: int = 0,
         weights: ShardedWeights | None = None,
+        stage_weights: Sequence[StageWeights] = (),
     ) -> None:
         self.picture = picture
         self.pipe = pipe
@@ -80,7 +83,7 @@ class PipelineEngine:
         self.spec: ModelSpec = config.spec
         self.world = world
         self.output_rank = output_rank
-        self._weights = weights
+        self._weights, self._stage_weights = weights, stage_weights
         self._loaded = {name: whole for name, (_, whole) in parameter_bytes(pipe).items()}
         """Bytes of each model as it was loaded: PipeFusion takes blocks out of it."""
         self._parameters: dict[str, dict[str, int]] | None = None
@@ -116,9 +119,10 @@ class PipelineEngine:
     @property
     def parameters(self) -> dict[str, dict[str, int]]:
         if self._parameters is None:
+            found = parameter_bytes(self.pipe, self._weights, self._stage_weights)
             self._parameters = {
                 name: {"kept": kept, "whole": max(whole, self._loaded[name])}
-                for name, (kept, whole) in parameter_bytes(self.pipe, self._weights).items()
+                for name, (kept, whole) in found.items()
             }
         return self._parameters
 
@@ -313,6 +317,8 @@ class PipelineEngine:
         self._encoders.close()
         if self._weights is not None:
             self._weights.close()
+        for weights in self._stage_weights:
+            weights.close()
 
 
 CONTENT_FIELDS = frozenset(

@@ -204,7 +204,7 @@ def _load_refiner(
 def _prepare(pipe: Pipeline, spec: ModelSpec, config: HostConfig, device: torch.device, needs: Needs) -> None:
     """Quantize, compile and place a pipeline that is loaded with all its adapters."""
     if config.quantize_to:
-        stays = torch.device("cpu") if config.offloads or needs.shards else device
+        stays = torch.device("cpu") if config.offloads or needs.shards or needs.stages else device
         quantize.quantize_pipeline(pipe, spec, config.quantize_to, stays)
     memory.apply_xformers(pipe, config)
     if config.compile_unet and device.type == "cuda" and not config.quantize_to:

@@ -90,7 +90,7 @@ def place(pipe: Pipeline, spec: ModelSpec, config: HostConfig, device: torch.dev
             raise MemoryFlagError(f"--enable_group_offload: {first_line(error)}") from None
     else:
         for name, module in _models(pipe).items():
-            if name not in needs.shards:
+            if name not in (*needs.shards, *needs.stages):
                 module.to(device)
 
 

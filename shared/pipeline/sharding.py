@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import nn
 
 from shared.launch.backend import Needs
 from shared.launch.flags import HostConfig
+from shared.parallel.asyncdiff.weights import StageWeights
 from shared.parallel.pipeline import Pipeline
 from shared.parallel.sharded import ShardedWeights, plain
 from shared.ranks.groups import World, weights_group
@@ -51,13 +53,17 @@ def shard(
     return weights
 
 
-def parameter_bytes(pipe: Pipeline, weights: ShardedWeights | None = None) -> dict[str, tuple[int, int]]:
+def parameter_bytes(
+    pipe: Pipeline, weights: ShardedWeights | None = None, stages: Sequence[StageWeights] = ()
+) -> dict[str, tuple[int, int]]:
     """By model: the bytes of parameters that this rank keeps, and those of the whole model."""
     found = {}
+    common = {id(stage.model): stage.saved_bytes() for stage in stages}
     for name, model in models_of(pipe).items():
         tensors = {id(t): t for parameter in model.parameters() for t in plain(parameter)}.values()
         sizes = [(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors]
-        # Of a tensor that lies elsewhere there is one element of memory, seen in every place.
+        # Of a tensor that lies elsewhere there is one row of memory.
         kept = sum(min(size) for size in sizes) - (weights.saved_bytes(name) if weights else 0)
+        kept -= common.get(id(model), 0)
         found[name] = kept, sum(whole for whole, _ in sizes)
     return found

@@ -11,15 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from shared.backends import BACKENDS
 from shared.models import MODELS
+from shared.parallel.asyncdiff import AsyncDiff
+from shared.parallel.asyncdiff.weights import StageWeights
 from shared.parallel.sharded import ShardedWeights
 from shared.pipeline.engine import PipelineEngine
-from tests import tiny_extras, tiny_original
+from tests import tiny, tiny_extras, tiny_original
 from tests.pool import RankPool
 from tests.test_matrix import EXACT_DB, SETTINGS, Flags, cells, flags_of, launch, psnr
 
 MOST = {2: 0.55, 3: 0.4, 4: 0.3}
-"""Share of the denoiser's parameters that a rank may keep, by the number of ranks."""
+"""Share of a model's parameters that a rank may keep, by the number of parts."""
 
 
 def sharded(backend: str, name: str, flags: Flags, plan: Flags, lora: str = "") -> dict[str, Any]:
@@ -51,30 +54,37 @@ def stale(host: Any, config: Any, world: Any, latents: Any, changes: Flags) -> n
     return made
 
 
-def check(ranks: list[dict[str, Any]], name: str, plan: Flags, quantized: bool = False) -> None:
+def check(ranks: list[dict[str, Any]], name: str, plan: Flags, parts: int, quantized: bool = False) -> None:
     holder = next(r for r in ranks if r["exact"] is not None)
     assert psnr(holder["exact"], holder["plain"]) >= EXACT_DB
     assert np.array_equal(holder["exact"], holder["again"])
     if "stale" in holder:
-        # The same sums, maybe in another order.
-        assert psnr(holder["sharded stale"], holder["stale"]) >= 80
+        # AsyncDiff cuts otherwise for equal weights; DistriFusion has the same sums, maybe in another order.
+        close = psnr(holder["sharded stale"], holder["stale"])
+        assert close >= 80 if "no_split_batch" in plan else close > 10
     for rank in ranks:
         for model, sizes in rank["parameters"].items():
             if model in (MODELS[name].denoiser, "controlnet", *MODELS[name].text_encoders):
                 # HunyuanDiT has a parameter outside of all layers, 6 % of a tiny one that is not quantized.
-                most = MOST[len(ranks)] + 0.05 * (quantized and name == "hy")
+                most = MOST[parts] + 0.05 * (quantized and name == "hy")
                 if not (model == MODELS[name].denoiser and plan.get("pipefusion_parallel_degree")):
                     assert sizes["kept"] <= most * sizes["whole"], (model, sizes)
 
 
 PLANS: list[tuple[int, str, str, Flags]] = [
+    (4, "asyncdiff", "sdxl", {}),
+    (4, "asyncdiff", "sd3", {}),
+    (3, "asyncdiff", "sd1", {"stride": 2}),
+    (4, "asyncdiff", "sdxl", {"model_n": 3, "stride": 2}),
+    (2, "asyncdiff", "sd1", {"use_cfg_parallel": True}),
+    (4, "asyncdiff", "sdxl", {"use_cfg_parallel": True}),
     (4, "xdit", "flux", {"ulysses_degree": 2, "ring_degree": 2}),
     (4, "xdit", "hy", {"use_cfg_parallel": True}),
     (2, "xdit", "sd3", {"use_cfg_parallel": True}),
     (4, "xdit", "pixs", {"data_parallel_degree": 2}),
     (2, "xdit", "flux", {"use_fbcache": True}),
     (2, "xdit", "flux", {"use_teacache": True}),
-    (4, "distrifuser", "sdxl", {}),
+    (4, "distrifuser", "sdxl", {"no_split_batch": False}),
     (2, "distrifuser", "sd1", {"no_split_batch": True, "sync_mode": "full_sync"}),
     (2, "distrifuser", "sdxl", {"no_split_batch": True, "parallelism": "naive_patch"}),
 ]
@@ -83,7 +93,7 @@ PLANS: list[tuple[int, str, str, Flags]] = [
 def one_of_two() -> list[Any]:
     """(backend, type, feature); most of them run in `make matrix` only."""
     found: list[Any] = []
-    for backend in SHARDING:
+    for backend in BACKENDS:
         for cell in cells(backend):
             name, feature = getattr(cell, "values", cell)
             quick = feature == "nothing" or (feature == "everything" and name in ("flux", "sdxl"))
@@ -92,31 +102,31 @@ def one_of_two() -> list[Any]:
     return found
 
 
-SHARDING = ("distrifuser", "xdit")
-
-
 @pytest.mark.parametrize(("backend", "name", "feature"), one_of_two())
 def test_two_ranks_make_the_plain_picture(pool: RankPool, backend: str, name: str, feature: str) -> None:
     flags = flags_of(backend, name, feature)
     plan: Flags = {"no_split_batch": True} if backend == "distrifuser" else {}
-    check(pool.run(sharded, 2, backend, name, flags, plan, timeout=240), name, plan, "quantize_to" in flags)
+    ranks = pool.run(sharded, 2, backend, name, flags, plan, timeout=240)
+    check(ranks, name, plan, 2, "quantize_to" in flags)
 
 
 @pytest.mark.parametrize(("size", "backend", "name", "plan"), PLANS)
 def test_plans(pool: RankPool, size: int, backend: str, name: str, plan: Flags) -> None:
     ranks = pool.run(sharded, size, backend, name, {}, plan)
-    if plan.get("data_parallel_degree") == 2:
-        ranks = ranks[:2]  # with weights of their own
-    check(ranks, name, plan)
+    parts = size // plan.get("data_parallel_degree", 1)
+    if backend == "asyncdiff" and size > 2:
+        parts = size // (2 if plan.get("use_cfg_parallel") else 1) - plan.get("stride", 1) + 1
+    check(ranks, name, plan, parts)
 
 
 def test_packed_weights_are_gathered_as_they_are_stored(pool: RankPool) -> None:
-    for flags in ({"quantize_to": "int4"}, {"gguf_model": str(tiny_original.gguf("flux"))}):
-        check(pool.run(sharded, 2, "xdit", "flux", flags, {}), "flux", {})
+    for backend, name in (("xdit", "flux"), ("asyncdiff", "sd1")):
+        for flags in ({"quantize_to": "int4"}, {"gguf_model": str(tiny_original.gguf(name))}):
+            check(pool.run(sharded, 2, backend, name, flags, {}), name, {}, 2)
 
 
 def test_a_lora_added_to_sharded_weights(pool: RankPool) -> None:
-    for name, backend in (("flux", "xdit"), ("sd1", "distrifuser")):
+    for name, backend in (("flux", "xdit"), ("sd1", "distrifuser"), ("sdxl", "asyncdiff")):
         lora = str(tiny_extras.lora(name))
         flags = SETTINGS["lora"](name)
         (added, *_), (loaded, *_) = (
@@ -124,6 +134,35 @@ def test_a_lora_added_to_sharded_weights(pool: RankPool) -> None:
         )
         assert psnr(added["exact"], loaded["plain"]) >= EXACT_DB
         assert psnr(added["exact"], added["plain"]) >= EXACT_DB
+
+
+def other_sizes() -> list[float]:
+    """On each rank: how close exact pictures come, of sizes first asked for without the weights."""
+    pipe = tiny.load("sdxl")
+    sizes = [{"size": 64}, {"size": 96}, {"size": 64}]
+    plain = [tiny.run(pipe, "sdxl", **size) for size in sizes]
+    device, group = torch.device("cpu"), dist.new_group(backend="gloo")
+    with StageWeights(pipe.unet, group, device) as weights:
+        with AsyncDiff(pipe, 2, warm_up_steps=99, group=group, weights=weights) as parallel:
+            found = []
+            for size, wanted in zip(sizes, plain, strict=True):
+                parallel.begin(2)
+                made = tiny.run(pipe, "sdxl", **size)
+                found.append(psnr(made, wanted))
+            stages, first = weights.stages, parallel.partition
+            assert first is not None and set(first.names(0)) == {n for n, s in stages.items() if s == 0}
+        with AsyncDiff(pipe, 2, warm_up_steps=1, group=group, weights=weights) as parallel:
+            parallel.begin(4)
+            assert np.isfinite(tiny.run(pipe, "sdxl", steps=4)).all()
+            assert weights.stages == stages
+    assert np.array_equal(tiny.run(pipe, "sdxl", size=64), plain[0])
+    return found
+
+
+def test_the_stages_stay_at_other_sizes(pool: RankPool) -> None:
+    tiny.checkpoint("sdxl")
+    for rank in pool.run(other_sizes, 2):
+        assert min(rank) >= 80
 
 
 class Two(nn.Module):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from shared.parallel.asyncdiff.partition import Partition, partition
-from shared.parallel.asyncdiff.stage import Run, Stage
+from shared.parallel.asyncdiff.stage import Answer, Run, Stage
 from shared.parallel.asyncdiff.timing import UnitTimer
 from shared.parallel.asyncdiff.trace import Trace, candidates, parameter_names, trace
 from shared.parallel.exchange import Exchange, Ranks
@@ -30,6 +30,9 @@ from shared.parallel.method import Method
 from shared.parallel.pipeline import Pipeline, part_of
 from shared.parallel.shapes import Latest
 from shared.parallel.surgery import Forward, Surgery
+
+if TYPE_CHECKING:
+    from shared.parallel.asyncdiff.weights import StageWeights
 
 
 class AsyncDiff(Method):
@@ -52,6 +55,8 @@ class AsyncDiff(Method):
         measure_units: divide by each unit's measured time, not its FLOPs; another run may divide differently.
         denoiser: the module to divide, when it is neither ``unet`` nor ``transformer``.
         max_shapes: signatures whose buffers and graphs are kept.
+        weights: of the denoiser, of which this rank keeps its stage's; made of the same group. Exact steps
+            then run stage after stage over the ranks.
         async_steps: how many steps after the warm-up are asynchronous; those that follow are exact again.
             None for all.
 
@@ -74,6 +79,7 @@ class AsyncDiff(Method):
         denoiser: nn.Module | None = None,
         max_shapes: int = 4,
         async_steps: int | None = None,
+        weights: StageWeights | None = None,
     ) -> None:
         if async_steps is not None and async_steps < 1:
             raise ValueError(f"async_steps must be 1 or more, or None for all; got {async_steps}")
@@ -109,7 +115,7 @@ class AsyncDiff(Method):
         """Whether this rank repeats the last stage for the current step (stride 2)."""
         self.executions: Counter[str] = Counter()
         """How often each unit ran here in this generation's asynchronous steps, graph replays not counted."""
-        self.measure_units = measure_units
+        self.measure_units, self.weights = measure_units, weights
         self.batches = not measure_units  # another batch may be divided differently
         self._cuda_graph = cuda_graph
         self._stages: Latest[Stage] = Latest(max_shapes, lambda stage: stage.graphs.close())
@@ -194,9 +200,8 @@ class AsyncDiff(Method):
                 "each generation"
             )
         if not self.asynchronous(step):
-            return stage.graphs.run(
-                "synchronous", lambda **k: self._synchronous(stage, original, k), **kwargs
-            )
+            exact = self._synchronous if self.weights is None else self._in_turn
+            return stage.graphs.run("synchronous", lambda **k: exact(stage, original, k), **kwargs)
         if (step - self.warm_up_steps) % self.stride:
             return stage.result(stage.next)
         kwargs["timestep"] = self._timestep(t, stage.start + step)
@@ -209,7 +214,14 @@ class AsyncDiff(Method):
             return known
         traced, _ = trace(self.denoiser, kwargs, original)
         costs = self._unit_seconds(traced, original, kwargs, device) if self.measure_units else None
-        plan = partition(traced, self.model_n, self.stage_weights, costs)
+        held = given = None
+        if self.weights is not None:
+            calls = [traced.calls[index] for index in traced.units]
+            held = self.weights.unit_bytes([call.name for call in calls])
+            given = self.weights.assigned([call.label for call in calls])
+        plan = partition(traced, self.model_n, self.stage_weights, costs, held=held, assignment=given)
+        if self.weights is not None:
+            self.weights.keep(plan, self.stage)
         predictions = 0 if self.ranks == 1 else self.stride
         self._stages.make_room()  # before the buffers of another stage are made
         stage = Stage(plan, self.stage, device, Graphs(self._cuda_graph), predictions)
@@ -255,6 +267,40 @@ class AsyncDiff(Method):
         record = Run(stage.takes, keep, {}, {}, self.executions)
         return self._under(record, original, kwargs)
 
+    def _in_turn(self, stage: Stage, original: Forward, kwargs: dict[str, Any]) -> Any:
+        """An exact step of all ranks: each runs its stage on what other stages have made in this step.
+
+        All transfers are in the order in which the values are made, on both sides of every pair.
+        """
+        values, here = stage.partition.trace.values, set[int]()
+        exchange = Exchange(self.group, early=True)
+
+        def arrive(answer: Answer) -> None:
+            made = {leaf.item for leaf in answer.call.outputs if leaf.kind == "value"}
+            for value in sorted(made & stage.inbox.keys() - here):
+                here.add(value)
+                exchange.receive_now(stage.inbox[value], stage.view.needs[value], value)
+                stage.current[value].copy_(stage.inbox[value])
+
+        def send(value: int, tensor: torch.Tensor) -> None:
+            for rank in self._takers(stage, value):
+                exchange.send(tensor, rank, value, values[value].stride)
+
+        gives = {} if self.extra else stage.gives
+        run = Run(gives, send, stage.answers, stage.units, self.executions, arrive)
+        leaves = tree_leaves(self._under(run, original, kwargs))
+        exchange.finish()
+        for i, buffer in zip(stage.predicted, stage.now, strict=True):
+            if self.stage == self.model_n - 1:
+                buffer.copy_(leaves[i])
+            dist.broadcast(buffer, Ranks.of(self.group).to_global(self.model_n - 1), group=self.group)
+        return stage.result(stage.now)
+
+    def _takers(self, stage: Stage, value: int) -> list[int]:
+        """The ranks that take a value of this stage; the last stage is on all further ranks."""
+        last = self.model_n - 1
+        return [r for s in stage.view.gives[value] for r in range(s, self.ranks if s == last else s + 1)]
+
     def _asynchronous(self, stage: Stage, original: Forward, kwargs: dict[str, Any]) -> Any:
         """This rank's stage on the others' outputs of the step before, and the exchange for the next step."""
         values = stage.partition.trace.values
@@ -273,9 +319,8 @@ class AsyncDiff(Method):
                 exchange.receive(buffer, source, tag)
 
         def send(value: int, tensor: torch.Tensor) -> None:
-            for taker in stage.view.gives[value]:
-                for rank in range(taker, self.ranks if taker == self.model_n - 1 else taker + 1):
-                    exchange.send(tensor, rank, value, values[value].stride)
+            for rank in self._takers(stage, value):
+                exchange.send(tensor, rank, value, values[value].stride)
 
         gives = {} if self.extra else stage.gives
         run = Run(gives, send, stage.answers, stage.units, self.executions)

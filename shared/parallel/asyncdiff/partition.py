@@ -21,6 +21,8 @@ from shared.parallel.asyncdiff.trace import SAMPLE, Trace
 
 MAX_CANDIDATES = 50_000
 FINALISTS = 32
+HEAVIEST = 1.06
+"""Largest share of the weights that a stage may hold, relative to an equal one, where that can be had."""
 SPREAD = 0.15
 """Largest relative difference between the loads of two stages that counts as balanced."""
 
@@ -101,6 +103,8 @@ def partition(
     weights: Sequence[float] | None = None,
     costs: Sequence[float] | None = None,
     slack: float = 0.03,
+    held: Sequence[int] | None = None,
+    assignment: Sequence[int] | None = None,
 ) -> Partition:
     """Divide the units of a trace into ``n`` stages.
 
@@ -110,6 +114,9 @@ def partition(
         weights: relative speed of each stage's device; weight 2 gets twice the cost. None: all equal.
         costs: cost of each unit in order of execution, for example measured seconds. None: FLOPs.
         slack: how far above the optimum the largest load may lie for the sake of fewer bytes.
+        held: bytes of weights of each unit. Then no stage holds much more than its share of them, also where
+            the loads are less equal for it. None: it makes no difference.
+        assignment: the stage of each unit, where that is given.
 
     Raises:
         ValueError: n is not in 1 .. number of units, or the weights or costs do not fit.
@@ -121,8 +128,13 @@ def partition(
     if len(cost) != m or min(cost) < 0:
         raise ValueError(f"costs must hold {m} numbers of 0 or more, one for each unit; got {cost}")
     share = _shares(weights, n)
-    limit = _optimum(cost, share) * (1 + slack)
-    starts = np.array(list(_starts(cost, share, limit)), dtype=np.int64)
+    if assignment is not None:
+        return _partition(trace, np.array(assignment), cost, share)
+    optimum = _optimum(cost, share)
+    if held is None:
+        starts = np.array(list(_starts(cost, share, optimum * (1 + slack))), dtype=np.int64)
+    else:
+        starts = _light(cost, share, optimum, slack, held)
     total = np.concatenate([[0.0], np.cumsum(cost)])
     ends = np.concatenate([starts[:, 1:], np.full((len(starts), 1), m)], axis=1)
     loads = total[ends] - total[starts]
@@ -135,14 +147,47 @@ def partition(
     order = np.lexsort((worst, _estimated_bytes(trace, starts)))[:FINALISTS]
     finalists = []
     for rank, index in enumerate(order):
-        assignment = _assign(starts[index], m)
-        views = resolve(trace, assignment.tolist(), n)
+        stage_of = _assign(starts[index], m)
+        views = resolve(trace, stage_of.tolist(), n)
         nbytes = sum(trace.values[v].nbytes for view in views for v in view.needs)
-        finalists.append((nbytes, rank, assignment, views))
-    nbytes, _, assignment, views = min(finalists, key=lambda f: f[:2])
+        finalists.append((nbytes, rank, stage_of, views))
+    nbytes, _, stage_of, views = min(finalists, key=lambda f: f[:2])
+    return _partition(trace, stage_of, cost, share, views)
+
+
+def _partition(
+    trace: Trace,
+    assignment: np.ndarray,
+    cost: list[float],
+    share: list[float],
+    views: list[View] | None = None,
+) -> Partition:
+    n = len(share)
+    views = views or resolve(trace, assignment.tolist(), n)
+    nbytes = sum(trace.values[v].nbytes for view in views for v in view.needs)
     stages = tuple(tuple(np.flatnonzero(assignment == s).tolist()) for s in range(n))
     stage_loads = tuple(sum(cost[u] for u in units) / share[s] for s, units in enumerate(stages))
     return Partition(trace, stages, tuple(share), stage_loads, tuple(views), nbytes)
+
+
+def _light(
+    cost: list[float], share: list[float], optimum: float, slack: float, held: Sequence[int]
+) -> np.ndarray:
+    """First units of the stages, of the most balanced segmentations in which no stage holds too much."""
+    n, total = len(share), np.concatenate([[0], np.cumsum(held)])
+    best: tuple[float, np.ndarray] | None = None
+    for more in (slack, 0.06, 0.12, 0.25, 0.5, 1.0):
+        starts = np.array(list(_starts(cost, share, optimum * (1 + more))), dtype=np.int64)
+        ends = np.concatenate([starts[:, 1:], np.full((len(starts), 1), len(held))], axis=1)
+        parts = total[ends] - total[starts]
+        parts[:, -1] += total[starts[:, 0]]
+        worst = (parts / np.array(share)).max(axis=1) * n / max(total[-1], 1)
+        if best is None or worst.min() < best[0]:
+            best = worst.min(), starts[worst <= max(worst.min(), HEAVIEST)]
+        if best[0] <= HEAVIEST:
+            break
+    assert best is not None
+    return best[1]
 
 
 def _shares(weights: Sequence[float] | None, n: int) -> list[float]:

@@ -117,6 +117,7 @@ class Run:
         answers: calls that are not run; empty runs everything.
         units: calls to count, with their labels.
         executions: where they are counted.
+        arrive: called with each answer before it is given.
     """
 
     def __init__(
@@ -126,9 +127,10 @@ class Run:
         answers: dict[Key, Answer],
         units: dict[Key, str],
         executions: Counter[str],
+        arrive: Callable[[Answer], None] | None = None,
     ) -> None:
         self.wanted, self.take, self.answers = wanted, take, answers
-        self.units, self.executions = units, executions
+        self.units, self.executions, self.arrive = units, executions, arrive
         self.occurrences: Counter[str] = Counter()
 
     def call(self, name: str, original: Forward, args: tuple, kwargs: dict) -> Any:
@@ -138,6 +140,8 @@ class Run:
         answer = self.answers.get(key)
         if answer is not None:
             self.occurrences.update(answer.skipped)
+            if self.arrive is not None:
+                self.arrive(answer)
             return answer(args, kwargs)
         if key in self.units:
             self.executions[self.units[key]] += 1
