@@ -25,10 +25,10 @@ from shared.api.retouch import Retouched
 from shared.api.warned import merged, with_warnings
 from shared.http import a1111_hires as hires
 from shared.http.a1111_request import OURS, check_model, translate
+from shared.http.connections import MAX_BODY
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.incoming import caller, check_json_type, json_body
 from shared.http.routes import App, Route, picture_route
-from shared.http.wsgi import MAX_BODY
 from shared.launch.flags import HostConfig
 
 PREFIX = "/sdapi/"

@@ -25,10 +25,10 @@ from shared.api.warned import header_text
 from shared.http import a1111 as a1111_api
 from shared.http import openai as openai_api
 from shared.http.access import AccessRules, is_preflight
+from shared.http.connections import NO_ROOM
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.incoming import caller, enter
 from shared.http.routes import App
-from shared.http.wsgi import NO_ROOM
 from shared.launch.wording import cut, shown
 
 log = logging.getLogger("host")

@@ -10,8 +10,8 @@ from flask import Flask, Request
 from pydantic import BaseModel
 from werkzeug.formparser import FormDataParser
 
+from shared.http.connections import MAX_BODY, SMALL_BODY
 from shared.http.negotiate import JSON
-from shared.http.wsgi import MAX_BODY, SMALL_BODY
 
 Schema = dict[str, Any]
 View = TypeVar("View", bound=Callable[..., Any])

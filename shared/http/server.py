@@ -12,10 +12,11 @@ from shared.api.status import HostStatus
 from shared.http import a1111, embeddings, generate, legacy, loras, metrics, openai, openapi, pages, state
 from shared.http.access import AccessRules
 from shared.http.answers import Json
+from shared.http.connections import MAX_BODY, SMALL_BODY
 from shared.http.dispatch import Dispatcher
 from shared.http.frame import add_frame, token_fits
 from shared.http.routes import App
-from shared.http.wsgi import MAX_BODY, SMALL_BODY, Bound, Server
+from shared.http.wsgi import Bound, Server
 from shared.launch.flags import HostConfig
 
 __all__ = ["Server", "body_bound", "create_app"]

@@ -28,8 +28,9 @@ from shared.api.jobs import JobError
 from shared.api.replies import File
 from shared.api.warned import HEADER_LENGTH
 from shared.http.answers import PIECE, Json
+from shared.http.connections import MAX_BODY
 from shared.http.openapi import openapi
-from shared.http.wsgi import MAX_BODY, Server
+from shared.http.wsgi import Server
 from shared.launch.logs import JsonFormatter
 from tests.httphost import FakeHost, config_of, picture, wait_for
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 import requests
 
-from shared.http import wsgi
-from shared.http.wsgi import NO_ROOM
+from shared.http import connections, wsgi
+from shared.http.connections import NO_ROOM
 from tests.httphost import FakeHost, config_of, wait_for
 
 
@@ -84,7 +84,7 @@ def test_a_refused_client_that_goes_on_sending_reads_its_answer() -> None:
 
 
 def test_a_refused_client_may_send_longer_than_the_linger(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wsgi, "LINGER_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "LINGER_SECONDS", 0.3)
     with FakeHost() as host, connect(host, post(200 << 20)) as connection:
         for _ in range(10):
             connection.sendall(b"A" * (1 << 20))
@@ -114,7 +114,7 @@ def test_with_the_token_all_is_read() -> None:
 
 
 def test_many_half_requests_shut_nobody_out(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wsgi, "PER_ADDRESS", 40)
+    monkeypatch.setattr(connections, "PER_ADDRESS", 40)
     busy = connect(host, post(33) + b'{"positive": "hold", "steps": 2}\n')
     half = [connect(host, b"GET /health HTTP/1.1\r\nHo") for _ in range(120)]
     assert healthy(host)
@@ -139,8 +139,8 @@ def test_few_open_files_shut_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_slow_headers_and_bodies_end(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wsgi, "HEADER_SECONDS", 0.5)
-    monkeypatch.setattr(wsgi, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "BODY_SECONDS", 0.5)
     headers = connect(host, b"GET /health HTTP/1.1\r\n")
     body = connect(host, post(1000) + b"{")
     assert b" 408 " in answer(headers).split(b"\r\n")[0]
@@ -150,8 +150,8 @@ def test_slow_headers_and_bodies_end(host: FakeHost, monkeypatch: pytest.MonkeyP
 
 
 def test_an_answer_that_nobody_takes_is_dropped(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wsgi, "BODY_SECONDS", 0.5)
-    monkeypatch.setattr(wsgi, "SLOWEST", 1 << 30)
+    monkeypatch.setattr(connections, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "SLOWEST", 1 << 30)
     host.app.add_url_rule("/large", "large", lambda: b"A" * (32 << 20))
     before = temporary_files()
     connection = connect(host)
