@@ -78,6 +78,8 @@ class Method(Part):
 
     decodes_together = False
     """Whether all ranks must decode, as each decodes a part."""
+    ends_with_latents = True
+    """Whether every rank ends with the latents of the whole picture."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         super().__init__()
@@ -129,7 +131,7 @@ class CombinedMethod(Method):
     ) -> None:
         super().__init__(method.pipeline)
         self.method, self.parts, self.note = method, [method, *parts], note or {}
-        self.decodes_together = method.decodes_together
+        self.decodes_together, self.ends_with_latents = method.decodes_together, method.ends_with_latents
         self.batches = all(part.batches for part in self.parts)
         for part in self.parts:
             self.held.enter_context(part)

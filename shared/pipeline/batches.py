@@ -34,8 +34,9 @@ def most_together(config: HostConfig, request: GenerateRequest) -> int:
     """The most pictures of a request that one call of the pipeline may draw, as far as memory allows."""
     spec = config.spec
     starts = request.image is not None or request.latent is not None  # in place of its own noise
+    refined = (request.refiner_start or 1) < 1  # by a second pipeline
     # A compiled denoiser would be compiled anew for each number of pictures.
-    if starts or config.compile_unet or (config.control_net and spec.control_draws):
+    if starts or refined or config.compile_unet or (config.control_net and spec.control_draws):
         return 1
     return max(spec.batch_pixels // ((request.width or 1) * (request.height or 1)), 1)
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -41,12 +42,25 @@ from shared.pipeline.schedule_part import part_of_schedule
 from shared.pipeline.schedulers import SchedulerError
 from shared.pipeline.sharding import parameter_bytes
 from shared.pipeline.steps import StepWatch
+from shared.pipeline.turns import decoded, decoders
 from shared.pipeline.warm_up import warm_up
 from shared.ranks.device import freeze_heap
 from shared.ranks.groups import World
 from shared.ranks.messages import OnStep
 
 log = logging.getLogger("host")
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A picture that is drawn; decoded where `output` is there, the output of the call that drew it."""
+
+    request: GenerateRequest
+    output: Any
+    watch: StepWatch
+    place: int  # among the call's pictures
+    total: float  # seconds so far, and of them for the steps
+    denoise: float
 
 
 class PipelineEngine:
@@ -59,6 +73,7 @@ class PipelineEngine:
         make_parallel: makes the parallel method on the pipeline.
         output_rank: the rank that decodes and holds the picture; the others stop at the latents.
         picture: which of the pictures of one request this rank works on.
+        replicas: how many groups of ranks work on pictures of their own.
         weights: the sharded ones of the pipeline, given back in ``close``.
         stage_weights: the same, of models of which a rank keeps a stage.
 
@@ -76,6 +91,7 @@ class PipelineEngine:
         picture: int = 0,
         weights: ShardedWeights | None = None,
         stage_weights: Sequence[StageWeights] = (),
+        replicas: int = 1,
     ) -> None:
         self.picture = picture
         self.pipe = pipe
@@ -83,6 +99,7 @@ class PipelineEngine:
         self.spec: ModelSpec = config.spec
         self.world = world
         self.output_rank = output_rank
+        self._ranks = world.size // replicas
         self._weights, self._stage_weights = weights, stage_weights
         self._loaded = {name: whole for name, (_, whole) in parameter_bytes(pipe).items()}
         """Bytes of each model as it was loaded: PipeFusion takes blocks out of it."""
@@ -131,13 +148,18 @@ class PipelineEngine:
 
     def most_at_once(self, request: GenerateRequest) -> int:
         """How many pictures of a request a call of generate_all may be asked for."""
-        return most_together(self.config, request) if self.parallel.batches else 1
+        together = most_together(self.config, request) if self.parallel.batches else 1
+        return max(together, self._decoders(request))
+
+    def _decoders(self, request: GenerateRequest) -> int:
+        return decoders(self.pipe, self.config, self.parallel, request, self._ranks)
 
     def generate_all(
         self, request: GenerateRequest, on_step: OnStep, pictures: int, together: bool = True
     ) -> list[Reply]:
         request = self._embeddings.of(self._loras.of(request))
-        replies: list[Reply] = []
+        turns = min(self._decoders(request), pictures)
+        made: list[_Drawn] = []
         drawn = 0
         while drawn < pictures:
             left = pictures - drawn
@@ -147,14 +169,19 @@ class PipelineEngine:
                 on_step(before * steps + count * step, pictures * steps)
 
             one = request.numbered(drawn)
-            replies += self._batches.measured(one, count, partial(self._draw, one, count, step_of_all))
+            decodes = turns == 1 and self.world.rank == self.output_rank
+            draw = partial(self._draw, one, count, step_of_all, decodes)
+            made += self._batches.measured(one, count, draw)
             drawn += count
-        return replies
+        mine = made[self.world.rank - self.output_rank :: turns] if self._is_decoder(turns) else []
+        return [self._reply(one) for one in mine]
 
-    def _draw(self, request: GenerateRequest, pictures: int, on_step: OnStep) -> list[Reply]:
-        """Pictures of one call of the pipeline, on the rank that holds them."""
+    def _is_decoder(self, turns: int) -> bool:
+        return 0 <= self.world.rank - self.output_rank < turns
+
+    def _draw(self, request: GenerateRequest, pictures: int, on_step: OnStep, decodes: bool) -> list[_Drawn]:
+        """The pictures of one call of the pipeline."""
         began = time.perf_counter()
-        holds_picture = self.world.rank == self.output_rank
         # Some pipelines draw control latents from the global state: alike on all ranks then.
         torch.manual_seed(request.seed or 0)
         watch = StepWatch(self.pipe, self.world.device, on_step, self._previewer)
@@ -163,7 +190,7 @@ class PipelineEngine:
         try:
             start = start_of(self.pipe, self.config, request)
             with self._pipelines.of(start, request) as running:
-                output = self._call(running, start, request, watch, holds_picture, pictures)
+                output = self._call(running, start, request, watch, decodes, pictures)
         except RequestError:
             raise
         except Exception as error:
@@ -174,18 +201,28 @@ class PipelineEngine:
         if not watch.step:
             field = "sigmas" if request.sigmas is not None else "timesteps"
             raise RequestError(422, [FieldProblem(field, "no step is left to run")])
-        denoise = watch.seconds()
-        if not holds_picture:
-            return []
-        replies = [
-            make_reply(self.pipe, self.config, request.numbered(place), output, watch, place)
+        denoise, total = watch.seconds() / pictures, (time.perf_counter() - began) / pictures
+        return [
+            _Drawn(request.numbered(place), output if decodes else None, watch, place, total, denoise)
             for place in range(pictures)
         ]
-        total = time.perf_counter() - began
-        seconds = {"total": total, "denoise": denoise, "decode": total - denoise}
-        for reply in replies:
-            reply.seconds = {name: round(value / pictures, 4) for name, value in seconds.items()}
-        return replies
+
+    def _reply(self, drawn: _Drawn) -> Reply:
+        """The reply with a picture that this rank decodes, or has decoded."""
+        began = time.perf_counter()
+        output, place = drawn.output, drawn.place
+        pixels: Sequence[torch.Tensor] = ()
+        if drawn.request.output_format == "latent":
+            pass
+        elif output is None:
+            pixels = decoded(self.pipe, self.config, drawn.request, drawn.watch, place)
+        else:
+            pixels = output.frames[0] if self.spec.output == "video" else output.images[place : place + 1]
+        reply = make_reply(self.pipe, self.config, drawn.request, pixels, drawn.watch, place)
+        total = drawn.total + time.perf_counter() - began
+        seconds = {"total": total, "denoise": drawn.denoise, "decode": total - drawn.denoise}
+        reply.seconds = {name: round(value, 4) for name, value in seconds.items()}
+        return reply
 
     def _call(
         self,
@@ -193,7 +230,7 @@ class PipelineEngine:
         start: Start | None,
         request: GenerateRequest,
         watch: StepWatch,
-        holds_picture: bool,
+        decodes: bool,
         pictures: int,
     ) -> Any:
         if "lora_scales" in self.spec.fields:
@@ -201,7 +238,7 @@ class PipelineEngine:
         arguments = call_arguments(running, self.config, request, self.world.device, start)
         arguments = several(arguments, request.seed or 0, pictures)
         watch.asked = arguments["num_inference_steps"]
-        decode = (holds_picture or self.parallel.decodes_together) and request.output_format != "latent"
+        decode = (decodes or self.parallel.decodes_together) and request.output_format != "latent"
         output_type = "pt" if decode else "latent"
         refiner = self._refiner if (request.refiner_start or 1) < 1 else None
         if refiner is not None:

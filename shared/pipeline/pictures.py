@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -59,14 +59,15 @@ def make_reply(
     pipe: Pipeline,
     config: HostConfig,
     request: GenerateRequest,
-    output: Any,
+    pixels: Sequence[torch.Tensor] | torch.Tensor,
     watch: StepWatch,
     place: int = 0,
 ) -> Reply:
-    """The reply with one picture of the pipeline's output; it is not encoded yet.
+    """The reply with one picture, or the frames of a video; it is not encoded yet.
 
     Args:
-        place: which of several pictures.
+        pixels: of the picture or of each frame, [3, height, width] in 0..1.
+        place: which of several pictures of the call it is.
 
     Raises:
         RequestError: 422, the result contains NaN or Inf.
@@ -93,8 +94,7 @@ def make_reply(
         if spec.size_scale != 1 and watch.latents is not None:
             height, width = (side * pipe.vae_scale_factor for side in watch.latents.shape[-2:])
     else:
-        made = output.frames[0] if video else output.images[place : place + 1]
-        pictures = [without_outside(request, to_picture(pixels)) for pixels in made]
+        pictures = [without_outside(request, to_picture(frame)) for frame in pixels]
         width, height = pictures[0].size
     return Reply(
         output=files,

@@ -226,7 +226,7 @@ class RankLoop:
         job = None if self.queue is None else self.queue.generation
         on_step = self._step_boundary(job)
         replies = self.engine.generate_all(request, on_step, message.each, message.together)
-        return replies[: max(message.pictures - first, 0)]
+        return [reply for reply in replies if _number(reply, message) < message.pictures]
 
     def _operate(self, operation: Operation) -> Sequence[object]:
         match operation:
@@ -280,20 +280,22 @@ class RankLoop:
         elif job is not None:
             verdict = max(o.verdict for o in outcomes)
             if verdict is Verdict.FINISHED:
-                self._deliver(job, outcomes)
+                self._deliver(job, message, outcomes)
             elif not broken:
                 job.finish(self._job_error(verdict, outcomes))
         if broken:
             reasons = "; ".join(f"rank {o.rank}: {o.error}" for o in outcomes if o.error)
             raise BrokenJobError(f"the ranks are out of sync ({reasons or 'a collective failed'})")
 
-    def _deliver(self, job: Job, outcomes: list[Outcome]) -> None:
+    def _deliver(self, job: Job, message: Generate | Call, outcomes: list[Outcome]) -> None:
         """Give the job the results of the ranks."""
         match job:
             case OperationJob():
                 job.succeed(outcomes[0].result)
             case GenerationJob():
+                assert isinstance(message, Generate)
                 replies = [reply for outcome in outcomes for reply in outcome.result]
+                replies.sort(key=lambda reply: _number(reply, message))
                 for reply in replies:
                     reply.warnings = merged(reply.warnings, *(o.warnings for o in outcomes))
                 job.add(replies)
@@ -323,6 +325,11 @@ class RankLoop:
     def _set_state(self, state: Any) -> None:
         if self.status is not None and self.status.state not in ("stopping", "broken"):
             self.status.state = state
+
+
+def _number(reply: Reply, message: Generate) -> int:
+    """Which of the message's pictures it is: their seeds are in a row, after the largest comes 0."""
+    return (reply.seed - (message.request.seed or 0)) % 2**64
 
 
 def _had_no_room(message: Generate | Call, outcomes: list[Outcome]) -> bool:

@@ -64,7 +64,7 @@ class XDiTPipeFusion(Method):
         ValueError: PipeFusion does not support this model or these degrees.
     """
 
-    batches = False
+    batches = ends_with_latents = False
 
     def __init__(
         self,
