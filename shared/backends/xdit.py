@@ -104,7 +104,14 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     holder = picture * (world.size // replicas)
     weights = shard(pipe, config, world, needs(config, world.size), replicas)
     return PipelineEngine(
-        pipe, config, world, lambda p: attach(p, config, world, groups), holder, picture, weights, replicas
+        pipe,
+        config,
+        world,
+        lambda p: attach(p, config, world, groups),
+        holder,
+        picture,
+        weights=weights,
+        replicas=replicas,
     )
 
 
