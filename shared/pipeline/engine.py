@@ -211,7 +211,7 @@ class PipelineEngine:
         """The reply with a picture that this rank decodes, or has decoded."""
         began = time.perf_counter()
         output, place = drawn.output, drawn.place
-        pixels: Sequence[torch.Tensor] = ()
+        pixels: Sequence[torch.Tensor] | torch.Tensor = ()
         if drawn.request.output_format == "latent":
             pass
         elif output is None:

@@ -76,7 +76,8 @@ def check(ranks: list[tuple[list[int], list[Made], list[Made]]], calls: list[int
     """That all ranks made the same calls, how many hold pictures, and that these are those drawn alone."""
     assert all(of_rank[0] == calls for of_rank in ranks)
     assert sum(bool(several) for _, several, _ in ranks) == holders
-    several, alone = ([made for of_rank in ranks for made in of_rank[which]] for which in (1, 2))
+    several = [made for _, of_rank, _ in ranks for made in of_rank]
+    alone = [made for _, _, of_rank in ranks for made in of_rank]
     several.sort(key=lambda made: (made[0] - SEED) % 2**64)
     assert [seed for seed, *_ in several] == [seed for seed, *_ in alone] == [SEED, SEED + 1, 0]
     assert len({made[1].tobytes() for made in alone}) == 3
