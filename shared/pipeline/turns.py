@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from shared.api.requests import GenerateRequest
@@ -38,7 +40,8 @@ def decoded(
         place: which of the call's pictures.
     """
     assert watch.latents is not None
-    vae, latents = model_of(pipe, "vae"), watch.latents[place : place + 1]
+    vae: Any = model_of(pipe, "vae")
+    latents = watch.latents[place : place + 1]
     settings, dtype = vae.config, vae.dtype
     if config.spec.packed:
         latents = pipe._unpack_latents(latents, request.height, request.width, pipe.vae_scale_factor)
