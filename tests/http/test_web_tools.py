@@ -323,6 +323,17 @@ def test_the_history_and_its_settings_outlive_a_reload(host: DrawingHost, tabs: 
     expect(page.locator("#history-card")).to_be_hidden()
 
 
+def test_a_browser_that_keeps_nothing_says_so(host: DrawingHost, tabs: Any) -> None:
+    page = tabs(host.url)
+    page.add_init_script("Object.defineProperty(window, 'indexedDB', { value: undefined })")
+    page.reload()
+    make(page, positive="a", steps=1)
+    expect(page.locator("#history li")).to_have_count(1)
+    expect(page.locator("#history-note")).to_contain_text("until this page is closed")
+    page.get_by_role("button", name="Delete", exact=True).click()
+    expect(page.locator("#history-card")).to_be_hidden()
+
+
 def test_a_file_of_the_page_gives_its_settings_and_the_same_pixels(host: DrawingHost, tabs: Any) -> None:
     page = tabs(host.url)
     make(page, positive="a red circle", negative="blur", steps=7, cfg=3.5, seed=99, width=128)
@@ -433,6 +444,11 @@ def test_full_size_before_and_after_and_the_seed(host: DrawingHost, tabs: Any, s
         assert start.size == (64, 64)
     page.get_by_role("button", name="Copy seed").click()
     expect(page.locator("#status")).to_have_text("Seed 22 is copied.")
+    assert page.evaluate("() => navigator.clipboard.readText()") == "22"
+    page.evaluate("() => navigator.clipboard.writeText('')")
+    page.evaluate("() => Object.defineProperty(navigator, 'clipboard', { configurable: true })")
+    page.get_by_role("button", name="Copy seed").click()  # as on a page of http
+    page.evaluate("() => delete navigator.clipboard")
     assert page.evaluate("() => navigator.clipboard.readText()") == "22"
     page.get_by_role("button", name="Full size").click()
     expect(page.locator("#full-facts")).to_contain_text("Seed 22")
