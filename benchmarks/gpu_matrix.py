@@ -176,7 +176,9 @@ def bodies(name: str, flags: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if flags.get("ip_adapter"):
         first["ip_image"] = picture(3, 32)
     if spec.output == "video":
-        first |= {"frames": 4, "decode_chunk_size": 2}
+        first |= {"frames": 4 if spec.frames_factor == 1 else 5}
+        if "decode_chunk_size" in spec.fields:
+            first["decode_chunk_size"] = 2
     words = first | {"seed": 12}
     if "positive" in spec.fields:
         words |= {"positive": "two large blue dogs in the snow", "cfg": 3.0}

@@ -349,10 +349,16 @@ def make_qwen() -> Any:
     return tiny_qwen.make_qwen()
 
 
+def make_wan() -> Any:
+    from tests import tiny_wan
+
+    return tiny_wan.make_wan()
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "ad": make_ad, "sd1": make_sd1, "sd2": make_sd2, "sdxl": make_sdxl, "sd3": make_sd3, "sdup": make_sdup,
     "svd": make_svd, "flux": make_flux, "chroma": make_chroma,
-    "hy": make_hy, "qwen": make_qwen,
+    "hy": make_hy, "qwen": make_qwen, "wan": make_wan,
     "pixa": lambda: make_pixart(diffusers.PixArtAlphaPipeline, 120, 12),
     "pixs": lambda: make_pixart(diffusers.PixArtSigmaPipeline, 300, 13),
 }  # fmt: skip
@@ -423,6 +429,8 @@ def call_args(
         args |= {"image": picture(size), "decode_chunk_size": 2}
     if name in ("svd", "ad"):
         args |= {"num_frames": frames}
+    if name == "wan":
+        args |= {"num_frames": frames + 1}
     if name == "qwen":
         args |= {"negative_prompt": " ", "true_cfg_scale": args.pop("guidance_scale")}
     if name in ("hy", "pixa", "pixs"):

@@ -7,7 +7,22 @@ from pathlib import Path
 
 import folder_paths
 
-TYPES = ["sdxl", "sd1", "sd2", "sd3", "ad", "svd", "sdup", "flux", "chroma", "hy", "pixa", "pixs", "qwen"]
+TYPES = [
+    "sdxl",
+    "sd1",
+    "sd2",
+    "sd3",
+    "ad",
+    "svd",
+    "sdup",
+    "flux",
+    "chroma",
+    "hy",
+    "pixa",
+    "pixs",
+    "qwen",
+    "wan",
+]
 BACKENDS = ["asyncdiff", "distrifuser", "xdit"]
 VARIANTS = ["default", "fp16", "bf16", "fp32"]
 QUANTIZATIONS = ["float8", "int8", "int4", "int2"]

@@ -313,7 +313,7 @@ class AnimateDiffSampler(io.ComfyNode):
             node_id="MultiGPUDiffusionAnimateDiffSampler",
             display_name="AnimateDiff Sampler (multi-GPU)",
             category=CATEGORY,
-            description="Makes the frames of a video. Needs a host of type ad.",
+            description="Makes the frames of a video. Needs a host of type ad or wan.",
             inputs=[
                 _host(),
                 *_prompts("a red circle on a blue background", ""),

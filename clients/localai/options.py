@@ -25,6 +25,7 @@ PIPELINES = {
     "PixArtAlphaPipeline": "pixa",
     "PixArtSigmaPipeline": "pixs",
     "QwenImagePipeline": "qwen",
+    "WanPipeline": "wan",
 }
 # The same, by what LocalAI calls them where they start from a picture.
 PIPELINES |= {

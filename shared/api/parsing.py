@@ -254,6 +254,10 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
                 f"must be 1 for a video as a list of png, got {count}; mp4, gif and webp hold a whole video"
             )
             problems.append(FieldProblem("pictures", text))
+    if rest := ((request.frames or 1) - 1) % spec.frames_factor:
+        near = [(request.frames or 1) - rest, (request.frames or 1) - rest + spec.frames_factor]
+        text = f"must be a multiple of {spec.frames_factor}, and 1 more; got {request.frames}, near it are "
+        problems.append(FieldProblem("frames", text + " and ".join(map(str, near))))
     if (request.steps or spec.steps) < spec.least_steps:
         text = f"must be at least {spec.least_steps} for type {spec.name}, got {request.steps}"
         problems.append(FieldProblem("steps", text))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
-from shared.models import chroma, flux, hunyuan, pixart, qwen, sd, sd3
+from shared.models import chroma, flux, hunyuan, pixart, qwen, sd, sd3, wan
 from shared.models.files import INPUTS, PARTS, VAE_PREFIXES, FileKind
 from shared.models.schedulers import (
     EDM_CLASSES,
@@ -63,6 +63,7 @@ FAMILIES: tuple[Family, ...] = (
     hunyuan.FAMILY,
     pixart.FAMILY,
     qwen.FAMILY,
+    wan.FAMILY,
 )
 
 

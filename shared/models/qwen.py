@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 from shared.models.files import FileKind
 from shared.models.spec import (
+    INPAINT,
     LORA,
     NO_COMPEL,
     NO_CONTROL,
@@ -17,6 +18,7 @@ from shared.models.spec import (
     SIZE,
     Family,
     ModelSpec,
+    Start,
     refusals,
 )
 from shared.models.tokens import Site, TokenPlan
@@ -43,6 +45,11 @@ FAMILY = Family(
             name="qwen",
             title="Qwen-Image",
             pipeline="QwenImagePipeline",
+            image="start",
+            starts=(
+                Start("QwenImageImg2ImgPipeline", "image", 0.6),
+                Start("QwenImageInpaintPipeline", "inpaint", 0.6),
+            ),
             image_pipeline="QwenImageImg2ImgPipeline",
             denoiser="transformer",
             tokens=TOKENS,
@@ -64,7 +71,7 @@ FAMILY = Family(
             scheduler_family="flow_flux",
             # Without a negative prompt there would be no guidance; its authors' examples give one space.
             pipeline_defaults=MappingProxyType({"negative_prompt": " "}),
-            fields=PROMPTS | SIZE | PARTIAL | LORA | {"sigmas", "latent"},
+            fields=PROMPTS | SIZE | PARTIAL | LORA | INPAINT | {"sigmas", "latent"},
             refuses=refusals(
                 NO_MOTION,
                 {

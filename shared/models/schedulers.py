@@ -67,8 +67,8 @@ SCHEDULERS: dict[str, SchedulerSpec] = {
         _scheduler("flow_euler", "FlowMatchEulerDiscreteScheduler", "flow", "flow_flux", sigmas=True),
         _scheduler("flow_heun", "FlowMatchHeunDiscreteScheduler", "flow"),
         _scheduler("flow_lcm", "FlowMatchLCMScheduler", "flow_flux"),
-        _scheduler("flow_dpmpp_2m", "DPMSolverMultistepScheduler", "flow_flux", **_FLOW),
-        _scheduler("flow_unipc", "UniPCMultistepScheduler", "flow_flux", **_FLOW),
+        _scheduler("flow_dpmpp_2m", "DPMSolverMultistepScheduler", "flow_flux", "flow_video", **_FLOW),
+        _scheduler("flow_unipc", "UniPCMultistepScheduler", "flow_flux", "flow_video", **_FLOW),
     )
 }
 

@@ -64,6 +64,7 @@ class ModelSpec:
     control_draws: bool = False  # whether control pictures are encoded with noise of the global state
     size_scale: int = 1  # output pixels per pixel of the size that the pipeline is given (x4 upscaler: 4)
     frames: int | None = None
+    frames_factor: int = 1  # frames of one latent frame; the first frame has a latent of its own
     fps: int = 8
     fps_condition: bool = False  # whether the frames per second are an input of the model
     frames_limit: tuple[str, str] | None = None  # component and its setting that bounds the frames
@@ -81,7 +82,7 @@ class ModelSpec:
     embeds_setting: str = "cross_attention_dim"  # of the denoiser: how wide embeddings are
     embeds_mask: bool = False  # whether embeddings come with an attention mask
     vae_kind: Literal["image", "video"] = "image"  # what its VAE takes; of a video's, a picture is one frame
-    scheduler_family: Literal["discrete", "video", "flow", "flow_flux"] = "discrete"
+    scheduler_family: Literal["discrete", "video", "flow", "flow_flux", "flow_video"] = "discrete"
     fields: frozenset[str] = frozenset()
     image_pipeline: str = "StableDiffusionImg2ImgPipeline"  # whose `strength` is ours with `latent`
     refiner_pipeline: str | None = None  # for a second denoiser, which takes over near the end
@@ -104,6 +105,8 @@ class ModelSpec:
     single_file_settings: Literal["input_channels", "guidance_embeds", "mmdit_blocks"] = "input_channels"
     # What single files of the type predict, where neither a key nor a shape says it.
     single_file_predicts: Literal["one_kind", "noise_or_velocity"] = "one_kind"
+    # Entries of model_index.json that make the checkpoint another model, and which.
+    other_settings: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     optional_parts: frozenset[str] = frozenset()  # components without which the type runs
     pipeline_defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     refuses: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -154,6 +157,7 @@ class ModelSpec:
 
     def latent_shape(self, channels: int, height: int, width: int, frames: int) -> tuple[int, ...]:
         """The shape of the latents of one picture or video; height and width in latents before packing."""
+        frames = (frames - 1) // self.frames_factor + 1
         return {
             "nchw": (1, channels, height, width),
             "ncfhw": (1, channels, frames, height, width),

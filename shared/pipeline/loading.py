@@ -416,6 +416,9 @@ def _check_index(spec: ModelSpec, index: dict[str, Any], folder: Path) -> None:
     name = index.get("_class_name")
     if what := OTHER_PIPELINES.get(str(name)):
         raise LoadError(f"--checkpoint {str(folder)!r} is {what} ({name}), not of type {spec.name}")
+    for key, what in spec.other_settings.items():
+        if index.get(key) and index[key] != [None, None]:
+            raise LoadError(f"--checkpoint {str(folder)!r} is {what}")
     if index.get("requires_aesthetics_score"):
         raise LoadError(f"--checkpoint {str(folder)!r} is the SDXL refiner: give it as --refiner")
     owners = [s for s in MODELS.values() if name in s.index_classes]

@@ -46,7 +46,9 @@ def test_the_choices_are_the_registrys(comfy: ComfyUI) -> None:
     }
     assert {n for n, s in MODELS.items() if s.pooled_embeds} == comfy.pack["convert"].POOLED
     assert {n for n, s in MODELS.items() if s.packed} == comfy.pack["convert"].PACKED
-    assert {n for n, s in MODELS.items() if s.vae_kind == "video"} == comfy.pack["convert"].OF_VIDEOS
+    assert {n for n in comfy.pack["convert"].FAMILIES if MODELS[n].vae_kind == "video"} == comfy.pack[
+        "convert"
+    ].OF_VIDEOS
     assert len(choices.SCHEDULERS) == len(set(choices.SCHEDULERS)) and set(SCHEDULERS) <= set(
         choices.SCHEDULERS
     )

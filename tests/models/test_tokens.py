@@ -79,6 +79,7 @@ def test_every_plan_is_found_by_its_class() -> None:
         ("flux", {"branches": 1, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("chroma", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("qwen", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
+        ("wan", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),
         ("sd3", {"branches": 2, "flow": True, "packed": False, "joined": ("picture", "text")}),
         ("hy", {"branches": 2, "flow": False, "packed": False, "joined": ("picture",)}),
         ("pixs", {"branches": 2, "flow": False, "packed": False, "joined": ("picture",)}),
@@ -89,18 +90,18 @@ def test_a_plan_says_how_its_model_works(name: str, expected: dict[str, Any]) ->
     assert {key: getattr(plan, key) for key in expected} == expected
 
 
-def wan() -> Any:
-    transformer = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
-        text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32,
+def zimage() -> Any:
+    transformer = diffusers.ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
+        axes_dims=[4, 6, 6], axes_lens=[64, 64, 64],
     )  # fmt: skip
-    return diffusers.WanPipeline(
-        scheduler=diffusers.UniPCMultistepScheduler(), vae=None, text_encoder=None, tokenizer=None,
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
         transformer=transformer,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [wan])
+@pytest.mark.parametrize("make", [zimage])
 def test_a_class_without_a_plan_is_refused_by_name_before_surgery(make: Any) -> None:
     pipe = make()
     before = repr(pipe.transformer)

@@ -43,7 +43,7 @@ from tests.pool import RankPool
 STEPS = 2
 EXACT = 80.0
 """dB in fp32 that count as equal to the plain pipeline; most reach 120 and more."""
-TYPES = ("chroma", "flux", "hy", "pixa", "pixs", "qwen", "sd3")
+TYPES = ("chroma", "flux", "hy", "pixa", "pixs", "qwen", "sd3", "wan")
 
 Case = dict[str, Any]
 
@@ -73,7 +73,7 @@ def exact(name: str, cases: list[Case], sizes: list[Case]) -> list[list[float]]:
     plain, text = [picture(pipe, name, **size) for size in sizes], repr(pipe.transformer)
     found = []
     for case in cases:
-        options: Any = {"parallel_vae": True} if "ring" in case and name != "qwen" else {}
+        options: Any = {"parallel_vae": True} if "ring" in case and name not in ("qwen", "wan") else {}
         with XDiT(pipe, Degrees(**case), **options) as parallel:
             assert json.dumps(parallel.plan)
             assert repr(pipe.transformer) == text
@@ -89,6 +89,7 @@ CASES_2 = [{"ulysses": 2}, {"ring": 2}]
 SIZES = [{}, {"height": 80, "width": 48, "steps": 3}]
 # What xfuser's own pipelines would not hear, or do wrong.
 MORE: dict[str, list[Case]] = {
+    "wan": [{"guidance_scale": 1.0, "num_frames": 1}, {"negative_prompt": "blur", "num_frames": 9}],
     "chroma": [
         {"guidance_scale": 1.0},
         {"negative_prompt": "blur, and many more words", "max_sequence_length": 19},
@@ -169,7 +170,9 @@ PIPEFUSION_CALLS: list[Case] = [
 LATENTS = {"flux": (1, 16, 16), "sd3": (1, 16, 8, 8), "hy": (1, 4, 8, 8)}
 
 
-@pytest.mark.parametrize("name", sorted(set(TYPES) - {"chroma", "qwen"}))  # xfuser has no stages of them
+@pytest.mark.parametrize(
+    "name", sorted(set(TYPES) - {"chroma", "qwen", "wan"})
+)  # xfuser has no stages of them
 def test_pipefusion(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     calls = list(PIPEFUSION_CALLS)
@@ -188,6 +191,7 @@ def test_pipefusion(pool: RankPool, name: str) -> None:
 
 # A sample in which every pair of methods comes up.
 HYBRIDS: dict[str, list[Case]] = {
+    "wan": [{"cfg": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}],
     "chroma": [{"cfg": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}],
     "flux": [{"ulysses": 2, "ring": 2}, {"tensor": 2, "ulysses": 2}, {"tensor": 2, "ring": 2}],
     "sd3": [{"cfg": 2, "ulysses": 2}, {"ulysses": 4}],
