@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from shared.backends import BACKENDS
 from shared.models import FEATURES, MODELS
 from shared.models.spec import Kind
-from tests import tiny, tiny_extras
+from tests import tiny, tiny_extras, tiny_lycoris
 from tests.pool import RankPool
 
 STEPS = 3
@@ -62,13 +63,15 @@ EVERYTHING = ("lora", "control_net", "ip_adapter", "quantize_to", "compile_unet"
 PAIRED = (*EVERYTHING, "compel", *FROM_PICTURE)
 
 
+def encoded(name: str, seed: int, mode: str = "RGB") -> str:
+    """A picture for a type, as a request has it."""
+    out = io.BytesIO()
+    tiny.picture(64 if MODELS[name].size_scale == 1 else 16, seed).convert(mode).save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
 def body(name: str, flags: Flags) -> dict[str, Any]:
     """A request of this type, with the inputs that the flags want."""
-
-    def picture(seed: int, mode: str = "RGB") -> str:
-        out = io.BytesIO()
-        tiny.picture(64 if MODELS[name].size_scale == 1 else 16, seed).convert(mode).save(out, "PNG")
-        return base64.b64encode(out.getvalue()).decode()
 
     request: dict[str, Any] = {"steps": STEPS, "seed": 11, "output_format": "latent"}
     if "positive" in MODELS[name].fields:
@@ -76,18 +79,18 @@ def body(name: str, flags: Flags) -> dict[str, Any]:
         if MODELS[name].guidance_branches == 2:
             request["negative"] = "blur"
     if MODELS[name].image == "needed" or flags.get("start"):
-        request["image"] = picture(1)
+        request["image"] = encoded(name, 1)
         if MODELS[name].output == "video" and flags.get("start"):
-            request["image"] = [picture(seed) for seed in (1, 5, 6, 7)]
+            request["image"] = [encoded(name, seed) for seed in (1, 5, 6, 7)]
     if start := flags.get("start"):
         # Twice as many, of which the last half runs.
         request |= {"steps": 2 * STEPS, "strength": 0.5}
         if start == "mask":
-            request["mask"] = picture(4, "L")
+            request["mask"] = encoded(name, 4, "L")
     if flags.get("control_net"):
-        request["control_image"] = picture(2)
+        request["control_image"] = encoded(name, 2)
     if flags.get("ip_adapter"):
-        request["ip_image"] = picture(3)
+        request["ip_image"] = encoded(name, 3)
     if MODELS[name].output == "video":
         request |= {"frames": 4 if MODELS[name].frames_factor == 1 else 5}
         if "decode_chunk_size" in MODELS[name].fields:
@@ -344,6 +347,46 @@ def test_fields_on_two_ranks(pool: RankPool, backend: str, name: str, flags: Fla
         holders.append(next(r for r in ranks if r["exact"] is not None))
         assert psnr(holders[-1]["exact"], holders[-1]["plain"]) >= EXACT_DB
     assert psnr(holders[1]["exact"], holders[0]["exact"]) < EXACT_DB, "the field changes nothing"
+
+
+def second_ip_adapter(name: str) -> Path:
+    """Another IP-Adapter of a type, for the same image encoder."""
+    tensors = {key: t.flip(0).contiguous() for key, t in load_file(tiny_extras.ip_adapter(name)).items()}
+    return tiny.cached(f"ip-second-{name}", lambda path: save_file(tensors, path), ".safetensors")
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "plan", "nets", "adapters"),
+    [
+        ("asyncdiff", "sdxl", {}, 2, 1),
+        ("asyncdiff", "sd1", {"use_cfg_parallel": True}, 2, 2),
+        ("distrifuser", "sd1", {}, 2, 2),
+        ("distrifuser", "sdxl", {}, 0, 1),
+        ("xdit", "flux", {}, 2, 2),
+        ("xdit", "sd3", {}, 2, 0),
+    ],
+)
+def test_several_pictures_and_lycoris(
+    pool: RankPool, tmp_path: Path, backend: str, name: str, plan: Flags, nets: int, adapters: int
+) -> None:
+    """LoHa, LoKr, DoRA; a control image for each of several ControlNets; several adapter pictures."""
+    lycoris, _ = tiny_lycoris.mixed(name, tiny_extras.denoiser(name), 0)
+    flags: Flags = {"lora": {tiny_lycoris.write(tmp_path / "lycoris.safetensors", lycoris): 0.8}}
+    ask: Flags = {}
+    if nets:
+        flags["control_net"] = {str(tiny_extras.control_net(name, seed)): 1.0 for seed in range(nets)}
+        ask |= {"control_image": [encoded(name, 5), encoded(name, 6)], "controlnet_scale": [0.9, 0.4]}
+    if adapters:
+        flags["ip_adapter"] = {str(tiny_extras.ip_adapter(name)): 0.8}
+        ask["ip_image"] = [encoded(name, 7), encoded(name, 8)]
+    if adapters == 2:
+        flags["ip_adapter"][str(second_ip_adapter(name))] = 0.5
+        ask["ip_adapter_scale"] = [0.3, 0.6]
+    plain = []
+    for asked in (ask, {key: value[::-1] for key, value in ask.items() if key.endswith("image")}):
+        ranks = pool.run(run_cell, 2, backend, name, flags, {**plan, "ask": asked}, False, timeout=240)
+        plain.append(check_plans(ranks)["plain"])
+    assert psnr(plain[0], plain[1]) < 80, "which picture is whose must count"
 
 
 @pytest.mark.slow

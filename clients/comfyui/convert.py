@@ -69,6 +69,13 @@ def _png(values: torch.Tensor) -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 
+def pictures(image: torch.Tensor | None, name: str) -> str | list[str] | None:
+    """An IMAGE as base64 PNG: of a batch a list of them."""
+    if image is None or image.ndim == 3 or image.shape[0] == 1:
+        return picture(image, name)
+    return [one for single in image if (one := picture(single, name))]
+
+
 def images(output: str | list[str]) -> torch.Tensor:
     """A host's `output`, one file, or one a frame or a picture, as IMAGE."""
     frames = []

@@ -72,8 +72,16 @@ def _conditionings() -> list[io.Input]:
 def _conditioned() -> list[io.Input]:
     return [
         *_conditionings(),
-        io.Image.Input("control_image", optional=True, tooltip="for the host's ControlNet"),
-        io.Image.Input("ip_image", optional=True, tooltip="for the host's IP-Adapter"),
+        io.Image.Input(
+            "control_image",
+            optional=True,
+            tooltip="for the host's ControlNet; a batch: one for each of several",
+        ),
+        io.Image.Input(
+            "ip_image",
+            optional=True,
+            tooltip="for the host's IP-Adapter; a batch: all of it for one, or one for each of several",
+        ),
         _scheduler(),
     ]
 
@@ -93,8 +101,8 @@ def _conditions(
         "positive": positive or None,
         "negative": negative or None,
         "clip_skip": clip_skip or None,
-        "control_image": convert.picture(control_image, "control_image"),
-        "ip_image": convert.picture(ip_image, "ip_image"),
+        "control_image": convert.pictures(control_image, "control_image"),
+        "ip_image": convert.pictures(ip_image, "ip_image"),
         "scheduler": scheduler,
     }
     if positive_conditioning is not None or negative_conditioning is not None:

@@ -98,6 +98,11 @@ def picture_size(data: bytes) -> tuple[int, int]:
         return (height, width) if turned else (width, height)
 
 
+def listed(value: Any) -> list[Any]:
+    """What a field holds, one, several or nothing, as a list."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
 def tensor_of(*names: str, optional: tuple[str, ...] = (), most: float = math.inf) -> Any:
     """Validator of base64 safetensors that hold tensors of these names, at most `most` numbers each."""
     import safetensors
@@ -141,6 +146,32 @@ Pictures = Annotated[
     _base64_schema(
         "base64 (or a data: URI) of a PNG, JPEG, WebP or BMP; for video to video a list, its frames",
         contentMediaType="image/*",
+    ),
+]
+MAX_INPUTS = 16  # pictures of one field
+
+
+def check_images(value: Any) -> bytes | list[bytes]:
+    """As check_image; of a list each, and of a list of one that one."""
+    if not isinstance(value, list):
+        return check_image(value)
+    if not 1 <= len(value) <= MAX_INPUTS:
+        raise problem(f"must be one picture or a list of 1 to {MAX_INPUTS}, got {len(value)}")
+    found = [check_image(one) for one in value]
+    return found if len(found) > 1 else found[0]
+
+
+Inputs = Annotated[
+    bytes | list[bytes],
+    BeforeValidator(check_images),
+    WithJsonSchema(
+        {
+            "type": ["string", "array"],
+            "contentEncoding": "base64",
+            "contentMediaType": "image/*",
+            "items": {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/*"},
+            "description": "base64 (or a data: URI) of a PNG, JPEG, WebP or BMP, or a list of them",
+        }
     ),
 ]
 Embeds = Annotated[

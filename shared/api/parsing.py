@@ -9,7 +9,7 @@ from pydantic import ValidationError as PydanticError
 from pydantic_core import from_json
 
 from shared.api.a1111_prompts import NotationError, parse
-from shared.api.codecs import MAX_SIDE, picture_size
+from shared.api.codecs import MAX_SIDE, listed, picture_size
 from shared.api.faults import FieldProblem, RequestError
 from shared.api.requests import (
     COMMON_FIELDS,
@@ -194,17 +194,31 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
         if getattr(request, name) is not None and getattr(request, f"{name}_embeds") is not None:
             add(f"{name}_embeds", f"give {name} or {name}_embeds, not both")
     for name in ("image", "ip_image", "control_image"):
-        picture, percent = getattr(request, name), getattr(request, f"{name}_scale")
-        picture = picture[0] if isinstance(picture, list) else picture
+        pictures, percent = listed(getattr(request, name)), getattr(request, f"{name}_scale")
         if percent is None:
             continue
-        if picture is None:
+        if not pictures:
             add(f"{name}_scale", f"there is no {name} to scale", name)
-        elif max(sides := picture_size(picture)) * percent / 100 > MAX_SIDE:
+            continue
+        sides = max(map(picture_size, pictures), key=max)
+        if max(sides) * percent / 100 > MAX_SIDE:
             add(
                 f"{name}_scale",
                 f"makes {sides[0]}x{sides[1]} pixels larger than {MAX_SIDE} a side; got {percent:g} percent",
             )
+    for name, what, count in (
+        ("control_image", "a picture", len(config.control_net or ())),
+        ("controlnet_scale", "a scale", len(config.control_net or ())),
+        ("ip_image", "a picture", len(config.ip_adapter or ())),
+        ("ip_adapter_scale", "a scale", len(config.ip_adapter or ())),
+    ):
+        number = len(listed(getattr(request, name)))
+        shared = name == "ip_image" and count == 1 and config.spec.ip_adapter_takes == "several"
+        if not count or number <= 1 or number == count or shared:
+            continue
+        kind = "ControlNet" if name.startswith("control") else "IP-Adapter"
+        each = f"{what} for each of the {count} {kind}s, or one for all"
+        add(name, f"must be {each if count > 1 else f'one for the {kind}'}; got {number}")
     return problems
 
 

@@ -9,14 +9,25 @@ import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+)
 from pydantic_core import from_json
 
 from shared.api.codecs import (
     MAX_FRAMES,
+    MAX_INPUTS,
     MAX_SIDE,
     MAX_STEPS,
     Embeds,
+    Inputs,
     Latent,
     Picture,
     Pictures,
@@ -61,6 +72,29 @@ Text = Annotated[str, Field(max_length=20_000), AfterValidator(_none_if_empty)]
 Percent = Annotated[float, Field(gt=0, le=800, description="percent")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Scale = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _each(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    if not isinstance(value, list):
+        return check(value)
+    if not 1 <= len(value) <= MAX_INPUTS:
+        raise problem(f"must be one number or a list of 1 to {MAX_INPUTS}, got {len(value)}")
+    return [check(one) for one in value]
+
+
+Scales = Annotated[
+    Scale,
+    WrapValidator(_each),
+    WithJsonSchema(
+        {
+            "type": ["number", "array"],
+            "minimum": -100,
+            "maximum": 100,
+            "items": {"type": "number", "minimum": -100, "maximum": 100},
+            "description": "one for all, or a list of one for each",
+        }
+    ),
+]
 Side = Annotated[int, Field(ge=16, le=MAX_SIDE, multiple_of=8, description="pixels")]
 
 
@@ -95,8 +129,8 @@ class GenerateRequest(BaseModel):
         | None,
         Notes("Mask"),
     ] = None
-    ip_image: Annotated[Picture | None, Notes("IP-Adapter image", flag="ip_adapter")] = None
-    control_image: Annotated[Picture | None, Notes("ControlNet image", flag="control_net")] = None
+    ip_image: Annotated[Inputs | None, Notes("IP-Adapter image", flag="ip_adapter")] = None
+    control_image: Annotated[Inputs | None, Notes("ControlNet image", flag="control_net")] = None
     image_scale: Annotated[Percent | None, Notes("Input size", unit="%")] = None
     ip_image_scale: Annotated[Percent | None, Notes("IP-Adapter size", unit="%")] = None
     control_image_scale: Annotated[Percent | None, Notes("ControlNet size", unit="%")] = None
@@ -144,8 +178,8 @@ class GenerateRequest(BaseModel):
     add_noise: (
         Annotated[bool, Field(description="the seed's noise on `latent`, at the level of `strength`")] | None
     ) = None
-    controlnet_scale: Annotated[Scale | None, Notes("ControlNet scale", flag="control_net")] = None
-    ip_adapter_scale: Annotated[Scale | None, Notes("IP-Adapter scale", flag="ip_adapter")] = None
+    controlnet_scale: Annotated[Scales | None, Notes("ControlNet scale", flag="control_net")] = None
+    ip_adapter_scale: Annotated[Scales | None, Notes("IP-Adapter scale", flag="ip_adapter")] = None
     lora_scales: Annotated[dict[str, Scale], Field(max_length=64)] | None = None
     frames: Annotated[Annotated[int, Field(ge=1, le=MAX_FRAMES)] | None, Notes("Frames")] = None
     decode_chunk_size: Annotated[

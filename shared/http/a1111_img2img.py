@@ -180,22 +180,21 @@ def _size(
     return data.get("width", width), data.get("height", height)
 
 
-def fit_control_image(data: dict[str, Any], mode: int, config: HostConfig) -> bool:
-    """Give the control image the aspect of what is made, where it has another; whether it had.
+def fit_control_image(given: Any, mode: int, data: dict[str, Any], config: HostConfig) -> Any:
+    """The control image with the aspect of what is made, or as it was given, where it has that.
 
     Pipelines stretch it to the size of the picture, so nothing is done where that is wanted.
     """
     width, height = (data.get(name, default) for name, default in zip(_SIZE, config.size, strict=True))
     if mode == JUST_RESIZE or not all(_is_side(side) for side in (width, height)):
-        return False
+        return given
     try:
-        image = open_image(check_image(data["control_image"]))
+        image = open_image(check_image(given))
     except PydanticCustomError:
-        return False  # the check of the request says so
+        return given  # the check of the request says so
     if image.width * height == image.height * width:
-        return False
-    data["control_image"] = encode_image(resized(flattened(image), (width, height), mode), "png")
-    return True
+        return given
+    return encode_image(resized(flattened(image), (width, height), mode), "png")
 
 
 def _is_side(side: Any) -> bool:

@@ -110,12 +110,13 @@ class Options:
     Attributes:
         data: what they add to a body of POST /generate.
         problems: the faults of those that are not served.
-        control_mode: how the control image is resized, as shared.api.retouch has it.
+        controls: the control images, None for img2img's own picture, each with how it is resized, as
+            shared.api.retouch has it: one for all ControlNets of the launch, or one for each.
     """
 
     data: dict[str, Any]
     problems: list[FieldProblem]
-    control_mode: int = JUST_RESIZE
+    controls: tuple[tuple[Any, int], ...] = ()
 
 
 def is_nothing(value: Any, more: tuple[Any, ...] = ()) -> bool:
@@ -177,14 +178,44 @@ def check_options(asked: dict[str, Any], config: HostConfig, with_image: bool) -
             )
             problems.append(FieldProblem(f"alwayson_scripts.{shown(name)}", text))
     field = "alwayson_scripts.ControlNet"
-    if len(units) > 1:
-        problems.append(FieldProblem(field, f"must hold at most one enabled unit, got {len(units)}"))
-    elif units and not isinstance(units[0], dict):
-        problems.append(FieldProblem(field, f"must hold an object, got {shown(units[0])}"))
+    if wrong := [unit for unit in units if not isinstance(unit, dict)]:
+        problems.append(FieldProblem(field, f"must hold objects, got {shown(wrong[0])}"))
     elif units:
-        unit = _control(units[0], field, config, with_image)
-        return replace(unit, problems=problems + unit.problems)
+        found = _controls(units, field, config, with_image)
+        return replace(found, problems=problems + found.problems)
     return Options({}, problems)
+
+
+def _controls(units: list[dict[str, Any]], field: str, config: HostConfig, with_image: bool) -> Options:
+    """ControlNet's units -> our fields: each acts on the ControlNet that it names, else on the next free one.
+
+    A single one that names none acts on all of them. Where some are named, the others do not act.
+    """
+    launched = config.control_net or {}
+    if len(units) > max(len(launched), 1):
+        most = f"{len(launched)} enabled units" if len(launched) > 1 else "one enabled unit"
+        return Options({}, [FieldProblem(field, f"must hold at most {most}, as launched; got {len(units)}")])
+    read = [_control(unit, field, config, with_image) for unit in units]
+    problems = [fault for unit in read for fault in unit.problems]
+    weights = [unit.data.get("controlnet_scale") for unit in read]
+    data: dict[str, Any] = {} if weights[0] is None else {"controlnet_scale": weights[0]}
+    if problems or len(launched) < 2 or (len(units) == 1 and not units[0].get("model")):
+        return Options(data, problems, read[0].controls)
+    nets = [_stem(path) for path in launched]
+    taken: dict[int, int] = {}  # net -> unit
+    names = [_stem(unit["model"]) if unit.get("model") else "" for unit in units]
+    for number in sorted(range(len(units)), key=lambda number: not names[number]):
+        name = names[number]
+        free = [n for n, net in enumerate(nets) if n not in taken and name in ("", net)]
+        if not free:
+            return Options({}, [FieldProblem(f"{field}.model", f"{shown(name)} is named by two units")])
+        taken[free[0]] = number
+    scales = []
+    for net, own in enumerate(launched.values()):
+        weight = weights[taken[net]] if net in taken else 0.0
+        scales.append(own if weight is None else weight)
+    controls = tuple(read[taken.get(net, 0)].controls[0] for net in range(len(nets)))
+    return Options({"controlnet_scale": scales}, [], controls if len(units) > 1 else controls[:1])
 
 
 def _stem(name: str) -> str:
@@ -196,7 +227,7 @@ def _stem(name: str) -> str:
 def _control(unit: dict[str, Any], field: str, config: HostConfig, with_image: bool) -> Options:
     """One ControlNet unit -> our fields. It may name a ControlNet of the launch, and no other.
 
-    In img2img `control_image` may be None: a unit without a picture takes that of img2img.
+    In img2img the image may be None: a unit without a picture takes that of img2img.
     """
     problems = list(_refused(unit, _UNIT, f"{field}."))
     launched, model = list(config.control_net or ()), unit.get("model")
@@ -219,7 +250,5 @@ def _control(unit: dict[str, Any], field: str, config: HostConfig, with_image: b
         names = ", ".join(map(str, RESIZE_MODES))
         problems.append(FieldProblem(f"{field}.resize_mode", f"must be one of {names}; got {shown(mode)}"))
         mode = 1
-    data = {"control_image": image}
-    if unit.get("weight") is not None:
-        data["controlnet_scale"] = unit["weight"]
-    return Options(data, problems, RESIZE_MODES[mode])
+    data = {} if unit.get("weight") is None else {"controlnet_scale": unit["weight"]}
+    return Options(data, problems, ((image or None, RESIZE_MODES[mode]),))

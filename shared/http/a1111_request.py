@@ -119,19 +119,22 @@ def translate(
             FieldProblem("n_iter", f"times batch_size must be at most {MAX_PICTURES}, got {pictures}")
         )
     retouched = None
-    controlled = "control_image" in data and not data["control_image"]
+    controlled = any(image is None for image, _ in options.controls)
     if with_image:
         fields, retouched, faults = img2img.start(asked, data, config, controlled)
         data |= fields
         problems += faults
     if problems:
         raise RequestError(422, problems)
-    if (
-        "control_image" in data
-        and not controlled
-        and img2img.fit_control_image(data, options.control_mode, config)
-    ):
+    own = data.pop("control_image", None)
+    images = [
+        own if image is None else img2img.fit_control_image(image, mode, data, config)
+        for image, mode in options.controls
+    ]
+    if any(made is not given for made, (given, _) in zip(images, options.controls, strict=True) if given):
         retouched = retouched or Retouched()
+    if images:
+        data["control_image"] = images if len(images) > 1 else images[0]
     data["pictures"] = pictures
     return Translated(data, retouched)
 

@@ -257,7 +257,8 @@ def _kind(schema: dict[str, Any]) -> str:
     if "contentEncoding" in schema:
         return "image" if "contentMediaType" in schema else "tensor"
     kinds = {"integer": "number", "number": "number", "boolean": "switch", "object": "object"}
-    return kinds.get(schema["type"], "text")
+    kind = schema["type"]  # a field that also takes a list of them shows as one
+    return kinds.get(kind[0] if isinstance(kind, list) else kind, "text")
 
 
 class Watchers:

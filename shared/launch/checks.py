@@ -47,9 +47,8 @@ def idle_flags(config: HostConfig, backend: Backend, world_size: int) -> list[st
     return [*backend.idle(config, world_size), *(alone if world_size == 1 else [])]
 
 
-_FOLDERS = ("control_net",)
 _FILES = ("gguf_model",)
-_LORAS = ("lora", "motion_adapter_lora")
+_SAFETENSORS = ("lora", "motion_adapter_lora", "control_net")
 
 
 def _check_paths(config: HostConfig) -> None:
@@ -64,13 +63,11 @@ def _check_paths(config: HostConfig) -> None:
                 continue
             if not os.path.exists(path):
                 raise UsageError(f"--{f.name}: no such file or folder: {path!r}")
-            if f.name in _FOLDERS and not os.path.isdir(path):
-                raise UsageError(f"--{f.name}: must be a diffusers folder; got the file {path!r}")
             if f.metadata["several"] and not os.path.isdir(path):
                 raise UsageError(f"--{f.name}: must be a folder; got the file {path!r}")
             if f.name in _FILES and os.path.isdir(path):
                 raise UsageError(f"--{f.name}: must be a file; got the folder {path!r}")
-            if f.name in _LORAS and os.path.isfile(path) and not path.endswith(".safetensors"):
+            if f.name in _SAFETENSORS and os.path.isfile(path) and not path.endswith(".safetensors"):
                 raise UsageError(f"--{f.name}: a file must be .safetensors (no pickles); got {path!r}")
     checkpoint = Path(config.checkpoint)
     if checkpoint.is_dir() and not (checkpoint / "model_index.json").is_file():
@@ -156,8 +153,10 @@ def _check_features(config: HostConfig, backend: Backend) -> None:
     idle = next((flag for flag in _OF_COMPILE if getattr(config, flag)), None)
     if idle and not any(getattr(config, flag) for flag in _COMPILED):
         raise UsageError(f"--{idle}: has no effect without {' or '.join(f'--{flag}' for flag in _COMPILED)}")
-    if config.ip_adapter and len(config.ip_adapter) > 1:
-        raise UsageError(f"--ip_adapter: only one adapter is supported; got {len(config.ip_adapter)}")
+    if config.ip_adapter and len(config.ip_adapter) > 1 and config.spec.ip_adapter_takes == "one":
+        raise UsageError(
+            f"--ip_adapter: type {config.spec.name} takes one adapter; got {len(config.ip_adapter)}"
+        )
     if config.motion_module and config.motion_adapter:
         raise UsageError("--motion_module: not supported with --motion_adapter; give only one of them")
 

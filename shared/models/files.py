@@ -25,7 +25,7 @@ PARTS = (
              hint="--lora takes it"),
     FileKind("a ControlNet", marks=("control_model.", "controlnet_cond_embedding.", "controlnet_x_embedder.",
              "controlnet_blocks.", "controlnet_down_blocks."),
-             hint="--control_net takes its diffusers folder"),
+             hint="--control_net takes it"),
     FileKind("an IP-Adapter", marks=("image_proj.", "ip_adapter."), hint="--ip_adapter takes it"),
     FileKind("a motion module", parts=("motion_modules.",), hint="--motion_module takes it, with --type=ad"),
     FileKind("a VAE", only=("encoder.conv", "encoder.down", "encoder.mid", "encoder.norm", "decoder.",

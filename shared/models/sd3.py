@@ -106,6 +106,7 @@ FAMILY = Family(
             control_net_pipeline="StableDiffusion3ControlNetPipeline",
             control_image_field="control_image",
             ip_adapter_encoder="siglip",
+            ip_adapter_takes="one",
             single_file_config="sd3",
             single_file_settings="mmdit_blocks",
             optional_parts=frozenset({"text_encoder_3", "tokenizer_3"}),

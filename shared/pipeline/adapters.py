@@ -1,11 +1,11 @@
-"""ControlNets, IP-Adapters and motion modules: loading them, and their arguments for a pipeline call."""
+"""IP-Adapters and motion modules: loading them, and their arguments for a pipeline call."""
 
 from __future__ import annotations
 
 import json
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from shared.launch.errors import first_line
-from shared.models import ModelSpec, Start
-from shared.parallel.method import control_nets
+from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline, model_of, part_of
 
 log = logging.getLogger("host")
@@ -49,100 +48,60 @@ def read_tensors(path: str | Path, what: str) -> dict[str, Any]:
     raise AdapterError(f"{what} {str(path)!r} must be a .safetensors, .bin, .ckpt, .pt or .pth file")
 
 
-# ControlNet
-
-
-def load_control_nets(spec: ModelSpec, paths: Mapping[str, float], dtype: torch.dtype) -> Any:
-    """One ControlNet, or a list of several, from diffusers folders. Raises AdapterError."""
-    import diffusers
-
-    cls = getattr(diffusers, spec.control_net_class or "")
-    nets = []
-    for path in paths:
-        if not (Path(path) / "config.json").is_file():
-            raise AdapterError(f"ControlNet {path!r} must be a diffusers folder with a config.json")
-        try:
-            settings = json.loads((Path(path) / "config.json").read_text())
-            found, modes = settings.get("_class_name"), settings.get("num_mode")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise AdapterError(
-                f"ControlNet {path!r}: config.json must hold a JSON object: {first_line(error)}"
-            ) from None
-        if found != spec.control_net_class:
-            raise AdapterError(
-                f"ControlNet {path!r} is a {found}; type {spec.name} takes {spec.control_net_class}"
-            )
-        if modes:
-            raise AdapterError(
-                f"ControlNet {path!r} is a union of {modes} control types, and a request cannot choose one "
-                "of them; use a ControlNet of one type"
-            )
-        try:
-            nets.append(cls.from_pretrained(path, dtype=dtype, local_files_only=True).eval())
-        except (OSError, *MISMATCH_ERRORS) as error:
-            raise AdapterError(f"ControlNet {path!r} cannot be read: {first_line(error)}") from None
-    return nets[0] if len(nets) == 1 else nets
-
-
-def check_control_nets(pipe: Pipeline, spec: ModelSpec) -> None:
-    """Check that the ControlNets' inner widths are the denoiser's. Raises AdapterError."""
-    denoiser = model_of(pipe, spec.denoiser)
-    for net in control_nets(pipe):
-        for key in ("cross_attention_dim", "block_out_channels", "joint_attention_dim", "attention_head_dim"):
-            ours, theirs = denoiser.config.get(key), net.config.get(key)
-            if ours is not None and theirs is not None and _listed(ours) != _listed(theirs):
-                raise AdapterError(
-                    f"the ControlNet does not fit this checkpoint: its {key} is {theirs}, the checkpoint's "
-                    f"is {ours}"
-                )
-
-
-def control_arguments(
-    spec: ModelSpec,
-    launch: Mapping[str, float],
-    image: Image.Image | None,
-    scale: float | None = None,
-    size: tuple[int, int] = (512, 512),
-    frames: int = 1,
-    start: Start | None = None,
-) -> dict[str, Any]:
-    """Keyword arguments of the ControlNet pipeline.
-
-    Args:
-        launch: scale per path, from --control_net.
-        image: the control image, the same for every ControlNet; None runs with scale 0.
-        scale: instead of the launch's scales.
-        size: (width, height) of the picture, pixels.
-        frames: of a video; each gets the image.
-        start: what kind of pipeline it is, if it starts from a picture.
-    """
-    scales = [0.0 if image is None else given if scale is None else scale for given in launch.values()]
-    picture: Any = image or Image.new("RGB", size)
-    if spec.output == "video":
-        picture = [picture] * frames
-    several = len(launch) > 1
-    return {
-        spec.control_image_field if start is None else start.control_image: [picture] * len(launch)
-        if several
-        else picture,
-        "controlnet_conditioning_scale": scales if several else scales[0],
-    }
-
-
 # IP-Adapter
 
 
-def load_ip_adapter(pipe: Pipeline, spec: ModelSpec, path: str, scale: float, dtype: torch.dtype) -> None:
-    """Load an IP-Adapter and the image encoder that fits it.
+def load_ip_adapters(
+    pipe: Pipeline, spec: ModelSpec, launch: Mapping[str, float], dtype: torch.dtype
+) -> None:
+    """Load IP-Adapters, a scale per path, and the image encoder that fits them all.
 
-    The encoder is looked for in `image_encoder/` beside the adapter's file, one folder up, in `models/`
+    The encoder is looked for in `image_encoder/` beside the first adapter's file, one folder up, in `models/`
     there, and in the checkpoint.
 
     Raises:
         AdapterError: an unreadable file, one for another model, or no image encoder that fits.
     """
-    file = _adapter_file(path)
-    parts = _ip_parts(read_tensors(file, "IP-Adapter"))
+    loaded: list[dict[str, dict[str, torch.Tensor]]] = []
+    for path in launch:
+        file = _adapter_file(path)
+        parts = _ip_parts(read_tensors(file, "IP-Adapter"))
+        _check_kind(path, parts)
+        if not loaded:
+            encoder, processor = _image_encoder(pipe, spec, file, parts["image_proj"], dtype)
+            pipe.register_modules(image_encoder=encoder, feature_extractor=processor)
+        wanted, plain = _projected_width(file, parts["image_proj"])
+        width = _width(encoder.config, plain)
+        if width != wanted:
+            raise AdapterError(
+                f"IP-Adapter {path!r} needs an image encoder of width {wanted}, but that of the first "
+                f"adapter, which all share, has {width}"
+            )
+        loaded.append(parts)
+    names = ", ".join(map(repr, launch))
+    given: Any = loaded if len(loaded) > 1 else loaded[0]  # SD3's takes no list
+    none: Any = [""] * len(loaded) if len(loaded) > 1 else ""
+    try:
+        pipe.load_ip_adapter(given, subfolder=none, weight_name=none)
+    except MISMATCH_ERRORS as error:
+        raise AdapterError(f"IP-Adapter {names} does not fit this checkpoint: {first_line(error)}") from None
+    used = sum(
+        1
+        for processor in model_of(pipe, spec.denoiser).attn_processors.values()
+        if isinstance(processor, torch.nn.Module)
+        for _ in processor.parameters()
+    )
+    has = sum(len(parts["ip_adapter"]) for parts in loaded)
+    if used != has:
+        raise AdapterError(
+            f"IP-Adapter {names} does not fit this checkpoint: it has {has} tensors, the checkpoint takes "
+            f"{used}"
+        )
+    _set_scales(pipe, list(launch.values()))
+    log.info("IP-Adapter %s: %d tensors, scales %s", names, used, list(launch.values()))
+
+
+def _check_kind(path: str, parts: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     if not parts["image_proj"] or not parts["ip_adapter"]:
         raise AdapterError(f"IP-Adapter {path!r} has no image_proj or no ip_adapter tensors")
     if any("lora" in key for key in parts["ip_adapter"]) or (
@@ -151,38 +110,39 @@ def load_ip_adapter(pipe: Pipeline, spec: ModelSpec, path: str, scale: float, dt
         raise AdapterError(
             f"IP-Adapter {path!r} is a FaceID adapter, which needs a face detector; use a plain one"
         )
-    encoder, processor = _image_encoder(pipe, spec, file, parts["image_proj"], dtype)
-    pipe.register_modules(image_encoder=encoder, feature_extractor=processor)
-    denoiser = model_of(pipe, spec.denoiser)
-    try:
-        pipe.load_ip_adapter(parts, subfolder="", weight_name="")
-    except MISMATCH_ERRORS as error:
-        raise AdapterError(f"IP-Adapter {path!r} does not fit this checkpoint: {first_line(error)}") from None
-    used = sum(
-        1
-        for processor in denoiser.attn_processors.values()
-        if isinstance(processor, torch.nn.Module)
-        for _ in processor.parameters()
-    )
-    if used != len(parts["ip_adapter"]):
-        raise AdapterError(
-            f"IP-Adapter {path!r} does not fit this checkpoint: it has {len(parts['ip_adapter'])} tensors, "
-            f"the checkpoint takes {used}"
-        )
-    pipe.set_ip_adapter_scale(scale)
-    log.info("IP-Adapter %s: %d tensors, scale %g", path, used, scale)
+
+
+def _set_scales(pipe: Pipeline, scales: list[float]) -> None:
+    pipe.set_ip_adapter_scale(scales if len(scales) > 1 else scales[0])
 
 
 def ip_arguments(
-    pipe: Pipeline, launch: Mapping[str, float], image: Image.Image | None, scale: float | None = None
+    pipe: Pipeline,
+    launch: Mapping[str, float],
+    images: Sequence[Image.Image],
+    scales: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """Keyword arguments of a pipeline with an IP-Adapter; sets the scale on its attention processors.
+    """Keyword arguments of a pipeline with IP-Adapters; sets the scales on its attention processors.
 
     Without an image the scale is 0 and the image black, because most pipelines fail without one.
+
+    Args:
+        launch: scale per path, from --ip_adapter.
+        images: for one adapter any number, which it sees together; for several one for all, or one for each.
+        scales: instead of the launch's: one for all adapters, or one for each.
     """
-    given = next(iter(launch.values())) if scale is None else scale
-    pipe.set_ip_adapter_scale(0.0 if image is None else given)
-    return {"ip_adapter_image": image or Image.new("RGB", (224, 224))}
+    count = len(launch)
+    _set_scales(pipe, one_each(scales or list(launch.values()), count) if images else [0.0] * count)
+    if count > 1:
+        return {"ip_adapter_image": one_each(images or [Image.new("RGB", (224, 224))], count)}
+    if len(images) > 1:
+        return {"ip_adapter_image": [list(images)]}
+    return {"ip_adapter_image": images[0] if images else Image.new("RGB", (224, 224))}
+
+
+def one_each(given: Sequence[Any], count: int) -> list[Any]:
+    """One for each of `count`, where one may be given for all."""
+    return list(given) * count if len(given) == 1 else list(given)
 
 
 def _adapter_file(path: str) -> Path:
@@ -251,14 +211,14 @@ def _image_encoder(
     for folder in [place / "image_encoder" for place in places]:
         if (folder / "config.json").is_file():
             config = model_class.config_class.from_pretrained(folder, local_files_only=True)
-            width = config.projection_dim if plain else config.hidden_size
+            width = _width(config, plain)
             found.append(f"{folder} ({width})")
             if width == wanted:
                 model = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
                 return model, _processor(processor_class, folder, config.image_size)
     present = part_of(pipe, "image_encoder")
     if present is not None:
-        width = present.config.projection_dim if plain else present.config.hidden_size
+        width = _width(present.config, plain)
         found.append(f"the checkpoint ({width})")
         if width == wanted:
             processor = part_of(pipe, "feature_extractor")
@@ -267,6 +227,11 @@ def _image_encoder(
         f"IP-Adapter {str(file)!r} needs an image encoder of width {wanted} in a folder image_encoder "
         f"beside it; found {', '.join(found) or 'none'}"
     )
+
+
+def _width(encoder: Any, plain: bool) -> int:
+    """Of an image encoder's output that an adapter reads, by its config."""
+    return encoder.projection_dim if plain else encoder.hidden_size
 
 
 def _processor(cls: Any, folder: Path | None, size: int) -> Any:
@@ -339,7 +304,3 @@ def put_motion_adapter(pipe: Pipeline, adapter: Any) -> None:
     except MISMATCH_ERRORS as error:
         raise AdapterError(f"the motion adapter does not fit this checkpoint: {first_line(error)}") from None
     pipe.register_modules(motion_adapter=adapter)
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple) else value

@@ -10,13 +10,15 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from shared.api.codecs import listed
 from shared.api.faults import refused
 from shared.api.media import decode_image
 from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, Start
 from shared.parallel.pipeline import Pipeline, model_of, part_of
-from shared.pipeline.adapters import control_arguments, ip_arguments
+from shared.pipeline.adapters import ip_arguments
+from shared.pipeline.control_nets import control_arguments
 from shared.pipeline.from_picture import start_arguments
 from shared.pipeline.prompts import prompt_arguments
 
@@ -68,19 +70,18 @@ def call_arguments(
     elif request.image is not None:
         arguments["image"] = decode_image(request.images[0], request.image_scale)
     if config.control_net:
-        picture = _picture(request.control_image, request.control_image_scale)
         arguments |= control_arguments(
             spec,
             config.control_net,
-            picture,
-            request.controlnet_scale,
+            _pictures(request.control_image, request.control_image_scale),
+            listed(request.controlnet_scale),
             (request.width or 0, request.height or 0),
             request.frames or 1,
             start,
         )
     if config.ip_adapter:
-        picture = _picture(request.ip_image, request.ip_image_scale)
-        arguments |= ip_arguments(pipe, config.ip_adapter, picture, request.ip_adapter_scale)
+        pictures = _pictures(request.ip_image, request.ip_image_scale)
+        arguments |= ip_arguments(pipe, config.ip_adapter, pictures, listed(request.ip_adapter_scale))
     if spec.output == "video":
         arguments |= _video_arguments(pipe, spec, request)
         if start is not None:
@@ -132,8 +133,8 @@ def _check_finite(field: str, tensor: torch.Tensor) -> None:
         raise refused(field, f"must hold finite numbers, got {float(wrong[0])}")
 
 
-def _picture(data: bytes | None, percent: float | None) -> Any:
-    return None if data is None else decode_image(data, percent)
+def _pictures(data: Any, percent: float | None) -> list[Any]:
+    return [decode_image(one, percent) for one in listed(data)]
 
 
 def _video_arguments(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from shared.api.codecs import listed
 from shared.api.faults import FieldProblem, RequestError, refused
 from shared.api.jobs import SecondPass
 from shared.api.operations import AddLora, Operation
@@ -290,7 +291,7 @@ class PipelineEngine:
 
     def _note_adapters(self, request: GenerateRequest) -> None:
         """Scales are numbers inside the modules: a captured step would miss their change."""
-        state = (request.lora_scales, request.ip_adapter_scale, request.ip_image is None)
+        state = (request.lora_scales, request.ip_adapter_scale, len(listed(request.ip_image)))
         if state != self._adapter_state and self._adapter_state is not None:
             self._encoders.reset()
             self.parallel.reset()

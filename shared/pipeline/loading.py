@@ -23,7 +23,7 @@ from shared.launch.flags import HostConfig
 from shared.launch.logs import shows_progress
 from shared.models import MODELS, OTHER_PIPELINES, ModelSpec
 from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
-from shared.pipeline import adapters, memory, quantize
+from shared.pipeline import adapters, control_nets, memory, quantize
 from shared.pipeline.compile import compile_pipeline
 from shared.pipeline.embeddings import check_alike, load_embeddings
 from shared.pipeline.lora import loras_of
@@ -172,12 +172,11 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, needs: Need
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)
     if config.control_net:
-        adapters.check_control_nets(pipe, spec)
+        control_nets.check_control_nets(pipe, spec)
     set_scheduler(pipe, spec, config.scheduler)
     _load_loras(pipe, spec, config, needs)
     if config.ip_adapter:
-        for path, scale in config.ip_adapter.items():
-            adapters.load_ip_adapter(pipe, spec, path, scale, dtype)
+        adapters.load_ip_adapters(pipe, spec, config.ip_adapter, dtype)
     memory.apply_vae_flags(pipe, config)
     _prepare(pipe, spec, config, device, needs)
     if config.refiner:
@@ -274,7 +273,9 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
     if config.vae:
         parts["vae"] = load_vae(config.vae, spec, index, folder, dtype)
     if config.control_net:
-        parts["controlnet"] = adapters.load_control_nets(spec, config.control_net, dtype)
+        parts["controlnet"] = control_nets.load_control_nets(
+            spec, config.control_net, dtype, folder / spec.denoiser
+        )
     if config.gguf_model:
         denoiser_class = getattr(diffusers, index[spec.denoiser][1])
         parts[spec.denoiser] = quantize.load_gguf(config.gguf_model, spec, denoiser_class, folder, dtype)

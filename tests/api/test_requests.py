@@ -440,3 +440,86 @@ def test_pictures_that_are_refused(
     given = fields if set(fields) == {"mask"} and status == 400 else {"image": drawn(64, 64)} | fields
     got, problems = refused(given, config_of(type, **flags))
     assert got == status and words in problems[field], problems
+
+
+NETS = {"/models/canny": 1.0, "/models/depth": 0.5}
+IMAGE, ADAPTER = b64(picture()), "/models/ip-adapter.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("type", "launch", "data", "says"),
+    [
+        ("sd1", {"control_net": NETS}, {"control_image": [IMAGE] * 2, "controlnet_scale": [1, 0.3]}, None),
+        ("sd1", {"control_net": NETS}, {"control_image": IMAGE, "controlnet_scale": 0.3}, None),
+        (
+            "sd1",
+            {"control_net": NETS},
+            {"control_image": [IMAGE] * 3},
+            "must be a picture for each of the 2 ControlNets, or one for all; got 3",
+        ),
+        (
+            "sd1",
+            {"control_net": NETS},
+            {"control_image": IMAGE, "controlnet_scale": [0.1] * 3},
+            "must be a scale for each of the 2 ControlNets, or one for all; got 3",
+        ),
+        (
+            "sd1",
+            {"control_net": {"/models/canny": 1.0}},
+            {"control_image": [IMAGE] * 2},
+            "must be one for the ControlNet; got 2",
+        ),
+        ("sd1", {"ip_adapter": {ADAPTER: 1.0}}, {"ip_image": [IMAGE] * 3, "ip_adapter_scale": 0.5}, None),
+        ("sd1", {"ip_adapter": {ADAPTER: 1.0, "/b": 1.0}}, {"ip_image": [IMAGE] * 2}, None),
+        (
+            "sd1",
+            {"ip_adapter": {ADAPTER: 1.0, "/b": 1.0}},
+            {"ip_image": [IMAGE] * 3},
+            "must be a picture for each of the 2 IP-Adapters, or one for all; got 3",
+        ),
+        (
+            "sd1",
+            {"ip_adapter": {ADAPTER: 1.0}},
+            {"ip_image": IMAGE, "ip_adapter_scale": [0.5, 0.6]},
+            "must be one for the IP-Adapter; got 2",
+        ),
+        (
+            "sd3",
+            {"ip_adapter": {ADAPTER: 1.0}},
+            {"ip_image": [IMAGE] * 2},
+            "must be one for the IP-Adapter; got 2",
+        ),
+        (
+            "sd1",
+            {"control_net": NETS},
+            {"control_image": []},
+            "must be one picture or a list of 1 to 16, got 0",
+        ),
+        ("sd1", {"control_net": NETS}, {"control_image": [IMAGE, 7]}, "must be base64 text, got int"),
+        (
+            "sd1",
+            {"control_net": NETS},
+            {"control_image": IMAGE, "controlnet_scale": [1, 101]},
+            "must be at most 100, got 101",
+        ),
+    ],
+)
+def test_one_for_each_of_several(
+    type: str, launch: dict[str, Any], data: dict[str, Any], says: str | None
+) -> None:
+    config = config_of(type, **launch)
+    if says is None:
+        request = parse(data, config)
+        given = data.get("control_image") or data["ip_image"]
+        held = request.control_image or request.ip_image
+        assert held == ([picture()] * len(given) if isinstance(given, list) else picture())
+        assert request.controlnet_scale == data.get("controlnet_scale")
+    else:
+        status, faults = refused(data, config)
+        field = next(name for name in data if name in faults)
+        assert (status, faults[field]) == (400, says)
+
+
+def test_a_list_of_one_is_the_one() -> None:
+    config = config_of(control_net={"/models/canny": 1.0})
+    assert parse({"control_image": [IMAGE]}, config).control_image == picture()

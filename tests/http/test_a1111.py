@@ -227,7 +227,11 @@ def test_lists(host: FakeHost) -> None:
             {"alwayson_scripts": {"controlnet": {"args": [{"image": "x", "guidance_end": 0.5}]}}},
             "guidance_end",
         ),
-        ({"alwayson_scripts": {"controlnet": {"args": [{"image": "x"}] * 2}}}, "one enabled unit, got 2"),
+        (
+            {"alwayson_scripts": {"controlnet": {"args": [{"image": "x"}] * 2}}},
+            "one enabled unit, as launched",
+        ),
+        ({"alwayson_scripts": {"controlnet": {"args": [7]}}}, "must hold objects, got 7"),
         ({"alwayson_scripts": {"controlnet": {"args": [{"weight": 1}]}}}, "ControlNet.image: is needed"),
         (
             {"alwayson_scripts": {"controlnet": {"args": [{"image": "x", "hr_option": "Low res only"}]}}},
@@ -323,9 +327,33 @@ def test_a_unit_names_a_control_net_of_the_launch(model: Any, is_launched: bool)
     with FakeHost(config_of(control_net=nets)) as host:
         answer = post(host, "txt2img", {"alwayson_scripts": {"ControlNet": {"args": [unit]}}})
         assert answer.status_code == (200 if is_launched else 422), answer.text
+        if is_launched and model:  # the other one does not act
+            scales = [1.0, 0.0] if "anny" in model else [0.0, 0.5]
+            assert (host.seen[0].control_image, host.seen[0].controlnet_scale) == (picture(), scales)
         if not is_launched:
             told = f"ControlNet.model: must be canny, depth-v1.1, as launched; got {model!r}"
             assert told in answer.json()["detail"] and not host.seen
+
+
+def test_several_units_of_control_net() -> None:
+    one, two = picture(), picture(size=(16, 24))
+    units: list[dict[str, Any]] = [
+        {"image": base64.b64encode(image).decode(), "resize_mode": 0} for image in (one, two)
+    ]
+    units[0] |= {"model": "depth-v1.1", "weight": 0.3}
+    nets = {"/models/canny": 1.0, "/models/depth-v1.1/": 0.5}
+    with FakeHost(config_of(control_net=nets)) as host:
+        for order in (units, units[::-1]):
+            answer = post(host, "txt2img", {"alwayson_scripts": {"ControlNet": {"args": order}}})
+            assert answer.status_code == 200, answer.text
+            assert host.seen[-1].control_image == [two, one]
+            assert host.seen[-1].controlnet_scale == [1.0, 0.3]
+        for args, says in (
+            ([units[0], units[0]], "'depth-v1.1' is named by two units"),
+            ([*units, units[1]], "at most 2 enabled units, as launched; got 3"),
+        ):
+            answer = post(host, "txt2img", {"alwayson_scripts": {"ControlNet": {"args": args}}})
+            assert answer.status_code == 422 and says in answer.json()["detail"]
 
 
 def test_disabled_networks_are_taken_out_of_the_prompt_and_not_used(host: FakeHost) -> None:

@@ -290,7 +290,7 @@ def test_type_and_checkpoint(folder: Path) -> None:
             )
         ),
         (["--gguf_model={f}/model"], "--gguf_model: must be a file; got the folder"),
-        (["--control_net={f}/file.safetensors"], "--control_net: must be a diffusers folder; got the file"),
+        (["--control_net={f}/file.ckpt"], "--control_net: a file must be .safetensors"),
         (["--refiner={f}/file.ckpt"], "--refiner: a single file must be .safetensors or .sft (no pickles)"),
         (["--refiner={f}"], "--refiner: no model_index.json in"),
         (
@@ -299,8 +299,8 @@ def test_type_and_checkpoint(folder: Path) -> None:
         ),
         (['--lora={{"{f}/file.ckpt": 1}}'], "--lora: a file must be .safetensors"),
         (
-            ['--ip_adapter={{"{f}/file.safetensors": 1, "{f}/other.safetensors": 1}}'],
-            "only one adapter is supported; got 2",
+            ["--type=sd3", '--ip_adapter={{"{f}/file.safetensors": 1, "{f}/other.safetensors": 1}}'],
+            "--ip_adapter: type sd3 takes one adapter; got 2",
         ),
         (["--model_n=2"], "needs 2 ranks; the world size is 1"),
     ],

@@ -27,7 +27,7 @@ from shared.parallel.asyncdiff.partition import Partition
 from shared.parallel.cfg_split import HybridSplit
 from shared.parallel.exchange import Exchange
 from shared.parallel.method import CombinedMethod, Part
-from shared.pipeline.adapters import load_ip_adapter
+from shared.pipeline.adapters import load_ip_adapters
 from tests import tiny, tiny_extras
 from tests.pool import RankPool
 
@@ -399,7 +399,7 @@ def all_adapters(name: str) -> tuple[float, float, float]:
     control = control_class.from_pretrained(tiny_extras.control_net(name))
     pipe = cls.from_pipe(tiny.load(name), controlnet=control)
     pipe.load_lora_weights(str(tiny_extras.lora(name)))
-    load_ip_adapter(pipe, MODELS[name], str(tiny_extras.ip_adapter(name)), 1.0, torch.float32)
+    load_ip_adapters(pipe, MODELS[name], {str(tiny_extras.ip_adapter(name)): 1.0}, torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     def made(parallel: AsyncDiff | None = None, seed: int = 5) -> np.ndarray:

@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save_file
 from shared.models import MODELS
 from shared.pipeline.adapters import (
     AdapterError,
-    control_arguments,
     ip_arguments,
-    load_control_nets,
     read_tensors,
 )
+from shared.pipeline.control_nets import control_arguments, load_control_nets
 from shared.pipeline.loading import LoadError
 from tests import tiny, tiny_extras
 
@@ -46,8 +45,9 @@ def test_control_net(name: str) -> None:
 
     def made(*args: Any, seed: int = 5) -> np.ndarray:
         torch.manual_seed(seed)  # some pipelines draw the control latents from the global state
-        image, scale = (*args, None)[:2]
-        return tiny.run(pipe, name, **control_arguments(spec, launch, image, scale, (64, 64), 4))
+        image, *scales = args
+        images = [] if image is None else [image]
+        return tiny.run(pipe, name, **control_arguments(spec, launch, images, scales, (64, 64), 4))
 
     image, other = tiny.picture(64, 1), tiny.picture(64, 2)
     none = made(None)
@@ -67,7 +67,7 @@ def test_several_control_nets(name: str) -> None:
 
     def made(given: dict[str, float]) -> np.ndarray:
         torch.manual_seed(5)
-        return tiny.run(pipe, name, **control_arguments(MODELS[name], given, tiny.picture(64, 1)))
+        return tiny.run(pipe, name, **control_arguments(MODELS[name], given, [tiny.picture(64, 1)]))
 
     both, first, none = made(launch), made({paths[0]: 0.8, paths[1]: 0.0}), made(dict.fromkeys(paths, 0.0))
     assert apart(both, first) > 1e-3 and apart(first, none) > 1e-3
@@ -79,7 +79,8 @@ def test_ip_adapter(name: str) -> None:
     pipe = tiny.host(name, ip_adapter=launch)
 
     def made(*args: Any) -> np.ndarray:
-        return tiny.run(pipe, name, **ip_arguments(pipe, launch, *args))
+        image, *scales = args
+        return tiny.run(pipe, name, **ip_arguments(pipe, launch, [] if image is None else [image], scales))
 
     image, other = tiny.picture(64, 1), tiny.picture(64, 2)
     assert apart(made(image), plain(name)) > 0.02
@@ -95,8 +96,8 @@ def test_ip_adapter_plus_and_bin(name: str) -> None:
     for suffix in (".safetensors", ".bin"):
         launch = {str(tiny_extras.ip_adapter(name, "plus", suffix)): 0.7}
         pipe = tiny.host(name, ip_adapter=launch)
-        made[suffix] = tiny.run(pipe, name, **ip_arguments(pipe, launch, tiny.picture(64, 1)))
-        assert np.array_equal(tiny.run(pipe, name, **ip_arguments(pipe, launch, None)), plain(name))
+        made[suffix] = tiny.run(pipe, name, **ip_arguments(pipe, launch, [tiny.picture(64, 1)]))
+        assert np.array_equal(tiny.run(pipe, name, **ip_arguments(pipe, launch, [])), plain(name))
     assert np.array_equal(made[".safetensors"], made[".bin"]) and apart(made[".bin"], plain(name)) > 0.02
 
 
@@ -128,7 +129,7 @@ def test_ip_adapter_full_face_is_diffusers_picture(tmp_path: Path) -> None:
     path = ip_adapter_of("full-face", tmp_path)
     launch = {str(path): 0.7}
     pipe = tiny.host("sd1", ip_adapter=launch)
-    made = tiny.run(pipe, "sd1", **ip_arguments(pipe, launch, tiny.picture(64, 1)))
+    made = tiny.run(pipe, "sd1", **ip_arguments(pipe, launch, [tiny.picture(64, 1)]))
     theirs = tiny.load("sd1")
     encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "image_encoder")
     theirs.register_modules(image_encoder=encoder, feature_extractor=tiny.image_processor())
@@ -161,7 +162,9 @@ def test_image_encoder_of_the_checkpoint(tmp_path: Path) -> None:
     pipe = tiny.host("sd1", ip_adapter=bare, checkpoint=str(tmp_path / "sd1"))
     full = {str(tiny_extras.ip_adapter("sd1")): 0.7}
     expected = tiny.host("sd1", ip_adapter=full)
-    one, other = (tiny.run(p, "sd1", **ip_arguments(p, bare, tiny.picture(64, 1))) for p in (pipe, expected))
+    one, other = (
+        tiny.run(p, "sd1", **ip_arguments(p, bare, [tiny.picture(64, 1)])) for p in (pipe, expected)
+    )
     assert np.array_equal(one, other)
 
 
@@ -204,7 +207,7 @@ def test_motion_lora() -> None:
             lambda: {"control_net": {str(tiny_extras.control_net("sd3")): 1.0}},
             "is a SD3ControlNetModel; type sd1 takes ControlNetModel",
         ),
-        ("sd1", lambda: {"control_net": {str(tiny_extras.lora("sd1")): 1.0}}, "must be a diffusers folder"),
+        ("sd1", lambda: {"control_net": {str(tiny_extras.lora("sd1")): 1.0}}, "is no ControlNet: it holds"),
         ("ad", lambda: {"motion_module": str(tiny_extras.lora("sd1"))}, "has no motion_modules tensors"),
     ],
 )
@@ -237,3 +240,31 @@ def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
     with pytest.raises(AdapterError, match=r"must be a \.safetensors, \.bin"):
         read_tensors(tmp_path / "trap.pkl", "IP-Adapter")
+
+
+@pytest.mark.parametrize("name", [name for name in IP_TYPES if name != "sd3"])
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_several_ip_pictures(name: str, adapters: int, tmp_path: Path) -> None:
+    """Several pictures for one adapter, and one for each of two: as plain diffusers takes them."""
+    first = tiny_extras.ip_adapter(name)
+    tensors = {key: t.flip(0).contiguous() for key, t in load_file(first).items()}
+    save_file(tensors, tmp_path / "second.safetensors")
+    paths = [str(first), str(tmp_path / "second.safetensors")][:adapters]
+    launch = dict(zip(paths, (0.7, 0.4), strict=False))
+    pipe = tiny.host(name, ip_adapter=launch)
+    one, two = tiny.picture(64, 1), tiny.picture(64, 2)
+
+    def made(images: list[Any], *scales: float) -> np.ndarray:
+        return tiny.run(pipe, name, **ip_arguments(pipe, launch, images, scales))
+
+    pictures = [[one, two]] if adapters == 1 else [one, two]
+    both = made([one, two])
+    pipe.set_ip_adapter_scale([0.7, 0.4] if adapters == 2 else 0.7)
+    assert np.array_equal(both, tiny.run(pipe, name, ip_adapter_image=pictures))
+    assert apart(both, made([one])) > 1e-3 and apart(both, made([two])) > 1e-3
+    assert np.array_equal(made([]), plain(name))
+    if adapters == 2:
+        assert np.array_equal(made([one]), made([one, one]))
+        assert np.array_equal(made([one, two], 0.3), made([one, two], 0.3, 0.3))
+        assert apart(made([one, two], 0.3, 0.9), made([one, two], 0.3)) > 1e-3
+        assert apart(both, made([two, one])) > 1e-3

@@ -114,7 +114,8 @@ def test_parts_of_blocks_for_methods_that_work_inside_them() -> None:
 
 
 def test_with_lora_quantization_control_net_and_ip_adapter() -> None:
-    from shared.pipeline.adapters import control_arguments, ip_arguments
+    from shared.pipeline.adapters import ip_arguments
+    from shared.pipeline.control_nets import control_arguments
 
     features: dict[str, Any] = {
         "lora": {str(tiny_extras.lora("sdxl")): 0.8},
@@ -125,8 +126,8 @@ def test_with_lora_quantization_control_net_and_ip_adapter() -> None:
 
     def made(pipe: Any) -> np.ndarray:
         image = tiny.picture(64, 1)
-        arguments = control_arguments(MODELS["sdxl"], features["control_net"], image)
-        return tiny.run(pipe, "sdxl", **arguments, **ip_arguments(pipe, features["ip_adapter"], image))
+        arguments = control_arguments(MODELS["sdxl"], features["control_net"], [image])
+        return tiny.run(pipe, "sdxl", **arguments, **ip_arguments(pipe, features["ip_adapter"], [image]))
 
     eager = made(tiny.host("sdxl", **features))
     pipe = compiled("sdxl", compile_unet=True, **features)

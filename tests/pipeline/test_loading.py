@@ -207,7 +207,8 @@ def test_progress_bars_only_where_asked(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_everything_at_once() -> None:
     """LoRA, ControlNet, IP-Adapter, VAE, scheduler, quantization and tiling on one pipeline."""
-    from shared.pipeline.adapters import control_arguments, ip_arguments
+    from shared.pipeline.adapters import ip_arguments
+    from shared.pipeline.control_nets import control_arguments
 
     flags: dict[str, Any] = {
         "lora": {str(tiny_extras.lora("sdxl", "kohya", text=True)): 0.8},
@@ -225,9 +226,9 @@ def test_everything_at_once() -> None:
         pipe = tiny.host("sdxl", **given)
         arguments: dict[str, Any] = {}
         if "control_net" in given:
-            arguments |= control_arguments(MODELS["sdxl"], given["control_net"], image)
+            arguments |= control_arguments(MODELS["sdxl"], given["control_net"], [image])
         if "ip_adapter" in given:
-            arguments |= ip_arguments(pipe, given["ip_adapter"], image)
+            arguments |= ip_arguments(pipe, given["ip_adapter"], [image])
         return tiny.run(pipe, "sdxl", size=96, **arguments)
 
     whole = made(None)

@@ -71,14 +71,15 @@ def test_unpacking_without_a_build() -> None:
 
 @pytest.mark.parametrize("kind", ["float8", "int4"])
 def test_with_ip_adapter_and_control_net(kind: str) -> None:
-    from shared.pipeline.adapters import control_arguments, ip_arguments
+    from shared.pipeline.adapters import ip_arguments
+    from shared.pipeline.control_nets import control_arguments
 
     control, ip = {str(tiny_extras.control_net("sdxl")): 1.0}, {str(tiny_extras.ip_adapter("sdxl")): 0.7}
     pipe = tiny.host("sdxl", quantize_to=kind, control_net=control, ip_adapter=ip)
 
     def made(image: Image.Image | None, face: Image.Image | None) -> np.ndarray:
-        arguments = control_arguments(MODELS["sdxl"], control, image, size=(64, 64))
-        return tiny.run(pipe, "sdxl", **arguments, **ip_arguments(pipe, ip, face))
+        arguments = control_arguments(MODELS["sdxl"], control, [image] if image else [], size=(64, 64))
+        return tiny.run(pipe, "sdxl", **arguments, **ip_arguments(pipe, ip, [face] if face else []))
 
     image = tiny.picture(64, 1)
     assert np.isfinite(made(image, image)).all()
