@@ -383,7 +383,8 @@ def test_several_pictures_and_lycoris(
         flags["ip_adapter"][str(second_ip_adapter(name))] = 0.5
         ask["ip_adapter_scale"] = [0.3, 0.6]
     plain = []
-    for asked in (ask, {key: value[::-1] for key, value in ask.items() if key.endswith("image")}):
+    others = {"control_image": [encoded(name, 6), encoded(name, 5)], "ip_image": [encoded(name, 9)]}
+    for asked in (ask, ask | {key: value for key, value in others.items() if key in ask}):
         ranks = pool.run(run_cell, 2, backend, name, flags, {**plan, "ask": asked}, False, timeout=240)
         plain.append(check_plans(ranks)["plain"])
     assert psnr(plain[0], plain[1]) < 80, "which picture is whose must count"

@@ -108,6 +108,7 @@ FAMILY = Family(
             control_net_pipeline="FluxControlNetPipeline",
             control_image_field="control_image",
             ip_adapter_encoder="clip",
+            ip_adapter_negative=True,
             single_file_config="flux",
             single_file_settings="guidance_embeds",
             single_file_encoders=MappingProxyType(

@@ -92,6 +92,7 @@ class ModelSpec:
     control_net_pipeline: str | None = None
     control_image_field: str = "image"  # the ControlNet pipeline's argument for the control image
     ip_adapter_encoder: Literal["clip", "siglip"] | None = None
+    ip_adapter_negative: bool = False  # whether its pipelines take a picture for the negative branch
     ip_adapter_takes: Literal["one", "several"] = "several"  # adapters and pictures
     compel_class: str | None = None  # compel's wrapper for its text encoders
     tokens: TokenPlan | None = None  # of its transformer; UNets have none

@@ -118,6 +118,7 @@ def _set_scales(pipe: Pipeline, scales: list[float]) -> None:
 
 def ip_arguments(
     pipe: Pipeline,
+    spec: ModelSpec,
     launch: Mapping[str, float],
     images: Sequence[Image.Image],
     scales: Sequence[float] = (),
@@ -133,11 +134,17 @@ def ip_arguments(
     """
     count = len(launch)
     _set_scales(pipe, one_each(scales or list(launch.values()), count) if images else [0.0] * count)
+    black = Image.new("RGB", (224, 224))
     if count > 1:
-        return {"ip_adapter_image": one_each(images or [Image.new("RGB", (224, 224))], count)}
+        arguments = {"ip_adapter_image": one_each(images or [black], count)}
+        if (
+            spec.ip_adapter_negative
+        ):  # of which the pipeline with ControlNet makes one, however many there are
+            arguments["negative_ip_adapter_image"] = [black] * count
+        return arguments
     if len(images) > 1:
         return {"ip_adapter_image": [list(images)]}
-    return {"ip_adapter_image": images[0] if images else Image.new("RGB", (224, 224))}
+    return {"ip_adapter_image": images[0] if images else black}
 
 
 def one_each(given: Sequence[Any], count: int) -> list[Any]:

@@ -81,7 +81,7 @@ def call_arguments(
         )
     if config.ip_adapter:
         pictures = _pictures(request.ip_image, request.ip_image_scale)
-        arguments |= ip_arguments(pipe, config.ip_adapter, pictures, listed(request.ip_adapter_scale))
+        arguments |= ip_arguments(pipe, spec, config.ip_adapter, pictures, listed(request.ip_adapter_scale))
     if spec.output == "video":
         arguments |= _video_arguments(pipe, spec, request)
         if start is not None:

@@ -42,6 +42,7 @@ class LoraSet:
     spec: ModelSpec
     frozen: str | None = None  # why none can be added, removed or scaled
     fixed: str | None = None  # why none can be added or removed; scales still work
+    unread: str | None = None  # why a DoRA, which needs the layers' own weights, cannot be added
     loaded: dict[str, Loaded] = field(default_factory=dict)
     _count: int = 0
 
@@ -62,6 +63,8 @@ class LoraSet:
         matched = sum(map(len, parts.values()))
         if not matched:
             raise LoraError(f"LoRA {path!r} fits no layer of type {self.spec.name}: {sample(unmatched)}")
+        if self.unread and any(update.is_dora for layers in parts.values() for update in layers.values()):
+            raise LoraError(f"LoRA {path!r} is a DoRA: {self.unread}")
         adapter = f"lora{self._count}"
         self._count += 1
         try:

@@ -62,6 +62,11 @@ class Update:
         return set(self.tensors) == {"down", "up"}
 
     @property
+    def is_dora(self) -> bool:
+        """Whether it is relative to the length of the layer's own weights."""
+        return not self.tensors.keys().isdisjoint(("dora_scale", "magnitude"))
+
+    @property
     def scale(self) -> float:
         """alpha / rank; 1 without an alpha, and for a LoKr of two whole matrices, which has no rank."""
         ranked = next((self.tensors[key] for key in RANKED_BY if key in self.tensors), None)

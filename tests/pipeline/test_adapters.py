@@ -80,7 +80,9 @@ def test_ip_adapter(name: str) -> None:
 
     def made(*args: Any) -> np.ndarray:
         image, *scales = args
-        return tiny.run(pipe, name, **ip_arguments(pipe, launch, [] if image is None else [image], scales))
+        return tiny.run(
+            pipe, name, **ip_arguments(pipe, MODELS[name], launch, [] if image is None else [image], scales)
+        )
 
     image, other = tiny.picture(64, 1), tiny.picture(64, 2)
     assert apart(made(image), plain(name)) > 0.02
@@ -96,8 +98,10 @@ def test_ip_adapter_plus_and_bin(name: str) -> None:
     for suffix in (".safetensors", ".bin"):
         launch = {str(tiny_extras.ip_adapter(name, "plus", suffix)): 0.7}
         pipe = tiny.host(name, ip_adapter=launch)
-        made[suffix] = tiny.run(pipe, name, **ip_arguments(pipe, launch, [tiny.picture(64, 1)]))
-        assert np.array_equal(tiny.run(pipe, name, **ip_arguments(pipe, launch, [])), plain(name))
+        made[suffix] = tiny.run(pipe, name, **ip_arguments(pipe, MODELS[name], launch, [tiny.picture(64, 1)]))
+        assert np.array_equal(
+            tiny.run(pipe, name, **ip_arguments(pipe, MODELS[name], launch, [])), plain(name)
+        )
     assert np.array_equal(made[".safetensors"], made[".bin"]) and apart(made[".bin"], plain(name)) > 0.02
 
 
@@ -129,7 +133,7 @@ def test_ip_adapter_full_face_is_diffusers_picture(tmp_path: Path) -> None:
     path = ip_adapter_of("full-face", tmp_path)
     launch = {str(path): 0.7}
     pipe = tiny.host("sd1", ip_adapter=launch)
-    made = tiny.run(pipe, "sd1", **ip_arguments(pipe, launch, [tiny.picture(64, 1)]))
+    made = tiny.run(pipe, "sd1", **ip_arguments(pipe, MODELS["sd1"], launch, [tiny.picture(64, 1)]))
     theirs = tiny.load("sd1")
     encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path / "image_encoder")
     theirs.register_modules(image_encoder=encoder, feature_extractor=tiny.image_processor())
@@ -163,7 +167,8 @@ def test_image_encoder_of_the_checkpoint(tmp_path: Path) -> None:
     full = {str(tiny_extras.ip_adapter("sd1")): 0.7}
     expected = tiny.host("sd1", ip_adapter=full)
     one, other = (
-        tiny.run(p, "sd1", **ip_arguments(p, bare, [tiny.picture(64, 1)])) for p in (pipe, expected)
+        tiny.run(p, "sd1", **ip_arguments(p, MODELS["sd1"], bare, [tiny.picture(64, 1)]))
+        for p in (pipe, expected)
     )
     assert np.array_equal(one, other)
 
@@ -255,7 +260,7 @@ def test_several_ip_pictures(name: str, adapters: int, tmp_path: Path) -> None:
     one, two = tiny.picture(64, 1), tiny.picture(64, 2)
 
     def made(images: list[Any], *scales: float) -> np.ndarray:
-        return tiny.run(pipe, name, **ip_arguments(pipe, launch, images, scales))
+        return tiny.run(pipe, name, **ip_arguments(pipe, MODELS[name], launch, images, scales))
 
     pictures = [[one, two]] if adapters == 1 else [one, two]
     both = made([one, two])

@@ -127,7 +127,9 @@ def test_with_lora_quantization_control_net_and_ip_adapter() -> None:
     def made(pipe: Any) -> np.ndarray:
         image = tiny.picture(64, 1)
         arguments = control_arguments(MODELS["sdxl"], features["control_net"], [image])
-        return tiny.run(pipe, "sdxl", **arguments, **ip_arguments(pipe, features["ip_adapter"], [image]))
+        return tiny.run(
+            pipe, "sdxl", **arguments, **ip_arguments(pipe, MODELS["sdxl"], features["ip_adapter"], [image])
+        )
 
     eager = made(tiny.host("sdxl", **features))
     pipe = compiled("sdxl", compile_unet=True, **features)

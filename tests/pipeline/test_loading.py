@@ -228,7 +228,7 @@ def test_everything_at_once() -> None:
         if "control_net" in given:
             arguments |= control_arguments(MODELS["sdxl"], given["control_net"], [image])
         if "ip_adapter" in given:
-            arguments |= ip_arguments(pipe, given["ip_adapter"], [image])
+            arguments |= ip_arguments(pipe, MODELS["sdxl"], given["ip_adapter"], [image])
         return tiny.run(pipe, "sdxl", size=96, **arguments)
 
     whole = made(None)

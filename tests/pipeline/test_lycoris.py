@@ -13,7 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared.launch.backend import Needs
 from shared.models import MODELS
+from shared.parallel.pipeline import model_of
+from shared.pipeline.loading import load_pipeline
 from shared.pipeline.lora import loras_of
 from shared.pipeline.lora_file import LoraError
 from shared.pipeline.lora_layers import delta
@@ -261,3 +264,19 @@ def test_dora_by_inputs_of_joined_layers_is_refused(tmp_path: Path) -> None:
         match_layers(pipe, MODELS["flux"], tensors)
     del tensors[f"{name}.dora_scale"]
     assert len(match_layers(pipe, MODELS["flux"], tensors)[0]["transformer"]) == 3
+
+
+def test_a_dora_is_not_added_to_weights_that_lie_elsewhere(tmp_path: Path) -> None:
+    config = tiny.config("sd1")
+    pipe = load_pipeline(config.spec, config, torch.device("cpu"), Needs(shards=("unet",)), quiet=True)
+    loras = loras_of(pipe, config.spec)
+    generator = torch.Generator().manual_seed(0)
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    for kind, says in (("dora", "is a DoRA: .*under --shard_weights"), ("loha", None)):
+        tensors = tiny_lycoris.tensors_of(kind, model_of(pipe, "unet").get_submodule(layer), generator)
+        path = write(tmp_path / f"{kind}.safetensors", {f"unet.{layer}.{k}": t for k, t in tensors.items()})
+        if says is None:
+            assert loras.add(path).matched == 1
+            continue
+        with pytest.raises(LoraError, match=says):
+            loras.add(path)

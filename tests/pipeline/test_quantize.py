@@ -79,7 +79,9 @@ def test_with_ip_adapter_and_control_net(kind: str) -> None:
 
     def made(image: Image.Image | None, face: Image.Image | None) -> np.ndarray:
         arguments = control_arguments(MODELS["sdxl"], control, [image] if image else [], size=(64, 64))
-        return tiny.run(pipe, "sdxl", **arguments, **ip_arguments(pipe, ip, [face] if face else []))
+        return tiny.run(
+            pipe, "sdxl", **arguments, **ip_arguments(pipe, MODELS["sdxl"], ip, [face] if face else [])
+        )
 
     image = tiny.picture(64, 1)
     assert np.isfinite(made(image, image)).all()
