@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 MAX_SIDE = 8192  # pixels
 MAX_FRAMES = 1024  # of one video
+MAX_INPUTS = 16  # pictures or scales of one field for adapters
 MAX_STEPS = 1000  # of one schedule
 MAX_IMAGE_PIXELS = MAX_SIDE * MAX_SIDE
 IMAGE_INPUTS = ("PNG", "JPEG", "WEBP", "BMP")
@@ -148,7 +149,6 @@ Pictures = Annotated[
         contentMediaType="image/*",
     ),
 ]
-MAX_INPUTS = 16  # pictures of one field
 
 
 def check_images(value: Any) -> bytes | list[bytes]:

@@ -22,7 +22,7 @@ from PIL import Image
 from pydantic import BaseModel, Field
 from werkzeug.exceptions import NotFound
 
-from shared.api.codecs import MAX_FRAMES
+from shared.api.codecs import MAX_FRAMES, MAX_INPUTS
 from shared.api.jobs import GenerationJob, Preview
 from shared.api.media import encode_image
 from shared.api.queue import JobQueue
@@ -201,7 +201,14 @@ def _alike(scales: Mapping[str, float] | None) -> float | None:
 def _most(name: str, config: HostConfig) -> dict[str, int]:
     """`most` of a field that takes several pictures."""
     start = config.spec.start("image", bool(config.control_net))
-    return {"most": MAX_FRAMES} if name == "image" and start is not None and start.frames else {}
+    adapters = len(config.ip_adapter or ())
+    together = adapters == 1 and config.spec.ip_adapter_takes == "several"
+    most = {
+        "image": MAX_FRAMES if start is not None and start.frames else 1,
+        "control_image": len(config.control_net or ()),
+        "ip_image": MAX_INPUTS if together else adapters,
+    }.get(name, 1)
+    return {"most": most} if most > 1 else {}
 
 
 _SHAPES = ((1, 1), (4, 3), (3, 2), (16, 9))

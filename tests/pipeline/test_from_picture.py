@@ -23,7 +23,7 @@ from shared.backends import BACKENDS
 from shared.models import MODELS, Start
 from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.xdit.pipefusion import XDiTPipeFusion
-from shared.pipeline.adapters import load_ip_adapter
+from shared.pipeline.adapters import load_ip_adapters
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import load_pipeline
 from tests import tiny, tiny_extras
@@ -185,7 +185,7 @@ def test_beside_a_control_net_and_an_ip_adapter(name: str, start: Start) -> None
 
     def put_on(pipe: Any) -> None:
         if start.ip_adapter:
-            load_ip_adapter(pipe, MODELS[name], str(tiny_extras.ip_adapter(name)), 0.7, torch.float32)
+            load_ip_adapters(pipe, MODELS[name], {str(tiny_extras.ip_adapter(name)): 0.7}, torch.float32)
 
     net = getattr(diffusers, MODELS[name].control_net_class or "").from_pretrained(
         tiny_extras.control_net(name)
