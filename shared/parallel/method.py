@@ -31,8 +31,7 @@ class Unwatched(contextlib.nullcontext[None]):
 class Part(Closing):
     """Something that changes modules until ``close``. What it must undo is put on `held`."""
 
-    batches = True
-    """Whether each of several pictures of one call is the one that a call of its own makes."""
+    batches = True  # whether each of several pictures of one call is the one that a call of its own makes
 
     def __init__(self) -> None:
         self.held = contextlib.ExitStack()
@@ -76,10 +75,8 @@ class Method(Part):
         pipeline: the diffusers pipeline.
     """
 
-    decodes_together = False
-    """Whether all ranks must decode, as each decodes a part."""
-    ends_with_latents = True
-    """Whether every rank ends with the latents of the whole picture."""
+    decodes_together = False  # whether all ranks must decode, as each decodes a part
+    ends_with_latents = True  # whether every rank ends with the latents of the whole picture
 
     def __init__(self, pipeline: Pipeline) -> None:
         super().__init__()

@@ -31,12 +31,9 @@ SPREAD = 0.15
 class View:
     """What one stage computes, and what it takes from and gives to others, as ids of the trace."""
 
-    replaced: frozenset[int]
-    """Outermost calls whose units all belong to other stages: they are answered, not run."""
-    needs: dict[int, int]
-    """Values taken from other stages -> the stage that makes them."""
-    gives: dict[int, tuple[int, ...]]
-    """Values made here -> the stages that take them."""
+    replaced: frozenset[int]  # outermost calls of which every unit is another stage's: answered, not run
+    needs: dict[int, int]  # values taken from other stages -> the stage that makes them
+    gives: dict[int, tuple[int, ...]]  # values made here -> the stages that take them
 
 
 @dataclass(frozen=True)

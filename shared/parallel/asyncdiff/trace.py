@@ -35,12 +35,9 @@ SAMPLE = -1
 class Value:
     """One output tensor of a unit or a container."""
 
-    call: int
-    """Index of the call that returned it first."""
-    origin: int
-    """Index of the unit call inside that call which contributed last to it: who makes it."""
-    sources: frozenset[int]
-    """Values that a container made it of; empty for a unit's."""
+    call: int  # index of the call that returned it first
+    origin: int  # index of the unit call inside that call which contributed last to it: who makes it
+    sources: frozenset[int]  # values that a container made it of; empty for a unit's
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -54,25 +51,19 @@ class Value:
 class Leaf:
     """One leaf of what a call returned: a value, one of its own arguments, or something that is no tensor."""
 
-    kind: str
-    """"value", "argument" or "constant"."""
-    item: Any
-    """The value's id, the index among the leaves of (args, kwargs), or the constant itself."""
+    kind: str  # "value", "argument" or "constant"
+    item: Any  # the value's id, the index among the leaves of (args, kwargs), or the constant itself
 
 
 @dataclass
 class Call:
     """One execution of a unit or of a container that holds units."""
 
-    name: str
-    """Qualified name of the module; the root's is empty."""
-    occurrence: int
-    """0 for the module's first call in a forward, 1 for its second, …"""
+    name: str  # qualified name of the module; the root's is empty
+    occurrence: int  # 0 for the module's first call in a forward, 1 for its second, …
     unit: bool
-    inside: list[int] = field(default_factory=list)
-    """Calls made inside this one, in order."""
-    inputs: frozenset[int] = frozenset()
-    """Values that a unit's arguments are made of."""
+    inside: list[int] = field(default_factory=list)  # calls made inside this one, in order
+    inputs: frozenset[int] = frozenset()  # values that a unit's arguments are made of
     flops: int = 0
     outputs: list[Leaf] = field(default_factory=list)
     spec: TreeSpec | None = None
@@ -86,11 +77,9 @@ class Call:
 class Trace:
     """One forward of a denoiser at one shape; plain data apart from the structure of outputs."""
 
-    calls: list[Call]
-    """In the order in which they began; the root comes first."""
+    calls: list[Call]  # in the order in which they began; the root comes first
     values: list[Value]
-    units: list[int]
-    """The calls that are units, in order of execution."""
+    units: list[int]  # the calls that are units, in order of execution
 
     @property
     def flops(self) -> list[int]:

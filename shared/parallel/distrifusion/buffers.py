@@ -26,11 +26,9 @@ class Offer:
     """What one rank sends for one layer."""
 
     kind: Kind
-    parts: tuple[Shape | None, Shape | None, Shape | None]
-    """Shapes of what goes to the rank after it, to all others, to the rank before it."""
+    parts: tuple[Shape | None, Shape | None, Shape | None]  # to the rank after it, to all, to the one before
     dtype: torch.dtype
-    count: int
-    """How many numbers a moment was made of."""
+    count: int  # how many numbers a moment was made of
 
     def size(self, part: int) -> int:
         shape = self.parts[part]
@@ -41,16 +39,13 @@ class Offer:
 class Slot:
     """One exchange of a forward: what all ranks send in it, and where it lies."""
 
-    offers: list[Offer]
-    """By rank."""
+    offers: list[Offer]  # by rank
     bundle: Bundle | None = None
+    # By rank: where its deferred tensor arrives; None for what is not deferred, and for this rank.
     inbox: list[torch.Tensor | None] = field(default_factory=list)
-    """By rank: where its deferred tensor arrives; None for what is not deferred, and for this rank."""
-    outbox: list[torch.Tensor | None] = field(default_factory=list)
-    """By part: where this rank's own tensor waits for its message."""
+    outbox: list[torch.Tensor | None] = field(default_factory=list)  # by part: what waits for its message
     shares: Shares | None = None
-    stale: tuple[StaleMoments, int] | None = None
-    """Of deferred moments: what is known of them, and which norm of it this is."""
+    stale: tuple[StaleMoments, int] | None = None  # of deferred moments: all of them, and which norm's
 
 
 @dataclass

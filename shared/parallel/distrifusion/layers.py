@@ -29,22 +29,15 @@ Answer = Callable[[Forward, tuple, dict], Any]
 class PatchRun:
     """What the layers of one model need to know of the current forward."""
 
-    exchange: PatchExchange | None
-    """None: every patch is a picture of its own."""
-    dim: int
-    """The dimension of [batch, channels, height, width] that is cut: 2 rows, 3 columns."""
-    whole: torch.Tensor | None = None
-    """The uncut input, and this rank's part of it: the first convolution needs no exchange."""
-    start: int = 0
-    patch: torch.Tensor | None = None
-    local_norms: bool = False
-    """Whether group norms use only this patch's moments."""
-    recording: bool = False
-    """Whether this forward shows what the prompt's keys and values are; later ones are given them."""
-    prompt: list[torch.Tensor | None] = field(default_factory=list)
-    """Keys and values of the prompt, by layer."""
-    totals: dict[int, int] = field(default_factory=dict)
-    """PatchExchange.totals of the exchange."""
+    exchange: PatchExchange | None  # None: every patch is a picture of its own
+    dim: int  # the dimension of [batch, channels, height, width] that is cut: 2 rows, 3 columns
+    whole: torch.Tensor | None = None  # the uncut input: the first convolution needs no exchange
+    start: int = 0  # of this rank's part of it
+    patch: torch.Tensor | None = None  # that part
+    local_norms: bool = False  # whether group norms use only this patch's moments
+    recording: bool = False  # whether this forward makes the prompt's keys and values; later ones get them
+    prompt: list[torch.Tensor | None] = field(default_factory=list)  # keys and values of the prompt, by layer
+    totals: dict[int, int] = field(default_factory=dict)  # PatchExchange.totals of the exchange
 
 
 @dataclass
