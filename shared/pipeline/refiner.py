@@ -23,6 +23,7 @@ from shared.models import ModelSpec
 from shared.parallel.method import Method
 from shared.parallel.pipeline import Pipeline, model_of
 from shared.parallel.surgery import Surgery
+from shared.pipeline.long_prompts import encode_chunks
 from shared.pipeline.pictures import noting_broken_pixels
 from shared.pipeline.prompts import EncodedPrompts
 from shared.pipeline.schedulers import scheduler_for_request
@@ -133,11 +134,7 @@ class Refiner:
         """
         watch.pipe = self.pipe
         given = {name: arguments[name] for name in TAKEN if name in arguments}
-        width = model_of(self.pipe, self.spec.denoiser).config.cross_attention_dim
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            if (embeds := arguments.get(name)) is not None:  # of both encoders, the refiner's last
-                pooled = name.replace("prompt_", "pooled_prompt_")
-                given |= {name: embeds[..., -width:], pooled: arguments[pooled]}
+        given |= self._embeddings(request, arguments)
         given |= {"image": latents, "denoising_start": request.refiner_start, "output_type": output_type}
         state = tuple(sorted((request.lora_scales or {}).items()))
         self.method.begin(given["num_inference_steps"], latents.shape[0])
@@ -151,6 +148,26 @@ class Refiner:
                 return self.method.run(given, watch)
             finally:
                 self.pipe.maybe_free_model_hooks()
+
+    def _embeddings(self, request: GenerateRequest, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The part that the refiner reads of embeddings, which are of both encoders: that of the last.
+
+        What the base has zeros for, an absent negative prompt, the refiner reads as an empty one.
+        """
+        width = model_of(self.pipe, self.spec.denoiser).config.cross_attention_dim
+        found: dict[str, Any] = {}
+        for side in ("", "negative_"):
+            if (embeds := arguments.get(f"{side}prompt_embeds")) is not None:
+                pooled = f"{side}pooled_prompt_embeds"
+                found |= {f"{side}prompt_embeds": embeds[..., -width:], pooled: arguments[pooled]}
+        absent = request.negative is None and request.negative_embeds is None
+        if "prompt_embeds" not in found or not (absent or "negative_prompt_embeds" not in found):
+            return found
+        text = None if absent and self.pipe.config.force_zeros_for_empty_prompt else request.negative or ""
+        values = {"negative_prompt": text, "prompt_embeds": found["prompt_embeds"]}
+        encode_chunks(self.pipe, self.spec, values, request.prompt_syntax)  # as many tokens as the prompt
+        sides = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
+        return found | {name: values.get(name) for name in sides} | {"negative_prompt": None}
 
     @contextlib.contextmanager
     def _some_step(self, request: GenerateRequest) -> Iterator[None]:

@@ -144,6 +144,37 @@ def test_prompts_of_every_kind() -> None:
     assert not torch.equal(latents(on, positive="a (cat:1.5)", **noted), latents(on, positive="a cat"))
 
 
+@pytest.mark.parametrize("tokens", [77, 154])
+def test_an_absent_negative_prompt_beside_embeddings(tokens: int) -> None:
+    """The base has zeros for it, the refiner an empty prompt, of as many tokens as the embeddings."""
+    base = tiny.load("sdxl")
+    refiner, both = hand_refiner(base), hand_arguments(prompt=None, negative_prompt=None)
+    embeds = torch.randn(1, tokens, 96, generator=torch.Generator().manual_seed(8))
+    pooled = embeds[:, 0, :64].clone()
+    with torch.no_grad():
+        empty, _, of_empty, _ = refiner.encode_prompt("", do_classifier_free_guidance=False)
+    given = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+    half = base(**both, **given, width=64, height=64, denoising_end=0.8, output_type="latent").images
+    wanted = refiner(
+        **both,
+        **given | {"prompt_embeds": embeds[..., 32:]},
+        negative_prompt_embeds=empty.repeat(1, tokens // 77, 1),
+        negative_pooled_prompt_embeds=of_empty,
+        **{"image": half, "denoising_start": 0.8, "output_type": "latent"},
+    ).images
+    body = safetensors.torch.save({"embeds": embeds, "pooled": pooled})
+    assert torch.equal(latents(engine(), positive=None, negative=None, positive_embeds=body), wanted)
+
+
+def test_compels_prompts() -> None:
+    """Without weights they are the plain ones, with a negative prompt and without one."""
+    on = engine(compel=True)
+    for negative in ("blur", None):
+        made, plain = latents(on, negative=negative), latents(engine(), negative=negative)
+        assert torch.allclose(made, plain, atol=1e-4)
+        assert not torch.allclose(latents(on, positive="a (cat)1.5", negative=negative), plain, atol=1e-3)
+
+
 def test_several_pictures_are_those_drawn_alone() -> None:
     request = check_request(
         {"positive": "a cat", "seed": 3, "steps": 4, "output_format": "latent"}, engine().config
