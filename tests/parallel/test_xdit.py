@@ -427,6 +427,12 @@ def test_several_pictures_are_made_at_the_same_time(pool: RankPool) -> None:
     both, first, second = pool.run(several, 2, 2)[0]
     assert [seed for seed, _ in both] == [2**64 - 1, 0]
     assert both == first + second
+    three = pool.run(several, 2, 3)[0][0]  # two of one replica, one of the other, which draws one more
+    assert [seed for seed, _ in three] == [2**64 - 1, 0, 1]
+    apart = [
+        np.frombuffer(a[1], np.uint8).astype(int) - list(b[1]) for a, b in zip(three, both, strict=False)
+    ]
+    assert max(np.abs(a).max() for a in apart) <= 1
 
 
 SETTINGS = test_matrix.SETTINGS | {"gguf_model": lambda name: {"gguf_model": str(tiny_original.gguf(name))}}

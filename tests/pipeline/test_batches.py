@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from shared.api.requests import GenerateRequest
 from shared.backends import BACKENDS
 from shared.launch.checks import check_config
 from shared.models import MODELS
-from shared.pipeline.batches import most_together
+from shared.parallel.method import Plain
+from shared.pipeline.batches import Batches, most_together
 from shared.pipeline.engine import PipelineEngine
 from shared.ranks.groups import World, make_groups
 from tests import test_matrix, tiny
@@ -171,3 +173,40 @@ def test_the_size_says_how_many() -> None:
     assert most(flux, 256, 256) == 1
     assert most(replace(sd1, compile_unet=True), 512, 512) == 1
     assert most(sd1, 512, 512, latent=b"x") == most(sd1, 512, 512, image=b"x") == 1
+
+
+def test_the_memory_of_one_picture_says_how_many_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.config("sd1", width=256, height=256)
+    pipe, request = tiny.load("sd1"), check_request({"positive": "x"}, config)
+    world = SimpleNamespace(rank=0, size=1, device=torch.device("cuda"))
+    batches, method = Batches(pipe, config, world), Plain(pipe)  # type: ignore[arg-type]
+    free = {"driver": 1000, "reserved": 400, "allocated": 150}
+    monkeypatch.setattr("shared.pipeline.batches.peak_since", lambda device, call: (call(), 100))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["driver"], 9999))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: free["reserved"])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: free["allocated"])
+    assert batches.next(request, 8, method) == 1  # the first of a size is drawn alone
+    assert batches.measured(request, 1, lambda: "made") == "made"
+    assert batches.next(request, 8, method) == 4  # 0.8 x 1000 / 200: captured steps keep as much again
+    assert batches.next(request.model_copy(update={"width": 512}), 8, method) == 1
+    batches.measured(request, 4, lambda: None)
+    free["driver"] = 0
+    assert [batches.next(request, left, method) for left in (3, 4, 5)] == [3, 4, 1]  # 4 have fitted before
+    eager = Batches(pipe, replace(config, no_cuda_graph=True), world)  # type: ignore[arg-type]
+    eager.measured(request, 1, lambda: None)
+    assert eager.next(request, 8, method) == 2  # in what was freed: 0.8 x 250 / 100
+
+
+def agreed() -> int:
+    """How many pictures all ranks draw together where rank r has room for r + 2."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
+    config = tiny.config("sd1", width=64, height=64)
+    pipe = tiny.load("sd1")
+    batches = Batches(pipe, config, world)
+    batches._fitting = lambda request, most: rank + 2  # type: ignore[method-assign]
+    return batches.next(check_request({"positive": "x"}, config), 8, Plain(pipe))
+
+
+def test_the_rank_with_the_least_room_decides(pool: RankPool) -> None:
+    assert pool.run(agreed, 2) == [2, 2]
