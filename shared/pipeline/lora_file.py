@@ -6,13 +6,16 @@ without.
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from shared.pipeline.weights_file import scaled
@@ -86,7 +89,10 @@ class Update:
 
 
 def read_lora(path: str) -> dict[str, torch.Tensor]:
-    """The tensors of a `.safetensors` file, or of the one in a folder. Raises LoraError."""
+    """The tensors of a `.safetensors` file, or of the one in a folder. Raises LoraError.
+
+    Alphas that the file's metadata or PEFT's adapter_config.json beside it hold are among them.
+    """
     file = Path(path)
     try:
         if file.is_dir():
@@ -96,9 +102,44 @@ def read_lora(path: str) -> dict[str, torch.Tensor]:
             file = inside[0]
         if file.suffix != ".safetensors":
             raise LoraError(f"LoRA {path!r} must be a .safetensors file (no pickles)")
-        return load_file(file)
-    except (OSError, SafetensorError, KeyError, AttributeError) as error:
+        tensors = load_file(file)
+        return tensors | _alphas(tensors, _settings(file))
+    except (OSError, SafetensorError, KeyError, AttributeError, ValueError, TypeError, re.error) as error:
+        if isinstance(error, LoraError):
+            raise
         raise LoraError(f"LoRA {path!r} cannot be read: {error}") from None
+
+
+def _settings(file: Path) -> dict[str, dict[str, Any]]:
+    """How a LoRA was trained, PEFT's LoraConfig, by the component that it is of; "": of all."""
+    beside = file.with_name("adapter_config.json")
+    if file.name == "adapter_model.safetensors" and beside.is_file():
+        return {"": json.loads(beside.read_text())}
+    with safe_open(file, "pt") as opened:
+        told = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))  # diffusers'
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in told.items():
+        part, _, name = key.partition(".")
+        found.setdefault(part, {})[name] = value
+    return found
+
+
+def _alphas(tensors: Tensors, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """The alphas that the settings of a LoRA give its layers, where it has none of its own."""
+    found: dict[str, torch.Tensor] = {}
+    for key, value in tensors.items() if settings else ():
+        of = _read(key)
+        if of is None or ROLES.get(of["role"], of["role"]) not in RANKED_BY or not value.ndim:
+            continue
+        layer = of["layer"]
+        config = settings.get("") or settings.get(layer.partition(".")[0]) or {}
+        own = (config.get("alpha_pattern") or {}).items()
+        named = [alpha for name, alpha in own if re.match(rf"(.*\.)?({name})$", layer)]
+        alpha = (named or [config.get("lora_alpha", config.get("alpha"))])[0]
+        if alpha is not None and f"{layer}.alpha" not in tensors:
+            root = math.sqrt(value.shape[0]) if config.get("use_rslora") else 1.0
+            found[f"{layer}.alpha"] = torch.tensor(float(alpha) * root)
+    return found
 
 
 def check_lora(path: str) -> None:

@@ -16,12 +16,13 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from shared.api.codecs import listed, picture_size
 from shared.api.requests import MAX_PICTURES
 from shared.http.wsgi import MAX_WATCHERS
 from shared.models import MODELS
 from tests.clients.test_comfyui import defaults
 from tests.comfy_stub import ComfyUI, InterruptProcessingException
-from tests.httphost import FakeHost
+from tests.httphost import FakeHost, config_of
 from tests.test_host import DEMO_CHECKPOINT, Launch, until
 from tests.test_matrix import psnr
 
@@ -234,6 +235,17 @@ def test_an_image_is_painted_anew_where_the_mask_is_white(comfy: ComfyUI, demo_h
 def test_an_empty_latent_is_not_shifted(comfy: ComfyUI) -> None:
     text = comfy.pack["convert"].latent_to_host(torch.zeros(1, 16, 8, 8), "sd3")
     assert not _latent(base64.b64decode(text)).any()
+
+
+def test_a_batch_is_a_picture_for_each(comfy: ComfyUI) -> None:
+    nets = {"/models/canny": 1.0, "/models/depth": 0.5}
+    with FakeHost(config_of(control_net=nets, ip_adapter={"/models/ip": 1.0})) as host:
+        sampler(comfy, host, control_image=torch.rand(2, 16, 16, 3), ip_image=torch.rand(3, 8, 8, 3))
+        sampler(comfy, host, control_image=torch.rand(1, 16, 16, 3))
+    several, one = host.seen
+    assert [picture_size(data) for data in listed(several.control_image)] == [(16, 16)] * 2
+    assert [picture_size(data) for data in listed(several.ip_image)] == [(8, 8)] * 3
+    assert isinstance(one.control_image, bytes)
 
 
 def test_several_pictures_are_one_request(comfy: ComfyUI, demo_host: Launch) -> None:

@@ -125,6 +125,17 @@ def test_the_launch_tells_each_fields_label_kind_and_bounds() -> None:
             assert (field["kind"] == "choice") == ("choices" in field), name
 
 
+def test_how_many_pictures_a_launch_takes() -> None:
+    nets, adapters = {"/c": 1.0, "/d": 1.0}, {"/i": 1.0, "/j": 1.0, "/k": 1.0}
+    for type, launch, most in (
+        ("sd1", {"control_net": nets, "ip_adapter": adapters}, {"control_image": 2, "ip_image": 3}),
+        ("sd1", {"control_net": {"/c": 1.0}, "ip_adapter": {"/i": 1.0}}, {"ip_image": 16}),
+        ("sd3", {"ip_adapter": {"/i": 1.0}}, {}),
+    ):
+        fields = offer(config_of(type, **launch))["fields"]
+        assert {name: field["most"] for name, field in fields.items() if "most" in field} == most
+
+
 def test_the_launch_tells_from_what_it_can_start_and_how_far() -> None:
     sd1, sdxl = offer(config_of("sd1")), offer(config_of("sdxl", control_net={"/c": 1.0}))
     assert sd1["strengths"] == {"image": 0.8, "mask": 1.0} and {"image", "mask", "strength"} <= set(

@@ -280,3 +280,30 @@ def test_a_dora_is_not_added_to_weights_that_lie_elsewhere(tmp_path: Path) -> No
             continue
         with pytest.raises(LoraError, match=says):
             loras.add(path)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_alphas_in_what_diffusers_and_peft_save(rslora: bool, tmp_path: Path) -> None:
+    """Alphas that are no tensors of the file: in its metadata, and in adapter_config.json beside it."""
+    theirs = tiny.load("sd1")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "to_v"], alpha_pattern={"attn2.to_v": 3.0},
+        use_rslora=rslora, init_lora_weights=False,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs.unet.add_adapter(config)
+    picture = tiny.run(theirs, "sd1")
+    state = peft.get_peft_model_state_dict(theirs.unet)
+    told = theirs.unet.peft_config["default"].to_dict()
+    folders = tmp_path / "diffusers", tmp_path / "peft"
+    type(theirs).save_lora_weights(folders[0], unet_lora_layers=state, unet_lora_adapter_metadata=told)
+    folders[1].mkdir()
+    config.save_pretrained(folders[1])
+    write(folders[1] / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in state.items()})
+    ours = loras_of(tiny.load("sd1"), MODELS["sd1"])
+    for folder in folders:
+        assert not ours.add(str(folder)).unmatched
+        assert np.abs(tiny.run(ours.pipe, "sd1") - picture).max() < 1e-5, folder
+        ours.remove(str(folder))
+    assert np.abs(tiny.run(ours.pipe, "sd1") - picture).max() > 1e-3
