@@ -313,7 +313,7 @@ def _seeds(seed: int, pictures: int) -> dict[str, Any]:
 
 
 class AnimateDiffSampler(io.ComfyNode):
-    """Videos from text."""
+    """Videos from text, or from a video."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -330,6 +330,20 @@ class AnimateDiffSampler(io.ComfyNode):
                 *_size(512, 512),
                 _clip_skip(),
                 *_conditioned(),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="the frames of a video to start from; they set its size and length",
+                ),
+                io.Float.Input(
+                    "denoise",
+                    default=0.8,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="how much of the schedule is run from the image; 1: all of it",
+                ),
             ],
             outputs=[io.Image.Output(display_name="frames")],
         )
@@ -352,12 +366,18 @@ class AnimateDiffSampler(io.ComfyNode):
         control_image: torch.Tensor | None = None,
         ip_image: torch.Tensor | None = None,
         scheduler: Any = None,
+        image: torch.Tensor | None = None,
+        denoise: float = 0.8,
     ) -> io.NodeOutput:
         body = _conditions(
             *(host, positive, negative, clip_skip, positive_conditioning, negative_conditioning),
             *(control_image, ip_image, scheduler),
         )
-        body |= {"seed": seed, "steps": steps, "cfg": cfg, "frames": frames, "width": width, "height": height}
+        body |= {"seed": seed, "steps": steps, "cfg": cfg}
+        if image is None:
+            body |= {"frames": frames, "width": width, "height": height}
+        else:
+            body |= {"image": [convert.picture(one, "image") for one in image], "strength": denoise}
         (answer,) = ask(host, [body | {"output_format": "png"}])
         return io.NodeOutput(convert.images(answer["output"]))
 

@@ -173,6 +173,8 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
             "steps": request.step,
             "output_format": VIDEOS.get(Path(request.dst).suffix.lower(), "mp4"),
         }
+        if request.start_image and self.type == "ad":
+            body["strength"] = self.plan.strength
         body |= {name: _value(text) for name, text in request.params.items()}
         self._make(host, body, request.dst, context)
         return messages.Result(message="OK", success=True)

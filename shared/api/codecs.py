@@ -10,7 +10,7 @@ import struct
 import zlib
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, WithJsonSchema
+from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 MAX_SIDE = 8192  # pixels
@@ -18,6 +18,8 @@ MAX_FRAMES = 1024  # of one video
 MAX_INPUTS = 16  # pictures or scales of one field for adapters
 MAX_STEPS = 1000  # of one schedule
 MAX_IMAGE_PIXELS = MAX_SIDE * MAX_SIDE
+MAX_VIDEO_PIXELS = 2 * MAX_IMAGE_PIXELS  # of all frames of an animation
+ANIMATIONS = "animations"  # context of a validation: a GIF or an animated picture is a list of pictures
 IMAGE_INPUTS = ("PNG", "JPEG", "WEBP", "BMP")
 LEFT_OUT = "(left out)"  # in place of pictures and tensors in the body that a picture's metadata holds
 TENSOR_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
@@ -74,13 +76,41 @@ def check_image(value: Any) -> bytes:
     return data
 
 
-def check_pictures(value: Any) -> bytes | list[bytes]:
-    """`check_image` of one picture, or of each of a list."""
+def check_pictures(value: Any, info: ValidationInfo) -> bytes | list[bytes]:
+    """`check_image` of one picture, or of each of a list; with the context ANIMATIONS of each of a video."""
     if not isinstance(value, list):
-        return check_image(value)
+        return (info.context == ANIMATIONS and _frames_of(value)) or check_image(value)
     if not 1 <= len(value) <= MAX_FRAMES:
         raise problem(f"must hold 1 to {MAX_FRAMES} pictures, got {len(value)}")
     return [check_image(one) for one in value]
+
+
+def _frames_of(value: Any) -> bytes | list[bytes] | None:
+    """The frames of a GIF, of an animated WebP or PNG, each as PNG; None where `value` is none of them."""
+    from PIL import Image, ImageSequence
+
+    data = value if isinstance(value, bytes) else decode_base64(value)
+    frames: list[bytes] = []
+    too_large = ""
+    try:
+        with Image.open(io.BytesIO(data), formats=("GIF", "WEBP", "PNG")) as image:
+            count = getattr(image, "n_frames", 1)
+            if image.format != "GIF" and count < 2:
+                return None
+            if count > MAX_FRAMES or count * image.width * image.height > MAX_VIDEO_PIXELS:
+                size = f"{image.width}x{image.height}"
+                too_large = (
+                    f"has {count} frames of {size}; at most {MAX_FRAMES}, of {MAX_VIDEO_PIXELS} pixels"
+                )
+            for frame in () if too_large else ImageSequence.Iterator(image):
+                out = io.BytesIO()
+                frame.convert("RGB").save(out, "PNG", compress_level=1)
+                frames.append(out.getvalue())
+    except (Image.DecompressionBombError, *_BROKEN_PICTURE):
+        return None  # `check_image` says so
+    if too_large:
+        raise problem(too_large)
+    return frames if len(frames) > 1 else frames[0]
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
@@ -145,7 +175,8 @@ Pictures = Annotated[
     bytes | list[bytes],
     BeforeValidator(check_pictures),
     _base64_schema(
-        "base64 (or a data: URI) of a PNG, JPEG, WebP or BMP; for video to video a list, its frames",
+        "base64 (or a data: URI) of a PNG, JPEG, WebP or BMP; for video to video a GIF, an animated WebP, "
+        "or a list of pictures, its frames",
         contentMediaType="image/*",
     ),
 ]

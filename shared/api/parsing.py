@@ -9,7 +9,7 @@ from pydantic import ValidationError as PydanticError
 from pydantic_core import from_json
 
 from shared.api.a1111_prompts import NotationError, parse
-from shared.api.codecs import MAX_SIDE, listed, picture_size
+from shared.api.codecs import ANIMATIONS, MAX_SIDE, listed, picture_size
 from shared.api.faults import FieldProblem, RequestError
 from shared.api.requests import (
     COMMON_FIELDS,
@@ -63,12 +63,14 @@ def check_request(data: dict[str, Any], config: HostConfig, accept: str | None =
     bad: list[FieldProblem] = []
     bad += _unknown(data, GenerateRequest)
     data = {k: v for k, v in data.items() if k in GenerateRequest.model_fields}
+    context = ANIMATIONS if config.spec.output == "video" and config.spec.image == "start" else None
     try:
-        request = GenerateRequest.model_validate(data)
+        request = GenerateRequest.model_validate(data, context=context)
     except PydanticError as error:
         bad += _problems_of(error)
         faulty = {str(fault["loc"][0]) for fault in error.errors(include_url=False, include_input=False)}
-        request = GenerateRequest.model_validate({k: v for k, v in data.items() if k not in faulty})
+        sound = {k: v for k, v in data.items() if k not in faulty}
+        request = GenerateRequest.model_validate(sound, context=context)
     else:
         faulty = set()
     taken = config.spec.fields | COMMON_FIELDS

@@ -53,6 +53,8 @@ class _Settings:
         elif self.mode != JUST_RESIZE and "width" not in spec.fields:
             text = f"must be 0: the picture of type {spec.name} sets the size; got {self.mode}"
             self._add("resize_mode", text)
+        elif self.mode != JUST_RESIZE and spec.output == "video" and is_img2img(spec):
+            self._add("resize_mode", f"must be 0 for the frames of a video; got {self.mode}")
         if asked.get("mask_round") is False:
             self._add("mask_round", "must be true: a mask is black and white in the latents; got False")
         both = self._whole("mask_blur", 4, range(MAX_BLUR + 1))
@@ -122,6 +124,10 @@ def start(
     """
     spec, settings = config.spec, _Settings(asked, config.spec)
     images, mask = asked.get("init_images"), asked.get("mask")
+    if isinstance(images, list) and images and spec.output == "video" and is_img2img(spec):
+        # A video's frames, or the one picture of all of them.
+        fields = {"image": images[0] if len(images) == 1 else images, "strength": _strength(asked)}
+        return fields | ({"control_image": images[0]} if controlled else {}), None, settings.problems
     if not isinstance(images, list) or len(images) != 1:
         found = len(images) if isinstance(images, list) else "none"
         return (
@@ -129,10 +135,10 @@ def start(
             None,
             [FieldProblem("init_images", f"must hold one picture, got {found}"), *settings.problems],
         )
-    fields: dict[str, Any] = {"image": images[0]} | ({"control_image": images[0]} if controlled else {})
+    fields = {"image": images[0]} | ({"control_image": images[0]} if controlled else {})
     strength = asked.get("denoising_strength")
     if is_img2img(spec):
-        fields["strength"] = STRENGTH if strength is None else strength
+        fields["strength"] = _strength(asked)
     elif strength is not None:
         warn(f"denoising_strength: type {spec.name} ({spec.title}) ignores it with a picture; left out")
     if not is_nothing(mask):
@@ -195,6 +201,10 @@ def fit_control_image(given: Any, mode: int, data: dict[str, Any], config: HostC
     if image.width * height == image.height * width:
         return given
     return encode_image(resized(flattened(image), (width, height), mode), "png")
+
+
+def _strength(asked: dict[str, Any]) -> Any:
+    return STRENGTH if asked.get("denoising_strength") is None else asked["denoising_strength"]
 
 
 def _is_side(side: Any) -> bool:

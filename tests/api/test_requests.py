@@ -523,3 +523,35 @@ def test_one_for_each_of_several(
 def test_a_list_of_one_is_the_one() -> None:
     config = config_of(control_net={"/models/canny": 1.0})
     assert parse({"control_image": [IMAGE]}, config).control_image == picture()
+
+
+def test_an_animation_is_a_list_of_frames_where_a_video_starts_from_one() -> None:
+    for format in ("GIF", "WEBP", "PNG"):
+        clip = picture(format, (24, 16), frames=3)
+        for value in (base64.b64encode(clip).decode(), clip):
+            request = check_request({"image": value}, config_of("ad"))
+            assert request.frames == 3 and (request.width, request.height) == (24, 16)
+            reds = [Image.open(io.BytesIO(frame)).convert("RGB").getpixel((5, 5)) for frame in request.images]
+            assert [abs(red[0] - 40 * i) < 12 for i, red in enumerate(reds)] == [True] * 3  # type: ignore[index]
+    for format in ("GIF", "PNG"):
+        request = check_request({"image": base64.b64encode(picture(format)).decode()}, config_of("ad"))
+        assert isinstance(request.image, bytes) and request.frames == 16
+    # A picture type has no frames: a GIF is no picture there, and of an animation the first one counts.
+    with pytest.raises(RequestError, match="image: is not a picture; allowed: PNG, JPEG, WebP, BMP"):
+        check_request({"image": base64.b64encode(picture("GIF", frames=2)).decode()}, config_of("sd1"))
+    moving = check_request({"image": base64.b64encode(picture("WEBP", frames=2)).decode()}, config_of("sd1"))
+    assert isinstance(moving.image, bytes)
+    for wrong in ("R0lGODlh", "####", base64.b64encode(picture("GIF", frames=2)[:10]).decode()):
+        with pytest.raises(RequestError, match="image: is"):
+            check_request({"image": wrong}, config_of("ad"))
+
+
+def test_an_animation_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.api.codecs.MAX_VIDEO_PIXELS", 24 * 16 * 3)
+    for frames, allowed in ((3, True), (4, False)):
+        body = {"image": base64.b64encode(picture("GIF", (24, 16), frames)).decode()}
+        if allowed:
+            assert len(check_request(body, config_of("ad")).images) == 3
+            continue
+        with pytest.raises(RequestError, match="image: has 4 frames of 24x16; at most 1024, of 1152 pixels"):
+            check_request(body, config_of("ad"))

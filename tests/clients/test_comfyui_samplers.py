@@ -214,6 +214,22 @@ def test_an_image_and_a_mask_of_comfyui_are_the_hosts(comfy: ComfyUI) -> None:
     assert len(host.seen) == 5
 
 
+def test_the_frames_of_a_video_are_what_animatediff_starts_from(comfy: ComfyUI) -> None:
+    clip = torch.linspace(0, 1, 3)[:, None, None, None].expand(3, 48, 64, 3)
+    with FakeHost(config_of("ad")) as host:
+        attach = defaults(comfy, "MultiGPUDiffusionAttachHost", url=host.url)
+        handle = comfy.run({"1": attach})["1"][0]
+        inputs = defaults(comfy, "MultiGPUDiffusionAnimateDiffSampler")["inputs"] | {"host": handle}
+        node = comfy.nodes["MultiGPUDiffusionAnimateDiffSampler"]
+        node.execute(**inputs | {"image": clip, "denoise": 0.6})
+        node.execute(**inputs)
+    first, second = host.seen
+    sent = [opened(file).getpixel((0, 0)) for file in first.images]
+    assert sent == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
+    assert (first.frames, first.width, first.height, first.strength) == (3, 64, 48, 0.6)
+    assert (second.image, second.frames, second.width, second.strength) == (None, 16, 512, None)
+
+
 def opened(data: bytes | list[bytes] | None) -> Image.Image:
     assert isinstance(data, bytes)
     return Image.open(io.BytesIO(data))

@@ -22,7 +22,7 @@ from PIL import Image
 
 from shared.backends import BACKENDS
 from shared.launch.parser import parse_config
-from tests.httphost import FakeHost, config_of
+from tests.httphost import FakeHost, config_of, picture
 from tests.test_host import DEMO_CHECKPOINT, ROOT, Launch, alive, children, free_port, until
 
 FOLDER = ROOT / "clients" / "localai"
@@ -276,6 +276,20 @@ def test_a_running_host_is_asked_for_a_video(client: Client, tmp_path: Path) -> 
     assert client.fails("LoadModel", "ModelOptions", Options=[f"host_url:{host.url}"])[0] == CODE.UNAVAILABLE
 
 
+def test_a_gif_is_the_video_that_animatediff_starts_from(client: Client, tmp_path: Path) -> None:
+    clip = tmp_path / "start.gif"
+    clip.write_bytes(picture("GIF", (16, 16), frames=4))
+    with FakeHost(config_of("ad")) as host:
+        client.call("LoadModel", "ModelOptions", Options=[f"host_url:{host.url}", "strength:0.4"])
+        dst = str(tmp_path / "out.gif")
+        client.call("GenerateVideo", "GenerateVideoRequest", start_image=str(clip), dst=dst)
+        client.call("GenerateVideo", "GenerateVideoRequest", dst=dst)
+    assert [(len(seen.images), seen.frames, seen.strength) for seen in host.seen] == [
+        (4, 4, 0.4),
+        (0, 16, None),
+    ]
+
+
 def test_src_starts_at_the_models_strength(client: Client, tmp_path: Path) -> None:
     picture = tmp_path / "start.png"
     picture.write_bytes(base64.b64decode(_PNG))
@@ -301,8 +315,8 @@ def test_inpainting_is_a_picture_and_a_mask_in_one_file(client: Client, tmp_path
     image, mask = Image.new("RGB", (64, 48), "red"), Image.new("L", (64, 48))
     mask.paste(255, (8, 8, 24, 24))
     paths = [tmp_path / "refimg_1", tmp_path / "refmask_1"]
-    for picture, path in zip((image, mask), paths, strict=True):
-        picture.save(path, "PNG")
+    for one, path in zip((image, mask), paths, strict=True):
+        one.save(path, "PNG")
     texts = [base64.b64encode(path.read_bytes()).decode() for path in paths]
     src = tmp_path / "inpaint_1.json"
     src.write_text(json.dumps(dict(zip(("image", "mask_image"), texts, strict=True))) + "\n")

@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter
 from shared.api.metadata import parse_infotext
 from shared.api.retouch import filled
 from tests.api.test_metadata import DrawingHost
-from tests.httphost import FakeHost, config_of
+from tests.httphost import FakeHost, config_of, picture
 from tests.test_host import Launch
 
 Json = dict[str, Any]
@@ -239,6 +239,18 @@ def test_what_cannot_be_done_is_refused_in_words(host: FakeHost, body: Json, sta
     assert words in post(host, status, **body)["detail"] and not host.seen
 
 
+def test_frames_of_a_video_are_what_it_starts_from() -> None:
+    gif = base64.b64encode(picture("GIF", (16, 16), frames=3)).decode()
+    with FakeHost(config_of("ad")) as host:
+        post(host, init_images=[base64_of(halves())] * 2)
+        post(host, init_images=[gif], denoising_strength=0.4)
+        assert [(len(seen.images), seen.frames, seen.strength) for seen in host.seen] == [
+            *((2, 2, 0.75), (3, 3, 0.4))
+        ]
+        answer = post(host, 422, init_images=[gif], resize_mode=1)
+        assert "resize_mode: must be 0 for the frames of a video; got 1" in answer["detail"]
+
+
 def test_types_without_masks_say_so() -> None:
     with FakeHost(config_of("sdup")) as host:
         answer = post(host, 422, mask=base64_of(spot((0, 0, 9, 9))), resize_mode=1)
@@ -288,11 +300,11 @@ def text_of(image: Image.Image) -> Any:
 def test_on_a_real_model_only_what_is_masked_changes_and_to_what_is_asked(demo_host: Launch) -> None:
     sdk = webuiapi.WebUIApi(port=int(demo_host.url.rpartition(":")[2]), sampler="Euler", steps=12)
     red = sdk.txt2img(prompt="a red circle on a blue background", seed=7, width=128, height=128, cfg_scale=4)
-    picture = red.image.convert("RGB")
+    start = red.image.convert("RGB")
     mask = spot((0, 0, 128, 64), (128, 128))
     for padding, size in ((0, (128, 64)), (16, (128, 96))):
         made = sdk.img2img(
-            *([picture],),
+            *([start],),
             mask_image=mask,
             prompt="a green circle on a yellow background",
             seed=9,
@@ -304,12 +316,12 @@ def test_on_a_real_model_only_what_is_masked_changes_and_to_what_is_asked(demo_h
             width=size[0],
             height=size[1],
         )
-        found, before = values(made.image), values(picture)
+        found, before = values(made.image), values(start)
         assert made.image.size == (128, 128) and (found[64:] == before[64:]).all()
         assert np.abs(found[:64] - before[:64]).mean() > 30
     asked: Json = {"prompt": "a green circle", "seed": 9, "cfg_scale": 4, "width": 128, "height": 128}
     apart = []
     for strength in (0.25, 1.0):
-        whole = sdk.img2img([picture], denoising_strength=strength, **asked)
-        apart.append(np.abs(values(whole.image) - values(picture)).mean())
+        whole = sdk.img2img([start], denoising_strength=strength, **asked)
+        apart.append(np.abs(values(whole.image) - values(start)).mean())
     assert apart[0] < apart[1] / 2, "little of the schedule, little of a change"
