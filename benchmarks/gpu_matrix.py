@@ -158,9 +158,10 @@ def picture(seed: int, size: int) -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 
-def bodies(name: str, flags: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Requests by what is different in them."""
+def bodies(name: str, flags: dict[str, Any], starts: bool) -> dict[str, dict[str, Any]]:
+    """Requests by what is different in them; with `starts` some that start from a picture."""
     from shared.models import MODELS
+    from tests.tables import FROM_PICTURE
 
     spec = MODELS[name]
     first: dict[str, Any] = {"steps": STEPS, "seed": 11, "output_format": "latent"}
@@ -191,6 +192,15 @@ def bodies(name: str, flags: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if flags.get("ip_adapter"):
         scales["ip_adapter_scale"] = 0.3
     asked = {"first": first, "words": words, "size": first | {"seed": 13} | other_size}
+    if spec.image == "start" and starts:
+        control, adapter = bool(flags.get("control_net")), bool(flags.get("ip_adapter"))
+        late = {"image": picture(5, 64), "steps": 2 * STEPS, "strength": 0.5}
+        for field, kind in FROM_PICTURE.items():
+            start = spec.start(kind, control)
+            if start is not None and (start.ip_adapter or not adapter):
+                asked[field] = first | late | ({"mask": picture(6, 64)} if field == "mask" else {})
+                if start.frames:
+                    asked[field]["image"] = [picture(seed, 64) for seed in range(5, 9)]
     return asked | ({"scales": first | scales} if scales else {})
 
 
@@ -238,7 +248,8 @@ def try_cell(cell: str, world: Any) -> Result:
         **(PLANS[backend][plan] if plan else {}),
     )
     check_config(config, BACKENDS[backend], world.size)
-    asked = {key: check_request(body, config) for key, body in bodies(name, flags).items()}
+    starts = (config.pipefusion_parallel_degree or 1) == 1
+    asked = {key: check_request(body, config) for key, body in bodies(name, flags, starts).items()}
     names = order(asked, feature in OFFLOADS)
     host = importlib.import_module(f"shared.backends.{backend}")
 

@@ -13,6 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from shared.launch.backend import Backend
+from shared.models import ModelSpec
+from shared.models.spec import Kind
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "build" / "matrix.json"
 COLUMNS = {
@@ -22,7 +26,22 @@ COLUMNS = {
     "quantization": ("quantize_to",),
     "compile": ("compile_unet",),
     "CPU offload": ("enable_model_cpu_offload", "enable_sequential_cpu_offload"),
+    "from a picture": ("image",),
+    "inpainting": ("mask",),
 }
+FROM_PICTURE: dict[str, Kind] = {"image": "image", "mask": "inpaint"}
+"""Features that are fields of a request, not flags: what kind of pipeline each needs."""
+
+
+def refusal(backend: Backend, spec: ModelSpec, feature: str) -> str | None:
+    """Why a type on a host does not support a feature; None: it does."""
+    if feature not in FROM_PICTURE:
+        return backend.refusal(spec, feature)
+    if spec.image == "needed":
+        return "its picture is an input of the model, not a start"
+    if spec.start(FROM_PICTURE[feature], control=False) is None:
+        return "diffusers has no such pipeline for it, or (chroma's inpainting) one that fails"
+    return None
 
 
 def compatibility(results: dict[str, str]) -> str:
@@ -39,7 +58,7 @@ def compatibility(results: dict[str, str]) -> str:
         for name in backend.types:
             cells = []
             for flags in COLUMNS.values():
-                reason = backend.refusal(MODELS[name], flags[0])
+                reason = refusal(backend, MODELS[name], flags[0])
                 if reason is not None:
                     if reason not in notes:
                         notes.append(reason)

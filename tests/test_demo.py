@@ -6,6 +6,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -173,3 +174,47 @@ def test_checkpoint_obeys_held_out_prompts() -> None:
     asked = held_out_scenes(8)
     right, wrong = count_right(asked, [judge(picture) for picture in paint(pipe, asked, steps=12)])
     assert right >= 6, wrong
+
+
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    """A host's engine of the demo checkpoint, on one rank."""
+    torch = pytest.importorskip("torch")
+    from shared.launch.backend import Needs
+    from shared.pipeline.engine import PipelineEngine
+    from shared.pipeline.loading import load_pipeline
+    from tests import tiny
+
+    config = tiny.config("sd1", checkpoint=str(CHECKPOINT), width=128, height=128)
+    pipe = load_pipeline(config.spec, config, torch.device("cpu"), Needs(), quiet=True)
+    return PipelineEngine(pipe, config, tiny.world())
+
+
+def painted(engine: Any, picture: Image.Image, words: str, **fields: Any) -> Image.Image:
+    from shared.api.media import encode_image
+    from shared.api.parsing import check_request
+
+    body = {"positive": words, "image": encode_image(picture, "png"), "seed": 1, "steps": 20} | fields
+    made = engine.generate(check_request(body, engine.config), lambda step, steps: None)
+    return made.pictures[0]
+
+
+@needs_checkpoint
+@pytest.mark.parametrize("ground", ["white", "black"])
+def test_a_red_circle_becomes_blue(engine: Any, ground: str) -> None:
+    red = draw(Scene("circle", "red", ground, "large"), 3)
+    made = painted(engine, red, f"a large blue circle on a {ground} background", strength=0.8)
+    assert all(judge(made).right(Scene("circle", "blue", ground)).values()), judge(made)
+
+
+@needs_checkpoint
+def test_a_mask_changes_the_background_only(engine: Any) -> None:
+    from shared.api.media import encode_image
+
+    red = draw(Scene("circle", "red", "white", "large"), 3)
+    pixels = np.asarray(red).astype(int)
+    ground = np.abs(pixels - np.asarray(COLOURS["white"])).max(axis=2) < 40
+    mask = encode_image(Image.fromarray(np.where(ground, 255, 0).astype(np.uint8)), "png")
+    made = painted(engine, red, "a large red circle on a green background", mask=mask)
+    assert judge(made) == Judgement("circle", "red", "green", "large")
+    assert np.abs(np.asarray(made).astype(int) - pixels)[~ground].max() <= 1

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from shared.backends import BACKENDS
 from shared.models import FEATURES, MODELS
-from shared.models.spec import Kind
 from tests import tiny, tiny_extras, tiny_lycoris
 from tests.pool import RankPool
+from tests.tables import FROM_PICTURE
 
 STEPS = 3
 EXACT_DB = 45.0  # what the acceptance asks for in fp32; most are bit-identical
@@ -47,8 +47,6 @@ SETTINGS: dict[str, Callable[[str], Flags]] = {
     "motion_module": lambda name: {"motion_module": str(tiny_extras.motion_adapter("file"))},
     "motion_adapter_lora": lambda name: {"motion_adapter_lora": {str(tiny_extras.motion_lora()): 1.0}},
 }
-# What a request may bring that is no flag: a column of the tables, and the kind of its pipeline.
-FROM_PICTURE: dict[str, Kind] = {"image": "image", "mask": "inpaint"}
 SETTINGS |= {field: lambda name, field=field: {"start": field} for field in FROM_PICTURE}  # type: ignore[misc]
 UNCHANGED = {"compile_unet"}  # same picture, made otherwise
 # The second plan of a host whose methods differ in more than the warm-up steps, for a cell with these flags.
