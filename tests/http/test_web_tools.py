@@ -277,9 +277,8 @@ def test_several_pictures_are_one_request(host: DrawingHost, tabs: Any) -> None:
     assert posted == [f"{host.url}/generate"]
 
 
-@both
-def test_the_history_and_its_settings_outlive_a_reload(host: DrawingHost, tabs: Any, screen: Any) -> None:
-    page = tabs(host.url, **screen)
+def test_the_history_and_its_settings_outlive_a_reload(host: DrawingHost, tabs: Any) -> None:
+    page = tabs(host.url, **PHONE)
     page.locator("#image").set_input_files([file("start.png", png((64, 64)))])
     painter = Painter(page, (64, 64))
     painter.by_mouse((10, 10), (50, 50))
