@@ -205,6 +205,7 @@ def previews_of_tiny_checkpoints() -> dict[str, Any]:
             "positive": "a",
             "frames": 3,
             "image": picture(),
+            "strength": 1.0,  # all of the steps
         }
         taken: dict[str, Any] = {k: v for k, v in asked.items() if k in MODELS[name].fields | COMMON_FIELDS}
         request = GenerateRequest.model_construct(None, **taken)
