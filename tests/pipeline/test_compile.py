@@ -68,8 +68,11 @@ def test_text_encoders(name: str) -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_inductor_and_mode() -> None:
-    pipe = compiled("pixa", compile_unet=True, compile_backend="inductor", compile_mode="default")
+@pytest.mark.parametrize("whole_blocks", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_inductor_and_mode(whole_blocks: bool) -> None:
+    pipe = tiny.load("pixa")
+    flags = tiny.config("pixa", compile_unet=True, compile_backend="inductor", compile_mode="default")
+    compile_pipeline(pipe, MODELS["pixa"], flags, whole_blocks)
     assert np.abs(tiny.run(pipe, "pixa") - plain("pixa")).max() < 1e-3 and graph_count() > 0
 
 
