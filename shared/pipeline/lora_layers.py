@@ -100,6 +100,7 @@ class Change(nn.Module):
 
     def __init__(self, update: Update, base: Any, dtype: torch.dtype) -> None:
         super().__init__()
+        self.layer = (base,)  # in a tuple: no submodule, and no argument, which offload would move
         self.axis = _dora_axis(update)
         self.names = [key for key in update.tensors if key not in ("dora_scale", "magnitude")]
         device = base.weight.device
@@ -134,8 +135,9 @@ class Change(nn.Module):
         found = delta(factors or {key: self.get_parameter(key) for key in self.names})
         return found if self.rows is None else found[self.rows]
 
-    def forward(self, base: Any, x: torch.Tensor, result: torch.Tensor | None = None) -> torch.Tensor:
-        """What the output of layer `base` for `x` changes by; axis 0 needs that output, `result`."""
+    def forward(self, x: torch.Tensor, result: torch.Tensor | None = None) -> torch.Tensor:
+        """What the layer's output for `x` changes by; axis 0 needs that output, `result`."""
+        (base,) = self.layer
         if self.axis is None:
             return self._added(base, x)
         if self.axis == 0:
@@ -179,16 +181,16 @@ class _Changes:
     def forward(
         module: Any, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **unused: Any
     ) -> torch.Tensor:
-        base, change = module.get_base_layer(), module.lora_A[active_adapter]
+        change = module.lora_A[active_adapter]
         if change.axis != 0:
-            return result + change(base, x) * module.scaling[active_adapter]
+            return result + change(x) * module.scaling[active_adapter]
         # These come first (`ordered`): when the first is asked, the result is still the layer's own.
         together = [name for name in module.active_adapters if _needs_result(module, name)]
         if active_adapter != together[0]:
             return result
         own = result
         for name in together:
-            result = result + module.lora_A[name](base, x, own) * module.scaling[name]
+            result = result + module.lora_A[name](x, own) * module.scaling[name]
         return result
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import diffusers
 import numpy as np
 import peft
@@ -307,3 +308,16 @@ def test_alphas_in_what_diffusers_and_peft_save(rslora: bool, tmp_path: Path) ->
         assert np.abs(tiny.run(ours.pipe, "sd1") - picture).max() < 1e-5, folder
         ours.remove(str(folder))
     assert np.abs(tiny.run(ours.pipe, "sd1") - picture).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd3"])
+def test_layers_whose_weights_come_and_go(name: str, tmp_path: Path) -> None:
+    """As under --enable_sequential_cpu_offload: weights are there only while their module runs."""
+    pipe = tiny.load(name)
+    model = getattr(pipe, MODELS[name].denoiser)
+    tensors, _ = mixed(name, model, 0)
+    loras_of(pipe, MODELS[name]).add(write(tmp_path / "mixed.safetensors", tensors), 0.7)
+    whole = tiny.run(pipe, name)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert np.array_equal(tiny.run(pipe, name), whole)
