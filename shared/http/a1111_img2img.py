@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from PIL import Image
 from pydantic_core import PydanticCustomError
 
-from shared.api.codecs import MAX_SIDE, check_image
+from shared.api.codecs import MAX_SIDE, check_image, picture_size
 from shared.api.faults import FieldProblem
 from shared.api.media import encode_image, open_image
 from shared.api.retouch import (
@@ -191,7 +192,12 @@ def fit_control_image(given: Any, mode: int, data: dict[str, Any], config: HostC
 
     Pipelines stretch it to the size of the picture, so nothing is done where that is wanted.
     """
-    width, height = (data.get(name, default) for name, default in zip(_SIZE, config.size, strict=True))
+    own = config.size
+    if "image" in data and config.spec.image == "start":  # whose size counts where none is asked for
+        with contextlib.suppress(PydanticCustomError):
+            start = data["image"][0] if isinstance(data["image"], list) else data["image"]
+            own = picture_size(check_image(start))
+    width, height = (data.get(name, default) for name, default in zip(_SIZE, own, strict=True))
     if mode == JUST_RESIZE or not all(_is_side(side) for side in (width, height)):
         return given
     try:

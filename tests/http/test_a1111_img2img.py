@@ -216,6 +216,14 @@ def test_a_control_image_is_resized_as_its_unit_says(mode: Any, left: Any) -> No
         assert opened(host.seen[1].control_image).size == (64, 64)
 
 
+def test_a_control_image_gets_the_aspect_of_the_picture_that_sets_the_size() -> None:
+    unit = {"image": base64_of(halves((64, 64))), "resize_mode": "Crop and Resize"}
+    with FakeHost(config_of(control_net={"/models/canny": 1.0})) as host:
+        post(host, alwayson_scripts={"ControlNet": {"args": [unit]}})
+        assert (host.seen[0].width, host.seen[0].height) == (128, 64)
+        assert opened(host.seen[0].control_image).size == (128, 64)
+
+
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
