@@ -95,13 +95,14 @@ def theirs(
     put_on(pipe)
     pipe.set_progress_bar_config(disable=True)
     arguments: dict[str, Any] = {
+        **MODELS[name].pipeline_defaults,
         "prompt": "a cat",
         start.image: [resized(picture(seed), size) for seed in FRAMES]
         if start.frames
         else resized(picture(), size),
         "strength": strength,
         "num_inference_steps": STEPS,
-        "guidance_scale": 4.0,
+        MODELS[name].cfg_field: 4.0,
         "generator": torch.Generator("cpu").manual_seed(3),
         "output_type": "latent",
     }
