@@ -172,6 +172,24 @@ def test_real_unets_divide_evenly(kind: str) -> None:
     assert nested.nbytes < 0.02 * everything
 
 
+@pytest.mark.parametrize(("kind", "n", "load"), [("sd1", 2, 0.52), ("sdxl", 2, 0.52), ("sdxl", 4, 0.38)])
+def test_stages_that_hold_equal_weights(kind: str, n: int, load: float) -> None:
+    """By FLOPs alone one stage of two holds 69 % of SDXL's weights, and 93 % of SD 1.5's."""
+    unet, kwargs = real_size(kind)
+    found = trace(unet, kwargs)[0]
+    names = [found.calls[index].name for index in found.units]
+    held = [sum(p.numel() for p in unet.get_submodule(name).parameters()) for name in names]
+
+    def heaviest(made: Partition) -> float:
+        return max(sum(held[unit] for unit in units) for units in made.stages) / sum(held)
+
+    equal = partition(found, n, held=held)
+    assert heaviest(equal) <= 1.06 / n < heaviest(partition(found, n))
+    assert max(equal.loads) / sum(equal.loads) <= load
+    flat = [stage for unit in range(len(names)) for stage in range(n) if unit in equal.stages[stage]]
+    assert partition(found, n, assignment=flat) == equal
+
+
 def test_weights_and_costs_move_the_cuts() -> None:
     found = trace(*real_size("sd1"))[0]
     total = sum(found.flops)

@@ -75,8 +75,8 @@ class StageWeights(Closing):
             return None
         if unknown := [label for label in labels if label not in self.stages]:
             raise ValueError(
-                f"--shard_weights: {unknown[0]} runs for the first time, and its weights belong to no stage; "
-                "start the host with what this request asks for"
+                f"{unknown[0]} runs for the first time, and its weights belong to no stage; "
+                "with sharded weights it must run in the first call"
             )
         return [self.stages[label] for label in labels]
 
