@@ -21,9 +21,10 @@ from shared.api.requests import (
     Scale,
     size_of,
 )
-from shared.launch.checks import scheduler_problem
+from shared.launch.checks import scheduler_problem, start_problem
 from shared.launch.flags import HostConfig
 from shared.launch.wording import MAX_VALUE, cut, shown
+from shared.models.spec import Kind
 
 MAX_VALUES = 200_000  # in the JSON of a body: a picture is one, an empty object takes 64 bytes of memory
 
@@ -288,15 +289,9 @@ def _no_start(request: GenerateRequest, config: HostConfig) -> FieldProblem | No
     """The fault of a picture to start from, or of a mask, where diffusers has no pipeline for the launch."""
     if not request.starts(config):
         return None
-    spec, control = config.spec, bool(config.control_net)
-    name, what = ("image", "starts from a picture") if request.mask is None else ("mask", "takes a mask")
-    start = spec.start("image" if request.mask is None else "inpaint", control)
-    if start is None and control:
-        text = f"type {spec.name} with --control_net: diffusers has no pipeline that {what}"
-        return FieldProblem(name, text)
-    if start is not None and config.ip_adapter and not start.ip_adapter:
-        return FieldProblem(name, f"is not supported with --ip_adapter: {start.pipeline} takes none")
-    return None
+    kind: Kind = "image" if request.mask is None else "inpaint"
+    problem = start_problem(config, kind)
+    return None if problem is None else FieldProblem("image" if kind == "image" else "mask", problem)
 
 
 def _too_much(request: GenerateRequest, config: HostConfig) -> FieldProblem | None:

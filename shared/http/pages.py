@@ -32,8 +32,10 @@ from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.negotiate import RAW_FORMATS
 from shared.http.routes import Answer, App, Route, stream
 from shared.http.wsgi import MAX_WATCHERS
+from shared.launch.checks import start_problem
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, schedulers_for
+from shared.models.spec import Kind
 
 FOLDER = Path(__file__).parent / "web"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -187,9 +189,13 @@ def offer(config: HostConfig) -> dict[str, Any]:
 
 def _strengths(config: HostConfig) -> dict[str, float]:
     """By request field the default strength of diffusers' pipeline that starts from it with this launch."""
-    image, mask = (config.spec.start(kind, bool(config.control_net)) for kind in ("image", "inpaint"))
-    starts = {"image": image, "mask": mask}
-    return {n: s.strength for n, s in starts.items() if s and (s.ip_adapter or not config.ip_adapter)}
+    kinds: dict[str, Kind] = {"image": "image", "mask": "inpaint"}
+    starts = {
+        name: config.spec.start(kind, bool(config.control_net))
+        for name, kind in kinds.items()
+        if start_problem(config, kind) is None
+    }
+    return {name: start.strength for name, start in starts.items() if start}
 
 
 def _alike(scales: Mapping[str, float] | None) -> float | None:

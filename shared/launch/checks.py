@@ -13,6 +13,7 @@ from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 from shared.models import FEATURES, SCHEDULERS, ModelSpec, schedulers_for
+from shared.models.spec import Kind
 
 
 def check_type(name: str, backend: Backend, backends: Mapping[str, Backend]) -> None:
@@ -185,3 +186,16 @@ def scheduler_problem(spec: ModelSpec, scheduler: str | dict[str, Any]) -> str |
     if name in short or name in classes:
         return None
     return f"type {spec.name} supports {', '.join(short)} or {', '.join(classes)}; got {shown(name)}"
+
+
+def start_problem(config: HostConfig, kind: Kind) -> str | None:
+    """Why a launch of a type that starts from pictures cannot do so, or only without a mask; None: it can."""
+    spec, what = config.spec, "takes a mask" if kind == "inpaint" else "starts from a picture"
+    if (config.pipefusion_parallel_degree or 1) > 1:
+        return f"is not supported with PipeFusion: no pipeline of xfuser {what}; the other degrees support it"
+    start = spec.start(kind, bool(config.control_net))
+    if start is None and config.control_net:
+        return f"type {spec.name} with --control_net: diffusers has no pipeline that {what}"
+    if start is not None and config.ip_adapter and not start.ip_adapter:
+        return f"is not supported with --ip_adapter: {start.pipeline} takes none"
+    return None

@@ -429,6 +429,7 @@ def test_frames_are_as_many_as_pictures() -> None:
             *("flux", {"control_net": {"/c": 1.0}, "ip_adapter": {"/i": 1.0}}, {}, 422),
             *("image", "is not supported with --ip_adapter: FluxControlNetImg2ImgPipeline takes none"),
         ),
+        ("flux", {"pipefusion_parallel_degree": 2}, {}, 422, "image", "is not supported with PipeFusion"),
         ("ad", {}, {"mask": drawn(8, 8)}, 422, "mask", "does not support mask"),
         ("chroma", {}, {"mask": drawn(8, 8)}, 422, "mask", "does not support mask"),
         *((name, {}, {}, 422, "image", "does not support image") for name in ("hy", "pixa", "pixs")),
