@@ -1,6 +1,6 @@
 """How close a picture made from a picture is in the steady state, by strength, on the demo checkpoint.
 
-torchrun --nproc_per_node=2 benchmarks/strength.py [--pictures 4] [--steps 30]
+torchrun --nproc_per_node=2 benchmarks/strength.py [asyncdiff] [distrifuser] [--pictures 4] [--steps 30]
 
 Drawn scenes get another colour by image to image, or another background by inpainting, in fp32 on CPUs. A
 Markdown table shows, by host and warm-up steps, the PSNR of the latents against those with every step exact.
@@ -60,6 +60,7 @@ def requests(count: int, steps: int, masked: bool) -> list[dict[str, Any]]:
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("hosts", nargs="*", default=["asyncdiff", "distrifuser"])
     parser.add_argument("--pictures", type=int, default=4)
     parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
@@ -67,7 +68,7 @@ def main() -> None:
     say = print if world.rank == 0 else lambda *_: None
     say(f"| host | from | warm-up | {' | '.join(f'strength {s:g}' for s in STRENGTHS)} |")
     say("|---" * 3 + "|---:" * len(STRENGTHS) + "|")
-    for backend in ("asyncdiff", "distrifuser"):
+    for backend in options.hosts:
         config = HostConfig(
             backend=backend, type="sd1", checkpoint=str(ROOT / "demo" / "checkpoint"), width=128, height=128
         )
