@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load
 
+from shared.api.media import encode_image
 from shared.api.parsing import check_request
 from shared.api.requests import GenerateRequest
 from shared.backends import BACKENDS
@@ -88,9 +90,11 @@ def check(ranks: list[tuple[list[int], list[Made], list[Made]]], calls: list[int
         assert np.abs(pixels.astype(int) - pixels_alone.astype(int)).max() <= 1
 
 
+PICTURE = base64.b64encode(encode_image(tiny.picture(64, 3), "png")).decode()
 ALONE: list[tuple[str, str, tuple[str, ...], Case]] = [
     ("asyncdiff", "sd1", ("control_net", "ip_adapter"), {"scheduler": "euler_a"}),
     ("asyncdiff", "sd1", ("enable_vae_slicing",), {"scheduler": "dpmpp_2m_sde", "cfg": 1.0}),
+    ("asyncdiff", "sd1", ("ip_adapter",), {"ip_image": [PICTURE, PICTURE], "guidance_rescale": 0.5}),
     ("asyncdiff", "sd2", ("compel",), {}),
     ("asyncdiff", "sdxl", ("lora",), {"positive": "a red cat, " * 40, "scheduler": "ddpm"}),
     ("asyncdiff", "sd3", ("ip_adapter",), {}),
