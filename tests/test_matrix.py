@@ -389,6 +389,24 @@ def test_several_pictures_and_lycoris(
     assert psnr(plain[0], plain[1]) < 80, "which picture is whose must count"
 
 
+@pytest.mark.parametrize(
+    ("backend", "size", "flags"),
+    [
+        ("asyncdiff", 3, {"stride": 2, "time_shift": True}),
+        ("asyncdiff", 2, {"use_cfg_parallel": True, "async_steps": 1}),
+        ("distrifuser", 2, {"no_split_batch": True, "split_scheme": "col"}),
+        pytest.param("distrifuser", 2, {"parallelism": "tensor"}, marks=[pytest.mark.slow]),
+    ],
+    ids=["stride-2", "hybrid-2", "columns", "tensor"],
+)
+def test_plans_from_a_picture(pool: RankPool, backend: str, size: int, flags: Flags) -> None:
+    features = SETTINGS["control_net"]("sd1") | {"start": "mask"}
+    ranks = pool.run(run_cell, size, backend, "sd1", features, flags, False)
+    holder = next(r for r in ranks if r["exact"] is not None)
+    assert psnr(holder["exact"], holder["plain"]) >= EXACT_DB
+    assert psnr(holder["asynchronous"], holder["plain"]) > 10
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BACKENDS["asyncdiff"].types)
 def test_the_hybrid_of_branches_and_stages(pool: RankPool, name: str) -> None:
