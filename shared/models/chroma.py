@@ -33,6 +33,7 @@ TOKENS = TokenPlan(
     text=(Site("context_embedder", "input", of=("text",)),),
     positions=(Site("pos_embed", "input", dim=0, of=("text", "picture")),),
     joined=("text", "picture"),
+    capturable=False,  # diffusers makes an embedding of zero on the CPU in each call
     guidance="calls",
     flow=True,
     packed=True,
@@ -64,7 +65,7 @@ FAMILY = Family(
             embeds_setting="joint_attention_dim",
             embeds_mask=True,
             kept=("proj_out", "x_embedder", "context_embedder", "norm_out*", "distilled_guidance_layer*"),
-            scheduler_family="flow_flux",
+            scheduler_family="flow_sigmas",
             single_file_config="chroma",
             single_file_encoders=MappingProxyType({"text_encoder": "text_encoders.t5xxl.transformer."}),
             fields=PROMPTS | EMBEDS | SIZE | PARTIAL | LORA | IMAGE | {"sigmas", "latent"},

@@ -68,7 +68,7 @@ FAMILY = Family(
             embeds_setting="joint_attention_dim",
             vae_kind="video",
             kept=("proj_out", "img_in", "txt_in", "norm_out*", "time_text_embed*"),
-            scheduler_family="flow_flux",
+            scheduler_family="flow_sigmas",
             # Without a negative prompt there would be no guidance; its authors' examples give one space.
             pipeline_defaults=MappingProxyType({"negative_prompt": " "}),
             fields=PROMPTS | SIZE | PARTIAL | LORA | INPAINT | {"sigmas", "latent"},

@@ -64,9 +64,11 @@ SCHEDULERS: dict[str, SchedulerSpec] = {
         _scheduler("pndm", "PNDMScheduler", "discrete", trailing=True),
         _scheduler("tcd", "TCDScheduler", "discrete"),
         _scheduler("unipc", "UniPCMultistepScheduler", "discrete", sigmas=True, trailing=True),
-        _scheduler("flow_euler", "FlowMatchEulerDiscreteScheduler", "flow", "flow_flux", sigmas=True),
+        _scheduler(
+            "flow_euler", "FlowMatchEulerDiscreteScheduler", "flow", "flow_flux", "flow_sigmas", sigmas=True
+        ),
         _scheduler("flow_heun", "FlowMatchHeunDiscreteScheduler", "flow"),
-        _scheduler("flow_lcm", "FlowMatchLCMScheduler", "flow_flux"),
+        _scheduler("flow_lcm", "FlowMatchLCMScheduler", "flow_flux", "flow_sigmas"),
         _scheduler("flow_dpmpp_2m", "DPMSolverMultistepScheduler", "flow_flux", "flow_video", **_FLOW),
         _scheduler("flow_unipc", "UniPCMultistepScheduler", "flow_flux", "flow_video", **_FLOW),
     )

@@ -82,7 +82,9 @@ class ModelSpec:
     embeds_setting: str = "cross_attention_dim"  # of the denoiser: how wide embeddings are
     embeds_mask: bool = False  # whether embeddings come with an attention mask
     vae_kind: Literal["image", "video"] = "image"  # what its VAE takes; of a video's, a picture is one frame
-    scheduler_family: Literal["discrete", "video", "flow", "flow_flux", "flow_video"] = "discrete"
+    scheduler_family: Literal["discrete", "video", "flow", "flow_flux", "flow_sigmas", "flow_video"] = (
+        "discrete"
+    )
     fields: frozenset[str] = frozenset()
     image_pipeline: str = "StableDiffusionImg2ImgPipeline"  # whose `strength` is ours with `latent`
     refiner_pipeline: str | None = None  # for a second denoiser, which takes over near the end

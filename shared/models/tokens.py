@@ -67,6 +67,8 @@ class TokenPlan:
     """The inputs of the text's tokens, if they take part in self-attention."""
     positions: tuple[Site, ...] = ()
     """The inputs of positions and masks."""
+    capturable: bool = True
+    """Whether a CUDA graph can hold it: it moves nothing between the CPU and the GPU."""
     counted: tuple[str, str] | None = None
     """A module, and the argument that tells it how many tokens of text there are."""
     joined: tuple[Stream, ...] = ("picture",)

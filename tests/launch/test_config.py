@@ -125,8 +125,8 @@ COMPANY: dict[str, dict[str, Any]] = {
     "use_teacache": {"type": "flux"},
     "use_fbcache": {"type": "flux"},
     "use_parallel_vae": {"world": 2},
-    "num_pipeline_patch": {"world": 2, "beside": ("--pipefusion_parallel_degree=2",)},
-    "attn_layer_num_for_pp": {"world": 2, "beside": ("--pipefusion_parallel_degree=2",)},
+    "num_pipeline_patch": {"type": "sd3", "world": 2, "beside": ("--pipefusion_parallel_degree=2",)},
+    "attn_layer_num_for_pp": {"type": "sd3", "world": 2, "beside": ("--pipefusion_parallel_degree=2",)},
 }
 VALUES |= {
     "motion_module": ("{f}/file.ckpt", "{f}/file.ckpt"),

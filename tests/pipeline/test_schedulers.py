@@ -17,7 +17,14 @@ from shared.pipeline.schedulers import SchedulerError, make_scheduler, scheduler
 from shared.pipeline.steps import StepWatch, step_without_sync
 from tests import tiny
 
-FAMILIES = {"discrete": "sd1", "video": "svd", "flow": "sd3", "flow_flux": "flux"}
+FAMILIES = {
+    "discrete": "sd1",
+    "video": "svd",
+    "flow": "sd3",
+    "flow_flux": "flux",
+    "flow_sigmas": "chroma",
+    "flow_video": "wan",
+}
 
 
 @cache

@@ -76,7 +76,7 @@ class XDiT(Method):
         self.groups = groups
         self.attention = attention or attention_backend(groups.device, self.transformer.dtype, degrees)
         # Which blocks a cache computes is decided by numbers, which a captured graph cannot do.
-        self._graphs = Graphs(cuda_graph and cache is None)
+        self._graphs = Graphs(cuda_graph and cache is None and self.tokens.capturable)
         self.cache: StepCache | None = None
         self._calls: CallsSplit | None = None
         self._split: CfgSplit | None = None
