@@ -13,12 +13,15 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from shared.api.warned import warn
+
 MAX_SIDE = 8192  # pixels
 MAX_FRAMES = 1024  # of one video
 MAX_INPUTS = 16  # pictures or scales of one field for adapters
 MAX_STEPS = 1000  # of one schedule
 MAX_IMAGE_PIXELS = MAX_SIDE * MAX_SIDE
-MAX_VIDEO_PIXELS = 2 * MAX_IMAGE_PIXELS  # of all frames of an animation
+MAX_VIDEO_PIXELS = 2 * MAX_IMAGE_PIXELS  # of all frames of an animation, or all pictures of a list
+MAX_ASPECT = 64  # longer ones take much memory where they are resized by their shorter side
 ANIMATIONS = "animations"  # context of a validation: a GIF or an animated picture is a list of pictures
 IMAGE_INPUTS = ("PNG", "JPEG", "WEBP", "BMP")
 LEFT_OUT = "(left out)"  # in place of pictures and tensors in the body that a picture's metadata holds
@@ -55,18 +58,23 @@ _BROKEN_PICTURE = (
 )
 
 
-def check_image(value: Any) -> bytes:
-    """Base64 or bytes of a picture -> its bytes, after a full decode."""
+def check_image(value: Any, name: str = "image") -> bytes:
+    """Base64 or bytes of a picture -> its bytes, fully decoded once; warns of an animation, by `name`."""
     from PIL import Image, UnidentifiedImageError
 
     data = value if isinstance(value, bytes) else decode_base64(value)
     too_large = ""
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_INPUTS) as image:
+            found = f"has {image.width}x{image.height} pixels"
             if image.width * image.height > MAX_IMAGE_PIXELS:
-                too_large = f"has {image.width}x{image.height} pixels, more than {MAX_SIDE}x{MAX_SIDE}"
+                too_large = f"{found}, more than {MAX_SIDE}x{MAX_SIDE}"
+            elif max(image.size) > MAX_ASPECT * min(image.size):
+                too_large = f"{found}; one side may be at most {MAX_ASPECT} times the other"
             else:
                 image.load()
+                if image.format != "MPO" and (count := getattr(image, "n_frames", 1)) > 1:
+                    warn(f"{name}: is an animation of {count} frames, of which only the first is used")
     except UnidentifiedImageError:
         raise problem("is not a picture; allowed: PNG, JPEG, WebP, BMP") from None
     except (Image.DecompressionBombError, *_BROKEN_PICTURE) as error:
@@ -76,13 +84,31 @@ def check_image(value: Any) -> bytes:
     return data
 
 
+def _check_list(values: list[Any], name: str) -> list[bytes]:
+    pixels, found = 0, []
+    for value in values:
+        found.append(check_image(value, name))
+        pixels += math.prod(picture_size(found[-1]))
+        if pixels > MAX_VIDEO_PIXELS:
+            text = (
+                f"has {pixels} pixels in its first {len(found)} pictures; at most {MAX_VIDEO_PIXELS} in all"
+            )
+            raise problem(text)
+    return found
+
+
+def check_picture(value: Any, info: ValidationInfo) -> bytes:
+    """`check_image` of a field."""
+    return check_image(value, str(info.field_name))
+
+
 def check_pictures(value: Any, info: ValidationInfo) -> bytes | list[bytes]:
     """`check_image` of one picture, or of each of a list; with the context ANIMATIONS of each of a video."""
     if not isinstance(value, list):
-        return (info.context == ANIMATIONS and _frames_of(value)) or check_image(value)
+        return (info.context == ANIMATIONS and _frames_of(value)) or check_picture(value, info)
     if not 1 <= len(value) <= MAX_FRAMES:
         raise problem(f"must hold 1 to {MAX_FRAMES} pictures, got {len(value)}")
-    return [check_image(one) for one in value]
+    return _check_list(value, str(info.field_name))
 
 
 def _frames_of(value: Any) -> bytes | list[bytes] | None:
@@ -166,44 +192,42 @@ def _base64_schema(description: str, **more: str) -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "contentEncoding": "base64", "description": description} | more)
 
 
+def _several_schema(description: str) -> WithJsonSchema:
+    one = {"contentEncoding": "base64", "contentMediaType": "image/*"}
+    items = {"type": "string"} | one
+    schema = {"type": ["string", "array"], "items": items, "description": description}
+    return WithJsonSchema(schema | one)
+
+
 Picture = Annotated[
     bytes,
-    BeforeValidator(check_image),
+    BeforeValidator(check_picture),
     _base64_schema("base64 (or a data: URI) of a PNG, JPEG, WebP or BMP", contentMediaType="image/*"),
 ]
 Pictures = Annotated[
     bytes | list[bytes],
     BeforeValidator(check_pictures),
-    _base64_schema(
+    _several_schema(
         "base64 (or a data: URI) of a PNG, JPEG, WebP or BMP; for video to video a GIF, an animated WebP, "
-        "or a list of pictures, its frames",
-        contentMediaType="image/*",
+        "or a list of pictures, its frames"
     ),
 ]
 
 
-def check_images(value: Any) -> bytes | list[bytes]:
-    """As check_image; of a list each, and of a list of one that one."""
+def check_images(value: Any, info: ValidationInfo) -> bytes | list[bytes]:
+    """As check_picture; of a list each, and of a list of one that one."""
     if not isinstance(value, list):
-        return check_image(value)
+        return check_picture(value, info)
     if not 1 <= len(value) <= MAX_INPUTS:
         raise problem(f"must be one picture or a list of 1 to {MAX_INPUTS}, got {len(value)}")
-    found = [check_image(one) for one in value]
+    found = _check_list(value, str(info.field_name))
     return found if len(found) > 1 else found[0]
 
 
 Inputs = Annotated[
     bytes | list[bytes],
     BeforeValidator(check_images),
-    WithJsonSchema(
-        {
-            "type": ["string", "array"],
-            "contentEncoding": "base64",
-            "contentMediaType": "image/*",
-            "items": {"type": "string", "contentEncoding": "base64", "contentMediaType": "image/*"},
-            "description": "base64 (or a data: URI) of a PNG, JPEG, WebP or BMP, or a list of them",
-        }
-    ),
+    _several_schema("base64 (or a data: URI) of a PNG, JPEG, WebP or BMP, or a list of them"),
 ]
 Embeds = Annotated[
     bytes,

@@ -51,7 +51,7 @@ def decode_picture(data: bytes, percent: float | None, size: tuple[int, int]) ->
 
 def decode_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
     """Encoded mask -> grey of `size`; white is painted anew. Its alpha, unless that is opaque everywhere."""
-    image = _eight_bits(_upright(Image.open(io.BytesIO(data))))
+    image = open_image(data)
     if "transparency" in image.info or "A" in image.getbands():
         alpha = image.convert("RGBA").getchannel("A")
         image = image if alpha.getextrema() == (255, 255) else alpha

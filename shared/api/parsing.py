@@ -297,7 +297,8 @@ def _no_start(request: GenerateRequest, config: HostConfig) -> FieldProblem | No
 def _too_much(request: GenerateRequest, config: HostConfig) -> FieldProblem | None:
     """The fault of a picture that would keep the ranks for longer than the launch allows."""
     spec, (width, height) = config.spec, size_of(request, config)
-    steps, frames = request.steps or spec.steps, request.frames or spec.frames or 1
+    listed_frames = len(request.image) if isinstance(request.image, list) else None
+    steps, frames = request.steps or spec.steps, request.frames or listed_frames or spec.frames or 1
     work = width * height * frames * steps
     if work <= config.max_pixel_steps:
         return None

@@ -99,14 +99,20 @@ def resized(image: Image.Image, size: Size, mode: int = JUST_RESIZE) -> Image.Im
     else:
         inner = (image.width * height // image.height, height)
     inner = (max(inner[0], 1), max(inner[1], 1))
-    small = image.resize(inner, LANCZOS)
     left, upper = width // 2 - inner[0] // 2, height // 2 - inner[1] // 2
+    if mode == CROP:  # only what is kept: all of a long picture would be many times the size
+        across, down = image.width / inner[0], image.height / inner[1]
+        columns = -left * across, min((width - left) * across, image.width)
+        rows = -upper * down, min((height - upper) * down, image.height)
+        stretched = image.resize((width, image.height), LANCZOS, (columns[0], 0, columns[1], image.height))
+        return stretched.resize(size, LANCZOS, (0, rows[0], width, rows[1]))
+    small = image.resize(inner, LANCZOS)
     made = Image.new(image.mode, size)
-    if mode == FILL and upper > 0:
+    if upper > 0:
         made.paste(_edge(small, (0, 0, inner[0], 1), (width, upper)), (0, 0))
         rest = height - upper - inner[1]
         made.paste(_edge(small, (0, inner[1] - 1, inner[0], inner[1]), (width, rest)), (0, upper + inner[1]))
-    if mode == FILL and left > 0:
+    if left > 0:
         made.paste(_edge(small, (0, 0, 1, inner[1]), (left, height)), (0, 0))
         rest = width - left - inner[0]
         made.paste(_edge(small, (inner[0] - 1, 0, inner[0], inner[1]), (rest, height)), (left + inner[0], 0))

@@ -148,7 +148,7 @@ def start(
         return fields, None, settings.problems
     try:
         image = open_image(check_image(images[0]))
-        white = None if is_nothing(mask) else mask_of(open_image(check_image(mask)))
+        white = None if is_nothing(mask) else mask_of(open_image(check_image(mask, "mask")))
     except PydanticCustomError:
         return fields, None, []
     size = _size(data, image, settings, white is not None, config)
@@ -201,7 +201,7 @@ def fit_control_image(given: Any, mode: int, data: dict[str, Any], config: HostC
     if mode == JUST_RESIZE or not all(_is_side(side) for side in (width, height)):
         return given
     try:
-        image = open_image(check_image(given))
+        image = open_image(check_image(given, "control_image"))
     except PydanticCustomError:
         return given  # the check of the request says so
     if image.width * height == image.height * width:

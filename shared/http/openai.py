@@ -160,9 +160,10 @@ def _edited(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
     elif isinstance(image, list) and config.spec.output == "image":
         text = f"must be one picture for type {config.spec.name}, got {len(image)}"
         problems.append(FieldProblem("image", text))
+    masked = mask is not None and "mask" in config.spec.fields
     try:
-        if mask is not None and "mask" in config.spec.fields:
-            picture = open_image(check_image(mask))
+        if masked:
+            picture = open_image(check_image(mask, "mask"))
             data["mask"] = encode_image(transparent_mask(picture), "png")
             if not has_alpha(picture):
                 text = "must be transparent where the picture is painted anew, but nothing of it is"
@@ -170,7 +171,7 @@ def _edited(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
         elif isinstance(image, str) and has_alpha(open_image(check_image(image))):
             warn("image: what is transparent in it counts only in a mask; the whole picture is painted")
     except PydanticCustomError as error:
-        problems.append(FieldProblem("image" if mask is None else "mask", error.message()))
+        problems.append(FieldProblem("mask" if masked else "image", error.message()))
     if problems:
         raise RequestError(400, problems)
     return data

@@ -252,8 +252,46 @@ def test_a_picture_with_too_many_pixels() -> None:
     assert (status, problems["control_image"]) == (400, "has 9000x8000 pixels, more than 8192x8192")
 
 
+@pytest.mark.parametrize("name", ["image", "mask", "control_image", "ip_image"])
+def test_a_picture_with_too_unlike_sides(name: str) -> None:
+    """512 pixels wide, a picture of 1 x 67,000,000 would take 137 GB in Pillow's first pass."""
+    for height, allowed in ((64 * 64, True), (64 * 64 + 1, False)):
+        status, problems = refused({name: b64(picture(size=(64, height))), "cfg": -1})
+        text = f"has 64x{height} pixels; one side may be at most 64 times the other"
+        assert status == 400 and (problems.get(name) == text) is not allowed, problems
+
+
+def test_a_list_of_pictures_has_a_bound_in_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.api.codecs.MAX_VIDEO_PIXELS", 24 * 16 * 3)
+    one = b64(picture(size=(24, 16)))
+    assert len(check_request({"image": [one] * 3}, config_of("ad")).images) == 3
+    for name, type in (("image", "ad"), ("control_image", "sd1"), ("ip_image", "sd1")):
+        status, problems = refused({name: [one] * 5}, config_of(type))
+        text = "has 1536 pixels in its first 4 pictures; at most 1152 in all"
+        assert (status, problems[name]) == (400, text)
+
+
+def test_the_frames_of_a_list_count_as_work() -> None:
+    config, frame = config_of("ad", max_pixel_steps=64 * 64 * 20 * 4), b64(picture(size=(64, 64)))
+    assert len(check_request({"image": [frame] * 20, "steps": 4}, config).images) == 20
+    status, problems = refused({"image": [frame] * 21, "steps": 4}, config)
+    assert status == 422 and "64 x 64 pixels x 21 frames x 4 steps" in problems["steps"]
+
+
+def test_of_an_animation_the_first_picture_counts_and_that_is_said() -> None:
+    moving, still = b64(picture("WEBP", (64, 64), frames=3)), b64(picture("WEBP", (64, 64)))
+    body = {"image": moving, "mask": moving, "control_image": [still, moving]}
+    with collecting_warnings() as warnings:
+        check_request(body, config_of("sd1", control_net={"/a": 1.0, "/b": 1.0}))
+    text = "is an animation of 3 frames, of which only the first is used"
+    assert warnings == [f"{name}: {text}" for name in ("image", "mask", "control_image")]
+    with collecting_warnings() as warnings:
+        check_request({"image": moving}, config_of("ad"))
+    assert warnings == []
+
+
 def test_a_picture_may_not_be_scaled_beyond_the_largest_side() -> None:
-    data = {"image": b64(picture(size=(4000, 10))), "image_scale": 800}
+    data = {"image": b64(picture(size=(4000, 100))), "image_scale": 800}
     status, problems = refused(data, config_of("sdup"))
     assert status == 400 and "larger than 8192 a side; got 800 percent" in problems["image_scale"]
     assert parse({**data, "image_scale": 200}, config_of("sdup")).image_scale == 200

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -10,6 +12,7 @@ from shared.api.retouch import (
     CROP,
     FILL,
     JUST_RESIZE,
+    LANCZOS,
     Masking,
     Paste,
     filled,
@@ -80,6 +83,32 @@ def test_crop_and_resize_cuts_the_middle_out() -> None:
     assert values(made).tolist() == values(halves().crop((10, 0, 30, 20))).tolist()
     tall = resized(halves(), (40, 10), CROP)
     assert values(tall).tolist() == values(halves().crop((0, 5, 40, 15))).tolist()
+
+
+@pytest.mark.parametrize(
+    ("size", "inner"), [((30, 64), (128, 64)), ((64, 24), (64, 32)), ((33, 7), (33, 16))]
+)
+def test_crop_and_resize_is_a_whole_resize_and_a_cut(size: tuple[int, int], inner: tuple[int, int]) -> None:
+    image = Image.fromarray(np.random.default_rng(5).integers(0, 256, (20, 40, 3), dtype=np.uint8))
+    whole = values(image.resize((inner[0], 20), LANCZOS).resize(inner, LANCZOS)).astype(int)
+    left, upper = inner[0] // 2 - size[0] // 2, inner[1] // 2 - size[1] // 2
+    made = values(resized(image, size, CROP))
+    assert abs(made - whole[upper : upper + size[1], left : left + size[0]]).max() <= 1  # rounding
+
+
+def test_crop_and_resize_of_a_long_picture_makes_no_larger_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, the second one would have 4096 times as many pixels as what is asked for."""
+    largest: list[int] = []
+    resize = Image.Image.resize
+
+    def watched(image: Image.Image, size: tuple[int, int], *more: Any) -> Image.Image:
+        largest.append(size[0] * size[1])
+        return resize(image, size, *more)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    assert resized(Image.new("L", (64, 4096)), (64, 64), CROP).size == (64, 64)
+    assert resized(Image.new("L", (4096, 1)), (64, 64), CROP).size == (64, 64)
+    assert max(largest) == 64 * 4096
 
 
 @pytest.mark.parametrize(("size", "inner"), [((40, 31), (0, 5)), ((61, 20), (10, 0)), ((40, 20), (0, 0))])

@@ -104,6 +104,11 @@ def test_an_opaque_mask_would_paint_nothing(host: FakeHost) -> None:
         pytest.raises(openai.UnprocessableEntityError, match="does not support mask"),
     ):
         client(upscaler).images.edit(image=picture(), mask=rgba((8, 8), (0, 0, 4, 4)), prompt="a")
+    with (
+        FakeHost(config_of("sdup")) as upscaler,
+        pytest.raises(openai.BadRequestError, match="image: is not a picture"),
+    ):
+        client(upscaler).images.edit(image=b"text", mask=rgba((8, 8), (0, 0, 4, 4)), prompt="a")
     assert not host.seen
 
 
