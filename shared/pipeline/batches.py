@@ -22,6 +22,7 @@ from shared.pipeline.from_picture import trained_to_fill
 from shared.pipeline.schedulers import SchedulerError, scheduler_for_request
 from shared.ranks.device import peak_since
 from shared.ranks.groups import World
+from shared.ranks.messages import StoppedError, Verdict
 
 log = logging.getLogger("host")
 
@@ -70,15 +71,22 @@ class Batches:
         """The most pictures of a size that were drawn together."""
 
     def next(self, request: GenerateRequest, left: int, method: Method) -> int:
-        """How many of the pictures that are left the next call draws, the same on all ranks."""
+        """How many of the pictures that are left the next call draws, the same on all ranks.
+
+        Raises:
+            StoppedError: another rank has failed.
+        """
         most = min(most_together(self.config, request), left)
         if most == 1 or not self._exact(request, method):
             return 1
         fit = self._fitting(request, most)
         if self.world.size > 1:
-            least = torch.tensor(fit)
-            dist.all_reduce(least, dist.ReduceOp.MIN, group=self.world.voting)
-            fit = int(least)
+            # As a vote: a rank that alone has failed in the call before takes part with its verdict, above 0.
+            ballot = torch.tensor([-fit])
+            dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.world.voting)
+            if ballot > 0:
+                raise StoppedError(Verdict(int(ballot)))
+            fit = -int(ballot)
         if 0 < fit < most:
             size = f"{request.width}x{request.height}"
             log.info("memory is free for %d of %d pictures of %s together", fit, most, size)

@@ -52,11 +52,14 @@ def decoded(
             vae.to(torch.float32)
         latents = latents.to(vae.dtype)
         if mean is not None and std is not None:
-            mean, std = (torch.tensor(x).view(1, -1, 1, 1).to(latents) for x in (mean, std))
-            latents = latents * std / settings.scaling_factor + mean
+            shape = (1, -1, *[1] * (latents.ndim - 2))
+            mean, std = (torch.tensor(x).view(shape).to(latents) for x in (mean, std))
+            latents = latents * std / settings.get("scaling_factor", 1.0) + mean
         else:
             latents = latents / settings.scaling_factor + (settings.get("shift_factor") or 0.0)
         pixels = vae.decode(latents, return_dict=False)[0]
+        if config.spec.vae_kind == "video":
+            pixels = pixels[:, :, 0]
     finally:
         if upcast:
             vae.to(dtype)

@@ -23,7 +23,9 @@ from shared.models import MODELS
 from shared.parallel.method import Plain
 from shared.pipeline.batches import Batches, most_together
 from shared.pipeline.engine import PipelineEngine
+from shared.ranks.channel import Channel
 from shared.ranks.groups import World, make_groups
+from shared.ranks.messages import StoppedError, Verdict
 from tests import test_matrix, tiny
 from tests.pool import RankPool
 from tests.test_matrix import SETTINGS, psnr
@@ -129,6 +131,7 @@ ON_RANKS: list[tuple[str, str, int, tuple[str, ...], Case]] = [
     ("xdit", "hy", 2, (), {"ring_degree": 2}),
     ("xdit", "sd3", 2, (), {"use_cfg_parallel": True}),
     ("xdit", "flux", 2, (), {"ulysses_degree": 2}),
+    ("xdit", "qwen", 2, (), {"ulysses_degree": 2}),  # its VAE is one of videos
 ]
 
 
@@ -214,3 +217,24 @@ def agreed() -> int:
 
 def test_the_rank_with_the_least_room_decides(pool: RankPool) -> None:
     assert pool.run(agreed, 2) == [2, 2]
+
+
+def failed_alone() -> str:
+    """What each rank makes of a failure of rank 1 alone between two calls: it votes, the other asks."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
+    if rank == 1:
+        return Channel(world).vote(Verdict.FAILED).name
+    config = tiny.config("sd1", width=64, height=64)
+    pipe = tiny.load("sd1")
+    try:
+        return str(
+            Batches(pipe, config, world).next(check_request({"positive": "x"}, config), 8, Plain(pipe))
+        )
+    except StoppedError as stopped:
+        return stopped.verdict.name
+
+
+def test_a_rank_that_fails_alone_stops_the_others(pool: RankPool) -> None:
+    tiny.checkpoint("sd1")
+    assert pool.run(failed_alone, 2) == ["FAILED", "FAILED"]
