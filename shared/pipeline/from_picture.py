@@ -18,6 +18,7 @@ from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, Start
 from shared.parallel.pipeline import Pipeline, model_of
 from shared.parallel.surgery import Surgery
+from shared.pipeline.embeddings import embeddings_of
 from shared.pipeline.schedulers import scheduler_for_request
 
 
@@ -65,6 +66,7 @@ class PicturePipelines:
         with scheduler_for_request(self.pipe, self.spec, request.scheduler, request.steps, launched):
             if running is not self.pipe:
                 running.register_modules(scheduler=self.pipe.scheduler)
+                running.set_progress_bar_config(**getattr(self.pipe, "_progress_bar_config", {}))
             yield running
 
     def _of(self, start: Start) -> tuple[Pipeline, Any]:
@@ -78,7 +80,7 @@ class PicturePipelines:
             takes = inspect.signature(cls.__init__).parameters
             made = cls(**{name: part for name, part in given.items() if name in takes})
             made._exclude_from_cpu_offload = pipe._exclude_from_cpu_offload
-            made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+            made.embeddings = embeddings_of(pipe)
             self._made[start.pipeline] = made, scheduler
         return self._made[start.pipeline]
 

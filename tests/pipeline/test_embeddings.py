@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
+from shared.api.media import encode_image
 from shared.api.parsing import check_request
 from shared.api.warned import collecting_warnings
 from shared.launch.backend import Needs
@@ -21,7 +22,7 @@ from shared.pipeline.embeddings import embeddings_of, load_embeddings
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import load_on_rank
 from shared.ranks.groups import World, make_groups
-from tests import tiny
+from tests import tiny, tiny_extras
 from tests.pool import RankPool
 from tests.test_matrix import body as matrix_body
 
@@ -133,11 +134,26 @@ def test_pooled_embeddings_are_those_of_the_end(tmp_path: Path) -> None:
     assert torch.equal(*made)
 
 
-def test_an_embedding_stays_in_one_chunk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [{}, {"image": encode_image(tiny.picture(64, 3), "png"), "strength": 1.0}])
+def test_an_embedding_stays_in_one_chunk(tmp_path: Path, start: dict[str, Any]) -> None:
     pipe = tiny.load("sd1")
     load_embeddings(pipe, MODELS["sd1"], (str(folder_of(tmp_path / "e", "sd1", odd=drawn([32], 10))),))
     config = tiny.config("sd1", width=64, height=64)
-    long = {"negative": "blur", "prompt_syntax": "a1111"}
+    long = {"negative": "blur", "prompt_syntax": "a1111"} | start
+    broken = latents(pipe, config, positive="w " * 70 + "odd cat", **long)
+    assert torch.equal(broken, latents(pipe, config, positive="w " * 70 + "BREAK odd cat", **long))
+
+
+def test_so_it_does_where_the_refiner_reads_it(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "e", "sdxl", odd=drawn([32, 64], 10))
+    flags = {
+        "refiner": str(tiny_extras.refiner()),
+        "embeddings_dir": (str(folder),),
+        "width": 64,
+        "height": 64,
+    }
+    pipe, config = tiny.host("sdxl", **flags), tiny.config("sdxl", **flags)
+    long = {"negative": "blur", "prompt_syntax": "a1111", "steps": 4, "refiner_start": 0.5}
     broken = latents(pipe, config, positive="w " * 70 + "odd cat", **long)
     assert torch.equal(broken, latents(pipe, config, positive="w " * 70 + "BREAK odd cat", **long))
 

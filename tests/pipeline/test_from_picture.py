@@ -244,6 +244,19 @@ def test_steps_and_progress_are_those_that_run(scheduler: str, calls: int) -> No
     assert told[-1][0] == told[-1][1] and abs(len(told) - calls) <= 1
 
 
+def test_the_progress_bar_is_hidden_in_the_warm_up_only() -> None:
+    pipe = tiny.load("sd1")
+    on = PipelineEngine(pipe, tiny.config("sd1", width=64, height=64), tiny.world())
+    image, shown = png(picture()), pipe._progress_bar_config
+    pipe.set_progress_bar_config(disable=True)
+    reply(on, image=image)
+    pipe.set_progress_bar_config(desc="steps")
+    reply(on, image=image)
+    running = on._pipelines._of(MODELS["sd1"].starts[0])[0]
+    assert running._progress_bar_config == {"desc": "steps"}  # type: ignore[attr-defined]
+    pipe.set_progress_bar_config(**shown)
+
+
 @pytest.mark.parametrize("fields", [{"strength": 0.05}, {"strength": 0.2, "steps": 4}])
 def test_a_strength_that_leaves_no_step(fields: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=r"strength: leaves no step to run: 0\.\d+ of \d+ steps"):
