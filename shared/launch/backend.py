@@ -21,8 +21,8 @@ class Needs:
     in_parts: bool = False  # it never calls the denoiser whole: model offload leaves it on the device
     inside_blocks: bool = False  # it works inside the denoiser's blocks: compilation leaves whole ones apart
     divides_weights: str | None = None  # the flag by which it does: LoRAs are fused, and stay
-    stages: tuple[str, ...] = ()  # the same, each a stage of them: loaded to host memory
     shards: tuple[str, ...] = ()  # models of which each rank keeps a part: they are loaded to host memory
+    stages: tuple[str, ...] = ()  # the same, where each rank keeps a stage of them
 
 
 def _no_idle_flags(config: HostConfig, world_size: int) -> list[str]:

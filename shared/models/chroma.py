@@ -48,7 +48,6 @@ FAMILY = Family(
             image="start",
             # diffusers 0.42's ChromaInpaintPipeline asks its transformer for a guidance embedding, and fails.
             starts=(Start("ChromaImg2ImgPipeline", "image", 0.9),),
-            image_pipeline="ChromaImg2ImgPipeline",
             denoiser="transformer",
             tokens=TOKENS,
             output="image",

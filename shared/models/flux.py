@@ -77,7 +77,6 @@ FAMILY = Family(
                 Start("FluxControlNetImg2ImgPipeline", "image", 0.6, control=True, ip_adapter=False),
                 Start("FluxControlNetInpaintPipeline", "inpaint", 0.6, control=True, ip_adapter=False),
             ),
-            image_pipeline="FluxImg2ImgPipeline",
             denoiser="transformer",
             tokens=TOKENS,
             output="image",

@@ -50,7 +50,6 @@ FAMILY = Family(
                 Start("QwenImageImg2ImgPipeline", "image", 0.6),
                 Start("QwenImageInpaintPipeline", "inpaint", 0.6),
             ),
-            image_pipeline="QwenImageImg2ImgPipeline",
             denoiser="transformer",
             tokens=TOKENS,
             output="image",

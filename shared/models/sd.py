@@ -159,7 +159,6 @@ FAMILY = Family(
             prompt_chunks=True,
             title="Stable Diffusion XL",
             pipeline="StableDiffusionXLPipeline",
-            image_pipeline="StableDiffusionXLImg2ImgPipeline",
             image="start",
             starts=SDXL_STARTS,
             denoiser="unet",

@@ -77,7 +77,6 @@ FAMILY = Family(
                 Start("StableDiffusion3Img2ImgPipeline", "image", 0.6),
                 Start("StableDiffusion3InpaintPipeline", "inpaint", 0.6),
             ),
-            image_pipeline="StableDiffusion3Img2ImgPipeline",
             denoiser="transformer",
             tokens=TOKENS,
             output="image",

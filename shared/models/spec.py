@@ -86,7 +86,6 @@ class ModelSpec:
         "discrete"
     )
     fields: frozenset[str] = frozenset()
-    image_pipeline: str = "StableDiffusionImg2ImgPipeline"  # whose `strength` is ours with `latent`
     refiner_pipeline: str | None = None  # for a second denoiser, which takes over near the end
     refiner_config: str | None = None  # folder under configs/ of its single files
     refiner_start: float = 1.0  # the fraction of the schedule from which it runs, where a launch has one
@@ -143,6 +142,12 @@ class ModelSpec:
     def start(self, kind: Kind, control: bool) -> Start | None:
         """diffusers' pipeline for this, with or without a ControlNet; None where it has none."""
         return next((s for s in self.starts if (s.kind, s.control) == (kind, control)), None)
+
+    @property
+    def image_pipeline(self) -> str:
+        """The class whose `strength` is ours with `latent`."""
+        start = self.start("image", False)
+        return "StableDiffusionImg2ImgPipeline" if start is None or start.frames else start.pipeline
 
     @property
     def index_classes(self) -> frozenset[str]:

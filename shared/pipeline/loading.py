@@ -225,7 +225,7 @@ def _load_loras(pipe: Pipeline, spec: ModelSpec, config: HostConfig, needs: Need
     elif reason:
         loras.fuse(reason)
         loras.freeze(f"no LoRA can be added, removed or scaled: the weights are fixed by {reason}")
-    if needs.shards:
+    if needs.shards or needs.stages:
         loras.unread = "it cannot be added to a running host under --shard_weights; give it at the launch"
     for flag in ("enable_sequential_cpu_offload", "enable_group_offload"):
         if getattr(config, flag):

@@ -267,9 +267,10 @@ def test_dora_by_inputs_of_joined_layers_is_refused(tmp_path: Path) -> None:
     assert len(match_layers(pipe, MODELS["flux"], tensors)[0]["transformer"]) == 3
 
 
-def test_a_dora_is_not_added_to_weights_that_lie_elsewhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("needs", [Needs(shards=("unet",)), Needs(stages=("unet",))])
+def test_a_dora_is_not_added_to_weights_that_lie_elsewhere(needs: Needs, tmp_path: Path) -> None:
     config = tiny.config("sd1")
-    pipe = load_pipeline(config.spec, config, torch.device("cpu"), Needs(shards=("unet",)), quiet=True)
+    pipe = load_pipeline(config.spec, config, torch.device("cpu"), needs, quiet=True)
     loras = loras_of(pipe, config.spec)
     generator = torch.Generator().manual_seed(0)
     layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
