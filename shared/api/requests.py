@@ -235,21 +235,12 @@ class GenerateRequest(BaseModel):
             filled["frames"] = len(self.image)
         filled["width"], filled["height"] = size = size_of(self, config)
         if self.starts(config):
-            self._warn_of_rounding(size, config)
+            warn_of_rounding((self.width, self.height), self._own_size(), size, config)
         return self.model_copy(update=own | filled)
 
     def starts(self, config: HostConfig) -> bool:
         """Whether what is made starts from the request's picture."""
         return self.image is not None and config.spec.image == "start"
-
-    def _warn_of_rounding(self, size: tuple[int, int], config: HostConfig) -> None:
-        own = self._own_size()
-        asked = (self.width, self.height)
-        if any(given is None and side != made for given, side, made in zip(asked, own, size, strict=True)):
-            warn(
-                "image: {}x{} pixels are made {}x{}, as the sides of a picture of type {} are multiples of "
-                "{}".format(*own, *size, config.type, config.spec.size_multiple)
-            )
 
     @property
     def images(self) -> list[bytes]:
@@ -278,6 +269,17 @@ def size_of(request: GenerateRequest, config: HostConfig) -> tuple[int, int]:
         multiple = config.spec.size_multiple
         width, height = (max(16, side // multiple * multiple) for side in request._own_size())
     return request.width or width, request.height or height
+
+
+def warn_of_rounding(
+    asked: tuple[Any, Any], own: tuple[int, int], made: tuple[int, int], config: HostConfig
+) -> None:
+    """Warn where a side that was not asked for is not the picture's own; all widths and heights in pixels."""
+    if any(given is None and side != now for given, side, now in zip(asked, own, made, strict=True)):
+        warn(
+            "image: {}x{} pixels are made {}x{}, as the sides of a picture of type {} are multiples of "
+            "{}".format(*own, *made, config.type, config.spec.size_multiple)
+        )
 
 
 def launch_defaults(config: HostConfig) -> dict[str, Any]:

@@ -220,7 +220,6 @@ def _info(asked: _Asked, replies: list[Reply], config: HostConfig) -> dict[str, 
     first = asked.request if pasted or asked.second is not None else replies[0]
     prompt, negative = str(options.get("prompt") or ""), str(options.get("negative_prompt") or "")
     sampler = str(options.get("sampler_name") or options.get("sampler_index") or AUTOMATIC)
-    cfg = options.get("cfg_scale") or config.spec.cfg
     seeds = [reply.seed for reply in replies]
     return {
         "prompt": prompt,
@@ -232,7 +231,7 @@ def _info(asked: _Asked, replies: list[Reply], config: HostConfig) -> dict[str, 
         "width": first.width,
         "height": first.height,
         "sampler_name": sampler,
-        "cfg_scale": cfg,
+        "cfg_scale": asked.request.cfg,
         "steps": first.steps,
         "batch_size": 1,
         "sd_model_name": config.model_id,

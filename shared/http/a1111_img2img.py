@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from shared.api.codecs import MAX_SIDE, check_image, picture_size
 from shared.api.faults import FieldProblem
 from shared.api.media import encode_image, open_image
+from shared.api.requests import warn_of_rounding
 from shared.api.retouch import (
     JUST_RESIZE,
     Masking,
@@ -181,10 +182,12 @@ def _size(
 ) -> tuple[Any, Any]:
     """Width and height of what is painted: as asked, else the picture's own; of a part the launch's."""
     multiple, own = config.spec.size_multiple, image.size
-    if config.spec.image == "needed" or (with_mask and settings.masking.only_masked):
-        own = config.size
-    width, height = (max(side // multiple * multiple, 16) for side in own)
-    return data.get("width", width), data.get("height", height)
+    of_launch = config.spec.image == "needed" or (with_mask and settings.masking.only_masked)
+    width, height = (max(side // multiple * multiple, 16) for side in (config.size if of_launch else own))
+    made = data.get("width", width), data.get("height", height)
+    if not of_launch:
+        warn_of_rounding((data.get("width"), data.get("height")), own, made, config)
+    return made
 
 
 def fit_control_image(given: Any, mode: int, data: dict[str, Any], config: HostConfig) -> Any:

@@ -166,6 +166,23 @@ def test_resize_modes(host: FakeHost, mode: int, expected: Any) -> None:
     assert b"multigpu_diffusion" not in base64.b64decode(answer["images"][0]), "no body gives it again"
 
 
+@pytest.mark.parametrize("more", [{}, {"resize_mode": 1}, {"mask": (0, 0, 9, 9), "inpaint_full_res": False}])
+def test_a_size_that_is_rounded_is_said(host: FakeHost, more: Json) -> None:
+    more = more | ({"mask": base64_of(spot(more["mask"], (70, 66)))} if "mask" in more else {})
+    answer = post(host, init_images=[base64_of(halves((70, 66)))], **more)
+    text = "image: 70x66 pixels are made 64x64, as the sides of a picture of type sd1 are multiples of 8"
+    assert answer["warnings"] == [text]
+    assert "warnings" not in post(
+        host, init_images=[base64_of(halves((70, 66)))], width=64, height=64, **more
+    )
+    assert [(seen.width, seen.height) for seen in host.seen] == [(64, 64)] * 2
+
+
+def test_the_guidance_that_counted_is_told(host: FakeHost) -> None:
+    for given, counted in ((0, 0), (3.5, 3.5), (None, 7.5)):
+        assert json.loads(post(host, cfg_scale=given)["info"])["cfg_scale"] == counted
+
+
 def test_pictures_are_upright_and_on_white(host: FakeHost) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: to be shown a quarter turn to the right
