@@ -67,6 +67,7 @@ class Pipeline(Protocol):
     encode_prompt: Callable[..., Any]
     get_timesteps: Callable[..., Any]  # of those that start from a picture
     image_processor: Any
+    watermark: Any
     lora_state_dict: Callable[..., Any]
     _pack_latents: Callable[..., torch.Tensor]
     _unpack_latents: Callable[..., torch.Tensor]

@@ -16,7 +16,7 @@ from shared.api.media import decode_mask, decode_picture
 from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, Start
-from shared.parallel.pipeline import Pipeline, model_of
+from shared.parallel.pipeline import Pipeline, model_of, part_of
 from shared.parallel.surgery import Surgery
 from shared.pipeline.embeddings import embeddings_of
 from shared.pipeline.schedulers import scheduler_for_request
@@ -76,11 +76,12 @@ class PicturePipelines:
 
             cls, pipe = getattr(diffusers, start.pipeline), self.pipe
             scheduler = copy.deepcopy(pipe.scheduler)
-            given = {**pipe.config, **pipe.components, "scheduler": scheduler}
+            given = {**pipe.config, **pipe.components, "scheduler": scheduler, "add_watermarker": False}
             takes = inspect.signature(cls.__init__).parameters
             made = cls(**{name: part for name, part in given.items() if name in takes})
             made._exclude_from_cpu_offload = pipe._exclude_from_cpu_offload
-            made.embeddings = embeddings_of(pipe)
+            made.maybe_free_model_hooks = pipe.maybe_free_model_hooks
+            made.embeddings, made.watermark = embeddings_of(pipe), part_of(pipe, "watermark")
             self._made[start.pipeline] = made, scheduler
         return self._made[start.pipeline]
 

@@ -21,7 +21,7 @@ from shared.api.requests import GenerateRequest
 from shared.launch.errors import LoadError, first_line
 from shared.models import ModelSpec
 from shared.parallel.method import Method
-from shared.parallel.pipeline import Pipeline, model_of
+from shared.parallel.pipeline import Pipeline, model_of, part_of
 from shared.parallel.surgery import Surgery
 from shared.pipeline.embeddings import embeddings_of
 from shared.pipeline.long_prompts import encode_chunks
@@ -113,7 +113,7 @@ class Refiner:
         self.method = make_parallel(pipe)
         pipe.register_modules(**{name: base.components[name] for name in SHARED})
         pipe.vae_scale_factor = base.vae_scale_factor
-        pipe.embeddings = embeddings_of(base)
+        pipe.embeddings, pipe.watermark = embeddings_of(base), part_of(base, "watermark")
         pipe.image_processor = VaeImageProcessor(vae_scale_factor=base.vae_scale_factor)
 
     def run(

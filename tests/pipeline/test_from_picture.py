@@ -257,6 +257,18 @@ def test_the_progress_bar_is_hidden_in_the_warm_up_only() -> None:
     pipe.set_progress_bar_config(**shown)
 
 
+def test_models_leave_the_device_and_pictures_are_watermarked_as_from_noise() -> None:
+    pipe: Any = tiny.load("sdxl")
+    freed: list[bool] = []
+    pipe.maybe_free_model_hooks = lambda: freed.append(True)
+    pipe.watermark = SimpleNamespace(apply_watermark=torch.ones_like)
+    on = PipelineEngine(pipe, tiny.config("sdxl", width=64, height=64), tiny.world())
+    for fields in ({}, {"image": png(picture())}):
+        freed.clear()
+        assert np.asarray(reply(on, output_format="png", **fields).pictures[0]).min() == 255
+        assert len(freed) == 2, fields  # at the pipeline's end, and whatever happens
+
+
 @pytest.mark.parametrize("fields", [{"strength": 0.05}, {"strength": 0.2, "steps": 4}])
 def test_a_strength_that_leaves_no_step(fields: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=r"strength: leaves no step to run: 0\.\d+ of \d+ steps"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -124,6 +125,14 @@ def test_only_where_it_is_asked_for() -> None:
     decoded = engine().pipe.vae.decode(latents(engine()) / engine().pipe.vae.config.scaling_factor).sample
     ours = torch.from_numpy(np.asarray(picture.pictures[0]) / 127.5 - 1).permute(2, 0, 1)
     assert (ours - decoded[0].clamp(-1, 1)).abs().max() < 1 / 127
+
+
+def test_it_watermarks_as_the_base_does() -> None:
+    flags: dict[str, Any] = {"width": 64, "height": 64, "refiner": str(tiny_extras.refiner())}
+    pipe = tiny.host("sdxl", **flags)
+    pipe.watermark = SimpleNamespace(apply_watermark=torch.ones_like)
+    on = PipelineEngine(pipe, tiny.config("sdxl", **flags), tiny.world())
+    assert np.asarray(reply(on, output_format="png", steps=4).pictures[0]).min() == 255
 
 
 def test_prompts_of_every_kind() -> None:
