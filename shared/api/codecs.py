@@ -62,6 +62,8 @@ def check_image(value: Any, name: str = "image") -> bytes:
     """Base64 or bytes of a picture -> its bytes, fully decoded once; warns of an animation, by `name`."""
     from PIL import Image, UnidentifiedImageError
 
+    if isinstance(value, list):
+        raise problem(f"must be one picture, got a list of {len(value)}")
     data = value if isinstance(value, bytes) else decode_base64(value)
     too_large = ""
     try:

@@ -126,6 +126,7 @@ def start(
     """
     spec, settings = config.spec, _Settings(asked, config.spec)
     images, mask = asked.get("init_images"), asked.get("mask")
+    images = None if images == [None] else images
     if isinstance(images, list) and images and spec.output == "video" and is_img2img(spec):
         # A video's frames, or the one picture of all of them.
         fields = {"image": images[0] if len(images) == 1 else images, "strength": _strength(asked)}

@@ -93,7 +93,7 @@ def translate(
     for side in ("width", "height"):
         if side not in spec.fields:
             data.pop(side, None)
-        elif isinstance(value := data.get(side), int) and abs(value) <= MAX_SIDE:
+        elif type(value := data.get(side)) is int and spec.size_multiple <= value <= MAX_SIDE:
             data[side] = rounded(value, spec.size_multiple)
     skip = _number("steps", overrides.get("CLIP_stop_at_last_layers", asked.get("clip_skip")))
     if isinstance(skip, int) and skip > 1 and "clip_skip" in spec.fields:

@@ -258,6 +258,10 @@ def test_a_control_image_gets_the_aspect_of_the_picture_that_sets_the_size() -> 
         ({"init_images": ["a", "b"]}, 422, "init_images: must hold one picture, got 2"),
         ({"denoising_strength": 0}, 400, "denoising_strength: must be above 0"),
         ({"resize_mode": 1, "width": 10**9}, 400, "width: must be at most 8192"),
+        ({"width": 0}, 400, "width: must be at least 16, got 0"),
+        ({"height": True}, 400, "height: must be a valid integer, got True"),
+        ({"init_images": [None]}, 422, "init_images: must hold one picture, got none"),
+        ({"mask": [base64_of(spot((0, 0, 9, 9)))]}, 400, "mask: must be one picture, got a list of 1"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_words(host: FakeHost, body: Json, status: int, words: str) -> None:

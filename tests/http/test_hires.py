@@ -343,9 +343,10 @@ def test_types_without_latents_to_start_from_refuse_it() -> None:
         with FakeHost(config_of(name)) as host:
             names = [mode["name"] for mode in host.get("/sdapi/v1/latent-upscale-modes").json()]
             pixels = [mode["name"] for mode in host.get("/sdapi/v1/upscalers").json()]
-            assert pixels == (list(PIXEL_UPSCALERS) if MODELS[name].image == "start" else [])
+            able = MODELS[name].image == "start" and MODELS[name].output == "image"
+            assert pixels == (list(PIXEL_UPSCALERS) if able else [])
             answer = host.post("/sdapi/v1/txt2img", json={"enable_hr": True, "prompt": "x"})
-            if name in ("svd", "sdup"):
+            if name in ("svd", "sdup", "wan"):
                 assert names == [] and answer.status_code == 422
                 assert f"enable_hr: type {name} (" in answer.json()["detail"]
             else:
