@@ -371,15 +371,16 @@ def checkpoint(name: str) -> Path:
 
 def load(name: str, **components: Any) -> Any:
     """A fresh pipeline of type `name`: CPU, fp32, no progress bar. A copy takes half as long as the files."""
-    return _from_files(name, **components) if components else copy.deepcopy(_kept(name))
+    return from_files(name, **components) if components else copy.deepcopy(_kept(name))
 
 
 @functools.cache
 def _kept(name: str) -> Any:
-    return _from_files(name)
+    return from_files(name)
 
 
-def _from_files(name: str, **components: Any) -> Any:
+def from_files(name: str, **components: Any) -> Any:
+    """As `load`, but from its folder: compel mistakes tokenizers that were copied."""
     pipe = diffusers.DiffusionPipeline.from_pretrained(checkpoint(name), local_files_only=True, **components)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -190,6 +190,9 @@ def single_file(name: str) -> Path:
     return tiny.cached(f"single-{name}", make) / "model.safetensors"
 
 
+OWN_NAMES = ("chroma", "flux", "qwen", "wan")  # in diffusers' naming in every form
+
+
 def gguf(name: str, form: str = "original") -> Path:
     """The denoiser as GGUF: matrices of suitable width in Q8_0, the rest in F32.
 
@@ -201,9 +204,9 @@ def gguf(name: str, form: str = "original") -> Path:
     def make(path: Path) -> None:
         pipe = tiny.load(name)
         model = getattr(pipe, "unet", None) or pipe.transformer
-        original = {"flux": lambda m: m.state_dict(), "sd3": sd3}.get(name, unet)
-        found = model.state_dict() if form == "diffusers" else original(model)
-        if form == "original" and name not in ("flux", "sd3"):
+        original = sd3 if name == "sd3" else unet
+        found = model.state_dict() if form == "diffusers" or name in OWN_NAMES else original(model)
+        if form == "original" and name not in ("sd3", *OWN_NAMES):
             found = prefixed("model.diffusion_model.", found)
         writer = gguf_format.GGUFWriter(path, "test")
         for key, value in found.items():

@@ -47,7 +47,7 @@ def folder_of(path: Path, name: str, **files: dict[str, torch.Tensor]) -> Path:
 
 def theirs(name: str, tensors: dict[str, torch.Tensor], token: str = "<bad>") -> Any:
     """A pipeline into which diffusers has loaded an embedding."""
-    pipe = tiny.load(name)
+    pipe = tiny.from_files(name)
     for tensor, tokenizer, encoder in zip(
         tensors.values(), MODELS[name].tokenizers, MODELS[name].text_encoders, strict=True
     ):

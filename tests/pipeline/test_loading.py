@@ -81,7 +81,7 @@ def test_vae() -> None:
     assert np.abs(made - plain("sd1")).max() > 0.05
     inside = tiny.host("sd1", vae=str(tiny.checkpoint("sd1")))
     assert np.array_equal(tiny.run(inside, "sd1"), plain("sd1"))
-    with pytest.raises(LoadError, match="has 8 latent channels, the checkpoint's has 4"):
+    with pytest.raises(LoadError, match="has 16 latent channels, the checkpoint's has 4"):
         tiny.host("sd1", vae=str(tiny_extras.vae("sd3")))
     with pytest.raises(LoadError, match=r"--vae .* cannot be loaded as AutoencoderKL"):
         tiny.host("sd1", vae=str(tiny_extras.lora("sd1")))
