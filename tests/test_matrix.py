@@ -191,14 +191,25 @@ def supports(backend: str, name: str, *features: str) -> bool:
 
 
 def cells(backend: str) -> list[Any]:
-    """(type, feature) of every yes that has a setting above, and `everything` of each type."""
+    """(type, feature) of every yes that has a setting above, and `everything` of each type.
+
+    Every test run has the types with nothing and with everything, and each feature alone on one type of the
+    host, another from feature to feature; `make matrix` has all.
+    """
     spec = BACKENDS[backend]
+    features = [f for f in (*FEATURES, *FROM_PICTURE) if f in SETTINGS]
+    alone: dict[str, str] = {}
+    for number, feature in enumerate(features):
+        able = [n for n in spec.types if n not in ALIKE[backend] and supports(backend, n, feature)]
+        if feature == "compile_unet":
+            able = [n for n in able if n in COMPILED[backend]]
+        if able:
+            alone[feature] = able[number % len(able)]
     found: list[Any] = []
     for name in spec.types:
         found.append((name, "nothing"))
-        yes = [f for f in (*FEATURES, *FROM_PICTURE) if f in SETTINGS and supports(backend, name, f)]
-        for feature in yes:
-            slow = (feature == "compile_unet" and name not in COMPILED[backend]) or name in ALIKE[backend]
+        for feature in (f for f in features if supports(backend, name, f)):
+            slow = alone.get(feature) != name
             found.append(pytest.param(name, feature, marks=[pytest.mark.slow] if slow else []))
         marks = [pytest.mark.slow] if name in ALIKE[backend] else []
         found.append(pytest.param(name, "everything", marks=marks))
@@ -357,12 +368,12 @@ def second_ip_adapter(name: str) -> Path:
 @pytest.mark.parametrize(
     ("backend", "name", "plan", "nets", "adapters"),
     [
-        ("asyncdiff", "sdxl", {}, 2, 1),
+        pytest.param("asyncdiff", "sdxl", {}, 2, 1, marks=pytest.mark.slow),
         ("asyncdiff", "sd1", {"use_cfg_parallel": True}, 2, 2),
         ("distrifuser", "sd1", {}, 2, 2),
-        ("distrifuser", "sdxl", {}, 0, 1),
+        pytest.param("distrifuser", "sdxl", {}, 0, 1, marks=pytest.mark.slow),
         ("xdit", "flux", {}, 2, 2),
-        ("xdit", "sd3", {}, 2, 0),
+        pytest.param("xdit", "sd3", {}, 2, 0, marks=pytest.mark.slow),
     ],
 )
 def test_several_pictures_and_lycoris(
