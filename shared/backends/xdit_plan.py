@@ -253,6 +253,11 @@ def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str,
     yield "shard_weights", config.shard_weights and tensor, "not supported with --tensor_parallel_degree"
     yield (
         "shard_weights",
+        config.shard_weights and config.use_teacache,
+        "not supported with --use_teacache, which reads a block's weights outside of the block",
+    )
+    yield (
+        "shard_weights",
         config.shard_weights and degrees.world == degrees.data > 1,
         f"needs ranks that share a picture; got {degrees}",
     )

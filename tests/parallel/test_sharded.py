@@ -83,7 +83,6 @@ PLANS: list[tuple[int, str, str, Flags]] = [
     (2, "xdit", "sd3", {"use_cfg_parallel": True}),
     (4, "xdit", "pixs", {"data_parallel_degree": 2}),
     (2, "xdit", "flux", {"use_fbcache": True}),
-    (2, "xdit", "flux", {"use_teacache": True}),
     (4, "distrifuser", "sdxl", {"no_split_batch": False}),
     (2, "distrifuser", "sd1", {"no_split_batch": True, "sync_mode": "full_sync"}),
     (2, "distrifuser", "sdxl", {"no_split_batch": True, "parallelism": "naive_patch"}),

@@ -491,6 +491,7 @@ STOCHASTIC = {"scheduler": "flow_euler", "stochastic_sampling": True}
         ("sd3", {"tensor_parallel_degree": 2}, 2, "has no tensor parallelism for it; types with it: flux"),
         ("pixa", {"use_teacache": True}, 2, "types with it: flux"),
         ("flux", {"use_teacache": True, "use_fbcache": True}, 2, "only one cache"),
+        ("flux", {"use_teacache": True, "shard_weights": True}, 2, "not supported with --use_teacache"),
         ("flux", {"use_fbcache": True, "control_net": {"x": 1.0}}, 2, "without --control_net"),
         (
             "flux",
