@@ -122,12 +122,13 @@ def clip_text(width: int = 32, projection: int | None = None, act: str = "quick_
     return seeded(seed, lambda: cls(config))
 
 
-def t5_text(width: int = 32) -> Any:
-    config = transformers.T5Config(
+def t5_text(width: int = 32, kind: str = "T5", seed: int = 2) -> Any:
+    """`kind` is T5 or UMT5."""
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=128, d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0,
         eos_token_id=1, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
     )  # fmt: skip
-    return seeded(2, lambda: transformers.T5EncoderModel(config))
+    return seeded(seed, lambda: getattr(transformers, f"{kind}EncoderModel")(config))
 
 
 def clip_vision(image: int = 32, patch: int = 8) -> Any:
@@ -157,6 +158,16 @@ def vae(
             use_quant_conv=shift is None, use_post_quant_conv=shift is None,
         ),
     )  # fmt: skip
+
+
+def video_vae(kind: str, seed: int) -> Any:
+    """AutoencoderKLWan or AutoencoderKLQwenImage; latents are an eighth of the picture."""
+    channels = 4
+    return seeded(seed, lambda: getattr(diffusers, kind)(
+        base_dim=8, z_dim=channels, dim_mult=[1, 2, 2, 2], num_res_blocks=1,
+        temperal_downsample=[False, True, True], latents_mean=[0.1 * (i - 1) for i in range(channels)],
+        latents_std=[1.5 + 0.25 * i for i in range(channels)],
+    ))  # fmt: skip
 
 
 def unet(seed: int = 5, **changes: Any) -> Any:

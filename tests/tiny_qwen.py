@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import transformers
 
-from tests.tiny import byte_letters, seeded
+from tests.tiny import byte_letters, seeded, video_vae
 
 SPECIAL = (
     "<|endoftext|>",
@@ -78,15 +78,6 @@ def qwen25_vl(width: int = 32) -> Any:
     return seeded(22, lambda: transformers.Qwen2_5_VLForConditionalGeneration(config))
 
 
-def vae() -> Any:
-    channels = 4
-    return seeded(32, lambda: diffusers.AutoencoderKLQwenImage(
-        base_dim=8, z_dim=channels, dim_mult=[1, 2, 2, 2], num_res_blocks=1,
-        temperal_downsample=[False, True, True], latents_mean=[0.1 * (i - 1) for i in range(channels)],
-        latents_std=[1.5 + 0.25 * i for i in range(channels)],
-    ))  # fmt: skip
-
-
 def make_qwen() -> Any:
     denoiser = seeded(44, lambda: diffusers.QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16,
@@ -99,7 +90,11 @@ def make_qwen() -> Any:
         max_shift=0.9, shift=1.0, shift_terminal=0.02,
     )  # fmt: skip
     pipe = diffusers.QwenImagePipeline(
-        scheduler=scheduler, vae=vae(), text_encoder=qwen25_vl(), tokenizer=tokenizer(), transformer=denoiser
+        scheduler=scheduler,
+        vae=video_vae("AutoencoderKLQwenImage", 32),
+        text_encoder=qwen25_vl(),
+        tokenizer=tokenizer(),
+        transformer=denoiser,
     )
     pipe.register_modules(tokenizer=tokenizer(pipe.prompt_template_encode))
     return pipe

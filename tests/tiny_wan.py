@@ -5,26 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import transformers
 
-from tests.tiny import seeded, t5_tokenizer
-
-
-def umt5(width: int = 32) -> Any:
-    config = transformers.UMT5Config(
-        vocab_size=128, d_model=width, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0,
-        eos_token_id=1, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
-    )  # fmt: skip
-    return seeded(24, lambda: transformers.UMT5EncoderModel(config))
-
-
-def vae() -> Any:
-    channels = 4
-    return seeded(33, lambda: diffusers.AutoencoderKLWan(
-        base_dim=8, z_dim=channels, dim_mult=[1, 2, 2, 2], num_res_blocks=1,
-        temperal_downsample=[False, True, True], latents_mean=[0.1 * (i - 1) for i in range(channels)],
-        latents_std=[1.5 + 0.25 * i for i in range(channels)],
-    ))  # fmt: skip
+from tests.tiny import seeded, t5_text, t5_tokenizer, video_vae
 
 
 def make_wan() -> Any:
@@ -36,5 +18,9 @@ def make_wan() -> Any:
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     return diffusers.WanPipeline(
-        tokenizer=t5_tokenizer(), text_encoder=umt5(), vae=vae(), scheduler=scheduler, transformer=denoiser
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_text(kind="UMT5", seed=24),
+        vae=video_vae("AutoencoderKLWan", 33),
+        scheduler=scheduler,
+        transformer=denoiser,
     )

@@ -49,12 +49,16 @@ def decode_picture(data: bytes, percent: float | None, size: tuple[int, int]) ->
     return _sized(decode_image(data, percent), size)
 
 
+def has_alpha(image: Image.Image) -> bool:
+    """Whether some of a picture is transparent."""
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+
+
 def decode_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
     """Encoded mask -> grey of `size`; white is painted anew. Its alpha, unless that is opaque everywhere."""
     image = open_image(data)
-    if "transparency" in image.info or "A" in image.getbands():
-        alpha = image.convert("RGBA").getchannel("A")
-        image = image if alpha.getextrema() == (255, 255) else alpha
+    if has_alpha(image):
+        image = image.convert("RGBA").getchannel("A")
     return _sized(image.convert("L"), size)
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image, ImageFilter, ImageOps
 
+from shared.api.media import has_alpha
+
 Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
 Size = tuple[int, int]  # width, height
 
@@ -60,11 +62,6 @@ class Masking:
     inverted: bool = False
     only_masked: bool = True
     padding: int = 0
-
-
-def has_alpha(image: Image.Image) -> bool:
-    """Whether some of a picture is transparent."""
-    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
 
 
 def flattened(image: Image.Image) -> Image.Image:

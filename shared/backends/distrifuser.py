@@ -92,10 +92,11 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     from shared.pipeline.sharding import shard
     from shared.ranks.groups import branch_groups
 
-    pipe = load_on_rank(config, world, needs(config, world.size))
+    needed = needs(config, world.size)
+    pipe = load_on_rank(config, world, needed)
     split = world.size % 2 == 0 and not config.no_split_batch
     branches = branch_groups(world, config.collective_timeout) if split else None
-    weights = shard(pipe, config, world, needs(config, world.size))
+    weights = shard(pipe, config, world, needed)
     return PipelineEngine(
         pipe, config, world, lambda pipe: attach(pipe, config, world, branches), weights=weights
     )

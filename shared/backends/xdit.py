@@ -92,7 +92,8 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     from shared.pipeline.loading import load_on_rank
     from shared.pipeline.sharding import shard
 
-    pipe = load_on_rank(config, world, needs(config, world.size))
+    needed = needs(config, world.size)
+    pipe = load_on_rank(config, world, needed)
     groups = make_groups(config, world)
     # Every rank ends with the picture of its replica; the first of each decodes it.
     picture = groups.picture if groups else 0
@@ -102,7 +103,7 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
             "the web page shows no previews with PipeFusion: no rank has the whole picture during a step"
         )
     holder = picture * (world.size // replicas)
-    weights = shard(pipe, config, world, needs(config, world.size), replicas)
+    weights = shard(pipe, config, world, needed, replicas)
     return PipelineEngine(
         pipe,
         config,

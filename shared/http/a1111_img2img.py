@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from shared.api.codecs import MAX_SIDE, check_image, picture_size
 from shared.api.faults import FieldProblem
-from shared.api.media import encode_image, open_image
+from shared.api.media import encode_image, has_alpha, open_image
 from shared.api.requests import warn_of_rounding
 from shared.api.retouch import (
     JUST_RESIZE,
@@ -18,7 +18,6 @@ from shared.api.retouch import (
     Retouched,
     filled,
     flattened,
-    has_alpha,
     mask_of,
     masked,
     resized,

@@ -19,10 +19,10 @@ from pydantic_core import PydanticCustomError, from_json
 from shared.api.codecs import check_image
 from shared.api.faults import FieldProblem, RequestError
 from shared.api.jobs import Order
-from shared.api.media import encode_image, open_image
+from shared.api.media import encode_image, has_alpha, open_image
 from shared.api.parsing import check_request
 from shared.api.replies import File
-from shared.api.retouch import has_alpha, transparent_mask
+from shared.api.retouch import transparent_mask
 from shared.api.warned import merged, warn, with_warnings
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.incoming import caller, check_json_type, json_body

@@ -8,13 +8,9 @@ from shared.models.spec import (
     BATCH_PIXELS,
     EMBEDS,
     LORA,
-    NO_COMPEL,
-    NO_CONTROL,
-    NO_EMBEDDINGS,
     NO_GGUF,
-    NO_IP,
-    NO_MOTION,
     PARTIAL,
+    PROMPT_ONLY,
     PROMPTS,
     SCHEDULE,
     SIZE,
@@ -59,16 +55,7 @@ FAMILY = Family(
                 fields=PROMPTS | EMBEDS | SIZE | SCHEDULE | PARTIAL | LORA | {"latent"},
                 lora_loader="peft",
                 pipeline_defaults=MappingProxyType({"use_resolution_binning": False, "clean_caption": False}),
-                refuses=refusals(
-                    NO_MOTION,
-                    {
-                        "control_net": NO_CONTROL,
-                        "ip_adapter": NO_IP,
-                        "gguf_model": NO_GGUF,
-                        "compel": NO_COMPEL,
-                        "embeddings_dir": NO_EMBEDDINGS,
-                    },
-                ),
+                refuses=refusals(PROMPT_ONLY, {"gguf_model": NO_GGUF}),
             )
             for name, title, pipeline in (
                 ("pixa", "PixArt-alpha", "PixArtAlphaPipeline"),

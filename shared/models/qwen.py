@@ -8,12 +8,8 @@ from shared.models.files import FileKind
 from shared.models.spec import (
     INPAINT,
     LORA,
-    NO_COMPEL,
-    NO_CONTROL,
-    NO_EMBEDDINGS,
-    NO_IP,
-    NO_MOTION,
     PARTIAL,
+    PROMPT_ONLY,
     PROMPTS,
     SIZE,
     Family,
@@ -71,15 +67,7 @@ FAMILY = Family(
             # Without a negative prompt there would be no guidance; its authors' examples give one space.
             pipeline_defaults=MappingProxyType({"negative_prompt": " "}),
             fields=PROMPTS | SIZE | PARTIAL | LORA | INPAINT | {"sigmas", "latent"},
-            refuses=refusals(
-                NO_MOTION,
-                {
-                    "control_net": NO_CONTROL,
-                    "ip_adapter": NO_IP,
-                    "compel": NO_COMPEL,
-                    "embeddings_dir": NO_EMBEDDINGS,
-                },
-            ),
+            refuses=refusals(PROMPT_ONLY),
         ),
     ),
     files=(FileKind("Qwen-Image", "qwen", ("transformer_blocks.0.img_mod.1.",)),),

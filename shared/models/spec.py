@@ -216,3 +216,10 @@ NO_EMBEDDINGS = (
     "its T5 encoder reads the prompt too, and textual inversion is for CLIP; types with it: {types}"
 )
 NO_COMPEL = "compel does not support its text encoders; types with it: {types}"
+PROMPT_ONLY = NO_MOTION | {
+    "control_net": NO_CONTROL,
+    "ip_adapter": NO_IP,
+    "compel": NO_COMPEL,
+    "embeddings_dir": NO_EMBEDDINGS,
+}
+"""For types that read prompts with T5 or a language model, and have no adapters of pictures."""

@@ -7,11 +7,7 @@ from types import MappingProxyType
 from shared.models.files import FileKind
 from shared.models.spec import (
     LORA,
-    NO_COMPEL,
-    NO_CONTROL,
-    NO_EMBEDDINGS,
-    NO_IP,
-    NO_MOTION,
+    PROMPT_ONLY,
     PROMPTS,
     SIZE,
     Family,
@@ -63,15 +59,7 @@ FAMILY = Family(
                     "expand_timesteps": "Wan 2.2 TI2V-5B, whose timesteps for each token are not supported",
                 }
             ),
-            refuses=refusals(
-                NO_MOTION,
-                {
-                    "control_net": NO_CONTROL,
-                    "ip_adapter": NO_IP,
-                    "compel": NO_COMPEL,
-                    "embeddings_dir": NO_EMBEDDINGS,
-                },
-            ),
+            refuses=refusals(PROMPT_ONLY),
         ),
     ),
     files=(FileKind("Wan", "wan", ("blocks.0.self_attn.norm_q.",)),),

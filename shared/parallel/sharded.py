@@ -71,6 +71,11 @@ class Block:
         self.slot = 0
         """Which of the two buffers it is gathered into."""
 
+    @property
+    def saved_bytes(self) -> int:
+        """What this rank does not keep of the parameters."""
+        return sum(piece.nbytes for piece in self.pieces) - self.part.nbytes
+
     def move(self, device: torch.device) -> None:
         """Move the module to a device, which replaces the tensors inside of quantized ones."""
         self.modules[0].to(device)
@@ -159,8 +164,7 @@ class ShardedWeights(Closing):
 
     def saved_bytes(self, model: str) -> int:
         """What this rank does not keep of a model's weights."""
-        whole = sum(piece.nbytes for block in self.blocks.get(model, ()) for piece in block.pieces)
-        return whole - sum(block.part.nbytes for block in self.blocks.get(model, ()))
+        return sum(block.saved_bytes for block in self.blocks.get(model, ()))
 
     def _model(self, name: str) -> Callable[[Forward, tuple, dict], Any]:
         def answer(original: Forward, args: tuple, kwargs: dict) -> Any:

@@ -95,14 +95,14 @@ class Batches:
     def _exact(self, request: GenerateRequest, method: Method) -> bool:
         """Whether each of several pictures is the one that is drawn alone."""
         spec = self.config.spec
+        if not method.batches or trained_to_fill(self.pipe, spec):  # which paints from an empty picture
+            return False
         try:
             with scheduler_for_request(self.pipe, spec, request.scheduler, request.steps):
                 scheduler = self.pipe.scheduler
         except SchedulerError:
             return False  # the call that draws will tell why
-        drawn_alike = type(scheduler).__name__ in ONE_NOISE or scheduler.config.get("stochastic_sampling")
-        paints = trained_to_fill(self.pipe, spec)  # from an empty picture
-        return method.batches and not drawn_alike and not paints
+        return type(scheduler).__name__ not in ONE_NOISE and not scheduler.config.get("stochastic_sampling")
 
     def _fitting(self, request: GenerateRequest, most: int) -> int:
         """How many fit in the free memory of this rank; 0: not known."""

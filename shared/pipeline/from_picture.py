@@ -7,8 +7,10 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from PIL import Image
 
 from shared.api.faults import refused
@@ -119,25 +121,34 @@ def without_outside(request: GenerateRequest, picture: Image.Image) -> Image.Ima
 
 
 @contextlib.contextmanager
-def late_start(
-    pipe: Pipeline, arguments: Mapping[str, Any], begin: Callable[[Any, int], None]
-) -> Iterator[None]:
-    """Inside, `begin` gets the timesteps that the pipeline takes by its strength, and the place of the first.
-
-    Raises:
-        RequestError: 422, no step is left.
-    """
+def after_get_timesteps(pipe: Pipeline, act: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Inside, `act` gets the timesteps whenever the pipeline has taken its part of the schedule."""
     inner = pipe.get_timesteps
 
     @functools.wraps(inner)
     def get_timesteps(*args: Any, **kwargs: Any) -> Any:
         timesteps, steps = inner(*args, **kwargs)
-        if not len(timesteps):
-            strength, whole = arguments["strength"], arguments["num_inference_steps"]
-            raise refused("strength", f"leaves no step to run: {strength:g} of {whole} steps")
-        begin(timesteps, len(pipe.scheduler.timesteps) - len(timesteps))
+        act(timesteps)
         return timesteps, steps
 
     with Surgery() as surgery:
         surgery.replace(pipe, "get_timesteps", get_timesteps)
         yield
+
+
+def late_start(
+    pipe: Pipeline, arguments: Mapping[str, Any], begin: Callable[[torch.Tensor, int], None]
+) -> AbstractContextManager[None]:
+    """Inside, `begin` gets the timesteps that the pipeline takes by its strength, and the place of the first.
+
+    Raises:
+        RequestError: 422, no step is left.
+    """
+
+    def act(timesteps: torch.Tensor) -> None:
+        if not len(timesteps):
+            strength, whole = arguments["strength"], arguments["num_inference_steps"]
+            raise refused("strength", f"leaves no step to run: {strength:g} of {whole} steps")
+        begin(timesteps, len(pipe.scheduler.timesteps) - len(timesteps))
+
+    return after_get_timesteps(pipe, act)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -45,6 +48,20 @@ def enlarged(draft: Reply, second: SecondPass) -> bytes:
     elif second.layout == "ncfhw":
         frames = frames[None].movedim(2, 1)
     return safetensors.torch.save({"latent": frames.contiguous()})
+
+
+@contextlib.contextmanager
+def upcast(vae: Any) -> Iterator[None]:
+    """Inside, a VAE that overflows in half precision computes in fp32, as its pipelines let it decode."""
+    dtype = vae.dtype
+    if dtype != torch.float16 or not vae.config.get("force_upcast", False):
+        yield
+        return
+    vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(dtype)
 
 
 def picture_latents(latents: torch.Tensor, layout: str, grid: tuple[int, int]) -> torch.Tensor:

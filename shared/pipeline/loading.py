@@ -30,7 +30,14 @@ from shared.pipeline.lora import loras_of
 from shared.pipeline.lora_file import LoraError, check_lora
 from shared.pipeline.refiner import load_refiner
 from shared.pipeline.schedulers import SchedulerError, make_scheduler, set_scheduler
-from shared.pipeline.single_file import BROKEN, CONFIGS, config_folder, load_single_file, pick_variant
+from shared.pipeline.single_file import (
+    BROKEN,
+    CONFIGS,
+    config_folder,
+    load_single_file,
+    model_from_folder,
+    pick_variant,
+)
 from shared.pipeline.single_file_schedule import schedule_of
 from shared.pipeline.weights_file import (
     SingleFileError,
@@ -337,8 +344,7 @@ def load_vae(path: str, spec: ModelSpec, index: dict[str, Any], config: Path, dt
             vae = cls.from_single_file(tensors, dtype=dtype, local_files_only=True, **settings)
         else:
             place = place / "vae" if (place / "vae" / "config.json").is_file() else place
-            variant = pick_variant([f.name for f in place.iterdir()], None)
-            vae = cls.from_pretrained(place, variant=variant, dtype=dtype, local_files_only=True)
+            vae = model_from_folder(cls, place, dtype)
     except BROKEN as error:
         raise LoadError(f"--vae {path!r} cannot be loaded as {cls.__name__}: {first_line(error)}") from error
     expected = json.loads((config / "vae" / "config.json").read_text()).get(setting)

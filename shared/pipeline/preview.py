@@ -18,7 +18,7 @@ from shared.api.requests import GenerateRequest
 from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline
 from shared.pipeline.arguments import latent_shape
-from shared.pipeline.latents import picture_latents
+from shared.pipeline.latents import picture_latents, upcast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,17 +111,10 @@ def fit_projection(vae: Any, device: torch.device, of_videos: bool = False) -> t
     """
     colours = torch.rand(1, 3, FIT_COLOURS, FIT_COLOURS, generator=torch.Generator("cpu").manual_seed(0))
     pixels = F.interpolate(colours * 2 - 1, size=FIT_SIDE, mode="nearest")
-    dtype, config = vae.dtype, vae.config
-    # Some VAEs overflow in half precision; their pipelines upcast them in the same way to decode.
-    upcast = dtype == torch.float16 and config.get("force_upcast", False)
-    if upcast:
-        vae.to(torch.float32)
-    given = pixels.to(device, torch.float32 if upcast else dtype)
-    try:
+    config = vae.config
+    with upcast(vae):
+        given = pixels.to(device, vae.dtype)
         encoded = vae.encode(given[:, :, None] if of_videos else given).latent_dist.mode()
-    finally:
-        if upcast:
-            vae.to(dtype)
     z = (encoded[:, :, 0] if of_videos else encoded).float().cpu()
     if config.get("latents_mean") and config.get("latents_std"):
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))

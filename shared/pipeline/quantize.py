@@ -21,6 +21,7 @@ from torch import nn
 from shared.launch.errors import first_line
 from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline, parts_of
+from shared.parallel.sharded import plain
 from shared.pipeline.weights_file import DENOISER
 
 log = logging.getLogger("host")
@@ -79,19 +80,8 @@ def quantize_pipeline(
 
 def tensor_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers, packed tensors counted as they are stored."""
-    seen: set[int] = set()
-    total = 0
-    stack: list[Any] = [*module.parameters(), *module.buffers()]
-    while stack:
-        tensor = stack.pop()
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not nn.Parameter:
-            stack += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-        else:
-            total += tensor.numel() * tensor.element_size()
-    return total
+    tensors = {id(t): t for whole in (*module.parameters(), *module.buffers()) for t in plain(whole)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def load_gguf(path: str, spec: ModelSpec, cls: Any, config: Path, dtype: torch.dtype) -> Any:

@@ -6,10 +6,9 @@ what both have: the VAE, and the text encoder that it reads.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,13 @@ from shared.launch.errors import LoadError, first_line
 from shared.models import ModelSpec
 from shared.parallel.method import Method
 from shared.parallel.pipeline import Pipeline, model_of, part_of
-from shared.parallel.surgery import Surgery
 from shared.pipeline.embeddings import embeddings_of
+from shared.pipeline.from_picture import after_get_timesteps
 from shared.pipeline.long_prompts import encode_chunks
 from shared.pipeline.pictures import noting_broken_pixels
 from shared.pipeline.prompts import EncodedPrompts
 from shared.pipeline.schedulers import scheduler_for_request
-from shared.pipeline.single_file import BROKEN, CONFIGS, load_denoiser, pick_variant
+from shared.pipeline.single_file import BROKEN, CONFIGS, load_denoiser, model_from_folder
 from shared.pipeline.steps import StepWatch
 from shared.pipeline.weights_file import SingleFileError, read_header
 
@@ -65,9 +64,7 @@ def load_refiner(path: str, base: Pipeline, spec: ModelSpec, dtype: torch.dtype)
         if place.is_file():
             denoiser = load_denoiser(read_header(place, "--refiner"), cls, spec, folder, dtype)
         else:
-            inside = folder / spec.denoiser
-            variant = pick_variant([file.name for file in inside.iterdir()], None)
-            denoiser = cls.from_pretrained(inside, variant=variant, dtype=dtype, local_files_only=True)
+            denoiser = model_from_folder(cls, folder / spec.denoiser, dtype)
         scheduler = getattr(diffusers, settings["_class_name"]).from_config(settings)
     except (*BROKEN, SingleFileError) as error:
         raise LoadError(f"{said} cannot be loaded: {first_line(error)}") from error
@@ -171,24 +168,17 @@ class Refiner:
         sides = ("negative_prompt_embeds", "negative_pooled_prompt_embeds")
         return found | {name: values.get(name) for name in sides} | {"negative_prompt": None}
 
-    @contextlib.contextmanager
-    def _some_step(self, request: GenerateRequest) -> Iterator[None]:
+    def _some_step(self, request: GenerateRequest) -> AbstractContextManager[None]:
         """Refuse a start after the last step, from which diffusers would run all of them."""
-        pipe: Any = self.pipe
-        inner, scheduler = pipe.get_timesteps, pipe.scheduler
+        scheduler = self.pipe.scheduler
 
-        @functools.wraps(inner)
-        def get_timesteps(*args: Any, **kwargs: Any) -> Any:
-            timesteps, steps = inner(*args, **kwargs)
-            if not steps:
+        def act(timesteps: torch.Tensor) -> None:
+            if not len(timesteps):
                 last = 1 - float(scheduler.timesteps[-1]) / scheduler.config.num_train_timesteps
                 text = f"must be at most {last:.3f} with these steps, got {request.refiner_start:g}"
                 raise refused("refiner_start", text)
-            return timesteps, steps
 
-        with Surgery() as surgery:
-            surgery.replace(pipe, "get_timesteps", get_timesteps)
-            yield
+        return after_get_timesteps(self.pipe, act)
 
     def close(self) -> None:
         """Undo what the parallel method has changed."""

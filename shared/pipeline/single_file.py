@@ -246,12 +246,15 @@ def _from_folder(library: str, class_name: str, folder: Path, dtype: torch.dtype
     import transformers
 
     cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
-    settings: dict[str, Any] = {"local_files_only": True}
     if issubclass(cls, torch.nn.Module):
-        settings |= {"dtype": dtype, "variant": pick_variant([f.name for f in folder.iterdir()], None)}
-    elif not any(folder.glob("*.json")):
-        return None
-    return cls.from_pretrained(folder, **settings)
+        return model_from_folder(cls, folder, dtype)
+    return cls.from_pretrained(folder, local_files_only=True) if any(folder.glob("*.json")) else None
+
+
+def model_from_folder(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A model of this class from a diffusers folder of its own: the plain weights, else any that it has."""
+    variant = pick_variant([file.name for file in folder.iterdir()], None)
+    return cls.from_pretrained(folder, variant=variant, dtype=dtype, local_files_only=True)
 
 
 def _check_complete(file: Path, spec: ModelSpec, found: dict[str, Any], flag: str = "--checkpoint") -> None:

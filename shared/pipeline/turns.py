@@ -10,6 +10,7 @@ from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.parallel.method import Method
 from shared.parallel.pipeline import Pipeline, model_of, part_of
+from shared.pipeline.latents import upcast
 from shared.pipeline.pictures import noting_broken_pixels
 from shared.pipeline.steps import StepWatch
 
@@ -42,14 +43,11 @@ def decoded(
     assert watch.latents is not None
     vae: Any = model_of(pipe, "vae")
     latents = watch.latents[place : place + 1]
-    settings, dtype = vae.config, vae.dtype
+    settings = vae.config
     if config.spec.packed:
         latents = pipe._unpack_latents(latents, request.height, request.width, pipe.vae_scale_factor)
     mean, std = settings.get("latents_mean"), settings.get("latents_std")
-    upcast = dtype == torch.float16 and settings.get("force_upcast", False)
-    try:
-        if upcast:  # some VAEs overflow in half precision
-            vae.to(torch.float32)
+    with upcast(vae):
         latents = latents.to(vae.dtype)
         if mean is not None and std is not None:
             shape = (1, -1, *[1] * (latents.ndim - 2))
@@ -60,9 +58,6 @@ def decoded(
         pixels = vae.decode(latents, return_dict=False)[0]
         if config.spec.vae_kind == "video":
             pixels = pixels[:, :, 0]
-    finally:
-        if upcast:
-            vae.to(dtype)
     with noting_broken_pixels(pipe, watch.finite):
         made: torch.Tensor = pipe.image_processor.postprocess(pixels, output_type="pt")
         return made

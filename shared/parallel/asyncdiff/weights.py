@@ -114,8 +114,7 @@ class StageWeights(Closing):
 
     def saved_bytes(self) -> int:
         """What this rank does not keep of the layers that every rank runs."""
-        blocks = [layer.block for layer in self._layers if layer.block is not None]
-        return sum(sum(p.nbytes for p in block.pieces) - block.part.nbytes for block in blocks)
+        return sum(layer.block.saved_bytes for layer in self._layers if layer.block is not None)
 
     def _call(self, layer: _Layer, original: Forward, args: tuple, kwargs: dict) -> Any:
         if layer.block is not None:
