@@ -1,7 +1,8 @@
 """A host whose engine draws nothing: it obeys orders in the prompt, so that failures can be had on demand.
 
 `positive` is JSON: {"sleep": seconds a step, "rank": who, "step": when, "do": what} with what = raise
-(between collectives), raise_in_step (while the others are in one), hang, exit, or bad_request.
+(between collectives), raise_in_step (while the others are in one), hang, exit, bad_request, or fill: out of
+memory, {"until": count} times.
 Under torchrun it is a whole host (shared.host.serve) without weights.
 """
 
@@ -73,6 +74,10 @@ class FakeEngine:
                 raise RuntimeError("out of ideas")
             if self.crowded and order.get("no_room") == self.world.rank:
                 raise torch.OutOfMemoryError("no room")
+            if mine and order["do"] == "fill" and self.done.count("freed") < order["until"]:
+                raise torch.OutOfMemoryError(
+                    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has more."
+                )
             on_step(step, steps)
         self.done.append(str(request.seed))
         if self.world.rank != self.world.size - 1:
@@ -137,6 +142,10 @@ class FakeEngine:
     def undo(self, operation: Operation) -> None:
         """Takes a LoRA off again."""
         self.remove_lora(operation.path)
+
+    def free_memory(self) -> None:
+        """Notes it."""
+        self.done.append("freed")
 
     def close(self) -> None:
         """Nothing to undo."""

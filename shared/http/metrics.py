@@ -27,6 +27,7 @@ OUTCOMES = {
     499: "cancelled",
     503: "unavailable",
     504: "timed_out",
+    507: "no_room",
 }
 STATES = ("loading", "ready", "busy", "broken", "stopping")
 _REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600, 1800)
@@ -87,7 +88,7 @@ class _HostCollector:
             "diffusion_rank_memory_bytes", "Memory of a rank's device", labels=["rank", "device", "kind"]
         )
         for rank in status.ranks:
-            for kind in ("used", "total", "peak"):
+            for kind in ("used", "total", "peak", "request_peak"):
                 if (mib := rank.get(f"memory_{kind}_mib")) is not None:
                     labels = [str(rank.get("rank", "")), str(rank.get("device", "")), kind]
                     memory.add_metric(labels, mib * (1 << 20))

@@ -32,7 +32,8 @@ class Health(BaseModel):
     world_size: int
     queue_length: Annotated[int, Field(description="requests that wait")]
     ranks: Annotated[
-        list[dict[str, Any]], Field(description="device, memory in MiB, bytes of parameters by model")
+        list[dict[str, Any]],
+        Field(description="device; memory in MiB, now and at the latest request's peak; bytes of parameters"),
     ]
     versions: dict[str, str]
     uptime_seconds: float

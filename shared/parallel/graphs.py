@@ -6,6 +6,8 @@ Without CUDA the function is simply called: one code path for all devices.
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,8 @@ from shared.parallel.method import Part
 from shared.parallel.pipeline import Pipeline, parts_of
 from shared.parallel.shapes import Latest
 from shared.parallel.surgery import Surgery
+
+log = logging.getLogger("host")
 
 
 def signature(tree: Any) -> Hashable:
@@ -43,24 +47,99 @@ class _Seen:
     """A call that has run; its graph once it has run twice."""
 
     graph: _Graph | None = None
+    too_large: bool = False
+
+
+SHARE = 0.3
+"""Of what a process may use of its device: the most that captured graphs hold."""
+SIGNATURES = 512
+"""How many calls are remembered, with or without a graph."""
+
+
+class Pool:
+    """The memory of all captured graphs of this process on one device, bounded in bytes.
+
+    What one graph needs only while it runs, the others use too: they never run at the same time. A pool gives
+    memory back only as a whole, so all graphs are dropped where there is no room for another one.
+
+    Args:
+        limit: bytes.
+        in_use: the bytes of the device that are in use.
+    """
+
+    def __init__(self, limit: int, in_use: Callable[[], int]) -> None:
+        self.limit, self._in_use = limit, in_use
+        self.handle: Any = None
+        """torch's, while there are graphs."""
+        self.nbytes = 0
+        """What the graphs hold."""
+        self._owners: weakref.WeakSet[Graphs] = weakref.WeakSet()
+
+    def captured(self, owner: Graphs, capture: Callable[[Any], _Graph]) -> _Graph | None:
+        """What `capture` makes in a pool of this handle; None where even the only graph is too large."""
+        self._owners.add(owner)
+        for _ in range(2):
+            if self.nbytes > self.limit:
+                self.drop()
+            if self.handle is None:
+                self.handle = torch.cuda.graph_pool_handle()
+            before = self._in_use()
+            graph = capture(self.handle)
+            self.nbytes += max(self._in_use() - before, 0)
+            if self.nbytes <= self.limit:
+                return graph
+            del graph
+        self.drop()
+        return None
+
+    def drop(self) -> None:
+        """Drop every graph; each is captured again when it is next needed."""
+        for owner in self._owners:
+            owner.forget()
+        self.handle, self.nbytes = None, 0
+
+    def left(self, owner: Graphs) -> None:
+        """The graphs of one owner are gone; the memory is free once those of all are."""
+        self._owners.discard(owner)
+        if not self._owners:
+            self.handle, self.nbytes = None, 0
+
+
+_pools: dict[torch.device, Pool] = {}
+
+
+def pool_of(device: torch.device) -> Pool:
+    """The pool of this process on a CUDA device."""
+    if device not in _pools:
+        share = SHARE * torch.cuda.get_per_process_memory_fraction(device)
+        limit = int(share * torch.cuda.get_device_properties(device).total_memory)
+        _pools[device] = Pool(limit, lambda: _in_use(device))
+    return _pools[device]
+
+
+def _in_use(device: torch.device) -> int:
+    """Bytes of a device in use, by graphs themselves too; what torch keeps unused is given back first."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
 
 
 class Graphs:
-    """Captured calls by kind and signature, least recently used ones dropped.
+    """Captured calls by kind and signature.
 
     The first call of a kind and signature runs eagerly (libraries and communicators set themselves up), the
     second is captured, and from then on it is replayed on copies of the inputs. What is captured must be
-    capturable: no branch on data, no host synchronisation, no changing Python state.
+    capturable: no branch on data, no host synchronisation, no changing Python state. All graphs of a device
+    share the memory of one Pool; a call that is too large for it always runs eagerly.
 
     Args:
         enabled: False calls through always.
-        size: how many graphs are kept.
     """
 
-    def __init__(self, enabled: bool = True, size: int = 8) -> None:
+    def __init__(self, enabled: bool = True) -> None:
         self.enabled = enabled
-        self._seen: Latest[_Seen] = Latest(size)
-        self._pool: Any = None
+        self._seen: Latest[_Seen] = Latest(SIGNATURES)
+        self._pool: Pool | None = None
 
     def run(self, kind: Hashable, fn: Callable[..., Any], **kwargs: Any) -> Any:
         """``fn(**kwargs)``, replayed where it can be; tensors in the result belong to the caller."""
@@ -73,9 +152,19 @@ class Graphs:
         if seen is None:
             self._seen.put(key, _Seen())
             return fn(**kwargs)
+        if seen.graph is None and not seen.too_large:
+            self._pool = pool_of(device)
+
+            def capture(handle: Any) -> _Graph:
+                inputs = [self._static(leaf, device) for leaf in leaves]
+                return self._capture(handle, fn, inputs, tree_unflatten(inputs, spec))
+
+            seen.graph = self._pool.captured(self, capture)
+            if seen.graph is None:
+                seen.too_large = True
+                log.info("a step is not captured: its graph needs more than %.1f GB", self._pool.limit / 1e9)
         if seen.graph is None:
-            inputs = [self._static(leaf, device) for leaf in leaves]
-            seen.graph = self._capture(fn, inputs, tree_unflatten(inputs, spec))
+            return fn(**kwargs)
         graph = seen.graph
         for static, leaf in zip(graph.inputs, leaves, strict=True):
             if isinstance(leaf, torch.Tensor):
@@ -91,22 +180,28 @@ class Graphs:
 
         return forward
 
+    def forget(self) -> None:
+        """Drop all graphs; what has run once is captured at its next call."""
+        for seen in self._seen:
+            seen.graph = None
+
     def close(self) -> None:
-        """Drop all graphs and their memory."""
+        """Drop all graphs, and forget what has run."""
         self._seen.clear()
-        self._pool = None
+        if self._pool is not None:
+            self._pool.left(self)
+            self._pool = None
 
     @staticmethod
     def _static(leaf: Any, device: torch.device) -> Any:
         # Host tensors (a scalar timestep) become device tensors: a captured graph reads no host memory.
         return leaf.detach().to(device, copy=True) if isinstance(leaf, torch.Tensor) else leaf
 
-    def _capture(self, fn: Callable[..., Any], inputs: list[Any], kwargs: dict[str, Any]) -> _Graph:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+    @staticmethod
+    def _capture(handle: Any, fn: Callable[..., Any], inputs: list[Any], kwargs: dict[str, Any]) -> _Graph:
         graph = torch.cuda.CUDAGraph()
         # thread_local: NCCL's watchdog and other host threads may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=handle, capture_error_mode="thread_local"):
             output = fn(**kwargs)
         return _Graph(graph, inputs, output)
 

@@ -336,6 +336,14 @@ class PipelineEngine:
         if isinstance(operation, AddLora):
             self.remove_lora(operation.path)
 
+    def free_memory(self) -> None:
+        """Drop captured steps, buffers of other sizes and cached embeddings, on all ranks alike."""
+        self._prompts.forget()
+        self._encoders.reset()
+        self.parallel.reset()
+        if self._refiner is not None:
+            self._refiner.method.reset()
+
     def _operate(self, change: Callable[[LoraSet], None]) -> None:
         """Layers are replaced, so the surgery is undone before and done again after."""
         self.parallel.close()

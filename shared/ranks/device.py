@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import re
 import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -18,15 +21,63 @@ Result = TypeVar("Result")
 
 _peaks: dict[torch.device, int] = {}
 """The most that was in use on each GPU before its count was started anew."""
+_latest: dict[torch.device, int] = {}
+"""The same, since the latest request began."""
+
+OWN = Path("/proc/self")
+HOST_FULL = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What libraries say in errors of no class of their own."""
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it came of, is that memory is full."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in HOST_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def give_back_memory() -> None:
+    """Return what this process no longer uses to its device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def begin_request(device: torch.device) -> None:
+    """The next request's peak is counted from here."""
+    if device.type == "cuda":
+        _count_anew(device)
+        _latest[device] = 0
+    else:
+        with contextlib.suppress(OSError):  # not every kernel lets a process start it anew
+            (OWN / "clear_refs").write_text("5")
+
+
+def request_peak(device: torch.device) -> int:
+    """The most bytes in use since `begin_request`: of the GPU, or of the process on a CPU."""
+    if device.type == "cuda":
+        return max(_latest.get(device, 0), torch.cuda.max_memory_allocated(device))
+    found = re.search(r"VmHWM:\s+(\d+) kB", (OWN / "status").read_text())
+    return int(found[1]) * 1024 if found else memory_report(device)["allocated"]
 
 
 def peak_since(device: torch.device, act: Callable[[], Result]) -> tuple[Result, int]:
     """What `act` returns, and the most bytes that it had in use on a GPU beyond those in use before it."""
     before = torch.cuda.memory_allocated(device)
-    _peaks[device] = _peak(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    _count_anew(device)
     result = act()
     return result, torch.cuda.max_memory_allocated(device) - before
+
+
+def _count_anew(device: torch.device) -> None:
+    now = torch.cuda.max_memory_allocated(device)
+    for kept in (_peaks, _latest):
+        kept[device] = max(kept.get(device, 0), now)
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak(device: torch.device) -> int:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
-
-import torch
 
 from shared.api.faults import RequestError
 from shared.api.jobs import GenerationJob, Job, JobError, OperationJob, SecondPass
@@ -19,7 +17,13 @@ from shared.api.status import HostStatus
 from shared.api.warned import collecting_warnings, merged
 from shared.launch.logs import on_terminal
 from shared.ranks.channel import Channel
-from shared.ranks.device import rank_device_info
+from shared.ranks.device import (
+    begin_request,
+    give_back_memory,
+    out_of_memory,
+    rank_device_info,
+    request_peak,
+)
 from shared.ranks.messages import (
     BrokenJobError,
     Call,
@@ -111,9 +115,18 @@ class Engine(Protocol):
         """Undo an operation that succeeded on this rank and failed on another."""
         ...
 
+    def free_memory(self) -> None:
+        """Drop what can be made again: captured steps, buffers, cached embeddings."""
+        ...
+
     def close(self) -> None:
         """Restore the pipeline."""
         ...
+
+
+def no_advice(request: GenerateRequest | None) -> str:
+    """Nothing is known of memory."""
+    return "a smaller picture needs less"
 
 
 class RankLoop:
@@ -125,6 +138,7 @@ class RankLoop:
         queue, status: rank 0's side of the HTTP server; None on the other ranks.
         request_timeout: seconds that one request may run, with all of its pictures.
         at_once: pictures of one request that the ranks make at the same time.
+        advice: what would need less memory than this request has needed, in words.
     """
 
     def __init__(
@@ -135,13 +149,16 @@ class RankLoop:
         status: HostStatus | None = None,
         request_timeout: float = 1800.0,
         at_once: int = 1,
+        advice: Callable[[GenerateRequest | None], str] = no_advice,
     ) -> None:
         self.engine = engine
         self.channel = channel
         self.queue = queue
         self.status = status
         self.request_timeout = request_timeout
-        self.at_once = at_once
+        self.at_once, self.advice = at_once, advice
+        self._freed_for = ""
+        """The latest job that ran out of memory, and was tried once more."""
 
     def run(self) -> None:
         """Serve until Stop arrives.
@@ -185,6 +202,7 @@ class RankLoop:
     def _carry_out(self, message: Generate | Call) -> list[Outcome]:
         rank = self.channel.world.rank
         outcome = Outcome(rank, Verdict.FINISHED)
+        begin_request(self.channel.world.device)
         try:
             if isinstance(message, Generate):
                 with collecting_warnings() as outcome.warnings:
@@ -200,7 +218,7 @@ class RankLoop:
             raise
         except Exception as error:
             outcome.error = str(error) or type(error).__name__
-            outcome.out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            outcome.out_of_memory = out_of_memory(error)
             if isinstance(error, RequestError):
                 outcome.status, outcome.problems = error.status, error.problems
             else:
@@ -211,8 +229,13 @@ class RankLoop:
             # All ranks try the compute group or none does: one that refuses a request has not broken it.
             hosts_fault = bool(outcome.error) and outcome.status == 500
             doubt = self.channel.vote(Verdict.FAILED if hosts_fault else Verdict.GO_ON)
+            if outcome.out_of_memory:
+                give_back_memory()  # the next collective needs some
             outcome.in_sync = doubt is Verdict.GO_ON or self.channel.compute_works()
-        outcome.device = rank_device_info(self.channel.world) | {"parameters": self.engine.parameters}
+        outcome.device = rank_device_info(self.channel.world) | {
+            "memory_request_peak_mib": request_peak(self.channel.world.device) >> 20,
+            "parameters": self.engine.parameters,
+        }
         return self.channel.gather_outcomes(outcome)
 
     def _generate(self, message: Generate) -> list[Reply]:
@@ -271,21 +294,34 @@ class RankLoop:
         if self.status is not None:
             self.status.ranks = [o.device for o in outcomes if o.device is not None]
         broken = [o for o in outcomes if not o.in_sync]
-        if not broken and _had_no_room(message, outcomes):
-            log.warning("request %s: out of memory for several pictures at once; one by one", message.job_id)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            if isinstance(job, GenerationJob):
-                job.together = False
-        elif job is not None:
-            verdict = max(o.verdict for o in outcomes)
+        verdict = max(o.verdict for o in outcomes)
+        again = not broken and _had_no_room(outcomes) and self._again(job, message)
+        if verdict is Verdict.FINISHED:
+            self._freed_for = ""
+        if job is not None and not again:
             if verdict is Verdict.FINISHED:
                 self._deliver(job, message, outcomes)
             elif not broken:
-                job.finish(self._job_error(verdict, outcomes))
+                job.finish(self._job_error(verdict, outcomes, message))
         if broken:
             reasons = "; ".join(f"rank {o.rank}: {o.error}" for o in outcomes if o.error)
             raise BrokenJobError(f"the ranks are out of sync ({reasons or 'a collective failed'})")
+
+    def _again(self, job: Job | None, message: Generate | Call) -> bool:
+        """After an out-of-memory: whether the message comes again, all ranks alike."""
+        if isinstance(message, Generate) and message.each > 1 and message.together:
+            log.warning("request %s: out of memory for several pictures at once; one by one", message.job_id)
+            give_back_memory()
+            if isinstance(job, GenerationJob):
+                job.together = False
+            return True
+        self.engine.free_memory()
+        give_back_memory()
+        if message.job_id == self._freed_for:
+            return False
+        log.warning("request %s: out of memory; captured steps and caches are dropped", message.job_id)
+        self._freed_for = message.job_id
+        return True
 
     def _deliver(self, job: Job, message: Generate | Call, outcomes: list[Outcome]) -> None:
         """Give the job the results of the ranks."""
@@ -311,7 +347,7 @@ class RankLoop:
             log.exception("request %s failed between its passes", job.id)
             job.finish(JobError(500, str(error) or type(error).__name__))
 
-    def _job_error(self, verdict: Verdict, outcomes: list[Outcome]) -> JobError:
+    def _job_error(self, verdict: Verdict, outcomes: list[Outcome], message: Generate | Call) -> JobError:
         if verdict is Verdict.CANCELLED:
             return JobError(499, "cancelled")
         if verdict is Verdict.TIMED_OUT:
@@ -320,6 +356,11 @@ class RankLoop:
         hosts_fault = [o for o in failed if o.status == 500]
         if not hosts_fault:
             return JobError(failed[0].status, failed[0].error, failed[0].problems)
+        if _had_no_room(outcomes):
+            # torch's second sentence says how much was asked for, the others what is where.
+            said = [f"rank {o.rank}: {'. '.join(o.error.split('. ')[:2])}" for o in failed]
+            advice = self.advice(message.request if isinstance(message, Generate) else None)
+            return JobError(507, f"out of memory ({'; '.join(said)}): {advice}")
         return JobError(500, "; ".join(f"rank {o.rank}: {o.error}" for o in hosts_fault))
 
     def _set_state(self, state: Any) -> None:
@@ -332,8 +373,7 @@ def _number(reply: Reply, message: Generate) -> int:
     return (reply.seed - (message.request.seed or 0)) % 2**64
 
 
-def _had_no_room(message: Generate | Call, outcomes: list[Outcome]) -> bool:
-    """Whether several pictures in one call were too many for the memory, and nothing else went wrong."""
-    several = isinstance(message, Generate) and message.each > 1 and message.together
+def _had_no_room(outcomes: list[Outcome]) -> bool:
+    """Whether memory was full on some ranks, and nothing else went wrong."""
     failed = [outcome for outcome in outcomes if outcome.error]
-    return several and bool(failed) and all(outcome.out_of_memory for outcome in failed)
+    return bool(failed) and all(outcome.out_of_memory for outcome in failed)

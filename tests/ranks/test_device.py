@@ -6,9 +6,10 @@ import gc
 import mmap
 import weakref
 
+import pytest
 import torch
 
-from shared.ranks.device import freeze_heap, memory_report
+from shared.ranks.device import begin_request, freeze_heap, memory_report, out_of_memory, request_peak
 
 
 def test_memory_in_use_is_what_the_process_holds() -> None:
@@ -17,6 +18,30 @@ def test_memory_in_use_is_what_the_process_holds() -> None:
         kept.write(b"1" * len(kept))
         after = memory_report(torch.device("cpu"))
     assert after["allocated"] - before["allocated"] > 30_000_000 and after["peak"] >= after["allocated"] * 0.9
+
+
+def test_a_requests_peak_is_its_own() -> None:
+    cpu = torch.device("cpu")
+    begin_request(cpu)
+    before = request_peak(cpu)
+    with mmap.mmap(-1, 80_000_000) as kept:
+        kept.write(b"1" * len(kept))
+    assert request_peak(cpu) - before > 60_000_000, "also after it is given back"
+    begin_request(cpu)
+    assert request_peak(cpu) - before < 40_000_000
+
+
+def test_what_out_of_memory_looks_like() -> None:
+    wrapped = ValueError("the pipeline failed")
+    wrapped.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    after = RuntimeError("operation failed due to a previous error during capture")
+    after.__context__ = torch.OutOfMemoryError("CUDA out of memory")
+    host = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+    assert all(map(out_of_memory, (wrapped, after, host, MemoryError())))
+    assert not any(map(out_of_memory, (None, ValueError("no memory"), RuntimeError("mat1 and mat2"))))
+    with pytest.raises(RuntimeError) as full:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert out_of_memory(full.value)
 
 
 def test_a_frozen_heap_still_gives_back_what_dies() -> None:

@@ -180,6 +180,19 @@ def test_pictures_without_room_together_are_made_one_by_one(pool: RankPool) -> N
     assert all(r["done"] == ["2 at once", "5", "6", "7", "1"] and r["broken"] is None for r in ranks)
 
 
+def test_out_of_memory_on_one_rank_is_tried_once_more_then_507(pool: RankPool) -> None:
+    once = {"do": "fill", "rank": 1, "step": 2, "until": 1, "seed": 4, "pictures": 2}
+    always = {"do": "fill", "rank": 0, "step": 2, "until": 99, "seed": 6}
+    ranks = pool.run(serve_jobs, 2, [once, always, {"seed": 8}])
+    first, second, third = ranks[0]["jobs"]
+    assert first["error"] is None and first["seeds"] == [4, 5]
+    said = "rank 0: CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert second["error"] == (507, f"out of memory ({said}): a smaller picture needs less")
+    assert third["error"] is None
+    assert all(r["done"] == ["freed", "4", "5", "freed", "freed", "8"] for r in ranks)
+    assert all(r["broken"] is None for r in ranks)
+
+
 def test_cancel_and_the_time_out_end_all_pictures_of_a_request(pool: RankPool) -> None:
     order = {"seed": 5, "pictures": 9, "steps": 3, "sleep": 0.1}
     for limits, error in (
