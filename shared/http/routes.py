@@ -38,7 +38,7 @@ def stream(description: str, media_type: str) -> Answer:
     return Answer(description, media={media_type: {"schema": {"type": "string"}}})
 
 
-AS_THERE = Answer("As that API has it", media={JSON: {"schema": {"type": ["object", "array"]}}})
+AS_THERE = Answer("As that API has it", media={JSON: {"schema": {"type": ["object", "array", "null"]}}})
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from benchmarks.fuzz import Answers, fuzz
 from tests.httphost import FakeHost, config_of
 from tests.odd import BODIES, FORMS, KEYS, LITERALS, PICKLES, PICTURES, TENSORS
 
@@ -225,6 +226,16 @@ def test_odd_requests(hosts: list[FakeHost], monkeypatch: pytest.MonkeyPatch) ->
     for host in hosts:
         assert host.get("/health").json()["state"] == "ready"
     right(hosts[0])
+
+
+def test_requests_drawn_from_the_document_are_answered_as_it_says(hosts: list[FakeHost]) -> None:
+    answers = Answers()
+    with FakeHost(config_of(allow_lora_paths=True)) as host:
+        fuzz(host.url, COUNT // 2, 0, answers)
+    fuzz(hosts[2].url, COUNT // 4, 1, answers)  # of a video
+    assert not answers.faults
+    assert set(answers.by_route) >= {"POST /generate", "POST /sdapi/v1/options"}
+    assert answers.by_route["POST /generate"][200]
 
 
 def right(host: FakeHost) -> None:
