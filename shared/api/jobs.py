@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from shared.api.faults import FieldProblem
@@ -26,6 +26,14 @@ class JobError(RuntimeError):
         self.status = status
         self.problems = list(problems)
         super().__init__(message)
+
+
+class HostEndedError(JobError):
+    """The host ends before the job is done: 503 where it was told to stop, else 500."""
+
+
+def _nothing() -> None:
+    """Nobody watches the job."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class _Job:
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     started: float | None = None  # time.monotonic()
     error: JobError | None = None  # why it failed; None where it did not, or is not done
+    watch: Callable[[], None] = _nothing  # called when pictures are made, and at the end; must not wait
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _done: threading.Event = field(default_factory=threading.Event)
     _ending: threading.Lock = field(default_factory=threading.Lock)
@@ -118,9 +127,11 @@ class _Job:
     def finish(self, error: JobError | None = None) -> None:
         """End the job, with an error unless it succeeded; the first end counts."""
         with self._ending:
-            if not self._done.is_set():
-                self.error = error
-                self._done.set()
+            if self._done.is_set():
+                return
+            self.error = error
+            self._done.set()
+        self.watch()
 
 
 @dataclass(eq=False)
@@ -151,6 +162,7 @@ class GenerationJob(_Job):
     together: bool = True  # whether one call of the pipeline may draw several
     drafts: list[Reply] = field(default_factory=list)  # first passes whose second is next or running
     starts: tuple[bytes, ...] = ()  # their latents or pictures, enlarged
+    settled: threading.Event = field(default_factory=threading.Event)  # done, encoded and stored
     _progress: float = field(default=0.0, init=False)
 
     @property
@@ -215,6 +227,8 @@ class GenerationJob(_Job):
         self.made += replies
         if len(self.made) == self.pictures:
             self.finish()
+        else:
+            self.watch()
 
 
 Job = GenerationJob | OperationJob

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 
-from shared.api.jobs import GenerationJob, Job, JobError, Preview
+from shared.api.jobs import GenerationJob, HostEndedError, Job, JobError, Preview
 
 PREVIEW_SECONDS = 0.25  # between two previews of a picture
 
@@ -22,6 +23,7 @@ class JobQueue:
         self.limit = limit
         self.running: Job | None = None
         self.last: GenerationJob | None = None  # the newest that left the queue
+        self.taken: Callable[[Job], None] = lambda job: None  # called before a job goes to the ranks
         self.watchers = 0  # clients that would see a preview; written by the HTTP threads
         self._previewed = 0.0  # time.monotonic()
         self._waiting: deque[Job] = deque()
@@ -65,11 +67,21 @@ class JobQueue:
             self._waiting.append(job)
             self._changed.notify_all()
 
-    def take(self, timeout: float) -> Job | None:
-        """The next job, which is then the running one; None after `timeout` seconds without any.
+    def restore(self, jobs: Sequence[Job]) -> None:
+        """Add jobs that were accepted before the host was started again, whatever `limit` is now."""
+        with self._changed:
+            self._waiting.extend(jobs)
+            self._changed.notify_all()
 
-        Jobs cancelled while they waited are ended here and passed over.
-        """
+    def take(self, timeout: float) -> Job | None:
+        """The next job, which is then the running one; None after `timeout` seconds without any."""
+        job = self._take(timeout)
+        if job is not None:
+            self.taken(job)
+        return job
+
+    def _take(self, timeout: float) -> Job | None:
+        """`take`; jobs cancelled while they waited are ended here and passed over."""
         deadline = time.monotonic() + timeout
         with self._changed:
             while True:
@@ -143,13 +155,16 @@ class JobQueue:
         return None if job is None else job.step_age()
 
     def close(self, error: JobError, running: bool = True) -> None:
-        """End those that wait and new ones with 503, and with `error` the running job unless it may go on."""
+        """End those that wait and new ones with 503, and with `error` the running job unless it may go on.
+
+        Theirs are HostEndedErrors.
+        """
         with self._changed:
-            closed = self._closed = self._closed or JobError(503, str(error))
+            closed = self._closed = self._closed or HostEndedError(503, str(error))
             ending, waiting = self.running if running else None, list(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
         if ending is not None:
-            ending.finish(error)
+            ending.finish(HostEndedError(error.status, str(error)))
         for job in waiting:
             job.finish(closed)

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from shared.api.faults import MAX_FAULTS, FieldProblem, RequestError
 from shared.api.hashes import FileHashes, cache_folder
-from shared.api.jobs import GenerationJob, Job, JobError, OperationJob, Order
-from shared.api.media import side_by_side
-from shared.api.metadata import infotext, made_by
+from shared.api.jobs import GenerationJob, HostEndedError, Job, JobError, OperationJob, Order
 from shared.api.operations import Operation
 from shared.api.queue import JobQueue, QueueFullError
 from shared.api.replies import Reply
 from shared.api.status import HostStatus
+from shared.api.store import PROMPT_SHOWN, JobRecord, JobStore
+from shared.api.stored import StoredError
 from shared.api.warned import collecting_warnings, merged
+from shared.http.finish import Finisher
 from shared.http.metrics import Metrics
 from shared.http.wsgi import PARSING
 from shared.launch.flags import HostConfig
@@ -30,6 +30,7 @@ from shared.launch.wording import MAX_TEXT, cut
 
 DISCONNECT_POLL = 0.1  # seconds between two checks of whether the client is still connected
 PARSED_AT_ONCE = 2  # a body, its text and its pictures may take some hundred MB while they are checked
+KEPT = "the job is kept and goes on after a restart: ask again with this X-Request-Id"
 RETRY_AFTER = {"loading": 5, "full": 2, "broken": 30, "stopping": 30}  # seconds
 
 
@@ -66,6 +67,10 @@ class Caller:
     """Who sent a request, and what is noted while it is answered."""
 
     id: str  # X-Request-Id
+    named: bool = False  # whether the client itself gave it, so that it may ask for the job again
+    route: str = ""  # such as "POST /generate"
+    client: str = ""  # its address
+    digest: Callable[[], str] = lambda: ""  # of the method, the path and the body
     gone: Callable[[], bool] = lambda: False  # whether the client has closed its connection
     job: Job | None = None  # what it waits for
     warnings: list[str] = field(default_factory=list)  # of all of its pictures
@@ -83,15 +88,21 @@ class Dispatcher:
         config: the launch.
         status: what the host says of itself.
         queue: the way to rank 0's loop.
+        store: the accepted jobs; None: a new one, in memory.
     """
 
-    def __init__(self, config: HostConfig, status: HostStatus, queue: JobQueue) -> None:
+    def __init__(
+        self, config: HostConfig, status: HostStatus, queue: JobQueue, store: JobStore | None = None
+    ) -> None:
         self.config = config
         self.status = status
         self.queue = queue
+        self.store = JobStore() if store is None else store
         self.metrics = Metrics(status, queue)
         self.hashes = FileHashes(cache_folder(config))
         status.when_ready.append(lambda: self.hashes.begin(config))  # not before: it would delay the loading
+        self.finisher = Finisher(config, self.hashes, self.store, self.metrics)
+        queue.taken = self._taken
         # Fewer than the server's threads, so that some are always left for the quick routes.
         self._slots = threading.BoundedSemaphore(queue.limit + 1 + PARSING)
         self._parsing = threading.BoundedSemaphore(PARSED_AT_ONCE)
@@ -103,7 +114,7 @@ class Dispatcher:
             raise ApiError.unavailable(state, f"the host is {state}" + (f": {message}" if message else ""))
 
     def run(self, caller: Caller, parse: Callable[[], Asked]) -> tuple[Asked, list[Reply]]:
-        """Parse a request, wait for its turn and for all of its pictures. A client that leaves cancels it.
+        """`accept` and `wait`: parse a request, wait for its turn and for all of its pictures.
 
         Args:
             caller: who sent it; gets the warnings.
@@ -115,18 +126,136 @@ class Dispatcher:
         Raises:
             ApiError: with the status of PROTOCOL's error table.
         """
-        self.check_ready()
         with self._slot():
-            with collecting_warnings() as warnings:
-                asked = self._parsed(parse)
-            began = time.monotonic()
-            job = GenerationJob(asked.request, asked.second, id=caller.id)
-            self._await(job, caller, meanwhile=lambda: self._encode(job, asked))
-            for reply in job.made:
-                self.metrics.made(reply, time.monotonic() - began)
-                reply.warnings = merged(warnings, reply.warnings)
-            caller.warnings = merged(*(reply.warnings for reply in job.made))
-            return asked, job.made
+            asked, record = self._accept(caller, parse)
+            return asked, self.wait(caller, record)
+
+    def accept(self, caller: Caller, parse: Callable[[], Asked]) -> tuple[Asked, JobRecord]:
+        """Parse a request, store its job and queue it; it goes on when the client is gone.
+
+        A request that has the id of a job and asks for the same gets that job, whatever its state; what it
+        asks for is then what was stored, with the seed that was drawn.
+
+        Raises:
+            ApiError: 409 where the id belongs to another request, else as `run`.
+        """
+        with self._slot():
+            asked, record = self._accept(caller, parse)
+            record.kept = True
+            return asked, record
+
+    def _accept(self, caller: Caller, parse: Callable[[], Asked]) -> tuple[Asked, JobRecord]:
+        known = self.store.get(caller.id)
+        if known is None:
+            self.check_ready()
+
+        def read() -> tuple[str, Asked]:
+            digest = caller.digest()
+            if known is not None:
+                _check_same(known, digest)
+            return digest, parse()
+
+        with collecting_warnings() as warnings:
+            digest, asked = self._parsed(read)
+        if known is None:
+            request = asked.request
+            record = JobRecord(
+                id=caller.id,
+                route=caller.route,
+                digest=digest,
+                client=caller.client,
+                order=Order(request, asked.second, asked.retouched),
+                prompt=cut(request.positive or "", PROMPT_SHOWN),
+                seed=request.seed,
+                pictures=request.pictures or 1,
+                warnings=warnings,
+                kept=caller.named,
+            )
+            if (known := self._begin(record, asked)) is None:
+                return asked, record
+            _check_same(known, digest)
+        known.kept = True
+        return self._as_stored(asked, known), known
+
+    def _begin(self, record: JobRecord, order: Order) -> JobRecord | None:
+        """Store a new job and queue it; the one that has its id already is returned instead."""
+        job = self.finisher.attend(record, order)
+        try:
+            if known := self.store.add(record):
+                return known
+            try:
+                self._submit(job)
+            except ApiError:
+                self.store.forget(record)
+                raise
+        except Exception as error:
+            job.error = JobError(503, str(error))  # for who asks for the same meanwhile
+            job.settled.set()
+            raise
+        return None
+
+    def _as_stored(self, asked: Asked, record: JobRecord) -> Asked:
+        """A request that is asked again, with what was drawn and filled in when it was asked first."""
+        try:
+            order = self.store.order(record)
+        except (KeyError, StoredError):
+            return asked  # `wait` says why there is no answer
+        made, wanted = order.request.output_format, asked.request.output_format
+        if made != wanted:
+            raise ApiError(409, f"this job's answer is in the format {made}, and Accept asks for {wanted}")
+        return replace(asked, request=order.request, second=order.second)
+
+    def wait(self, caller: Caller, record: JobRecord) -> list[Reply]:
+        """Wait until a job is done; its pictures. A client that leaves cancels it, unless the job is kept.
+
+        Args:
+            caller: who waits; gets the warnings.
+
+        Raises:
+            ApiError: why there is no picture.
+        """
+        job = record.job
+        if job is not None:
+            caller.job = job
+            while not job.settled.wait(DISCONNECT_POLL):
+                if caller.gone() and record.kept:
+                    raise ApiError(499, "the client is gone; its job goes on")
+                if caller.gone() and not job.cancelled:
+                    self.queue.drop(job)
+        error, made = (record.error, None) if job is None else (job.error, job.made)
+        if error is not None:
+            raise self._error_of(error)
+        if made is None:
+            made = self.replies(record)
+        caller.warnings = merged(*(reply.warnings for reply in made))
+        return made
+
+    def replies(self, record: JobRecord) -> list[Reply]:
+        """What was made of a job that is done.
+
+        Raises:
+            ApiError: 503 where it is not done as the host ends, 404 where it was forgotten meanwhile, 500.
+        """
+        if record.finished is None:
+            raise ApiError.unavailable("stopping", f"the host is stopping; {KEPT}")
+        try:
+            return self.store.replies(record)
+        except KeyError:
+            raise ApiError(404, f"the job {record.id} is forgotten") from None
+        except StoredError as error:
+            raise ApiError(500, str(error)) from None
+
+    def discard(self, record: JobRecord) -> None:
+        """Cancel a job that waits or runs, at the next step boundary; forget one that is over."""
+        if record.job is not None:
+            self.queue.drop(record.job)
+        else:
+            self.store.forget(record)
+
+    def _taken(self, job: Job) -> None:
+        """A job is about to go to the ranks."""
+        if isinstance(job, GenerationJob) and (record := self.store.get(job.id)) is not None:
+            self.store.begin(record)
 
     def operate(self, caller: Caller, operation: Operation) -> Sequence[object]:
         """Have an operation done on all ranks, between two generations; what it returned.
@@ -136,8 +265,13 @@ class Dispatcher:
         """
         self.check_ready()
         with self._slot():
-            job = OperationJob(operation, id=caller.id)
-            self._await(job, caller)
+            job = caller.job = OperationJob(operation, id=caller.id)
+            self._submit(job)
+            while not job.wait(DISCONNECT_POLL):
+                if not job.cancelled and caller.gone():
+                    self.queue.drop(job)
+            if job.error is not None:
+                raise self._error_of(job.error)
             return job.result
 
     def read(self, parse: Callable[[], Parsed]) -> Parsed:
@@ -166,40 +300,32 @@ class Dispatcher:
         except RequestError as error:
             raise ApiError.from_request(error) from None
 
-    def _await(self, job: Job, caller: Caller, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Queue a job and wait until it is done; `meanwhile` is called now and then, and at the end."""
-        caller.job = job
+    def _submit(self, job: Job) -> None:
+        """Queue a job. Raises ApiError 503."""
         try:
             self.queue.submit(job)
         except QueueFullError as error:
             raise ApiError.unavailable("full", f"the queue is full: {error}") from None
         except JobError as error:
             raise ApiError.unavailable("stopping", str(error)) from None
-        while not job.wait(DISCONNECT_POLL):
-            if not job.cancelled and caller.gone():
-                self.queue.drop(job)
-            meanwhile()
-        if job.error is not None:
-            raise _api_error(job.error)
-        meanwhile()
 
-    def _encode(self, job: GenerationJob, asked: Order) -> None:
-        """Encode the pictures that are made so far; the ranks make the next ones at the same time."""
-
-        def encode(reply: Reply) -> None:
-            reply.infotext = infotext(asked, reply, self.config, self.hashes)
-            if asked.retouched is not None and asked.retouched.paste is not None:
-                reply.paste(asked.retouched.paste)
-            reply.encode(made_by(asked, reply, self.config))
-
-        side_by_side(encode, [reply for reply in job.made if not reply.infotext])
+    def _error_of(self, error: JobError) -> ApiError:
+        message = str(error)
+        if isinstance(error, HostEndedError) and self.store.folder is not None:
+            return ApiError.unavailable("stopping", f"{message}; {KEPT}")
+        if error.status == 500:
+            # A failure of torch may bring its own stack trace; the log has all of it.
+            message = message.strip().split("\n", 1)[0][:1000]
+        if error.status == 503:
+            return ApiError.unavailable("stopping", message)
+        return ApiError(error.status, message, error.problems)
 
 
-def _api_error(error: JobError) -> ApiError:
-    message = str(error)
-    if error.status == 500:
-        # A failure of torch may bring its own stack trace; the log has all of it.
-        message = message.strip().split("\n", 1)[0][:1000]
-    if error.status == 503:
-        return ApiError.unavailable("stopping", message)
-    return ApiError(error.status, message, error.problems)
+def _check_same(record: JobRecord, digest: str) -> None:
+    """Raise ApiError 409 where a job was asked for by another request."""
+    if record.digest != digest:
+        raise ApiError(
+            409,
+            f"the X-Request-Id {record.id} belongs to another request: send that one's body to "
+            f"{record.route or 'its route'}, or another id",
+        )

@@ -47,7 +47,8 @@ def add_frame(app: App, dispatcher: Dispatcher) -> None:
     @app.before_request
     def begin() -> Response | None:
         given = http.headers.get("X-Request-Id", "")
-        enter(given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8))
+        named = REQUEST_ID.fullmatch(given) is not None
+        enter(given if named else secrets.token_hex(8), named)
         g.began = time.monotonic()
         if foreign := access.refusal(http.headers.get("Host", ""), http.headers.get("Origin")):
             raise ApiError(403, foreign)

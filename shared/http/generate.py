@@ -14,11 +14,12 @@ from shared.api.replies import GenerateAnswer, Reply
 from shared.api.requests import MIME_TYPES, GenerateRequest
 from shared.http import legacy
 from shared.http.dispatch import Dispatcher
-from shared.http.incoming import caller, check_json_type, json_body
+from shared.http.incoming import caller, check_json_type, json_body, prefers_async
+from shared.http.jobs import ACCEPTED, accepted
 from shared.http.negotiate import RAW_FORMATS, negotiate
 from shared.http.routes import Answer, App, Schema, picture_route
 
-ERRORS = (400, 408, 413, 415, 422, 499, 500, 503, 504, 507)
+ERRORS = (400, 408, 409, 413, 415, 422, 499, 500, 503, 504, 507)
 HEADERS: dict[str, Schema] = {
     "X-Request-Id": {"schema": {"type": "string"}},
     "X-Seed": {"schema": {"type": "integer"}, "description": "with the bytes themselves"},
@@ -46,7 +47,13 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
     @app.serve(
         "POST",
         "/generate",
-        picture_route("Make a picture or a video", answer=made, body=GenerateRequest, errors=ERRORS),
+        picture_route(
+            "Make a picture or a video",
+            answer=made,
+            others={202: ACCEPTED},
+            body=GenerateRequest,
+            errors=ERRORS,
+        ),
     )
     def generate() -> Response:
         check_json_type()
@@ -67,6 +74,9 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
                 raise RequestError(422, [problem])
             return _Generate(request, raw=raw, pickled=pickled)
 
+        if prefers_async():
+            _, record = dispatcher.accept(caller(), parse)
+            return accepted(record)
         asked, (reply, *others) = dispatcher.run(caller(), parse)
         if asked.raw is not None:
             return raw_response(reply)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,38 @@ from shared.api.parsing import parse_object
 from shared.http.dispatch import ApiError, Caller
 from shared.launch.wording import shown
 
+PIECE = 1 << 20  # bytes of a body that are read at once
 
-def enter(id: str) -> None:
-    """A request has come; `caller` gives who sent it from now on."""
+
+def enter(id: str, named: bool) -> None:
+    """A request has come; `caller` gives who sent it from now on.
+
+    Args:
+        id: its X-Request-Id.
+        named: whether the client gave it.
+    """
     gone: Callable[[], bool] = http.environ.get("waitress.client_disconnected", lambda: False)
-    g.caller = Caller(id, gone)
+    route = f"{http.method} {http.path}"
+    g.caller = Caller(id, named, route, http.remote_addr or "", _digest, gone)
+
+
+def _digest() -> str:
+    """Of method, path and body; a form counts without the boundary, which clients draw anew each time."""
+    digest = hashlib.sha256(f"{http.method} {http.path}\n".encode("utf-8", "surrogatepass"))
+    body = http.environ["wsgi.input"]
+    if boundary := http.mimetype_params.get("boundary", "").encode("latin-1", "replace"):
+        digest.update(body.read().replace(boundary, b""))
+    else:
+        while piece := body.read(PIECE):
+            digest.update(piece)
+    body.seek(0)
+    return digest.hexdigest()
+
+
+def prefers_async() -> bool:
+    """Whether the client wants an answer before the work is done (RFC 7240)."""
+    preferences = http.headers.get("Prefer", "").lower().split(",")
+    return "respond-async" in (text.split(";")[0].strip() for text in preferences)
 
 
 def caller() -> Caller:

@@ -9,7 +9,20 @@ from werkzeug.exceptions import HTTPException
 
 from shared.api.queue import JobQueue
 from shared.api.status import HostStatus
-from shared.http import a1111, embeddings, generate, legacy, loras, metrics, openai, openapi, pages, state
+from shared.api.store import JobStore
+from shared.http import (
+    a1111,
+    embeddings,
+    generate,
+    jobs,
+    legacy,
+    loras,
+    metrics,
+    openai,
+    openapi,
+    pages,
+    state,
+)
 from shared.http.access import AccessRules
 from shared.http.answers import Json
 from shared.http.connections import MAX_BODY, SMALL_BODY
@@ -22,20 +35,21 @@ from shared.launch.flags import HostConfig
 __all__ = ["Server", "body_bound", "create_app"]
 
 
-def create_app(config: HostConfig, status: HostStatus, queue: JobQueue) -> App:
+def create_app(config: HostConfig, status: HostStatus, queue: JobQueue, store: JobStore | None = None) -> App:
     """The WSGI application of one host; it shares no state with another one.
 
     Args:
         config: the launch.
         status: what the host says of itself; written by rank 0's loop.
         queue: where requests wait for rank 0's loop.
+        store: the accepted jobs; None: a new one, in memory.
     """
     app = App()
     app.config["MAX_CONTENT_LENGTH"] = app.config["MAX_FORM_MEMORY_SIZE"] = MAX_BODY
     app.json = Json(app)
-    dispatcher = Dispatcher(config, status, queue)
+    dispatcher = Dispatcher(config, status, queue, store)
     add_frame(app, dispatcher)
-    for part in (state, generate, loras, embeddings, metrics, openai, a1111, pages):
+    for part in (state, generate, jobs, loras, embeddings, metrics, openai, a1111, pages):
         part.add_routes(app, dispatcher)
     if config.legacy_pickle:
         legacy.add_routes(app, dispatcher)

@@ -19,6 +19,7 @@ from shared.http.connections import MAX_BODY, Channel
 
 PARSING = 4  # requests that may be read and checked beside those that wait or run
 SPARE_THREADS = 4  # for /health, /progress and /cancel, whatever /generate does
+MAX_POLLS = 16  # requests that wait for the end of a job by GET /jobs/{id}; each holds a thread
 MAX_WATCHERS = 16  # open streams of GET /events; each holds a thread
 IDLE_CONNECTIONS = 256  # beside those whose requests wait or run; then the longest idle ones are closed
 OTHER_FILES = 64  # open ones of a process that are not connections
@@ -49,7 +50,7 @@ class Server:
         self._sockets = _bind(host, port)
         self.host = host
         self.port: int = self._sockets[0].getsockname()[1]
-        threads = max_queue + 1 + PARSING + SPARE_THREADS + MAX_WATCHERS
+        threads = max_queue + 1 + PARSING + SPARE_THREADS + MAX_WATCHERS + MAX_POLLS
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most_connections = min(threads + IDLE_CONNECTIONS, max(files - OTHER_FILES, OTHER_FILES // 4))
         # A full queue is answered 503; waitress' own warning that tasks wait for a thread adds nothing.

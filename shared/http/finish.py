@@ -1,0 +1,91 @@
+"""From the pictures that the ranks made to the answer that is kept, in threads of its own.
+
+The client that asked may be gone by then, and rank 0's loop makes the next pictures meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from shared.api.hashes import FileHashes
+from shared.api.jobs import GenerationJob, HostEndedError, JobError, Order
+from shared.api.media import side_by_side
+from shared.api.metadata import infotext, made_by
+from shared.api.replies import Reply
+from shared.api.store import JobRecord, JobStore
+from shared.api.warned import merged
+from shared.http.connections import NO_ROOM
+from shared.http.metrics import Metrics
+from shared.launch.flags import HostConfig
+
+log = logging.getLogger("host")
+
+WORKERS = 2  # jobs whose pictures are encoded at the same time
+
+
+class Finisher:
+    """Encodes what jobs make and puts it into the store."""
+
+    def __init__(self, config: HostConfig, hashes: FileHashes, store: JobStore, metrics: Metrics) -> None:
+        self.config = config
+        self.hashes = hashes
+        self.store = store
+        self.metrics = metrics
+        self._workers = ThreadPoolExecutor(WORKERS, "finish")
+
+    def attend(self, record: JobRecord, order: Order) -> GenerationJob:
+        """The job of a record. What it makes is encoded, and stored when it is done; then it is settled."""
+        job = GenerationJob(order.request, order.second, id=record.id)
+        began = time.monotonic()
+
+        def watch() -> None:
+            self._workers.submit(self._attended, record, job, order, began)
+
+        job.watch, record.job = watch, job
+        return job
+
+    def _attended(self, record: JobRecord, job: GenerationJob, order: Order, began: float) -> None:
+        with record.finishing:
+            done = job.done  # before the pictures are looked at, for the last one comes before the end
+            try:
+                self._encode(job, order)
+            except Exception as error:
+                job.cancel()
+                job.finish(failure := self._failure(record, error))
+                job.error, done = failure, True
+            if done and not job.settled.is_set():
+                try:
+                    self._settle(record, job, began)
+                finally:
+                    job.settled.set()
+
+    def _encode(self, job: GenerationJob, order: Order) -> None:
+        """Encode the pictures that are made so far."""
+
+        def encode(reply: Reply) -> None:
+            reply.infotext = infotext(order, reply, self.config, self.hashes)
+            if order.retouched is not None and order.retouched.paste is not None:
+                reply.paste(order.retouched.paste)
+            reply.encode(made_by(order, reply, self.config))
+
+        if job.error is None:
+            side_by_side(encode, [reply for reply in job.made if not reply.infotext])
+
+    def _failure(self, record: JobRecord, error: Exception) -> JobError:
+        log.error("id=%s failed in the server", record.id, exc_info=error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return JobError(507, NO_ROOM)
+        return JobError(500, "the server failed; its log has the reason under this X-Request-Id")
+
+    def _settle(self, record: JobRecord, job: GenerationJob, began: float) -> None:
+        if isinstance(job.error, HostEndedError):
+            self.store.interrupt(record, job.error)
+            return
+        if job.error is None:
+            for reply in job.made:
+                self.metrics.made(reply, time.monotonic() - began)
+                reply.warnings = merged(record.warnings, reply.warnings)
+        self.store.finish(record, job.error, job.made)
