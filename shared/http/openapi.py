@@ -18,9 +18,10 @@ from shared.launch.flags import HostConfig
 ERRORS = {
     400: "Bad request; all of its faults at once",
     401: "No bearer token, or not this host's --api_key",
-    404: "No such route",
+    404: "No such route, job or file",
     405: "No such method on this route",
-    409: "Not in this state: the LoRA's weights were fused, quantized or compiled, or it is loaded already",
+    409: "Not in this state: the LoRA's weights were fused, quantized or compiled, or it is loaded already; "
+    "the job is not done; the X-Request-Id belongs to another request",
     408: "The request came too slowly",
     413: "The body is larger than this route takes (64 MiB with pictures, else 64 KiB)",
     415: "The body is not JSON",

@@ -123,7 +123,13 @@ def replies() -> list[Reply]:
 def test_a_folder_gives_back_what_was_accepted_and_made(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path / "state")
     store = JobStore(folder)
-    kept = {"client": "1.2.3.4", "launch": "sd1", "warnings": ["cut"], "prompt": "a cat", "seed": 5}
+    kept: dict[str, Any] = {
+        "client": "1.2.3.4",
+        "launch": "sd1",
+        "warnings": ["cut"],
+        "prompt": "a cat",
+        "seed": 5,
+    }
     done, failed, waiting, running = (record(id, **kept) for id in ("done", "failed", "waiting", "running"))
     for one in (done, failed, waiting, running):
         assert store.add(one) is None
