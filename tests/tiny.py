@@ -366,10 +366,16 @@ def make_wan() -> Any:
     return tiny_wan.make_wan()
 
 
+def make_wani2v() -> Any:
+    from tests import tiny_wan
+
+    return tiny_wan.make_wani2v()
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "ad": make_ad, "sd1": make_sd1, "sd2": make_sd2, "sdxl": make_sdxl, "sd3": make_sd3, "sdup": make_sdup,
     "svd": make_svd, "flux": make_flux, "chroma": make_chroma,
-    "hy": make_hy, "qwen": make_qwen, "wan": make_wan,
+    "hy": make_hy, "qwen": make_qwen, "wan": make_wan, "wani2v": make_wani2v,
     "pixa": lambda: make_pixart(diffusers.PixArtAlphaPipeline, 120, 12),
     "pixs": lambda: make_pixart(diffusers.PixArtSigmaPipeline, 300, 13),
 }  # fmt: skip
@@ -438,10 +444,12 @@ def call_args(
     else:
         args |= {"height": size, "width": size}
     if name == "svd":
-        args |= {"image": picture(size), "decode_chunk_size": 2}
+        args |= {"decode_chunk_size": 2}
+    if name in ("svd", "wani2v"):
+        args |= {"image": picture(size)}
     if name in ("svd", "ad"):
         args |= {"num_frames": frames}
-    if name == "wan":
+    if name in ("wan", "wani2v"):
         args |= {"num_frames": frames + 1}
     if name == "qwen":
         args |= {"negative_prompt": " ", "true_cfg_scale": args.pop("guidance_scale")}

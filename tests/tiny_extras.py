@@ -85,7 +85,8 @@ def lora(
     """A LoRA of rank 4 on the attention layers of the denoiser, and of the text encoders with `text`.
 
     `form`: diffusers, kohya (flattened names and alphas), sgm (kohya with the original SDXL block names),
-    peft (`base_model.model.` in front), partial (as many keys fit nothing), alien (none fits).
+    peft (`base_model.model.` in front), own (its authors' names, `diffusion_model.` in front), own-kohya,
+    partial (as many keys fit nothing), alien (none fits).
     """
     label = f"lora-{name}-{form}-{seed}-{strength}{'-text' if text else ''}"
     return tiny.cached(
@@ -107,16 +108,19 @@ def _lora(name: str, form: str, seed: int, strength: float, text: bool) -> Tenso
             up = torch.randn(linear.out_features, 4, generator=generator) * strength
             if part.startswith("text") and not layer.startswith("text_model."):
                 layer = f"text_model.{layer}"  # the name that transformers before 5.6 and all files have
-            if form in ("kohya", "sgm"):
+            if form.startswith("own"):
+                for ours, theirs in MODELS[name].own_names.items():
+                    layer = layer.replace(ours, theirs)
+            if form in ("kohya", "sgm", "own-kohya"):
                 flat = (sgm_name(layer) if form == "sgm" and part == "unet" else layer).replace(".", "_")
-                prefix = KOHYA_PREFIX.get(part, f"lora_{part}")
+                prefix = KOHYA_PREFIX.get(part, "lora_unet" if form == "own-kohya" else f"lora_{part}")
                 if name == "sdxl" and part == "text_encoder":
                     prefix = "lora_te1"
                 tensors[f"{prefix}_{flat}.lora_down.weight"] = down
                 tensors[f"{prefix}_{flat}.lora_up.weight"] = up
                 tensors[f"{prefix}_{flat}.alpha"] = torch.tensor(4.0)
                 continue
-            prefix = {"peft": "base_model.model"}.get(form, part)
+            prefix = {"peft": "base_model.model", "own": "diffusion_model"}.get(form, part)
             if form != "alien":
                 tensors[f"{prefix}.{layer}.lora_A.weight"] = down
                 tensors[f"{prefix}.{layer}.lora_B.weight"] = up

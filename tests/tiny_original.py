@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from shared.models import MODELS
 from tests import tiny
 
 Tensors = dict[str, torch.Tensor]
@@ -146,6 +147,25 @@ def sd3(model: Any) -> Tensors:
     return found
 
 
+WAN = {
+    **MODELS["wan"].own_names,
+    "norm_added_k": "norm_k_img", "norm2": "norm3", "image_embedder.norm1": "img_emb.proj.0",
+    "image_embedder.norm3": "img_emb.proj.4", "condition_embedder.": "",
+}  # fmt: skip
+
+
+def wan(model: Any) -> Tensors:
+    found: Tensors = {}
+    for key, value in model.state_dict().items():
+        name = key.replace(
+            "scale_shift_table", "modulation" if key.startswith("blocks") else "head.modulation"
+        )
+        for ours, theirs in WAN.items():
+            name = name.replace(ours, theirs)
+        found[name] = value
+    return found
+
+
 def prefixed(prefix: str, tensors: Tensors) -> Tensors:
     return {prefix + key: value for key, value in tensors.items()}
 
@@ -190,7 +210,7 @@ def single_file(name: str) -> Path:
     return tiny.cached(f"single-{name}", make) / "model.safetensors"
 
 
-OWN_NAMES = ("chroma", "flux", "qwen", "wan")  # in diffusers' naming in every form
+OWN_NAMES = ("chroma", "flux", "qwen")  # in diffusers' naming in every form
 
 
 def gguf(name: str, form: str = "original") -> Path:
@@ -204,9 +224,9 @@ def gguf(name: str, form: str = "original") -> Path:
     def make(path: Path) -> None:
         pipe = tiny.load(name)
         model = getattr(pipe, "unet", None) or pipe.transformer
-        original = sd3 if name == "sd3" else unet
+        original = {"sd3": sd3, "wan": wan, "wani2v": wan}.get(name, unet)
         found = model.state_dict() if form == "diffusers" or name in OWN_NAMES else original(model)
-        if form == "original" and name not in ("sd3", *OWN_NAMES):
+        if form == "original" and original is unet and name not in OWN_NAMES:
             found = prefixed("model.diffusion_model.", found)
         writer = gguf_format.GGUFWriter(path, "test")
         for key, value in found.items():

@@ -22,6 +22,7 @@ TYPES = [
     "pixs",
     "qwen",
     "wan",
+    "wani2v",
 ]
 BACKENDS = ["asyncdiff", "distrifuser", "xdit"]
 VARIANTS = ["default", "fp16", "bf16", "fp32"]

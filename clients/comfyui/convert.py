@@ -42,6 +42,7 @@ FAMILIES: dict[str, tuple[float | tuple[float, ...], float | tuple[float, ...]]]
 }
 OF_VIDEOS = frozenset({"qwen"})  # types whose samples are [N, channels, frames, h, w], here of one frame
 PACKED = frozenset({"chroma", "flux", "qwen"})  # types whose latents are rows of 2 x 2 patches
+BEGINS = frozenset({"wani2v"})  # types whose videos begin with a picture
 POOLED = frozenset({"sdxl", "sd3", "flux"})  # types whose embeddings come with pooled ones
 _PLAIN_CONDITIONING = frozenset({"pooled_output"})
 

@@ -321,7 +321,7 @@ class AnimateDiffSampler(io.ComfyNode):
             node_id="MultiGPUDiffusionAnimateDiffSampler",
             display_name="AnimateDiff Sampler (multi-GPU)",
             category=CATEGORY,
-            description="Makes the frames of a video. Needs a host of type ad or wan.",
+            description="Makes the frames of a video. Needs a host of type ad, wan or wani2v.",
             inputs=[
                 _host(),
                 *_prompts("a red circle on a blue background", ""),
@@ -333,7 +333,8 @@ class AnimateDiffSampler(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="the frames of a video to start from; they set its size and length",
+                    tooltip="ad: the frames of a video to start from; they set its size and length. "
+                    "wani2v: the picture that the video begins with",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -342,7 +343,7 @@ class AnimateDiffSampler(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="how much of the schedule is run from the image; 1: all of it",
+                    tooltip="ad: how much of the schedule is run from the image; 1: all of it",
                 ),
             ],
             outputs=[io.Image.Output(display_name="frames")],
@@ -374,8 +375,9 @@ class AnimateDiffSampler(io.ComfyNode):
             *(control_image, ip_image, scheduler),
         )
         body |= {"seed": seed, "steps": steps, "cfg": cfg}
-        if image is None:
+        if image is None or host.type in convert.BEGINS:
             body |= {"frames": frames, "width": width, "height": height}
+            body |= {"image": convert.picture(image, "image")}
         else:
             body |= {"image": [convert.picture(one, "image") for one in image], "strength": denoise}
         (answer,) = ask(host, [body | {"output_format": "png"}])

@@ -26,6 +26,7 @@ PIPELINES = {
     "PixArtSigmaPipeline": "pixs",
     "QwenImagePipeline": "qwen",
     "WanPipeline": "wan",
+    "WanImageToVideoPipeline": "wani2v",
 }
 # The same, by what LocalAI calls them where they start from a picture.
 PIPELINES |= {

@@ -62,6 +62,7 @@ class ModelSpec:
     size_multiple: int = 8
     batch_pixels: int = 0  # of all pictures in one call of the pipeline; 0: each picture has its own call
     control_draws: bool = False  # whether control pictures are encoded with noise of the global state
+    factor_setting: str = "vae_scale_factor"  # the pipeline's attribute: pixels a side of one latent
     size_scale: int = 1  # output pixels per pixel of the size that the pipeline is given (x4 upscaler: 4)
     frames: int | None = None
     frames_factor: int = 1  # frames of one latent frame; the first frame has a latent of its own
@@ -100,6 +101,8 @@ class ModelSpec:
     # Layers at the ends of the denoiser, a few percent of its weights, that are not quantized: rounding is
     # most visible there.
     kept: tuple[str, ...] = ("conv_in", "conv_out", "time_*", "add_embedding*", "class_embedding*")
+    own_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """What its authors call the denoiser's layers, by parts of diffusers' names; LoRAs use both."""
     lora_loader: Literal["pipeline", "peft"] = "pipeline"
     single_file_config: str | None = None  # folder under configs/, to load a single file offline
     # Prefix of the tensors' names of each text encoder in single files.
@@ -110,6 +113,7 @@ class ModelSpec:
     single_file_predicts: Literal["one_kind", "noise_or_velocity"] = "one_kind"
     # Entries of model_index.json that make the checkpoint another model, and which.
     other_settings: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    packages: tuple[str, ...] = ()  # that its pipeline needs and diffusers does not ask for
     optional_parts: frozenset[str] = frozenset()  # components without which the type runs
     pipeline_defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     refuses: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

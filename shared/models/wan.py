@@ -1,11 +1,13 @@
-"""Wan 2.1: text to video."""
+"""Wan 2.1: text and picture to video."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 from shared.models.files import FileKind
 from shared.models.spec import (
+    IMAGE,
     LORA,
     PROMPT_ONLY,
     PROMPTS,
@@ -27,41 +29,76 @@ TOKENS = TokenPlan(
     flow=True,
 )
 
+OWN_NAMES = MappingProxyType(
+    {
+        "attn1.to_out.0": "self_attn.o",
+        "attn2.to_out.0": "cross_attn.o",
+        "attn1.to_": "self_attn.",
+        "attn2.to_": "cross_attn.",
+        "attn2.add_k_proj": "cross_attn.k_img",
+        "attn2.add_v_proj": "cross_attn.v_img",
+        "ffn.net.0.proj": "ffn.0",
+        "ffn.net.2": "ffn.2",
+        "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+        "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+        "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+        "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+        "condition_embedder.time_proj": "time_projection.1",
+        "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+        "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+        "proj_out": "head.head",
+    }
+)
+
+WAN = ModelSpec(
+    name="wan",
+    title="Wan 2.1 text to video",
+    pipeline="WanPipeline",
+    denoiser="transformer",
+    tokens=TOKENS,
+    output="video",
+    width=832,
+    height=480,
+    steps=50,
+    cfg=5.0,
+    size_multiple=16,
+    factor_setting="vae_scale_factor_spatial",
+    frames=81,
+    frames_factor=4,
+    fps=16,
+    text_encoders=("text_encoder",),
+    tokenizers=("tokenizer",),
+    sized_tokenizers=("tokenizer",),
+    embeds_setting="text_dim",
+    unpacked_layout="ncfhw",
+    vae_kind="video",
+    own_names=OWN_NAMES,
+    kept=("proj_out", "patch_embedding", "condition_embedder*"),
+    scheduler_family="flow_video",
+    fields=PROMPTS | SIZE | LORA | {"latent", "frames", "fps"},
+    other_settings=MappingProxyType(
+        {
+            "transformer_2": "Wan 2.2 A14B, whose second transformer is not supported",
+            "expand_timesteps": "Wan 2.2 TI2V-5B, whose timesteps for each token are not supported",
+        }
+    ),
+    refuses=refusals(PROMPT_ONLY),
+)
+
 FAMILY = Family(
     rows=(
-        ModelSpec(
-            name="wan",
-            title="Wan 2.1 text to video",
-            pipeline="WanPipeline",
-            denoiser="transformer",
-            tokens=TOKENS,
-            output="video",
-            width=832,
-            height=480,
-            steps=50,
-            cfg=5.0,
-            size_multiple=16,
-            frames=81,
-            frames_factor=4,
-            fps=16,
-            text_encoders=("text_encoder",),
-            tokenizers=("tokenizer",),
-            sized_tokenizers=("tokenizer",),
-            embeds_setting="text_dim",
-            unpacked_layout="ncfhw",
-            vae_kind="video",
-            kept=("proj_out", "patch_embedding", "condition_embedder*"),
-            scheduler_family="flow_video",
-            fields=PROMPTS | SIZE | LORA | {"latent", "frames", "fps"},
-            other_settings=MappingProxyType(
-                {
-                    "transformer_2": "Wan 2.2 A14B, whose second transformer is not supported",
-                    "expand_timesteps": "Wan 2.2 TI2V-5B, whose timesteps for each token are not supported",
-                }
-            ),
-            refuses=refusals(PROMPT_ONLY),
+        WAN,
+        replace(
+            WAN,
+            name="wani2v",
+            title="Wan 2.1 picture to video",
+            pipeline="WanImageToVideoPipeline",
+            image="needed",
+            # Its transformer takes the last 512 tokens for the prompt's and those before for the picture's,
+            # so prompts of its default length, 512, are the only right ones.
+            fields=WAN.fields | IMAGE,
+            packages=("ftfy",),
         ),
     ),
     files=(FileKind("Wan", "wan", ("blocks.0.self_attn.norm_q.",)),),
-    other_pipelines=MappingProxyType({"WanImageToVideoPipeline": "Wan image to video"}),
 )

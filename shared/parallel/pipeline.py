@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import nn
 
+from shared.models import ModelSpec
+
 if TYPE_CHECKING:
 
     class Model(nn.Module):
@@ -92,6 +94,11 @@ def model_of(pipeline: Pipeline, name: str) -> Model:
     if not isinstance(found, nn.Module):
         raise ValueError(f"{type(pipeline).__name__} has no {name}")
     return cast(Model, found)
+
+
+def pixels_of(pipeline: Pipeline, spec: ModelSpec) -> int:
+    """Pixels a side of one latent."""
+    return int(getattr(pipeline, spec.factor_setting))
 
 
 def parts_of(pipeline: Pipeline, names: Iterable[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from shared.api.media import decode_image
 from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, Start
-from shared.parallel.pipeline import Pipeline, model_of, part_of
+from shared.parallel.pipeline import Pipeline, model_of, part_of, pixels_of
 from shared.pipeline.adapters import ip_arguments
 from shared.pipeline.control_nets import control_arguments
 from shared.pipeline.from_picture import start_arguments
@@ -192,7 +192,7 @@ def _latents(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest, device: 
 def latent_shape(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) -> torch.Size:
     """Shape of the latents of one picture or video of the request's size."""
     channels = pipe.vae.config[spec.latent_setting]
-    factor = pipe.vae_scale_factor
+    factor = pixels_of(pipe, spec)
     if spec.size_scale != 1 and request.image is not None:
         # The pipeline makes its picture's sides multiples of this.
         size = decode_image(request.images[0], request.image_scale).size

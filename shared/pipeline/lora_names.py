@@ -74,6 +74,11 @@ class _Places:
         self.flat = {
             part: {name.replace(".", "_"): name for name in known} for part, known in self.layers.items()
         }
+        for name in self.layers[spec.denoiser] if spec.own_names else ():
+            theirs = name
+            for ours, own in spec.own_names.items():
+                theirs = theirs.replace(ours, own)
+            self.flat[spec.denoiser].setdefault(theirs.replace(".", "_"), name)
 
     def resolve(self, found: Mapping[str, Update]) -> tuple[Matched, list[str]]:
         """The updates by component and module name, and the names without a layer that they fit."""

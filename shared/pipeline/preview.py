@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from shared.api.queue import JobQueue
 from shared.api.requests import GenerateRequest
 from shared.models import ModelSpec
-from shared.parallel.pipeline import Pipeline
+from shared.parallel.pipeline import Pipeline, pixels_of
 from shared.pipeline.arguments import latent_shape
 from shared.pipeline.latents import picture_latents, upcast
 
@@ -64,7 +64,7 @@ class Previewer:
         latents = self._clean(result, noise)[:1]  # the first of several
         if latents.shape != self._shape:
             return  # not one whole picture
-        factor = self.pipe.vae_scale_factor
+        factor = pixels_of(self.pipe, self.spec)
         grid = ((self._request.height or 0) // factor, (self._request.width or 0) // factor)
         pixels = project(picture_latents(latents, self.spec.latent_layout, grid), self.projection)
         if pixels.device.type != "cuda":

@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from shared.api.faults import refused
 from shared.api.requests import GenerateRequest
 from shared.models import ModelSpec
-from shared.parallel.pipeline import Pipeline
+from shared.parallel.pipeline import Pipeline, pixels_of
 from shared.pipeline.steps import after_set_timesteps, whole_while_stepping
 
 
@@ -114,7 +114,7 @@ def _add_noise(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest, argume
     scheduler, latents = pipe.scheduler, arguments["latents"]
     shape = latents.shape
     if spec.packed:  # drawn in the unpacked layout, as for a picture from noise
-        factor = pipe.vae_scale_factor
+        factor = pixels_of(pipe, spec)
         height, width = (request.height or 0) // factor, (request.width or 0) // factor
         shape = torch.Size((1, pipe.vae.config[spec.latent_setting], height, width))
     noise = randn_tensor(shape, generator=arguments["generator"], device=latents.device, dtype=latents.dtype)

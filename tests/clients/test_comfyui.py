@@ -45,6 +45,8 @@ def test_the_choices_are_the_registrys(comfy: ComfyUI) -> None:
         n for n, s in MODELS.items() if s.output == "image" and s.image != "needed"
     }
     assert {n for n, s in MODELS.items() if s.pooled_embeds} == comfy.pack["convert"].POOLED
+    begin = {n for n, s in MODELS.items() if s.output == "video" and s.image == "needed"}
+    assert begin - {"svd"} == comfy.pack["convert"].BEGINS  # which has a sampler of its own
     assert {n for n, s in MODELS.items() if s.packed} == comfy.pack["convert"].PACKED
     assert {n for n in comfy.pack["convert"].FAMILIES if MODELS[n].vae_kind == "video"} == comfy.pack[
         "convert"

@@ -230,6 +230,21 @@ def test_the_frames_of_a_video_are_what_animatediff_starts_from(comfy: ComfyUI) 
     assert (second.image, second.frames, second.width, second.strength) == (None, 16, 512, None)
 
 
+def test_a_picture_is_what_a_video_begins_with(comfy: ComfyUI) -> None:
+    white = torch.ones(1, 48, 64, 3)
+    with FakeHost(config_of("wani2v")) as host:
+        attach = defaults(comfy, "MultiGPUDiffusionAttachHost", url=host.url)
+        handle = comfy.run({"1": attach})["1"][0]
+        inputs = defaults(comfy, "MultiGPUDiffusionAnimateDiffSampler")["inputs"] | {"host": handle}
+        node = comfy.nodes["MultiGPUDiffusionAnimateDiffSampler"]
+        node.execute(**inputs | {"image": white, "frames": 5})
+        with pytest.raises(ValueError, match="image: must be one picture; got a batch of 2"):
+            node.execute(**inputs | {"image": torch.cat([white, white])})
+    [seen] = host.seen
+    assert opened(seen.image).size == (64, 48)
+    assert (seen.frames, seen.width, seen.height, seen.strength) == (5, 512, 512, None)
+
+
 def opened(data: bytes | list[bytes] | None) -> Image.Image:
     assert isinstance(data, bytes)
     return Image.open(io.BytesIO(data))

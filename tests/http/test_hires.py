@@ -346,7 +346,7 @@ def test_types_without_latents_to_start_from_refuse_it() -> None:
             able = MODELS[name].image == "start" and MODELS[name].output == "image"
             assert pixels == (list(PIXEL_UPSCALERS) if able else [])
             answer = host.post("/sdapi/v1/txt2img", json={"enable_hr": True, "prompt": "x"})
-            if name in ("svd", "sdup", "wan"):
+            if "strength" not in MODELS[name].fields or MODELS[name].image == "needed":
                 assert names == [] and answer.status_code == 422
                 assert f"enable_hr: type {name} (" in answer.json()["detail"]
             else:

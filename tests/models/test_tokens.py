@@ -80,6 +80,7 @@ def test_every_plan_is_found_by_its_class() -> None:
         ("chroma", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("qwen", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("wan", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),
+        ("wani2v", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),
         ("sd3", {"branches": 2, "flow": True, "packed": False, "joined": ("picture", "text")}),
         ("hy", {"branches": 2, "flow": False, "packed": False, "joined": ("picture",)}),
         ("pixs", {"branches": 2, "flow": False, "packed": False, "joined": ("picture",)}),

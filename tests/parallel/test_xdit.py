@@ -25,7 +25,7 @@ from shared.api.requests import GenerateRequest
 from shared.backends import BACKENDS
 from shared.backends.xdit_plan import xdit_degrees
 from shared.launch.checks import check_config
-from shared.models import token_plan
+from shared.models import MODELS, token_plan
 from shared.parallel.method import Plain, Unwatched
 from shared.parallel.xdit.caches import FirstBlockCache
 from shared.parallel.xdit.cpu import trimmed
@@ -43,7 +43,7 @@ from tests.pool import RankPool
 STEPS = 2
 EXACT = 80.0
 """dB in fp32 that count as equal to the plain pipeline; most reach 120 and more."""
-TYPES = ("chroma", "flux", "hy", "pixa", "pixs", "qwen", "sd3", "wan")
+TYPES = ("chroma", "flux", "hy", "pixa", "pixs", "qwen", "sd3", "wan", "wani2v")
 
 Case = dict[str, Any]
 
@@ -73,7 +73,8 @@ def exact(name: str, cases: list[Case], sizes: list[Case]) -> list[list[float]]:
     plain, text = [picture(pipe, name, **size) for size in sizes], repr(pipe.transformer)
     found = []
     for case in cases:
-        options: Any = {"parallel_vae": True} if "ring" in case and name not in ("qwen", "wan") else {}
+        video = MODELS[name].vae_kind == "video"
+        options: Any = {"parallel_vae": True} if "ring" in case and not video else {}
         with XDiT(pipe, Degrees(**case), **options) as parallel:
             assert json.dumps(parallel.plan)
             assert repr(pipe.transformer) == text
@@ -90,6 +91,10 @@ SIZES = [{}, {"height": 80, "width": 48, "steps": 3}]
 # What xfuser's own pipelines would not hear, or do wrong.
 MORE: dict[str, list[Case]] = {
     "wan": [{"guidance_scale": 1.0, "num_frames": 1}, {"negative_prompt": "blur", "num_frames": 9}],
+    "wani2v": [
+        {"guidance_scale": 1.0, "num_frames": 1},
+        {"negative_prompt": "blur", "num_frames": 9, "image": tiny.picture(96, 2)},
+    ],
     "chroma": [
         {"guidance_scale": 1.0},
         {"negative_prompt": "blur, and many more words", "max_sequence_length": 19},
@@ -171,8 +176,8 @@ LATENTS = {"flux": (1, 16, 16), "sd3": (1, 16, 8, 8), "hy": (1, 4, 8, 8)}
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(TYPES) - {"chroma", "qwen", "wan"})
-)  # xfuser has no stages of them
+    "name", [name for name in TYPES if (plan := MODELS[name].tokens) and plan.stages]
+)  # those that xfuser has stages of
 def test_pipefusion(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     calls = list(PIPEFUSION_CALLS)
@@ -192,6 +197,7 @@ def test_pipefusion(pool: RankPool, name: str) -> None:
 # A sample in which every pair of methods comes up.
 HYBRIDS: dict[str, list[Case]] = {
     "wan": [{"cfg": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}],
+    "wani2v": [{"cfg": 2, "ring": 2}, {"data": 2, "ulysses": 2}],
     "chroma": [{"cfg": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}],
     "flux": [{"ulysses": 2, "ring": 2}, {"tensor": 2, "ulysses": 2}, {"tensor": 2, "ring": 2}],
     "sd3": [{"cfg": 2, "ulysses": 2}, {"ulysses": 4}],

@@ -178,7 +178,7 @@ def test_a_part_of_a_picture_is_not_shown() -> None:
 
 
 # One type of each layout, of each family of schedulers, and the one whose size is its input's.
-TYPES = ("ad", "flux", "sd1", "sd3", "sdup", "svd")
+TYPES = ("ad", "flux", "sd1", "sd3", "sdup", "svd", "wan")
 
 
 def previews_of_tiny_checkpoints() -> dict[str, Any]:
