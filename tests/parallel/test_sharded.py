@@ -19,6 +19,7 @@ from shared.parallel.sharded import ShardedWeights
 from shared.pipeline.engine import PipelineEngine
 from tests import tiny, tiny_extras, tiny_original
 from tests.pool import RankPool
+from tests.seldom import seldom
 from tests.test_matrix import EXACT_DB, SETTINGS, Flags, cells, flags_of, launch, psnr
 
 MOST = {2: 0.55, 3: 0.4, 4: 0.3}
@@ -95,7 +96,7 @@ def one_of_two() -> list[Any]:
     for backend in BACKENDS:
         for cell in cells(backend):
             name, feature = getattr(cell, "values", cell)
-            quick = feature == "nothing" or (feature == "everything" and name in ("flux", "sdxl"))
+            quick = name in ("sdxl", "svd", "flux") and feature in ("nothing", "everything")
             marks = [] if quick and not getattr(cell, "marks", ()) else [pytest.mark.slow]
             found.append(pytest.param(backend, name, feature, marks=marks))
     return found
@@ -109,7 +110,7 @@ def test_two_ranks_make_the_plain_picture(pool: RankPool, backend: str, name: st
     check(ranks, name, plan, 2, "quantize_to" in flags)
 
 
-@pytest.mark.parametrize(("size", "backend", "name", "plan"), PLANS)
+@pytest.mark.parametrize(("size", "backend", "name", "plan"), seldom(PLANS, PLANS[::3]))
 def test_plans(pool: RankPool, size: int, backend: str, name: str, plan: Flags) -> None:
     ranks = pool.run(sharded, size, backend, name, {}, plan)
     parts = size // plan.get("data_parallel_degree", 1)

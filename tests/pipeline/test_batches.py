@@ -28,6 +28,7 @@ from shared.ranks.groups import World, make_groups
 from shared.ranks.messages import StoppedError, Verdict
 from tests import test_matrix, tiny
 from tests.pool import RankPool
+from tests.seldom import seldom
 from tests.test_matrix import SETTINGS, psnr
 
 Case = dict[str, Any]
@@ -135,7 +136,7 @@ ON_RANKS: list[tuple[str, str, int, tuple[str, ...], Case]] = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "name", "ranks", "features", "plan"), ON_RANKS)
+@pytest.mark.parametrize(("backend", "name", "ranks", "features", "plan"), seldom(ON_RANKS, ON_RANKS[::3]))
 def test_so_it_is_under_every_method(
     pool: RankPool, backend: str, name: str, ranks: int, features: tuple[str, ...], plan: Case
 ) -> None:

@@ -14,6 +14,7 @@ from shared.launch.errors import UsageError
 from shared.models import MODELS
 from shared.pipeline.compile import blocks, compile_pipeline, graph_count
 from tests import tiny, tiny_extras
+from tests.seldom import seldom
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,9 @@ def compiled(name: str, **flags: Any) -> Any:
     return tiny.host(name, **({"compile_backend": "eager"} | flags))
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - {"sd2", "sdup", "pixs"}))  # other types' classes
+@pytest.mark.parametrize(
+    "name", seldom(sorted(set(MODELS) - {"sd2", "sdup", "pixs"}), ("sd1", "svd", "flux", "hy"))
+)
 def test_denoiser(name: str) -> None:
     pipe = compiled(name, compile_unet=True)
     denoiser = getattr(pipe, MODELS[name].denoiser)

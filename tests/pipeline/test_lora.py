@@ -29,6 +29,7 @@ from shared.pipeline.lora_file import LoraError, read_lora
 from shared.pipeline.lora_names import match_layers
 from tests import test_matrix, tiny, tiny_extras, tiny_lycoris
 from tests.pool import RankPool
+from tests.seldom import seldom
 
 PIPELINE_LOADERS = ("sd1", "sdxl", "sd3", "flux")
 
@@ -43,7 +44,7 @@ def shared_pipe(name: str) -> Any:
     return tiny.load(name)
 
 
-@pytest.fixture(params=tiny.BUILDERS)
+@pytest.fixture(params=seldom(tiny.BUILDERS, ("sd1", "sdxl", "svd", "flux", "hy")))
 def loras(request: pytest.FixtureRequest) -> Iterator[LoraSet]:
     """The LoRA set of each type's pipeline, empty before and after."""
     found = loras_of(shared_pipe(request.param), MODELS[request.param])
@@ -318,16 +319,22 @@ def ranks_name_loras(backend: str, name: str, folder: str) -> dict[str, list[np.
     added = engine.add_lora(f"{folder}/more{NAMED_LORAS}.safetensors", 0.1)
     assert [entry["scale"] for entry in added] == [0.1]
     engine.close()
+    if found["named"][0] is None:
+        return found  # another rank has the pictures
+    plain: dict[str, np.ndarray | None] = {}
     for scales in (*orders, {}):
         paths = {f"{folder}/{stem}.safetensors": scale for stem, scale in scales.items()}
-        flags = replace(config, lora=paths or None, lora_dir=None)
-        pipe = load_pipeline(flags.spec, flags, world.device, Needs(), quiet=True)
-        found["plain"].append(made(PipelineEngine(pipe, flags, world)))
+        if str(paths) not in plain:
+            flags = replace(config, lora=paths or None, lora_dir=None)
+            pipe = load_pipeline(flags.spec, flags, world.device, Needs(), quiet=True)
+            plain[str(paths)] = made(PipelineEngine(pipe, flags, world))
+        found["plain"].append(plain[str(paths)])
     return found
 
 
 @pytest.mark.parametrize(
-    ("backend", "name"), [("asyncdiff", "sd1"), ("distrifuser", "sdxl"), ("xdit", "pixa")]
+    ("backend", "name"),
+    seldom((("asyncdiff", "sd1"), ("distrifuser", "sdxl"), ("xdit", "pixa")), [("asyncdiff", "sd1")]),
 )
 def test_named_in_a_request_on_two_ranks(pool: RankPool, tmp_path: Path, backend: str, name: str) -> None:
     for stem, seed in (("one", 0), ("two", 1), *((f"more{n}", 2) for n in range(NAMED_LORAS + 1))):

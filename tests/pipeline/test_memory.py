@@ -27,6 +27,7 @@ from shared.pipeline.memory import (
 )
 from tests import tiny
 from tests.pool import RankPool
+from tests.seldom import seldom
 from tests.test_matrix import SETTINGS, launch
 
 # Tiles of a video's VAE are larger than these pictures.
@@ -197,7 +198,7 @@ def offload_cells() -> list[Any]:
         ("xdit", "flux", ("control_net",), "group"),
         ("xdit", "hy", ("lora",), "sequential_cpu"),
     ]
-    return [pytest.param(*cell, id="-".join([*cell[:2], *cell[2], cell[3]])) for cell in cells]
+    return seldom(cells, cells[::3])
 
 
 @pytest.mark.parametrize(("backend", "name", "features", "how"), offload_cells())

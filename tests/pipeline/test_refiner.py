@@ -25,6 +25,7 @@ from shared.pipeline.prompts import EncodedPrompts
 from shared.pipeline.schedulers import set_scheduler
 from tests import tiny, tiny_extras
 from tests.pool import RankPool
+from tests.seldom import seldom
 from tests.test_matrix import EXACT_DB, flags_of, launch, psnr, run_cell
 
 STEPS = 10
@@ -260,7 +261,7 @@ PLANS: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "size", "plan"), PLANS, ids=[f"{b}-{list(p)}" for b, _, p in PLANS])
+@pytest.mark.parametrize(("backend", "size", "plan"), seldom(PLANS, PLANS[::3]))
 def test_on_several_ranks(pool: RankPool, backend: str, size: int, plan: dict[str, Any]) -> None:
     flags = {"refiner": str(tiny_extras.refiner())}
     if not plan:
