@@ -53,7 +53,7 @@ def serve(backend: Backend[World, Engine]) -> NoReturn:
     grace = config.stop_grace + (WORKERS_GRACE if rank else 0)
     lifeline = Lifeline("TORCHELASTIC_RUN_ID" in os.environ, config.collective_timeout, rank, grace)
     status = HostStatus(config.backend, config.type, world_size)
-    queue = JobQueue(config.max_queue)
+    queue = JobQueue(config.max_queue, config.max_queue_per_client)
     if rank == 0:
         _start_server(config, backend, status, queue, lifeline)
         for line in [*exposure_warnings(config), *idle_flags(config, backend, world_size)]:

@@ -60,7 +60,7 @@ class FakeHost:
     def __init__(self, config: HostConfig | None = None, state: Any = "ready") -> None:
         self.config = config or config_of()
         self.status = HostStatus(self.config.backend, self.config.type, 2, state=state)
-        self.queue = JobQueue(self.config.max_queue)
+        self.queue = JobQueue(self.config.max_queue, self.config.max_queue_per_client)
         self.app = create_app(self.config, self.status, self.queue)
         self.server = Server(
             self.app,

@@ -89,6 +89,7 @@ class _Job:
     """What every job has. Written by rank 0's loop, read by HTTP threads."""
 
     id: str = field(default_factory=lambda: secrets.token_hex(8))
+    client: str = ""  # who asked: clients take turns
     started: float | None = None  # time.monotonic()
     error: JobError | None = None  # why it failed; None where it did not, or is not done
     watch: Callable[[], None] = _nothing  # called when pictures are made, and at the end; must not wait

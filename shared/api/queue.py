@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
+from shared.api.fair import Turns
 from shared.api.jobs import GenerationJob, HostEndedError, Job, JobError, Preview
 
 PREVIEW_SECONDS = 0.25  # between two previews of a picture
@@ -16,17 +16,27 @@ class QueueFullError(RuntimeError):
     """The queue holds as many requests as may wait."""
 
 
-class JobQueue:
-    """First in, first out, one running at a time; `limit` jobs may wait behind the running one."""
+class ClientFullError(RuntimeError):
+    """One client has as many requests in the queue as it may have."""
 
-    def __init__(self, limit: int) -> None:
+
+class JobQueue:
+    """One job runs at a time; the clients take turns, and the jobs of one client are run in order.
+
+    Args:
+        limit: jobs that may wait behind the running one.
+        per_client: the same, of one client; None: no limit of its own.
+    """
+
+    def __init__(self, limit: int, per_client: int | None = None) -> None:
         self.limit = limit
+        self.per_client = per_client
         self.running: Job | None = None
         self.last: GenerationJob | None = None  # the newest that left the queue
         self.taken: Callable[[Job], None] = lambda job: None  # called before a job goes to the ranks
         self.watchers = 0  # clients that would see a preview; written by the HTTP threads
         self._previewed = 0.0  # time.monotonic()
-        self._waiting: deque[Job] = deque()
+        self._waiting = Turns()
         self._changed = threading.Condition()
         self._closed: JobError | None = None
 
@@ -54,23 +64,31 @@ class JobQueue:
 
         Raises:
             QueueFullError: when `limit` jobs wait and one runs.
+            ClientFullError: when `per_client` jobs of the job's client wait and one runs, of whoever it is.
             JobError: 503, when the queue was closed.
         """
         with self._changed:
             if self._closed is not None:
                 raise JobError(self._closed.status, str(self._closed))
-            ahead = len(self._waiting) + (self.running is not None)
+            runs = self.running is not None
+            own = self._waiting.of(job.client)
+            if self.per_client is not None and own + runs > self.per_client:
+                raise ClientFullError(
+                    f"{own} of your requests are waiting; at most {self.per_client} of one client may wait "
+                    "(--max_queue_per_client)"
+                )
+            ahead = len(self._waiting) + runs
             if ahead > self.limit:
                 raise QueueFullError(
                     f"{len(self._waiting)} requests are waiting; at most {self.limit} may wait"
                 )
-            self._waiting.append(job)
+            self._waiting.add([job])
             self._changed.notify_all()
 
     def restore(self, jobs: Sequence[Job]) -> None:
         """Add jobs that were accepted before the host was started again, whatever `limit` is now."""
         with self._changed:
-            self._waiting.extend(jobs)
+            self._waiting.add(jobs)
             self._changed.notify_all()
 
     def take(self, timeout: float) -> Job | None:
@@ -86,7 +104,7 @@ class JobQueue:
         with self._changed:
             while True:
                 while self._waiting:
-                    job = self._waiting.popleft()
+                    job = self._waiting.next()
                     if job.cancelled:
                         job.finish(JobError(499, "cancelled"))
                         continue
@@ -108,8 +126,7 @@ class JobQueue:
         """Cancel a job; one that still waits is ended at once."""
         job.cancel()
         with self._changed:
-            if job in self._waiting:
-                self._waiting.remove(job)
+            if self._waiting.remove(job):
                 job.finish(JobError(499, "cancelled"))
 
     def cancel_running(self) -> bool:

@@ -16,7 +16,7 @@ from shared.api.faults import MAX_FAULTS, FieldProblem, RequestError
 from shared.api.hashes import FileHashes, cache_folder
 from shared.api.jobs import GenerationJob, HostEndedError, Job, JobError, OperationJob, Order
 from shared.api.operations import Operation
-from shared.api.queue import JobQueue, QueueFullError
+from shared.api.queue import ClientFullError, JobQueue, QueueFullError
 from shared.api.replies import Reply
 from shared.api.status import HostStatus
 from shared.api.store import PROMPT_SHOWN, JobRecord, JobStore
@@ -69,7 +69,7 @@ class Caller:
     id: str  # X-Request-Id
     named: bool = False  # whether the client itself gave it, so that it may ask for the job again
     route: str = ""  # such as "POST /generate"
-    client: str = ""  # its address
+    client: str = ""  # who takes turns with others (shared.http.proxies)
     digest: Callable[[], str] = lambda: ""  # of the method, the path and the body
     gone: Callable[[], bool] = lambda: False  # whether the client has closed its connection
     job: Job | None = None  # what it waits for
@@ -265,7 +265,7 @@ class Dispatcher:
         """
         self.check_ready()
         with self._slot():
-            job = caller.job = OperationJob(operation, id=caller.id)
+            job = caller.job = OperationJob(operation, id=caller.id, client=caller.client)
             self._submit(job)
             while not job.wait(DISCONNECT_POLL):
                 if not job.cancelled and caller.gone():
@@ -301,9 +301,11 @@ class Dispatcher:
             raise ApiError.from_request(error) from None
 
     def _submit(self, job: Job) -> None:
-        """Queue a job. Raises ApiError 503."""
+        """Queue a job. Raises ApiError 503, and 429 where its client has too many there."""
         try:
             self.queue.submit(job)
+        except ClientFullError as error:
+            raise ApiError(429, str(error), headers={"Retry-After": str(RETRY_AFTER["full"])}) from None
         except QueueFullError as error:
             raise ApiError.unavailable("full", f"the queue is full: {error}") from None
         except JobError as error:

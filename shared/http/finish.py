@@ -38,7 +38,7 @@ class Finisher:
 
     def attend(self, record: JobRecord, order: Order) -> GenerationJob:
         """The job of a record. What it makes is encoded, and stored when it is done; then it is settled."""
-        job = GenerationJob(order.request, order.second, id=record.id)
+        job = GenerationJob(order.request, order.second, id=record.id, client=record.client)
         began = time.monotonic()
 
         def watch() -> None:

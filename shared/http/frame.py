@@ -28,6 +28,7 @@ from shared.http.access import AccessRules, is_preflight
 from shared.http.connections import NO_ROOM
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.incoming import caller, enter
+from shared.http.proxies import Proxies
 from shared.http.routes import App
 from shared.launch.wording import cut, shown
 
@@ -43,12 +44,13 @@ _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="multigpu diffusion"'}
 def add_frame(app: App, dispatcher: Dispatcher) -> None:
     """Put it around all routes of an application."""
     api_key, access = dispatcher.config.api_key, AccessRules(dispatcher.config)
+    proxies = Proxies(dispatcher.config.trusted_proxies or ())
 
     @app.before_request
     def begin() -> Response | None:
         given = http.headers.get("X-Request-Id", "")
         named = REQUEST_ID.fullmatch(given) is not None
-        enter(given if named else secrets.token_hex(8), named)
+        enter(given if named else secrets.token_hex(8), named, proxies)
         g.began = time.monotonic()
         if foreign := access.refusal(http.headers.get("Host", ""), http.headers.get("Origin")):
             raise ApiError(403, foreign)

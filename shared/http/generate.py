@@ -19,7 +19,7 @@ from shared.http.jobs import ACCEPTED, accepted
 from shared.http.negotiate import RAW_FORMATS, negotiate
 from shared.http.routes import Answer, App, Schema, picture_route
 
-ERRORS = (400, 408, 409, 413, 415, 422, 499, 500, 503, 504, 507)
+ERRORS = (400, 408, 409, 413, 415, 422, 429, 499, 500, 503, 504, 507)
 HEADERS: dict[str, Schema] = {
     "X-Request-Id": {"schema": {"type": "string"}},
     "X-Seed": {"schema": {"type": "integer"}, "description": "with the bytes themselves"},

@@ -11,21 +11,24 @@ from flask import request as http
 
 from shared.api.parsing import parse_object
 from shared.http.dispatch import ApiError, Caller
+from shared.http.proxies import Proxies
 from shared.launch.wording import shown
 
 PIECE = 1 << 20  # bytes of a body that are read at once
 
 
-def enter(id: str, named: bool) -> None:
+def enter(id: str, named: bool, proxies: Proxies) -> None:
     """A request has come; `caller` gives who sent it from now on.
 
     Args:
         id: its X-Request-Id.
         named: whether the client gave it.
+        proxies: those that may say who the client is.
     """
     gone: Callable[[], bool] = http.environ.get("waitress.client_disconnected", lambda: False)
     route = f"{http.method} {http.path}"
-    g.caller = Caller(id, named, route, http.remote_addr or "", _digest, gone)
+    client = proxies.client(http.remote_addr or "", http.headers.get("X-Forwarded-For", ""))
+    g.caller = Caller(id, named, route, client, _digest, gone)
 
 
 def _digest() -> str:

@@ -40,7 +40,7 @@ def _change(summary: str) -> Route:
         summary,
         Answer("The LoRAs in use now", LoraAnswer),
         body=LoraChange,
-        errors=(400, 409, 413, 415, 422, 499, 500, 503),
+        errors=(400, 409, 413, 415, 422, 429, 499, 500, 503),
     )
 
 

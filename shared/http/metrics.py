@@ -24,6 +24,7 @@ OUTCOMES = {
     413: "too_large",
     415: "not_json",
     422: "not_served",
+    429: "too_many",
     499: "cancelled",
     503: "unavailable",
     504: "timed_out",

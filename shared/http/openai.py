@@ -48,7 +48,7 @@ _TEXTS = frozenset({"prompt", "positive", "negative", "negative_prompt", "size"}
 def error_body(error: ApiError) -> dict[str, Any]:
     """OpenAI's error shape; `errors` beside it has every fault, as /generate tells them."""
     first = error.problems[0].field if error.problems else None
-    codes = {401: "invalid_api_key", 404: "not_found", 503: "unavailable"}
+    codes = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded", 503: "unavailable"}
     return {
         "error": {
             "message": error.message,

@@ -26,6 +26,7 @@ ERRORS = {
     413: "The body is larger than this route takes (64 MiB with pictures, else 64 KiB)",
     415: "The body is not JSON",
     422: "A request that this model or this launch cannot serve",
+    429: "As many requests of this client wait as may (--max_queue_per_client); see Retry-After",
     499: "Cancelled, by POST /cancel or because the client left",
     500: "The model failed at this request; the host goes on",
     503: "Loading, queue full, or broken; see Retry-After",
@@ -66,7 +67,8 @@ def openapi(app: App, config: HostConfig) -> dict[str, Any]:
         "info": {
             "title": f"multigpu diffusion: {config.spec.title} on {config.backend}",
             "version": "1",
-            "description": "One request at a time reaches the ranks, in order of arrival; the rest wait.",
+            "description": "One request at a time reaches the ranks; the rest wait. "
+            "Clients take turns, and the requests of one client are served in order of arrival.",
         },
         "paths": _paths(app),
         "components": {"schemas": schemas, "responses": _responses()},
@@ -168,6 +170,6 @@ def _responses() -> dict[str, Any]:
     responses: dict[str, Any] = {}
     for code, description in ERRORS.items():
         responses[str(code)] = _answer(Answer(description, ErrorAnswer))
-        if code == 503:
+        if code in (429, 503):
             responses[str(code)]["headers"] = _RETRIES
     return responses

@@ -76,6 +76,8 @@ class Server:
             outbuf_overflow=1 << 30,
             outbuf_high_watermark=1 << 30,
             log_socket_errors=False,
+            # shared.http.proxies decides whom X-Forwarded-For is believed from.
+            clear_untrusted_proxy_headers=False,
         )
         self._listeners = [d for d in self._map.values() if isinstance(d, BaseWSGIServer)]
         for listener in self._listeners:

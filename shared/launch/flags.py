@@ -16,6 +16,7 @@ from shared.launch.values import (
     as_hosts,
     as_integer,
     as_json_object,
+    as_networks,
     as_origins,
     as_scales,
     as_scales_or_path,
@@ -285,6 +286,14 @@ class HostConfig:
     max_queue: int = _flag(
         16, _HOST, "requests that may wait; further ones are answered 503", as_integer, least=0, most=1024
     )
+    max_queue_per_client: int | None = _flag(
+        None,
+        _HOST,
+        "requests of one client that may wait; further ones are answered 429 (default: --max_queue)",
+        as_integer,
+        least=1,
+        most=1024,
+    )
     request_timeout: float = _flag(
         1800.0,
         _HOST,
@@ -320,6 +329,13 @@ class HostConfig:
         _HOST,
         "origins of other web pages that may call this host (CORS), separated by commas; * for any",
         as_origins,
+    )
+    trusted_proxies: tuple[str, ...] | None = _flag(
+        None,
+        _HOST,
+        "addresses or networks of proxies whose X-Forwarded-For is believed, separated by commas: clients "
+        "behind them then take turns (default: none)",
+        as_networks,
     )
     max_pixel_steps: int = _flag(
         10**10,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import math
 import re
@@ -138,3 +139,10 @@ def as_origins(value: Any) -> tuple[str, ...]:
     if not all(o in ("*", "null") or re.fullmatch(r"[\w.+-]+://[^/]+/?", o) for o in origins):
         raise ValueError("origins such as https://app.example.org, without a path; or *")
     return origins
+
+
+def as_networks(value: Any) -> tuple[str, ...]:
+    try:
+        return tuple(str(ipaddress.ip_network(name)) for name in as_names(value))
+    except ValueError:
+        raise ValueError("addresses or networks such as 127.0.0.1,10.0.0.0/8") from None

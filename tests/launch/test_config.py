@@ -97,6 +97,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "port": ("7001", 7001),
     "host": ("0.0.0.0", "0.0.0.0"),
     "max_queue": ("0", 0),
+    "max_queue_per_client": ("4", 4),
     "request_timeout": ("2.5", 2.5),
     "collective_timeout": ("60", 60.0),
     "stop_grace": ("12.5", 12.5),
@@ -105,6 +106,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "api_key_file": ("{f}/key", "{f}/key"),
     "trusted_hosts": ("gpu.example,b", ("gpu.example", "b")),
     "allow_origin": ("https://app.example", ("https://app.example",)),
+    "trusted_proxies": ("127.0.0.1, 10.0.0.0/8", ("127.0.0.1/32", "10.0.0.0/8")),
     "max_pixel_steps": ("1000", 1000),
     "cache_dir": ("{f}/new", "{f}/new"),
 }

@@ -18,6 +18,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -42,7 +43,7 @@ from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import load_pipeline
 from shared.ranks.groups import World, init_world, make_groups
 from tests import tiny, tiny_extras, tiny_original
-from tests.httphost import FakeHost, asyncdiff, config_of
+from tests.httphost import FakeHost, asyncdiff, config_of, wait_for
 from tests.pool import RankPool
 from tests.test_host import until
 from tests.test_matrix import body, psnr
@@ -577,6 +578,27 @@ def _(ground: Ground) -> None:
         assert refused.status_code == 503 and refused.headers["Retry-After"]
         host.go_on.set()
         held.join()
+
+
+@shows("max_queue_per_client", "trusted_proxies")
+def _(ground: Ground) -> None:
+    """tests/http/test_fairness.py: one client of two, behind a proxy, may let nothing wait but its own."""
+    config = config_of(max_queue_per_client=1, trusted_proxies=("127.0.0.1/32",))
+    with FakeHost(config) as host, ThreadPoolExecutor(3) as pool:
+
+        def ask(client: str) -> requests.Response:
+            return host.generate({"positive": "hold"}, headers={"X-Forwarded-For": client})
+
+        held = [pool.submit(ask, "192.0.2.1")]
+        wait_for(lambda: host.queue.running is not None)
+        held.append(pool.submit(ask, "192.0.2.1"))
+        wait_for(lambda: len(host.queue) == 1)
+        refused = ask("192.0.2.1")
+        assert refused.status_code == 429 and refused.headers["Retry-After"]
+        held.append(pool.submit(ask, "192.0.2.2"))
+        wait_for(lambda: len(host.queue) == 2)
+        host.go_on.set()
+        assert [future.result().status_code for future in held] == [200] * 3
 
 
 @shows("request_timeout")

@@ -76,7 +76,7 @@ async function send(request, before) {
     else {
       say("");
       tellError(error);
-      if ([0, 503].includes(error.status)) hold();
+      if ([0, 429, 503].includes(error.status)) hold();
     }
     if (follows) restore();
   } finally {
