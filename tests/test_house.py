@@ -99,3 +99,9 @@ def test_torch_waits_until_it_is_needed(room: str) -> None:
 )
 def test_parallel_speaks_no_flags(path: Path) -> None:
     assert not [text for text in texts(path.read_text()) if "--" in text]
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest cannot collect two modules of one name, and ranks find a test's functions by that name."""
+    names = [path.name for path in sorted((ROOT / "tests").glob("**/test_*.py"))]
+    assert len(names) == len(set(names)), sorted({name for name in names if names.count(name) > 1})
