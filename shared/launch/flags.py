@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,16 @@ from shared.launch.values import (
     as_weights,
 )
 from shared.models import MODELS, ModelSpec
+
+
+@lru_cache(64)
+def _spec_of(type: str, checkpoint: str) -> ModelSpec:
+    spec = MODELS[type]
+    try:
+        index = json.loads((Path(checkpoint) / "model_index.json").read_text()) if spec.variants else None
+    except (OSError, ValueError):
+        index = None  # which the checks and the loader report
+    return spec.of_checkpoint(index) if isinstance(index, dict) else spec
 
 
 def _flag(
@@ -360,11 +372,12 @@ class HostConfig:
         """The models of which each rank keeps a part, by the names of their components."""
         if not self.shard_weights or world_size == 1:
             return ()
-        return (self.spec.denoiser, "controlnet", *self.spec.text_encoders)
+        return (*self.spec.denoisers, "controlnet", *self.spec.text_encoders)
 
     @property
     def spec(self) -> ModelSpec:
-        return MODELS[self.type]
+        """The type, as the checkpoint has it."""
+        return _spec_of(self.type, self.checkpoint)
 
     def changed(self, *flags: str) -> list[str]:
         """Those of the flags that are not at their defaults."""

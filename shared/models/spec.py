@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from shared.models.files import FileKind
 from shared.models.tokens import TokenPlan
@@ -103,6 +103,8 @@ class ModelSpec:
     kept: tuple[str, ...] = ("conv_in", "conv_out", "time_*", "add_embedding*", "class_embedding*")
     own_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """What its authors call the denoiser's layers, by parts of diffusers' names; LoRAs use both."""
+    lora_parts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """A word in the name of a LoRA's file -> which of several denoisers it is for."""
     lora_loader: Literal["pipeline", "peft"] = "pipeline"
     single_file_config: str | None = None  # folder under configs/, to load a single file offline
     # Prefix of the tensors' names of each text encoder in single files.
@@ -114,9 +116,25 @@ class ModelSpec:
     # Entries of model_index.json that make the checkpoint another model, and which.
     other_settings: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     packages: tuple[str, ...] = ()  # that its pipeline needs and diffusers does not ask for
+    # Fields that differ where model_index.json has this entry, by its name.
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
+    puts_frames_back: bool = False  # whether given frames replace the latents of theirs after the last step
+    other_classes: frozenset[str] = frozenset()  # of other types' checkpoints that it loads too
     optional_parts: frozenset[str] = frozenset()  # components without which the type runs
     pipeline_defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     refuses: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    def of_checkpoint(self, index: Mapping[str, Any]) -> ModelSpec:
+        """The type as a checkpoint with this model_index.json has it."""
+        for entry, changes in self.variants.items():
+            if index.get(entry) and index[entry] != [None, None]:
+                return replace(self, **changes)
+        return self
+
+    @property
+    def denoisers(self) -> tuple[str, ...]:
+        """The components that denoise, each for a part of the schedule; most checkpoints have one."""
+        return (self.denoiser, *(self.tokens.further if self.tokens else ()))
 
     @property
     def guidance_branches(self) -> int:
@@ -156,7 +174,8 @@ class ModelSpec:
     @property
     def index_classes(self) -> frozenset[str]:
         """The classes that model_index.json of its checkpoints names."""
-        return frozenset({self.pipeline, *(s.pipeline for s in self.starts if s.kind == "fill")})
+        fill = (start.pipeline for start in self.starts if start.kind == "fill")
+        return self.other_classes.union({self.pipeline}, fill)
 
     def fill_channels(self, inputs: int) -> int | None:
         """The denoiser's input channels in checkpoints trained for inpainting; `inputs` are the others'.

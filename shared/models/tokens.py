@@ -30,7 +30,7 @@ class Site:
     each: bool = False
     """Whether it is a tuple with one item for each of `of`, not one tensor over all of them."""
     optional: bool = False
-    """Whether some checkpoints have None there."""
+    """Whether some checkpoints have None there, or nothing for each token."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class TokenPlan:
     """What a block calls the feed-forward layers that tensor parallelism divides."""
     caches: frozenset[Cache] = frozenset()
     """The step caches that fit."""
+    further: tuple[str, ...] = ()
+    """Components that are transformers of this class too, each for a part of the schedule."""
     stages: StagePlan | None = None
     """For PipeFusion; None: xfuser has no stages of it."""
     control_net: TokenPlan | None = None

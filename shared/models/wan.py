@@ -1,9 +1,10 @@
-"""Wan 2.1: text and picture to video."""
+"""Wan 2.1 and 2.2: text and picture to video."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 from shared.models.files import FileKind
 from shared.models.spec import (
@@ -24,7 +25,9 @@ TOKENS = TokenPlan(
     blocks=("blocks",),
     attention=("attn1",),
     picture=(Site("blocks.0", "input"),),
-    positions=(Site("rope", "output"),),
+    # TI2V-5B has a timestep for each token.
+    positions=(Site("rope", "output"), Site("timestep", "argument", optional=True)),
+    further=("transformer_2",),
     guidance="calls",
     flow=True,
 )
@@ -50,9 +53,23 @@ OWN_NAMES = MappingProxyType(
     }
 )
 
+# Wan 2.2 A14B: one transformer for the noisier steps, one for the others.
+A14B: MappingProxyType[str, Any] = MappingProxyType(
+    {
+        "steps": 40,
+        "cfg": 4.0,
+        "refuses": refusals(
+            PROMPT_ONLY, {"gguf_model": "this checkpoint has two transformers, and the flag names one file"}
+        ),
+    }
+)
+TI2V: MappingProxyType[str, Any] = MappingProxyType(
+    {"width": 1280, "height": 704, "size_multiple": 32, "frames": 121, "fps": 24}
+)
+
 WAN = ModelSpec(
     name="wan",
-    title="Wan 2.1 text to video",
+    title="Wan 2.1 and 2.2 text to video",
     pipeline="WanPipeline",
     denoiser="transformer",
     tokens=TOKENS,
@@ -76,12 +93,8 @@ WAN = ModelSpec(
     kept=("proj_out", "patch_embedding", "condition_embedder*"),
     scheduler_family="flow_video",
     fields=PROMPTS | SIZE | LORA | {"latent", "frames", "fps"},
-    other_settings=MappingProxyType(
-        {
-            "transformer_2": "Wan 2.2 A14B, whose second transformer is not supported",
-            "expand_timesteps": "Wan 2.2 TI2V-5B, whose timesteps for each token are not supported",
-        }
-    ),
+    lora_parts=MappingProxyType({"high": "transformer", "low": "transformer_2"}),
+    variants=MappingProxyType({"transformer_2": A14B, "expand_timesteps": TI2V}),
     refuses=refusals(PROMPT_ONLY),
 )
 
@@ -91,13 +104,21 @@ FAMILY = Family(
         replace(
             WAN,
             name="wani2v",
-            title="Wan 2.1 picture to video",
+            title="Wan 2.1 and 2.2 picture to video",
             pipeline="WanImageToVideoPipeline",
             image="needed",
             # Its transformer takes the last 512 tokens for the prompt's and those before for the picture's,
             # so prompts of its default length, 512, are the only right ones.
             fields=WAN.fields | IMAGE,
             packages=("ftfy",),
+            variants=MappingProxyType(
+                {
+                    "transformer_2": A14B | {"cfg": 3.5},
+                    # Its checkpoint is the one that type wan loads.
+                    "expand_timesteps": TI2V
+                    | {"other_classes": frozenset({"WanPipeline"}), "puts_frames_back": True},
+                }
+            ),
         ),
     ),
     files=(FileKind("Wan", "wan", ("blocks.0.self_attn.norm_q.",)),),

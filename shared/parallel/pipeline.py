@@ -70,6 +70,7 @@ class Pipeline(Protocol):
     get_timesteps: Callable[..., Any]  # of those that start from a picture
     image_processor: Any
     watermark: Any
+    prepare_latents: Callable[..., Any]
     lora_state_dict: Callable[..., Any]
     _pack_latents: Callable[..., torch.Tensor]
     _unpack_latents: Callable[..., torch.Tensor]

@@ -16,7 +16,7 @@ from torch import nn
 
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
-from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
+from shared.parallel.pipeline import Pipeline, part_of, parts_of
 
 log = logging.getLogger("host")
 
@@ -41,12 +41,13 @@ def compile_pipeline(
     """
     counts: dict[str, int] = {}
     if config.compile_unet:
-        denoiser, given = model_of(pipe, spec.denoiser), config
+        given = config
         if config.compile_mode in WITHOUT_GRAPHS:
             mode = WITHOUT_GRAPHS[config.compile_mode]
             given = replace(config, compile_mode=mode)
             log.info("%s: compile mode %s, as the host captures whole steps", spec.denoiser, mode)
-        counts[spec.denoiser] = _compile(blocks(denoiser) if whole_blocks else feed_forwards(denoiser), given)
+        for name, denoiser in parts_of(pipe, spec.denoisers).items():
+            counts[name] = _compile(blocks(denoiser) if whole_blocks else feed_forwards(denoiser), given)
         if (net := part_of(pipe, "controlnet")) is not None:
             counts["controlnet"] = _compile(blocks(net), given)
     if config.compile_vae:

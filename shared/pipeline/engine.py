@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from shared.pipeline.arguments import call_arguments
 from shared.pipeline.batches import Batches, most_together, several
 from shared.pipeline.embeddings import embeddings_of
 from shared.pipeline.from_picture import PicturePipelines, late_start, start_of
-from shared.pipeline.latents import enlarged
+from shared.pipeline.latents import enlarged, with_given_frames
 from shared.pipeline.lora import LoraSet, loras_of
 from shared.pipeline.lora_by_name import RunningLoras
 from shared.pipeline.lora_file import LoraError
@@ -250,8 +251,10 @@ class PipelineEngine:
         self._note_adapters(request)
         self.parallel.take(running)
         self.parallel.begin(arguments["num_inference_steps"], pictures)
+        back = with_given_frames(running, watch) if self.spec.puts_frames_back else contextlib.nullcontext()
         try:
             with (
+                back,
                 noting_broken_pixels(running, watch.finite),
                 self._part_of_schedule(running, start, request, watch, arguments),
                 self._prompts.of(

@@ -8,8 +8,10 @@ they add is in lora_layers.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import nn
 
@@ -18,7 +20,7 @@ from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline, part_of, parts_of
 from shared.pipeline.lora_file import LoraError, read_lora
 from shared.pipeline.lora_layers import fuse, inject, lora_layers, ordered, unwrap
-from shared.pipeline.lora_names import match_layers, sample
+from shared.pipeline.lora_names import Matched, match_layers, sample
 
 log = logging.getLogger("host")
 
@@ -60,6 +62,7 @@ class LoraSet:
             parts, unmatched = match_layers(self.pipe, self.spec, tensors)
         except LoraError as error:
             raise LoraError(f"LoRA {path!r}: {error}") from None
+        parts = self._shared(path, parts)
         matched = sum(map(len, parts.values()))
         if not matched:
             raise LoraError(f"LoRA {path!r} fits no layer of type {self.spec.name}: {sample(unmatched)}")
@@ -84,6 +87,19 @@ class LoraSet:
         else:
             log.info("LoRA %s: %d layers, scale %g", path, matched, scale)
         return entry
+
+    def _shared(self, path: str, parts: Matched) -> Matched:
+        """Where several denoisers have a file's layers: for those that its name tells, else for all."""
+        mine = parts.get(self.spec.denoiser)
+        have = parts_of(self.pipe, self.spec.denoisers)
+        if mine is None or len(have) == 1 or len(parts.keys() & have.keys()) > 1:
+            return parts
+        words = re.split(r"[^a-z]+|noise", Path(path).stem.lower())
+        told = {part for word, part in self.spec.lora_parts.items() if word in words} or set(have)
+        log.info("LoRA %s: for %s", path, " and ".join(sorted(told)))
+        return {part: layers for part, layers in parts.items() if part not in have} | dict.fromkeys(
+            (part for part in have if part in told), mine
+        )
 
     def remove(self, path: str) -> None:
         """Remove a LoRA; after the last one the layers are the original objects. Raises LoraError."""
@@ -146,7 +162,7 @@ class LoraSet:
                 unwrap(module)
 
     def _models(self) -> Iterable[nn.Module]:
-        return parts_of(self.pipe, (self.spec.denoiser, *self.spec.text_encoders)).values()
+        return parts_of(self.pipe, (*self.spec.denoisers, *self.spec.text_encoders)).values()
 
     def _check_open(self, fixed: str | None = None) -> None:
         if reason := self.frozen or fixed:

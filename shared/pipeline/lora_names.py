@@ -69,7 +69,7 @@ class _Places:
         self.spec = spec
         self.layers: Layers = {
             part: _adaptable(module)
-            for part, module in parts_of(pipe, (spec.denoiser, *spec.text_encoders)).items()
+            for part, module in parts_of(pipe, (*spec.denoisers, *spec.text_encoders)).items()
         }
         self.flat = {
             part: {name.replace(".", "_"): name for name in known} for part, known in self.layers.items()

@@ -164,7 +164,7 @@ def _offload_groups(pipe: Pipeline, spec: ModelSpec, device: torch.device) -> No
             continue
         # Fetching ahead on a stream learns the order of layers in the first forward and hooks them again,
         # which would remove what a parallel method has overridden; nor does that keep an order.
-        ahead = device.type == "cuda" and name not in (spec.denoiser, "controlnet")
+        ahead = device.type == "cuda" and name not in (*spec.denoisers, "controlnet")
         how: dict[str, Any] = {
             "onload_device": device, "offload_type": "leaf_level",
             "use_stream": ahead, "low_cpu_mem_usage": ahead,

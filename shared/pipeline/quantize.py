@@ -57,10 +57,10 @@ def quantize_pipeline(
 
     _without_extensions()
     sizes = {}
-    for name, module in parts_of(pipe, (spec.denoiser, *spec.text_encoders)).items():
+    for name, module in parts_of(pipe, (*spec.denoisers, *spec.text_encoders)).items():
         module.to(device)
         before = tensor_bytes(module)
-        kept = list(spec.kept) if name == spec.denoiser else []
+        kept = list(spec.kept) if name in spec.denoisers else []
         quanto.quantize(module, weights=getattr(quanto, QTYPES[kind]), exclude=kept)
         layers = [m for m in module.modules() if isinstance(m, quanto.nn.QModuleMixin)]
         for layer in layers:

@@ -20,7 +20,7 @@ from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.exchange import Ranks
 from shared.parallel.graphs import Graphs
 from shared.parallel.method import Method, Watch, control_nets
-from shared.parallel.pipeline import Pipeline, model_of
+from shared.parallel.pipeline import Pipeline, model_of, parts_of
 from shared.parallel.surgery import Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 from shared.parallel.xdit.caches import StepCache, step_cache
@@ -78,7 +78,7 @@ class XDiT(Method):
         # Which blocks a cache computes is decided by numbers, which a captured graph cannot do.
         self._graphs = Graphs(cuda_graph and cache is None and self.tokens.capturable)
         self.cache: StepCache | None = None
-        self._calls: CallsSplit | None = None
+        self._calls: list[CallsSplit] = []
         self._split: CfgSplit | None = None
         self.batches = cache is None  # a cache decides for all pictures of a call together
         self.decodes_together = parallel_vae and degrees.world > degrees.data
@@ -92,7 +92,8 @@ class XDiT(Method):
     def _install(self, cache: Cache | None, threshold: float | None) -> None:
         degrees, groups, held = self.degrees, self.groups, self.held
         nets = control_nets(self.pipeline)
-        models = [self.transformer, *nets]
+        transformers = transformers_of(self.pipeline, self.tokens)
+        models = [*transformers, *nets]
         groups.start(self.pipeline, groups.engine_config(self.transformer.dtype, self.attention))
         if degrees.tensor > 1:
             held.enter_context(FeedForwardParallel(models, self.tokens, groups.tensor))
@@ -113,11 +114,9 @@ class XDiT(Method):
         if degrees.cfg == 2:
             pair = Ranks.of(groups.branches)
             if self.tokens.guidance == "calls":
-                self._calls = held.enter_context(CallsSplit(self.transformer, pair.group))
+                self._calls = [held.enter_context(CallsSplit(one, pair.group)) for one in transformers]
             else:
-                self._split = held.enter_context(
-                    CfgSplit([self.transformer], pair.group, pair.rank, local=nets)
-                )
+                self._split = held.enter_context(CfgSplit(transformers, pair.group, pair.rank, local=nets))
         if self.decodes_together:
             held.enter_context(PatchDecoder(self.pipeline.vae, groups.replica))
 
@@ -144,18 +143,19 @@ class XDiT(Method):
 
     def begin(self, steps: int, pictures: int = 1) -> None:
         super().begin(steps, pictures)
-        for part in (self.cache, self._split, self._calls):
+        for part in (self.cache, self._split, *self._calls):
             if part is not None:
                 part.begin(steps, pictures)
 
     def run(self, arguments: dict[str, Any], watch: Watch) -> Any:
-        if self._calls is None:
-            return super().run(arguments, watch)
-        self._calls.guided = arguments.get(self.tokens.scale, 0.0) > 1
+        guided = arguments.get(self.tokens.scale, 0.0) > 1
+        for calls in self._calls:
+            calls.guided = guided
         try:
             return super().run(arguments, watch)
         finally:
-            self._calls.guided = False
+            for calls in self._calls:
+                calls.guided = False
 
     def reset(self) -> None:
         """Forget captured graphs: scales of adapters are numbers inside them."""
@@ -190,7 +190,7 @@ def check_model(pipeline: Pipeline, degrees: Degrees, cache: Cache | None = None
     """
     transformer = model_of(pipeline, "transformer")
     tokens, nets = token_plan(type(transformer).__name__), control_nets(pipeline)
-    for model in (transformer, *nets):
+    for model in (*transformers_of(pipeline, tokens), *nets):
         token_plan(type(model).__name__)
         heads = model.config.num_attention_heads
         if heads % degrees.ulysses:
@@ -210,6 +210,11 @@ def check_model(pipeline: Pipeline, degrees: Degrees, cache: Cache | None = None
             f"{len(nets)} ControlNets"
         )
     return tokens
+
+
+def transformers_of(pipeline: Pipeline, plan: TokenPlan) -> list[Any]:
+    """The transformers of a pipeline, in the order in which they take parts of the schedule."""
+    return list(parts_of(pipeline, ("transformer", *plan.further)).values())
 
 
 def attention_backend(device: torch.device, dtype: torch.dtype, degrees: Degrees) -> str:

@@ -122,8 +122,8 @@ class SequenceParallel:
 
     def _cut(self, value: Any, site: Site) -> Any:
         """This rank's share of what is at a site."""
-        if value is None:
-            return None
+        if value is None or (site.optional and site.dim >= value.ndim):
+            return value
         if site.each:
             each = [replace(site, of=(stream,), each=False) for stream in site.of]
             return tuple(self._cut(item, one) for item, one in zip(value, each, strict=True))
