@@ -123,9 +123,9 @@ class Answer:
 
 
 class Host:
-    """Two ranks under torchrun, their output in a file."""
+    """Two ranks under torchrun, with more flags, their output in a file."""
 
-    def __init__(self, folder: Path, restarts: bool) -> None:
+    def __init__(self, folder: Path, restarts: bool, *flags: str) -> None:
         with socket.socket() as free, socket.socket() as other:
             free.bind(("127.0.0.1", 0))
             other.bind(("127.0.0.1", 0))
@@ -144,6 +144,7 @@ class Host:
         command += ["--width=128", "--height=128", "--warm_up_steps=40", f"--collective_timeout={TIMEOUT}"]
         if "lora_dir" in (ROOT / "shared" / "launch" / "flags.py").read_text():
             command.append(f"--lora_dir={folder}")
+        command += flags
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -81,11 +81,17 @@ def serve(backend: Backend[World, Engine]) -> NoReturn:
 def _start_server(
     config: HostConfig, backend: Backend, status: HostStatus, queue: JobQueue, lifeline: Lifeline
 ) -> None:
+    from shared.api.folder import FolderError
     from shared.api.jobs import JobError
+    from shared.api.store import open_store
     from shared.http.server import Server, body_bound, create_app
 
     try:
-        app = create_app(config, status, queue)
+        store = open_store(config)
+    except FolderError as error:
+        exit_usage(backend, UsageError(f"--state_dir: {config.state_dir!r} {error}"))
+    try:
+        app = create_app(config, status, queue, store)
         server = Server(app, config.host, config.port, config.max_queue, body_bound(app, config))
     except (OSError, UnicodeError) as error:
         exit_usage(backend, UsageError(_cannot_serve(config, error)))
@@ -100,7 +106,9 @@ def _start_server(
     def answer_clients(reason: str, failed: bool) -> None:
         status.state, status.message = ("broken" if failed else "stopping"), reason
         queue.close(JobError(500 if failed else 503, f"the host is ending: {reason}"))
-        server.close(FLUSH_SECONDS if lifeline.immediate else ANSWER_SECONDS)
+        seconds = FLUSH_SECONDS if lifeline.immediate else ANSWER_SECONDS
+        store.settle(seconds)
+        server.close(seconds)
 
     lifeline.before_stop(stop)
     lifeline.before_end(answer_clients)

@@ -20,6 +20,7 @@ from shared.api.queue import JobQueue
 from shared.api.replies import Reply
 from shared.api.requests import GenerateRequest
 from shared.api.status import HostStatus
+from shared.api.store import open_store
 from shared.backends import BACKENDS
 from shared.http.server import Server, body_bound, create_app
 from shared.launch.flags import HostConfig
@@ -61,7 +62,8 @@ class FakeHost:
         self.config = config or config_of()
         self.status = HostStatus(self.config.backend, self.config.type, 2, state=state)
         self.queue = JobQueue(self.config.max_queue, self.config.max_queue_per_client)
-        self.app = create_app(self.config, self.status, self.queue)
+        self.store = open_store(self.config)
+        self.app = create_app(self.config, self.status, self.queue, self.store)
         self.server = Server(
             self.app,
             self.config.host,
@@ -87,15 +89,26 @@ class FakeHost:
 
     def close(self) -> None:
         self._end.set()
-        self.go_on.set()
         self.queue.close(JobError(503, "the host is stopping"))
+        self.store.settle(5)
+        self.go_on.set()
         self.server.close()
         self._thread.join(5)
+        if self.store.folder is not None:
+            self.store.folder.close()
+
+    def die(self) -> None:
+        """End as on SIGKILL: nothing more is written."""
+        if self.store.folder is not None:
+            self.store.folder.close()
+        self.close()
 
     def _loop(self) -> None:
         while not self._end.is_set():
-            job = self.queue.take(0.05)
+            loading = self.status.state == "loading"
+            job = None if loading else self.queue.take(0.05)
             if job is None:
+                time.sleep(0.01 if loading else 0)
                 continue
             self.status.state = "busy"
             try:

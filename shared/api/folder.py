@@ -199,7 +199,11 @@ class StateFolder:
             os.close(held)
 
     def close(self) -> None:
-        """Leave the folder to another host."""
-        with self._lock, contextlib.suppress(AttributeError):  # it may never have been opened
-            self._db.close()
-        os.close(self._held)
+        """Leave the folder to another host; whatever is called from now on raises sqlite3.Error."""
+        with self._lock:
+            if self._held < 0:
+                return
+            with contextlib.suppress(AttributeError):  # it may never have been opened
+                self._db.close()
+            os.close(self._held)
+            self._held = -1

@@ -11,6 +11,7 @@ import sqlite3
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from pydantic_core import from_json, to_json
@@ -27,6 +28,7 @@ from shared.api.stored import (
     load_replies,
     slim,
 )
+from shared.launch.flags import HostConfig
 
 log = logging.getLogger("host")
 
@@ -96,6 +98,12 @@ class JobRecord:
 
 
 _HEAD = ("route", "digest", "client", "launch", "warnings", "accepted", "prompt", "seed", "pictures")
+
+
+def open_store(config: HostConfig) -> JobStore:
+    """The store of a launch. Raises FolderError."""
+    folder = None if config.state_dir is None else StateFolder(Path(config.state_dir))
+    return JobStore(folder, config.keep_jobs, config.keep_bytes)
 
 
 class JobStore:

@@ -18,6 +18,7 @@ from shared.api.jobs import GenerationJob, HostEndedError, Job, JobError, Operat
 from shared.api.operations import Operation
 from shared.api.queue import ClientFullError, JobQueue, QueueFullError
 from shared.api.replies import Reply
+from shared.api.revival import launch_of, revived
 from shared.api.status import HostStatus
 from shared.api.store import PROMPT_SHOWN, JobRecord, JobStore
 from shared.api.stored import StoredError
@@ -103,6 +104,7 @@ class Dispatcher:
         status.when_ready.append(lambda: self.hashes.begin(config))  # not before: it would delay the loading
         self.finisher = Finisher(config, self.hashes, self.store, self.metrics)
         queue.taken = self._taken
+        queue.restore(revived(self.store, config, self.finisher.attend))
         # Fewer than the server's threads, so that some are always left for the quick routes.
         self._slots = threading.BoundedSemaphore(queue.limit + 1 + PARSING)
         self._parsing = threading.BoundedSemaphore(PARSED_AT_ONCE)
@@ -158,7 +160,7 @@ class Dispatcher:
         with collecting_warnings() as warnings:
             digest, asked = self._parsed(read)
         if known is None:
-            request = asked.request
+            request, config = asked.request, self.config
             record = JobRecord(
                 id=caller.id,
                 route=caller.route,
@@ -168,6 +170,7 @@ class Dispatcher:
                 prompt=cut(request.positive or "", PROMPT_SHOWN),
                 seed=request.seed,
                 pictures=request.pictures or 1,
+                launch=launch_of(config),
                 warnings=warnings,
                 kept=caller.named,
             )

@@ -58,9 +58,9 @@ def _check_paths(config: HostConfig) -> None:
         if not f.metadata.get("path") or value is None:
             continue
         for path in value if isinstance(value, dict | tuple) else [value]:
-            if f.name == "cache_dir":  # is made where it is not there
+            if f.name in ("cache_dir", "state_dir"):  # are made where they are not there
                 if os.path.exists(path) and not os.path.isdir(path):
-                    raise UsageError(f"--cache_dir: must be a folder; got the file {path!r}")
+                    raise UsageError(f"--{f.name}: must be a folder; got the file {path!r}")
                 continue
             if not os.path.exists(path):
                 raise UsageError(f"--{f.name}: no such file or folder: {path!r}")

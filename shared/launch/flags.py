@@ -364,6 +364,28 @@ class HostConfig:
         as_text,
         path=True,
     )
+    state_dir: str | None = _flag(
+        None,
+        _HOST,
+        "folder where accepted requests and their answers are kept, so that they outlive the host "
+        "(default: in memory)",
+        as_text,
+        path=True,
+    )
+    keep_jobs: float | None = _flag(
+        None,
+        _HOST,
+        "seconds that finished requests are kept for GET /jobs (default: an hour, with --state_dir a day)",
+        as_seconds,
+    )
+    keep_bytes: int | None = _flag(
+        None,
+        _HOST,
+        "bytes that the answers of finished requests may take; the oldest are forgotten first (default: "
+        "256 MiB, with --state_dir 4 GiB)",
+        as_integer,
+        least=1,
+    )
     legacy_pickle: bool = _flag(
         False, _HOST, "accept and send base64(pickle), for the original project's clients"
     )

@@ -109,6 +109,9 @@ VALUES: dict[str, tuple[str, Any]] = {
     "trusted_proxies": ("127.0.0.1, 10.0.0.0/8", ("127.0.0.1/32", "10.0.0.0/8")),
     "max_pixel_steps": ("1000", 1000),
     "cache_dir": ("{f}/new", "{f}/new"),
+    "state_dir": ("{f}/state", "{f}/state"),
+    "keep_jobs": ("60", 60.0),
+    "keep_bytes": ("1000000", 1000000),
 }
 # Flags that need others, another type or another world size beside them.
 COMPANY: dict[str, dict[str, Any]] = {

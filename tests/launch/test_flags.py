@@ -236,6 +236,24 @@ def _(ground: Ground) -> None:
     assert hashlib.sha256(b"weights").hexdigest() in (kept / "hashes.json").read_text()
 
 
+@shows("state_dir", "keep_jobs", "keep_bytes")
+def _(ground: Ground) -> None:
+    def listed(host: FakeHost) -> list[str]:
+        return [job["id"] for job in host.get("/jobs").json()["jobs"]]
+
+    kept = {"state_dir": str(ground.folder / "state")}
+    for more, left in (
+        ({}, ["second-1", "first-01"]),
+        ({"keep_bytes": 1}, ["second-1"]),
+        ({"keep_jobs": 1e-3}, []),
+    ):
+        with FakeHost(config_of(**kept)) as host:
+            for id in ("first-01", "second-1"):
+                host.generate({"seed": 7}, headers={"X-Request-Id": id})
+        with FakeHost(config_of(**kept | more)) as host:
+            assert listed(host) == left
+
+
 @shows("refiner")
 def _(ground: Ground) -> None:
     path = str(tiny_extras.refiner())
