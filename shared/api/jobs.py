@@ -63,7 +63,7 @@ class SecondPass:
 
 
 def _work(request: GenerateRequest) -> float:
-    return (request.width or 1) * (request.height or 1) * (request.steps or 1)
+    return (request.width or 1) * (request.height or 1) * (request.frames or 1) * (request.steps or 1)
 
 
 @dataclass(frozen=True)
@@ -175,6 +175,12 @@ class GenerationJob(_Job):
     def pictures(self) -> int:
         """How many are asked for."""
         return self.request.pictures or 1
+
+    def work(self) -> float:
+        """Pixels of all frames times steps, of all pictures; with two passes, of both."""
+        first = _work(self.request) * (self.request.strength or 1.0)
+        each = first if self.second is None else first + self.second.work()
+        return each * self.pictures
 
     def step_age(self) -> float:
         return super().step_age() if self.stepped is None else time.monotonic() - self.stepped

@@ -34,7 +34,7 @@ log = logging.getLogger("host")
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 PROMPT_SHOWN = 200  # characters
-LEAST_BYTES = 4 << 10  # that a finished job counts as, beside its files
+LEAST_BYTES = 16 << 10  # that a finished job counts as, beside its files
 MOST_ATTEMPTS = 2  # at a job that ends the host
 MEMORY_AGE, FOLDER_AGE = 3600.0, 24 * 3600.0  # seconds: the defaults of --keep_jobs
 MEMORY_BYTES, FOLDER_BYTES = 256 << 20, 4 << 30  # the defaults of --keep_bytes

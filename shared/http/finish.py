@@ -14,6 +14,7 @@ from shared.api.hashes import FileHashes
 from shared.api.jobs import GenerationJob, HostEndedError, JobError, Order
 from shared.api.media import side_by_side
 from shared.api.metadata import infotext, made_by
+from shared.api.pace import Pace
 from shared.api.replies import Reply
 from shared.api.store import JobRecord, JobStore
 from shared.api.warned import merged
@@ -34,6 +35,7 @@ class Finisher:
         self.hashes = hashes
         self.store = store
         self.metrics = metrics
+        self.pace = Pace()
         self._workers = ThreadPoolExecutor(WORKERS, "finish")
 
     def attend(self, record: JobRecord, order: Order) -> GenerationJob:
@@ -85,6 +87,7 @@ class Finisher:
             self.store.interrupt(record, job.error)
             return
         if job.error is None:
+            self.pace.add(job)
             for reply in job.made:
                 self.metrics.made(reply, time.monotonic() - began)
                 reply.warnings = merged(record.warnings, reply.warnings)

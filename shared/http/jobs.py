@@ -122,8 +122,8 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
             text = f"must be {', '.join(STATES)}, separated by commas; got {shown(min(unknown))}"
             raise RequestError(400, [FieldProblem("state", text)])
         found = [record for record in store.all() if not states or record.state in states]
-        places = _places(dispatcher)
-        return jsonify({"jobs": [describe(record, places) for record in found[:limit]]})
+        outlook = Outlook(dispatcher)
+        return jsonify({"jobs": [describe(record, outlook) for record in found[:limit]]})
 
     @app.serve(
         "GET",
@@ -143,7 +143,7 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
                 _wait(record, seconds)
             finally:
                 polls.release()
-        body = describe(record, _places(dispatcher)) | {"status": None, "answer": None, "error": None}
+        body = describe(record, Outlook(dispatcher)) | {"status": None, "answer": None, "error": None}
         if record.state == "done":
             reply, *others = dispatcher.replies(record)
             body |= {"status": 200, "answer": reply.answer(others)}
@@ -225,14 +225,19 @@ def _number(name: str, least: float, most: float, default: float) -> float:
     return value
 
 
-def _places(dispatcher: Dispatcher) -> dict[str, int]:
-    """By id the place of each job that waits, from 1."""
-    return {job.id: place for place, job in enumerate(dispatcher.queue.waiting(), 1)}
+class Outlook:
+    """What is ahead of the jobs that wait and run: by id the place, from 1, and the seconds until the end."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        running, waiting = dispatcher.queue.running, dispatcher.queue.waiting()
+        self.places = {job.id: place for place, job in enumerate(waiting, 1)}
+        self.seconds = dispatcher.finisher.pace.estimates(running, waiting)
 
 
-def describe(record: JobRecord, places: dict[str, int]) -> dict[str, Any]:
+def describe(record: JobRecord, outlook: Outlook) -> dict[str, Any]:
     """A JobState."""
     state, error = record.state, record.error
+    seconds = outlook.seconds.get(record.id) if record.finished is None else None
     message = ""
     if state == "done":
         message = "OK"
@@ -242,10 +247,10 @@ def describe(record: JobRecord, places: dict[str, int]) -> dict[str, Any]:
         "id": record.id,
         "state": state,
         "route": record.route,
-        "place": places.get(record.id) if state == "queued" else None,
+        "place": outlook.places.get(record.id) if state == "queued" else None,
         "progress": round(record.progress, 1),
         "seconds_waited": round(record.seconds_waited(), 3),
-        "wait_estimate": None,
+        "wait_estimate": None if seconds is None else round(seconds, 1),
         "accepted": round(record.accepted, 3),
         "finished": None if record.finished is None else round(record.finished, 3),
         "seed": record.seed,

@@ -83,6 +83,22 @@ def test_the_list_tells_states_places_and_waits(host: FakeHost) -> None:
     assert "unknown-1" in host.get("/jobs/unknown-1").json()["message"]
 
 
+def test_the_end_of_a_wait_is_estimated_from_what_was_made(host: FakeHost) -> None:
+    def ask(*ids: str) -> list[Any]:
+        for id in ids:
+            host.generate({"positive": "hold", "steps": 4}, headers=ASYNC | id_header(id))
+        wait_for(lambda: job(host, ids[0], 0)["state"] == "running")
+        return [job(host, id, 0)["wait_estimate"] for id in ids]
+
+    assert ask("first-one", "second-1") == [None, None]  # nothing was made before
+    time.sleep(1)
+    host.go_on.set()
+    assert job(host, "second-1")["wait_estimate"] is None  # it is done
+    host.go_on.clear()
+    held, behind = ask("held-0001", "behind-01")
+    assert held >= 0.5 and behind == pytest.approx(2 * held, abs=0.11)
+
+
 def test_a_failed_job_has_the_error_that_its_client_would_have_had(host: FakeHost) -> None:
     told = host.generate({"positive": "fail", "steps": 3}, headers=id_header("failing-1"))
     assert told.status_code == 500

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import requests
 
-from shared.api.store import JobRecord
+from shared.api.store import LEAST_BYTES, JobRecord
 from shared.launch.flags import HostConfig
 from tests.http.test_jobs_routes import ASYNC, id_header, job
 from tests.httphost import FakeHost, config_of, picture, wait_for
@@ -181,8 +181,8 @@ def requests_delete(host: FakeHost, id: str) -> dict[str, Any]:
 def test_flags_bound_what_is_kept(tmp_path: Path) -> None:
     size = len(picture())
     for flags in (
-        {"keep_bytes": 2 * (size + 4096)},
-        {"state_dir": str(tmp_path), "keep_bytes": 2 * (size + 4096)},
+        {"keep_bytes": 2 * (size + LEAST_BYTES)},
+        {"state_dir": str(tmp_path), "keep_bytes": 2 * (size + LEAST_BYTES)},
     ):
         with FakeHost(config_of(**flags)) as host:
             for n in range(3):
