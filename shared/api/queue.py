@@ -10,6 +10,7 @@ from shared.api.fair import Turns
 from shared.api.jobs import GenerationJob, HostEndedError, Job, JobError, Preview
 
 PREVIEW_SECONDS = 0.25  # between two previews of a picture
+GLANCE_SECONDS = 10.0  # that previews go on being made for a client that asks now and then
 
 
 class QueueFullError(RuntimeError):
@@ -36,6 +37,7 @@ class JobQueue:
         self.taken: Callable[[Job], None] = lambda job: None  # called before a job goes to the ranks
         self.watchers = 0  # clients that would see a preview; written by the HTTP threads
         self._previewed = 0.0  # time.monotonic()
+        self._glanced = float("-inf")  # the same
         self._waiting = Turns()
         self._changed = threading.Condition()
         self._closed: JobError | None = None
@@ -153,7 +155,15 @@ class JobQueue:
 
     def wants_preview(self) -> bool:
         """Whether somebody watches and the last preview is old enough."""
-        return self.watchers > 0 and time.monotonic() - self._previewed >= PREVIEW_SECONDS
+        now = time.monotonic()
+        is_watched = self.watchers > 0 or now - self._glanced < GLANCE_SECONDS
+        return is_watched and now - self._previewed >= PREVIEW_SECONDS
+
+    def glance(self) -> Preview | None:
+        """The newest preview of what runs, for a client that does not stay; for a time more are made."""
+        self._glanced = time.monotonic()
+        job = self.generation
+        return None if job is None else job.preview
 
     def show_preview(self, step: int, width: int, height: int, rgb: bytes) -> None:
         """What the running job's picture looks like after `step`."""

@@ -6,6 +6,7 @@ type takes. What cannot be done is refused in words, never done in another way.
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from dataclasses import dataclass, field
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from flask import Response, jsonify
+from flask import request as http
+from PIL import Image
 
 from shared.api.a1111_samplers import AUTOMATIC, SCHEDULES, samplers_for, taken_variant
 from shared.api.faults import all_faults
-from shared.api.jobs import Order
+from shared.api.jobs import Order, Preview
+from shared.api.media import encode_image
 from shared.api.metadata import png_info
 from shared.api.parsing import check_request
 from shared.api.replies import Reply
@@ -107,9 +111,14 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
         check_model(wanted, name)
         return jsonify(None)
 
-    @app.serve("GET", "/sdapi/v1/progress", Route("A1111: progress and jobs"))
+    skip = {"skip_current_image": "true: without the picture so far"}
+
+    @app.serve(
+        "GET", "/sdapi/v1/progress", Route("A1111: progress, queue and the picture so far", query=skip)
+    )
     def a1111_progress() -> Response:
-        return jsonify(_progress(dispatcher))
+        skipped = http.args.get("skip_current_image", "false").lower() in ("true", "1")
+        return jsonify(_progress(dispatcher, with_image=not skipped))
 
     @app.serve("POST", "/sdapi/v1/interrupt", Route("A1111: cancel the running request"))
     def a1111_interrupt() -> Response:
@@ -152,12 +161,15 @@ def _scheduler_entry(label: str, rho: float) -> dict[str, Any]:
     }
 
 
-def _progress(dispatcher: Dispatcher) -> dict[str, Any]:
-    job = dispatcher.queue.generation
-    waiting = len(dispatcher.queue)
+def _progress(dispatcher: Dispatcher, with_image: bool) -> dict[str, Any]:
+    """The running job and the queue, in A1111's words."""
+    queue = dispatcher.queue
+    job, waiting = queue.generation, len(queue)
+    preview = queue.glance() if with_image else None
     left = 0.0
     if job is not None and 0 < job.progress < 100:
         left = job.seconds_running() * (100 / job.progress - 1)
+    began = time.time() - (0.0 if job is None else job.seconds_running())
     return {
         "progress": 0.0 if job is None else job.progress / 100,
         "eta_relative": round(left, 1),
@@ -167,14 +179,19 @@ def _progress(dispatcher: Dispatcher) -> dict[str, Any]:
             "stopping_generation": False,
             "job": "" if job is None else job.id,
             "job_count": waiting + (job is not None),
-            "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
-            "job_no": 0,
+            "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(began)),
+            "job_no": 0 if job is None else len(job.made),
             "sampling_step": 0 if job is None else job.step,
             "sampling_steps": 0 if job is None else job.steps,
         },
-        "current_image": None,
-        "textinfo": None if job is not None or not waiting else "waiting",
+        "current_image": None if preview is None else _picture(preview),
+        "textinfo": f"{waiting} waiting" if waiting else None,
     }
+
+
+def _picture(preview: Preview) -> str:
+    image = Image.frombytes("RGB", (preview.width, preview.height), preview.rgb)
+    return base64.b64encode(encode_image(image, "jpeg")).decode()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import requests
+from PIL import Image
 
 from shared.api.a1111_samplers import SAMPLERS, SCHEDULES, samplers_for
 from shared.http.a1111_request import translate
@@ -407,9 +410,33 @@ def test_progress_and_interrupt(host: FakeHost) -> None:
         running = get(host, "progress")
         assert 0 < running["progress"] < 1 and running["eta_relative"] > 0
         assert (running["state"]["job_count"], running["state"]["sampling_steps"]) == (1, 100)
+        assert running["textinfo"] is None
         assert post(host, "interrupt", None).json() == {}
         assert answer.result().status_code == 499 and answer.result().json()["detail"] == "cancelled"
     assert len(host.seen) == 1
+
+
+def test_progress_shows_the_picture_so_far_and_who_waits(host: FakeHost) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        answer = pool.submit(post, host, "txt2img", {"prompt": "slow", "steps": 400})
+        wait_for(lambda: host.steps_run >= 2)
+        second = pool.submit(post, host, "txt2img", {"prompt": "x"})
+        wait_for(lambda: len(host.queue) == 1)
+        assert get(host, "progress?skip_current_image=true")["current_image"] is None
+        wait_for(lambda: host.steps_run >= 10)
+        assert get(host, "progress?skip_current_image=true")["current_image"] is None
+        assert host.queue.generation is not None
+        assert host.queue.generation.preview is None  # nobody asked for one
+        wait_for(lambda: get(host, "progress")["current_image"])
+        seen = get(host, "progress")
+        shown = Image.open(io.BytesIO(base64.b64decode(seen["current_image"])))
+        red, green, blue = shown.convert("RGB").tobytes()[:3]
+        assert shown.size == (4, 2) and red > 240 and max(green, blue) < 15
+        assert seen["textinfo"] == "1 waiting" and seen["state"]["job_count"] == 2
+        began = time.mktime(time.strptime(seen["state"]["job_timestamp"], "%Y%m%d%H%M%S"))
+        assert 0 <= time.time() - began < 20
+        assert post(host, "interrupt", None).json() == {}
+        assert answer.result().status_code == 499 and second.result().status_code == 200
 
 
 def test_the_key_as_bearer_or_as_password() -> None:
