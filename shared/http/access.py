@@ -17,10 +17,14 @@ from shared.launch.flags import HostConfig
 from shared.launch.parser import API_KEY_VARIABLE
 from shared.launch.wording import shown
 
-_EXPOSED = "X-Seed, X-Steps, X-Size, X-Request-Id, X-Warnings, Server-Timing, Retry-After, Location"
+_EXPOSED = (
+    "X-Seed, X-Steps, X-Size, X-Request-Id, X-Warnings, X-Should-Retry, Server-Timing, Retry-After, "
+    "Location, Preference-Applied, Content-Disposition"
+)
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST, DELETE",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type, Accept, Prefer, X-Request-Id",
+    # The star stands for all but the first; the openai SDK sends a dozen of its own.
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, Accept, Prefer, X-Request-Id, *",
     "Access-Control-Max-Age": "600",
 }
 

@@ -58,7 +58,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 POLL = 0.1  # seconds between two checks of the queue
-HEARTBEAT = 10.0  # seconds; sent to detect clients that are gone
+HEARTBEAT = 5.0  # seconds of silence at most: proxies cut idle streams, and clients that are gone are noticed
 MAX_UNSENT = 1 << 20  # bytes; a client that leaves more unread is disconnected and may reconnect
 
 
@@ -325,7 +325,7 @@ class Watchers:
             if preview is not None and preview != shown and not unsent():
                 shown = preview
                 news.append(("preview", _preview_text(*preview)))
-            if not news and time.monotonic() - sent_at > HEARTBEAT:
+            if not news and time.monotonic() - sent_at > HEARTBEAT - POLL:
                 news.append(("beat", "{}"))
             if news:
                 sent_at = time.monotonic()

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+from playwright.sync_api import Error as PlaywrightError
 
 from shared.http.access import exposure_warnings
 from shared.launch.errors import UsageError
 from shared.launch.parser import API_KEY_VARIABLE
+from tests.chromium import needs_chromium
 from tests.httphost import FakeHost, asyncdiff, config_of
 
 MANY = b"{" + b",".join(b'"%d":1' % i for i in range(90_000)) + b"}"
@@ -286,3 +291,57 @@ def test_pixels_times_steps_are_bounded(type: str, body: dict[str, int], status:
         assert (status == 200) == ("--max_pixel_steps" not in answer.text)
     with FakeHost(config_of(type, max_pixel_steps=1000)) as host:
         assert host.generate({"steps": 1000}).status_code == 422
+
+
+# Pages of elsewhere that --allow_origin lets in, in a browser.
+
+CALLS = """async ({ url, key }) => {
+  const headers = { Authorization: `Bearer ${key}`, "X-Stainless-Lang": "js" };
+  const json = { ...headers, "Content-Type": "application/json", Accept: "application/json" };
+  const asked = { method: "POST", headers: { ...json, Prefer: "respond-async", "X-Request-Id": "from-a-page" } };
+  const accepted = await fetch(`${url}/generate`, { ...asked, body: '{"positive": "x"}' });
+  const place = accepted.headers.get("Location");
+  const done = await (await fetch(`${url}${place}?wait=5`, { headers })).json();
+  const output = await fetch(`${url}${place}/output`, { headers });
+  const seed = output.headers.get("X-Seed");
+  const forgotten = await fetch(url + place, { method: "DELETE", headers });
+  const gone = await fetch(url + place, { headers });
+  const refused = await fetch(`${url}/generate`, { method: "POST", headers: json, body: "[" });
+  const events = (await fetch(`${url}/events`, { headers })).body.getReader();
+  const first = new TextDecoder().decode((await events.read()).value);
+  await events.cancel();
+  const statuses = [accepted, output, forgotten, gone, refused].map((answer) => answer.status);
+  return { place, applied: accepted.headers.get("Preference-Applied"), state: done.state, seed, statuses, first };
+}"""
+
+
+@needs_chromium
+def test_a_page_of_elsewhere_uses_jobs_in_a_browser(tabs: Any, tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("<!doctype html><title>elsewhere</title>")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as elsewhere:
+        threading.Thread(target=elsewhere.serve_forever, daemon=True).start()
+        page = f"http://127.0.0.1:{elsewhere.server_port}"
+        with FakeHost(config_of(allow_origin=(page,), api_key="secret")) as host:
+            told = tabs(page).evaluate(CALLS, {"url": host.url, "key": "secret"})
+        with FakeHost(config_of(api_key="secret")) as closed:
+            with pytest.raises(PlaywrightError, match="Failed to fetch"):
+                tabs(page).evaluate(CALLS, {"url": closed.url, "key": "secret"})
+            assert not closed.seen
+        elsewhere.shutdown()
+    assert told["place"] == "/jobs/from-a-page" and told["applied"] == "respond-async"
+    assert told["state"] == "done" and int(told["seed"]) >= 0
+    assert told["statuses"] == [202, 200, 200, 404, 400]
+    assert told["first"].startswith("event: host")
+
+
+def test_every_method_of_every_route_is_told_to_pages() -> None:
+    page = "https://app.example"
+    with FakeHost(config_of(allow_origin=(page,), legacy_pickle=True)) as host:
+        ask = {"Origin": page, "Access-Control-Request-Method": "DELETE"}
+        leave = requests.options(f"{host.url}/jobs/x", headers=ask, timeout=5).headers
+        methods = {
+            rule.methods and rule.methods - {"HEAD", "OPTIONS"} for rule in host.app.url_map.iter_rules()
+        }
+        known = {method for some in methods for method in some or ()}
+        assert known == set(leave["Access-Control-Allow-Methods"].split(", "))

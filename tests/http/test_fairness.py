@@ -18,7 +18,7 @@ from tests.httphost import FakeHost, asyncdiff, config_of, wait_for
 PROXY = "127.0.0.1/32"
 
 
-class _From(HTTPAdapter):
+class From(HTTPAdapter):
     """Connections from one of this machine's loopback addresses."""
 
     def __init__(self, address: str) -> None:
@@ -32,7 +32,7 @@ class _From(HTTPAdapter):
 def ask(host: FakeHost, address: str, id: str, positive: str = "hold", **headers: str) -> requests.Response:
     """POST /generate from this address."""
     with requests.Session() as session:
-        session.mount("http://", _From(address))
+        session.mount("http://", From(address))
         return session.post(
             f"{host.url}/generate",
             json={"positive": positive, "negative": id, "steps": 1},
