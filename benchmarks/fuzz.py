@@ -129,6 +129,7 @@ def drawn(draw: st.DrawFn, document: Document) -> Asked:
     for parameter in operation.get("parameters", []):
         if parameter["in"] == "path":
             given = quote(draw(names), safe="%") or "x"
+            given = "x" if given in (".", "..") else given  # which clients take out of a path themselves
             path = path.replace(f"{{{parameter['name']}}}", given)
         elif draw(st.booleans()):
             said = st.sampled_from([*IDS, "", "0", "1", "-1", "0.01", "61", "1e400", "nan", "done"])
