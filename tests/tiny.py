@@ -366,6 +366,12 @@ def make_wan() -> Any:
     return tiny_wan.make_wan()
 
 
+def make_hv15() -> Any:
+    from tests import tiny_hv15
+
+    return tiny_hv15.make_hv15()
+
+
 def make_wani2v() -> Any:
     from tests import tiny_wan
 
@@ -375,7 +381,7 @@ def make_wani2v() -> Any:
 BUILDERS: dict[str, Callable[[], Any]] = {
     "ad": make_ad, "sd1": make_sd1, "sd2": make_sd2, "sdxl": make_sdxl, "sd3": make_sd3, "sdup": make_sdup,
     "svd": make_svd, "flux": make_flux, "chroma": make_chroma,
-    "hy": make_hy, "qwen": make_qwen, "wan": make_wan, "wani2v": make_wani2v,
+    "hy": make_hy, "qwen": make_qwen, "wan": make_wan, "wani2v": make_wani2v, "hv15": make_hv15,
     "pixa": lambda: make_pixart(diffusers.PixArtAlphaPipeline, 120, 12),
     "pixs": lambda: make_pixart(diffusers.PixArtSigmaPipeline, 300, 13),
 }  # fmt: skip
@@ -449,7 +455,9 @@ def call_args(
         args |= {"image": picture(size)}
     if name in ("svd", "ad"):
         args |= {"num_frames": frames}
-    if name in ("wan", "wani2v"):
+    if name == "hv15":
+        del args["guidance_scale"]
+    if name in ("wan", "wani2v", "hv15"):
         args |= {"num_frames": frames + 1}
     if name == "qwen":
         args |= {"negative_prompt": " ", "true_cfg_scale": args.pop("guidance_scale")}

@@ -54,21 +54,31 @@ def _tokenizer(tokens: list[str], merges: list[tuple[str, str]]) -> Any:
     )
 
 
-def qwen25_vl(width: int = 32) -> Any:
-    text = {
+def text_config(width: int) -> dict[str, Any]:
+    return {
         "vocab_size": VOCABULARY, "hidden_size": width, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
         "max_position_embeddings": 4096, "bos_token_id": IDS["<|endoftext|>"],
         "eos_token_id": IDS["<|im_end|>"], "pad_token_id": IDS["<|endoftext|>"],
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
     }  # fmt: skip
+
+
+def qwen25_text(width: int = 32) -> Any:
+    """The language model alone."""
+    of = transformers.models.qwen2_5_vl
+    config = of.configuration_qwen2_5_vl.Qwen2_5_VLTextConfig(**text_config(width))
+    return seeded(23, lambda: of.modeling_qwen2_5_vl.Qwen2_5_VLTextModel(config))
+
+
+def qwen25_vl(width: int = 32) -> Any:
     vision = {
         "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14,
         "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112, "out_hidden_size": width,
         "fullatt_block_indexes": [1],
     }  # fmt: skip
     config = transformers.Qwen2_5_VLConfig(
-        text_config=text,
+        text_config=text_config(width),
         vision_config=vision,
         image_token_id=IDS["<|image_pad|>"],
         video_token_id=IDS["<|video_pad|>"],

@@ -17,6 +17,7 @@ TYPES = [
     "sdup",
     "flux",
     "chroma",
+    "hv15",
     "hy",
     "pixa",
     "pixs",

@@ -321,7 +321,7 @@ class AnimateDiffSampler(io.ComfyNode):
             node_id="MultiGPUDiffusionAnimateDiffSampler",
             display_name="AnimateDiff Sampler (multi-GPU)",
             category=CATEGORY,
-            description="Makes the frames of a video. Needs a host of type ad, wan or wani2v.",
+            description="Makes the frames of a video. Needs a host of type ad, wan, wani2v or hv15.",
             inputs=[
                 _host(),
                 *_prompts("a red circle on a blue background", ""),

@@ -22,6 +22,7 @@ PIPELINES = {
     "FluxPipeline": "flux",
     "ChromaPipeline": "chroma",
     "HunyuanDiTPipeline": "hy",
+    "HunyuanVideo15Pipeline": "hv15",
     "PixArtAlphaPipeline": "pixa",
     "PixArtSigmaPipeline": "pixs",
     "QwenImagePipeline": "qwen",

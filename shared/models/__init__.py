@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
-from shared.models import chroma, flux, hunyuan, pixart, qwen, sd, sd3, wan
+from shared.models import chroma, flux, hunyuan, hunyuan_video, pixart, qwen, sd, sd3, wan
 from shared.models.files import INPUTS, PARTS, VAE_PREFIXES, FileKind
 from shared.models.schedulers import (
     EDM_CLASSES,
@@ -22,7 +22,7 @@ from shared.models.schedulers import (
     with_variant,
 )
 from shared.models.spec import Family, ModelSpec, Start
-from shared.models.tokens import CACHES, Cache, Site, StagePlan, Stream, TokenPlan
+from shared.models.tokens import CACHES, Cache, Padding, Site, StagePlan, Stream, TokenPlan
 
 __all__ = [
     "CACHES",
@@ -42,6 +42,7 @@ __all__ = [
     "Family",
     "FileKind",
     "ModelSpec",
+    "Padding",
     "SchedulerSpec",
     "Site",
     "StagePlan",
@@ -61,6 +62,7 @@ FAMILIES: tuple[Family, ...] = (
     flux.FAMILY,
     sd3.FAMILY,
     hunyuan.FAMILY,
+    hunyuan_video.FAMILY,
     pixart.FAMILY,
     qwen.FAMILY,
     wan.FAMILY,

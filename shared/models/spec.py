@@ -82,6 +82,10 @@ class ModelSpec:
     most_tokens: int = 0  # that these may read, where that is more than usual
     embeds_setting: str = "cross_attention_dim"  # of the denoiser: how wide embeddings are
     embeds_mask: bool = False  # whether embeddings come with an attention mask
+    read_tokens: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    """How many tokens of a tokenizer are read, where neither it nor an argument says it."""
+    quoted_tokenizers: tuple[str, ...] = ()  # those that read only what is in quotes
+    channels_setting: str | None = None  # what its VAE calls its latent channels, where that is not usual
     vae_kind: Literal["image", "video"] = "image"  # what its VAE takes; of a video's, a picture is one frame
     scheduler_family: Literal["discrete", "video", "flow", "flow_flux", "flow_sigmas", "flow_video"] = (
         "discrete"
@@ -149,7 +153,7 @@ class ModelSpec:
     @property
     def latent_setting(self) -> str:
         """What its VAE's configuration calls the number of latent channels."""
-        return "latent_channels" if self.vae_kind == "image" else "z_dim"
+        return self.channels_setting or ("latent_channels" if self.vae_kind == "image" else "z_dim")
 
     @property
     def packed(self) -> bool:

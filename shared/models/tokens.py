@@ -22,15 +22,25 @@ class Site:
     name: str
     """Path of a module in the model, or the name of an argument of the model's forward."""
     at: Literal["input", "output", "argument"]
-    """The module's first input, its output, or the argument."""
+    """An input of the module, its output, or the argument."""
     dim: int = 1
     """The dimension of the tokens."""
     of: tuple[Stream, ...] = ("picture",)
     """Whose tokens, in this order."""
     each: bool = False
     """Whether it is a tuple with one item for each of `of`, not one tensor over all of them."""
+    place: int = 0
+    """Which of the module's positional inputs."""
     optional: bool = False
     """Whether some checkpoints have None there, or nothing for each token."""
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Which arguments of a block, by position, are text with padding behind it and its mask [batch, text]."""
+
+    text: int
+    mask: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,10 @@ class TokenPlan:
     """Both guidance branches in one batch, each in a call of its own, or the scale as an input."""
     scale: str = "guidance_scale"
     """The pipeline's argument that turns guidance in two calls on where it is above 1."""
+    guider: str | None = None
+    """The pipeline's component that guides, in place of such an argument."""
+    padding: Padding | None = None
+    """Padded text that takes no part in attention, and is left out; None: all text takes part."""
     flow: bool = False
     """Whether it predicts flow: noise less picture."""
     packed: bool = False

@@ -33,7 +33,7 @@ def call_arguments(
     device: torch.device,
     start: Start | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of one pipeline call, without output_type. Sets the IP-Adapter's scale.
+    """Keyword arguments of one pipeline call, without output_type. Sets scales of IP-Adapter and guider.
 
     Args:
         request: with its defaults filled in.
@@ -50,9 +50,13 @@ def call_arguments(
     arguments: dict[str, Any] = {
         **spec.pipeline_defaults,
         "num_inference_steps": request.steps,
-        spec.cfg_field: request.cfg,
         "generator": torch.Generator("cpu").manual_seed(seed),
     }
+    if spec.tokens is not None and spec.tokens.guider is not None:
+        guider = part_of(pipe, spec.tokens.guider).new(guidance_scale=request.cfg)
+        pipe.register_modules(**{spec.tokens.guider: guider})
+    else:
+        arguments[spec.cfg_field] = request.cfg
     arguments |= prompt_arguments(
         pipe,
         spec,

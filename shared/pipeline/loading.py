@@ -177,6 +177,7 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, needs: Need
     dtype = compute_dtype(config, device)
     pipe = _load_components(spec, config, dtype)
     _check_tokenizers(pipe, spec, config)
+    _check_guider(pipe, spec, config)
     if config.embeddings_dir:
         load_embeddings(pipe, spec, config.embeddings_dir)
     if quiet:
@@ -261,6 +262,19 @@ def _check_tokenizers(pipe: Pipeline, spec: ModelSpec, config: HostConfig) -> No
                 f"--checkpoint {config.checkpoint!r}: {name} has no vocabulary; its folder must hold "
                 "tokenizer.json or the vocabulary files"
             )
+
+
+def _check_guider(pipe: Pipeline, spec: ModelSpec, config: HostConfig) -> None:
+    """Guidance is split over ranks, and its scale is set, as this class has them."""
+    if spec.tokens is None or spec.tokens.guider is None:
+        return
+    guider = part_of(pipe, spec.tokens.guider)
+    name = type(guider).__name__
+    if name != "ClassifierFreeGuidance" or (guider.config.start, guider.config.stop) != (0.0, 1.0):
+        raise LoadError(
+            f"--checkpoint {config.checkpoint!r}: its guider must be ClassifierFreeGuidance in all steps; "
+            f"got {name}"
+        )
 
 
 def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) -> Pipeline:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
+from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts
 
 from shared.api.a1111_prompts import Chunk, parse, plain
 from shared.api.warned import warn
@@ -59,8 +60,9 @@ def fit(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], negative: str |
             if len(parts) < 2:
                 continue
             tokenizer = parts[name]
-            tokens = tokens_of(pipe, text, tokenizer)
-            limit = tokenizer.model_max_length
+            read = (extract_glyph_texts(text) or "") if name in spec.quoted_tokenizers else text
+            tokens = tokens_of(pipe, read, tokenizer)
+            limit = min(tokenizer.model_max_length, spec.read_tokens.get(name, tokenizer.model_max_length))
             if name in spec.sized_tokenizers and values.get("max_sequence_length") is not None:
                 limit = _limit(spec, values, len(tokens))
             if len(tokens) > limit:

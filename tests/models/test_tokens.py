@@ -34,8 +34,12 @@ def models(name: str) -> list[Any]:
 
 
 def self_attention(model: nn.Module) -> list[nn.Module]:
-    """The layers that diffusers runs as self-attention of all tokens."""
-    processed: list[Any] = [m for m in model.modules() if "processor" in vars(m) or "processor" in m._modules]
+    """The layers that diffusers runs as self-attention of all tokens; an embedder's sees the text alone."""
+    processed: list[Any] = [
+        m
+        for name, m in model.named_modules()
+        if ("processor" in vars(m) or "processor" in m._modules) and not name.startswith("context_embedder.")
+    ]
     return [m for m in processed if not vars(m).get("is_cross_attention", False)]
 
 
@@ -81,6 +85,7 @@ def test_every_plan_is_found_by_its_class() -> None:
         ("qwen", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("wan", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),
         ("wani2v", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),
+        ("hv15", {"branches": 2, "flow": True, "packed": False, "joined": ("picture", "text")}),
         ("sd3", {"branches": 2, "flow": True, "packed": False, "joined": ("picture", "text")}),
         ("hy", {"branches": 2, "flow": False, "packed": False, "joined": ("picture",)}),
         ("pixs", {"branches": 2, "flow": False, "packed": False, "joined": ("picture",)}),

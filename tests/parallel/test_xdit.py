@@ -43,7 +43,7 @@ from tests.pool import RankPool
 STEPS = 2
 EXACT = 80.0
 """dB in fp32 that count as equal to the plain pipeline; most reach 120 and more."""
-TYPES = ("chroma", "flux", "hy", "pixa", "pixs", "qwen", "sd3", "wan", "wani2v")
+TYPES = ("chroma", "flux", "hv15", "hy", "pixa", "pixs", "qwen", "sd3", "wan", "wani2v")
 
 Case = dict[str, Any]
 
@@ -61,6 +61,9 @@ def pipeline(name: str) -> Any:
 
 def picture(pipe: Any, name: str, parallel: Any = None, **changes: Any) -> np.ndarray:
     changes = {"steps": STEPS} | changes
+    if name == "hv15":
+        scale = changes.pop("guidance_scale", 6.0)
+        pipe.register_modules(guider=pipe.guider.new(guidance_scale=scale))
     if parallel is None:
         return tiny.run(pipe, name, **changes)
     parallel.begin(changes["steps"])
@@ -91,6 +94,10 @@ SIZES = [{}, {"height": 80, "width": 48, "steps": 3}]
 # What xfuser's own pipelines would not hear, or do wrong.
 MORE: dict[str, list[Case]] = {
     "wan": [{"guidance_scale": 1.0, "num_frames": 1}, {"negative_prompt": "blur", "num_frames": 9}],
+    "hv15": [
+        {"num_frames": 1, "prompt": "a", "guidance_scale": 1.0},
+        {"negative_prompt": 'a sign that says "blur", and many more words', "num_frames": 9},
+    ],
     "wani2v": [
         {"guidance_scale": 1.0, "num_frames": 1},
         {"negative_prompt": "blur", "num_frames": 9, "image": tiny.picture(96, 2)},
@@ -198,6 +205,7 @@ def test_pipefusion(pool: RankPool, name: str) -> None:
 HYBRIDS: dict[str, list[Case]] = {
     "wan": [{"cfg": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}],
     "wani2v": [{"cfg": 2, "ring": 2}, {"data": 2, "ulysses": 2}],
+    "hv15": [{"cfg": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}],
     "chroma": [{"cfg": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}],
     "flux": [{"ulysses": 2, "ring": 2}, {"tensor": 2, "ulysses": 2}, {"tensor": 2, "ring": 2}],
     "sd3": [{"cfg": 2, "ulysses": 2}, {"ulysses": 4}],

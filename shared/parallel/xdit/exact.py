@@ -20,7 +20,7 @@ from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.exchange import Ranks
 from shared.parallel.graphs import Graphs
 from shared.parallel.method import Method, Watch, control_nets
-from shared.parallel.pipeline import Pipeline, model_of, parts_of
+from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
 from shared.parallel.surgery import Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 from shared.parallel.xdit.caches import StepCache, step_cache
@@ -148,7 +148,10 @@ class XDiT(Method):
                 part.begin(steps, pictures)
 
     def run(self, arguments: dict[str, Any], watch: Watch) -> Any:
-        guided = arguments.get(self.tokens.scale, 0.0) > 1
+        if self.tokens.guider is not None:
+            guided = part_of(self.running, self.tokens.guider).num_conditions > 1
+        else:
+            guided = arguments.get(self.tokens.scale, 0.0) > 1
         for calls in self._calls:
             calls.guided = guided
         try:

@@ -6,6 +6,7 @@ last layer.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from shared.models import Site, Stream, TokenPlan, token_plan
+from shared.models import Padding, Site, Stream, TokenPlan, token_plan
 from shared.parallel.exchange import Ranks, all_gather
 from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.attention import Gathering, joined, ring, token_major, ulysses, usp, usp_operator
@@ -81,6 +82,7 @@ class SequenceParallel:
         """Length of each stream's whole sequence in the current call."""
         self._inside = self._answered = False
         self._sent: Gathering | None = None
+        self._read: int | None = None  # tokens of text that are no padding, in the current call
         for site in (*self.plan.picture, *self.plan.text, *self.plan.positions):
             self._divide(model, site, surgery)
         if self.plan.counted is not None:
@@ -98,13 +100,16 @@ class SequenceParallel:
                     surgery.override(module, self._attention)
                     if by == "ring":
                         surgery.override(module.get_submodule("to_v"), self._value)
+            if self.plan.padding is not None:
+                surgery.override(block, functools.partial(self._without_padding, self.plan.padding))
         surgery.override(model, self._model)
 
     def _divide(self, model: nn.Module, site: Site, surgery: Surgery) -> None:
         """Cut tokens, or what belongs to them, where the model takes them in."""
 
         def from_input(original: Forward, args: tuple, kwargs: dict) -> Any:
-            return original(self._cut(args[0], site), *args[1:], **kwargs)
+            cut = self._cut(args[site.place], site)
+            return original(*args[: site.place], cut, *args[site.place + 1 :], **kwargs)
 
         def from_output(original: Forward, args: tuple, kwargs: dict) -> Any:
             return self._cut(original(*args, **kwargs), site)
@@ -146,11 +151,24 @@ class SequenceParallel:
     def _model(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         self.tokens = dict.fromkeys(self.plan.joined, 0)
         self._inside = self._answered = False
+        self._read = None
         with Surgery() as during:
             # Every processor of diffusers ends here; self._inside says which calls must see all tokens.
             shared = self._attend(F.scaled_dot_product_attention)
             during.replace(F, "scaled_dot_product_attention", shared)
             return original(*args, **kwargs)
+
+    def _without_padding(self, padding: Padding, original: Forward, args: tuple, kwargs: dict) -> Any:
+        """A block without the text that its mask leaves out, which no other token sees."""
+        given, mask = list(args), args[padding.mask].bool()
+        if self._read is None:
+            counts = set(mask.sum(1).tolist())
+            if len(counts) > 1:
+                raise ValueError(f"{self.plan.name}: prompts of one call must have one length, got {counts}")
+            self._read = counts.pop()
+        given[padding.text] = given[padding.text][:, : self._read]
+        given[padding.mask] = mask.new_ones(len(mask), 1)  # the block's attention extends it
+        return original(*given, **kwargs)
 
     def _output(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         return self.shares.gather(original(*args, **kwargs), self.tokens["picture"])
@@ -194,7 +212,8 @@ class SequenceParallel:
             self._answered = True
             # xfuser's own attention may be torch's too.
             self._inside = False
-            answer = self._shared(query, key, value, attn_mask)
+            # Without padding a mask leaves nothing out.
+            answer = self._shared(query, key, value, None if self.plan.padding else attn_mask)
             self._inside = True
             return answer
 
