@@ -9,6 +9,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from shared.api.faults import FieldProblem, RequestError
@@ -31,7 +32,7 @@ def noting_broken_pixels(pipe: Pipeline, finite: list[torch.Tensor]) -> Iterator
     known: list[Any] = [part_of(pipe, name) for name in ("image_processor", "video_processor")]
     with Surgery() as surgery:
         for processor in known:
-            if processor is not None:
+            if isinstance(processor, VaeImageProcessor):  # others prepare pictures for an encoder
                 surgery.replace(processor, "postprocess", _noting(processor.postprocess, finite))
         yield
 
