@@ -129,28 +129,33 @@ class Host:
         with socket.socket() as free, socket.socket() as other:
             free.bind(("127.0.0.1", 0))
             other.bind(("127.0.0.1", 0))
-            self.port, master = free.getsockname()[1], other.getsockname()[1]
+            self.port, self.master = free.getsockname()[1], other.getsockname()[1]
         self.url, self.log = f"http://127.0.0.1:{self.port}", folder / f"{self.port}.log"
+        self.folder, self.restarts, self.flags = folder, restarts, flags
         self.lora = folder / "lora.safetensors"
+        self.seen: set[int] = set()
+        self.start()
+
+    def start(self) -> None:
+        """Start the launcher."""
         command = [
             sys.executable,
             "-m",
             "torch.distributed.run",
             "--nproc_per_node=2",
-            f"--master_port={master}",
+            f"--master_port={self.master}",
         ]
-        command += ["--max-restarts=80"] if restarts else []
+        command += ["--max-restarts=80"] if self.restarts else []
         command += ["asyncdiff_host.py", "--type=sd1", f"--checkpoint={CHECKPOINT}", f"--port={self.port}"]
         command += ["--width=128", "--height=128", "--warm_up_steps=40", f"--collective_timeout={TIMEOUT}"]
         if "lora_dir" in (ROOT / "shared" / "launch" / "flags.py").read_text():
-            command.append(f"--lora_dir={folder}")
-        command += flags
+            command.append(f"--lora_dir={self.folder}")
+        command += self.flags
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        self.seen: set[int] = set()
 
     def ranks(self) -> list[int]:
         """The process of each rank, in order."""

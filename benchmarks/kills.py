@@ -1,0 +1,339 @@
+"""Kills with clients at work: what 8 clients were promised, while ranks and launchers are killed and stopped.
+
+    python -m benchmarks.kills --write              54 kills, into docs/MEASURED.md
+    python -m benchmarks.kills --only "steady/.*"   some of them, by state/victim/signal
+
+The host is asyncdiff_host.py with --state_dir on the demo checkpoint, two CPU ranks under torchrun with
+--max-restarts; a torchrun that has ended is started again after a second, as systemd does. The clients have
+an X-Request-Id of their own and ask again with it, or leave and ask /jobs, in every API. A job is lost that
+was seen in /jobs and is not there after the restart, has another seed or fails. In the end the pictures are
+made again, each alone, and compared byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import requests
+
+from benchmarks.faults import CHECKPOINT, MEASURED, ROOT, Host, alive, make_lora, until, write
+from benchmarks.patient import WAYS, Asked, ask
+
+TIMEOUT = 15  # --collective_timeout, seconds
+SHUTDOWN = 3  # --shutdown-timeout: torchrun's, from SIGTERM to SIGKILL
+RESTART = 1.0  # seconds from a launcher's end to its next start
+PATIENCE = 400.0  # seconds in which a host must be back and interrupted jobs be done, on a busy machine
+STEPS, WARM_UP = 14, 4
+STATES = ("loading", "idle", "warm-up", "steady", "decoding", "LoRA")
+VICTIMS = ("rank 0", "rank 1", "launcher")
+SIGNALS = ("KILL", "TERM", "STOP")
+CLIENTS = (*WAYS, "async", "async", "generate")  # 8 of them
+COLUMNS = (
+    *("state", "victim", "signal", "jobs at work", "gone", "back"),
+    *("done", "lost", "other bytes", "orphans"),
+)
+
+
+class Supervised(Host):
+    """A host on a state folder; its launcher is started again whenever it has ended."""
+
+    def __init__(self, folder: Path, *more: str) -> None:
+        self.more = more  # flags
+        self.mark = f"KILLS_MARK={uuid.uuid4()}"
+        self.wanted = True
+        super().__init__(folder, restarts=True)
+        threading.Thread(target=self._supervise, daemon=True).start()
+
+    def start(self) -> None:
+        """Start the launcher."""
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=200"]
+        command += [f"--master_port={self.master}", f"--shutdown-timeout={SHUTDOWN}", "asyncdiff_host.py"]
+        command += ["--type=sd1", f"--checkpoint={CHECKPOINT}", f"--port={self.port}", "--width=128"]
+        command += ["--height=128", f"--warm_up_steps={WARM_UP}", f"--collective_timeout={TIMEOUT}"]
+        command += [f"--lora_dir={self.folder}", f"--state_dir={self.folder / 'state'}"]
+        command += self.more
+        name, _, value = self.mark.partition("=")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", name: value}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def _supervise(self) -> None:
+        while self.wanted:
+            self.process.wait()
+            time.sleep(RESTART)
+            if self.wanted:
+                self.start()
+
+    def marked(self) -> set[int]:
+        """All processes that came from this host's launchers."""
+        found = set()
+        for entry in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if self.mark.encode() in entry.read_bytes() and alive(int(entry.parent.name)):
+                    found.add(int(entry.parent.name))
+            except OSError:
+                continue
+        return found
+
+    def strays(self) -> set[int]:
+        """Processes that belong to no launcher that runs."""
+        try:
+            launcher = psutil.Process(self.process.pid)
+            own = {launcher.pid, *(child.pid for child in launcher.children(recursive=True))}
+        except psutil.NoSuchProcess:
+            own = set()
+        return self.marked() - own
+
+    def end(self) -> None:
+        self.wanted = False
+        for pid in self.marked():
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@dataclass
+class Crowd:
+    """The clients. Each has one job at a time, and the next one at once unless they are `held`."""
+
+    url: str
+    jobs: list[Asked] = field(default_factory=list)
+    seen: dict[str, int | None] = field(
+        default_factory=dict
+    )  # accepted ids, as /jobs tells them: their seeds
+    going: threading.Event = field(default_factory=threading.Event)
+    over: bool = False
+    threads: list[threading.Thread] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Start the clients, and the one that watches /jobs."""
+        runs = [lambda way=way, n=n: self._client(way, n) for n, way in enumerate(CLIENTS)]
+        for run in (self._watch, *runs):
+            self.threads.append(threading.Thread(target=run, daemon=True))
+            self.threads[-1].start()
+        self.going.set()
+
+    def at_work(self) -> list[Asked]:
+        return [job for job in list(self.jobs) if not job.over]
+
+    def idle(self) -> bool:
+        """Hold the clients; whether all of their jobs were done in time."""
+        self.going.clear()
+        return until(lambda: not self.at_work(), PATIENCE)
+
+    def end(self) -> None:
+        self.idle()
+        self.over = True
+        self.going.set()
+
+    def make(self, way: str, body: dict[str, Any]) -> Asked:
+        job = Asked(way, body)
+        self.jobs.append(job)
+        return job
+
+    def _client(self, way: str, number: int) -> None:
+        draw = random.Random(number)
+        while self.going.wait() and not self.over:
+            sizes = draw.choice([(128, 128), (64, 128), (192, 128)])
+            body: dict[str, Any] = {"positive": "a red circle on a blue background", "steps": STEPS}
+            body |= dict(zip(("width", "height"), sizes, strict=True))
+            if draw.random() < 0.6:
+                body["seed"] = draw.randrange(4)
+            ask(self.url, self.make(way, body), self.seen, PATIENCE)
+
+    def _watch(self) -> None:
+        while not self.over:
+            try:
+                listed = requests.get(f"{self.url}/jobs", timeout=5).json()["jobs"]
+                for job in listed:
+                    self.seen.setdefault(job["id"], job["seed"])
+            except (requests.RequestException, ValueError, KeyError):
+                pass
+            time.sleep(0.2)
+
+
+def progress(host: Host) -> float:
+    """Of the job that runs; -1 where none does."""
+    try:
+        [job] = requests.get(f"{host.url}/jobs?state=running", timeout=5).json()["jobs"]
+        return float(job["progress"])
+    except (requests.RequestException, ValueError, KeyError):
+        return -1.0
+
+
+def reach(host: Supervised, crowd: Crowd, state: str) -> bool:
+    """Bring the host into a state; whether it is in it."""
+    inside: Callable[[], bool]
+    match state:
+        case "loading":
+            old = host.ranks()
+            os.kill(old[1], signal.SIGKILL)
+            inside = lambda: host.started(old) and host.state() == "loading"  # noqa: E731
+        case "idle":
+            crowd.idle()
+            inside = lambda: host.state() == "ready"  # noqa: E731
+        case "warm-up":
+            inside = lambda: 0 < progress(host) < 99 * WARM_UP / STEPS  # noqa: E731
+        case "steady":
+            inside = lambda: 99 * (WARM_UP + 1) / STEPS < progress(host) < 90  # noqa: E731
+        case "decoding":
+            body = {"positive": "a red circle", "steps": 2, "width": 768, "height": 768, "seed": 1}
+            bait = crowd.make("async", body)
+            threading.Thread(target=ask, args=(host.url, bait, crowd.seen, PATIENCE), daemon=True).start()
+            inside = lambda: progress(host) >= 99 and running(host) == bait.id  # noqa: E731
+        case _:
+            crowd.idle()
+            host.ask_later("/lora", path=str(host.lora), scale=0.0)
+            inside = lambda: host.state() == "busy"  # noqa: E731
+    reached = until(inside, PATIENCE)
+    if state == "loading":
+        time.sleep(random.uniform(0.0, 4.0))
+    crowd.going.set()
+    if state == "LoRA":
+        time.sleep(0.05)  # the clients' requests come in meanwhile
+    return reached
+
+
+def running(host: Host) -> str:
+    """The id of the job that runs."""
+    try:
+        [job] = requests.get(f"{host.url}/jobs?state=running", timeout=5).json()["jobs"]
+        return str(job["id"])
+    except (requests.RequestException, ValueError, KeyError):
+        return ""
+
+
+def suffer(host: Supervised, crowd: Crowd, state: str, victim: str, number: str) -> dict[str, Any]:
+    """One kill, and what followed until all that it interrupted was done."""
+    before = len(crowd.jobs)
+    reached = reach(host, crowd, state)
+    old, hit = host.ranks(), crowd.at_work()
+    target = host.process.pid if victim == "launcher" else old[int(victim[-1])]
+    began = time.monotonic()
+    os.kill(target, getattr(signal, f"SIG{number}"))
+    gone = until(lambda: not any(map(alive, old)), PATIENCE)
+    ended = time.monotonic() - began
+    if victim == "launcher" and number == "STOP":
+        os.kill(target, signal.SIGCONT)  # by whoever stopped it
+    back = until(lambda: host.started(old) and host.state() in ("ready", "busy"), PATIENCE)
+    served = time.monotonic() - began
+    until(lambda: all(job.over for job in hit), PATIENCE)
+    until(lambda: not host.strays(), 10)
+    for job in hit:
+        job.hit = True
+    return {
+        "state": state if reached else f"{state} (not reached)",
+        "victim": victim,
+        "signal": number,
+        "jobs at work": len(hit),
+        "gone": f"{ended:.1f} s" if gone else "NOT GONE",
+        "back": f"{served:.1f} s" if back else "NOT BACK",
+        "jobs": crowd.jobs[before:] + hit,
+        "orphans": len(host.strays()),
+    }
+
+
+def compare(host: Supervised, jobs: list[Asked]) -> None:
+    """Make pictures again, each alone, and note where the bytes differ. Pictures of drawn seeds that no kill
+    interrupted are left out: there are many, and no two alike."""
+    known: dict[str, bytes] = {}
+    for job in jobs:
+        if job.picture is None or not (job.hit or "seed" in job.body):
+            continue
+        again = Asked(job.way, {**job.body, "seed": job.seed})
+        if again.key not in known:
+            ask(host.url, again, {}, PATIENCE)
+            known[again.key] = again.picture or b""
+        job.other = known[again.key] != job.picture
+
+
+def line(row: dict[str, Any]) -> str:
+    return "| " + " | ".join(str(row[column]) for column in COLUMNS) + " |"
+
+
+def table(rows: list[dict[str, Any]], before: str = "") -> str:
+    """The rows as Markdown; those of the table `before` that were not made again stay. Then their sums."""
+    lines = [text for text in before.splitlines() if re.match(r"\| (?!state|all)", text)]
+    kept = {tuple(text.split(" | ")[:3]): text for text in lines}
+    for row in rows:
+        done = {job.id: job for job in row["jobs"]}.values()
+        row |= {"done": sum(job.picture is not None for job in done)}
+        row |= {"lost": sum(bool(job.lost) for job in done), "other bytes": sum(job.other for job in done)}
+        kept[tuple(line(row).split(" | ")[:3])] = line(row)
+    cells = [text.strip("| ").split(" | ") for text in kept.values()]
+    sums = {name: sum(int(of[COLUMNS.index(name)]) for of in cells) for name in (COLUMNS[3], *COLUMNS[6:])}
+    worst = {
+        name: f"at most {max((float(of[COLUMNS.index(name)].split()[0]) for of in cells), default=0)} s"
+        for name in ("gone", "back")
+    }
+    last = line({"state": "all", "victim": f"{len(cells)} kills", "signal": "", **sums, **worst})
+    return "\n".join([f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *kept.values(), last])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=".*", help="regular expression of state/victim/signal")
+    parser.add_argument("--write", action="store_true", help="also into docs/MEASURED.md")
+    options = parser.parse_args()
+    every = itertools.product(STATES, VICTIMS, SIGNALS)
+    chosen = [kill for kill in every if re.fullmatch(options.only, "/".join(kill))]
+    with tempfile.TemporaryDirectory() as name:
+        rows = run(chosen, Path(name))
+    print(table(rows))
+    if options.write:
+        write("kills", table(rows, between(MEASURED.read_text(), "kills")))
+    lost = [f"{job.id}: {job.lost or 'other bytes'}" for row in rows for job in row["jobs"] if job.wrong]
+    if len(rows) < len(chosen) or lost or any(row["orphans"] for row in rows):
+        raise SystemExit("\n".join([f"{len(rows)} of {len(chosen)} kills", *lost]))
+
+
+def between(text: str, name: str) -> str:
+    """The part of a document between its markers."""
+    return text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
+
+
+def run(chosen: list[tuple[str, str, str]], folder: Path) -> list[dict[str, Any]]:
+    """The rows of these kills, all of one host."""
+    make_lora(folder / "lora.safetensors")
+    rows: list[dict[str, Any]] = []
+    began = time.monotonic()
+    host = Supervised(folder)
+    crowd = Crowd(host.url)
+    try:
+        if not until(lambda: host.state() == "ready", PATIENCE):
+            raise SystemExit(f"the host does not start:\n{host.log.read_text()[-3000:]}")
+        print(f"the first start took {time.monotonic() - began:.1f} s", flush=True)
+        crowd.begin()
+        for kill in chosen:
+            rows.append(suffer(host, crowd, *kill))
+            lost = [job.lost for job in rows[-1]["jobs"] if job.lost]
+            print({k: v for k, v in rows[-1].items() if k != "jobs"}, lost, flush=True)
+            if "NOT BACK" in rows[-1].values():
+                print(host.log.read_text()[-5000:])
+                break
+        crowd.end()
+        compare(host, crowd.jobs)
+    finally:
+        host.end()
+    return rows
+
+
+if __name__ == "__main__":
+    main()
