@@ -292,6 +292,7 @@ def main() -> None:
     parser.add_argument("--only", default=".*", help="regular expression of state/victim/signal")
     parser.add_argument("--write", action="store_true", help="also into docs/MEASURED.md")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # and the host with it
     every = itertools.product(STATES, VICTIMS, SIGNALS)
     chosen = [kill for kill in every if re.fullmatch(options.only, "/".join(kill))]
     with tempfile.TemporaryDirectory() as name:

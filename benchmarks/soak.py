@@ -14,8 +14,10 @@ import argparse
 import base64
 import json
 import random
+import signal
 import socket
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -220,6 +222,7 @@ def main() -> None:
     parser.add_argument("--allowed", type=float, default=ALLOWED, help="percent that memory may grow by")
     parser.add_argument("--write", action="store_true", help="also into docs/MEASURED.md")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # and the host with it
     seconds = 60 * options.minutes
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
