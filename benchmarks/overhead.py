@@ -38,8 +38,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def host(ranks: int) -> Iterator[str]:
+def host(ranks: int, store: bool = False) -> Iterator[str]:
     """A ready host with the engine of tests/fake_host.py, and its URL; it is ended on leaving.
+
+    Args:
+        store: whether it keeps its jobs on the disk, in a folder of the system's for temporary files.
 
     Raises:
         RuntimeError: it ended or was not ready in time; the message has its output.
@@ -54,6 +57,7 @@ def host(ranks: int) -> Iterator[str]:
                     *(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"),
                     *("--master_port", str(free_port())),
                     *("tests/fake_host.py", "--type=sd1", f"--checkpoint={folder}", f"--port={port}"),
+                    *([f"--state_dir={folder}/state"] if store else []),
                 ],
                 cwd=ROOT,
                 env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)},
@@ -107,7 +111,7 @@ def main() -> int:
     png = {"Accept": "image/png"}
     rows: dict[str, list[float]] = {}
 
-    def measure(url: str, ranks: int) -> None:
+    def measure(url: str, ranks: int, store: bool = False) -> None:
         session = requests.Session()
 
         def generate(**more: Any) -> Callable[[], requests.Response]:
@@ -116,6 +120,9 @@ def main() -> int:
         picture = session.post(f"{url}/generate", json=BODY, headers=png, timeout=60)
         assert picture.content[1:4] == b"PNG" and picture.headers["X-Size"] == "64x64", picture.headers
         count, who = options.requests, "1 rank" if ranks == 1 else f"{ranks} ranks"
+        if store:
+            rows[f"POST /generate, {who}, --state_dir"] = timed(generate(), count)
+            return
         if ranks == 1:
             rows["GET /progress: HTTP alone"] = timed(
                 lambda: session.get(f"{url}/progress", timeout=60), count
@@ -127,6 +134,8 @@ def main() -> int:
             rows[f"POST /generate, {who}, raw PNG"] = timed(generate(headers=png), count)
         rows[f"POST /generate, {who}"] = timed(generate(), count)
 
+    with host(options.ranks, store=True) as url:
+        measure(url, options.ranks, store=True)
     for ranks in dict.fromkeys((1, options.ranks)):
         with host(ranks) as url:
             measure(url, ranks)
