@@ -53,11 +53,10 @@ COLUMNS = (
 class Supervised(Host):
     """A host on a state folder; its launcher is started again whenever it has ended."""
 
-    def __init__(self, folder: Path, *more: str) -> None:
-        self.more = more  # flags
+    def __init__(self, folder: Path, *flags: str) -> None:
         self.mark = f"KILLS_MARK={uuid.uuid4()}"
         self.wanted = True
-        super().__init__(folder, restarts=True)
+        super().__init__(folder, True, *flags)
         threading.Thread(target=self._supervise, daemon=True).start()
 
     def start(self) -> None:
@@ -67,7 +66,7 @@ class Supervised(Host):
         command += ["--type=sd1", f"--checkpoint={CHECKPOINT}", f"--port={self.port}", "--width=128"]
         command += ["--height=128", f"--warm_up_steps={WARM_UP}", f"--collective_timeout={TIMEOUT}"]
         command += [f"--lora_dir={self.folder}", f"--state_dir={self.folder / 'state'}"]
-        command += self.more
+        command += self.flags
         name, _, value = self.mark.partition("=")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", name: value}
         with self.log.open("ab") as log:
