@@ -210,18 +210,32 @@ def test_ctrl_c_ends_all_ranks_in_time_and_without_a_traceback(launch: Callable[
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
-def test_a_first_signal_lets_the_picture_be_finished(launch: Callable[..., Launch], number: int) -> None:
-    host = launch(2).ready()
+def test_a_first_signal_lets_the_picture_be_finished_and_keeps_what_waits(
+    launch: Callable[..., Launch], tmp_path: Path, number: int
+) -> None:
+    state = f"--state_dir={tmp_path / 'state'}"
+    host = launch(2, state).ready()
     _, answers = host.post_later(sleep=0.2, steps=15)
+    for id in ("waiting-one", "waiting-two"):
+        body, headers = {"positive": "{}", "steps": 3}, {"Prefer": "respond-async", "X-Request-Id": id}
+        accepted = requests.post(f"{host.url}/generate", json=body, headers=headers, timeout=5)
+        assert accepted.status_code == 202
     host.process.send_signal(number)
     until(lambda: requests.get(f"{host.url}/health", timeout=5).json()["state"] == "stopping", 2)
     assert requests.get(f"{host.url}/health", timeout=5).status_code == 200
     for answer in (host.post(), requests.get(f"{host.url}/ready", timeout=5)):
         assert answer.status_code == 503 and answer.headers["Retry-After"]
+    drained = {job["id"]: job["state"] for job in requests.get(f"{host.url}/jobs", timeout=5).json()["jobs"]}
+    [running] = set(drained) - {"waiting-one", "waiting-two"}
+    assert drained["waiting-one"] == drained["waiting-two"] == "queued"
     until(lambda: bool(answers), 10)
     assert answers[0].status_code == 200
     host.process.wait(10)
     assert "died" not in host.log.read_text() and not own_traceback(host.log.read_text())
+    again = launch(2, state).ready()
+    for id in (running, "waiting-one", "waiting-two"):
+        job = requests.get(f"{again.url}/jobs/{id}?wait=20", timeout=30).json()
+        assert job["state"] == "done" and job["answer"]["output"], job
 
 
 @pytest.mark.parametrize("again", [True, pytest.param(False, marks=pytest.mark.slow)])
