@@ -40,14 +40,18 @@ def done(host: Host, id: str) -> dict[str, Any]:
     return job(host, id)
 
 
-def ready(host: Host, old: list[int]) -> None:
-    assert host.ready(old) or host.ready(old), host.log.read_text()  # on a loaded machine
+def back(host: Host, old: list[int]) -> None:
+    """Wait until ranks other than `old` take jobs, or already have one; long, for a loaded machine."""
+    serves = until(
+        lambda: host.ended() or (host.started(old) and host.state() in ("ready", "busy")), 2 * START
+    )
+    assert serves and not host.ended(), host.log.read_text()
 
 
 def test_a_killed_rank_loses_no_job_and_changes_no_picture(tmp_path: Path) -> None:
     host = Host(tmp_path, True, f"--state_dir={tmp_path / 'state'}")
     try:
-        ready(host, [])
+        back(host, [])
         alone = host.ask(**REQUEST).json()["output"]
         accept(host, "running-1", **LONG)
         accept(host, "waiting-1", **REQUEST)
@@ -55,7 +59,7 @@ def test_a_killed_rank_loses_no_job_and_changes_no_picture(tmp_path: Path) -> No
         assert runs(host, "running-1")
         seeds = [job(host, id)["seed"] for id in ("running-1", "waiting-2")]
         os.kill((old := host.ranks())[0], signal.SIGKILL)
-        ready(host, old)
+        back(host, old)
         headers = {"X-Request-Id": "running-1"}  # by a client that was cut off
         again = requests.post(f"{host.url}/generate", json=LONG, headers=headers, timeout=2 * START)
         assert again.status_code == 200, again.text
@@ -73,14 +77,14 @@ def test_two_deaths_of_one_job_an_orderly_stop_and_a_new_launch(tmp_path: Path) 
     state = f"--state_dir={tmp_path / 'state'}"
     host = Host(tmp_path, True, state)
     try:
-        ready(host, [])
+        back(host, [])
         alone = host.ask(**REQUEST).json()["output"]
         accept(host, "deadly-01", **LONG)
         accept(host, "waiting-1", **REQUEST)
         for _ in range(2):
             assert runs(host, "deadly-01")
             os.kill((old := host.ranks())[1], signal.SIGKILL)
-            ready(host, old)
+            back(host, old)
         found = done(host, "deadly-01")
         assert (found["state"], found["message"]) == ("failed", "the host ended twice while this ran")
         assert done(host, "waiting-1")["answer"]["output"] == alone
@@ -94,7 +98,7 @@ def test_two_deaths_of_one_job_an_orderly_stop_and_a_new_launch(tmp_path: Path) 
         host.end()
     host = Host(tmp_path, False, state)
     try:
-        ready(host, [])
+        back(host, [])
         other = Host(tmp_path, False, state)
         try:
             assert until(other.ended, START)
