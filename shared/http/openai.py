@@ -100,7 +100,7 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
             raise ApiError(415, f"Content-Type must be multipart/form-data; got {shown(given)}")
 
         def read() -> dict[str, Any]:
-            data = _edited(_form(), config)
+            data = _edited(form_body(), config)
             if "positive" not in config.spec.fields:
                 # OpenAI's API always asks for a prompt; a type without one ignores it.
                 data.pop("prompt", None)
@@ -116,7 +116,7 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
         )
 
 
-def _form() -> dict[str, Any]:
+def form_body() -> dict[str, Any]:
     """A multipart form with a picture as the JSON object that it stands for; pictures become base64."""
     data: dict[str, Any] = {}
     try:
@@ -210,13 +210,7 @@ def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
         problems.append(FieldProblem("n", f"must be 1 to {MAX_PICTURES}, got {shown(count)}"))
     else:
         ours["pictures"] = count
-    size = ours.pop("size", "auto")
-    if size != "auto":
-        match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size) if isinstance(size, str) else None
-        if match:
-            ours["width"], ours["height"] = int(match[1]), int(match[2])
-        else:
-            problems.append(FieldProblem("size", f'must be "auto" or such as "1024x1024", got {shown(size)}'))
+    pop_size(ours, problems)
     for name, allowed in (
         ("response_format", ("b64_json",)),
         ("background", ("auto", "opaque")),
@@ -235,6 +229,18 @@ def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
         _add_own_faults(problems, ours, config)
         raise RequestError(400, problems)
     return ours
+
+
+def pop_size(ours: dict[str, Any], problems: list[FieldProblem]) -> None:
+    """OpenAI's `size` -> width and height in pixels; its fault goes to `problems`."""
+    size = ours.pop("size", "auto")
+    if size == "auto":
+        return
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size) if isinstance(size, str) else None
+    if match:
+        ours["width"], ours["height"] = int(match[1]), int(match[2])
+    else:
+        problems.append(FieldProblem("size", f'must be "auto" or such as "1024x1024", got {shown(size)}'))
 
 
 def _add_own_faults(problems: list[FieldProblem], ours: dict[str, Any], config: HostConfig) -> None:

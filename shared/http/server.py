@@ -22,6 +22,7 @@ from shared.http import (
     openapi,
     pages,
     state,
+    videos,
 )
 from shared.http.access import AccessRules
 from shared.http.answers import Json
@@ -49,7 +50,7 @@ def create_app(config: HostConfig, status: HostStatus, queue: JobQueue, store: J
     app.json = Json(app)
     dispatcher = Dispatcher(config, status, queue, store)
     add_frame(app, dispatcher)
-    for part in (state, generate, jobs, loras, embeddings, metrics, openai, a1111, pages):
+    for part in (state, generate, jobs, loras, embeddings, metrics, openai, videos, a1111, pages):
         part.add_routes(app, dispatcher)
     if config.legacy_pickle:
         legacy.add_routes(app, dispatcher)
