@@ -275,12 +275,13 @@ def test_captured_encoders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert type(copied) is type(answer)
         return copied
 
-    plain = made(name, positive=TEXT)
+    text = f'{TEXT} with a "sign"' if spec.quoted_tokenizers else TEXT
+    plain = made(name, positive=text)
     monkeypatch.setattr(Graphs, "run", noting)
     assert not Captured(pipe, spec.text_encoders, enabled=False).captures
     with Captured(pipe, spec.text_encoders) as encoders:
         assert encoders.captures
-        assert np.array_equal(made(name, positive=TEXT), plain)
+        assert np.array_equal(made(name, positive=text), plain)
         assert seen == set(spec.text_encoders)
         encoders.reset()
     assert not any("forward" in getattr(pipe, encoder).__dict__ for encoder in spec.text_encoders)
