@@ -1,7 +1,7 @@
 """LoRA files: their tensors, checked, as what each file says of each layer.
 
 Formats: LoRA (diffusers, PEFT, kohya), and of LyCORIS LoCon, LoHa, LoKr, whole differences, each with DoRA or
-without.
+without, or with a difference of the bias.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ KEYS = (
         r"|lora\.(?:down|up)|lora_(?:A|B|down|up|mid))(?:\.[^.]+)?\.weight$"
     ),
     re.compile(
-        r"(?P<layer>.+?)(?P<sep>\.)(?P<role>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|diff"
+        r"(?P<layer>.+?)(?P<sep>\.)(?P<role>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|diff(?:_b)?"
         r"|dora_scale|lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?$"
     ),
 )
@@ -42,7 +42,7 @@ SCALE = re.compile(r"(?P<layer>.+)\.(?:scale_weight|weight_scale|weight\.scale)$
 FOREIGN = re.compile(r"\.(?:oft_|boft_|ia3_|on_input$|[ab][12]\.weight$)")
 RANKED_BY = ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """Tensors whose first dimension is the rank; the first that a layer has counts."""
-ROWS_OF = {"diff": 0, "up": 0, "hada_w1_a": 0, "hada_w2_a": 0, "dora_scale": 0, "magnitude": 0}
+ROWS_OF = {"diff": 0, "diff_b": 0, "up": 0, "hada_w1_a": 0, "hada_w2_a": 0, "dora_scale": 0, "magnitude": 0}
 """Tensors whose first dimension is the layer's outputs. LoKr's outputs are those of two tensors."""
 
 
@@ -68,6 +68,11 @@ class Update:
     def is_dora(self) -> bool:
         """Whether it is relative to the length of the layer's own weights."""
         return not self.tensors.keys().isdisjoint(("dora_scale", "magnitude"))
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether it changes nothing: files that distil hold zeros for layers that they leave alone."""
+        return bool(self.tensors) and not any(tensor.any() for tensor in self.tensors.values())
 
     @property
     def scale(self) -> float:

@@ -48,6 +48,9 @@ def _product(factors: Factors, name: str, core: str = "") -> torch.Tensor:
 def fits(layer: nn.Module, update: Update) -> bool:
     """Whether an update is whole and has the layer's shape."""
     outputs, inputs, kernel = _shape(layer)
+    shift = update.tensors.get("diff_b")
+    if shift is not None and (_bias(layer) is None or update.is_dora or shift.shape != (outputs,)):
+        return False
     meta = {key: tensor.to("meta") for key, tensor in update.tensors.items()}
     if not all(tensor.numel() for tensor in meta.values()):
         return False
@@ -74,6 +77,11 @@ def _shape(layer: nn.Module) -> tuple[int, int, tuple[int, ...]]:
     return base.out_features, base.in_features, ()
 
 
+def _bias(layer: Any) -> torch.Tensor | None:
+    bias: torch.Tensor | None = getattr(layer, "base_layer", layer).bias
+    return bias
+
+
 def _dora(update: Update) -> torch.Tensor:
     return update.tensors["dora_scale" if "dora_scale" in update.tensors else "magnitude"]
 
@@ -97,13 +105,18 @@ class Change(nn.Module):
 
     rows: torch.Tensor | None
     bias: nn.Parameter | None
+    shift: nn.Parameter | None
 
     def __init__(self, update: Update, base: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.layer = (base,)  # in a tuple: no submodule, and no argument, which offload would move
         self.axis = _dora_axis(update)
-        self.names = [key for key in update.tensors if key not in ("dora_scale", "magnitude")]
+        self.names = [key for key in update.tensors if key not in ("dora_scale", "magnitude", "diff_b")]
         device = base.weight.device
+        shift = update.tensors.get("diff_b")
+        if shift is not None:
+            shift = nn.Parameter(shift.to(device, dtype), requires_grad=False)
+        self.register_parameter("shift", shift)  # of the bias
         self.register_buffer("rows", None if update.rows is None else update.rows.to(device))
         factors = {key: update.tensors[key].to(device, torch.float32) for key in self.names}
         factors[self.names[0]] = factors[self.names[0]] * update.scale
@@ -139,7 +152,8 @@ class Change(nn.Module):
         """What the layer's output for `x` changes by; axis 0 needs that output, `result`."""
         (base,) = self.layer
         if self.axis is None:
-            return self._added(base, x)
+            added = self._added(base, x)
+            return added if self.shift is None else added + _along(self.shift, base)
         if self.axis == 0:
             assert result is not None
             gain = _along(self.gain, base)
@@ -268,6 +282,8 @@ def fuse(module: nn.Module) -> None:
             change = layer.lora_A[name]
             if isinstance(change, Change):
                 total += change.weight_change(weight) * layer.scaling[name]
+                if change.shift is not None:
+                    base.bias.data = base.bias.data + (change.shift * layer.scaling[name]).to(base.bias.dtype)
             else:
                 total += layer.get_delta_weight(name).float()
         base.weight.data = total.to(base.weight.dtype)

@@ -59,7 +59,7 @@ def match_layers(
             again, left = places.resolve(whole)
             if sum(map(len, again.values())) > sum(map(len, matched.values())):
                 matched, unmatched = again, left
-    return matched, unmatched
+    return matched, [name for name in unmatched if name not in found or not found[name].is_nothing]
 
 
 class _Places:

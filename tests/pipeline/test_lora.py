@@ -222,6 +222,31 @@ def test_launch_flag_fuses_where_weights_are_fixed() -> None:
         tiny.host("sd1", lora={str(tiny_extras.lora("sd1", "alien")): 1.0})
 
 
+def test_a_difference_of_the_bias_and_zeros_for_norms(tmp_path: Path) -> None:
+    """As the LoRAs that distil Wan have them, in its authors' names."""
+    drawn = torch.Generator().manual_seed(1)
+    down, up, shift = (torch.randn(*size, generator=drawn) * 0.3 for size in ((2, 64), (64, 2), (64,)))
+    own = "diffusion_model.blocks.1.self_attn"
+    tensors = {
+        f"{own}.q.lora_down.weight": down, f"{own}.q.lora_up.weight": up, f"{own}.q.diff_b": shift,
+        f"{own}.q.alpha": torch.tensor(1.0), f"{own}.norm_q.diff": torch.zeros(64),
+        "diffusion_model.blocks.1.norm3.diff_b": torch.zeros(64),
+    }  # fmt: skip
+    path = str(tmp_path / "distilled.safetensors")
+    save_file(tensors, path)
+    changed, pipe = tiny.load("wan"), tiny.load("wan")
+    layer = changed.transformer.blocks[1].attn1.to_q
+    layer.weight.data += 0.7 * 0.5 * up @ down
+    layer.bias.data += 0.7 * shift
+    wanted = tiny.run(changed, "wan")
+    loras = loras_of(pipe, MODELS["wan"])
+    entry = loras.add(path, 0.7)
+    assert (entry.matched, entry.unmatched) == (1, 0)
+    assert np.abs(tiny.run(pipe, "wan") - wanted).max() < 1e-4 < np.abs(plain("wan") - wanted).max()
+    loras.fuse("a test")
+    assert np.abs(tiny.run(pipe, "wan") - wanted).max() < 1e-4
+
+
 def in_8_bits(tensors: dict[str, torch.Tensor], suffix: str) -> dict[str, torch.Tensor]:
     """Weights as float8 with a scale each, as `*_fp8_scaled` files have them; one scale a row for `up`."""
     found: dict[str, torch.Tensor] = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
