@@ -83,11 +83,15 @@ def ask(handle: Handle, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
     bar = _Bar(sum(pictures_of(body) for body in bodies))
     answers: list[dict[str, Any]] = []
     warnings: dict[str, None] = {}
+
+    def away(why: str) -> None:
+        log.warning("%s", why)
+
     for body in bodies:
         part, id = pictures_of(body), secrets.token_hex(8)
         with Watch(handle.host, id) as watch:
             show = functools.partial(bar.show, watch, part)
-            answers.append(handle.host.generate(handle.scales | body, show, id=id))
+            answers.append(handle.host.generate(handle.scales | body, show, id=id, on_away=away))
         bar.made += part
         warnings |= dict.fromkeys(answers[-1].get("warnings", []))
     bar.end()

@@ -18,10 +18,11 @@ from .host import Host, HostError
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 2.0  # what the stream gets to end
+AGAIN_SECONDS = 1.0  # until it is opened again
 
 
 class Watch:
-    """Follows one request. Without events from the host, there is only its progress.
+    """Follows one request, over a restart of the host too. Without its events, there is only its progress.
 
     Args:
         host: that makes it.
@@ -33,44 +34,52 @@ class Watch:
         self._percent = 0.0
         self._picture: Image.Image | None = None
         self._refused = False
-        self._ended = False
+        self._ended = threading.Event()
         self._hang_up: Callable[[], None] = lambda: None
-        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Watch:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended = True
+        self._ended.set()
         self._hang_up()
         self._thread.join(CLOSE_SECONDS)
 
     def percent(self) -> float:
         """Of the request, 0 to 100. Raises HostError where the host does not answer."""
-        if not self._refused:
-            return self._percent
-        percent = self.host.progress()
-        return 0.0 if percent == 100 else percent  # it may still be the request's before
+        if self._refused:
+            self._percent = float(self.host.job(self.id)["progress"])
+        return self._percent
 
     def picture(self) -> Image.Image | None:
         """The newest preview, each once."""
         picture, self._picture = self._picture, None
         return picture
 
-    def _follow(self) -> None:
+    def _run(self) -> None:
+        told = False
+        while not self._ended.is_set():
+            reason = self._follow()
+            self._refused = not self._ended.is_set()
+            if self._refused and not told:
+                told = True
+                log.info("no previews from the host at %s: %s", self.host.url, reason)
+            self._ended.wait(AGAIN_SECONDS)
+
+    def _follow(self) -> str:
+        """Read the events until they end; why they did."""
         try:
             with self.host.events() as (self._hang_up, stream):
+                self._refused = False
                 for name, data in events(stream):
-                    if self._ended:
-                        return
+                    if self._ended.is_set():
+                        break
                     self._take(name, data)
-            reason = "they ended"
+            return "they ended"
         except (HostError, OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
-            reason = str(error) or type(error).__name__
-        if not self._ended:
-            self._refused = True
-            log.info("no previews from the host at %s: %s", self.host.url, reason)
+            return str(error) or type(error).__name__
 
     def _take(self, name: str, data: Any) -> None:
         if name == "jobs" and data["running"] and data["running"]["id"] == self.id:

@@ -205,17 +205,21 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
         """Ask, and write the file; zeros and empty texts of protobuf mean "not given"."""
         given = {name: value for name, value in body.items() if value or name == "seed"}
         try:
-            answer = host.generate(self.plan.defaults | given, check=_check(context))
+            answer = host.generate(self.plan.defaults | given, check=_check(context), on_away=_told)
         except Gone:
             context.abort(grpc.StatusCode.CANCELLED, "cancelled")
         except HostError as error:
             context.abort(CODES.get(error.status, grpc.StatusCode.INTERNAL), str(error))
         for warning in answer.get("warnings", []):
-            print(f"the host at {host.url}: warning: {warning}", file=sys.stderr, flush=True)
+            _told(f"the host at {host.url}: warning: {warning}")
         try:
             Path(dst).write_bytes(base64.b64decode(answer["output"]))
         except OSError as error:
             context.abort(grpc.StatusCode.INTERNAL, f"dst: cannot write {dst!r}: {error.strerror}")
+
+
+def _told(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _check(context: grpc.ServicerContext) -> Callable[[], None]:

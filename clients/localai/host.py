@@ -29,8 +29,16 @@ from urllib.parse import urlsplit
 
 END_SECONDS = 20.0  # for a host to end, between Ctrl-C and SIGKILL
 QUICK_SECONDS = 10.0  # for a host to answer anything but /generate
+CANCEL_SECONDS = 2.0  # that a cancelled request waits until the host knows of it
+POST_SECONDS = 60.0  # for a host to take a request, whose pictures it checks first
+WAIT_SECONDS = 20.0  # that a host is asked to keep an answer back until a job is over
 EVENT_SECONDS = 30.0  # without data in GET /events, which sends something every 10 s
 LORA_SECONDS = 600.0  # for a host to add or remove a LoRA, which waits in its queue
+SILENT_SECONDS = 180.0  # without any answer, after which a host is given up; it may be starting again
+LOADING_SECONDS = 1800.0  # of answers that it takes nothing now, after which it is given up
+MOST_LOSSES = 1  # of a request with hosts that ended; then it is not posted again
+RETRY_SECONDS = 1.0  # between two tries of a host that is away
+AWAY = frozenset({0, 429, 502, 503, 504})  # statuses of a host, or of a proxy before it, to ask again later
 
 
 class HostError(RuntimeError):
@@ -59,6 +67,7 @@ class Host:
             raise ValueError(f"a host's address must be like http://127.0.0.1:6000; got {url!r}")
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self.api_key = api_key
+        self.end_reason: Callable[[], str] = lambda: ""  # of a host that will not come back
         self._parts = parts
 
     def _connection(self, timeout: float | None) -> http.client.HTTPConnection:
@@ -67,9 +76,14 @@ class Host:
         return kind(self._parts.hostname or "", self._parts.port, timeout=timeout)
 
     def _send(
-        self, connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, name: str = ""
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        path: str,
+        body: Any = None,
+        more: dict[str, str] | None = None,
     ) -> tuple[int, bytes]:
-        headers = {"Accept": "application/json"} | ({"X-Request-Id": name} if name else {})
+        headers = {"Accept": "application/json"} | (more or {})
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         data = None
@@ -135,10 +149,12 @@ class Host:
             return status == 200
         raise HostError(_message(data, status), status)
 
-    def progress(self) -> float:
-        """Of whichever request runs, 0 to 100."""
-        status, data = self.call("GET", "/progress")
-        return float(data) if status == 200 else 0.0
+    def job(self, id: str) -> dict[str, Any]:
+        """GET /jobs/{id}: state, progress, ... Raises HostError; 404 where there is no such job."""
+        status, data = self.call("GET", f"/jobs/{id}")
+        if status != 200:
+            raise HostError(_message(data, status), status)
+        return _object(data)
 
     def generate(
         self,
@@ -146,56 +162,165 @@ class Host:
         check: Callable[[], None] = lambda: None,
         interval: float = 0.2,
         id: str = "",
+        on_away: Callable[[str], None] = lambda why: None,
     ) -> dict[str, Any]:
-        """POST /generate.
+        """POST /generate, as a job that a restart of the host does not end: it is waited out.
 
         Args:
             body: the request; keys whose value is None are left out.
             check: called every `interval` seconds on the calling thread; what it raises cancels this request
                 and no other, and is raised here.
             id: by which the host's events name it, 8 to 64 letters and digits; drawn where there is none.
+            on_away: told why, once each time that the host does not answer or takes nothing; on any thread.
 
         Raises:
-            HostError: with the host's message.
+            HostError: with the host's message, or what became of a host that did not come back in time.
         """
-        answers: list[tuple[int, bytes]] = []
-        failures: list[HostError] = []
-        id = id or secrets.token_hex(8)
-        connection = self._connection(QUICK_SECONDS)
-        try:
-            connection.connect()  # here, so that there is a socket to hang up
-        except OSError as error:
-            raise self._no_answer(error) from None
-        connection.sock.settimeout(None)
-
-        def post() -> None:
-            try:
-                given = {name: value for name, value in body.items() if value is not None}
-                answers.append(self._send(connection, "POST", "/generate", given, id))
-            except HostError as error:
-                failures.append(error)
-
-        worker = threading.Thread(target=post, daemon=True)
+        given = {name: value for name, value in body.items() if value is not None}
+        job = _Job(self, id or secrets.token_hex(8), given, on_away)
+        worker = threading.Thread(target=job.run, daemon=True)
         worker.start()
         try:
             while worker.is_alive():
                 worker.join(interval)
                 check()
         except BaseException:
-            # By its id, so that no other request ends; if that fails, the disconnect cancels it too.
-            with contextlib.suppress(HostError):
-                self.call("POST", f"/cancel?id={id}")
-            _hang_up(connection.sock)
-            worker.join(QUICK_SECONDS)
+            job.cancel()
+            worker.join(CANCEL_SECONDS)
             raise
-        finally:
-            connection.close()
-        if failures:
-            raise failures[0]
-        status, data = answers[0]
+        if job.error is not None:
+            raise job.error
+        return job.answer
+
+
+class _Job:
+    """One request as a job of a host: posted, awaited, and posted again where the host has lost it.
+
+    Args:
+        host: that makes it.
+        id: its name, so that it is never made twice.
+        body: of POST /generate.
+        on_away: as in `Host.generate`.
+    """
+
+    def __init__(self, host: Host, id: str, body: dict[str, Any], on_away: Callable[[str], None]) -> None:
+        self.host, self.id, self.body, self.on_away = host, id, body, on_away
+        self.answer: dict[str, Any] = {}
+        self.error: HostError | None = None
+        self._cancelled = threading.Event()
+        self._taken = False  # whether the host has it
+        self._losses = 0  # how often it was lost with a host that ended
+        self._waits_on: socket.socket | None = None  # while the host keeps an answer back
+        self._heard = self._known = time.monotonic()  # when the host last answered at all; of this job
+        self._told = False  # that the host is away
+
+    def run(self) -> None:
+        """Get the answer, or the error; on a thread of its own, which `cancel` ends."""
+        while not self._cancelled.is_set():
+            try:
+                if not self._taken:
+                    self._post()
+                began = time.monotonic()
+                if self._poll():
+                    return
+                self._known, self._told = time.monotonic(), False
+                # A host on which too many wait keeps no answer back.
+                self._cancelled.wait(max(0.0, began + RETRY_SECONDS - time.monotonic()))
+            except HostError as error:
+                if error.status not in AWAY or self._is_gone(error):
+                    self.error = self.error or error
+                    return
+            except (KeyError, TypeError, ValueError) as error:
+                self.error = HostError(f"not a host: {self.host.url} answered something else ({error!r})")
+                return
+        self._remove()
+
+    def cancel(self) -> None:
+        """Ask for its end, from any thread."""
+        self._cancelled.set()
+        _hang_up(self._waits_on)
+
+    def _post(self) -> None:
+        headers = {"X-Request-Id": self.id, "Prefer": "respond-async"}
+        status, data = self._call("POST", "/generate", POST_SECONDS, self.body, headers)
+        if status == 200:
+            raise HostError(f"the host at {self.host.url} is older than this client: it has no /jobs", 501)
+        if status != 202:
+            raise HostError(_message(data, status), status)
+        self._taken = True
+
+    def _poll(self) -> bool:
+        """Ask for the answer; whether it is there, or the error that the job ended with."""
+        path = f"/jobs/{self.id}?wait={WAIT_SECONDS:g}"
+        status, data = self._call("GET", path, WAIT_SECONDS + QUICK_SECONDS)
+        if status == 404:
+            self._lose("the host was started again")  # and keeps no jobs on disk
+            return False
         if status != 200:
             raise HostError(_message(data, status), status)
-        return _object(data)
+        job = _object(data)
+        if job["state"] in ("failed", "cancelled"):
+            self.error = HostError(str(job["error"]["message"]), int(job["status"]))
+            if self.error.status in (500, 503) and self._host_ended():
+                why, self.error = str(self.error), None
+                self._lose(why)
+                raise HostError(why, 503)
+        self.answer = job.get("answer") or {}
+        return job["state"] not in ("queued", "running")
+
+    def _lose(self, why: str) -> None:
+        """The host has it no more, so it is posted again. Raises HostError where that was done before."""
+        self._losses += 1
+        if self._losses > MOST_LOSSES:  # the request itself may be what ends hosts
+            times = f"the host ended {self._losses} times while it had this request"
+            raise HostError(f"{times}; the last time: {why}", 500)
+        self._taken = False
+
+    def _host_ended(self) -> bool:
+        """Whether the host ends, so that what failed did so with it; it keeps no jobs on disk then."""
+        try:
+            return self.host.health().get("state") in ("broken", "stopping", "loading")
+        except HostError:
+            return True
+
+    def _call(self, method: str, path: str, timeout: float, *more: Any) -> tuple[int, bytes]:
+        with contextlib.closing(self.host._connection(timeout)) as connection:
+            try:
+                connection.connect()  # here, so that there is a socket to hang up
+            except OSError as error:
+                raise self.host._no_answer(error) from None
+            self._waits_on = connection.sock if method == "GET" else None
+            if self._cancelled.is_set():
+                raise HostError("cancelled")
+            status, data = self.host._send(connection, method, path, *more)
+        if status not in (502, 504):  # those are a proxy's, before a host that is away
+            self._heard = time.monotonic()
+        return status, data
+
+    def _is_gone(self, error: HostError) -> bool:
+        """Whether the host will not come back, with why in `self.error`; where it may, after a pause."""
+        if self._cancelled.is_set():
+            return False
+        now = time.monotonic()
+        if ended := self.host.end_reason():
+            self.error = HostError(ended, error.status)
+        elif now > self._heard + SILENT_SECONDS or now > self._known + LOADING_SECONDS:
+            since = SILENT_SECONDS if now > self._heard + SILENT_SECONDS else LOADING_SECONDS
+            self.error = HostError(f"{error}; it was waited for {since:g} s", error.status)
+        elif not self._told:
+            self._told = True
+            self.on_away(f"{error}; it is waited for")
+        self._cancelled.wait(RETRY_SECONDS)
+        return self.error is not None
+
+    def _remove(self) -> None:
+        """Cancel it at the host, also at one that is away now: it would make the picture when it is back."""
+        deadline = time.monotonic() + SILENT_SECONDS
+        while time.monotonic() < deadline and not self.host.end_reason():
+            with contextlib.suppress(HostError):
+                self.host.call("DELETE", f"/jobs/{self.id}")
+                return
+            time.sleep(RETRY_SECONDS)
 
 
 def _hang_up(sock: socket.socket | None) -> None:
@@ -254,6 +379,7 @@ class HostProcess:
         api_keys = [flag.split("=", 1)[1] for flag in flags if flag.startswith("--api_key=")]
         port = free_port()
         self.host = Host(f"http://127.0.0.1:{port}", *api_keys[-1:])
+        self.host.end_reason = lambda: "" if self.alive() else self.end_reason()
         command = [python or default_python(script.parent)]
         if ranks > 1:
             command += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
