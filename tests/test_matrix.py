@@ -83,7 +83,9 @@ def body(name: str, flags: Flags) -> dict[str, Any]:
             request["image"] = [encoded(name, seed) for seed in (1, 5, 6, 7)]
     if start := flags.get("start"):
         # Twice as many, of which the last half runs.
-        request |= {"steps": 2 * STEPS, "strength": 0.5}
+        request["steps"] = 2 * STEPS
+        if start == "mask" or not MODELS[name].refers:
+            request["strength"] = 0.5
         if start == "mask":
             request["mask"] = encoded(name, 4, "L")
     if flags.get("control_net"):

@@ -29,6 +29,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 
 from shared.backends import BACKENDS
@@ -43,6 +44,10 @@ transformers.utils.logging.disable_progress_bar()
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 BOS_ID, EOS_ID = 512, 513
+# The sizes to which Kontext brings what it looks at, but of sixteenths of the sides, for short tests.
+pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS = [
+    (width // 16, height // 16) for width, height in pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
+]
 ASCII = [chr(code) for code in range(33, 127)]
 PIXELS = 64
 
@@ -304,6 +309,12 @@ def make_flux() -> Any:
     )  # fmt: skip
 
 
+def make_kontext() -> Any:
+    parts = make_flux().components
+    parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return diffusers.FluxKontextPipeline(**parts)
+
+
 def make_chroma() -> Any:
     # As FLUX's; approximator_num_channels is four times the 16 that its timestep embeddings have.
     denoiser = seeded(14, lambda: diffusers.ChromaTransformer2DModel(
@@ -380,7 +391,7 @@ def make_wani2v() -> Any:
 
 BUILDERS: dict[str, Callable[[], Any]] = {
     "ad": make_ad, "sd1": make_sd1, "sd2": make_sd2, "sdxl": make_sdxl, "sd3": make_sd3, "sdup": make_sdup,
-    "svd": make_svd, "flux": make_flux, "chroma": make_chroma,
+    "svd": make_svd, "flux": make_flux, "kontext": make_kontext, "chroma": make_chroma,
     "hy": make_hy, "qwen": make_qwen, "wan": make_wan, "wani2v": make_wani2v, "hv15": make_hv15,
     "pixa": lambda: make_pixart(diffusers.PixArtAlphaPipeline, 120, 12),
     "pixs": lambda: make_pixart(diffusers.PixArtSigmaPipeline, 300, 13),
@@ -465,7 +476,9 @@ def call_args(
         args |= {"use_resolution_binning": False}
     if name in ("pixa", "pixs"):
         args |= {"clean_caption": False}
-    if name in ("sd3", "flux", "chroma"):
+    if name == "kontext":
+        args |= {"image": picture(size), "max_area": size * size}
+    if name in ("sd3", "flux", "kontext", "chroma"):
         args |= {"max_sequence_length": 32}
     return args
 

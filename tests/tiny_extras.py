@@ -284,7 +284,8 @@ def ip_adapter(name: str, form: str = "plain", suffix: str = ".safetensors", enc
         folder.mkdir()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(50)
-            parts = {"flux": _ip_flux, "sd3": _ip_sd3}.get(name, lambda: _ip_unet(name, form == "plus"))()
+            own = {"flux": _ip_flux, "kontext": _ip_flux, "sd3": _ip_sd3}
+            parts = own.get(name, lambda: _ip_unet(name, form == "plus"))()
         if suffix == ".safetensors":
             flat = {
                 f"{part}.{key}": value.contiguous()

@@ -210,7 +210,7 @@ def single_file(name: str) -> Path:
     return tiny.cached(f"single-{name}", make) / "model.safetensors"
 
 
-OWN_NAMES = ("chroma", "flux", "qwen")  # in diffusers' naming in every form
+OWN_NAMES = ("chroma", "flux", "kontext", "qwen")  # in diffusers' naming in every form
 
 
 def gguf(name: str, form: str = "original") -> Path:

@@ -16,6 +16,7 @@ TYPES = [
     "svd",
     "sdup",
     "flux",
+    "kontext",
     "chroma",
     "hv15",
     "hy",

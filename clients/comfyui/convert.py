@@ -37,13 +37,14 @@ FAMILIES: dict[str, tuple[float | tuple[float, ...], float | tuple[float, ...]]]
     "hy": (0.13025, 0.0),
     "sd3": (1.5305, 0.0609),
     "flux": (0.3611, 0.1159),
+    "kontext": (0.3611, 0.1159),
     "chroma": (0.3611, 0.1159),
     "qwen": (tuple(1 / std for std in _WAN_STD), _WAN_MEAN),
 }
 OF_VIDEOS = frozenset({"qwen"})  # types whose samples are [N, channels, frames, h, w], here of one frame
-PACKED = frozenset({"chroma", "flux", "qwen"})  # types whose latents are rows of 2 x 2 patches
+PACKED = frozenset({"chroma", "flux", "kontext", "qwen"})  # types whose latents are rows of 2 x 2 patches
 BEGINS = frozenset({"wani2v"})  # types whose videos begin with a picture
-POOLED = frozenset({"sdxl", "sd3", "flux"})  # types whose embeddings come with pooled ones
+POOLED = frozenset({"sdxl", "sd3", "flux", "kontext"})  # types whose embeddings come with pooled ones
 _PLAIN_CONDITIONING = frozenset({"pooled_output"})
 
 

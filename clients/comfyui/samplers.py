@@ -125,8 +125,8 @@ class PictureSampler(io.ComfyNode):
             node_id="MultiGPUDiffusionSampler",
             display_name="Sampler (multi-GPU)",
             category=CATEGORY,
-            description="Makes pictures. Needs a host of type sd1, sd2, sdxl, sd3, flux, chroma, hy, pixa, "
-            "pixs or qwen.",
+            description="Makes pictures. Needs a host of type sd1, sd2, sdxl, sd3, flux, kontext, chroma, "
+            "hy, pixa, pixs or qwen.",
             inputs=[
                 _host(),
                 *_prompts("a red circle on a blue background", ""),
@@ -171,7 +171,7 @@ class PictureSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     optional=True,
-                    tooltip="flux only: above 1 the negative prompt counts, at twice the work",
+                    tooltip="flux, kontext: above 1 the negative prompt counts, at twice the work",
                 ),
                 io.Int.Input(
                     "pictures",
@@ -194,7 +194,8 @@ class PictureSampler(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="what to start from; it sets the size. Each of a batch makes a picture",
+                    tooltip="what to start from, for kontext what to edit; it sets the size. Each of a batch "
+                    "makes a picture",
                 ),
                 io.Mask.Input(
                     "mask",

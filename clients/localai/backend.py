@@ -113,7 +113,12 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
             except HostError as error:
                 raise HostError(str(error), 400 if "error: --" in str(error) else 500) from None
             host = self.process.host
-        self.controlled = "control_image" in host.launch()["fields"]
+        launch = host.launch()
+        self.controlled = "control_image" in launch["fields"]
+        image = launch["fields"].get("image", {})
+        starts = not image or "image" in {*launch["strengths"], *launch["needs"]}
+        self.seen = 0 if starts else image.get("most", 1)
+        """How many pictures the model looks at beside the prompt; 0: a picture is where it starts."""
         if self.controlled and wanted.strength is not None:
             raise OptionError(STRENGTH_WITH_CONTROL)
         if self.controlled and wanted.img2img:
@@ -141,11 +146,19 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
         started = _start(request.src, context)
         if "image" in started and self.controlled and "mask" not in started:
             started = {"control_image": started["image"]}
+        references = list(request.ref_images) if self.seen and "mask" not in started else []
+        if references:
+            given = [_file(path, "ref_images", context) for path in references]
+            if (count := len(given)) > self.seen:
+                _refuse(context, f"ref_images: at most {self.seen} for type {self.type}; got {count}")
+            started = {"image": given[0] if count == 1 else given}
         body |= started
-        if "image" in started:
+        if "image" in started and (not self.seen or "mask" in started):
             body["strength"] = self.plan.strength
         if "mask" in started:  # LocalAI names a fixed size, and picture and mask again as ref_images
             body |= {"width": None, "height": None}
+        elif references:
+            pass
         elif len(request.ref_images) > 1:
             _refuse(context, f"ref_images: one picture, for the IP-Adapter; got {len(request.ref_images)}")
         else:

@@ -20,6 +20,7 @@ PIPELINES = {
     "StableVideoDiffusionPipeline": "svd",
     "AnimateDiffPipeline": "ad",
     "FluxPipeline": "flux",
+    "FluxKontextPipeline": "kontext",
     "ChromaPipeline": "chroma",
     "HunyuanDiTPipeline": "hy",
     "HunyuanVideo15Pipeline": "hv15",
@@ -37,6 +38,7 @@ PIPELINES |= {
         "StableDiffusionXLPipeline",
         "StableDiffusion3Pipeline",
         "FluxPipeline",
+        "FluxKontextPipeline",
     )
     for end in ("Img2Img", "Inpaint")
 }

@@ -144,14 +144,21 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
         add(name, "give strength or denoising_start, not both", *STRENGTH, "denoising_start")
     elif strength == 0:
         add(name, "must be above 0, or no step is left to run; got 0")
-    elif strength is not None and strength < 1 and request.latent is None and not request.starts(config):
+    elif strength is not None and strength < 1 and request.latent is None and not _begins(request, config):
         wanted, lacks = ("a latent", "no latent")
-        if config.spec.image == "start":
+        if config.spec.refers and "mask" in config.spec.fields:
+            wanted, lacks = ("an image with a mask or a latent", "neither")
+        elif config.spec.image == "start" and not config.spec.refers:
             wanted, lacks = ("an image or a latent", "neither")
-        add(name, f"below 1 needs {wanted} to start from; got {strength:g} and {lacks}", "latent", "image")
+        text = f"below 1 needs {wanted} to start from; got {strength:g} and {lacks}"
+        add(name, text, "latent", "image", "mask")
     if isinstance(request.image, list):
         if not (request.starts(config) and config.spec.output == "video"):
-            add("image", f"must be one picture for type {config.type}, got a list of {len(request.image)}")
+            most = config.spec.most_pictures if request.mask is None else 1
+            wanted = "one picture" if most == 1 else f"at most {most} pictures"
+            beside = "" if request.mask is None else " with a mask"
+            if (count := len(request.image)) > most:
+                add("image", f"must be {wanted}{beside} for type {config.type}, got a list of {count}")
         elif request.frames not in (None, len(request.image)):
             add(
                 "frames",
@@ -226,6 +233,12 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
 
 
 STRENGTH = ("strength", "denoise")  # two names of one field
+
+
+def _begins(request: GenerateRequest, config: HostConfig) -> bool:
+    """Whether what is made starts from the request's picture, of which `strength` is left out."""
+    start = config.spec.start("image" if request.mask is None else "inpaint", bool(config.control_net))
+    return request.starts(config) and not (start is not None and start.refers)
 
 
 def _truly_guided(request: GenerateRequest) -> bool:

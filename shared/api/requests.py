@@ -140,7 +140,7 @@ class GenerateRequest(BaseModel):
     steps: Annotated[Annotated[int, Field(ge=1, le=MAX_STEPS)] | None, Notes("Steps", common=True)] = None
     cfg: Annotated[Annotated[float, Field(ge=0, le=100)] | None, Notes("Guidance", common=True)] = None
     true_cfg_scale: Annotated[
-        Annotated[float, Field(ge=0, le=100, description="above 1: flux uses the negative prompt")] | None,
+        Annotated[float, Field(ge=0, le=100, description="above 1: the negative prompt counts")] | None,
         Notes("True guidance"),
     ] = None
     guidance_rescale: Annotated[
@@ -231,7 +231,7 @@ class GenerateRequest(BaseModel):
             "output_format": self.output_format or output_format or "png",
         }
         filled = {n: v for n, v in launch_defaults(config).items() if getattr(self, n) is None}
-        if isinstance(self.image, list):
+        if isinstance(self.image, list) and config.spec.output == "video":
             filled["frames"] = len(self.image)
         filled["width"], filled["height"] = size = size_of(self, config)
         if self.starts(config):
@@ -239,12 +239,12 @@ class GenerateRequest(BaseModel):
         return self.model_copy(update=own | filled)
 
     def starts(self, config: HostConfig) -> bool:
-        """Whether what is made starts from the request's picture."""
+        """Whether what is made starts from the request's picture, or is an edit of it."""
         return self.image is not None and config.spec.image == "start"
 
     @property
     def images(self) -> list[bytes]:
-        """The pictures of `image`: none, one, or a video's frames."""
+        """The pictures of `image`: none, one, several to look at, or a video's frames."""
         if self.image is None:
             return []
         return self.image if isinstance(self.image, list) else [self.image]

@@ -28,6 +28,7 @@ from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 from shared.models import ModelSpec
 
+_IGNORED = "denoising_strength: type {} ({}) ignores it with a picture; left out"
 STRENGTH = 0.75  # A1111's default
 RESIZE_MODES = ("Just resize", "Crop and resize", "Resize and fill")
 FILLS = ("fill", "original")
@@ -123,6 +124,18 @@ def start(
         data: the other fields, translated; their size is used.
         controlled: whether the picture is the ControlNet's too.
     """
+    fields, retouched, problems = _started(asked, data, config, controlled)
+    if config.spec.refers and "mask" not in fields and "strength" in fields:
+        del fields["strength"]
+        if asked.get("denoising_strength") is not None:
+            warn(_IGNORED.format(config.type, config.spec.title))
+    return fields, retouched, problems
+
+
+def _started(
+    asked: dict[str, Any], data: dict[str, Any], config: HostConfig, controlled: bool
+) -> tuple[dict[str, Any], Retouched | None, list[FieldProblem]]:
+    """As `start`, with `strength` also where a type only looks at the picture."""
     spec, settings = config.spec, _Settings(asked, config.spec)
     images, mask = asked.get("init_images"), asked.get("mask")
     images = None if images == [None] else images
@@ -142,7 +155,7 @@ def start(
     if is_img2img(spec):
         fields["strength"] = _strength(asked)
     elif strength is not None:
-        warn(f"denoising_strength: type {spec.name} ({spec.title}) ignores it with a picture; left out")
+        warn(_IGNORED.format(spec.name, spec.title))
     if not is_nothing(mask):
         fields["mask"] = mask
     if settings.problems:

@@ -157,7 +157,7 @@ def _edited(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
     problems = []
     if not image:
         problems.append(FieldProblem("image", "is needed: a file with the picture to edit"))
-    elif isinstance(image, list) and config.spec.output == "image":
+    elif isinstance(image, list) and config.spec.output == "image" and config.spec.most_pictures == 1:
         text = f"must be one picture for type {config.spec.name}, got {len(image)}"
         problems.append(FieldProblem("image", text))
     masked = mask is not None and "mask" in config.spec.fields

@@ -34,7 +34,7 @@ from shared.http.routes import Answer, App, Route, stream
 from shared.http.wsgi import MAX_WATCHERS
 from shared.launch.checks import start_problem
 from shared.launch.flags import HostConfig
-from shared.models import ModelSpec, schedulers_for
+from shared.models import ModelSpec, Start, schedulers_for
 from shared.models.spec import Kind
 
 FOLDER = Path(__file__).parent / "web"
@@ -159,9 +159,10 @@ def offer(config: HostConfig) -> dict[str, Any]:
         "controlnet_scale": _alike(config.control_net),
         "ip_adapter_scale": _alike(config.ip_adapter),
     }
-    strengths = _strengths(config)
+    starts = _starts(config)
+    strengths = {name: start.strength for name, start in starts.items() if start.strength is not None}
     if spec.image == "start":
-        missing |= {"mask"} - strengths.keys() if strengths else {"image", "mask"}
+        missing |= {"image", "mask"} - starts.keys() | (set() if strengths else {"strength"})
     missing |= {f"{name}_scale" for name in missing}  # of a picture that is not taken
     fields = (spec.fields | COMMON_FIELDS) - missing
     schedulers = schedulers_for(spec)
@@ -187,15 +188,15 @@ def offer(config: HostConfig) -> dict[str, Any]:
     }
 
 
-def _strengths(config: HostConfig) -> dict[str, float]:
-    """By request field the default strength of diffusers' pipeline that starts from it with this launch."""
+def _starts(config: HostConfig) -> dict[str, Start]:
+    """By request field diffusers' pipeline that starts from it with this launch."""
     kinds: dict[str, Kind] = {"image": "image", "mask": "inpaint"}
     starts = {
         name: config.spec.start(kind, bool(config.control_net))
         for name, kind in kinds.items()
         if start_problem(config, kind) is None
     }
-    return {name: start.strength for name, start in starts.items() if start}
+    return {name: start for name, start in starts.items() if start}
 
 
 def _alike(scales: Mapping[str, float] | None) -> float | None:
@@ -210,7 +211,7 @@ def _most(name: str, config: HostConfig) -> dict[str, int]:
     adapters = len(config.ip_adapter or ())
     together = adapters == 1 and config.spec.ip_adapter_takes == "several"
     most = {
-        "image": MAX_FRAMES if start is not None and start.frames else 1,
+        "image": MAX_FRAMES if start is not None and start.frames else config.spec.most_pictures,
         "control_image": len(config.control_net or ()),
         "ip_image": MAX_INPUTS if together else adapters,
     }.get(name, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
-from shared.models import chroma, flux, hunyuan, hunyuan_video, pixart, qwen, sd, sd3, wan
+from shared.models import chroma, flux, hunyuan, hunyuan_video, kontext, pixart, qwen, sd, sd3, wan
 from shared.models.files import INPUTS, PARTS, VAE_PREFIXES, FileKind
 from shared.models.schedulers import (
     EDM_CLASSES,
@@ -60,6 +60,7 @@ FAMILIES: tuple[Family, ...] = (
     sd.FAMILY,
     chroma.FAMILY,
     flux.FAMILY,
+    kontext.FAMILY,  # behind flux, whose plan its transformer has
     sd3.FAMILY,
     hunyuan.FAMILY,
     hunyuan_video.FAMILY,
@@ -93,12 +94,12 @@ MODELS = _collected(tuple(row for family in FAMILIES for row in family.rows))
 
 TOKEN_PLANS: dict[str, TokenPlan] = {
     plan.name: plan
-    for spec in MODELS.values()
+    for spec in reversed(MODELS.values())
     if spec.tokens
     for plan in (spec.tokens, spec.tokens.control_net)
     if plan
 }
-"""By class name: of transformers and of their ControlNets."""
+"""By class name, of transformers and of their ControlNets: that of the first type with the class."""
 
 
 def token_plan(class_name: str) -> TokenPlan:

@@ -30,13 +30,20 @@ class Start:
 
     pipeline: str
     kind: Kind
-    strength: float  # its default
+    strength: float | None  # its default; None: it starts from noise, and the model looks at the picture
     control: bool = False  # whether it is the one with a ControlNet
     ip_adapter: bool = True  # whether it takes an IP-Adapter
     image: str = "image"  # its argument for the picture
     frames: bool = False  # whether that is a list, the frames of a video
     sized: bool = True  # whether it takes a size; else the picture's is taken
     control_image: str = "control_image"  # its argument for the control image
+    most: int = 1  # pictures that it takes beside each other, if they are no frames
+    arguments: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))  # its further ones
+
+    @property
+    def refers(self) -> bool:
+        """Whether the picture is one that the model looks at, and the loaded pipeline takes it."""
+        return self.strength is None
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class ModelSpec:
     batch_pixels: int = 0  # of all pictures in one call of the pipeline; 0: each picture has its own call
     control_draws: bool = False  # whether control pictures are encoded with noise of the global state
     factor_setting: str = "vae_scale_factor"  # the pipeline's attribute: pixels a side of one latent
+    area_field: str | None = None  # of the pipeline, if it takes width and height only as an aspect
     size_scale: int = 1  # output pixels per pixel of the size that the pipeline is given (x4 upscaler: 4)
     frames: int | None = None
     frames_factor: int = 1  # frames of one latent frame; the first frame has a latent of its own
@@ -170,10 +178,21 @@ class ModelSpec:
         return next((s for s in self.starts if (s.kind, s.control) == (kind, control)), None)
 
     @property
+    def most_pictures(self) -> int:
+        """How many pictures to look at it takes, without a mask."""
+        return max((start.most for start in self.starts), default=1)
+
+    @property
     def image_pipeline(self) -> str:
         """The class whose `strength` is ours with `latent`."""
-        start = self.start("image", False)
-        return "StableDiffusionImg2ImgPipeline" if start is None or start.frames else start.pipeline
+        found = (s for s in self.starts if not (s.kind == "fill" or s.control or s.frames or s.refers))
+        start = next(found, None)
+        return "StableDiffusionImg2ImgPipeline" if start is None else start.pipeline
+
+    @property
+    def refers(self) -> bool:
+        """Whether it was trained to look at pictures beside its prompt."""
+        return any(start.refers for start in self.starts)
 
     @property
     def index_classes(self) -> frozenset[str]:

@@ -69,6 +69,8 @@ def call_arguments(
     )
     if "width" in spec.fields and (start is None or start.sized):
         arguments |= {"width": request.width, "height": request.height}
+        if spec.area_field is not None:
+            arguments[spec.area_field] = (request.width or 0) * (request.height or 0)
     if start is not None:
         arguments |= start_arguments(start, request)
     elif request.image is not None:
@@ -112,7 +114,8 @@ def call_arguments(
         for name in arguments:
             if name not in takes:
                 field = FIELDS.get(name, name)
-                raise refused(field, f"is not supported from a picture: {start.pipeline} does not take it")
+                cls = type(pipe).__name__
+                raise refused(field, f"is not supported from a picture: {cls} does not take it")
     return arguments
 
 

@@ -283,7 +283,7 @@ class PipelineEngine:
         arguments: dict[str, Any],
     ) -> AbstractContextManager[None]:
         """Run the part of the schedule that is asked for, of which the method and the watch are told."""
-        if start is None or request.image is None:
+        if start is None or start.refers or request.image is None:
             return part_of_schedule(running, self.spec, request, arguments)
 
         def begin(timesteps: torch.Tensor, first: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from shared.api.faults import refused
-from shared.api.media import decode_mask, decode_picture
+from shared.api.media import decode_image, decode_mask, decode_picture
 from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, Start
@@ -73,6 +73,8 @@ class PicturePipelines:
 
     def _of(self, start: Start) -> tuple[Pipeline, Any]:
         """The pipeline and its form of the launch's scheduler, whose settings its constructor may change."""
+        if start.refers:
+            return self.pipe, None
         if start.pipeline not in self._made:
             import diffusers
 
@@ -91,21 +93,26 @@ class PicturePipelines:
 def start_arguments(start: Start, request: GenerateRequest) -> dict[str, Any]:
     """Keyword arguments for the picture, the mask and the strength; without an image an empty one.
 
-    Of a single picture a video begins as one that stands still.
+    Of a single picture a video begins as one that stands still. A picture to look at keeps its size, which
+    the pipeline brings to one that the model knows.
     """
+    if start.refers:
+        seen = [decode_image(one, request.image_scale) for one in request.images]
+        return {start.image: seen if start.most > 1 else seen[0], **start.arguments}
     size = (request.width or 0, request.height or 0)
     pictures = [decode_picture(one, request.image_scale, size) for one in request.images]
     given: Any = pictures[0] if pictures else Image.new("RGB", size)
     if start.frames:
         given = pictures if len(pictures) > 1 else pictures * (request.frames or 1)
-    arguments: dict[str, Any] = {start.image: given, "strength": strength_of(start, request)}
+    arguments: dict[str, Any] = {**start.arguments, start.image: given}
+    arguments["strength"] = strength_of(start, request)
     if start.kind != "image":
         mask = Image.new("L", size, 255)
         arguments["mask_image"] = mask if request.mask is None else decode_mask(request.mask, size)
     return arguments
 
 
-def strength_of(start: Start, request: GenerateRequest) -> float:
+def strength_of(start: Start, request: GenerateRequest) -> float | None:
     """The part of the schedule that runs: the request's, or the default of what it asks for."""
     if request.image is None:
         return 1.0

@@ -459,7 +459,8 @@ def _check_index(spec: ModelSpec, index: dict[str, Any], folder: Path) -> None:
         raise LoadError(f"--checkpoint {str(folder)!r} is the SDXL refiner: give it as --refiner")
     owners = [s for s in MODELS.values() if name in s.index_classes]
     kin = [s for s in owners if s.single_file_config == spec.single_file_config and s.output == "image"]
-    if owners and name not in spec.index_classes and not (kin and spec.single_file_config):
+    alike = bool(kin and spec.single_file_config) and not spec.refers  # others know no picture to look at
+    if owners and name not in spec.index_classes and not alike:
         raise LoadError(
             f"--checkpoint {str(folder)!r} is a {name}, so its type is "
             f"{' or '.join(s.name for s in owners)}; got --type={spec.name}"

@@ -151,6 +151,7 @@ def test_options_become_flags_that_the_host_parses(
         ("StableDiffusionXLInpaintPipeline", "sdxl"),
         ("StableDiffusion3Img2ImgPipeline", "sd3"),
         ("FluxInpaintPipeline", "flux"),
+        ("FluxKontextInpaintPipeline", "kontext"),
     ):
         flags = options.plan(messages.ModelOptions(PipelineType=pipeline, IMG2IMG=True)).flags
         assert flags[0] == f"--type={name}"
@@ -288,6 +289,20 @@ def test_a_gif_is_the_video_that_animatediff_starts_from(client: Client, tmp_pat
         (4, 4, 0.4),
         (0, 16, None),
     ]
+
+
+def test_a_reference_is_what_kontext_looks_at(client: Client, tmp_path: Path) -> None:
+    picture, dst = tmp_path / "seen.png", str(tmp_path / "out.png")
+    picture.write_bytes(base64.b64decode(_PNG))
+    with FakeHost(config_of("kontext", backend="xdit")) as host:
+        client.call("LoadModel", "ModelOptions", Options=[f"host_url:{host.url}", "strength:0.4"])
+        for fields in ({"src": str(picture)}, {"ref_images": [str(picture)]}):
+            client.call("GenerateImage", "GenerateImageRequest", dst=dst, **fields)
+        code, told = client.fails(
+            "GenerateImage", "GenerateImageRequest", dst=dst, ref_images=[str(picture)] * 2
+        )
+    assert (code, told) == (CODE.INVALID_ARGUMENT, "ref_images: at most 1 for type kontext; got 2")
+    assert [(len(seen.images), seen.strength) for seen in host.seen] == [(1, None), (1, None)]
 
 
 def test_src_starts_at_the_models_strength(client: Client, tmp_path: Path) -> None:

@@ -81,6 +81,19 @@ def test_a_picture_goes_as_it_came_with_the_size_that_was_asked_for(host: FakeHo
     assert (host.seen[-1].width, host.seen[-1].height, host.seen[-1].strength) == (128, 64, 0.3)
 
 
+def test_a_type_that_only_looks_at_the_picture_ignores_the_strength_without_a_mask() -> None:
+    with FakeHost(config_of("kontext", backend="xdit")) as host:
+        told = post(host, denoising_strength=0.3)
+        post(host)
+        post(host, denoising_strength=0.3, mask=base64_of(spot((40, 20, 60, 40))), inpaint_full_res=False)
+    assert "denoising_strength: type kontext (FLUX.1 Kontext) ignores it" in json.dumps(told)
+    assert [(seen.strength, seen.mask is None) for seen in host.seen] == [
+        (None, True),
+        (None, True),
+        (0.3, False),
+    ]
+
+
 def test_only_the_masked_part_is_painted_and_pasted_back(host: FakeHost) -> None:
     mask = spot((40, 20, 60, 40))
     answer = client(host).img2img(

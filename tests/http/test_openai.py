@@ -93,6 +93,22 @@ def test_edit_paints_what_is_transparent_in_the_mask(host: FakeHost) -> None:
     assert (host.seen[-1].width, host.seen[-1].height, host.seen[-1].mask) == (128, 256, None)
 
 
+def test_an_edit_of_what_the_model_looks_at_has_no_strength() -> None:
+    seen = picture(size=(72, 104))
+    with FakeHost(config_of("kontext", backend="xdit")) as host:
+        client(host).images.edit(image=seen, prompt="a hat")
+        with pytest.raises(openai.BadRequestError, match="strength: below 1 needs an image with a mask"):
+            client(host).images.edit(image=seen, prompt="a hat", extra_body={"strength": 0.5})
+        with pytest.raises(openai.BadRequestError, match="image: must be one picture for type kontext"):
+            client(host).images.edit(image=[seen, seen], prompt="a hat")
+        mask = rgba((72, 104), (8, 16, 24, 32))
+        client(host).images.edit(image=seen, mask=mask, prompt="a hat", extra_body={"strength": 0.5})
+    assert [(r.image, r.width, r.height, r.strength) for r in host.seen] == [
+        (seen, 64, 96, None),
+        (seen, 64, 96, 0.5),
+    ]
+
+
 def test_an_opaque_mask_would_paint_nothing(host: FakeHost) -> None:
     for mask in (rgba((64, 64)), picture(size=(64, 64))):
         with pytest.raises(openai.BadRequestError, match="mask: must be transparent where the picture"):

@@ -81,6 +81,7 @@ def test_every_plan_is_found_by_its_class() -> None:
     ("name", "expected"),
     [
         ("flux", {"branches": 1, "flow": True, "packed": True, "joined": ("text", "picture")}),
+        ("kontext", {"name": "FluxTransformer2DModel", "branches": 1, "stages": None, "control_net": None}),
         ("chroma", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("qwen", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("wan", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),

@@ -43,7 +43,7 @@ from tests.pool import RankPool
 STEPS = 2
 EXACT = 80.0
 """dB in fp32 that count as equal to the plain pipeline; most reach 120 and more."""
-TYPES = ("chroma", "flux", "hv15", "hy", "pixa", "pixs", "qwen", "sd3", "wan", "wani2v")
+TYPES = ("chroma", "flux", "hv15", "hy", "kontext", "pixa", "pixs", "qwen", "sd3", "wan", "wani2v")
 
 Case = dict[str, Any]
 
@@ -110,6 +110,10 @@ MORE: dict[str, list[Case]] = {
         {"true_cfg_scale": 3.0, "negative_prompt": "blur"},
         {"sigmas": [1.0, 0.7, 0.2], "max_sequence_length": 17},
     ],
+    "kontext": [
+        {"image": None, "max_sequence_length": 17},
+        {"true_cfg_scale": 3.0, "negative_prompt": "blur", "image": tiny.picture(48).resize((96, 48))},
+    ],
     "qwen": [
         {"true_cfg_scale": 1.0},
         {"negative_prompt": "blur, and many more words", "prompt": "a"},
@@ -124,7 +128,7 @@ MORE: dict[str, list[Case]] = {
 @pytest.mark.parametrize("name", TYPES)
 def test_two_ranks_equal_the_plain_pipeline(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
-    more = [{"tensor": 2}] if name == "flux" else [{"cfg": 2}]
+    more = [{"tensor": 2}] if name in ("flux", "kontext") else [{"cfg": 2}]
     for rank in pool.run(exact, 2, name, CASES_2 + more, SIZES + MORE[name]):
         assert min(min(row) for row in rank) >= EXACT, rank
 
@@ -209,6 +213,7 @@ HYBRIDS: dict[str, list[Case]] = {
     "chroma": [{"cfg": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}],
     "flux": [{"ulysses": 2, "ring": 2}, {"tensor": 2, "ulysses": 2}, {"tensor": 2, "ring": 2}],
     "sd3": [{"cfg": 2, "ulysses": 2}, {"ulysses": 4}],
+    "kontext": [{"ulysses": 2, "ring": 2}, {"data": 2, "ring": 2}],
     "qwen": [{"cfg": 2, "ring": 2}, {"ulysses": 2, "ring": 2}],
     "pixs": [{"cfg": 2, "ring": 2}, {"data": 2, "ulysses": 2}],
     "hy": [{"ulysses": 2, "ring": 2}, {"data": 2, "cfg": 2}],
@@ -239,29 +244,31 @@ def test_pipefusion_hybrids_on_four_ranks(pool: RankPool, name: str) -> None:
         assert min(min(row) for row in rank) >= EXACT, rank
 
 
-def cached(cache: str, thresholds: list[float], steps: int) -> list[tuple[int, float]]:
+def cached(name: str, cache: str, thresholds: list[float], steps: int) -> list[tuple[int, float]]:
     """On each rank: blocks that were computed, and how close the picture is, by threshold, twice each."""
-    pipe = pipeline("flux")
-    plain, found = picture(pipe, "flux", steps=steps), []
+    pipe = pipeline(name)
+    plain, found = picture(pipe, name, steps=steps), []
     true = {"steps": steps, "true_cfg_scale": 5.0, "negative_prompt": "blur"}
-    wanted = picture(pipe, "flux", **true)
+    wanted = picture(pipe, name, **true)
     kind: Any = cache
     for threshold in thresholds:
         with XDiT(pipe, Degrees(ulysses=2), cache=kind, cache_threshold=threshold) as parallel:
             for _ in range(2):
-                made = picture(pipe, "flux", parallel, steps=steps)
+                made = picture(pipe, name, parallel, steps=steps)
                 found.append((parallel.computed_blocks, psnr(made, plain)))
     with XDiT(pipe, Degrees(ulysses=2), cache=kind, cache_threshold=thresholds[-1]) as parallel:
-        found.append((0, psnr(picture(pipe, "flux", parallel, **true), wanted)))
+        found.append((0, psnr(picture(pipe, name, parallel, **true), wanted)))
     assert "cache_context" not in vars(pipe.transformer)
-    assert np.array_equal(picture(pipe, "flux", steps=steps), plain)
+    assert np.array_equal(picture(pipe, name, steps=steps), plain)
     return found
 
 
+@pytest.mark.parametrize("name", ["flux", "kontext"])  # whose pipeline does not name its branches
 @pytest.mark.parametrize("cache", ["teacache", "fbcache"])
-def test_caches_leave_blocks_out(pool: RankPool, cache: str) -> None:
+def test_caches_leave_blocks_out(pool: RankPool, cache: str, name: str) -> None:
+    tiny.checkpoint(name)
     blocks_in_all = 4 * 6
-    ranks = pool.run(cached, 2, cache, [0.0, 100.0], 4)
+    ranks = pool.run(cached, 2, name, cache, [0.0, 100.0], 4)
     assert [blocks for blocks, _ in ranks[0]] == [blocks for blocks, _ in ranks[1]]
     for rank in ranks:
         (none, same), again, (some, close), once_more, (_, two_branches) = rank

@@ -92,6 +92,7 @@ def test_vae() -> None:
     [
         ("sd1", "sdxl", "is a StableDiffusionXLPipeline, so its type is sdxl; got --type=sd1"),
         ("sd1", "ad", "so its type is ad"),
+        ("kontext", "flux", "is a FluxPipeline, so its type is flux; got --type=kontext"),
         ("sdup", "sd1", "so its type is sd1 or sd2"),
         ("pixs", "pixa", "so its type is pixa"),
     ],

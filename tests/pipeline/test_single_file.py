@@ -293,6 +293,7 @@ def test_playground(shipped: Path) -> None:
         ("flux", "model.diffusion_model."),
         ("flux", ""),
         ("flux", "transformer."),
+        ("kontext", ""),
         ("sd3", "model.diffusion_model."),
         ("sd3", ""),
         ("sdxl", ""),

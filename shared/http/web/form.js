@@ -94,6 +94,8 @@ function isShown(name) {
 
 function showBeside() {
   const frames = picked("image").length;
+  // Of a picture that the model only looks at, no part of the schedule is left out.
+  BESIDE.strength = "image" in launch.strengths ? "image" : "mask";
   if (frames > 1 && byId("frames")) byId("frames").value = frames;
   for (const [name, picture] of Object.entries(BESIDE)) {
     if (fieldFor(name)) fieldFor(name).hidden = !picked(picture).length;

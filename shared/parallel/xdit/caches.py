@@ -25,8 +25,10 @@ never falls below: no step would be skipped."""
 class StepCache(Part):
     """Skips blocks of a transformer, reset in each generation; each guidance branch has its own cache.
 
+    A pipeline that does not name its branches by `cache_context` has one for each text that it gives.
+
     Args:
-        transformer: of a pipeline that names its branches by `cache_context`.
+        transformer: of a pipeline.
         plan: its token plan.
         threshold: relative change below which a step's blocks are skipped; 0 computes all.
     """
@@ -39,12 +41,37 @@ class StepCache(Part):
         self.computed_blocks = 0
         """Blocks that this rank has computed since ``begin``."""
         self.surgery = self.held.enter_context(Surgery())
+        self._named = False
+        self._texts: list[Any] = []
+        self._name = self.surgery.replace(transformer, "cache_context", self._branch)
+        self.surgery.override(transformer, self._in_a_branch)
         for block in blocks_of(transformer, plan):
             self.surgery.override(block, self._counted)
 
     def begin(self, steps: int, pictures: int = 1) -> None:
         super().begin(steps, pictures)
         self.computed_blocks = 0
+        self._texts = []
+
+    @contextlib.contextmanager
+    def _branch(self, name: str, **settings: Any) -> Iterator[None]:
+        """What the pipeline enters around its calls of a guidance branch."""
+        self._named = True
+        try:
+            with self._name(name, **settings):
+                yield
+        finally:
+            self._named = False
+
+    def _in_a_branch(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        if self._named:
+            return original(*args, **kwargs)
+        text = kwargs["encoder_hidden_states"]  # the same object in every step
+        if not any(known is text for known in self._texts):
+            self._texts.append(text)
+        place = next(i for i, known in enumerate(self._texts) if known is text)
+        with self._branch(f"text {place}"):
+            return original(*args, **kwargs)
 
     def _counted(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         self.computed_blocks += 1
@@ -108,14 +135,11 @@ class TeaCache(StepCache):
         self._plain = self._taken()
         self.held.callback(self._put, self._plain)
         self._caches: dict[str, dict[str, nn.ModuleList]] = {}
-        self._context = self.surgery.replace(self.transformer, "cache_context", self._branch)
 
     def begin(self, steps: int, pictures: int = 1) -> None:
         """Fresh caches: xfuser's keep residuals, and count steps, from one generation to the next."""
         super().begin(steps, pictures)
         self._caches = {}
-        # For pipelines that do not name their guidance branches.
-        self._put(self._new())
 
     def _new(self) -> dict[str, nn.ModuleList]:
         from xfuser.model_executor.cache import apply_cache
@@ -133,13 +157,12 @@ class TeaCache(StepCache):
 
     @contextlib.contextmanager
     def _branch(self, name: str, **settings: Any) -> Iterator[None]:
-        """What the pipeline enters around its calls of a guidance branch."""
         before = self._taken()
         if name not in self._caches:
             self._caches[name] = self._new()
         self._put(self._caches[name])
         try:
-            with self._context(name, **settings):
+            with super()._branch(name, **settings):
                 yield
         finally:
             self._put(before)
