@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -262,6 +263,20 @@ def test_prompts_are_queued_while_one_draws(host: DrawingHost, tabs: Any, screen
     expect(page.locator("#running")).to_be_hidden()
     assert [request.positive for request in host.seen] == ["hold", "<b>third</b>"]
     expect(page.locator("#shown img")).to_have_attribute("alt", "<b>third</b>")
+
+
+def test_a_restart_of_the_host_is_waited_out(tabs: Any, tmp_path: Any) -> None:
+    host = FakeHost(config_of(state_dir=str(tmp_path / "state")))
+    page = tabs(host.url)
+    fill(page, positive="hold", steps=2)
+    page.locator("#generate").click()
+    wait_for(lambda: host.seen)
+    host.die()
+    expect(page.locator("#status")).to_have_text("The host is away; this request waits for it.")
+    with FakeHost(replace(host.config, port=host.server.port)) as again:
+        again.go_on.set()
+        expect(page.locator("#status")).to_have_text("Done.")
+        expect(page.locator("#facts")).to_contain_text(f"Seed {host.seen[0].seed} ")
 
 
 def test_several_pictures_are_one_request(host: DrawingHost, tabs: Any) -> None:

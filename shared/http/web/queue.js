@@ -3,11 +3,13 @@
 import { byId, button, dialogIsOpen, element, say, short } from "./dom.js";
 import { clearProblems, goTo, readForm, tellError } from "./form.js";
 import { keep, list } from "./history.js";
-import { call, dataUrl, fileOf, launch, post } from "./host.js";
+import { HostError, call, dataUrl, fileOf, launch, post } from "./host.js";
 import { restore, show, showPreview, shown } from "./stage.js";
 
 const AT_ONCE = 2; // requests at the host: one is drawn, and the next is there when it is done
 const HELD = 5000; // milliseconds until the next try where the host takes none
+const AWAY = [0, 502, 503]; // statuses of a host that may be starting again
+const PATIENCE = 1800000; // milliseconds that one is waited for
 const ENDED = { done: "is done", cancelled: "was cancelled", failed: "failed" };
 
 const requests = []; // not yet answered, oldest first: { id, body, inputs, isSent, isStopped, control }
@@ -62,8 +64,7 @@ async function send(request, before) {
       const urls = await Promise.all(pictures.map(({ file }) => dataUrl(file)));
       body[name] = urls.length > 1 ? urls : urls[0];
     }
-    const options = { headers: { "X-Request-Id": request.id }, signal: request.control.signal };
-    const record = recordOf(await post("generate", body, options), request);
+    const record = recordOf(await answerOf(request, body), request);
     await before; // two answers may come at the same time
     const entry = await keep(record);
     if (follows) {
@@ -82,6 +83,24 @@ async function send(request, before) {
   } finally {
     requests.splice(requests.indexOf(request), 1);
     pump();
+  }
+}
+
+// A request as a job of the host: a restart of the host in the middle of it is waited out.
+async function answerOf({ id, control: { signal } }, body) {
+  const headers = { "X-Request-Id": id, Prefer: "respond-async" };
+  await post("generate", body, { headers, signal });
+  let known = Date.now(); // when the host last told of it
+  for (;;) {
+    const began = Date.now();
+    const job = await call(`jobs/${id}?wait=30`, { signal }).then((response) => response.json(), (error) => {
+      if (!AWAY.includes(error.status) || Date.now() - known > PATIENCE) throw error;
+      say("The host is away; this request waits for it.");
+    });
+    if (job?.state === "done") return job.answer;
+    if (job?.error) throw new HostError(job.status, job.error.message, job.error.errors);
+    if (job) known = Date.now();
+    await new Promise((resolve) => setTimeout(resolve, Math.max(0, began + 1000 - Date.now())));
   }
 }
 
