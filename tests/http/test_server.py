@@ -708,7 +708,7 @@ def test_a_client_that_leaves_cancels_its_request(host: FakeHost, reset: bool) -
     connection.close()
     began = time.monotonic()
     wait_for(lambda: host.queue.running is None)
-    assert time.monotonic() - began < 0.1 + 2 * host.step_seconds + 0.3
+    assert time.monotonic() - began < 2  # not after 500 steps
     assert job is not None and job.error is not None and job.error.status == 499
 
 
