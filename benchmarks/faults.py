@@ -39,7 +39,7 @@ CHECKPOINT = ROOT / "demo" / "checkpoint"
 TIMEOUT = 8  # --collective_timeout, seconds
 LAUNCHER_GRACE = 30  # torchrun's, from SIGTERM to SIGKILL
 START = 90  # seconds that a host may take to start
-BAD = re.compile("HANGS|NOT BACK|ANOTHER|LATE|SAYS NOTHING")
+BAD = re.compile("HANGS|NOT BACK|ANOTHER|LATE|SAYS NOTHING|LOST")
 COLUMNS = (
     "state",
     "victim",

@@ -21,9 +21,10 @@ from typing import Any
 
 from benchmarks.faults import CHECKPOINT, REQUEST, ROOT, START, TIMEOUT, alive, children, until
 
+LONG = 100  # steps of a job that the cut finds running
 MARGIN = 4  # seconds beyond --collective_timeout, for the launcher's checks and a busy machine
 PORT = 6000
-COLUMNS = ("state", "restarts", "running request", "machine 0", "machine 1", "launchers", "back")
+COLUMNS = ("state", "restarts", "running request", "machine 0", "machine 1", "launchers", "back", "jobs")
 REASON = re.compile(r"^[\d:]{8} ERROR (?:\[rank \d\] )?(.*?)(?:, ending)?$", re.MULTILINE)
 
 
@@ -38,6 +39,8 @@ class Machine:
     number: int
     folder: Path
     restarts: bool
+    script: str
+    request: dict[str, Any]
     process: subprocess.Popen[bytes] = field(init=False)
     ended: list[int] = field(default_factory=list)  # exit codes of its launchers so far
     heard: int = 0  # bytes of the log that belong to the past
@@ -53,6 +56,7 @@ class Machine:
     def start(self) -> None:
         address = f"10.99.0.{self.number + 1}"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment["PYTHONPATH"] = str(ROOT)
         environment |= {"GLOO_SOCKET_IFNAME": self.name, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         command = ["ip", "netns", "exec", self.name, sys.executable, "-m", "torch.distributed.run"]
         command += ["--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", "--rdzv-id=faults"]
@@ -60,8 +64,9 @@ class Machine:
         # By default torchrun itself waits a minute for a store that does not answer.
         command += [f"--rdzv-conf=is_host={int(self.number == 0)},read_timeout=10"]
         command += [f"--max-restarts={3 * self.restarts}"]
-        command += ["asyncdiff_host.py", "--type=sd1", f"--checkpoint={CHECKPOINT}", f"--port={PORT}"]
+        command += [self.script, "--type=sd1", f"--checkpoint={CHECKPOINT}", f"--port={PORT}"]
         command += ["--width=128", "--height=128", f"--collective_timeout={TIMEOUT}"]
+        command += [f"--state_dir={self.folder / 'state'}"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
 
@@ -80,9 +85,13 @@ class Machine:
         found = REASON.search(text)
         return found[1][:120] if found else "SAYS NOTHING"
 
-    def call(self, route: str, body: dict[str, Any] | None = None, seconds: float = 3) -> tuple[str, str]:
+    def call(
+        self, route: str, body: dict[str, Any] | None = None, seconds: float = 3, *headers: str
+    ) -> tuple[str, str]:
         """(status, body) of a request from inside the machine; ("000", "") without an answer."""
         command = ["ip", "netns", "exec", self.name, "curl", "-s", "-m", str(seconds), "-w", "\n%{http_code}"]
+        for header in headers:
+            command += ["-H", header]
         if body is not None:
             command += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
         url = f"http://127.0.0.1:{PORT}{route}"
@@ -95,6 +104,23 @@ class Machine:
             return str(json.loads(self.call("/health")[1])["state"])
         return ""
 
+    def accept(self, id: str, steps: int) -> str:
+        """Have a job accepted, which nobody waits for; the status."""
+        headers = (f"X-Request-Id: {id}", "Prefer: respond-async")
+        return self.call("/generate", {**self.request, "steps": steps}, 10, *headers)[0]
+
+    def made(self, id: str, seconds: float) -> str:
+        """What a job has made, as base64, once it is done; else nothing."""
+        found: dict[str, Any] = {}
+
+        def over() -> bool:
+            with contextlib.suppress(ValueError):
+                found.update(json.loads(self.call(f"/jobs/{id}?wait=2", None, 5)[1]))
+            return found.get("state") in ("done", "failed", "cancelled")
+
+        until(over, seconds)
+        return str((found.get("answer") or {}).get("output", ""))
+
     def end(self) -> None:
         for pid in [*children(self.process.pid), self.process.pid]:
             with contextlib.suppress(OSError):
@@ -103,10 +129,16 @@ class Machine:
 
 
 class Pair:
-    """Two machines and the cable between them."""
+    """Two machines and the cable between them, and a host over both that serves `request`."""
 
-    def __init__(self, folder: Path, restarts: bool) -> None:
-        self.machines = [Machine(number, folder, restarts) for number in (0, 1)]
+    def __init__(
+        self,
+        folder: Path,
+        restarts: bool,
+        script: str = "asyncdiff_host.py",
+        request: dict[str, Any] = REQUEST,
+    ) -> None:
+        self.machines = [Machine(number, folder, restarts, script, request) for number in (0, 1)]
         for machine in self.machines:
             ip("netns", "add", machine.name)
             ip("-n", machine.name, "link", "set", "lo", "up")
@@ -148,15 +180,19 @@ def cut(pair: Pair, state: str, restarts: bool) -> dict[str, str]:
         raise SystemExit("the host does not start:\n" + pair.machines[0].log.read_text()[-3000:])
     if state == "loading":
         until(lambda: "computing on the CPU" in server.log.read_text(), START)  # the ranks have met
+    jobs = before(server, state) if restarts and state != "loading" else {}
     got: list[str] = []
     began = time.monotonic()
 
     def ask(steps: int) -> None:
-        status = server.call("/generate", {**REQUEST, "steps": steps}, 3 * TIMEOUT)[0]
+        status = server.call("/generate", {**server.request, "steps": steps}, 3 * TIMEOUT)[0]
         got.append(f"{'closed' if status == '000' else status}, {time.monotonic() - began:.1f} s")
 
     asked = threading.Thread(target=ask, args=(400 if state == "busy" else 4,))
-    if state == "busy":
+    if jobs and state == "busy":  # the running request is a job
+        pair.serving(("busy",), 20)
+        time.sleep(1)
+    elif state == "busy":
         asked.start()
         pair.serving(("busy",), 20)
         time.sleep(2)
@@ -165,7 +201,9 @@ def cut(pair: Pair, state: str, restarts: bool) -> dict[str, str]:
         machine.heard = machine.log.stat().st_size
     began = time.monotonic()
     pair.link("down")
-    if state == "idle":
+    if state == "idle" and jobs:
+        server.accept("after-the-cut", 10)
+    elif state == "idle":
         asked.start()
     row = {"state": state, "restarts": "yes" if restarts else "no"}
     gone: dict[int, float] = {}
@@ -181,11 +219,39 @@ def cut(pair: Pair, state: str, restarts: bool) -> dict[str, str]:
         late = gone.get(machine.number, 1e9) > TIMEOUT + MARGIN
         seconds = "HANGS" if machine.number not in gone else f"{gone[machine.number]:.1f} s"
         row[f"machine {machine.number}"] = f"{seconds}{' LATE' * late}: {machine.said()}"
-    if state != "loading":
+    if asked.ident is not None:
         asked.join(4 * TIMEOUT)
-    row["running request"] = got[0] if got else "" if state == "loading" else "HANGS"
+    row["running request"] = got[0] if got else "HANGS" if asked.ident is not None else ""
     row |= after(pair, restarts)
+    row["jobs"] = kept(pair, jobs) if jobs else ""
     return row
+
+
+def before(server: Machine, state: str) -> dict[str, str]:
+    """Jobs that are accepted before the cable is pulled, and after it where the host is idle: their pictures.
+
+    Where it is busy one runs and one waits; where it is idle the first one is done.
+    """
+    pictures = {}
+    for id, steps in ("alone-short", 10), ("alone-long", LONG):
+        server.accept(id, steps)
+        pictures[steps] = server.made(id, START)
+    if state == "idle":
+        return {"alone-short": pictures[10], "alone-long": pictures[LONG], "after-the-cut": pictures[10]}
+    server.accept("job-running", LONG)
+    server.accept("job-waiting", 10)
+    return {"alone-short": pictures[10], "job-running": pictures[LONG], "job-waiting": pictures[10]}
+
+
+def kept(pair: Pair, jobs: dict[str, str]) -> str:
+    """How many of the jobs are done in the end, with the picture that they make alone."""
+    server = pair.serving()
+    made = {id: server.made(id, START) if server is not None else "" for id in jobs}
+    if lost := [id for id, picture in made.items() if not picture]:
+        return f"LOST: {', '.join(lost)}"
+    if other := [id for id, picture in made.items() if picture != jobs[id]]:
+        return f"ANOTHER PICTURE: {', '.join(other)}"
+    return f"{len(jobs)} of {len(jobs)}, same pictures"
 
 
 def after(pair: Pair, restarts: bool) -> dict[str, str]:
@@ -209,7 +275,7 @@ def after(pair: Pair, restarts: bool) -> dict[str, str]:
             machine.supervise()
         if not (server := pair.serving(("ready",), 0.1)):
             return False
-        return server.call("/generate", REQUEST, 30)[0] == "200"
+        return server.call("/generate", server.request, 30)[0] == "200"
 
     came = until(back, 4 * START)
     codes = [m.ended for m in pair.machines]
