@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import random
 import re
@@ -35,8 +36,7 @@ import requests
 from benchmarks.faults import CHECKPOINT, MEASURED, ROOT, Host, alive, make_lora, until, write
 from benchmarks.patient import WAYS, Asked, ask
 
-TIMEOUT = 15  # --collective_timeout, seconds
-SHUTDOWN = 3  # --shutdown-timeout: torchrun's, from SIGTERM to SIGKILL
+TIMEOUT = 20  # --collective_timeout, seconds; a step of the largest picture must take less
 RESTART = 1.0  # seconds from a launcher's end to its next start
 PATIENCE = 400.0  # seconds in which a host must be back and interrupted jobs be done, on a busy machine
 STEPS, WARM_UP = 10, 3
@@ -62,7 +62,7 @@ class Supervised(Host):
     def start(self) -> None:
         """Start the launcher."""
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=200"]
-        command += [f"--master_port={self.master}", f"--shutdown-timeout={SHUTDOWN}", "asyncdiff_host.py"]
+        command += [f"--master_port={self.master}", "asyncdiff_host.py"]
         command += ["--type=sd1", f"--checkpoint={CHECKPOINT}", f"--port={self.port}", "--width=128"]
         command += ["--height=128", f"--warm_up_steps={WARM_UP}", f"--collective_timeout={TIMEOUT}"]
         command += [f"--lora_dir={self.folder}", f"--state_dir={self.folder / 'state'}"]
@@ -193,7 +193,7 @@ def reach(host: Supervised, crowd: Crowd, state: str) -> bool:
         case "steady":
             inside = lambda: 99 * (WARM_UP + 1) / STEPS < progress(host) < 90  # noqa: E731
         case "decoding":
-            body = {"positive": "a red circle", "steps": 2, "width": 768, "height": 768, "seed": 1}
+            body = {"positive": "a red circle", "steps": 2, "width": 512, "height": 512, "seed": 1}
             bait = crowd.make("async", body)
             threading.Thread(target=ask, args=(host.url, bait, crowd.seen, PATIENCE), daemon=True).start()
             inside = lambda: progress(host) >= 99 and running(host) == bait.id  # noqa: E731
@@ -237,6 +237,7 @@ def suffer(host: Supervised, crowd: Crowd, state: str, victim: str, number: str)
     until(lambda: not host.strays(), 10)
     for job in hit:
         job.hit = True
+    jobs = {job.id: job for job in (*crowd.jobs[before:], *hit)}
     return {
         "state": state if reached else f"{state} (not reached)",
         "victim": victim,
@@ -244,7 +245,7 @@ def suffer(host: Supervised, crowd: Crowd, state: str, victim: str, number: str)
         "jobs at work": len(hit),
         "gone": f"{ended:.1f} s" if gone else "NOT GONE",
         "back": f"{served:.1f} s" if back else "NOT BACK",
-        "jobs": crowd.jobs[before:] + hit,
+        "jobs": list(jobs.values()),
         "orphans": len(host.strays()),
     }
 
@@ -272,7 +273,7 @@ def table(rows: list[dict[str, Any]], before: str = "") -> str:
     lines = [text for text in before.splitlines() if re.match(r"\| (?!state|all)", text)]
     kept = {tuple(text.split(" | ")[:3]): text for text in lines}
     for row in rows:
-        done = {job.id: job for job in row["jobs"]}.values()
+        done = row["jobs"]
         row |= {"done": sum(job.picture is not None for job in done)}
         row |= {"lost": sum(bool(job.lost) for job in done), "other bytes": sum(job.other for job in done)}
         kept[tuple(line(row).split(" | ")[:3])] = line(row)
@@ -289,18 +290,20 @@ def table(rows: list[dict[str, Any]], before: str = "") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=".*", help="regular expression of state/victim/signal")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no kill is begun")
     parser.add_argument("--write", action="store_true", help="also into docs/MEASURED.md")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # and the host with it
     every = itertools.product(STATES, VICTIMS, SIGNALS)
     chosen = [kill for kill in every if re.fullmatch(options.only, "/".join(kill))]
     with tempfile.TemporaryDirectory() as name:
-        rows = run(chosen, Path(name))
+        random.Random(0).shuffle(chosen)  # so that some minutes of them are of every kind
+        rows = run(chosen, Path(name), 60 * options.minutes)
     print(table(rows))
     if options.write:
         write("kills", table(rows, between(MEASURED.read_text(), "kills")))
     lost = [f"{job.id}: {job.lost or 'other bytes'}" for row in rows for job in row["jobs"] if job.wrong]
-    if len(rows) < len(chosen) or lost or any(row["orphans"] for row in rows):
+    if "NOT BACK" in str(rows[-1:]) or lost or any(row["orphans"] for row in rows):
         raise SystemExit("\n".join([f"{len(rows)} of {len(chosen)} kills", *lost]))
 
 
@@ -309,8 +312,8 @@ def between(text: str, name: str) -> str:
     return text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
 
 
-def run(chosen: list[tuple[str, str, str]], folder: Path) -> list[dict[str, Any]]:
-    """The rows of these kills, all of one host."""
+def run(chosen: list[tuple[str, str, str]], folder: Path, seconds: float = math.inf) -> list[dict[str, Any]]:
+    """The rows of these kills, all of one host; none is begun after `seconds`."""
     make_lora(folder / "lora.safetensors")
     rows: list[dict[str, Any]] = []
     began = time.monotonic()
@@ -322,6 +325,8 @@ def run(chosen: list[tuple[str, str, str]], folder: Path) -> list[dict[str, Any]
         print(f"the first start took {time.monotonic() - began:.1f} s", flush=True)
         crowd.begin()
         for kill in chosen:
+            if time.monotonic() - began > seconds:
+                break
             rows.append(suffer(host, crowd, *kill))
             lost = [job.lost for job in rows[-1]["jobs"] if job.lost]
             print({k: v for k, v in rows[-1].items() if k != "jobs"}, lost, flush=True)

@@ -181,7 +181,7 @@ class Soak:
         headers = {"Content-Type": "application/json"}
         removed = requests.delete(f"{self.url}/lora", data=body, headers=headers, timeout=300)
         both = added.status_code, removed.status_code
-        return "" if set(both) <= {200, 409, 422} else f"{added.text} {removed.text}"
+        return "" if set(both) <= {200, 409, 422, 503} else f"{added.text} {removed.text}"
 
 
 def holds(pid: int, began: float) -> Held:

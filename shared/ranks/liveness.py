@@ -60,22 +60,28 @@ class LocalProcesses:
         self._stall = StallTimer(limit, every)
 
     def fault(self) -> str | None:
-        """Why this rank must end; None if there is no fault."""
+        """Why this rank must end; None if there is no fault. A rank stopped for too long is killed."""
         if os.getppid() != self.launcher:
             return "the launcher is gone"
-        stopped = self._stopped()
+        stopped, pid = self._stopped()
         # Without a stopped process every check gets a new value.
-        if self._stall.over(stopped or object()):
-            return f"{stopped} has been stopped for {self._stall.limit:g} s"
-        return None
+        if not self._stall.over(stopped or object()):
+            return None
+        if pid != self.launcher:
+            # A stopped process does not hear SIGTERM, so the launcher would wait 30 s before it restarts the
+            # ranks; the rank would hold the port, the memory and --state_dir so long.
+            with contextlib.suppress(OSError):  # another rank was faster
+                os.kill(pid, signal.SIGKILL)
+        return f"{stopped} has been stopped for {self._stall.limit:g} s"
 
-    def _stopped(self) -> str | None:
+    def _stopped(self) -> tuple[str, int]:
+        """Who is stopped, and its process; "" where nobody is."""
         if is_stopped(self.launcher):
-            return "the launcher"
+            return "the launcher", self.launcher
         for child in _children(self.launcher):
             if is_stopped(child) and (rank := _rank_of(child)):
-                return f"rank {rank}"
-        return None
+                return f"rank {rank}", child
+        return "", 0
 
 
 def dead_ranks() -> list[int]:

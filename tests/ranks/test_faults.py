@@ -56,7 +56,7 @@ def test_the_table_of_kills_counts_and_keeps_the_rows_of_other_runs() -> None:
     row |= {"gone": "0.5 s", "back": "30.0 s", "orphans": 0}
     good, bad = patient.Asked("raw", {}, picture=b"a"), patient.Asked("raw", {}, lost="gone")
     bad.other = True
-    text = kills.table([row | {"jobs": [good, bad, good]}])
+    text = kills.table([row | {"jobs": [good, bad]}])
     assert "| idle | rank 0 | KILL | 2 | 0.5 s | 30.0 s | 1 | 1 | 1 | 0 |" in text
     both = kills.table([row | {"signal": "TERM", "back": "9.0 s", "jobs": [good]}], text)
     assert (
