@@ -171,7 +171,7 @@ def test_who_is_stopped_while_idle_is_noticed(launch: Callable[..., Launch], vic
     if victim != "rank 0":
         asked = threading.Thread(target=lambda: answers.append(host.post(sleep=0.1, steps=100)))
         asked.start()
-    until(lambda: not any(map(alive, workers)), 6)  # the stopped one too: the launcher would wait 30 s for it
+    until(lambda: not any(map(alive, workers)), 10)  # the stopped one too: the launcher would wait 30 s for it
     assert f"{victim} has been stopped" in host.log.read_text()
     if victim != "rank 0":
         asked.join(5)
@@ -184,7 +184,7 @@ def test_a_rank_that_is_stopped_while_loading_is_noticed(launch: Callable[..., L
     workers = children(host.process.pid)
     until(lambda: "serving" in host.log.read_text(), 20)
     os.kill(workers[1], signal.SIGSTOP)
-    until(lambda: not any(map(alive, workers)), 6)
+    until(lambda: not any(map(alive, workers)), 10)
     assert "rank 1 has been stopped" in host.log.read_text()
 
 
