@@ -171,7 +171,9 @@ def test_who_is_stopped_while_idle_is_noticed(launch: Callable[..., Launch], vic
     if victim != "rank 0":
         asked = threading.Thread(target=lambda: answers.append(host.post(sleep=0.1, steps=100)))
         asked.start()
-    until(lambda: not any(map(alive, workers)), 10)  # the stopped one too: the launcher would wait 30 s for it
+    until(
+        lambda: not any(map(alive, workers)), 10
+    )  # the stopped one too: the launcher would wait 30 s for it
     assert f"{victim} has been stopped" in host.log.read_text()
     if victim != "rank 0":
         asked.join(5)
