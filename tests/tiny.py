@@ -371,6 +371,12 @@ def make_qwen() -> Any:
     return tiny_qwen.make_qwen()
 
 
+def make_zimage() -> Any:
+    from tests import tiny_qwen
+
+    return tiny_qwen.make_zimage()
+
+
 def make_wan() -> Any:
     from tests import tiny_wan
 
@@ -393,6 +399,7 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "ad": make_ad, "sd1": make_sd1, "sd2": make_sd2, "sdxl": make_sdxl, "sd3": make_sd3, "sdup": make_sdup,
     "svd": make_svd, "flux": make_flux, "kontext": make_kontext, "chroma": make_chroma,
     "hy": make_hy, "qwen": make_qwen, "wan": make_wan, "wani2v": make_wani2v, "hv15": make_hv15,
+    "zimage": make_zimage,
     "pixa": lambda: make_pixart(diffusers.PixArtAlphaPipeline, 120, 12),
     "pixs": lambda: make_pixart(diffusers.PixArtSigmaPipeline, 300, 13),
 }  # fmt: skip

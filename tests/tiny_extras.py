@@ -24,6 +24,7 @@ LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "v_proj")
 CONTROL_NETS = {
     "sd1": "ControlNetModel", "sd2": "ControlNetModel", "sdxl": "ControlNetModel", "ad": "ControlNetModel",
     "sd3": "SD3ControlNetModel", "flux": "FluxControlNetModel", "hy": "HunyuanDiT2DControlNetModel",
+    "zimage": "ZImageControlNetModel",
 }  # fmt: skip
 UNET_CONTROL: dict[str, Any] = {"conditioning_embedding_out_channels": (8, 16, 16, 16)}
 CONTROL_SIZES: dict[str, dict[str, Any]] = {
@@ -137,15 +138,23 @@ def hy_control_net(base: Any, **unused: Any) -> Any:
     )
 
 
+def zimage_control_net(base: Any, **unused: Any) -> Any:
+    sizes = {key: base.config[key] for key in ("dim", "n_heads", "n_kv_heads", "n_refiner_layers")}
+    places = [0, base.config.n_layers - 1]
+    return diffusers.ZImageControlNetModel(places, control_in_dim=base.config.in_channels, **sizes)
+
+
+OWN_MAKERS = {"hy": hy_control_net, "zimage": zimage_control_net}
+"""For classes whose from_transformer takes the sizes of the real model, or makes none."""
+
+
 def control_net(name: str, seed: int = 0) -> Path:
     """A ControlNet folder made from the denoiser, its zero-initialised layers randomised."""
 
     def make(path: Path) -> None:
         cls = getattr(diffusers, CONTROL_NETS[name])
         base = denoiser("sd1" if name == "ad" else name)
-        make_one = getattr(cls, "from_unet", None) or cls.from_transformer
-        if name == "hy":  # its from_transformer takes the sizes of the real model
-            make_one = hy_control_net
+        make_one = OWN_MAKERS.get(name) or getattr(cls, "from_unet", None) or cls.from_transformer
         model = tiny.seeded(40 + seed, lambda: make_one(base, **CONTROL_SIZES.get(name, UNET_CONTROL)))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(40 + seed)

@@ -166,6 +166,21 @@ def wan(model: Any) -> Tensors:
     return found
 
 
+def zimage(model: Any) -> Tensors:
+    names = {"all_final_layer.2-1": "final_layer", "all_x_embedder.2-1": "x_embedder",
+             ".norm_q.": ".q_norm.", ".norm_k.": ".k_norm.", ".to_out.0.": ".out."}  # fmt: skip
+    found, own = {}, model.state_dict()
+    for key, value in own.items():
+        if ".to_q." in key:
+            parts = [own[key.replace(".to_q.", f".to_{part}.")] for part in "qkv"]
+            found[key.replace(".to_q.", ".qkv.")] = torch.cat(parts)
+        elif ".to_k." not in key and ".to_v." not in key:
+            for ours, theirs in names.items():
+                key = key.replace(ours, theirs)
+            found[key] = value
+    return found
+
+
 def prefixed(prefix: str, tensors: Tensors) -> Tensors:
     return {prefix + key: value for key, value in tensors.items()}
 
@@ -187,6 +202,9 @@ def tensors(name: str, pipe: Any) -> Tensors:
         found |= clip(pipe.text_encoder, "conditioner.embedders.0.transformer.")
         return found | open_clip(pipe.text_encoder_2, "conditioner.embedders.1.model.")
     found = prefixed("first_stage_model." if name == "sd3" else "vae.", autoencoder)
+    if name == "zimage":
+        found |= prefixed("text_encoders.qwen3_4b.transformer.model.", pipe.text_encoder.state_dict())
+        return found | prefixed("model.diffusion_model.", zimage(pipe.transformer))
     found |= clip(pipe.text_encoder, "text_encoders.clip_l.transformer.")
     if name == "sd3":
         found |= clip(pipe.text_encoder_2, "text_encoders.clip_g.transformer.")
@@ -210,6 +228,7 @@ def single_file(name: str) -> Path:
     return tiny.cached(f"single-{name}", make) / "model.safetensors"
 
 
+ORIGINAL = {"sd3": sd3, "wan": wan, "wani2v": wan, "zimage": zimage}
 OWN_NAMES = ("chroma", "flux", "kontext", "qwen")  # in diffusers' naming in every form
 
 
@@ -224,9 +243,9 @@ def gguf(name: str, form: str = "original") -> Path:
     def make(path: Path) -> None:
         pipe = tiny.load(name)
         model = getattr(pipe, "unet", None) or pipe.transformer
-        original = {"sd3": sd3, "wan": wan, "wani2v": wan}.get(name, unet)
+        original = ORIGINAL.get(name, unet)
         found = model.state_dict() if form == "diffusers" or name in OWN_NAMES else original(model)
-        if form == "original" and original is unet and name not in OWN_NAMES:
+        if form == "original" and name not in (*ORIGINAL, *OWN_NAMES):
             found = prefixed("model.diffusion_model.", found)
         writer = gguf_format.GGUFWriter(path, "test")
         for key, value in found.items():

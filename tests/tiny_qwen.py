@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import diffusers
+import torch
 import transformers
 
-from tests.tiny import byte_letters, seeded, video_vae
+from tests.tiny import byte_letters, seeded, vae, video_vae
 
 SPECIAL = (
     "<|endoftext|>",
@@ -21,6 +22,10 @@ SPECIAL = (
     "<|video_pad|>",
 )
 IDS = {mark: 256 + place for place, mark in enumerate(SPECIAL)}
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 VOCABULARY = 1536  # bytes, special tokens, and the words of a pipeline's template
 
 
@@ -51,6 +56,7 @@ def _tokenizer(tokens: list[str], merges: list[tuple[str, str]]) -> Any:
         eos_token=SPECIAL[2],
         pad_token=SPECIAL[0],
         extra_special_tokens=list(SPECIAL[1:]),
+        chat_template=CHAT,
     )
 
 
@@ -108,3 +114,33 @@ def make_qwen() -> Any:
     )
     pipe.register_modules(tokenizer=tokenizer(pipe.prompt_template_encode))
     return pipe
+
+
+def qwen3(width: int = 32) -> Any:
+    config = transformers.Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=2048,
+        bos_token_id=IDS["<|endoftext|>"], eos_token_id=IDS["<|im_end|>"],
+        pad_token_id=IDS["<|endoftext|>"], tie_word_embeddings=True,
+    )  # fmt: skip
+    return seeded(21, lambda: transformers.Qwen3Model(config))
+
+
+def make_zimage() -> Any:
+    def transformer() -> Any:
+        # A width that is a multiple of 3 and 32 makes feed-forward layers that GGUF can pack.
+        model = diffusers.ZImageTransformer2DModel(
+            in_channels=4, dim=96, n_layers=3, n_refiner_layers=1, n_heads=6, n_kv_heads=6, cap_feat_dim=32,
+            axes_dims=[4, 6, 6], axes_lens=[1536, 64, 64],
+        )  # fmt: skip
+        for pad in (model.x_pad_token, model.cap_pad_token):
+            torch.nn.init.normal_(pad, std=0.02)
+        return model
+
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(4, scaling=0.3611, shift=0.1159),
+        text_encoder=qwen3(),
+        tokenizer=tokenizer(),
+        transformer=seeded(46, transformer),
+    )

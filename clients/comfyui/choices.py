@@ -25,6 +25,7 @@ TYPES = [
     "qwen",
     "wan",
     "wani2v",
+    "zimage",
 ]
 BACKENDS = ["asyncdiff", "distrifuser", "xdit"]
 VARIANTS = ["default", "fp16", "bf16", "fp32"]

@@ -39,6 +39,7 @@ FAMILIES: dict[str, tuple[float | tuple[float, ...], float | tuple[float, ...]]]
     "flux": (0.3611, 0.1159),
     "kontext": (0.3611, 0.1159),
     "chroma": (0.3611, 0.1159),
+    "zimage": (0.3611, 0.1159),
     "qwen": (tuple(1 / std for std in _WAN_STD), _WAN_MEAN),
 }
 OF_VIDEOS = frozenset({"qwen"})  # types whose samples are [N, channels, frames, h, w], here of one frame

@@ -126,7 +126,7 @@ class PictureSampler(io.ComfyNode):
             display_name="Sampler (multi-GPU)",
             category=CATEGORY,
             description="Makes pictures. Needs a host of type sd1, sd2, sdxl, sd3, flux, kontext, chroma, "
-            "hy, pixa, pixs or qwen.",
+            "hy, pixa, pixs, qwen or zimage.",
             inputs=[
                 _host(),
                 *_prompts("a red circle on a blue background", ""),

@@ -29,6 +29,7 @@ PIPELINES = {
     "QwenImagePipeline": "qwen",
     "WanPipeline": "wan",
     "WanImageToVideoPipeline": "wani2v",
+    "ZImagePipeline": "zimage",
 }
 # The same, by what LocalAI calls them where they start from a picture.
 PIPELINES |= {

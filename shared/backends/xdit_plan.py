@@ -23,7 +23,6 @@ from shared.parallel.xdit.degrees import (
 )
 
 SINGLE_FILE_CONFIGS = Path(__file__).parents[1] / "models" / "configs"
-HEADS = "num_attention_heads"
 
 DEGREES = {
     "data": "data_parallel_degree",
@@ -84,8 +83,11 @@ def xdit_degrees(config: HostConfig, world_size: int) -> Degrees:
     given = {name: getattr(config, flag) for name, flag in DEGREES.items() if getattr(config, flag)}
     if "cfg" in given:
         given["cfg"] = 2
-    heads = _number(_denoiser(config), HEADS)
-    nets = {path: _number(_read(Path(path) / "config.json"), HEADS) for path in config.control_net or ()}
+    tokens = tokens_of(config)
+    heads = _number(_denoiser(config), tokens.heads)
+    nets = {
+        path: _number(_read(Path(path) / "config.json"), tokens.heads) for path in config.control_net or ()
+    }
     ulysses = given.get("ulysses", 1)
     for path, found in nets.items():
         if found and found % ulysses:
@@ -96,7 +98,7 @@ def xdit_degrees(config: HostConfig, world_size: int) -> Degrees:
     if heads and "ulysses" not in given:
         heads = math.gcd(heads, *(found for found in nets.values() if found))
     try:
-        return choose_degrees(world_size, given, tokens_of(config).branches, heads)
+        return choose_degrees(world_size, given, 1 if tokens.unguided else tokens.branches, heads)
     except DegreesError as error:
         asked = [f"--{DEGREES[name]}={value}" for name, value in error.asked.items()]
         first = DEGREES[next(iter(error.asked), "ulysses")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
-from shared.models import chroma, flux, hunyuan, hunyuan_video, kontext, pixart, qwen, sd, sd3, wan
+from shared.models import chroma, flux, hunyuan, hunyuan_video, kontext, pixart, qwen, sd, sd3, wan, zimage
 from shared.models.files import INPUTS, PARTS, VAE_PREFIXES, FileKind
 from shared.models.schedulers import (
     EDM_CLASSES,
@@ -22,7 +22,7 @@ from shared.models.schedulers import (
     with_variant,
 )
 from shared.models.spec import Family, ModelSpec, Start
-from shared.models.tokens import CACHES, Cache, Padding, Site, StagePlan, Stream, TokenPlan
+from shared.models.tokens import CACHES, Cache, Padding, Section, Site, StagePlan, Stream, TokenPlan
 
 __all__ = [
     "CACHES",
@@ -44,6 +44,7 @@ __all__ = [
     "ModelSpec",
     "Padding",
     "SchedulerSpec",
+    "Section",
     "Site",
     "StagePlan",
     "Start",
@@ -67,6 +68,7 @@ FAMILIES: tuple[Family, ...] = (
     pixart.FAMILY,
     qwen.FAMILY,
     wan.FAMILY,
+    zimage.FAMILY,
 )
 
 

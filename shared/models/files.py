@@ -24,7 +24,7 @@ PARTS = (
     FileKind("a LoRA", parts=(".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", ".hada_w1", ".lokr_w1"),
              hint="--lora takes it"),
     FileKind("a ControlNet", marks=("control_model.", "controlnet_cond_embedding.", "controlnet_x_embedder.",
-             "controlnet_blocks.", "controlnet_down_blocks."),
+             "controlnet_blocks.", "controlnet_down_blocks.", "control_all_x_embedder."),
              hint="--control_net takes it"),
     FileKind("an IP-Adapter", marks=("image_proj.", "ip_adapter."), hint="--ip_adapter takes it"),
     FileKind("a motion module", parts=("motion_modules.",), hint="--motion_module takes it, with --type=ad"),

@@ -65,6 +65,7 @@ class ModelSpec:
     cfg: float
     least_steps: int = 1  # with fewer its schedule is not a number
     cfg_field: str = "guidance_scale"
+    cfg_offset: float = 0.0  # what the pipeline's scale adds to ours, with which 1 is no guidance
     first_cfg_field: str | None = None  # of the first frame, where guidance grows from it to the last one's
     size_multiple: int = 8
     batch_pixels: int = 0  # of all pictures in one call of the pipeline; 0: each picture has its own call
@@ -87,6 +88,7 @@ class ModelSpec:
     pooled_embeds: bool = False
     prompt_chunks: bool = False  # whether its denoiser accepts a prompt of any length, in CLIP's chunks
     sized_tokenizers: tuple[str, ...] = ()  # those that read `max_sequence_length` tokens
+    chat_template: bool = False  # whether prompts are put into the tokenizer's template of a conversation
     most_tokens: int = 0  # that these may read, where that is more than usual
     embeds_setting: str = "cross_attention_dim"  # of the denoiser: how wide embeddings are
     embeds_mask: bool = False  # whether embeddings come with an attention mask
@@ -104,6 +106,7 @@ class ModelSpec:
     refiner_start: float = 1.0  # the fraction of the schedule from which it runs, where a launch has one
     control_net_class: str | None = None
     control_net_pipeline: str | None = None
+    control_net_shares: bool = False  # whether it runs layers of the denoiser; there is only one then
     control_image_field: str = "image"  # the ControlNet pipeline's argument for the control image
     ip_adapter_encoder: Literal["clip", "siglip"] | None = None
     ip_adapter_negative: bool = False  # whether its pipelines take a picture for the negative branch
@@ -132,6 +135,8 @@ class ModelSpec:
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
     puts_frames_back: bool = False  # whether given frames replace the latents of theirs after the last step
     other_classes: frozenset[str] = frozenset()  # of other types' checkpoints that it loads too
+    single_file_inputs: int = 1  # of the denoiser's first layer, for each of its input channels
+    single_file_tokenizer: str = "google/t5-v1_1-xxl"  # in the Hugging Face cache, if it is not CLIP's
     optional_parts: frozenset[str] = frozenset()  # components without which the type runs
     pipeline_defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     refuses: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -259,7 +264,7 @@ NO_GGUF = "diffusers has no GGUF loader for this denoiser; types with one: {type
 NO_CONTROL = "diffusers has no ControlNet pipeline for it; types with one: {types}"
 NO_IP = "diffusers has no IP-Adapter for it; types with one: {types}"
 NO_EMBEDDINGS = (
-    "its T5 encoder reads the prompt too, and textual inversion is for CLIP; types with it: {types}"
+    "textual inversion is for CLIP, and its prompts are not read by CLIP alone; types with it: {types}"
 )
 NO_COMPEL = "compel does not support its text encoders; types with it: {types}"
 PROMPT_ONLY = NO_MOTION | {

@@ -44,6 +44,18 @@ class Padding:
 
 
 @dataclass(frozen=True)
+class Section:
+    """Blocks in a row with a sequence of their own, which is whole in front of them and behind them."""
+
+    blocks: str
+    """The module list; the first input of its first block is cut [batch, tokens, channels]."""
+    positions: tuple[int, ...] = ()
+    """Places of those arguments of each block that have something for each token [batch, tokens, ...]."""
+    end: str | None = None
+    """The module whose output is gathered; None: the last of the blocks."""
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """How PipeFusion cuts a transformer into stages."""
 
@@ -71,12 +83,20 @@ class TokenPlan:
     """The module lists of the blocks that repeat."""
     attention: tuple[str, ...]
     """What a block calls its self-attention; some blocks may lack some of them."""
-    picture: tuple[Site, ...]
+    picture: tuple[Site, ...] = ()
     """The inputs of the picture's tokens."""
     text: tuple[Site, ...] = ()
     """The inputs of the text's tokens, if they take part in self-attention."""
     positions: tuple[Site, ...] = ()
     """The inputs of positions and masks."""
+    sections: tuple[Section, ...] = ()
+    """In place of these inputs, where each list of blocks has a sequence of its own."""
+    whole: bool = False
+    """Whether every rank computes all of it, whoever shares the sequence (a ControlNet)."""
+    heads: str = "num_attention_heads"
+    """What its configuration calls the number of attention heads."""
+    unguided: bool = False
+    """Whether its most used checkpoints work without guidance, so that no rank is given to it unasked."""
     capturable: bool = True
     """Whether a CUDA graph can hold it: it moves nothing between the CPU and the GPU."""
     counted: tuple[str, str] | None = None

@@ -19,8 +19,10 @@ BRANCHES = 2
 """Guidance doubles the batch: [pictures without prompt, pictures with prompt]."""
 POSITIONS = frozenset({"image_rotary_emb", "img_ids", "txt_ids"})
 """Keyword arguments whose first dimension is tokens, not pictures."""
-RESIDUALS = frozenset({"down_block_additional_residuals", "mid_block_additional_residual"})
-"""What a UNet gets from ControlNets that are halved themselves."""
+RESIDUALS = frozenset(
+    {"down_block_additional_residuals", "mid_block_additional_residual", "controlnet_block_samples"}
+)
+"""What a denoiser gets from ControlNets that are halved themselves."""
 
 
 class CfgSplit(Part):
@@ -28,11 +30,13 @@ class CfgSplit(Part):
 
     A call whose first argument has a batch of twice as many as ``begin`` was told is halved: of every tensor
     among its arguments whose first dimension is a multiple of two (branch-major), positions aside, the module
-    gets this branch's half. Any other call is unchanged. Overrides must be put on after all others of these
+    gets this branch's half. Models that take lists of one tensor a picture get half of each list. Any other
+    call is unchanged. Overrides must be put on after all others of these
     modules, and closed before them.
 
     Args:
-        modules: denoisers; what they return is gathered from both ranks along the first dimension.
+        modules: denoisers; what they return is gathered from both ranks along the first dimension, or as a
+            list of tensors of one shape.
         group: two ranks, that of branch 0 first.
         branch: 0 or 1, which half is this rank's.
         local: modules whose output is only used by the others here (ControlNets): it stays one branch's.
@@ -74,35 +78,51 @@ class CfgSplit(Part):
     def _gathering(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         if not self._has_both(args, kwargs):
             return original(*args, **kwargs)
-        return tree_map(self._both, self._halved(original, args, kwargs))
+        lists = _is_list(_first(args, kwargs))
+        return tree_map(self._both, self._halved(original, args, kwargs), is_leaf=_is_list if lists else None)
 
     def _local(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         guided = self._has_both(args, kwargs) if self.guided is None else self.guided()
         return self._halved(original, args, kwargs) if guided else original(*args, **kwargs)
 
     def _has_both(self, args: tuple, kwargs: dict) -> bool:
-        first = args[0] if args else next(iter(kwargs.values()))
+        first = _first(args, kwargs)
         batch = BRANCHES * self.pictures
+        if _is_list(first):
+            return len(first) == batch
         return isinstance(first, torch.Tensor) and first.ndim > 0 and first.shape[0] == batch
 
     def _halved(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         self.active = True
         try:
             whole = {name: value for name, value in kwargs.items() if name in self._whole}
-            args, kwargs = tree_map(self._mine, (args, kwargs))
+            lists = _is_list(_first(args, kwargs))
+            args, kwargs = tree_map(self._mine, (args, kwargs), is_leaf=_is_list if lists else None)
             return original(*args, **(kwargs | whole))
         finally:
             self.active = False
 
     def _mine(self, leaf: Any) -> Any:
+        if _is_list(leaf) and len(leaf) == BRANCHES * self.pictures:
+            return leaf[self.taken * self.pictures :][: self.pictures]
         if not isinstance(leaf, torch.Tensor) or leaf.ndim == 0 or leaf.shape[0] % BRANCHES:
             return leaf
         return leaf.chunk(BRANCHES)[self.taken]
 
     def _both(self, leaf: Any) -> Any:
+        if _is_list(leaf):
+            return list(all_gather(torch.stack(leaf), self.group).unbind())
         if not isinstance(leaf, torch.Tensor):
             return leaf
         return all_gather(leaf, self.group)
+
+
+def _first(args: tuple, kwargs: dict) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _is_list(leaf: Any) -> bool:
+    return isinstance(leaf, list) and bool(leaf) and all(isinstance(item, torch.Tensor) for item in leaf)
 
 
 class HybridSplit(CfgSplit):

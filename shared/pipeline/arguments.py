@@ -56,7 +56,7 @@ def call_arguments(
         guider = part_of(pipe, spec.tokens.guider).new(guidance_scale=request.cfg)
         pipe.register_modules(**{spec.tokens.guider: guider})
     else:
-        arguments[spec.cfg_field] = request.cfg
+        arguments[spec.cfg_field] = max((request.cfg or 0.0) + spec.cfg_offset, 0.0)
     arguments |= prompt_arguments(
         pipe,
         spec,

@@ -49,7 +49,8 @@ def compile_pipeline(
         for name, denoiser in parts_of(pipe, spec.denoisers).items():
             counts[name] = _compile(blocks(denoiser) if whole_blocks else feed_forwards(denoiser), given)
         if (net := part_of(pipe, "controlnet")) is not None:
-            counts["controlnet"] = _compile(blocks(net), given)
+            done = set(denoiser.modules())  # of which some nets run layers too
+            counts["controlnet"] = _compile([block for block in blocks(net) if block not in done], given)
     if config.compile_vae:
         # The pipeline calls vae.decode and vae.encode, which call these two: the VAE's own forward is unused.
         counts["vae"] = _compile([m for m in (pipe.vae.decoder, pipe.vae.encoder) if m is not None], config)

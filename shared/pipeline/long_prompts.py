@@ -62,13 +62,23 @@ def fit(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], negative: str |
             tokenizer = parts[name]
             read = (extract_glyph_texts(text) or "") if name in spec.quoted_tokenizers else text
             tokens = tokens_of(pipe, read, tokenizer)
+            around = len(_chat(tokenizer)) if spec.chat_template else 0
             limit = min(tokenizer.model_max_length, spec.read_tokens.get(name, tokenizer.model_max_length))
             if name in spec.sized_tokenizers and values.get("max_sequence_length") is not None:
-                limit = _limit(spec, values, len(tokens))
+                limit = _limit(spec, values, len(tokens) + around) - around
             if len(tokens) > limit:
                 cut = tokenizer.decode(tokens[limit - 1 : -1])
                 shown = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}..."
                 warn(f"{field}: {name} reads {limit} of {len(tokens)} tokens; not read: {shown!r}")
+
+
+def _chat(tokenizer: Any) -> list[int]:
+    """The tokens that a conversation has around a prompt."""
+    empty = [{"role": "user", "content": ""}]
+    text = tokenizer.apply_chat_template(
+        empty, tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    return tokenizer(text).input_ids
 
 
 def _limit(spec: ModelSpec, values: dict[str, Any], count: int) -> int:

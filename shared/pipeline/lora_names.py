@@ -143,7 +143,8 @@ def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         parent = model.get_submodule(name.rpartition(".")[0])
         direct = isinstance(parent, nn.MultiheadAttention) or type(parent).__name__.endswith("AttentionPool")
-        inside = isinstance(parent, nn.ModuleDict | LoraLayer)
+        owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+        inside = isinstance(parent, LoraLayer) or isinstance(owner, LoraLayer)
         if isinstance(module, nn.Linear | nn.Conv2d | LoraLayer) and not direct and not inside:
             found[name] = module
     return found

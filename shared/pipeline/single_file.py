@@ -29,7 +29,6 @@ from shared.pipeline.weights_file import (
 log = logging.getLogger("host")
 
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
-T5_TOKENIZER = "google/t5-v1_1-xxl"  # in the Hugging Face cache, where someone put it there
 PLAYGROUND_SCALING = 0.5  # of its VAE
 CLIP_FLAT = ("cond_stage_model.transformer.embeddings.", "cond_stage_model.transformer.encoder.",
              "cond_stage_model.transformer.final_layer_norm.")  # fmt: skip
@@ -85,7 +84,7 @@ def load_single_file(
         folder = config_folder(spec, file, name)
         try:
             if name.startswith("tokenizer"):
-                found[name] = _tokenizer(class_name, name, folder, file)
+                found[name] = _tokenizer(class_name, name, folder, file, spec.single_file_tokenizer)
             elif name == "scheduler":
                 settings = schedule_of(header, spec, folder, folder == _shipped(spec))
                 found[name] = getattr(diffusers, settings["_class_name"]).from_config(settings)
@@ -93,6 +92,9 @@ def load_single_file(
                 found[name] = _denoiser(
                     getattr(diffusers, class_name), header, weights[name], spec, folder, dtype
                 )
+            elif name in weights and name != "vae" and not class_name.startswith(("CLIP", "T5")):
+                prefix = spec.single_file_encoders[name]
+                found[name] = _language_model(class_name, weights[name], prefix, folder / name, dtype)
             elif name in weights:
                 tensors = dict(weights[name] if name == "vae" else encoders)
                 found[name] = load_single_file_sub_model(
@@ -193,6 +195,23 @@ def _denoiser(
     )
 
 
+def _language_model(
+    class_name: str, tensors: dict[str, torch.Tensor], prefix: str, folder: Path, dtype: torch.dtype
+) -> Any:
+    """A text encoder that diffusers does not read from single files; `folder` configures it."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    cls = getattr(transformers, class_name)
+    with init_empty_weights(include_buffers=False):
+        model = cls(cls.config_class.from_pretrained(folder))
+    known = model.state_dict()
+    named = {name.removeprefix(prefix).removeprefix("model."): t for name, t in tensors.items()}
+    # Of a whole language model the last layer, and what ComfyUI notes, are no part of it.
+    model.load_state_dict({name: t.to(dtype) for name, t in named.items() if name in known}, assign=True)
+    return model.eval()
+
+
 def _overrides(spec: ModelSpec, header: Header) -> dict[str, Any]:
     """Settings of the denoiser that are read from its tensors."""
     match spec.single_file_settings:
@@ -288,8 +307,8 @@ def pick_variant(files: Iterable[str], wanted: str | None) -> str | None:
     return None if plain or not variants else sorted(variants)[0]
 
 
-def _tokenizer(class_name: str, name: str, config: Path, file: Path) -> Any:
-    """From the configuration's folder, a folder beside the file, CLIP's table here, or the cache (T5)."""
+def _tokenizer(class_name: str, name: str, config: Path, file: Path, source: str) -> Any:
+    """From the configuration's folder, beside the file, CLIP's table here, or `source` in the cache."""
     import transformers
 
     cls = getattr(transformers, class_name)
@@ -300,11 +319,11 @@ def _tokenizer(class_name: str, name: str, config: Path, file: Path) -> Any:
     if class_name == "CLIPTokenizer":
         return clip_tokenizer(settings["pad_token"])
     try:
-        return cls.from_pretrained(T5_TOKENIZER, local_files_only=True)
+        return cls.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError):
         raise SingleFileError(
-            f"--checkpoint {str(file)!r}: a single file holds no tokenizer; put T5's in "
-            f"{str(file.with_suffix('') / name)!r}, or {T5_TOKENIZER} in the Hugging Face cache"
+            f"--checkpoint {str(file)!r}: a single file holds no tokenizer; put that of {source} in "
+            f"{str(file.with_suffix('') / name)!r}, or {source} in the Hugging Face cache"
         ) from None
 
 

@@ -199,7 +199,8 @@ def _is_refiner(header: Header) -> bool:
 def input_channels(header: Header, spec: ModelSpec) -> int | None:
     """How many channels the denoiser takes."""
     shapes = (header.shape(name) for name in INPUTS[spec.denoiser])
-    return next((shape[1] for shape in shapes if shape is not None and len(shape) > 1), None)
+    inputs = next((shape[1] for shape in shapes if shape is not None and len(shape) > 1), None)
+    return None if inputs is None else inputs // spec.single_file_inputs
 
 
 def other_inputs(spec: ModelSpec, given: int, expected: int) -> str:

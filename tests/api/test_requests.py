@@ -464,6 +464,14 @@ def test_frames_are_as_many_as_pictures() -> None:
         ("sd3", {"control_net": {"/c": 1.0}}, {}, 422, "image", "diffusers has no pipeline that starts from"),
         ("sd3", {"control_net": {"/c": 1.0}}, {"mask": drawn(8, 8)}, 422, "mask", "that takes a mask"),
         (
+            "zimage",
+            {"control_net": {"/c": 1.0}},
+            {},
+            422,
+            "image",
+            "diffusers has no pipeline that starts from",
+        ),
+        (
             *("flux", {"control_net": {"/c": 1.0}, "ip_adapter": {"/i": 1.0}}, {}, 422),
             *("image", "is not supported with --ip_adapter: FluxControlNetImg2ImgPipeline takes none"),
         ),

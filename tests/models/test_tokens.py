@@ -58,10 +58,13 @@ def test_a_plan_names_what_its_model_has(name: str) -> None:
         )
         for site in (*plan.picture, *plan.text, *plan.positions):
             assert site.at == "argument" or isinstance(model.get_submodule(site.name), nn.Module)
-        assert {site.of for site in plan.picture} == {("picture",)} and {s.of for s in plan.text} <= {
-            ("text",)
-        }
-        assert (plan.output is None) == (model is not every[0])
+        taken = {site.of for site in plan.picture}
+        assert taken == (set() if plan.sections or plan.whole else {("picture",)})
+        assert {s.of for s in plan.text} <= {("text",)}
+        assert not plan.sections or tuple(section.blocks for section in plan.sections) == plan.blocks
+        for section in plan.sections:
+            assert section.end is None or isinstance(model.get_submodule(section.end), nn.Module)
+        assert (plan.output is None and not plan.sections) == (model is not every[0])
 
 
 def test_a_type_and_its_plan_say_the_same() -> None:
@@ -84,6 +87,7 @@ def test_every_plan_is_found_by_its_class() -> None:
         ("kontext", {"name": "FluxTransformer2DModel", "branches": 1, "stages": None, "control_net": None}),
         ("chroma", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("qwen", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
+        ("zimage", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),
         ("wan", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),
         ("wani2v", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),
         ("hv15", {"branches": 2, "flow": True, "packed": False, "joined": ("picture", "text")}),
@@ -97,18 +101,18 @@ def test_a_plan_says_how_its_model_works(name: str, expected: dict[str, Any]) ->
     assert {key: getattr(plan, key) for key in expected} == expected
 
 
-def zimage() -> Any:
-    transformer = diffusers.ZImageTransformer2DModel(
-        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
-        axes_dims=[4, 6, 6], axes_lens=[64, 64, 64],
+def aura() -> Any:
+    transformer = diffusers.AuraFlowTransformer2DModel(
+        sample_size=8, in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16, pos_embed_max_size=16,
     )  # fmt: skip
-    return diffusers.ZImagePipeline(
+    return diffusers.AuraFlowPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
         transformer=transformer,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [zimage])
+@pytest.mark.parametrize("make", [aura])
 def test_a_class_without_a_plan_is_refused_by_name_before_surgery(make: Any) -> None:
     pipe = make()
     before = repr(pipe.transformer)

@@ -43,7 +43,7 @@ from tests.pool import RankPool
 STEPS = 2
 EXACT = 80.0
 """dB in fp32 that count as equal to the plain pipeline; most reach 120 and more."""
-TYPES = ("chroma", "flux", "hv15", "hy", "kontext", "pixa", "pixs", "qwen", "sd3", "wan", "wani2v")
+TYPES = ("chroma", "flux", "hv15", "hy", "kontext", "pixa", "pixs", "qwen", "sd3", "wan", "wani2v", "zimage")
 
 Case = dict[str, Any]
 
@@ -102,6 +102,10 @@ MORE: dict[str, list[Case]] = {
         {"guidance_scale": 1.0, "num_frames": 1},
         {"negative_prompt": "blur", "num_frames": 9, "image": tiny.picture(96, 2)},
     ],
+    "zimage": [
+        {"guidance_scale": 0.0},
+        {"negative_prompt": "blur, and many more words, so that it is padded longer"},
+    ],
     "chroma": [
         {"guidance_scale": 1.0},
         {"negative_prompt": "blur, and many more words", "max_sequence_length": 19},
@@ -130,6 +134,13 @@ def test_two_ranks_equal_the_plain_pipeline(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     more = [{"tensor": 2}] if name in ("flux", "kontext") else [{"cfg": 2}]
     for rank in pool.run(exact, 2, name, CASES_2 + more, SIZES + MORE[name]):
+        assert min(min(row) for row in rank) >= EXACT, rank
+
+
+@pytest.mark.slow
+def test_three_ranks_share_sections_that_they_do_not_divide(pool: RankPool) -> None:
+    tiny.checkpoint("zimage")
+    for rank in pool.run(exact, 3, "zimage", [{"ulysses": 3}, {"ring": 3}], [{}, *MORE["zimage"]]):
         assert min(min(row) for row in rank) >= EXACT, rank
 
 
@@ -215,6 +226,7 @@ HYBRIDS: dict[str, list[Case]] = {
     "sd3": [{"cfg": 2, "ulysses": 2}, {"ulysses": 4}],
     "kontext": [{"ulysses": 2, "ring": 2}, {"data": 2, "ring": 2}],
     "qwen": [{"cfg": 2, "ring": 2}, {"ulysses": 2, "ring": 2}],
+    "zimage": [{"cfg": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}],
     "pixs": [{"cfg": 2, "ring": 2}, {"data": 2, "ulysses": 2}],
     "hy": [{"ulysses": 2, "ring": 2}, {"data": 2, "cfg": 2}],
 }
@@ -615,6 +627,13 @@ def test_the_heads_of_a_control_net_are_looked_at(tmp_path: Path) -> None:
     assert xdit_degrees(config, 4) == Degrees(ulysses=2, ring=2)
     with pytest.raises(ValueError, match="the 6 attention heads of --control_net"):
         xdit_degrees(replace(config, ulysses_degree=4), 4)
+
+
+def test_ranks_share_the_sequence_of_a_type_without_guidance_unless_asked() -> None:
+    config = tiny.config("zimage", width=64, height=64)
+    assert xdit_degrees(config, 2) == Degrees(ulysses=2)
+    assert xdit_degrees(config, 4) == Degrees(ulysses=2, ring=2)  # of 6 heads
+    assert xdit_degrees(replace(config, use_cfg_parallel=True), 4) == Degrees(cfg=2, ulysses=2)
 
 
 def test_stages_that_pipefusion_cannot_have_are_refused() -> None:

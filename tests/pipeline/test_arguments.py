@@ -180,6 +180,17 @@ def own(name: str, **changes: Any) -> torch.Tensor:
     return made.images
 
 
+@pytest.mark.parametrize(("ours", "diffusers"), [(4.0, 3.0), (1.0, 0.0), (0.0, 0.0)])
+def test_guidance_of_one_is_none(ours: float, diffusers: float) -> None:
+    """Of Z-Image's pipeline 0 is: it adds the scale times the difference of the branches to one of them."""
+    made = latents("zimage", steps=4, cfg=ours)
+    pipe, generator = engine("zimage").pipe, torch.Generator("cpu").manual_seed(3)
+    wanted = pipe(
+        "a cat", 64, 64, 4, guidance_scale=diffusers, generator=generator, output_type="latent"
+    ).images
+    assert distance(made, wanted) < 1e-5
+
+
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 

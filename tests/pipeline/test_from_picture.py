@@ -102,7 +102,7 @@ def theirs(
         else resized(picture(), size),
         "num_inference_steps": STEPS,
         **start.arguments,
-        MODELS[name].cfg_field: 4.0,
+        MODELS[name].cfg_field: 4.0 + MODELS[name].cfg_offset,
         "generator": torch.Generator("cpu").manual_seed(3),
         "output_type": "latent",
     }

@@ -496,6 +496,34 @@ def test_flux_in_the_names_of_its_authors() -> None:
         assert torch.allclose(found, delta[start : start + size], atol=1e-3)
 
 
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."])
+def test_zimage_in_the_names_of_its_authors(prefix: str) -> None:
+    """kohya's and ai-toolkit's names, with query, key and value as one layer."""
+    layers = {
+        "layers.0.attention.qkv": (96, 288),
+        "noise_refiner.0.attention.out": (96, 96),
+        "layers.2.feed_forward.w2": (256, 96),
+        "context_refiner.0.attention.qkv": (96, 288),
+    }
+    flat = prefix == "lora_unet_"
+    tensors = {
+        key.replace("lora_unet_", prefix): tensor
+        for key, tensor in original_lora(
+            {name.replace(".", "_") if flat else name: size for name, size in layers.items()}
+        ).items()
+    }
+    matched, unmatched = match_layers(shared_pipe("zimage"), MODELS["zimage"], tensors)
+    pairs = matched["transformer"]
+    assert not unmatched and len(pairs) == 3 + 1 + 1 + 3
+    joint = f"{prefix}{'layers_0_attention_qkv' if flat else 'layers.0.attention.qkv'}"
+    delta = tensors[f"{joint}.lora_up.weight"] @ tensors[f"{joint}.lora_down.weight"]
+    for place, name in enumerate(("to_q", "to_k", "to_v")):
+        pair = pairs[f"layers.0.attention.{name}"]
+        found = pair.scale * pair.tensors["up"] @ pair.tensors["down"]
+        assert torch.allclose(found, delta[96 * place :][:96], atol=1e-5)
+    assert {"noise_refiner.0.attention.to_out.0", "layers.2.feed_forward.w2"} <= pairs.keys()
+
+
 def test_sd3_in_the_names_of_its_authors_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "original.safetensors"
     layers = {f"joint_blocks_{n}_x_block_attn_qkv": (32, 96) for n in range(2)}

@@ -117,6 +117,17 @@ def test_what_is_cut_is_what_the_model_reads_not_the_tokenizer(monkeypatch: pyte
     assert "tokenizer reads 77 of" in told and "tokenizer_2 reads 256 of" in told
 
 
+def test_what_a_template_takes_of_the_tokens_is_counted() -> None:
+    """The longest prompt that is read whole, and one letter more."""
+    empty = [{"role": "user", "content": ""}]
+    chat = pipe_of("zimage").tokenizer.apply_chat_template(empty, tokenize=False, add_generation_prompt=True)
+    room = 1024 - len(pipe_of("zimage").tokenizer(chat).input_ids)
+    pictured("zimage", "a" * room, None)
+    assert not pictured.told  # type: ignore[attr-defined]
+    pictured("zimage", "a" * room + "b", None)
+    assert f"tokenizer reads {room} of {room + 1} tokens" in pictured.told[0]  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     "prompt", ["( )", "(" * 2000, "a cat.swap(dog) " * 1200, "a" + "+" * 3000, "word " * 3000]
 )

@@ -29,6 +29,7 @@ PARAMETERS = {
     "sd2": {"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863},
     "sdxl": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840, "vae": 83_653_863},
     "sd3": {"transformer": 2_028_328_000, "text_encoder_3": 4_762_310_656, "vae": 83_819_683},
+    "zimage": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096, "vae": 83_819_683},
     "flux": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656, "vae": 83_819_683},
 }
 

@@ -110,7 +110,8 @@ class XDiT(Method):
         if self._graphs.enabled:
             held.callback(self._graphs.close)
             for index, model in enumerate(models):
-                surgery.override(model, self._graphs.around(index))
+                if token_plan(type(model).__name__).capturable:
+                    surgery.override(model, self._graphs.around(index))
         if degrees.cfg == 2:
             pair = Ranks.of(groups.branches)
             if self.tokens.guidance == "calls":
@@ -194,8 +195,7 @@ def check_model(pipeline: Pipeline, degrees: Degrees, cache: Cache | None = None
     transformer = model_of(pipeline, "transformer")
     tokens, nets = token_plan(type(transformer).__name__), control_nets(pipeline)
     for model in (*transformers_of(pipeline, tokens), *nets):
-        token_plan(type(model).__name__)
-        heads = model.config.num_attention_heads
+        heads = model.config[token_plan(type(model).__name__).heads]
         if heads % degrees.ulysses:
             raise ValueError(
                 f"ulysses degree {degrees.ulysses} must divide the {heads} attention heads of "

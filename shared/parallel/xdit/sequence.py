@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from shared.models import Padding, Site, Stream, TokenPlan, token_plan
+from shared.models import Padding, Section, Site, Stream, TokenPlan, token_plan
 from shared.parallel.exchange import Ranks, all_gather
 from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.attention import Gathering, joined, ring, token_major, ulysses, usp, usp_operator
@@ -80,9 +80,11 @@ class SequenceParallel:
         self.shares, self.backend, self.by = Shares(group), backend, by
         self.tokens: dict[Stream, int] = {}
         """Length of each stream's whole sequence in the current call."""
-        self._inside = self._answered = False
+        self._inside = self._answered = self._running = False
         self._sent: Gathering | None = None
         self._read: int | None = None  # tokens of text that are no padding, in the current call
+        if self.plan.whole:
+            return
         for site in (*self.plan.picture, *self.plan.text, *self.plan.positions):
             self._divide(model, site, surgery)
         if self.plan.counted is not None:
@@ -92,6 +94,8 @@ class SequenceParallel:
                 return original(*args, **kwargs | {argument: self.tokens["text"]})
 
             surgery.override(model.get_submodule(name), all_of_it)
+        for section in self.plan.sections:
+            self._divide_section(model, section, surgery)
         if self.plan.output is not None:
             surgery.override(model.get_submodule(self.plan.output), self._output)
         for block in blocks_of(model, self.plan):
@@ -125,6 +129,27 @@ class SequenceParallel:
         module = model.get_submodule(site.name)
         surgery.override(module, from_input if site.at == "input" else from_output)
 
+    def _divide_section(self, model: nn.Module, section: Section, surgery: Surgery) -> None:
+        """Cut what a list of blocks gets, and gather what its end gives.
+
+        A ControlNet may run the same blocks in a forward of its own, on whole sequences.
+        """
+        blocks = list(model.get_submodule(section.blocks).children())
+        end = blocks[-1] if section.end is None else model.get_submodule(section.end)
+
+        def block(original: Forward, args: tuple, kwargs: dict, first: bool) -> Any:
+            if not self._running:
+                return original(*args, **kwargs)
+            if first:
+                self.tokens["picture"] = args[0].shape[1]
+            cut = section.positions + (0,) * first
+            mine = (self.shares.cut(x, 1) if place in cut else x for place, x in enumerate(args))
+            return original(*mine, **kwargs)
+
+        for number, module in enumerate(blocks):
+            surgery.override(module, functools.partial(block, first=not number))
+        surgery.override(end, self._output)
+
     def _cut(self, value: Any, site: Site) -> Any:
         """This rank's share of what is at a site."""
         if value is None or (site.optional and site.dim >= value.ndim):
@@ -134,6 +159,8 @@ class SequenceParallel:
             return tuple(self._cut(item, one) for item, one in zip(value, each, strict=True))
         if isinstance(value, tuple):
             return tuple(self._cut(item, site) for item in value)
+        if isinstance(value, dict):
+            return {name: self._cut(item, site) for name, item in value.items()}
         if site in (*self.plan.picture, *self.plan.text):
             self.tokens[site.of[0]] = value.shape[site.dim]
         if len(site.of) == 1:
@@ -153,6 +180,7 @@ class SequenceParallel:
         self._inside = self._answered = False
         self._read = None
         with Surgery() as during:
+            during.replace(self, "_running", True)
             # Every processor of diffusers ends here; self._inside says which calls must see all tokens.
             shared = self._attend(F.scaled_dot_product_attention)
             during.replace(F, "scaled_dot_product_attention", shared)
@@ -171,9 +199,12 @@ class SequenceParallel:
         return original(*given, **kwargs)
 
     def _output(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        return self.shares.gather(original(*args, **kwargs), self.tokens["picture"])
+        answer = original(*args, **kwargs)
+        return self.shares.gather(answer, self.tokens["picture"]) if self._running else answer
 
     def _attention(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        if not self._running:
+            return original(*args, **kwargs)
         self._inside, self._sent = True, None
         answer = original(*args, **kwargs)
         answered, self._inside, self._answered = self._answered, False, False
@@ -190,6 +221,8 @@ class SequenceParallel:
         Of two streams the picture's do; the text's are few and leave with the keys.
         """
         value = original(*args, **kwargs)
+        if not self._running:
+            return value
         own, _ = _sort(value, self._runs(value.shape[1]), 1)
         self._sent = Gathering([own], self.shares.group)
         return value
