@@ -81,6 +81,9 @@ FAMILY = Family(
             chat_template=True,
             most_tokens=1024,
             kept=("all_final_layer*", "all_x_embedder*", "cap_embedder*", "t_embedder*"),
+            own_names=MappingProxyType(
+                {"all_final_layer.2-1": "final_layer", "all_x_embedder.2-1": "x_embedder"}
+            ),
             scheduler_family="flow_sigmas",
             control_net_class="ZImageControlNetModel",
             control_net_pipeline="ZImageControlNetPipeline",

@@ -307,14 +307,6 @@ def test_type_and_checkpoint(folder: Path) -> None:
             ["--type=sd3", '--ip_adapter={{"{f}/file.safetensors": 1, "{f}/other.safetensors": 1}}'],
             "--ip_adapter: type sd3 takes one adapter; got 2",
         ),
-        (
-            ["--type=zimage", '--control_net={{"{f}/file.safetensors": 1, "{f}/other.safetensors": 1}}'],
-            "--control_net: type zimage takes one ControlNet; got 2",
-        ),
-        (
-            ["--type=zimage", '--control_net={{"{f}/file.safetensors": 1}}', "--shard_weights"],
-            "--shard_weights: not supported with --control_net, which runs layers of the denoiser",
-        ),
         (["--model_n=2"], "needs 2 ranks; the world size is 1"),
     ],
 )

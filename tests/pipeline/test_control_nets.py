@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.backends import BACKENDS
+from shared.launch.checks import check_config
+from shared.launch.errors import UsageError
 from shared.models import MODELS
 from shared.pipeline.control_nets import control_arguments
 from shared.pipeline.loading import LoadError
@@ -128,3 +131,20 @@ def test_a_picture_and_a_scale_for_each(name: str) -> None:
     assert np.array_equal(made([one]), made([one, one]))
     assert np.array_equal(made([one, two], 0.3), made([one, two], 0.3, 0.3))
     assert np.abs(made([one, two], 0.3, 0.9) - made([one, two], 0.3)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("nets", "flags", "words"),
+    [
+        (2, {}, "--control_net: type zimage takes one ControlNet; got 2"),
+        (
+            1,
+            {"shard_weights": True},
+            "--shard_weights: not supported with --control_net, which runs layers of",
+        ),
+    ],
+)
+def test_a_control_net_that_runs_layers_of_the_denoiser(nets: int, flags: dict[str, Any], words: str) -> None:
+    paths = {str(tiny_extras.control_net("zimage", seed)): 1.0 for seed in range(nets)}
+    with pytest.raises(UsageError, match=words):
+        check_config(tiny.config("zimage", control_net=paths, **flags), BACKENDS["xdit"], 1)

@@ -504,6 +504,7 @@ def test_zimage_in_the_names_of_its_authors(prefix: str) -> None:
         "noise_refiner.0.attention.out": (96, 96),
         "layers.2.feed_forward.w2": (256, 96),
         "context_refiner.0.attention.qkv": (96, 288),
+        "x_embedder": (16, 96),
     }
     flat = prefix == "lora_unet_"
     tensors = {
@@ -514,7 +515,7 @@ def test_zimage_in_the_names_of_its_authors(prefix: str) -> None:
     }
     matched, unmatched = match_layers(shared_pipe("zimage"), MODELS["zimage"], tensors)
     pairs = matched["transformer"]
-    assert not unmatched and len(pairs) == 3 + 1 + 1 + 3
+    assert not unmatched and len(pairs) == 3 + 1 + 1 + 3 + 1
     joint = f"{prefix}{'layers_0_attention_qkv' if flat else 'layers.0.attention.qkv'}"
     delta = tensors[f"{joint}.lora_up.weight"] @ tensors[f"{joint}.lora_down.weight"]
     for place, name in enumerate(("to_q", "to_k", "to_v")):
