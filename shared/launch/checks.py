@@ -148,9 +148,9 @@ def _check_features(config: HostConfig, backend: Backend) -> None:
             given = len(config.control_net)
             raise UsageError(f"--control_net: type {spec.name} takes one ControlNet; got {given}")
         shared = ("shard_weights", "enable_sequential_cpu_offload", "enable_group_offload")
-        if flag := next((flag for flag in shared if getattr(config, flag)), None):
+        if by_layer := next((name for name in shared if getattr(config, name)), None):
             why = f"which runs layers of the denoiser in type {spec.name}, and weights come and go by layer"
-            raise UsageError(f"--{flag}: not supported with --control_net, {why}")
+            raise UsageError(f"--{by_layer}: not supported with --control_net, {why}")
     if config.gguf_model and config.quantize_to:
         raise UsageError(
             "--quantize_to: the weights of --gguf_model are quantized already; give only one of them"

@@ -185,10 +185,19 @@ def own(name: str, **changes: Any) -> torch.Tensor:
 def test_guidance_of_one_is_none(ours: float, diffusers: float) -> None:
     """Of Z-Image's pipeline 0 is: it adds the scale times the difference of the branches to one of them."""
     made = latents("zimage", steps=4, cfg=ours)
-    pipe, generator = engine("zimage").pipe, torch.Generator("cpu").manual_seed(3)
-    wanted = pipe(
-        "a cat", 64, 64, 4, guidance_scale=diffusers, generator=generator, output_type="latent"
-    ).images
+    wanted = (
+        engine("zimage")
+        .pipe(
+            prompt="a cat",
+            height=64,
+            width=64,
+            num_inference_steps=4,
+            guidance_scale=diffusers,
+            generator=torch.Generator("cpu").manual_seed(3),
+            output_type="latent",
+        )
+        .images
+    )
     assert distance(made, wanted) < 1e-5
 
 
