@@ -44,6 +44,7 @@ STATES = ("loading", "idle", "warm-up", "steady", "decoding", "LoRA")
 VICTIMS = ("rank 0", "rank 1", "launcher")
 SIGNALS = ("KILL", "TERM", "STOP")
 CLIENTS = (*WAYS, "async", "async", "generate")  # 8 of them
+NONE = "not compared"
 COLUMNS = (
     *("state", "victim", "signal", "jobs at work", "gone", "back"),
     *("done", "lost", "other bytes", "orphans"),
@@ -275,10 +276,18 @@ def table(rows: list[dict[str, Any]], before: str = "") -> str:
     for row in rows:
         done = row["jobs"]
         row |= {"done": sum(job.picture is not None for job in done)}
-        row |= {"lost": sum(bool(job.lost) for job in done), "other bytes": sum(job.other for job in done)}
+        compared = [job.other for job in done if job.other is not None]
+        row |= {
+            "lost": sum(bool(job.lost) for job in done),
+            "other bytes": sum(compared) if compared else NONE,
+        }
         kept[tuple(line(row).split(" | ")[:3])] = line(row)
     cells = [text.strip("| ").split(" | ") for text in kept.values()]
-    sums = {name: sum(int(of[COLUMNS.index(name)]) for of in cells) for name in (COLUMNS[3], *COLUMNS[6:])}
+    columns = {name: [of[COLUMNS.index(name)] for of in cells] for name in (COLUMNS[3], *COLUMNS[6:])}
+    sums = {
+        name: sum(int(cell) for cell in found if cell != NONE) if {*found} != {NONE} else NONE
+        for name, found in columns.items()
+    }
     worst = {
         name: f"at most {max((float(of[COLUMNS.index(name)].split()[0]) for of in cells), default=0)} s"
         for name in ("gone", "back")

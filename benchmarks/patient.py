@@ -28,7 +28,7 @@ class Asked:
     again: int = 0  # how often it was asked again
     lost: str = ""  # why it counts as lost
     hit: bool = False  # it was at work when something was killed
-    other: bool = False  # its bytes differ from those of the same request alone
+    other: bool | None = None  # its bytes differ from those of the same request alone; None: not compared
 
     @property
     def over(self) -> bool:
@@ -36,7 +36,7 @@ class Asked:
 
     @property
     def wrong(self) -> bool:
-        return bool(self.lost) or self.other
+        return bool(self.lost or self.other)
 
     @property
     def key(self) -> str:

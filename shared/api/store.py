@@ -63,6 +63,7 @@ class JobRecord:
     launch: str = ""  # type and checkpoint that it was accepted for
     warnings: list[str] = field(default_factory=list)  # of its parsing
     accepted: float = field(default_factory=time.time)
+    pending: bool = False  # stored, but the queue may still refuse it
     kept: bool = False  # whether it goes on without a client that waits for it
     job: GenerationJob | None = None  # until it is over
     attempts: int = 0
@@ -140,10 +141,10 @@ class JobStore:
             return self._records.get(id)
 
     def all(self) -> list[JobRecord]:
-        """Every job, the newest first."""
+        """Every accepted job, the newest first."""
         self._prune()
         with self._lock:
-            return list(reversed(self._records.values()))
+            return [record for record in reversed(self._records.values()) if not record.pending]
 
     def unfinished(self) -> list[JobRecord]:
         """The jobs that wait or run, the first accepted first."""

@@ -183,6 +183,7 @@ class Dispatcher:
     def _begin(self, record: JobRecord, order: Order) -> JobRecord | None:
         """Store a new job and queue it; the one that has its id already is returned instead."""
         job = self.finisher.attend(record, order)
+        record.pending = True
         try:
             if known := self.store.add(record):
                 return known
@@ -191,6 +192,7 @@ class Dispatcher:
             except ApiError:
                 self.store.forget(record)
                 raise
+            record.pending = False
         except Exception as error:
             job.error = JobError(503, str(error))  # for who asks for the same meanwhile
             job.settled.set()

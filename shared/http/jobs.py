@@ -196,7 +196,7 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
         return jsonify(Discarded(message="OK", id=id, cancelled=runs).model_dump())
 
     def _found(id: str) -> JobRecord:
-        if (record := store.get(id)) is None:
+        if (record := store.get(id)) is None or record.pending:
             raise ApiError(404, f"there is no job {shown(id)}; it may have been forgotten (--keep_jobs)")
         return record
 

@@ -49,7 +49,7 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
 
     def found(id: str) -> JobRecord:
         record = store.get(id)
-        if record is None or record.route != _ROUTE:
+        if record is None or record.pending or record.route != _ROUTE:
             raise ApiError(404, f"there is no video {shown(id)}; it may have been deleted or forgotten")
         return record
 

@@ -35,6 +35,19 @@ def job(host: FakeHost, id: str, wait: float = 10) -> dict[str, Any]:
     return found
 
 
+def test_a_job_is_listed_once_the_queue_has_it(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def submit(job: Any) -> None:
+        seen.extend((host.get("/jobs").json()["jobs"], host.get(f"/jobs/{job.id}").status_code))
+        raise JobError(503, "the host is stopping")
+
+    monkeypatch.setattr(host.queue, "submit", submit)
+    answer = host.generate({}, headers=ASYNC)
+    assert answer.status_code == 503 and seen == [[], 404]
+    assert host.get("/jobs").json()["jobs"] == []
+
+
 def test_a_client_that_does_not_wait_fetches_its_answer(host: FakeHost) -> None:
     body = {"positive": "hold me", "seed": 7, "pictures": 2, "steps": 2, "return_latent": True}
     accepted = host.generate(body, headers=ASYNC)
