@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -71,8 +70,6 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note what each cell of tests/test_matrix.py said, for `make matrix`."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return  # the process that has started this one hears of it too
     found = re.search(r"test_matrix\.py::test_(asyncdiff|distrifuser|xdit)\[(\w+)-(\w+)\]$", report.nodeid)
     if found and (report.when == "call" or report.failed):
         RESULTS.parent.mkdir(exist_ok=True)
