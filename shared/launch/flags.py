@@ -31,13 +31,11 @@ from shared.models import MODELS, ModelSpec
 
 
 @lru_cache(64)
-def _spec_of(type: str, checkpoint: str) -> ModelSpec:
-    spec = MODELS[type]
+def _index_of(checkpoint: str) -> Any:
     try:
-        index = json.loads((Path(checkpoint) / "model_index.json").read_text()) if spec.variants else None
+        return json.loads((Path(checkpoint) / "model_index.json").read_text())
     except (OSError, ValueError):
-        index = None  # which the checks and the loader report
-    return spec.of_checkpoint(index) if isinstance(index, dict) else spec
+        return None  # which the checks and the loader report
 
 
 def _flag(
@@ -399,7 +397,9 @@ class HostConfig:
     @property
     def spec(self) -> ModelSpec:
         """The type, as the checkpoint has it."""
-        return _spec_of(self.type, self.checkpoint)
+        spec = MODELS[self.type]
+        index = _index_of(self.checkpoint) if spec.variants else None
+        return spec.of_checkpoint(index) if isinstance(index, dict) else spec
 
     def changed(self, *flags: str) -> list[str]:
         """Those of the flags that are not at their defaults."""

@@ -29,6 +29,7 @@ FAMILY = Family(
             ),
             tokens=replace(flux.TOKENS, stages=None, control_net=None),
             area_field="max_area",
+            scheduler_family="flow_sigmas",
             cfg=2.5,
             fields=_FLUX.fields - {"control_image", "control_image_scale", "controlnet_scale"},
             control_net_class=None,

@@ -44,8 +44,9 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
 @pytest.mark.parametrize("name", COMPEL)
 def test_compel(name: str) -> None:
     # Flux: its T5 embeddings are compel's full length, and its negative prompt needs true guidance.
-    extra = {"max_sequence_length": 512, "true_cfg_scale": 2.0} if name == "flux" else {}
-    negative = "blue" if name == "flux" else None
+    flux = name in ("flux", "kontext")
+    extra = {"max_sequence_length": 512, "true_cfg_scale": 2.0} if flux else {}
+    negative = "blue" if flux else None
     plain = made(name, extra, positive=TEXT, negative=negative)
     assert apart(made(name, extra, positive=TEXT, negative=negative, compel=True), plain) < 2e-3
     weighted = made(name, extra, positive="a small (red)1.8 cat", negative=negative, compel=True)
@@ -142,12 +143,12 @@ def encoded(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
     """The pipeline's own embeddings of TEXT and of the empty prompt."""
     pipe, spec = pipe_of(name), MODELS[name]
     others = {f"prompt_{i + 1}": None for i in range(1, len(spec.tokenizers))}
-    short = {"max_sequence_length": 32} if name in ("sd3", "flux") else {}
+    short = {"max_sequence_length": 32} if name in ("sd3", "flux", "kontext") else {}
     sides = []
     with torch.no_grad():
         for prompt in (TEXT, ""):
             base: dict[str, Any] = {"prompt": prompt, "device": torch.device("cpu"), **others, **short}
-            if name == "flux":
+            if name in ("flux", "kontext"):
                 found, pooled, _ = pipe.encode_prompt(**base)
             else:
                 count = "num_videos_per_prompt" if name == "svd" else "num_images_per_prompt"
@@ -161,7 +162,7 @@ def encoded(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
 def test_embeddings_instead_of_prompts(name: str) -> None:
     spec = MODELS[name]
     positive, negative = encoded(name)
-    extra = {"true_cfg_scale": 2.0} if name == "flux" else {}
+    extra = {"true_cfg_scale": 2.0} if name in ("flux", "kontext") else {}
     from_text = made(name, extra, positive=TEXT, negative="")
     from_embeds = made(name, extra, positive_embeds=positive, negative_embeds=negative)
     if not spec.embeds_mask:  # with a mask, padding is attended to: embeddings come without padding
