@@ -20,6 +20,10 @@ class FieldProblem:
         object.__setattr__(self, "field", cut(self.field, MAX_VALUE))
         object.__setattr__(self, "problem", cut(self.problem))
 
+    def told(self) -> dict[str, str]:
+        """The fault as answers have it."""
+        return {"field": self.field, "problem": self.problem}
+
 
 MAX_FAULTS = 20  # reported of one request
 

@@ -27,6 +27,11 @@ class JobError(RuntimeError):
         self.problems = list(problems)
         super().__init__(message)
 
+    @property
+    def reason(self) -> str:
+        """The first line of the message: a failure of torch may bring its own stack trace."""
+        return str(self).strip().split("\n", 1)[0][:1000]
+
 
 class HostEndedError(JobError):
     """The host ends before the job is done: 503 where it was told to stop, else 500."""

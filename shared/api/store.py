@@ -140,6 +140,11 @@ class JobStore:
         with self._lock:
             return self._records.get(id)
 
+    def accepted(self, id: str) -> JobRecord | None:
+        """The same, of those that the queue has taken."""
+        record = self.get(id)
+        return None if record is None or record.pending else record
+
     def all(self) -> list[JobRecord]:
         """Every accepted job, the newest first."""
         self._prune()

@@ -109,7 +109,7 @@ def _picture(text: str) -> Image.Image:
 
 def dump_error(error: JobError) -> bytes:
     """An error as JSON."""
-    problems = [{"field": p.field, "problem": p.problem} for p in error.problems]
+    problems = [problem.told() for problem in error.problems]
     return to_json({"status": error.status, "message": str(error), "problems": problems})
 
 

@@ -317,12 +317,9 @@ class Dispatcher:
             raise ApiError.unavailable("stopping", str(error)) from None
 
     def _error_of(self, error: JobError) -> ApiError:
-        message = str(error)
         if isinstance(error, HostEndedError) and self.store.folder is not None:
-            return ApiError.unavailable("stopping", f"{message}; {KEPT}")
-        if error.status == 500:
-            # A failure of torch may bring its own stack trace; the log has all of it.
-            message = message.strip().split("\n", 1)[0][:1000]
+            return ApiError.unavailable("stopping", f"{error}; {KEPT}")
+        message = error.reason if error.status == 500 else str(error)
         if error.status == 503:
             return ApiError.unavailable("stopping", message)
         return ApiError(error.status, message, error.problems)

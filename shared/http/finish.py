@@ -56,8 +56,8 @@ class Finisher:
                 self._encode(job, order)
             except Exception as error:
                 job.cancel()
-                job.finish(failure := self._failure(record, error))
-                job.error, done = failure, True
+                job.finish(unforeseen := failure(error, record.id))
+                job.error, done = unforeseen, True
             if done and not job.settled.is_set():
                 try:
                     self._settle(record, job, began)
@@ -76,12 +76,6 @@ class Finisher:
         if job.error is None:
             side_by_side(encode, [reply for reply in job.made if not reply.infotext])
 
-    def _failure(self, record: JobRecord, error: Exception) -> JobError:
-        log.error("id=%s failed in the server", record.id, exc_info=error)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return JobError(507, NO_ROOM)
-        return JobError(500, "the server failed; its log has the reason under this X-Request-Id")
-
     def _settle(self, record: JobRecord, job: GenerationJob, began: float) -> None:
         if isinstance(job.error, HostEndedError):
             self.store.interrupt(record, job.error)
@@ -92,3 +86,12 @@ class Finisher:
                 self.metrics.made(reply, time.monotonic() - began)
                 reply.warnings = merged(record.warnings, reply.warnings)
         self.store.finish(record, job.error, job.made)
+
+
+def failure(error: Exception, id: str) -> JobError:
+    """What nobody foresaw in the server, as a request is answered for it; the log has it under the id."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        log.error("id=%s %s", id, error)
+        return JobError(507, NO_ROOM)
+    log.error("id=%s failed in the server", id, exc_info=error)
+    return JobError(500, "the server failed; its log has the reason under this X-Request-Id")

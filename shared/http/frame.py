@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hmac
 import logging
 import re
@@ -25,8 +24,8 @@ from shared.api.warned import header_text
 from shared.http import a1111 as a1111_api
 from shared.http import openai as openai_api
 from shared.http.access import AccessRules, is_preflight
-from shared.http.connections import NO_ROOM
 from shared.http.dispatch import ApiError, Dispatcher
+from shared.http.finish import failure
 from shared.http.incoming import caller, enter
 from shared.http.proxies import Proxies
 from shared.http.routes import App
@@ -111,7 +110,7 @@ def error_response(error: Exception) -> Response:
             response = jsonify(body(api_error))
             break
     else:
-        problems = [{"field": p.field, "problem": p.problem} for p in api_error.problems]
+        problems = [problem.told() for problem in api_error.problems]
         response = jsonify(ErrorAnswer(message=api_error.message, errors=problems).model_dump())
     if api_error.status in (500, 504):
         response.headers["X-Should-Retry"] = "false"  # the openai SDK would ask for the same failure again
@@ -138,11 +137,8 @@ def as_api_error(error: Exception) -> ApiError:
         if code == 413:  # from werkzeug, whose text names neither; bodies are bounded before
             return ApiError(413, "the form has too many parts, or a part is too large")
         return ApiError(code, error.description or _reason(code), headers=headers)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        log.error("id=%s %s", caller().id, error)
-        return ApiError(507, NO_ROOM)
-    log.error("id=%s failed in the server", caller().id, exc_info=error)
-    return ApiError(500, "the server failed; its log has the reason under this X-Request-Id")
+    unforeseen = failure(error, caller().id)
+    return ApiError(unforeseen.status, str(unforeseen))
 
 
 def _reason(status: int) -> str:

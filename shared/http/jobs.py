@@ -148,7 +148,7 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
             reply, *others = dispatcher.replies(record)
             body |= {"status": 200, "answer": reply.answer(others)}
         elif record.error is not None and record.finished is not None:
-            problems = [{"field": p.field, "problem": p.problem} for p in record.error.problems]
+            problems = [problem.told() for problem in record.error.problems]
             error = ErrorAnswer(message=body["message"], errors=problems)
             body |= {"status": record.error.status, "error": error.model_dump()}
         return jsonify(body)
@@ -196,7 +196,7 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
         return jsonify(Discarded(message="OK", id=id, cancelled=runs).model_dump())
 
     def _found(id: str) -> JobRecord:
-        if (record := store.get(id)) is None or record.pending:
+        if (record := store.accepted(id)) is None:
             raise ApiError(404, f"there is no job {shown(id)}; it may have been forgotten (--keep_jobs)")
         return record
 
@@ -242,7 +242,7 @@ def describe(record: JobRecord, outlook: Outlook) -> dict[str, Any]:
     if state == "done":
         message = "OK"
     elif error is not None and record.finished is not None:
-        message = str(error).strip().split("\n", 1)[0][:1000]
+        message = error.reason
     return {
         "id": record.id,
         "state": state,

@@ -28,6 +28,7 @@ from shared.api.media import encode_image
 from shared.api.queue import JobQueue
 from shared.api.requests import COMMON_FIELDS, FIELD_NOTES, NEEDS_FLAG, GenerateRequest, launch_defaults
 from shared.api.status import HostStatus
+from shared.api.store import state_of
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.negotiate import RAW_FORMATS
 from shared.http.routes import Answer, App, Route, stream
@@ -369,8 +370,5 @@ def _preview_text(id: str, preview: Preview) -> str:
 
 
 def _end(job: GenerationJob) -> dict[str, Any]:
-    error = job.error
-    if error is None:
-        return {"id": job.id, "outcome": "done", "message": "OK"}
-    outcome = "cancelled" if error.status == 499 else "failed"
-    return {"id": job.id, "outcome": outcome, "message": str(error).strip().split("\n", 1)[0][:1000]}
+    message = "OK" if job.error is None else job.error.reason
+    return {"id": job.id, "outcome": state_of(job.error), "message": message}

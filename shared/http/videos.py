@@ -48,8 +48,8 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
     config, store = dispatcher.config, dispatcher.store
 
     def found(id: str) -> JobRecord:
-        record = store.get(id)
-        if record is None or record.pending or record.route != _ROUTE:
+        record = store.accepted(id)
+        if record is None or record.route != _ROUTE:
             raise ApiError(404, f"there is no video {shown(id)}; it may have been deleted or forgotten")
         return record
 
@@ -143,7 +143,7 @@ def _video(record: JobRecord, dispatcher: Dispatcher) -> dict[str, Any]:
     if status == "failed":
         assert record.error is not None
         code = "cancelled" if record.state == "cancelled" else f"error_{record.error.status}"
-        error = {"code": code, "message": str(record.error).strip().split("\n", 1)[0][:1000]}
+        error = {"code": code, "message": record.error.reason}
     over = record.finished
     return {
         "id": record.id,
