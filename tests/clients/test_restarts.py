@@ -43,6 +43,7 @@ def test_a_restart_in_the_middle_is_waited_out(
         answer = pool.submit(client.generate, HOLD, id="mine-0001", on_away=told.append)
         wait_for(lambda: host.seen)
         end(host)
+        wait_for(lambda: told)  # one that is back before it is asked again is not missed
         with FakeHost(replace(host.config, port=host.server.port)) as again:
             wait_for(lambda: again.seen, 20)
             again.go_on.set()

@@ -234,7 +234,11 @@ def test_requests_drawn_from_the_document_are_answered_as_it_says(hosts: list[Fa
         fuzz(host.url, COUNT // 2, 0, answers)
     fuzz(hosts[2].url, COUNT // 4, 1, answers)  # of a video
     assert not answers.faults
-    assert set(answers.by_route) >= {"POST /generate", "POST /sdapi/v1/options"}
+    with FakeHost() as host:
+        paths = host.get("/openapi.json").json()["paths"]
+    assert set(answers.by_route) == {
+        f"{method.upper()} {path}" for path, of in paths.items() for method in of
+    }
     assert answers.by_route["POST /generate"][200]
 
 
