@@ -1,6 +1,7 @@
-"""--state_dir: accepted jobs in an SQLite database, and files beside it.
+"""--state_dir: accepted jobs in an SQLite database, and large files beside it.
 
-What it says that it has written is on the disk. Imports no torch.
+Each write waits for the disk once where it can: a job is accepted by one commit and done by one commit, and
+files that are not in the database are on the disk before the row that needs them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -8,21 +9,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-VERSION = 1  # of the tables
+log = logging.getLogger("host")
+
+VERSION = 2  # of the tables; 1 had no column `files`
 LOCK_SECONDS = 5.0  # that a host waits for the one before it to be gone
-SMALL_ORDER = 64 << 10  # bytes; larger ones lie in a file
+SMALL = 64 << 10  # bytes of an order or an answer; larger ones lie in a file
 _TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
     place INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, head BLOB NOT NULL, job_order BLOB,
-    attempts INTEGER NOT NULL, ended BLOB, made BLOB, size INTEGER NOT NULL
+    attempts INTEGER NOT NULL, ended BLOB, made BLOB, size INTEGER NOT NULL, files BLOB
 )"""
 
 
@@ -43,8 +48,8 @@ class Row(NamedTuple):
 class StateFolder:
     """The jobs of one host. One process at a time has it.
 
-    Every method that writes returns when the disk has it. They raise OSError (ENOSPC where there is no room)
-    and sqlite3.Error.
+    Every method that writes returns when the disk has it, but for `attempt`. They raise OSError (ENOSPC where
+    there is no room) and sqlite3.Error.
 
     Raises:
         FolderError: another host has the folder, or it cannot be read or written.
@@ -53,6 +58,7 @@ class StateFolder:
     def __init__(self, path: Path) -> None:
         self._files = path / "files"
         self._lock = threading.Lock()
+        self._later = ThreadPoolExecutor(1, "state_dir")
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._files.mkdir(mode=0o700, exist_ok=True)
@@ -90,11 +96,14 @@ class StateFolder:
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, VERSION):
+        if version not in range(VERSION + 1):
             raise FolderError(f"is of another version: {version}, not {VERSION}; give another folder")
+        if version == 1:
+            self._db.execute("ALTER TABLE jobs ADD COLUMN files BLOB")
         self._db.execute(_TABLE)
         self._db.execute(f"PRAGMA user_version={VERSION}")
-        self._sync(path.parent)
+        self._log = os.open(f"{path}-wal", os.O_RDONLY)
+        _sync(path.parent)
         known = {name for (id,) in self._db.execute("SELECT id FROM jobs") for name in self._names(id)}
         for file in self._files.iterdir():  # of a host that ended between two writes
             if file.name not in known:
@@ -137,14 +146,17 @@ class StateFolder:
         return found
 
     def read(self, id: str, offset: int, length: int) -> bytes:
-        """A part of a job's files, in bytes. Raises OSError."""
+        """A part of a job's files, in bytes. Raises KeyError, OSError."""
+        small = self._column(id, f"substr(files, {offset + 1}, {length})")
+        if small is not None:
+            return small
         with (self._files / f"{id}.made").open("rb") as file:
             file.seek(offset)
             return file.read(length)
 
     def add(self, id: str, head: bytes, order: bytes) -> None:
         """A new job; `head` is what is known of it beside its order."""
-        large = len(order) > SMALL_ORDER
+        large = len(order) > SMALL
         if large:
             self._write(f"{id}.order", [order])
         with self._writing() as db:
@@ -154,18 +166,33 @@ class StateFolder:
             )
 
     def attempt(self, id: str, attempts: int) -> None:
-        """So often was the job given to the ranks."""
+        """So often was the job given to the ranks.
+
+        It outlives this process at once, and a power cut once the disk has it, for which nobody waits.
+        """
         with self._writing() as db:
-            db.execute("UPDATE jobs SET attempts = ? WHERE id = ?", (attempts, id))
+            db.execute("PRAGMA synchronous=NORMAL")
+            try:
+                db.execute("UPDATE jobs SET attempts = ? WHERE id = ?", (attempts, id))
+            finally:
+                db.execute("PRAGMA synchronous=FULL")
+        self._later.submit(self._sync_log)
+
+    def _sync_log(self) -> None:
+        try:
+            os.fdatasync(self._log)
+        except OSError as error:
+            log.error("--state_dir could not be written through: %s", error)
 
     def finish(self, id: str, ended: bytes, order: bytes, made: bytes, files: list[bytes], size: int) -> None:
         """A job is over; `made` are its replies, whose bytes are `files`; `order` is kept of what it was."""
-        if files:
+        large = sum(map(len, files)) > SMALL
+        if large:
             self._write(f"{id}.made", files)
         with self._writing() as db:
             db.execute(
-                "UPDATE jobs SET ended = ?, job_order = ?, made = ?, size = ? WHERE id = ?",
-                (ended, order, made, size, id),
+                "UPDATE jobs SET ended = ?, job_order = ?, made = ?, size = ?, files = ? WHERE id = ?",
+                (ended, order, made, size, None if large else b"".join(files), id),
             )
         (self._files / f"{id}.order").unlink(missing_ok=True)
 
@@ -177,26 +204,17 @@ class StateFolder:
             (self._files / name).unlink(missing_ok=True)
 
     def _write(self, name: str, parts: list[bytes]) -> None:
-        """A file that is there whole, or not at all, whenever the machine is switched off."""
-        temporary = self._files / f"{name}.new"
+        """A file of a job whose row does not say yet that it is there."""
+        path = self._files / name
         try:
-            with open(temporary, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+            with open(path, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
                 file.writelines(parts)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(self._files / name)
+            _sync(self._files)
         except OSError:
-            temporary.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             raise
-        self._sync(self._files)
-
-    @staticmethod
-    def _sync(folder: Path) -> None:
-        held = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(held)
-        finally:
-            os.close(held)
 
     def close(self) -> None:
         """Leave the folder to another host; whatever is called from now on raises sqlite3.Error."""
@@ -205,5 +223,15 @@ class StateFolder:
                 return
             with contextlib.suppress(AttributeError):  # it may never have been opened
                 self._db.close()
+                self._later.shutdown()
+                os.close(self._log)
             os.close(self._held)
             self._held = -1
+
+
+def _sync(folder: Path) -> None:
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(held)
+    finally:
+        os.close(held)

@@ -9,6 +9,7 @@ import os
 import sqlite3
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 
 import shared.api.store
 from shared.api.faults import FieldProblem
-from shared.api.folder import FolderError, StateFolder
+from shared.api.folder import SMALL, FolderError, StateFolder
 from shared.api.jobs import JobError, Order, SecondPass
 from shared.api.replies import Reply
 from shared.api.requests import GenerateRequest
@@ -161,7 +162,7 @@ def test_a_folder_gives_back_what_was_accepted_and_made(tmp_path: Path) -> None:
     folder.close()
 
 
-def test_large_inputs_lie_in_files_which_go_with_the_job(tmp_path: Path) -> None:
+def test_what_is_large_lies_in_files_which_go_with_the_job(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path)
     store = JobStore(folder)
     out = io.BytesIO()
@@ -172,17 +173,73 @@ def test_large_inputs_lie_in_files_which_go_with_the_job(tmp_path: Path) -> None
     files = tmp_path / "files"
     assert [file.name for file in files.iterdir()] == ["large.order"]
     assert load_order(folder.order("large")).request == large.request
-    store.finish(kept, None, replies())
+    made = [Reply([b"one", b"two" * SMALL], "png", 7, 8, 16, 2)]
+    store.finish(kept, None, made)
     assert [file.name for file in files.iterdir()] == ["large.made"]
+    assert store.replies(kept) == made
     assert stat.S_IMODE((files / "large.made").stat().st_mode) == 0o600
     (files / "other.made").write_bytes(b"of a host that ended between two writes")
-    (files / "large.made.new").write_bytes(b"as well")
+    (files / "large.made.new").write_bytes(b"as well")  # of the version before this one
     folder.close()
     folder = StateFolder(tmp_path)
     assert [file.name for file in files.iterdir()] == ["large.made"]
     JobStore(folder).forget(kept)
     assert not list(files.iterdir()) and not folder.rows()
     folder.close()
+
+
+def test_what_is_small_waits_for_the_disk_once_and_an_attempt_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = StateFolder(tmp_path)
+    store = JobStore(folder)
+    waits: list[str] = []
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda fd, name=name: waits.append(name))
+
+    def commits(act: Callable[[], object]) -> list[str]:
+        """Of each change, whether SQLite waited for the disk."""
+        traced, found = ["FULL"], []
+
+        def trace(text: str) -> None:
+            if (at := text.partition("synchronous=")[2]) != "":
+                traced.append(at)
+            elif not text.startswith("SELECT"):
+                found.append(traced[-1])
+
+        folder._db.set_trace_callback(trace)
+        act()
+        folder._db.set_trace_callback(None)
+        return found
+
+    kept = record("kept")
+    assert commits(lambda: store.add(kept)) == ["FULL"]
+    assert commits(lambda: store.begin(kept)) == ["NORMAL"]
+    assert commits(lambda: store.finish(kept, None, replies())) == ["FULL"]
+    assert folder._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    assert not list((tmp_path / "files").iterdir()) and store.replies(kept) == replies()
+    folder.close()
+    assert waits == ["fdatasync"]  # of the attempt, which nobody waited for
+
+
+def test_a_folder_of_the_version_before_is_taken_over(tmp_path: Path) -> None:
+    store = JobStore(folder := StateFolder(tmp_path))
+    for id in ("done", "waiting"):
+        store.add(record(id))
+    made = [Reply([b"one" * SMALL], "png", 7, 8, 16, 2)]
+    store.finish(store.unfinished()[0], None, made)
+    folder.close()
+    with sqlite3.connect(tmp_path / "jobs.sqlite") as db:
+        db.execute("ALTER TABLE jobs DROP COLUMN files")
+        db.execute("PRAGMA user_version=1")
+    db.close()
+    store = JobStore(folder := StateFolder(tmp_path))
+    waiting, done = store.all()
+    assert store.replies(done) == made and waiting.state == "queued"
+    store.finish(waiting, None, replies())
+    assert store.replies(waiting) == replies()
+    folder.close()
+    StateFolder(tmp_path).close()
 
 
 def test_a_folder_is_its_owners_and_one_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,9 +257,9 @@ def test_a_folder_is_its_owners_and_one_hosts(tmp_path: Path, monkeypatch: pytes
 def test_a_folder_of_another_version_or_a_broken_one_is_told(tmp_path: Path) -> None:
     StateFolder(tmp_path).close()
     with sqlite3.connect(tmp_path / "jobs.sqlite") as db:
-        db.execute("PRAGMA user_version=2")
+        db.execute("PRAGMA user_version=3")
     db.close()
-    with pytest.raises(FolderError, match="another version: 2"):
+    with pytest.raises(FolderError, match="another version: 3"):
         StateFolder(tmp_path)
     (tmp_path / "jobs.sqlite").write_bytes(b"no database" * 1000)
     with pytest.raises(FolderError, match=r"jobs\.sqlite cannot be read"):
@@ -261,11 +318,11 @@ def test_no_room_refuses_a_job_and_keeps_an_answer_in_memory(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    monkeypatch.setattr("shared.api.folder.SMALL", 0)
     monkeypatch.setattr(folder, "_write", full)
     store.finish(kept, None, replies())
     assert kept.state == "done" and store.replies(kept) == replies()
     assert [row.ended for row in folder.rows()] == [None]  # so that it is made again after a restart
-    monkeypatch.setattr("shared.api.folder.SMALL_ORDER", 0)
     with pytest.raises(OSError, match="No space"):
         store.add(record("refused"))
     assert store.get("refused") is None
