@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,17 @@ def test_imports_go_one_way(path: Path) -> None:
     room = FILES[path]
     wrong = rooms(path.read_text()) - BELOW[room] - {room}
     assert not wrong, f"{room} imports {', '.join(sorted(wrong))}"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in FILES}
+
+    def needs(path: Path) -> set[str]:
+        found = set(imported(ast.parse(path.read_text())))
+        return {name for one in found for name in (one, one.rpartition(".")[0]) if name in names}
+
+    order = TopologicalSorter({name: needs(path) for name, path in names.items()})
+    assert {"shared.host", "shared.models.spec"} <= set(order.static_order())  # raises CycleError
 
 
 def test_every_import_is_seen() -> None:

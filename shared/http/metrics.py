@@ -1,21 +1,15 @@
-"""GET /metrics: what the host did and how fast, as Prometheus text."""
+"""What the host did and how fast, as Prometheus text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
-from flask import Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric, StateSetMetricFamily
 
 from shared.api.queue import JobQueue
 from shared.api.replies import Reply
 from shared.api.status import HostStatus
-from shared.http.routes import App, Route, text
-
-if TYPE_CHECKING:
-    from shared.http.dispatch import Dispatcher
 
 OUTCOMES = {
     200: "ok",
@@ -32,6 +26,7 @@ OUTCOMES = {
 }
 STATES = ("loading", "ready", "busy", "broken", "stopping")
 _REQUEST_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300, 600, 1800)
+MEDIA_TYPE = CONTENT_TYPE_LATEST
 _STEP_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.35, 0.6, 1, 2, 5, 15)
 
 
@@ -69,6 +64,10 @@ class Metrics:
         if reply.steps and "denoise" in reply.seconds:
             self.step.observe(reply.seconds["denoise"] / reply.steps)
 
+    def text(self) -> bytes:
+        """All of it now, of `MEDIA_TYPE`."""
+        return generate_latest(self.registry)
+
 
 class _HostCollector:
     """What is read at the time of the scrape: state, queue, memory of the ranks."""
@@ -94,12 +93,3 @@ class _HostCollector:
                     labels = [str(rank.get("rank", "")), str(rank.get("device", "")), kind]
                     memory.add_metric(labels, mib * (1 << 20))
         yield memory
-
-
-def add_routes(app: App, dispatcher: Dispatcher) -> None:
-    """Add GET /metrics."""
-    answer = text("Prometheus text", "diffusion_queue_length 0.0")
-
-    @app.serve("GET", "/metrics", Route("Prometheus metrics", answer, errors=()))
-    def metrics_text() -> Response:
-        return Response(generate_latest(dispatcher.metrics.registry), content_type=CONTENT_TYPE_LATEST)

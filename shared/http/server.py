@@ -17,7 +17,6 @@ from shared.http import (
     jobs,
     legacy,
     loras,
-    metrics,
     openai,
     openapi,
     pages,
@@ -50,7 +49,7 @@ def create_app(config: HostConfig, status: HostStatus, queue: JobQueue, store: J
     app.json = Json(app)
     dispatcher = Dispatcher(config, status, queue, store)
     add_frame(app, dispatcher)
-    for part in (state, generate, jobs, loras, embeddings, metrics, openai, videos, a1111, pages):
+    for part in (state, generate, jobs, loras, embeddings, openai, videos, a1111, pages):
         part.add_routes(app, dispatcher)
     if config.legacy_pickle:
         legacy.add_routes(app, dispatcher)

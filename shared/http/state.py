@@ -9,6 +9,7 @@ from flask import request as http
 from pydantic import BaseModel, Field
 
 from shared.http.dispatch import Dispatcher
+from shared.http.metrics import MEDIA_TYPE
 from shared.http.routes import Answer, App, Route, text
 from shared.launch.wording import shown
 
@@ -43,7 +44,7 @@ class Health(BaseModel):
 
 
 def add_routes(app: App, dispatcher: Dispatcher) -> None:
-    """Add /initialize, /ready, /progress, /cancel and /health."""
+    """Add /initialize, /ready, /progress, /cancel, /health and /metrics."""
     status, queue = dispatcher.status, dispatcher.queue
 
     @app.serve(
@@ -125,6 +126,14 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
         )
         response.status_code = 503 if stuck or status.state == "broken" else 200
         return response
+
+    @app.serve(
+        "GET",
+        "/metrics",
+        Route("Prometheus metrics", text("Prometheus text", "diffusion_queue_length 0.0"), errors=()),
+    )
+    def metrics() -> Response:
+        return Response(dispatcher.metrics.text(), content_type=MEDIA_TYPE)
 
 
 def _text(text: str, status: int = 200) -> Response:

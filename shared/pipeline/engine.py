@@ -32,7 +32,7 @@ from shared.pipeline.arguments import call_arguments
 from shared.pipeline.batches import Batches, most_together, several
 from shared.pipeline.embeddings import embeddings_of
 from shared.pipeline.from_picture import PicturePipelines, late_start, start_of
-from shared.pipeline.latents import enlarged, with_given_frames
+from shared.pipeline.latents import enlarged
 from shared.pipeline.lora import LoraSet, loras_of
 from shared.pipeline.lora_by_name import RunningLoras
 from shared.pipeline.lora_file import LoraError
@@ -251,7 +251,7 @@ class PipelineEngine:
         self._note_adapters(request)
         self.parallel.take(running)
         self.parallel.begin(arguments["num_inference_steps"], pictures)
-        back = with_given_frames(running, watch) if self.spec.puts_frames_back else contextlib.nullcontext()
+        back = watch.with_given_frames(running) if self.spec.puts_frames_back else contextlib.nullcontext()
         try:
             with (
                 back,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -16,11 +16,6 @@ from shared.api.jobs import SecondPass
 from shared.api.media import encode_image
 from shared.api.replies import Reply
 from shared.api.retouch import cut_from
-from shared.parallel.pipeline import Pipeline
-from shared.parallel.surgery import Surgery
-
-if TYPE_CHECKING:
-    from shared.pipeline.steps import StepWatch
 
 
 def enlarged(draft: Reply, second: SecondPass) -> bytes:
@@ -67,25 +62,6 @@ def upcast(vae: Any) -> Iterator[None]:
         yield
     finally:
         vae.to(dtype)
-
-
-@contextlib.contextmanager
-def with_given_frames(pipe: Pipeline, watch: StepWatch) -> Iterator[None]:
-    """After it, the watch's latents have the given frames that the pipeline has put back at its end."""
-    inner = pipe.prepare_latents
-    given: list[torch.Tensor] = []
-
-    def prepare_latents(*args: Any, **kwargs: Any) -> Any:
-        latents, frames, free = inner(*args, **kwargs)
-        given[:] = [frames, free]
-        return latents, frames, free
-
-    with Surgery() as surgery:
-        surgery.replace(pipe, "prepare_latents", prepare_latents)
-        yield
-    if watch.latents is not None and given:
-        frames, free = given
-        watch.latents = (1 - free) * frames + free * watch.latents
 
 
 def picture_latents(latents: torch.Tensor, layout: str, grid: tuple[int, int]) -> torch.Tensor:

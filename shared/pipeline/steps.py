@@ -196,6 +196,24 @@ class StepWatch:
         self.latents = given["latents"]
         return given
 
+    @contextlib.contextmanager
+    def with_given_frames(self, pipe: Pipeline) -> Iterator[None]:
+        """After it, the latents have the given frames that the pipeline has put back at its end."""
+        inner = pipe.prepare_latents
+        given: list[torch.Tensor] = []
+
+        def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+            latents, frames, free = inner(*args, **kwargs)
+            given[:] = [frames, free]
+            return latents, frames, free
+
+        with Surgery() as surgery:
+            surgery.replace(pipe, "prepare_latents", prepare_latents)
+            yield
+        if self.latents is not None and given:
+            frames, free = given
+            self.latents = (1 - free) * frames + free * self.latents
+
     def seconds(self) -> float:
         """From the start to the end of the last step, which it waits for."""
         if self._first is None or self._last is None:
