@@ -1,13 +1,16 @@
 """Kills with clients at work: what 8 clients were promised, while ranks and launchers are killed and stopped.
 
-    python -m benchmarks.kills --write              54 kills, into docs/MEASURED.md
+    python -m benchmarks.kills --write              54 kills, each into docs/MEASURED.md when it is done
+    python -m benchmarks.kills --write --missing    those that have no row there, or no compared pictures
     python -m benchmarks.kills --only "steady/.*"   some of them, by state/victim/signal
 
 The host is asyncdiff_host.py with --state_dir on the demo checkpoint, two CPU ranks under torchrun with
 --max-restarts; a torchrun that has ended is started again after a second, as systemd does. The clients have
 an X-Request-Id of their own and ask again with it, or leave and ask /jobs, in every API. A job is lost that
-was seen in /jobs and is not there after the restart, has another seed or fails. In the end the pictures are
-made again, each alone, and compared byte for byte.
+was seen in /jobs and is not there after the restart, has another seed or fails. After each kill its pictures
+are made again, each alone, and compared byte for byte. A host is late that is not back --collective_timeout
+(at TERM --stop_grace, if that is longer) and RESTART after the kill, and the time that this start took to
+load, for on a busy machine no two take the same.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,13 +39,17 @@ import requests
 from benchmarks.faults import CHECKPOINT, MEASURED, ROOT, Host, alive, make_lora, until, write
 from benchmarks.patient import WAYS, Asked, ask
 
-TIMEOUT = 20  # --collective_timeout, seconds; a step of the largest picture must take less
 RESTART = 1.0  # seconds from a launcher's end to its next start
 PATIENCE = 400.0  # seconds in which a host must be back and interrupted jobs be done, on a busy machine
+LOOK = 2.0  # seconds between two looks at a host, at most, on a busy machine
 STEPS, WARM_UP = 10, 3
+STOP_GRACE = 20.0  # --stop_grace, seconds
+SIZES = ((128, 128), (64, 128))  # what is new is traced anew after each restart
+BAIT = 384  # pixels: large enough to be seen while it is decoded
 STATES = ("loading", "idle", "warm-up", "steady", "decoding", "LoRA")
 VICTIMS = ("rank 0", "rank 1", "launcher")
 SIGNALS = ("KILL", "TERM", "STOP")
+Kill = tuple[str, str, str]  # state, victim, signal
 CLIENTS = (*WAYS, "async", "async", "generate")  # 8 of them
 NONE = "not compared"
 COLUMNS = (
@@ -54,7 +61,8 @@ COLUMNS = (
 class Supervised(Host):
     """A host on a state folder; its launcher is started again whenever it has ended."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, timeout: float = 20.0) -> None:
+        self.timeout = timeout  # --collective_timeout, seconds; a step of the largest picture must take less
         self.mark = f"KILLS_MARK={uuid.uuid4()}"
         self.wanted = True
         super().__init__(folder, True, *flags)
@@ -65,8 +73,9 @@ class Supervised(Host):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=200"]
         command += [f"--master_port={self.master}", "asyncdiff_host.py"]
         command += ["--type=sd1", f"--checkpoint={CHECKPOINT}", f"--port={self.port}", "--width=128"]
-        command += ["--height=128", f"--warm_up_steps={WARM_UP}", f"--collective_timeout={TIMEOUT}"]
+        command += ["--height=128", f"--warm_up_steps={WARM_UP}", f"--collective_timeout={self.timeout:g}"]
         command += [f"--lora_dir={self.folder}", f"--state_dir={self.folder / 'state'}"]
+        command += [f"--stop_grace={STOP_GRACE:g}"]
         command += self.flags
         name, _, value = self.mark.partition("=")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", name: value}
@@ -81,6 +90,12 @@ class Supervised(Host):
             time.sleep(RESTART)
             if self.wanted:
                 self.start()
+
+    def age(self, old: list[int]) -> float:
+        """Seconds since this generation's start: the launcher's, where that is new, else the last rank's."""
+        launcher = psutil.Process(self.process.pid).create_time()
+        ranks = [psutil.Process(pid).create_time() for pid in self.ranks()]
+        return time.time() - (launcher if self.process.pid not in old else max(ranks, default=launcher))
 
     def marked(self) -> set[int]:
         """All processes that came from this host's launchers."""
@@ -151,7 +166,7 @@ class Crowd:
     def _client(self, way: str, number: int) -> None:
         draw = random.Random(number)
         while self.going.wait() and not self.over:
-            sizes = draw.choice([(128, 128), (64, 128), (192, 128)])
+            sizes = draw.choice(SIZES)
             body: dict[str, Any] = {"positive": "a red circle on a blue background", "steps": STEPS}
             body |= dict(zip(("width", "height"), sizes, strict=True))
             if draw.random() < 0.6:
@@ -169,13 +184,13 @@ class Crowd:
             time.sleep(0.2)
 
 
-def progress(host: Host) -> float:
-    """Of the job that runs; -1 where none does."""
+def running(host: Host) -> tuple[str, float]:
+    """The id and the progress of the job that runs; "" and -1 where none does."""
     try:
         [job] = requests.get(f"{host.url}/jobs?state=running", timeout=5).json()["jobs"]
-        return float(job["progress"])
+        return str(job["id"]), float(job["progress"])
     except (requests.RequestException, ValueError, KeyError):
-        return -1.0
+        return "", -1.0
 
 
 def reach(host: Supervised, crowd: Crowd, state: str) -> bool:
@@ -190,14 +205,14 @@ def reach(host: Supervised, crowd: Crowd, state: str) -> bool:
             crowd.idle()
             inside = lambda: host.state() == "ready"  # noqa: E731
         case "warm-up":
-            inside = lambda: 0 < progress(host) < 99 * WARM_UP / STEPS  # noqa: E731
+            inside = lambda: 0 < running(host)[1] < 99 * WARM_UP / STEPS  # noqa: E731
         case "steady":
-            inside = lambda: 99 * (WARM_UP + 1) / STEPS < progress(host) < 90  # noqa: E731
+            inside = lambda: 99 * (WARM_UP + 1) / STEPS < running(host)[1] < 90  # noqa: E731
         case "decoding":
-            body = {"positive": "a red circle", "steps": 2, "width": 512, "height": 512, "seed": 1}
+            body = {"positive": "a red circle", "steps": 2, "width": BAIT, "height": BAIT, "seed": 1}
             bait = crowd.make("async", body)
             threading.Thread(target=ask, args=(host.url, bait, crowd.seen, PATIENCE), daemon=True).start()
-            inside = lambda: progress(host) >= 99 and running(host) == bait.id  # noqa: E731
+            inside = lambda: (now := running(host))[0] == bait.id and now[1] >= 99  # noqa: E731
         case _:
             crowd.idle()
             host.ask_later("/lora", path=str(host.lora), scale=0.0)
@@ -211,20 +226,11 @@ def reach(host: Supervised, crowd: Crowd, state: str) -> bool:
     return reached
 
 
-def running(host: Host) -> str:
-    """The id of the job that runs."""
-    try:
-        [job] = requests.get(f"{host.url}/jobs?state=running", timeout=5).json()["jobs"]
-        return str(job["id"])
-    except (requests.RequestException, ValueError, KeyError):
-        return ""
-
-
 def suffer(host: Supervised, crowd: Crowd, state: str, victim: str, number: str) -> dict[str, Any]:
     """One kill, and what followed until all that it interrupted was done."""
     before = len(crowd.jobs)
     reached = reach(host, crowd, state)
-    old, hit = host.ranks(), crowd.at_work()
+    launcher, old, hit = host.process.pid, host.ranks(), crowd.at_work()
     target = host.process.pid if victim == "launcher" else old[int(victim[-1])]
     began = time.monotonic()
     os.kill(target, getattr(signal, f"SIG{number}"))
@@ -233,7 +239,9 @@ def suffer(host: Supervised, crowd: Crowd, state: str, victim: str, number: str)
     if victim == "launcher" and number == "STOP":
         os.kill(target, signal.SIGCONT)  # by whoever stopped it
     back = until(lambda: host.started(old) and host.state() in ("ready", "busy"), PATIENCE)
-    served = time.monotonic() - began
+    served, load = time.monotonic() - began, host.age([launcher]) if back else math.inf
+    allowed = max(host.timeout, STOP_GRACE) if number == "TERM" else host.timeout
+    late = served > load + allowed + RESTART + LOOK
     until(lambda: all(job.over for job in hit), PATIENCE)
     until(lambda: not host.strays(), 10)
     for job in hit:
@@ -245,16 +253,19 @@ def suffer(host: Supervised, crowd: Crowd, state: str, victim: str, number: str)
         "signal": number,
         "jobs at work": len(hit),
         "gone": f"{ended:.1f} s" if gone else "NOT GONE",
-        "back": f"{served:.1f} s" if back else "NOT BACK",
+        "back": f"{served:.1f} s, {load:.1f} of them loading{', LATE' * late}" if back else "NOT BACK",
         "jobs": list(jobs.values()),
         "orphans": len(host.strays()),
     }
 
 
-def compare(host: Supervised, jobs: list[Asked]) -> None:
+def compare(host: Supervised, jobs: list[Asked], known: dict[str, bytes]) -> None:
     """Make pictures again, each alone, and note where the bytes differ. Pictures of drawn seeds that no kill
-    interrupted are left out: there are many, and no two alike."""
-    known: dict[str, bytes] = {}
+    interrupted are left out: there are many, and no two alike.
+
+    Args:
+        known: pictures that were made alone; gets more.
+    """
     for job in jobs:
         if job.picture is None or not (job.hit or "seed" in job.body):
             continue
@@ -299,21 +310,47 @@ def table(rows: list[dict[str, Any]], before: str = "") -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=".*", help="regular expression of state/victim/signal")
+    parser.add_argument(
+        "--missing", action="store_true", help="those that docs/MEASURED.md does not have whole"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which no kill is begun")
+    parser.add_argument(
+        "--collective_timeout", type=float, default=20.0, help="seconds; more on a busy machine"
+    )
     parser.add_argument("--write", action="store_true", help="also into docs/MEASURED.md")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # and the host with it
     every = itertools.product(STATES, VICTIMS, SIGNALS)
     chosen = [kill for kill in every if re.fullmatch(options.only, "/".join(kill))]
+    if options.missing:
+        chosen = missing(chosen, between(MEASURED.read_text(), "kills"))
+    random.Random(0).shuffle(chosen)  # so that some minutes of them are of every kind
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
-        random.Random(0).shuffle(chosen)  # so that some minutes of them are of every kind
-        rows = run(chosen, Path(name), 60 * options.minutes)
+        for row in run(chosen, Path(name), options.collective_timeout, 60 * options.minutes):
+            rows.append(row)
+            if options.write:
+                write("kills", table([row], between(MEASURED.read_text(), "kills")))
     print(table(rows))
-    if options.write:
-        write("kills", table(rows, between(MEASURED.read_text(), "kills")))
-    lost = [f"{job.id}: {job.lost or 'other bytes'}" for row in rows for job in row["jobs"] if job.wrong]
-    if "NOT BACK" in str(rows[-1:]) or lost or any(row["orphans"] for row in rows):
-        raise SystemExit("\n".join([f"{len(rows)} of {len(chosen)} kills", *lost]))
+    if faults := list(itertools.chain.from_iterable(map(wrong, rows))):
+        raise SystemExit("\n".join([f"{len(rows)} of {len(chosen)} kills", *faults]))
+
+
+def missing(kills: list[Kill], text: str) -> list[Kill]:
+    """Those that a table has no row of, or one without compared pictures."""
+    whole = [line for line in text.splitlines() if NONE not in line]
+    return [kill for kill in kills if not any(line.startswith(f"| {' | '.join(kill)} |") for line in whole)]
+
+
+def wrong(row: dict[str, Any]) -> list[str]:
+    """What a kill has shown that must not be."""
+    found = [f"{job.id}: {job.lost or 'other bytes'}" for job in row["jobs"] if job.wrong]
+    found += [f"{job.id}: no picture" for job in row["jobs"] if not job.over]
+    if row["orphans"]:
+        found.append(f"{row['orphans']} processes are left")
+    if not (row["gone"].endswith(" s") and row["back"].endswith("loading")):
+        found.append(f"gone {row['gone']}, back {row['back']}")
+    return [f"{row['state']}/{row['victim']}/{row['signal']}: {text}" for text in found]
 
 
 def between(text: str, name: str) -> str:
@@ -321,32 +358,37 @@ def between(text: str, name: str) -> str:
     return text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
 
 
-def run(chosen: list[tuple[str, str, str]], folder: Path, seconds: float = math.inf) -> list[dict[str, Any]]:
+def run(
+    chosen: list[Kill], folder: Path, timeout: float = 20.0, seconds: float = math.inf
+) -> Iterator[dict[str, Any]]:
     """The rows of these kills, all of one host; none is begun after `seconds`."""
     make_lora(folder / "lora.safetensors")
-    rows: list[dict[str, Any]] = []
+    known: dict[str, bytes] = {}
     began = time.monotonic()
-    host = Supervised(folder)
+    host = Supervised(folder, timeout=timeout)
     crowd = Crowd(host.url)
     try:
         if not until(lambda: host.state() == "ready", PATIENCE):
             raise SystemExit(f"the host does not start:\n{host.log.read_text()[-3000:]}")
-        print(f"the first start took {time.monotonic() - began:.1f} s", flush=True)
+        print(
+            f"the first start took {time.monotonic() - began:.1f} s, load {os.getloadavg()[0]:.0f}",
+            flush=True,
+        )
         crowd.begin()
         for kill in chosen:
             if time.monotonic() - began > seconds:
                 break
-            rows.append(suffer(host, crowd, *kill))
-            lost = [job.lost for job in rows[-1]["jobs"] if job.lost]
-            print({k: v for k, v in rows[-1].items() if k != "jobs"}, lost, flush=True)
-            if "NOT BACK" in rows[-1].values():
-                print(host.log.read_text()[-5000:])
-                break
+            row = suffer(host, crowd, *kill)
+            crowd.idle()
+            compare(host, row["jobs"], known)
+            crowd.going.set()
+            print({k: v for k, v in row.items() if k != "jobs"}, wrong(row), flush=True)
+            yield row
+            if "NOT BACK" in row["back"]:
+                raise SystemExit(host.log.read_text()[-5000:])
         crowd.end()
-        compare(host, crowd.jobs)
     finally:
         host.end()
-    return rows
 
 
 if __name__ == "__main__":

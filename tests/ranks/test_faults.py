@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,8 +29,8 @@ def test_the_table_is_long() -> None:
 @pytest.mark.slow
 def test_clients_at_work_lose_nothing_when_a_rank_is_killed(tmp_path: Path) -> None:
     [row] = kills.run([("steady", "rank 0", "KILL")], tmp_path)
-    assert row["jobs at work"] >= 6 and row["orphans"] == 0 and row["back"].endswith(" s")
-    assert not [job for job in row["jobs"] if job.wrong or job.picture is None]
+    assert row["jobs at work"] >= 6 and row["state"] == "steady" and kills.wrong(row) == []
+    assert [job for job in row["jobs"] if job.hit and job.other is False], "pictures are compared"
     assert any(job.again for job in row["jobs"]), "the kill was felt"
 
 
@@ -62,6 +63,34 @@ def test_the_table_of_kills_counts_and_keeps_the_rows_of_other_runs() -> None:
     assert (
         both.splitlines()[-1] == "| all | 2 kills |  | 4 | at most 0.5 s | at most 30.0 s | 2 | 1 | 1 | 0 |"
     )
+    again = [("idle", "rank 0", "KILL"), ("idle", "rank 0", "TERM"), ("idle", "rank 0", "STOP")]
+    bad.other = good.other = None
+    part = kills.table([row | {"jobs": [good, bad]}], text)
+    assert (kills.missing(again, both), kills.missing(again, part)) == (again[1:], again)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ({}, []),
+        ({"orphans": 1}, ["1 processes are left"]),
+        (
+            {"back": "9.0 s, 3.0 s of them loading, LATE"},
+            ["gone 0.5 s, back 9.0 s, 3.0 s of them loading, LATE"],
+        ),
+        ({"gone": "NOT GONE"}, ["gone NOT GONE, back 9.0 s, 8.0 s of them loading"]),
+        ({"lost": "422: no"}, ["1: 422: no"]),
+        ({"other": True}, ["1: other bytes"]),
+        ({"picture": None}, ["1: no picture"]),
+    ],
+)
+def test_what_a_kill_must_not_show_is_told(fault: dict[str, Any], words: list[str]) -> None:
+    job = patient.Asked("raw", {}, id="1", picture=b"a", other=False)
+    for name in ("lost", "other", "picture"):
+        setattr(job, name, fault.get(name, getattr(job, name)))
+    row: dict[str, Any] = {"state": "idle", "victim": "rank 0", "signal": "KILL", "jobs": [job]}
+    row |= {"gone": "0.5 s", "back": "9.0 s, 8.0 s of them loading", "orphans": 0} | fault
+    assert kills.wrong(row) == [f"idle/rank 0/KILL: {text}" for text in words]
 
 
 @pytest.mark.parametrize(
