@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import gc
 import itertools
 import multiprocessing
 import os
@@ -58,6 +59,7 @@ def _serve(rank: int, pipe: Connection) -> None:
 
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported before the fork is no garbage
     while True:
         try:
             job = pipe.recv()
@@ -80,7 +82,9 @@ def _serve(rank: int, pipe: Connection) -> None:
         except Exception:
             answer = (False, traceback.format_exc())
         if dist.is_initialized():
-            dist.destroy_process_group()  # each group holds threads, and hundreds of calls come
+            dist.destroy_process_group()
+        # A group's threads, which wake a hundred times a second, end with the last object that holds it.
+        gc.collect()
         faulthandler.cancel_dump_traceback_later()
         try:
             pipe.send(answer)

@@ -139,8 +139,10 @@ class XfuserGroups:
 
     def _forget(self) -> None:
         import xfuser.core.distributed.runtime_state as runtime
+        from yunchang.globals import PROCESS_GROUP
 
         runtime._RUNTIME = None
+        PROCESS_GROUP.ULYSSES_PG = PROCESS_GROUP.RING_PG = None
         names = ("_MODEL_REPLICA", "_DP", "_CFG", "_SP", "_TP", "_PP", "_FS", "_VAE", "_DIT", "_WORLD")
         for name in names:
             setattr(self._state, name, None)
