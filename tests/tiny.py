@@ -377,6 +377,12 @@ def make_zimage() -> Any:
     return tiny_qwen.make_zimage()
 
 
+def make_flux2() -> Any:
+    from tests import tiny_flux2
+
+    return tiny_flux2.make_flux2()
+
+
 def make_wan() -> Any:
     from tests import tiny_wan
 
@@ -397,7 +403,7 @@ def make_wani2v() -> Any:
 
 BUILDERS: dict[str, Callable[[], Any]] = {
     "ad": make_ad, "sd1": make_sd1, "sd2": make_sd2, "sdxl": make_sdxl, "sd3": make_sd3, "sdup": make_sdup,
-    "svd": make_svd, "flux": make_flux, "kontext": make_kontext, "chroma": make_chroma,
+    "svd": make_svd, "flux": make_flux, "kontext": make_kontext, "flux2": make_flux2, "chroma": make_chroma,
     "hy": make_hy, "qwen": make_qwen, "wan": make_wan, "wani2v": make_wani2v, "hv15": make_hv15,
     "zimage": make_zimage,
     "pixa": lambda: make_pixart(diffusers.PixArtAlphaPipeline, 120, 12),
@@ -485,6 +491,8 @@ def call_args(
         args |= {"clean_caption": False}
     if name == "kontext":
         args |= {"image": picture(size), "max_area": size * size}
+    if name == "flux2":
+        args |= {"max_sequence_length": 64}
     if name in ("sd3", "flux", "kontext", "chroma"):
         args |= {"max_sequence_length": 32}
     return args

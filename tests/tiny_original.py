@@ -181,6 +181,43 @@ def zimage(model: Any) -> Tensors:
     return found
 
 
+FLUX2 = {
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "attn.to_qkv_mlp_proj": "linear1", "proj_out": "final_layer.linear",
+    "x_embedder": "img_in", "context_embedder": "txt_in",
+    "norm_out.linear": "final_layer.adaLN_modulation.1", "modulation_img.linear": "modulation_img.lin",
+    "modulation_txt.linear": "modulation_txt.lin", "stream_modulation.linear": "stream_modulation.lin",
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale", "attn.to_add_out": "txt_attn.proj",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale", "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2", "attn.to_out.0": "img_attn.proj", "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2", "attn.to_q": "img_attn.qkv", "attn.add_q_proj": "txt_attn.qkv",
+    "attn.to_out": "linear2",
+}  # fmt: skip
+
+
+def flux2(model: Any) -> Tensors:
+    found, own = {}, model.state_dict()
+    for key, value in own.items():
+        single, name = key.startswith("single_transformer_blocks."), key
+        if any(part in key for part in (".to_k.", ".to_v.", ".add_k_proj.", ".add_v_proj.")):
+            continue
+        if ".to_q." in key or ".add_q_proj." in key:
+            head, part = ("to_", "{}") if ".to_q." in key else ("add_", "{}_proj")
+            parts = [key.replace(head + part.format("q"), head + part.format(one)) for one in "qkv"]
+            value = torch.cat([own[part] for part in parts])
+        if key.startswith("norm_out.linear"):
+            value = torch.cat(value.chunk(2)[::-1])  # scale and shift
+        stream = "norm" if single else "img_attn.norm"
+        for letter, word in (("q", "query"), ("k", "key")):
+            name = name.replace(f"attn.norm_{letter}.weight", f"{stream}.{word}_norm.scale")
+        for ours, theirs in FLUX2.items():
+            name = name.replace(ours, theirs)
+        name = name.replace("single_transformer_blocks.", "single_blocks.")
+        found[name.replace("transformer_blocks.", "double_blocks.")] = value
+    return found
+
+
 def prefixed(prefix: str, tensors: Tensors) -> Tensors:
     return {prefix + key: value for key, value in tensors.items()}
 
@@ -228,7 +265,7 @@ def single_file(name: str) -> Path:
     return tiny.cached(f"single-{name}", make) / "model.safetensors"
 
 
-ORIGINAL = {"sd3": sd3, "wan": wan, "wani2v": wan, "zimage": zimage}
+ORIGINAL = {"flux2": flux2, "sd3": sd3, "wan": wan, "wani2v": wan, "zimage": zimage}
 OWN_NAMES = ("chroma", "flux", "kontext", "qwen")  # in diffusers' naming in every form
 
 

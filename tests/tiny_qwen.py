@@ -24,7 +24,8 @@ SPECIAL = (
 IDS = {mark: 256 + place for place, mark in enumerate(SPECIAL)}
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 VOCABULARY = 1536  # bytes, special tokens, and the words of a pipeline's template
 
@@ -116,14 +117,14 @@ def make_qwen() -> Any:
     return pipe
 
 
-def qwen3(width: int = 32) -> Any:
+def qwen3(width: int = 32, layers: int = 3, kind: str = "Qwen3Model") -> Any:
     config = transformers.Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=48, num_hidden_layers=3,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=48, num_hidden_layers=layers,
         num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=2048,
         bos_token_id=IDS["<|endoftext|>"], eos_token_id=IDS["<|im_end|>"],
         pad_token_id=IDS["<|endoftext|>"], tie_word_embeddings=True,
     )  # fmt: skip
-    return seeded(21, lambda: transformers.Qwen3Model(config))
+    return seeded(21, lambda: getattr(transformers, kind)(config))
 
 
 def make_zimage() -> Any:

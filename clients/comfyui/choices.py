@@ -17,6 +17,7 @@ TYPES = [
     "sdup",
     "flux",
     "kontext",
+    "flux2",
     "chroma",
     "hv15",
     "hy",

@@ -1,8 +1,8 @@
 """Converts ComfyUI's tensors to and from request and answer fields of hosts.
 
 IMAGE is float [N, height, width, 3] in 0..1. LATENT is {"samples": float [N, channels, height/8, width/8]} as
-a VAE encodes it; a host's latents are scaled as the denoiser sees them, so the two differ by the factors of
-the model family, the same as in ComfyUI.
+a VAE encodes it (FLUX.2's height/16 and width/16, with four times the channels); a host's latents are scaled
+as the denoiser sees them, so the two differ by the factors of the model family, the same as in ComfyUI.
 """
 
 from __future__ import annotations
@@ -38,12 +38,16 @@ FAMILIES: dict[str, tuple[float | tuple[float, ...], float | tuple[float, ...]]]
     "sd3": (1.5305, 0.0609),
     "flux": (0.3611, 0.1159),
     "kontext": (0.3611, 0.1159),
+    "flux2": (1.0, 0.0),
     "chroma": (0.3611, 0.1159),
     "zimage": (0.3611, 0.1159),
     "qwen": (tuple(1 / std for std in _WAN_STD), _WAN_MEAN),
 }
 OF_VIDEOS = frozenset({"qwen"})  # types whose samples are [N, channels, frames, h, w], here of one frame
-PACKED = frozenset({"chroma", "flux", "kontext", "qwen"})  # types whose latents are rows of 2 x 2 patches
+PACKED = frozenset(  # types whose latents are rows of 2 x 2 patches
+    {"chroma", "flux", "flux2", "kontext", "qwen"}
+)
+SQUARES = frozenset({"flux2"})  # of these, types whose samples have such patches as channels
 BEGINS = frozenset({"wani2v"})  # types whose videos begin with a picture
 POOLED = frozenset({"sdxl", "sd3", "flux", "kontext"})  # types whose embeddings come with pooled ones
 _PLAIN_CONDITIONING = frozenset({"pooled_output"})
@@ -88,6 +92,11 @@ def images(output: str | list[str]) -> torch.Tensor:
     return torch.stack(frames)
 
 
+def latent_factor(type: str) -> int:
+    """Pixels a side of one of its samples."""
+    return 2 * LATENT_FACTOR if type in SQUARES else LATENT_FACTOR
+
+
 def _factors(type: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and shift, for samples [N, channels, h, w]."""
     scale, shift = (torch.tensor(value).view(1, -1, 1, 1) for value in FAMILIES[type])
@@ -120,7 +129,9 @@ def latent_to_host(samples: torch.Tensor, type: str) -> str:
     """Samples [1, channels, h, w] as a host's `latent`."""
     scale, shift = _factors(type)
     latent = (samples.float() - (0.0 if is_empty(samples) else shift)) * scale
-    if type in PACKED:  # [1, h/2 * w/2, channels * 4]
+    if type in SQUARES:  # [1, h * w, channels]
+        latent = latent.flatten(2).transpose(1, 2)
+    elif type in PACKED:  # [1, h/2 * w/2, channels * 4]
         n, c, h, w = latent.shape
         latent = latent.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
         latent = latent.reshape(n, (h // 2) * (w // 2), c * 4)
@@ -133,7 +144,10 @@ def latent_from_host(given: str | list[str], type: str, width: int, height: int)
         return torch.cat([latent_from_host(one, type, width, height) for one in given])
     scale, shift = _factors(type)
     latent = safetensors.torch.load(base64.b64decode(given))["latent"].float()
-    if type in PACKED:
+    if type in SQUARES:
+        h, w = (side // latent_factor(type) for side in (height, width))
+        latent = latent.transpose(1, 2).unflatten(2, (h, w))
+    elif type in PACKED:
         h, w = height // LATENT_FACTOR, width // LATENT_FACTOR
         n, c = latent.shape[0], latent.shape[2] // 4
         latent = latent.view(n, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)

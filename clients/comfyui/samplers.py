@@ -125,8 +125,8 @@ class PictureSampler(io.ComfyNode):
             node_id="MultiGPUDiffusionSampler",
             display_name="Sampler (multi-GPU)",
             category=CATEGORY,
-            description="Makes pictures. Needs a host of type sd1, sd2, sdxl, sd3, flux, kontext, chroma, "
-            "hy, pixa, pixs, qwen or zimage.",
+            description="Makes pictures. Needs a host of type sd1, sd2, sdxl, sd3, flux, kontext, flux2, "
+            "chroma, hy, pixa, pixs, qwen or zimage.",
             inputs=[
                 _host(),
                 *_prompts("a red circle on a blue background", ""),
@@ -194,8 +194,8 @@ class PictureSampler(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="what to start from, for kontext what to edit; it sets the size. Each of a batch "
-                    "makes a picture",
+                    tooltip="what to start from, for kontext and flux2 what to edit; it sets the size. "
+                    "Each of a batch makes a picture",
                 ),
                 io.Mask.Input(
                     "mask",
@@ -251,7 +251,7 @@ class PictureSampler(io.ComfyNode):
             starts, size = _pictures(image, mask, denoise), {}
         elif latent is not None:
             samples = convert.samples_of(latent)
-            height, width = (int(side) * convert.LATENT_FACTOR for side in samples.shape[2:])
+            height, width = (int(side) * convert.latent_factor(host.type) for side in samples.shape[2:])
             size = {"width": width, "height": height}
             if denoise == 1 and add_noise and convert.is_empty(samples):
                 pictures *= samples.shape[0]

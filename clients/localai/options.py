@@ -21,6 +21,8 @@ PIPELINES = {
     "AnimateDiffPipeline": "ad",
     "FluxPipeline": "flux",
     "FluxKontextPipeline": "kontext",
+    "Flux2Pipeline": "flux2",
+    "Flux2KleinPipeline": "flux2",
     "ChromaPipeline": "chroma",
     "HunyuanDiTPipeline": "hy",
     "HunyuanVideo15Pipeline": "hv15",

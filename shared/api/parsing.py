@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -303,8 +304,15 @@ def _no_start(request: GenerateRequest, config: HostConfig) -> FieldProblem | No
     if not request.starts(config):
         return None
     kind: Kind = "image" if request.mask is None else "inpaint"
-    problem = start_problem(config, kind)
-    return None if problem is None else FieldProblem("image" if kind == "image" else "mask", problem)
+    problem, name = start_problem(config, kind), "image" if kind == "image" else "mask"
+    if problem is not None:
+        return FieldProblem(name, problem)
+    start, (width, height) = config.spec.start(kind, bool(config.control_net)), size_of(request, config)
+    if start is None or start.most_pixels is None or width * height <= start.most_pixels:
+        return None
+    most = math.isqrt(start.most_pixels)
+    text = f"must be of at most {most} x {most} pixels for type {config.type}; got {width} x {height}"
+    return FieldProblem(name, text)
 
 
 def _too_much(request: GenerateRequest, config: HostConfig) -> FieldProblem | None:

@@ -230,6 +230,9 @@ class GenerateRequest(BaseModel):
             "refiner_start": self._refined_from(config),
             "output_format": self.output_format or output_format or "png",
         }
+        if config.spec.unguided and self.cfg is not None and self.cfg != config.spec.cfg:
+            own["cfg"] = config.spec.cfg
+            warn(f"cfg: {self.cfg:g} has no effect: this checkpoint is distilled and takes no guidance")
         filled = {n: v for n, v in launch_defaults(config).items() if getattr(self, n) is None}
         if isinstance(self.image, list) and config.spec.output == "video":
             filled["frames"] = len(self.image)

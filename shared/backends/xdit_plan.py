@@ -163,7 +163,7 @@ def _scheduler(config: HostConfig) -> tuple[str, dict[str, Any]]:
 
 def check(config: HostConfig, world_size: int) -> None:
     """Refuse what xDiT cannot do with these flags and so many ranks. Raises UsageError."""
-    for flag, reason in REFUSES.get(config.type, {}).items():
+    for flag, reason in _refused(config.spec, tokens_of(config)):
         value = getattr(config, flag)
         if value and (value is True or value != 1):  # a degree of 1 divides nothing
             raise UsageError(f"--{flag}: not supported for type {config.type} on xdit_host.py: {reason}")

@@ -9,7 +9,20 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
-from shared.models import chroma, flux, hunyuan, hunyuan_video, kontext, pixart, qwen, sd, sd3, wan, zimage
+from shared.models import (
+    chroma,
+    flux,
+    flux2,
+    hunyuan,
+    hunyuan_video,
+    kontext,
+    pixart,
+    qwen,
+    sd,
+    sd3,
+    wan,
+    zimage,
+)
 from shared.models.files import INPUTS, PARTS, VAE_PREFIXES, FileKind
 from shared.models.schedulers import (
     EDM_CLASSES,
@@ -21,7 +34,7 @@ from shared.models.schedulers import (
     schedulers_for,
     with_variant,
 )
-from shared.models.spec import Family, ModelSpec, Start
+from shared.models.spec import Chat, Family, ModelSpec, Start
 from shared.models.tokens import CACHES, Cache, Padding, Section, Site, StagePlan, Stream, TokenPlan
 
 __all__ = [
@@ -39,6 +52,7 @@ __all__ = [
     "VAE_PREFIXES",
     "VARIANTS",
     "Cache",
+    "Chat",
     "Family",
     "FileKind",
     "ModelSpec",
@@ -62,6 +76,7 @@ FAMILIES: tuple[Family, ...] = (
     chroma.FAMILY,
     flux.FAMILY,
     kontext.FAMILY,  # behind flux, whose plan its transformer has
+    flux2.FAMILY,
     sd3.FAMILY,
     hunyuan.FAMILY,
     hunyuan_video.FAMILY,

@@ -58,8 +58,6 @@ TOKENS = replace(
 )
 
 FILES = (
-    FileKind("FLUX.2", marks=("double_stream_modulation_img.", "single_stream_modulation."),
-             hint="no type here loads it"),
     FileKind("FLUX.1", "flux", ("double_blocks.0.img_attn.", "single_transformer_blocks.0.")),
 )  # fmt: skip
 
@@ -120,10 +118,5 @@ FAMILY = Family(
         ),
     ),
     files=FILES,
-    other_pipelines=MappingProxyType(
-        {
-            "FluxControlPipeline": "FLUX.1 Canny or Depth",
-            "Flux2Pipeline": "FLUX.2",
-        }
-    ),
+    other_pipelines=MappingProxyType({"FluxControlPipeline": "FLUX.1 Canny or Depth"}),
 )

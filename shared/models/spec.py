@@ -37,6 +37,7 @@ class Start:
     frames: bool = False  # whether that is a list, the frames of a video
     sized: bool = True  # whether it takes a size; else the picture's is taken
     control_image: str = "control_image"  # its argument for the control image
+    most_pixels: int | None = None  # of a picture, which it makes smaller where it has more
     most: int = 1  # pictures that it takes beside each other, if they are no frames
     arguments: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))  # its further ones
 
@@ -44,6 +45,14 @@ class Start:
     def refers(self) -> bool:
         """Whether the picture is one that the model looks at, and the loaded pipeline takes it."""
         return self.strength is None
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation that the tokenizer's template makes of a prompt."""
+
+    settings: Mapping[str, object]  # of the template
+    system: str | None = None  # the pipeline's attribute with the message of the system
 
 
 @dataclass(frozen=True)
@@ -84,11 +93,13 @@ class ModelSpec:
     # What `image` of a request is: nothing, an input of the model, or what the picture starts from.
     image: Literal["none", "needed", "start"] = "none"
     starts: tuple[Start, ...] = ()
+    squares: bool = False  # whether its pipeline packs latents that it gets as squares of 2 x 2, whose
+    # channels have statistics of their own
     unpacked_layout: Literal["nchw", "ncfhw", "nfchw"] = "nchw"  # of latents that are not packed
     pooled_embeds: bool = False
     prompt_chunks: bool = False  # whether its denoiser accepts a prompt of any length, in CLIP's chunks
     sized_tokenizers: tuple[str, ...] = ()  # those that read `max_sequence_length` tokens
-    chat_template: bool = False  # whether prompts are put into the tokenizer's template of a conversation
+    chat: Chat | None = None  # the conversation that prompts are put into
     most_tokens: int = 0  # that these may read, where that is more than usual
     embeds_setting: str = "cross_attention_dim"  # of the denoiser: how wide embeddings are
     embeds_mask: bool = False  # whether embeddings come with an attention mask
@@ -130,8 +141,10 @@ class ModelSpec:
     single_file_predicts: Literal["one_kind", "noise_or_velocity"] = "one_kind"
     # Entries of model_index.json that make the checkpoint another model, and which.
     other_settings: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    negative_embeds_only: bool = False  # whether its pipeline takes a negative prompt only as embeddings
     packages: tuple[str, ...] = ()  # that its pipeline needs and diffusers does not ask for
-    # Fields that differ where model_index.json has this entry, by its name.
+    unguided: bool = False  # whether its pipeline ignores the scale of guidance
+    # Fields that differ where model_index.json has this entry or names this class, by its name.
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: MappingProxyType({}))
     puts_frames_back: bool = False  # whether given frames replace the latents of theirs after the last step
     other_classes: frozenset[str] = frozenset()  # of other types' checkpoints that it loads too
@@ -144,7 +157,8 @@ class ModelSpec:
     def of_checkpoint(self, index: Mapping[str, Any]) -> ModelSpec:
         """The type as a checkpoint with this model_index.json has it."""
         for entry, changes in self.variants.items():
-            if index.get(entry) and index[entry] != [None, None]:
+            given = index.get(entry)
+            if index.get("_class_name") == entry or (given and given != [None, None]):
                 return replace(self, **changes)
         return self
 
@@ -192,7 +206,8 @@ class ModelSpec:
         """The class whose `strength` is ours with `latent`."""
         found = (s for s in self.starts if not (s.kind == "fill" or s.control or s.frames or s.refers))
         start = next(found, None)
-        return "StableDiffusionImg2ImgPipeline" if start is None else start.pipeline
+        usual = "FluxImg2ImgPipeline" if self.predicts_flow else "StableDiffusionImg2ImgPipeline"
+        return usual if start is None else start.pipeline
 
     @property
     def refers(self) -> bool:

@@ -83,6 +83,8 @@ class TokenPlan:
     """The module lists of the blocks that repeat."""
     attention: tuple[str, ...]
     """What a block calls its self-attention; some blocks may lack some of them."""
+    fused: tuple[str, ...] = ()
+    """Those of `blocks` whose attention has one projection for queries, keys and values."""
     picture: tuple[Site, ...] = ()
     """The inputs of the picture's tokens."""
     text: tuple[Site, ...] = ()
@@ -107,7 +109,10 @@ class TokenPlan:
     output: str | None = "proj_out"
     """The last module that has tokens, [batch, picture's tokens, channels]; None: residuals stay in parts."""
     guidance: Literal["batch", "calls", "embedded"] = "batch"
-    """Both guidance branches in one batch, each in a call of its own, or the scale as an input."""
+    """Both guidance branches in one batch, each in a call of its own, or one branch, which may have the scale
+    as an input."""
+    one_branch: tuple[str, ...] = ()
+    """Settings of the pipeline or the transformer with which a checkpoint has only one guidance branch."""
     scale: str = "guidance_scale"
     """The pipeline's argument that turns guidance in two calls on where it is above 1."""
     guider: str | None = None

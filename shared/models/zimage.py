@@ -16,6 +16,7 @@ from shared.models.spec import (
     PARTIAL,
     PROMPTS,
     SIZE,
+    Chat,
     Family,
     ModelSpec,
     Start,
@@ -78,7 +79,7 @@ FAMILY = Family(
             encoder_names=("qwen3_4b",),
             tokenizers=("tokenizer",),
             sized_tokenizers=("tokenizer",),
-            chat_template=True,
+            chat=Chat(MappingProxyType({"add_generation_prompt": True, "enable_thinking": True})),
             most_tokens=1024,
             kept=("all_final_layer*", "all_x_embedder*", "cap_embedder*", "t_embedder*"),
             own_names=MappingProxyType(

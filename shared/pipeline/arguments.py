@@ -20,6 +20,7 @@ from shared.parallel.pipeline import Pipeline, model_of, part_of, pixels_of
 from shared.pipeline.adapters import ip_arguments
 from shared.pipeline.control_nets import control_arguments
 from shared.pipeline.from_picture import start_arguments
+from shared.pipeline.latents import squares
 from shared.pipeline.prompts import prompt_arguments
 
 FIELDS = {"ip_adapter_image": "ip_image", "negative_prompt": "negative", "latents": "latent"}
@@ -193,7 +194,11 @@ def _latents(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest, device: 
     wanted = latent_shape(pipe, spec, request)
     if tensor.shape != wanted:
         raise refused("latent", f"must have shape {list(wanted)} here, got {list(tensor.shape)}")
-    return tensor.to(device, model_of(pipe, spec.denoiser).dtype)
+    tensor = tensor.to(device, model_of(pipe, spec.denoiser).dtype)
+    if spec.squares:
+        factor = pixels_of(pipe, spec)
+        return squares(tensor, (request.height or 0) // factor, (request.width or 0) // factor)
+    return tensor
 
 
 def latent_shape(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) -> torch.Size:

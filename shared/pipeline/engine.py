@@ -38,7 +38,7 @@ from shared.pipeline.lora_by_name import RunningLoras
 from shared.pipeline.lora_file import LoraError
 from shared.pipeline.pictures import make_reply, noting_broken_pixels
 from shared.pipeline.preview import Previewer
-from shared.pipeline.prompts import EncodedPrompts
+from shared.pipeline.prompts import EncodedPrompts, negative_arguments
 from shared.pipeline.refiner import Refiner
 from shared.pipeline.schedule_part import part_of_schedule
 from shared.pipeline.schedulers import SchedulerError
@@ -265,6 +265,8 @@ class PipelineEngine:
                     request.negative,
                 ),
             ):
+                scale = arguments.get(self.spec.cfg_field, 0.0)
+                arguments |= negative_arguments(running, self.spec, request.negative, scale)
                 made = self.parallel.run(arguments, watch)
             if refiner is None:
                 return made

@@ -44,7 +44,7 @@ def enlarged(draft: Reply, second: SecondPass) -> bytes:
     left, top = ((cover - side) // 2 for cover, side in zip(covers, sides, strict=True))
     frames = frames[..., top : top + sides[1], left : left + sides[0]].to(kind)
     if second.layout == "packed":
-        frames = _packed(frames)
+        frames = packed(frames)
     elif second.layout == "ncfhw":
         frames = frames[None].movedim(2, 1)
     return safetensors.torch.save({"latent": frames.contiguous()})
@@ -83,7 +83,18 @@ def picture_latents(latents: torch.Tensor, layout: str, grid: tuple[int, int]) -
     return first
 
 
-def _packed(latents: torch.Tensor) -> torch.Tensor:
+def statistics_of_squares(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation [4 x channels] of what squares of 2 x 2 latents have as channels, of such a VAE."""
+    deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+    return vae.bn.running_mean, deviation
+
+
+def squares(latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Tokens [1, tokens, 4 x channels] -> [1, 4 x channels, height / 2, width / 2]; sizes in latents."""
+    return latents.transpose(1, 2).reshape(1, -1, height // 2, width // 2)
+
+
+def packed(latents: torch.Tensor) -> torch.Tensor:
     """[1, channels, height, width] -> squares of 2 x 2, as FLUX's transformer reads them."""
     _, channels, height, width = latents.shape
     tiles = latents.view(1, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)

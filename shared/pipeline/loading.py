@@ -27,6 +27,7 @@ from shared.parallel.pipeline import Pipeline, part_of, parts_of
 from shared.pipeline import adapters, control_nets, memory, quantize
 from shared.pipeline.compile import compile_pipeline
 from shared.pipeline.embeddings import check_alike, load_embeddings
+from shared.pipeline.long_prompts import inner_tokenizer
 from shared.pipeline.lora import loras_of
 from shared.pipeline.lora_file import LoraError, check_lora
 from shared.pipeline.refiner import load_refiner
@@ -255,7 +256,8 @@ def _load_loras(pipe: Pipeline, spec: ModelSpec, config: HostConfig, needs: Need
 
 def _check_tokenizers(pipe: Pipeline, spec: ModelSpec, config: HostConfig) -> None:
     """Without a vocabulary transformers silently makes a tokenizer that knows no word."""
-    for name, tokenizer in parts_of(pipe, spec.tokenizers).items():
+    for name, part in parts_of(pipe, spec.tokenizers).items():
+        tokenizer = inner_tokenizer(part)
         # T5's empty one has one piece beside the special ones, for a space.
         if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
             raise LoadError(

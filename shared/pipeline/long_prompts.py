@@ -12,14 +12,20 @@ from typing import Any
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts
+from transformers import ProcessorMixin
 
 from shared.api.a1111_prompts import Chunk, parse, plain
 from shared.api.warned import warn
-from shared.models import MODELS, ModelSpec
-from shared.parallel.pipeline import Pipeline, parts_of
+from shared.models import MODELS, Chat, ModelSpec
+from shared.parallel.pipeline import Pipeline, part_of, parts_of
 from shared.pipeline.embeddings import embeddings_of
 
 SHOWN = 160  # characters of the truncated part
+
+
+def inner_tokenizer(part: Any) -> Any:
+    """A component that reads prompts, or the tokenizer in it if it reads pictures as well."""
+    return part.tokenizer if isinstance(part, ProcessorMixin) else part
 
 
 def words_of(pipe: Pipeline, prompt: str, tokenizer: Any) -> str:
@@ -59,10 +65,10 @@ def fit(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], negative: str |
             parts = parts_of(pipe, (name, encoder))
             if len(parts) < 2:
                 continue
-            tokenizer = parts[name]
+            tokenizer = inner_tokenizer(parts[name])
             read = (extract_glyph_texts(text) or "") if name in spec.quoted_tokenizers else text
             tokens = tokens_of(pipe, read, tokenizer)
-            around = len(_chat(tokenizer)) if spec.chat_template else 0
+            around = 0 if spec.chat is None else len(_chat(pipe, tokenizer, spec.chat))
             limit = min(tokenizer.model_max_length, spec.read_tokens.get(name, tokenizer.model_max_length))
             if name in spec.sized_tokenizers and values.get("max_sequence_length") is not None:
                 limit = _limit(spec, values, len(tokens) + around) - around
@@ -72,13 +78,13 @@ def fit(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], negative: str |
                 warn(f"{field}: {name} reads {limit} of {len(tokens)} tokens; not read: {shown!r}")
 
 
-def _chat(tokenizer: Any) -> list[int]:
+def _chat(pipe: Pipeline, tokenizer: Any, chat: Chat) -> list[int]:
     """The tokens that a conversation has around a prompt."""
-    empty = [{"role": "user", "content": ""}]
-    text = tokenizer.apply_chat_template(
-        empty, tokenize=False, add_generation_prompt=True, enable_thinking=True
-    )
-    return tokenizer(text).input_ids
+    said = [{"role": "user", "content": ""}]
+    if chat.system is not None:
+        said.insert(0, {"role": "system", "content": part_of(pipe, chat.system)})
+    text = tokenizer.apply_chat_template(said, tokenize=False, **chat.settings)
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _limit(spec: ModelSpec, values: dict[str, Any], count: int) -> int:

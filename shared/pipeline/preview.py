@@ -18,7 +18,7 @@ from shared.api.requests import GenerateRequest
 from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline, pixels_of
 from shared.pipeline.arguments import latent_shape
-from shared.pipeline.latents import picture_latents, upcast
+from shared.pipeline.latents import packed, picture_latents, statistics_of_squares, upcast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +45,7 @@ class Previewer:
         self.pipe = pipe
         self.spec = spec
         self.queue = queue
-        self.projection = fit_projection(pipe.vae, device, spec.vae_kind == "video")
+        self.projection = fit_projection(pipe.vae, device, spec)
         self._request: GenerateRequest | None = None
         self._shape: torch.Size | None = None
         self._copy: tuple[int, torch.Tensor, torch.cuda.Event] | None = None
@@ -98,20 +98,20 @@ class Previewer:
 
 
 @torch.no_grad()
-def fit_projection(vae: Any, device: torch.device, of_videos: bool = False) -> torch.Tensor:
+def fit_projection(vae: Any, device: torch.device, spec: ModelSpec | None = None) -> torch.Tensor:
     """The matrix float32 [channels + 1, 3] on `device` from latents, and 1, to RGB in -1 to 1.
 
     Least squares over one picture of random colours, in squares, that the VAE encodes.
 
     Args:
-        of_videos: whether the VAE takes [batch, 3, frames, height, width].
+        spec: of its type; None: it takes pictures, and its configuration has the latents' statistics.
 
     Raises:
         RuntimeError: the VAE encodes the picture to NaN or Inf.
     """
     colours = torch.rand(1, 3, FIT_COLOURS, FIT_COLOURS, generator=torch.Generator("cpu").manual_seed(0))
     pixels = F.interpolate(colours * 2 - 1, size=FIT_SIDE, mode="nearest")
-    config = vae.config
+    config, of_videos = vae.config, spec is not None and spec.vae_kind == "video"
     with upcast(vae):
         given = pixels.to(device, vae.dtype)
         encoded = vae.encode(given[:, :, None] if of_videos else given).latent_dist.mode()
@@ -119,6 +119,10 @@ def fit_projection(vae: Any, device: torch.device, of_videos: bool = False) -> t
     if config.get("latents_mean") and config.get("latents_std"):
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
         z = (z - mean) / std
+    if spec is not None and spec.squares:
+        height, width = z.shape[-2:]
+        mean, std = (x.float().cpu() for x in statistics_of_squares(vae))
+        z = picture_latents((packed(z) - mean) / std, "packed", (height, width))[None]
     z = (z - (config.get("shift_factor") or 0.0)) * (config.get("scaling_factor") or 1.0)
     if not bool(z.isfinite().all()):
         raise RuntimeError("the VAE encodes a picture to NaN or Inf")

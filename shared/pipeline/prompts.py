@@ -118,8 +118,18 @@ def prompt_arguments(
     if compel and positive_embeds is None and negative_embeds is None:
         return arguments | _compel(pipe, spec, positive or "", negative or "")
     arguments |= _side(pipe, spec, "", positive or "", positive_embeds)
-    arguments |= _side(pipe, spec, "negative_", negative, negative_embeds)
+    said = None if spec.negative_embeds_only else negative
+    arguments |= _side(pipe, spec, "negative_", said, negative_embeds)
     return arguments
+
+
+def negative_arguments(
+    pipe: Pipeline, spec: ModelSpec, negative: str | None, scale: float
+) -> dict[str, torch.Tensor]:
+    """The negative prompt, encoded, for a pipeline that takes it only so; nothing without guidance."""
+    if not spec.negative_embeds_only or not negative or scale <= 1:
+        return {}
+    return {"negative_prompt_embeds": pipe.encode_prompt(prompt=negative)[0]}
 
 
 def _side(

@@ -113,12 +113,12 @@ def _add_noise(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest, argume
     """Noise from the request's generator on its latents, in place, of the schedule's first step (SDEdit)."""
     scheduler, latents = pipe.scheduler, arguments["latents"]
     shape = latents.shape
-    if spec.packed:  # drawn in the unpacked layout, as for a picture from noise
+    if spec.packed and not spec.squares:  # drawn in the unpacked layout, as for a picture from noise
         factor = pixels_of(pipe, spec)
         height, width = (request.height or 0) // factor, (request.width or 0) // factor
         shape = torch.Size((1, pipe.vae.config[spec.latent_setting], height, width))
     noise = randn_tensor(shape, generator=arguments["generator"], device=latents.device, dtype=latents.dtype)
-    if spec.packed:
+    if spec.packed and not spec.squares:
         noise = pipe._pack_latents(noise, *shape)
     first = scheduler.timesteps[:1]
     if hasattr(scheduler, "scale_noise"):  # flow matching

@@ -9,8 +9,8 @@ import torch
 from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.parallel.method import Method
-from shared.parallel.pipeline import Pipeline, model_of, part_of
-from shared.pipeline.latents import upcast
+from shared.parallel.pipeline import Pipeline, model_of, part_of, pixels_of
+from shared.pipeline.latents import picture_latents, statistics_of_squares, upcast
 from shared.pipeline.pictures import noting_broken_pixels
 from shared.pipeline.steps import StepWatch
 
@@ -44,7 +44,12 @@ def decoded(
     vae: Any = model_of(pipe, "vae")
     latents = watch.latents[place : place + 1]
     settings = vae.config
-    if config.spec.packed:
+    if config.spec.squares:
+        factor = pixels_of(pipe, config.spec)
+        grid = ((request.height or 0) // factor, (request.width or 0) // factor)
+        center, spread = (x.to(latents) for x in statistics_of_squares(vae))
+        latents = picture_latents(latents * spread + center, config.spec.latent_layout, grid)[None]
+    elif config.spec.packed:
         latents = pipe._unpack_latents(latents, request.height, request.width, pipe.vae_scale_factor)
     mean, std = settings.get("latents_mean"), settings.get("latents_std")
     with upcast(vae):
@@ -53,7 +58,7 @@ def decoded(
             shape = (1, -1, *[1] * (latents.ndim - 2))
             mean, std = (torch.tensor(x).view(shape).to(latents) for x in (mean, std))
             latents = latents * std / settings.get("scaling_factor", 1.0) + mean
-        else:
+        elif not config.spec.squares:
             latents = latents / settings.scaling_factor + (settings.get("shift_factor") or 0.0)
         pixels = vae.decode(latents, return_dict=False)[0]
         if config.spec.vae_kind == "video":

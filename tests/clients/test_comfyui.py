@@ -48,6 +48,7 @@ def test_the_choices_are_the_registrys(comfy: ComfyUI) -> None:
     begin = {n for n, s in MODELS.items() if s.output == "video" and s.image == "needed"}
     assert begin - {"svd"} == comfy.pack["convert"].BEGINS  # which has a sampler of its own
     assert {n for n, s in MODELS.items() if s.packed} == comfy.pack["convert"].PACKED
+    assert {n for n, s in MODELS.items() if s.squares} == comfy.pack["convert"].SQUARES
     assert {n for n in comfy.pack["convert"].FAMILIES if MODELS[n].vae_kind == "video"} == comfy.pack[
         "convert"
     ].OF_VIDEOS

@@ -90,6 +90,21 @@ def test_flux_latents_are_packed_and_unpacked(comfy: ComfyUI) -> None:
     torch.testing.assert_close(_latent(base64.b64decode(packed)), theirs)
 
 
+def test_flux2_samples_are_the_hosts_squares(comfy: ComfyUI) -> None:
+    convert = comfy.pack["convert"]
+    samples = torch.randn(1, 128, 4, 6)
+    sent = convert.latent_to_host(samples, "flux2")
+    from diffusers import Flux2KleinPipeline
+
+    assert torch.equal(_latent(base64.b64decode(sent)), Flux2KleinPipeline._pack_latents(samples))
+    assert torch.equal(convert.latent_from_host(sent, "flux2", 96, 64), samples)
+    with FakeHost(config_of("flux2", backend="xdit")) as host:
+        host.latent = np.zeros((1, 24, 128), np.float32)
+        _, made = sampler(comfy, host, latent={"samples": samples}, denoise=0.5)
+    assert made["samples"].shape == samples.shape
+    assert (host.seen[0].width, host.seen[0].height) == (96, 64)
+
+
 def test_conditioning_is_the_prompt(comfy: ComfyUI, demo_host: Launch) -> None:
     from transformers import CLIPTextModel, CLIPTokenizer
 

@@ -53,9 +53,10 @@ def test_a_plan_names_what_its_model_has(name: str) -> None:
         blocks = blocks_of(model, plan)
         planned = [m for block in blocks for key, m in block.named_children() if key in plan.attention]
         assert planned and set(planned) == set(self_attention(model))
-        assert all(
-            isinstance(planned_v, nn.Module) for m in planned for planned_v in [m.get_submodule("to_v")]
-        )
+        for part in plan.blocks:
+            for block in model.get_submodule(part).children():
+                attentions = [dict(m.named_children()) for m in block.children() if m in planned]
+                assert attentions and {"to_v" in found for found in attentions} == {part not in plan.fused}
         for site in (*plan.picture, *plan.text, *plan.positions):
             assert site.at == "argument" or isinstance(model.get_submodule(site.name), nn.Module)
         taken = {site.of for site in plan.picture}
@@ -85,6 +86,7 @@ def test_every_plan_is_found_by_its_class() -> None:
     [
         ("flux", {"branches": 1, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("kontext", {"name": "FluxTransformer2DModel", "branches": 1, "stages": None, "control_net": None}),
+        ("flux2", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("chroma", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("qwen", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("zimage", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),

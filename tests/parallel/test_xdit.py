@@ -43,7 +43,21 @@ from tests.pool import RankPool
 STEPS = 2
 EXACT = 80.0
 """dB in fp32 that count as equal to the plain pipeline; most reach 120 and more."""
-TYPES = ("chroma", "flux", "hv15", "hy", "kontext", "pixa", "pixs", "qwen", "sd3", "wan", "wani2v", "zimage")
+TYPES = (
+    "chroma",
+    "flux",
+    "flux2",
+    "hv15",
+    "hy",
+    "kontext",
+    "pixa",
+    "pixs",
+    "qwen",
+    "sd3",
+    "wan",
+    "wani2v",
+    "zimage",
+)
 
 Case = dict[str, Any]
 
@@ -113,6 +127,10 @@ MORE: dict[str, list[Case]] = {
     "flux": [
         {"true_cfg_scale": 3.0, "negative_prompt": "blur"},
         {"sigmas": [1.0, 0.7, 0.2], "max_sequence_length": 17},
+    ],
+    "flux2": [
+        {"guidance_scale": 1.0, "image": tiny.picture(), "max_sequence_length": 61},
+        {"image": [tiny.picture(96, 1).resize((96, 64)), tiny.picture(64, 2)], "prompt": "a"},
     ],
     "kontext": [
         {"image": None, "max_sequence_length": 17},
@@ -224,6 +242,7 @@ HYBRIDS: dict[str, list[Case]] = {
     "chroma": [{"cfg": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}],
     "flux": [{"ulysses": 2, "ring": 2}, {"tensor": 2, "ulysses": 2}, {"tensor": 2, "ring": 2}],
     "sd3": [{"cfg": 2, "ulysses": 2}, {"ulysses": 4}],
+    "flux2": [{"cfg": 2, "ulysses": 2}, {"cfg": 2, "ring": 2}, {"ulysses": 2, "ring": 2}],
     "kontext": [{"ulysses": 2, "ring": 2}, {"data": 2, "ring": 2}],
     "qwen": [{"cfg": 2, "ring": 2}, {"ulysses": 2, "ring": 2}],
     "zimage": [{"cfg": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}],

@@ -25,6 +25,7 @@ from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.xdit.pipefusion import XDiTPipeFusion
 from shared.pipeline.adapters import load_ip_adapters
 from shared.pipeline.engine import PipelineEngine
+from shared.pipeline.latents import statistics_of_squares
 from shared.pipeline.loading import load_pipeline
 from tests import tiny, tiny_extras
 
@@ -118,6 +119,10 @@ def theirs(
     if start.kind != "image":
         arguments["mask_image"] = resized(painted or mask(), size)
     made = pipe(**arguments, **more)
+    if MODELS[name].squares:
+        mean, deviation = (x.view(1, -1, 1, 1) for x in statistics_of_squares(pipe.vae))
+        normed = (pipe._patchify_latents(made.images) - mean) / deviation
+        return pipe._pack_latents(normed).numpy()
     return (made.frames if start.frames else made.images).float().numpy()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 
 from shared.parallel.distrifusion.layers import PatchLayers, PatchRun
 from shared.parallel.distrifusion.patch_exchange import PatchExchange
@@ -24,7 +24,7 @@ class PatchDecoder(Part):
     fewer rows than there are ranks are decoded whole by each.
 
     Args:
-        vae: AutoencoderKL.
+        vae: AutoencoderKL, or FLUX.2's, whose decoder is the same.
         group: the ranks; None for all.
 
     Raises:
@@ -33,7 +33,7 @@ class PatchDecoder(Part):
 
     def __init__(self, vae: Any, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
-        if not isinstance(vae, AutoencoderKL):
+        if not isinstance(vae, AutoencoderKL | AutoencoderKLFlux2):
             raise ValueError(f"decoding in patches supports AutoencoderKL; got {type(vae).__name__}")
         self.ranks = Ranks.of(group)
         surgery = self.held.enter_context(Surgery())

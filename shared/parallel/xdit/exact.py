@@ -203,8 +203,10 @@ def check_model(pipeline: Pipeline, degrees: Degrees, cache: Cache | None = None
             )
     if degrees.tensor > 1 and not tokens.tensor:
         raise ValueError(f"tensor degree {degrees.tensor}: xDiT does not shard the layers of {tokens.name}")
-    if degrees.cfg == 2 and tokens.branches == 1:
-        raise ValueError(f"cfg degree 2: {tokens.name} has only one guidance branch")
+    settings = {**pipeline.config, **transformer.config}
+    one_branch = tokens.branches == 1 or any(settings.get(name) for name in tokens.one_branch)
+    if degrees.cfg == 2 and one_branch:
+        raise ValueError(f"cfg degree 2: this {tokens.name} has only one guidance branch")
     if cache is not None and cache not in tokens.caches:
         raise ValueError(f"{cache} does not support {tokens.name}")
     if cache is not None and (nets or degrees.cfg * degrees.tensor * degrees.pipefusion > 1):

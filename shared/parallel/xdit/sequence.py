@@ -98,15 +98,20 @@ class SequenceParallel:
             self._divide_section(model, section, surgery)
         if self.plan.output is not None:
             surgery.override(model.get_submodule(self.plan.output), self._output)
-        for block in blocks_of(model, self.plan):
-            for name, module in block.named_children():
-                if name in self.plan.attention:
-                    surgery.override(module, self._attention)
-                    if by == "ring":
-                        surgery.override(module.get_submodule("to_v"), self._value)
-            if self.plan.padding is not None:
-                surgery.override(block, functools.partial(self._without_padding, self.plan.padding))
+        for part in self.plan.blocks:
+            for block in model.get_submodule(part).children():
+                self._divide_block(block, surgery, early=by == "ring" and part not in self.plan.fused)
         surgery.override(model, self._model)
+
+    def _divide_block(self, block: nn.Module, surgery: Surgery, early: bool) -> None:
+        """Share a block's attention; `early`: its values leave before its queries and keys are there."""
+        for name, module in block.named_children():
+            if name in self.plan.attention:
+                surgery.override(module, self._attention)
+                if early:
+                    surgery.override(module.get_submodule("to_v"), self._value)
+        if self.plan.padding is not None:
+            surgery.override(block, functools.partial(self._without_padding, self.plan.padding))
 
     def _divide(self, model: nn.Module, site: Site, surgery: Surgery) -> None:
         """Cut tokens, or what belongs to them, where the model takes them in."""

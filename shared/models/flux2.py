@@ -1,0 +1,110 @@
+"""FLUX.2: klein, its distilled form, and dev, told apart by model_index.json."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from shared.models.files import FileKind
+from shared.models.spec import (
+    INPAINT,
+    LORA,
+    PARTIAL,
+    PROMPT_ONLY,
+    PROMPTS,
+    SIZE,
+    Chat,
+    Family,
+    ModelSpec,
+    Start,
+    refusals,
+)
+from shared.models.tokens import Site, TokenPlan
+
+TOKENS = TokenPlan(
+    name="Flux2Transformer2DModel",
+    title="FLUX.2",
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    attention=("attn",),
+    fused=("single_transformer_blocks",),
+    # It counts the text's tokens where it gets them, so they are cut there.
+    picture=(Site("hidden_states", "argument"),),
+    text=(Site("encoder_hidden_states", "argument", of=("text",)),),
+    positions=(Site("img_ids", "argument"), Site("txt_ids", "argument", of=("text",))),
+    joined=("text", "picture"),
+    guidance="calls",
+    one_branch=("is_distilled", "guidance_embeds"),
+    flow=True,
+    packed=True,
+)
+_ONE_BRANCH = replace(TOKENS, guidance="embedded")
+
+_MOST_PICTURES = 10  # as its authors say
+_FIELDS = PROMPTS | SIZE | LORA | INPAINT | PARTIAL | {"sigmas", "latent"}
+
+DISTILLED: MappingProxyType[str, Any] = MappingProxyType(
+    {
+        "title": "FLUX.2 klein, distilled",
+        "tokens": _ONE_BRANCH,
+        "steps": 4,
+        "cfg": 1.0,
+        "unguided": True,
+        "fields": _FIELDS - {"negative"},
+    }
+)
+DEV: MappingProxyType[str, Any] = MappingProxyType(
+    {
+        "title": "FLUX.2 dev",
+        "pipeline": "Flux2Pipeline",
+        "tokens": _ONE_BRANCH,
+        "starts": (Start("Flux2Pipeline", "image", None, most=_MOST_PICTURES),),
+        "packages": ("torchvision",),  # of the processor that holds its tokenizer
+        "chat": Chat(MappingProxyType({"add_generation_prompt": False}), "system_message"),
+        "fields": _FIELDS - {"negative", "mask"},
+    }
+)
+
+FAMILY = Family(
+    rows=(
+        ModelSpec(
+            name="flux2",
+            title="FLUX.2",
+            pipeline="Flux2KleinPipeline",
+            other_classes=frozenset({"Flux2Pipeline"}),
+            image="start",
+            starts=(
+                Start("Flux2KleinPipeline", "image", None, most=_MOST_PICTURES),
+                Start("Flux2KleinInpaintPipeline", "inpaint", 0.8, most_pixels=1024 * 1024),
+            ),
+            denoiser="transformer",
+            tokens=TOKENS,
+            output="image",
+            width=1024,
+            height=1024,
+            steps=50,
+            cfg=4.0,
+            size_multiple=16,
+            squares=True,
+            text_encoders=("text_encoder",),
+            tokenizers=("tokenizer",),
+            sized_tokenizers=("tokenizer",),
+            chat=Chat(MappingProxyType({"add_generation_prompt": True, "enable_thinking": False})),
+            embeds_setting="joint_attention_dim",
+            kept=(
+                "proj_out",
+                "x_embedder",
+                "context_embedder",
+                "norm_out*",
+                "time_guidance_embed*",
+                "*_stream_modulation*",
+            ),
+            scheduler_family="flow_sigmas",
+            negative_embeds_only=True,
+            fields=_FIELDS,
+            variants=MappingProxyType({"is_distilled": DISTILLED, "Flux2Pipeline": DEV}),
+            refuses=refusals(PROMPT_ONLY),
+        ),
+    ),
+    files=(FileKind("FLUX.2", "flux2", ("double_stream_modulation_img.", "single_stream_modulation.")),),
+)
