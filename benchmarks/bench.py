@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.models import MAKERS, call_arguments
+from benchmarks import models, models_2026
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
 from shared.parallel.surgery import Surgery
@@ -120,10 +120,11 @@ class Bench(ABC):
 
     def _work(self, name: str, size: int, steps: int) -> None:
         dtype = DTYPES[self.options.dtype]
+        source = models_2026 if name in models_2026.MAKERS else models
         if self.options.tiny:
             pipe = tiny.load(name).to(self.device, dtype)
         else:
-            pipe = MAKERS[name](self.device, dtype)
+            pipe = source.MAKERS[name](self.device, dtype)
         pipe.set_progress_bar_config(disable=True)
         what = ", decoded" if self.options.decode else ""
         label = f"{name} {size}, {steps} steps{what}"
@@ -132,7 +133,7 @@ class Bench(ABC):
             if self.options.tiny:
                 arguments = tiny.call_args(name, steps, size=size)
             else:
-                arguments = call_arguments(name, self.device, dtype, size, steps)
+                arguments = source.call_arguments(name, self.device, dtype, size, steps)
             output = self.call(pipe, arguments | {"output_type": "pt" if self.options.decode else "latent"})
             return output.images if hasattr(output, "images") else output.frames
 
