@@ -30,12 +30,14 @@ import numpy as np
 import torch
 import transformers
 from diffusers.pipelines.flux import pipeline_flux_kontext
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 
 from shared.backends import BACKENDS
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
 from shared.pipeline.loading import load_pipeline
+from shared.pipeline.processors import picture_processor
 from shared.ranks.groups import World
 
 diffusers.utils.logging.disable_progress_bar()
@@ -44,10 +46,15 @@ transformers.utils.logging.disable_progress_bar()
 BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 BOS_ID, EOS_ID = 512, 513
-# The sizes to which Kontext brings what it looks at, but of sixteenths of the sides, for short tests.
+# The sizes to which Kontext and Qwen-Image-Edit bring what they look at, but of sixteenths of the sides, for
+# short tests.
 pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS = [
     (width // 16, height // 16) for width, height in pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
 ]
+for pipeline in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+    pipeline.calculate_dimensions = functools.partial(
+        lambda usual, area, aspect: usual(area / 16**2, aspect), pipeline.calculate_dimensions
+    )
 ASCII = [chr(code) for code in range(33, 127)]
 PIXELS = 64
 
@@ -371,6 +378,12 @@ def make_qwen() -> Any:
     return tiny_qwen.make_qwen()
 
 
+def make_qwenedit() -> Any:
+    from tests import tiny_qwen
+
+    return tiny_qwen.make_qwenedit()
+
+
 def make_zimage() -> Any:
     from tests import tiny_qwen
 
@@ -404,8 +417,8 @@ def make_wani2v() -> Any:
 BUILDERS: dict[str, Callable[[], Any]] = {
     "ad": make_ad, "sd1": make_sd1, "sd2": make_sd2, "sdxl": make_sdxl, "sd3": make_sd3, "sdup": make_sdup,
     "svd": make_svd, "flux": make_flux, "kontext": make_kontext, "flux2": make_flux2, "chroma": make_chroma,
-    "hy": make_hy, "qwen": make_qwen, "wan": make_wan, "wani2v": make_wani2v, "hv15": make_hv15,
-    "zimage": make_zimage,
+    "hy": make_hy, "qwen": make_qwen, "qwenedit": make_qwenedit, "wan": make_wan, "wani2v": make_wani2v,
+    "hv15": make_hv15, "zimage": make_zimage,
     "pixa": lambda: make_pixart(diffusers.PixArtAlphaPipeline, 120, 12),
     "pixs": lambda: make_pixart(diffusers.PixArtSigmaPipeline, 300, 13),
 }  # fmt: skip
@@ -428,9 +441,17 @@ def _kept(name: str) -> Any:
 
 def from_files(name: str, **components: Any) -> Any:
     """As `load`, but from its folder: compel mistakes tokenizers that were copied."""
-    pipe = diffusers.DiffusionPipeline.from_pretrained(checkpoint(name), local_files_only=True, **components)
+    folder = checkpoint(name)
+    parts = own_parts(name, folder) | components
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def own_parts(name: str, folder: Path) -> dict[str, Any]:
+    """What diffusers does not load without torchvision."""
+    part = MODELS[name].picture_processor
+    return {} if part is None else {part: picture_processor(folder / part, "Qwen2VLProcessor")}
 
 
 def world(device: str = "cpu") -> World:
@@ -475,7 +496,7 @@ def call_args(
         args |= {"height": size, "width": size}
     if name == "svd":
         args |= {"decode_chunk_size": 2}
-    if name in ("svd", "wani2v"):
+    if name in ("svd", "wani2v", "qwenedit"):
         args |= {"image": picture(size)}
     if name in ("svd", "ad"):
         args |= {"num_frames": frames}
@@ -483,7 +504,7 @@ def call_args(
         del args["guidance_scale"]
     if name in ("wan", "wani2v", "hv15"):
         args |= {"num_frames": frames + 1}
-    if name == "qwen":
+    if name in ("qwen", "qwenedit"):
         args |= {"negative_prompt": " ", "true_cfg_scale": args.pop("guidance_scale")}
     if name in ("hy", "pixa", "pixs"):
         args |= {"use_resolution_binning": False}

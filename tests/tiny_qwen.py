@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
 
-from tests.tiny import byte_letters, seeded, vae, video_vae
+from shared.pipeline.processors import picture_processor
+from tests.tiny import byte_letters, cached, checkpoint, seeded, vae, video_vae
 
 SPECIAL = (
     "<|endoftext|>",
@@ -95,26 +99,73 @@ def qwen25_vl(width: int = 32) -> Any:
     return seeded(22, lambda: transformers.Qwen2_5_VLForConditionalGeneration(config))
 
 
-def make_qwen() -> Any:
-    denoiser = seeded(44, lambda: diffusers.QwenImageTransformer2DModel(
+def _denoiser(seed: int, **settings: Any) -> Any:
+    model = seeded(seed, lambda: diffusers.QwenImageTransformer2DModel(
         patch_size=2, in_channels=16, out_channels=4, num_layers=3, attention_head_dim=16,
-        num_attention_heads=4, joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
+        num_attention_heads=4, joint_attention_dim=32, axes_dims_rope=(4, 6, 6), **settings,
     ))  # fmt: skip
-    for weight in denoiser.transformer_blocks.parameters():
+    for weight in model.transformer_blocks.parameters():
         weight.data *= 2  # else what quantization changes drowns in the residual stream
+    return model
+
+
+def _with_parts(cls: Any, denoiser: Any, words: str = "", **parts: Any) -> Any:
+    """A Qwen-Image pipeline; its tokenizer has the words of its template as tokens."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=8192, base_shift=0.5,
         max_shift=0.9, shift=1.0, shift_terminal=0.02,
     )  # fmt: skip
-    pipe = diffusers.QwenImagePipeline(
+    pipe = cls(
         scheduler=scheduler,
         vae=video_vae("AutoencoderKLQwenImage", 32),
         text_encoder=qwen25_vl(),
         tokenizer=tokenizer(),
         transformer=denoiser,
+        **parts,
     )
-    pipe.register_modules(tokenizer=tokenizer(pipe.prompt_template_encode))
+    pipe.register_modules(tokenizer=tokenizer(pipe.prompt_template_encode + words))
     return pipe
+
+
+def make_qwen() -> Any:
+    return _with_parts(diffusers.QwenImagePipeline, _denoiser(44))
+
+
+def make_qwenedit(plus: bool = True, **settings: bool) -> Any:
+    """As -2511; without `zero_cond_t` as -2509, without `plus` as the first one, of one picture."""
+    cls = diffusers.QwenImageEditPlusPipeline if plus else diffusers.QwenImageEditPipeline
+    settings = {"zero_cond_t": plus} | settings
+    pipe = _with_parts(cls, _denoiser(45, **settings), "Picture 1: ", processor=None)
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.register_modules(processor=_processor(Path(folder), pipe.tokenizer))
+    return pipe
+
+
+EDITS: dict[str, dict[str, bool]] = {"2511": {}, "2509": {"zero_cond_t": False}, "first": {"plus": False}}
+
+
+def edit(kind: str) -> Path:
+    """The folder of a Qwen-Image-Edit checkpoint, of one of EDITS."""
+    if kind == "2511":
+        return checkpoint("qwenedit")
+    return cached(f"qwenedit-{kind}", lambda path: make_qwenedit(**EDITS[kind]).save_pretrained(path))
+
+
+def _processor(folder: Path, words: Any) -> Any:
+    processor_files(folder, words)
+    return picture_processor(folder, "Qwen2VLProcessor")
+
+
+def processor_files(folder: Path, words: Any, form: str = "Qwen2VLImageProcessorFast") -> None:
+    """A processor's files as the released checkpoints have them; `form` is the class that they name."""
+    words.save_pretrained(folder)
+    settings = {
+        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "merge_size": 2, "patch_size": 14, "resample": 3,
+        "temporal_patch_size": 2, "rescale_factor": 1 / 255, "min_pixels": 56**2, "max_pixels": 112**2,
+        "image_processor_type": form, "processor_class": "Qwen2VLProcessor",
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
 def qwen3(width: int = 32, layers: int = 3, kind: str = "Qwen3Model") -> Any:

@@ -24,6 +24,7 @@ TYPES = [
     "pixa",
     "pixs",
     "qwen",
+    "qwenedit",
     "wan",
     "wani2v",
     "zimage",

@@ -42,10 +42,11 @@ FAMILIES: dict[str, tuple[float | tuple[float, ...], float | tuple[float, ...]]]
     "chroma": (0.3611, 0.1159),
     "zimage": (0.3611, 0.1159),
     "qwen": (tuple(1 / std for std in _WAN_STD), _WAN_MEAN),
+    "qwenedit": (tuple(1 / std for std in _WAN_STD), _WAN_MEAN),
 }
-OF_VIDEOS = frozenset({"qwen"})  # types whose samples are [N, channels, frames, h, w], here of one frame
+OF_VIDEOS = frozenset({"qwen", "qwenedit"})  # whose samples are [N, channels, frames, h, w], of one frame
 PACKED = frozenset(  # types whose latents are rows of 2 x 2 patches
-    {"chroma", "flux", "flux2", "kontext", "qwen"}
+    {"chroma", "flux", "flux2", "kontext", "qwen", "qwenedit"}
 )
 SQUARES = frozenset({"flux2"})  # of these, types whose samples have such patches as channels
 BEGINS = frozenset({"wani2v"})  # types whose videos begin with a picture

@@ -126,7 +126,7 @@ class PictureSampler(io.ComfyNode):
             display_name="Sampler (multi-GPU)",
             category=CATEGORY,
             description="Makes pictures. Needs a host of type sd1, sd2, sdxl, sd3, flux, kontext, flux2, "
-            "chroma, hy, pixa, pixs, qwen or zimage.",
+            "chroma, hy, pixa, pixs, qwen, qwenedit or zimage.",
             inputs=[
                 _host(),
                 *_prompts("a red circle on a blue background", ""),
@@ -194,13 +194,18 @@ class PictureSampler(io.ComfyNode):
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="what to start from, for kontext and flux2 what to edit; it sets the size. "
-                    "Each of a batch makes a picture",
+                    tooltip="what to start from, for kontext, flux2 and qwenedit what to edit; it sets the "
+                    "size. Each of a batch makes a picture",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
                     tooltip="what is white is painted anew, the rest of the image stays",
+                ),
+                io.Image.Input(
+                    "further_images",
+                    optional=True,
+                    tooltip="flux2, qwenedit: a batch of pictures that the model looks at beside each image",
                 ),
             ],
             outputs=[io.Image.Output(display_name="image"), io.Latent.Output(display_name="latent")],
@@ -232,6 +237,7 @@ class PictureSampler(io.ComfyNode):
         guidance_rescale: float = 0.0,
         image: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        further_images: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         if host.type not in convert.FAMILIES:
             raise ValueError(
@@ -259,6 +265,11 @@ class PictureSampler(io.ComfyNode):
                 starts = [_start(one[None], host.type, denoise, add_noise) for one in samples]
         elif denoise < 1 or not add_noise:
             raise ValueError("latent: needed, or an image, where denoise is below 1 or add_noise is off")
+        if further_images is not None:
+            if image is None:
+                raise ValueError("further_images: needs the image that they are beside")
+            further = [convert.picture(one, "further_images") for one in further_images]
+            starts = [start | {"image": [start["image"], *further]} for start in starts]
         body |= {
             "steps": steps,
             "cfg": cfg,

@@ -115,9 +115,7 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
             host = self.process.host
         launch = host.launch()
         self.controlled = "control_image" in launch["fields"]
-        image = launch["fields"].get("image", {})
-        starts = not image or "image" in {*launch["strengths"], *launch["needs"]}
-        self.seen = 0 if starts else image.get("most", 1)
+        self.seen = launch["fields"].get("image", {}).get("most", 1) if launch["edits"] else 0
         """How many pictures the model looks at beside the prompt; 0: a picture is where it starts."""
         if self.controlled and wanted.strength is not None:
             raise OptionError(STRENGTH_WITH_CONTROL)

@@ -29,6 +29,8 @@ PIPELINES = {
     "PixArtAlphaPipeline": "pixa",
     "PixArtSigmaPipeline": "pixs",
     "QwenImagePipeline": "qwen",
+    "QwenImageEditPipeline": "qwenedit",
+    "QwenImageEditPlusPipeline": "qwenedit",
     "WanPipeline": "wan",
     "WanImageToVideoPipeline": "wani2v",
     "ZImagePipeline": "zimage",

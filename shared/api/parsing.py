@@ -168,7 +168,7 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
             )
     if request.mask is not None and request.image is None:
         add("mask", "needs the image that it is a mask of; got no image", "image")
-    if request.starts(config):
+    if _begins(request, config):
         for name, given in (
             ("latent", request.latent is not None),
             ("denoising_start", start > 0),
@@ -176,14 +176,9 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
         ):
             if given:
                 add(name, f"give image or {name}, not both", "image")
-        if max(size := size_of(request, config)) > MAX_SIDE:
-            got = "{}x{}".format(*size)
-            add(
-                "image",
-                f"makes {got} pixels, more than {MAX_SIDE} a side; give width and height",
-                "width",
-                "height",
-            )
+    if request.starts(config) and max(size := size_of(request, config)) > MAX_SIDE:
+        text = "makes {}x{} pixels, more than {} a side; give width and height".format(*size, MAX_SIDE)
+        add("image", text, "width", "height")
     if end is not None and start >= end:
         add("denoising_end", f"must be above denoising_start {start:g}, got {end:g}", "denoising_start")
     elif start >= 1:

@@ -5,6 +5,7 @@ Imports no torch: images stay encoded bytes and tensors stay safetensors bytes u
 
 from __future__ import annotations
 
+import math
 import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -237,13 +238,13 @@ class GenerateRequest(BaseModel):
         if isinstance(self.image, list) and config.spec.output == "video":
             filled["frames"] = len(self.image)
         filled["width"], filled["height"] = size = size_of(self, config)
-        if self.starts(config):
+        if self.starts(config) and not config.spec.aspect_multiple:
             warn_of_rounding((self.width, self.height), self._own_size(), size, config)
         return self.model_copy(update=own | filled)
 
     def starts(self, config: HostConfig) -> bool:
         """Whether what is made starts from the request's picture, or is an edit of it."""
-        return self.image is not None and config.spec.image == "start"
+        return self.image is not None and (config.spec.image == "start" or config.spec.refers)
 
     @property
     def images(self) -> list[bytes]:
@@ -252,9 +253,9 @@ class GenerateRequest(BaseModel):
             return []
         return self.image if isinstance(self.image, list) else [self.image]
 
-    def _own_size(self) -> tuple[int, int]:
-        """(width, height) of the request's first picture after `image_scale`, in pixels."""
-        width, height = picture_size(self.images[0])
+    def _own_size(self, place: int = 0) -> tuple[int, int]:
+        """(width, height) of one of the request's pictures after `image_scale`, in pixels."""
+        width, height = picture_size(self.images[place])
         scale = (self.image_scale or 100) / 100
         return max(1, round(width * scale)), max(1, round(height * scale))
 
@@ -262,16 +263,26 @@ class GenerateRequest(BaseModel):
 def size_of(request: GenerateRequest, config: HostConfig) -> tuple[int, int]:
     """(width, height) of what is made, in pixels: as asked, else the picture's own, else the launch's.
 
-    A picture's own sides are rounded down to the type's multiple.
+    A picture's own sides are rounded down to the type's multiple. Some types keep only its aspect.
     """
     if not request.starts(config):
         width, height = config.size
     elif request.width and request.height:
         width, height = request.width, request.height
+    elif config.spec.aspect_multiple:
+        width, height = with_aspect(request._own_size(-1), config)
     else:
         multiple = config.spec.size_multiple
         width, height = (max(16, side // multiple * multiple) for side in request._own_size())
     return request.width or width, request.height or height
+
+
+def with_aspect(of: tuple[int, int], config: HostConfig) -> tuple[int, int]:
+    """(width, height) of the launch's area with the aspect of a picture, in the type's `aspect_multiple`."""
+    multiple, ratio = config.spec.aspect_multiple, of[0] / of[1]
+    width = math.sqrt(config.size[0] * config.size[1] * ratio)  # as diffusers computes it
+    sides = [max(multiple, round(side / multiple) * multiple) for side in (width, width / ratio)]
+    return sides[0], sides[1]
 
 
 def warn_of_rounding(

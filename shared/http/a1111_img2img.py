@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from shared.api.codecs import MAX_SIDE, check_image, picture_size
 from shared.api.faults import FieldProblem
 from shared.api.media import encode_image, has_alpha, open_image
-from shared.api.requests import warn_of_rounding
+from shared.api.requests import warn_of_rounding, with_aspect
 from shared.api.retouch import (
     JUST_RESIZE,
     Masking,
@@ -143,13 +143,14 @@ def _started(
         # A video's frames, or the one picture of all of them.
         fields = {"image": images[0] if len(images) == 1 else images, "strength": _strength(asked)}
         return fields | ({"control_image": images[0]} if controlled else {}), None, settings.problems
-    if not isinstance(images, list) or len(images) != 1:
+    most = spec.most_pictures if is_nothing(mask) else 1
+    if not isinstance(images, list) or not 1 <= len(images) <= most:
         found = len(images) if isinstance(images, list) else "none"
-        return (
-            {},
-            None,
-            [FieldProblem("init_images", f"must hold one picture, got {found}"), *settings.problems],
-        )
+        wanted = "one picture" if most == 1 else f"1 to {most} pictures"
+        problem = FieldProblem("init_images", f"must hold {wanted}, got {found}")
+        return {}, None, [problem, *settings.problems]
+    if len(images) > 1:  # to look at, each in its own size
+        return {"image": images, "strength": _strength(asked)}, None, settings.problems
     fields = {"image": images[0]} | ({"control_image": images[0]} if controlled else {})
     strength = asked.get("denoising_strength")
     if is_img2img(spec):
@@ -195,10 +196,13 @@ def _size(
 ) -> tuple[Any, Any]:
     """Width and height of what is painted: as asked, else the picture's own; of a part the launch's."""
     multiple, own = config.spec.size_multiple, image.size
-    of_launch = config.spec.image == "needed" or (with_mask and settings.masking.only_masked)
-    width, height = (max(side // multiple * multiple, 16) for side in (config.size if of_launch else own))
+    seen = config.spec.aspect_multiple > 0
+    only_masked = with_mask and settings.masking.only_masked
+    of_launch = only_masked or (config.spec.image == "needed" and not seen)
+    sides = with_aspect(own, config) if seen else config.size if of_launch else own
+    width, height = (max(side // multiple * multiple, 16) for side in sides)
     made = data.get("width", width), data.get("height", height)
-    if not of_launch:
+    if not (of_launch or seen):
         warn_of_rounding((data.get("width"), data.get("height")), own, made, config)
     return made
 

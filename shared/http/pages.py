@@ -92,6 +92,7 @@ class Launch(BaseModel):
         dict[str, LaunchField], Field(description="of POST /generate, in the order of its schema")
     ]
     needs: list[str]
+    edits: Annotated[bool, Field(description="whether the model looks at `image`, and starts from noise")]
     defaults: dict[str, Any]
     strengths: Annotated[
         dict[str, float], Field(description="the default of `strength` with `image`, and with `mask` too")
@@ -162,7 +163,7 @@ def offer(config: HostConfig) -> dict[str, Any]:
     }
     starts = _starts(config)
     strengths = {name: start.strength for name, start in starts.items() if start.strength is not None}
-    if spec.image == "start":
+    if spec.image == "start" or spec.refers:
         missing |= {"image", "mask"} - starts.keys() | (set() if strengths else {"strength"})
     missing |= {f"{name}_scale" for name in missing}  # of a picture that is not taken
     fields = (spec.fields | COMMON_FIELDS) - missing
@@ -180,6 +181,7 @@ def offer(config: HostConfig) -> dict[str, Any]:
             if name in fields
         },
         "needs": needs,
+        "edits": spec.refers,
         "defaults": {name: value for name, value in defaults.items() if name in fields and value is not None},
         "strengths": strengths,
         "size_multiple": spec.size_multiple,

@@ -81,6 +81,9 @@ class ModelSpec:
     control_draws: bool = False  # whether control pictures are encoded with noise of the global state
     factor_setting: str = "vae_scale_factor"  # the pipeline's attribute: pixels a side of one latent
     area_field: str | None = None  # of the pipeline, if it takes width and height only as an aspect
+    # Where no size is asked for beside a picture to look at, the sides are multiples of this, with the last
+    # picture's aspect and the launch's area; 0: the size is the picture's own.
+    aspect_multiple: int = 0
     size_scale: int = 1  # output pixels per pixel of the size that the pipeline is given (x4 upscaler: 4)
     frames: int | None = None
     frames_factor: int = 1  # frames of one latent frame; the first frame has a latent of its own
@@ -88,6 +91,8 @@ class ModelSpec:
     fps_condition: bool = False  # whether the frames per second are an input of the model
     frames_limit: tuple[str, str] | None = None  # component and its setting that bounds the frames
     text_encoders: tuple[str, ...] = ()
+    picture_processor: str | None = None  # the component that prepares pictures for its text encoder
+    encoders_capturable: bool = True  # whether CUDA graphs can hold them
     encoder_names: tuple[str, ...] = ()  # what LoRAs from ComfyUI call them
     tokenizers: tuple[str, ...] = ()
     # What `image` of a request is: nothing, an input of the model, or what the picture starts from.
@@ -101,6 +106,7 @@ class ModelSpec:
     sized_tokenizers: tuple[str, ...] = ()  # those that read `max_sequence_length` tokens
     chat: Chat | None = None  # the conversation that prompts are put into
     most_tokens: int = 0  # that these may read, where that is more than usual
+    whole_prompts: bool = False  # whether none is truncated; those of more than `most_tokens` are refused
     embeds_setting: str = "cross_attention_dim"  # of the denoiser: how wide embeddings are
     embeds_mask: bool = False  # whether embeddings come with an attention mask
     read_tokens: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))

@@ -20,9 +20,9 @@ class Site:
     """
 
     name: str
-    """Path of a module in the model, or the name of an argument of the model's forward."""
-    at: Literal["input", "output", "argument"]
-    """An input of the module, its output, or the argument."""
+    """Path of a module in the model, or the name of an argument of the model's forward or of its blocks'."""
+    at: Literal["input", "output", "argument", "blocks"]
+    """An input of the module, its output, the model's argument, or the keyword argument of each block."""
     dim: int = 1
     """The dimension of the tokens."""
     of: tuple[Stream, ...] = ("picture",)
@@ -101,6 +101,8 @@ class TokenPlan:
     """Whether its most used checkpoints work without guidance, so that no rank is given to it unasked."""
     capturable: bool = True
     """Whether a CUDA graph can hold it: it moves nothing between the CPU and the GPU."""
+    uncapturable: tuple[str, ...] = ()
+    """Settings of a checkpoint with which none can."""
     counted: tuple[str, str] | None = None
     """A module, and the argument that tells it how many tokens of text there are."""
     joined: tuple[Stream, ...] = ("picture",)

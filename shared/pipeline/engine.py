@@ -116,6 +116,7 @@ class PipelineEngine:
         self._prompts = EncodedPrompts()
         self._embeddings = embeddings_of(pipe)
         captures = config.captures(world.device.type) and not config.compile_text_encoder
+        captures = captures and self.spec.encoders_capturable
         self._encoders = Captured(pipe, self.spec.text_encoders, captures)
         self._adapter_state: Any = None
         self._previewer: Previewer | None = None

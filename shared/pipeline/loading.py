@@ -30,6 +30,7 @@ from shared.pipeline.embeddings import check_alike, load_embeddings
 from shared.pipeline.long_prompts import inner_tokenizer
 from shared.pipeline.lora import loras_of
 from shared.pipeline.lora_file import LoraError, check_lora
+from shared.pipeline.processors import picture_processor
 from shared.pipeline.refiner import load_refiner
 from shared.pipeline.schedulers import SchedulerError, make_scheduler, set_scheduler
 from shared.pipeline.single_file import (
@@ -282,6 +283,7 @@ def _check_guider(pipe: Pipeline, spec: ModelSpec, config: HostConfig) -> None:
 def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) -> Pipeline:
     """The pipeline of the checkpoint and of what replaces or joins its components."""
     import diffusers
+    import transformers
 
     cls = getattr(diffusers, (config.control_net and spec.control_net_pipeline) or spec.pipeline)
     checkpoint = Path(config.checkpoint)
@@ -326,6 +328,9 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
             f"type {spec.name} needs --motion_adapter or --motion_module with a checkpoint that has no "
             "motion adapter of its own; got neither"
         )
+    name = spec.picture_processor
+    if name and index.get(name) and not transformers.utils.is_torchvision_available():
+        parts[name] = load_processor(folder / name, index[name][1])
     log.info("loading %s from %s", cls.__name__, config.checkpoint)
     if header is not None:
         return load_single_file(cls, spec, header, index, parts, dtype)
@@ -347,6 +352,14 @@ def _from_folder(
         return cls.from_pretrained(folder, variant=variant, dtype=dtype, local_files_only=True, **parts)
     except BROKEN as error:
         raise LoadError(f"--checkpoint {str(folder)!r} cannot be loaded: {first_line(error)}") from error
+
+
+def load_processor(folder: Path, cls: str) -> Any:
+    """A processor of pictures that needs no torchvision. Raises LoadError: files are missing or broken."""
+    try:
+        return picture_processor(folder, cls)
+    except BROKEN as error:
+        raise LoadError(f"--checkpoint: {str(folder)!r} cannot be loaded: {first_line(error)}") from error
 
 
 def load_vae(path: str, spec: ModelSpec, index: dict[str, Any], config: Path, dtype: torch.dtype) -> Any:

@@ -53,6 +53,9 @@ def fit(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], negative: str |
     Args:
         values: its arguments by name; changed.
         negative: the request's negative prompt, to name the right field.
+
+    Raises:
+        ValueError: a prompt that is too long for a model that would truncate nothing.
     """
     for key in ("prompt", "negative_prompt"):
         text = values.get(key)
@@ -69,6 +72,11 @@ def fit(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], negative: str |
             read = (extract_glyph_texts(text) or "") if name in spec.quoted_tokenizers else text
             tokens = tokens_of(pipe, read, tokenizer)
             around = 0 if spec.chat is None else len(_chat(pipe, tokenizer, spec.chat))
+            if spec.whole_prompts:
+                if len(tokens) > spec.most_tokens:
+                    most = spec.most_tokens
+                    raise ValueError(f"{field}: must have at most {most} tokens, got {len(tokens)}")
+                continue
             limit = min(tokenizer.model_max_length, spec.read_tokens.get(name, tokenizer.model_max_length))
             if name in spec.sized_tokenizers and values.get("max_sequence_length") is not None:
                 limit = _limit(spec, values, len(tokens) + around) - around

@@ -29,7 +29,8 @@ def warm_up(engine: Engine, config: HostConfig, steps: int, twice: bool, refined
     image = encode_image(Image.new("RGB", (64, 64)), "png")
     inputs: dict[str, Any] = {"seed": 0, "output_format": "png" if whole else "latent"}
     if config.spec.image == "needed":
-        inputs["image"] = image
+        width, height = config.size
+        inputs |= {"image": image, "width": width, "height": height}
     if config.control_net:
         inputs["control_image"] = image
     request = GenerateRequest.model_construct(**inputs).filled(config)

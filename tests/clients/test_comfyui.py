@@ -42,7 +42,7 @@ def test_the_choices_are_the_registrys(comfy: ComfyUI) -> None:
     assert set(choices.TYPES) == set(MODELS) and list(BACKENDS) == choices.BACKENDS
     assert set(choices.SCHEDULERS) == {n for spec in MODELS.values() for n in schedulers_for(spec)}
     assert set(comfy.pack["convert"].FAMILIES) == {
-        n for n, s in MODELS.items() if s.output == "image" and s.image != "needed"
+        n for n, s in MODELS.items() if s.output == "image" and (s.image != "needed" or s.refers)
     }
     assert {n for n, s in MODELS.items() if s.pooled_embeds} == comfy.pack["convert"].POOLED
     begin = {n for n, s in MODELS.items() if s.output == "video" and s.image == "needed"}

@@ -278,6 +278,22 @@ def test_an_image_is_painted_anew_where_the_mask_is_white(comfy: ComfyUI, demo_h
     assert made.shape == (1, 128, 128, 3) and latent["samples"].shape == (1, 4, 16, 16)
 
 
+def test_further_images_are_looked_at_beside_each_image(
+    comfy: ComfyUI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert = comfy.pack["convert"]
+    monkeypatch.setattr(convert, "latent_from_host", lambda *given: torch.zeros(1, 16, 1, 4, 4))
+    images, further = torch.rand(2, 16, 24, 3), torch.rand(2, 32, 16, 3)
+    with FakeHost(config_of("qwenedit", backend="xdit")) as host:
+        sampler(comfy, host, image=images, further_images=further)
+        with pytest.raises(ValueError, match="further_images: needs the image"):
+            sampler(comfy, host, further_images=further)
+    assert [[picture_size(file) for file in seen.images] for seen in host.seen] == [
+        [(24, 16), (16, 32), (16, 32)]
+    ] * 2
+    assert len({seen.images[0] for seen in host.seen}) == 2
+
+
 def test_an_empty_latent_is_not_shifted(comfy: ComfyUI) -> None:
     text = comfy.pack["convert"].latent_to_host(torch.zeros(1, 16, 8, 8), "sd3")
     assert not _latent(base64.b64decode(text)).any()

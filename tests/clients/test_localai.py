@@ -152,6 +152,7 @@ def test_options_become_flags_that_the_host_parses(
         ("StableDiffusion3Img2ImgPipeline", "sd3"),
         ("FluxInpaintPipeline", "flux"),
         ("FluxKontextInpaintPipeline", "kontext"),
+        ("QwenImageEditPlusPipeline", "qwenedit"),
     ):
         flags = options.plan(messages.ModelOptions(PipelineType=pipeline, IMG2IMG=True)).flags
         assert flags[0] == f"--type={name}"
@@ -303,6 +304,18 @@ def test_a_reference_is_what_kontext_looks_at(client: Client, tmp_path: Path) ->
         )
     assert (code, told) == (CODE.INVALID_ARGUMENT, "ref_images: at most 1 for type kontext; got 2")
     assert [(len(seen.images), seen.strength) for seen in host.seen] == [(1, None), (1, None)]
+
+
+def test_references_are_what_qwenedit_looks_at(client: Client, tmp_path: Path) -> None:
+    picture, dst = tmp_path / "seen.png", str(tmp_path / "out.png")
+    picture.write_bytes(base64.b64decode(_PNG))
+    with FakeHost(config_of("qwenedit", backend="xdit")) as host:
+        client.call("LoadModel", "ModelOptions", Options=[f"host_url:{host.url}", "strength:0.4"])
+        for fields in ({"src": str(picture)}, {"ref_images": [str(picture)] * 3}):
+            client.call("GenerateImage", "GenerateImageRequest", dst=dst, **fields)
+        code, told = client.fails("GenerateImage", "GenerateImageRequest", dst=dst)
+    assert code == CODE.INVALID_ARGUMENT and "type qwenedit (Qwen-Image-Edit) needs an input image" in told
+    assert [(len(seen.images), seen.strength) for seen in host.seen] == [(1, None), (3, None)]
 
 
 def test_src_starts_at_the_models_strength(client: Client, tmp_path: Path) -> None:

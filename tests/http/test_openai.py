@@ -109,6 +109,16 @@ def test_an_edit_of_what_the_model_looks_at_has_no_strength() -> None:
     ]
 
 
+def test_an_edit_may_be_of_several_pictures() -> None:
+    seen = [picture(size=(72, 104)), picture(size=(200, 100))]
+    with FakeHost(config_of("qwenedit", backend="xdit")) as host:
+        client(host).images.edit(image=seen, prompt="the hat of Picture 2 on Picture 1")
+        with pytest.raises(openai.BadRequestError, match="image: must be at most 8 pictures"):
+            client(host).images.edit(image=seen * 5, prompt="a hat")
+    # As many pixels as the launch's size, in the last picture's aspect.
+    assert [(r.image, r.width, r.height, r.strength) for r in host.seen] == [(seen, 1440, 736, None)]
+
+
 def test_an_opaque_mask_would_paint_nothing(host: FakeHost) -> None:
     for mask in (rgba((64, 64)), picture(size=(64, 64))):
         with pytest.raises(openai.BadRequestError, match="mask: must be transparent where the picture"):

@@ -58,7 +58,7 @@ def test_a_plan_names_what_its_model_has(name: str) -> None:
                 attentions = [dict(m.named_children()) for m in block.children() if m in planned]
                 assert attentions and {"to_v" in found for found in attentions} == {part not in plan.fused}
         for site in (*plan.picture, *plan.text, *plan.positions):
-            assert site.at == "argument" or isinstance(model.get_submodule(site.name), nn.Module)
+            assert site.at in ("argument", "blocks") or isinstance(model.get_submodule(site.name), nn.Module)
         taken = {site.of for site in plan.picture}
         assert taken == (set() if plan.sections or plan.whole else {("picture",)})
         assert {s.of for s in plan.text} <= {("text",)}
@@ -89,6 +89,7 @@ def test_every_plan_is_found_by_its_class() -> None:
         ("flux2", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("chroma", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("qwen", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
+        ("qwenedit", {"name": "QwenImageTransformer2DModel", "uncapturable": ("zero_cond_t",)}),
         ("zimage", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),
         ("wan", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),
         ("wani2v", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),

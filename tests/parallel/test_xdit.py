@@ -53,6 +53,7 @@ TYPES = (
     "pixa",
     "pixs",
     "qwen",
+    "qwenedit",
     "sd3",
     "wan",
     "wani2v",
@@ -139,6 +140,10 @@ MORE: dict[str, list[Case]] = {
     "qwen": [
         {"true_cfg_scale": 1.0},
         {"negative_prompt": "blur, and many more words", "prompt": "a"},
+    ],
+    "qwenedit": [
+        {"true_cfg_scale": 1.0, "image": tiny.picture(48).resize((96, 48))},
+        {"negative_prompt": "blur, and many more words", "image": [tiny.picture(), tiny.picture(40, 2)]},
     ],
     "sd3": [{"guidance_scale": 1.0, "max_sequence_length": 40}, {"sigmas": [1.0, 0.7, 0.2]}],
     "hy": [{"guidance_scale": 1.0}, {"guidance_rescale": 0.7}],
@@ -245,6 +250,7 @@ HYBRIDS: dict[str, list[Case]] = {
     "flux2": [{"cfg": 2, "ulysses": 2}, {"cfg": 2, "ring": 2}, {"ulysses": 2, "ring": 2}],
     "kontext": [{"ulysses": 2, "ring": 2}, {"data": 2, "ring": 2}],
     "qwen": [{"cfg": 2, "ring": 2}, {"ulysses": 2, "ring": 2}],
+    "qwenedit": [{"cfg": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}, {"data": 2, "ring": 2}],
     "zimage": [{"cfg": 2, "ulysses": 2}, {"ulysses": 2, "ring": 2}],
     "pixs": [{"cfg": 2, "ring": 2}, {"data": 2, "ulysses": 2}],
     "hy": [{"ulysses": 2, "ring": 2}, {"data": 2, "cfg": 2}],

@@ -76,7 +76,7 @@ class XDiT(Method):
         self.groups = groups
         self.attention = attention or attention_backend(groups.device, self.transformer.dtype, degrees)
         # Which blocks a cache computes is decided by numbers, which a captured graph cannot do.
-        self._graphs = Graphs(cuda_graph and cache is None and self.tokens.capturable)
+        self._graphs = Graphs(cuda_graph and cache is None and _capturable(self.transformer))
         self.cache: StepCache | None = None
         self._calls: list[CallsSplit] = []
         self._split: CfgSplit | None = None
@@ -110,7 +110,7 @@ class XDiT(Method):
         if self._graphs.enabled:
             held.callback(self._graphs.close)
             for index, model in enumerate(models):
-                if token_plan(type(model).__name__).capturable:
+                if _capturable(model):
                     surgery.override(model, self._graphs.around(index))
         if degrees.cfg == 2:
             pair = Ranks.of(groups.branches)
@@ -215,6 +215,11 @@ def check_model(pipeline: Pipeline, degrees: Degrees, cache: Cache | None = None
             f"{len(nets)} ControlNets"
         )
     return tokens
+
+
+def _capturable(model: Any) -> bool:
+    plan = token_plan(type(model).__name__)
+    return plan.capturable and not any(model.config.get(setting) for setting in plan.uncapturable)
 
 
 def transformers_of(pipeline: Pipeline, plan: TokenPlan) -> list[Any]:

@@ -126,8 +126,9 @@ class SequenceParallel:
         def from_argument(original: Forward, args: tuple, kwargs: dict) -> Any:
             return original(*args, **kwargs | {site.name: self._cut(kwargs.get(site.name), site)})
 
-        if site.at == "argument":
-            surgery.override(model, from_argument)
+        if site.at in ("argument", "blocks"):
+            for owner in [model] if site.at == "argument" else blocks_of(model, self.plan):
+                surgery.override(owner, from_argument)
             return
         if site.optional and getattr(model, site.name) is None:
             return
