@@ -12,7 +12,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic_core import from_json, to_json
 
@@ -61,6 +61,7 @@ class JobRecord:
     pictures: int = 1
     client: str = ""
     launch: str = ""  # type and checkpoint that it was accepted for
+    scheduler: str | dict[str, Any] | None = None  # --scheduler then
     warnings: list[str] = field(default_factory=list)  # of its parsing
     accepted: float = field(default_factory=time.time)
     pending: bool = False  # stored, but the queue may still refuse it
@@ -98,7 +99,18 @@ class JobRecord:
         return to_json({name: getattr(self, name) for name in _HEAD})
 
 
-_HEAD = ("route", "digest", "client", "launch", "warnings", "accepted", "prompt", "seed", "pictures")
+_HEAD = (
+    "route",
+    "digest",
+    "client",
+    "launch",
+    "scheduler",
+    "warnings",
+    "accepted",
+    "prompt",
+    "seed",
+    "pictures",
+)
 
 
 def open_store(config: HostConfig) -> JobStore:

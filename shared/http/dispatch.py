@@ -171,6 +171,7 @@ class Dispatcher:
                 seed=request.seed,
                 pictures=request.pictures or 1,
                 launch=launch_of(config),
+                scheduler=config.scheduler,
                 warnings=warnings,
                 kept=caller.named,
             )

@@ -37,7 +37,8 @@ def make_scheduler(
     """A new scheduler with the settings of `current`, changed by what the name and the JSON say.
 
     Args:
-        current: the checkpoint's scheduler: its betas, prediction type and so on stay.
+        current: the pipeline's scheduler. The checkpoint's betas, prediction type and so on stay, and what
+            --scheduler says in JSON beside a name; what that name stands for does not.
         wanted: `"k_euler"`, `"EulerDiscreteScheduler"`, or `{"scheduler": name, **settings}`; a setting `eta`
             is what the pipeline hands to the scheduler's steps.
         steps: of the request; some settings break longer schedules only.
@@ -51,14 +52,15 @@ def make_scheduler(
         raise SchedulerError(problem)
     given = dict(wanted) if isinstance(wanted, Mapping) else {"scheduler": wanted}
     name = given.pop("scheduler")
+    config = getattr(current, "beneath", current.config)
     entry, settings = _entry(name, spec)
     cls = getattr(diffusers, entry.cls)
-    if "sigma_data" in current.config:
+    if "sigma_data" in config:
         if settings and not settings.get("use_karras_sigmas"):
             raise SchedulerError(f"{name} does not fit this checkpoint: EDM's sigmas are Karras sigmas")
         cls, settings = getattr(diffusers, _edm_class(name, entry.cls)), {}
     allowed = [p for p in inspect.signature(cls.__init__).parameters if p not in ("self", "kwargs")]
-    if current.config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in allowed:
+    if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in allowed:
         raise SchedulerError(
             f"{name} does not support the zero terminal SNR that this checkpoint was trained with; "
             f"supported: {', '.join(_with_zero_snr(spec))}"
@@ -75,14 +77,14 @@ def make_scheduler(
             raise SchedulerError(f"{name}: {key} must be {problem}; got {_shown(value)}")
     eta = given.pop("eta", None)
     try:
-        made = cls.from_config(current.config, **{**entry.settings, **settings, **given})
+        made = cls.from_config(config, **{**entry.settings, **settings, **given})
         if given:
             _try_out(cls.from_config(made.config), steps or TRIED_STEPS)
     except ImportError as error:
         raise SchedulerError(f"{name} needs a package that is not installed: {_last_line(error)}") from None
     except Exception as error:  # of any kind: a setting of another type or size
         raise SchedulerError(f"{name} with {_shown(given or 'no settings')}: {_last_line(error)}") from None
-    made.eta = eta
+    made.eta, made.beneath = eta, _with(config, given)
     return made
 
 
@@ -115,6 +117,12 @@ def scheduler_for_request(
         yield
     finally:
         pipe.register_modules(scheduler=launched)
+
+
+def _with(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A scheduler's settings with some more, which are then as good as the checkpoint's own."""
+    unset = [key for key in config.get("_use_default_values", []) if key not in given]
+    return {**config, **given, "_use_default_values": unset}
 
 
 def _entry(name: str, spec: ModelSpec) -> tuple[SchedulerSpec, dict[str, Any]]:

@@ -16,6 +16,8 @@ from shared.launch.flags import HostConfig
 from tests.http.test_jobs_routes import ASYNC, id_header, job
 from tests.httphost import FakeHost, config_of, picture, wait_for
 
+FAILED = "failed"
+
 
 def kept(folder: Path, **flags: Any) -> HostConfig:
     return config_of(**{"state_dir": str(folder), **flags})
@@ -140,6 +142,32 @@ def test_one_that_the_new_launch_does_not_serve_is_failed_with_the_reason(
         host.go_on.set()
         found = job(host, "waiting-1")
         assert found["state"] == "failed" and found["status"] == 422 and words in found["message"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "made", "words"),
+    [
+        ("ddim", "ddim", [None, "heun"], ""),
+        ("ddim", None, ["ddim", "heun"], ""),
+        ("ddim", "k_euler", ["ddim", "heun"], ""),
+        (None, "k_euler", [FAILED, "heun"], "was none when it was accepted and is 'k_euler' now: the check"),
+        ("ddim", {"scheduler": "ddim", "eta": 0.5}, [FAILED, FAILED], "was 'ddim' when it was accepted and"),
+        ({"scheduler": "ddim", "eta": 0.5}, None, [FAILED, FAILED], "its settings hold for every scheduler"),
+    ],
+)
+def test_another_scheduler_of_the_launch_changes_no_picture(
+    tmp_path: Path, before: Any, now: Any, made: list[Any], words: str
+) -> None:
+    with FakeHost(kept(tmp_path, scheduler=before)) as host:
+        ask(host, "running-1", positive="hold")
+        ask(host, "waiting-1", positive="a cat", scheduler="heun")
+        host.die()
+    with FakeHost(kept(tmp_path, scheduler=now)) as host:
+        host.go_on.set()
+        found = [job(host, id) for id in ("running-1", "waiting-1")]
+        assert [one["state"] for one in found] == [FAILED if one == FAILED else "done" for one in made]
+        assert [request.scheduler for request in host.seen] == [one for one in made if one != FAILED]
+        assert all(words in one["message"] for one in found if one["state"] == FAILED)
 
 
 def test_one_that_was_written_by_another_version_is_failed_not_a_crash(tmp_path: Path) -> None:

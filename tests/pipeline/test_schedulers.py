@@ -193,6 +193,29 @@ def test_launch_flag() -> None:
         tiny.host("sd1", scheduler="flow_euler")
 
 
+@pytest.mark.parametrize("launched", ["k_dpmpp_2m_sde", "dpmpp_2m_sde", "euler_trailing", "ddpm"])
+@pytest.mark.parametrize(
+    "wanted", ["dpmpp_2m", "euler", "k_heun", {"scheduler": "ddim", "clip_sample": False}]
+)
+def test_a_requests_scheduler_is_the_same_whatever_the_launchs_is(launched: str, wanted: Any) -> None:
+    spec, checkpoints = MODELS["sd1"], pipe_of("sd1").scheduler
+    plain = make_scheduler(checkpoints, spec, wanted)
+    made = make_scheduler(make_scheduler(checkpoints, spec, launched), spec, wanted)
+    assert type(made) is type(plain) and settings_of(made) == settings_of(plain)
+
+
+def test_what_a_launch_says_in_json_holds_for_the_schedulers_of_requests_too() -> None:
+    spec, checkpoints = MODELS["sd1"], pipe_of("sd1").scheduler
+    words = {"scheduler": "k_dpmpp_2m", "prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+    made = make_scheduler(make_scheduler(checkpoints, spec, words), spec, "euler")
+    assert (made.config.prediction_type, made.config.timestep_spacing) == ("v_prediction", "trailing")
+    assert made.config.beta_end == checkpoints.config.beta_end and not made.config.use_karras_sigmas
+
+
+def settings_of(scheduler: Any) -> dict[str, Any]:
+    return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+
+
 def watched(pipe: Any, name: str) -> np.ndarray:
     torch.manual_seed(99)  # not what the request's own generator draws from
     with StepWatch(pipe, torch.device("cpu"), lambda step, steps: None):
