@@ -53,9 +53,10 @@ FEATURES: dict[str, list[str]] = {
 }
 
 
-def save_checkpoint(name: str, folder: Path, device: torch.device) -> None:
-    """A diffusers folder of this type in its published size, bf16."""
-    dtype = torch.bfloat16
+def save_checkpoint(
+    name: str, folder: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """A diffusers folder of this type in its published size."""
     pipe = MAKERS[name](device, dtype)
     pipe.register_modules(**text_modules(name, device, dtype))
     pipe.save_pretrained(folder)

@@ -132,7 +132,7 @@ def _load_and_loop(
 ) -> None:
     began = time.monotonic()
     status.at(5, "importing libraries")
-    from shared.api.faults import RequestError
+    from shared.pipeline.kept import keep_compiled
     from shared.ranks.channel import Channel
     from shared.ranks.device import freeze_heap, rank_device_info
     from shared.ranks.groups import init_world
@@ -141,14 +141,11 @@ def _load_and_loop(
     status.at(15, "waiting for the other ranks")
     world = init_world(config.device, config.collective_timeout, lifeline.watch, lifeline.when_stopped)
     limit_threads(world.device.type)
+    keep_compiled(config, trims=world.local_rank == 0)
     status.at(20, "loading the model")
     engine = backend.build_engine(config, world)
     adopt_libraries()
-    status.at(75, "warming up")
-    try:
-        engine.warm_up()
-    except RequestError as error:
-        raise LoadError(f"the warm-up request is refused: {error}") from error
+    warm_up(engine, config, status)
     on_server = world.rank == 0
     status.at(95, "waiting for the other ranks")
     if on_server:
@@ -178,6 +175,26 @@ def _load_and_loop(
         config.request_timeout,
         backend.pictures_at_once(config),
     ).run()
+
+
+def warm_up(engine: Engine, config: HostConfig, status: HostStatus) -> None:
+    """Warm the launch's size, then each of --sizes. Raises LoadError where one of them fails."""
+    from shared.api.faults import RequestError
+
+    sizes = [config.size, *(size for size in config.sizes or () if size != config.size)]
+    for number, (width, height) in enumerate(sizes):
+        name = f"{width}x{height}" + (f", size {number + 1} of {len(sizes)}" if len(sizes) > 1 else "")
+        status.at(75 + 20 * number // len(sizes), f"warming up at {name}")
+        began = time.monotonic()
+        try:
+            engine.warm_up((width, height) if number else None)
+        except RequestError as error:
+            raise LoadError(f"the warm-up request at {width}x{height} is refused: {error}") from error
+        except Exception as error:
+            if not number or dead_ranks():
+                raise
+            raise LoadError(f"--sizes: {width}x{height} fails: {first_line(error)}") from error
+        log.info("warmed up at %s in %.1f s", name, time.monotonic() - began)
 
 
 def plan_lines(plan: dict[str, Any]) -> list[str]:

@@ -119,8 +119,10 @@ class FakeEngine:
             made.append(self.generate(request.numbered(number), step_of_all))
         return [reply for reply in made if reply is not None]
 
-    def warm_up(self) -> None:
-        """Nothing to warm."""
+    def warm_up(self, size: tuple[int, int] | None = None) -> None:
+        """Nothing to warm; a size that is 24 wide fails."""
+        if size is not None and size[0] == 24:
+            raise RuntimeError("no room for it")
 
     def preview_to(self, queue: Any) -> None:
         """Nothing to show."""

@@ -19,6 +19,12 @@ from typing import Any
 import pytest
 import requests
 
+from shared.api.status import HostStatus
+from shared.host import warm_up
+from shared.launch.errors import LoadError
+from tests import tiny
+from tests.fake_host import FakeEngine
+from tests.httphost import config_of
 from tests.seldom import seldom
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -414,3 +420,11 @@ def test_help_and_usage_errors_are_instant(backend: str) -> None:
         assert best < 0.5, f"{arguments} took {best:.2f} s of a core"
         if code:
             assert done.stderr.count("\n") == 1 and "error: --" in done.stderr
+
+
+def test_a_size_that_fails_ends_the_start() -> None:
+    config = config_of(width=64, height=64, sizes=((32, 64), (24, 64)))
+    status = HostStatus(config.backend, config.type, 1)
+    with pytest.raises(LoadError, match="^--sizes: 24x64 fails: no room for it$"):
+        warm_up(FakeEngine(tiny.world()), config, status)
+    assert status.message == "warming up at 24x64, size 3 of 3"

@@ -140,6 +140,7 @@ def attach(
             denoiser=module,
             async_steps=config.async_steps,
             weights=kept,
+            max_shapes=4 + len(config.sizes or ()),
         )
         for module, kept in zip_longest((denoiser, *nets), stage_weights)
     ]

@@ -82,6 +82,7 @@ def attach(pipe: Pipeline, config: HostConfig, world: World, branches: Any = Non
         # A compiled decoder cannot be split.
         split_decode=not config.compile_vae,
         keeps_prompts=not config.shard_weights,
+        max_shapes=3 + len(config.sizes or ()),
     )
 
 

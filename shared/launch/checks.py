@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def check_config(config: HostConfig, backend: Backend, world_size: int) -> None:
     _check_size(config)
     _check_scheduler(config)
     backend.check(config, world_size)
+    _check_sizes(config, backend, world_size)
 
 
 def idle_flags(config: HostConfig, backend: Backend, world_size: int) -> list[str]:
@@ -179,6 +180,24 @@ def _check_size(config: HostConfig) -> None:
                 f"--{name}: must be a multiple of {multiple} for type {config.type}; got {value} "
                 f"(nearest: {max(low, multiple)} and {low + multiple})"
             )
+
+
+def _check_sizes(config: HostConfig, backend: Backend, world_size: int) -> None:
+    """Refuse what could not be the launch's own size."""
+    spec = config.spec
+    if config.sizes and "width" not in spec.fields:
+        raise UsageError(f"--sizes: type {spec.name} makes pictures of the size of its input only")
+    for width, height in config.sizes or ():
+        sized = replace(config, width=width, height=height, sizes=None)
+        try:
+            _check_size(sized)
+            backend.check(sized, world_size)
+        except UsageError as error:
+            problem = str(error).removeprefix("--").replace(":", "", 1)
+            raise UsageError(f"--sizes: {width}x{height}: {problem}") from None
+        if width * height * (spec.frames or 1) > config.max_pixel_steps:
+            most = config.max_pixel_steps
+            raise UsageError(f"--sizes: {width}x{height}: one step of it exceeds --max_pixel_steps={most}")
 
 
 def _check_scheduler(config: HostConfig) -> None:

@@ -24,6 +24,7 @@ from shared.launch.values import (
     as_scales_or_path,
     as_scheduler,
     as_seconds,
+    as_sizes,
     as_text,
     as_weights,
 )
@@ -178,6 +179,13 @@ class HostConfig:
         None, _COMPILE, "torch.compile's options, JSON", as_json_object
     )
     compile_fullgraph_off: bool = _flag(False, _COMPILE, "allow graph breaks")
+
+    sizes: tuple[tuple[int, int], ...] | None = _flag(
+        None,
+        _COMPILE,
+        "more sizes that are warmed at start (compiled, captured), in pixels, such as 1024x1024,832x1216",
+        as_sizes,
+    )
 
     enable_vae_tiling: bool = _flag(False, _MEMORY, "decode in tiles, with less memory")
     enable_vae_slicing: bool = _flag(False, _MEMORY, "decode pictures of a batch one by one")
@@ -357,8 +365,8 @@ class HostConfig:
     cache_dir: str | None = _flag(
         None,
         _HOST,
-        "folder for what a second start need not make again: hashes of files (default: multigpu_diffusion in "
-        "the user's cache folder)",
+        "folder for what a second start need not make again: compiled code, hashes of files (default: "
+        "multigpu_diffusion in the user's cache folder)",
         as_text,
         path=True,
     )
@@ -422,6 +430,11 @@ class HostConfig:
         return (
             self.enable_model_cpu_offload or self.enable_sequential_cpu_offload or self.enable_group_offload
         )
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile is used."""
+        return self.compile_unet or self.compile_vae or self.compile_text_encoder
 
     def captures(self, device_type: str) -> bool:
         """Whether steps are captured as CUDA graphs, which hold on to addresses that offloading changes."""

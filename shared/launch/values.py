@@ -118,6 +118,16 @@ def as_counts(value: Any) -> tuple[int, ...]:
     return counts
 
 
+def as_sizes(value: Any) -> tuple[tuple[int, int], ...]:
+    """(width, height) of pictures, pixels; each once."""
+    given = value if isinstance(value, list | tuple) else str(value).split(",")
+    found = [re.fullmatch(r"\s*(\d{1,5})\s*[xX]\s*(\d{1,5})\s*", str(size)) for size in given]
+    sizes = [(int(size[1]), int(size[2])) for size in found if size]
+    if not sizes or len(sizes) < len(found) or not all(16 <= side <= 8192 for size in sizes for side in size):
+        raise ValueError("sizes such as 1024x1024,832x1216, with sides of 16 to 8192 pixels")
+    return tuple(dict.fromkeys(sizes))
+
+
 def as_names(value: Any) -> tuple[str, ...]:
     """Names with commas between, or a list of YAML."""
     names = value if isinstance(value, list | tuple) else str(value).split(",")

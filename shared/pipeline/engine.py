@@ -303,12 +303,11 @@ class PipelineEngine:
             self.parallel.reset()
         self._adapter_state = state
 
-    def warm_up(self) -> None:
-        """The first steps of a generation at the launch's size, before the first request."""
+    def warm_up(self, size: tuple[int, int] | None = None) -> None:
         shown = getattr(self.pipe, "_progress_bar_config", {})
         self.pipe.set_progress_bar_config(disable=True)
         refined = 0 if self._refiner is None else self._refiner.method.warm_up_calls
-        warm_up(self, self.config, self.parallel.warm_up_calls, self._encoders.captures, refined)
+        warm_up(self, self.config, self.parallel.warm_up_calls, self._encoders.captures, refined, size)
         self.pipe.set_progress_bar_config(**shown)
         self._parameters = None
 

@@ -17,10 +17,18 @@ from shared.ranks.messages import StoppedError, Verdict
 log = logging.getLogger("host")
 
 
-def warm_up(engine: Engine, config: HostConfig, steps: int, twice: bool, refined: int = 0) -> None:
-    """Generate at the launch's size, up to step `steps`; with decoding, where the VAE is compiled.
+def warm_up(
+    engine: Engine,
+    config: HostConfig,
+    steps: int,
+    twice: bool,
+    refined: int = 0,
+    size: tuple[int, int] | None = None,
+) -> None:
+    """Generate up to step `steps`; with decoding, where the VAE is compiled.
 
     Args:
+        size: width and height in pixels; None: the launch's.
         twice: also generate with another prompt: text encoders are captured at their second call, and the
             same prompt is not encoded again.
         refined: also steps of the refiner, at least so many.
@@ -33,6 +41,8 @@ def warm_up(engine: Engine, config: HostConfig, steps: int, twice: bool, refined
         inputs |= {"image": image, "width": width, "height": height}
     if config.control_net:
         inputs["control_image"] = image
+    if size is not None:
+        inputs["width"], inputs["height"] = size
     request = GenerateRequest.model_construct(**inputs).filled(config)
 
     def run(words: str | None, last: int | None) -> None:
@@ -45,7 +55,6 @@ def warm_up(engine: Engine, config: HostConfig, steps: int, twice: bool, refined
         with contextlib.suppress(StoppedError):
             engine.generate(request.model_copy(update={"positive": words}), on_step)
 
-    log.info("warming up at %sx%s", request.width, request.height)
     run(None, None if whole else steps)
     if twice:
         run("again", 1)

@@ -87,8 +87,11 @@ class Engine(Protocol):
         """
         ...
 
-    def warm_up(self) -> None:
-        """Plan, compile, capture and open connections before the first request.
+    def warm_up(self, size: tuple[int, int] | None = None) -> None:
+        """Plan, compile, capture and open connections before the first request, by first steps.
+
+        Args:
+            size: width and height in pixels; None: the launch's.
 
         Raises:
             RequestError: the warm-up request is refused.

@@ -108,6 +108,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "allow_origin": ("https://app.example", ("https://app.example",)),
     "trusted_proxies": ("127.0.0.1, 10.0.0.0/8", ("127.0.0.1/32", "10.0.0.0/8")),
     "max_pixel_steps": ("1000", 1000),
+    "sizes": ("1024x1024,832x1216", ((1024, 1024), (832, 1216))),
     "cache_dir": ("{f}/new", "{f}/new"),
     "state_dir": ("{f}/state", "{f}/state"),
     "keep_jobs": ("60", 60.0),
@@ -308,6 +309,10 @@ def test_type_and_checkpoint(folder: Path) -> None:
             "--ip_adapter: type sd3 takes one adapter; got 2",
         ),
         (["--model_n=2"], "needs 2 ranks; the world size is 1"),
+        (["--sizes=64x64,64x100"], "--sizes: 64x100: height must be a multiple of 8 for type sd1; got 100"),
+        (["--sizes=64"], "--sizes: must be sizes such as 1024x1024,832x1216, with sides of 16 to 8192 pix"),
+        (["--sizes=64x8200"], "--sizes: must be sizes such as"),
+        (["--sizes=64x64", "--max_pixel_steps=4095"], "--sizes: 64x64: one step of it exceeds --max_pixel"),
     ],
 )
 def test_impossible_combinations(folder: Path, flags: list[str], words: str) -> None:

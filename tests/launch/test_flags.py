@@ -33,7 +33,9 @@ import torch.distributed as dist
 from PIL import Image
 
 from shared.api.parsing import check_request
+from shared.api.status import HostStatus
 from shared.backends import BACKENDS
+from shared.host import warm_up
 from shared.launch.checks import check_config
 from shared.launch.errors import UsageError
 from shared.launch.logs import set_up_logging
@@ -234,6 +236,26 @@ def _(ground: Ground) -> None:
         host.status.ready()
         until(lambda: (kept / "hashes.json").exists(), 10)
     assert hashlib.sha256(b"weights").hexdigest() in (kept / "hashes.json").read_text()
+
+
+@shows("sizes")
+def _(ground: Ground) -> None:
+    """A size that is warmed compiles nothing at its first request."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    flags = {"compile_unet": True, "compile_backend": "eager", "width": 64, "height": 64}
+    config = tiny.config("pixa", **flags, sizes=((96, 64), (64, 64)))
+    status, told = HostStatus(config.backend, config.type, 1), list[tuple[int, str]]()
+    ground.patch.setattr(status, "at", lambda *state: told.append(state))
+    pipe = load_pipeline(config.spec, config, CPU, BACKENDS[config.backend].needs(config, 1), quiet=True)
+    on = PipelineEngine(pipe, config, tiny.world())
+    warm_up(on, config, status)
+    assert told == [(75, "warming up at 64x64, size 1 of 2"), (85, "warming up at 96x64, size 2 of 2")]
+    counts = []
+    for width in (96, 64, 128):
+        counts.append(graph_count())
+        answer(on, config, {"width": width, "height": 64})
+    assert counts[0] == counts[1] == counts[2] < graph_count()
 
 
 @shows("state_dir", "keep_jobs", "keep_bytes")

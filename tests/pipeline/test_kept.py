@@ -1,0 +1,78 @@
+"""What a start leaves for the next: compiled code that is found again, and a bound of what is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.pipeline import kept
+from tests import tiny
+
+STARTS = """
+import json, sys, torch
+from shared.pipeline.kept import keep_compiled
+from tests import tiny
+flags = {"compile_unet": True, "cache_dir": sys.argv[1], "quantize_to": sys.argv[2] or None}
+keep_compiled(tiny.config("pixa", **flags), trims=True)
+tiny.run(tiny.host("pixa", **flags), "pixa")
+print(json.dumps(torch._dynamo.utils.counters["inductor"]))
+"""
+
+
+def start(folder: Path, quantize_to: str) -> dict[str, int]:
+    """Inductor's counters of a process that compiles and draws."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR")}
+    command = [sys.executable, "-c", STARTS, str(folder), quantize_to]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize_to", ["", "int8"])
+def test_a_second_start_compiles_nothing(tmp_path: Path, quantize_to: str) -> None:
+    first, second = (start(tmp_path, quantize_to) for _ in range(2))
+    assert first["fxgraph_cache_miss"] > 0
+    assert second.get("fxgraph_cache_miss", 0) == second.get("fxgraph_cache_bypass", 0) == 0
+    assert second["fxgraph_cache_hit"] + second.get("autograd_cache_hit", 0) > 0
+    assert [folder.name.split("-")[0] for folder in (tmp_path / "compiled").iterdir()] == ["pixa"]
+
+
+def compiled_folder(monkeypatch: pytest.MonkeyPatch, **flags: Any) -> str | None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    kept.keep_compiled(tiny.config("pixa", **flags), trims=True)
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+
+
+def test_compiled_code_has_a_folder_a_type_and_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kept, "COMPILED_BYTES", 1500)
+    assert compiled_folder(monkeypatch, cache_dir=str(tmp_path)) is None, "nothing is compiled"
+    for age, name in enumerate(("newest", "older", "oldest")):
+        old = tmp_path / "compiled" / name
+        (old / "fx").mkdir(parents=True)
+        (old / "fx" / "code").write_bytes(bytes(600))
+        os.utime(old, (1e9 - age, 1e9 - age))
+    with caplog.at_level("INFO", "host"):
+        mine = compiled_folder(monkeypatch, cache_dir=str(tmp_path), compile_vae=True)
+    assert mine and Path(mine).is_dir()
+    left = {entry.name for entry in (tmp_path / "compiled").iterdir()}
+    assert left == {"newest", "older", Path(mine).name}
+    assert "oldest" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_costs_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "compiled").write_text("a file")
+    assert compiled_folder(monkeypatch, cache_dir=str(tmp_path), compile_vae=True) is None
+    assert len(caplog.records) == 1 and "compiled code is not kept in" in caplog.text
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/own")
+    kept.keep_compiled(tiny.config("pixa", compile_vae=True), trims=True)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/own"
