@@ -19,6 +19,7 @@ from shared.launch.errors import LoadError, UsageError, first_line
 from shared.launch.flags import HostConfig
 from shared.launch.logs import adopt_libraries, guard_streams, set_up_logging, world_from_environment
 from shared.launch.parser import EXIT_USAGE, exit_usage, parse_or_exit, usage_line
+from shared.pipeline.kept import keep_compiled
 from shared.ranks.lifeline import EXIT_FAILED, Lifeline
 from shared.ranks.liveness import dead_ranks, died
 
@@ -62,6 +63,7 @@ def serve(backend: Backend[World, Engine]) -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    keep_compiled(config, trims=os.environ.get("LOCAL_RANK", "0") == "0")
     try:
         _load_and_loop(config, backend, status, queue, lifeline)
     except UsageError as error:
@@ -132,7 +134,6 @@ def _load_and_loop(
 ) -> None:
     began = time.monotonic()
     status.at(5, "importing libraries")
-    from shared.pipeline.kept import keep_compiled
     from shared.ranks.channel import Channel
     from shared.ranks.device import freeze_heap, rank_device_info
     from shared.ranks.groups import init_world
@@ -141,7 +142,6 @@ def _load_and_loop(
     status.at(15, "waiting for the other ranks")
     world = init_world(config.device, config.collective_timeout, lifeline.watch, lifeline.when_stopped)
     limit_threads(world.device.type)
-    keep_compiled(config, trims=world.local_rank == 0)
     status.at(20, "loading the model")
     engine = backend.build_engine(config, world)
     adopt_libraries()

@@ -425,6 +425,6 @@ def test_help_and_usage_errors_are_instant(backend: str) -> None:
 def test_a_size_that_fails_ends_the_start() -> None:
     config = config_of(width=64, height=64, sizes=((32, 64), (24, 64)))
     status = HostStatus(config.backend, config.type, 1)
-    with pytest.raises(LoadError, match="^--sizes: 24x64 fails: no room for it$"):
+    with pytest.raises(LoadError, match=r"^--sizes: 24x64 fails: no room for it$"):
         warm_up(FakeEngine(tiny.world()), config, status)
     assert status.message == "warming up at 24x64, size 3 of 3"

@@ -1,4 +1,4 @@
-"""What a start leaves for the next one in --cache_dir: compiled code, within bounds"""
+"""What a start leaves for the next one in --cache_dir: compiled code, within bounds. Imports no torch"""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import logging
 import os
 import shutil
 import stat
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 from shared.api.hashes import cache_folder
 from shared.launch.errors import first_line
@@ -24,7 +23,8 @@ COMPILED_BYTES = 8 << 30
 def keep_compiled(config: HostConfig, trims: bool) -> None:
     """Have torch's compilers keep what they make in --cache_dir, and find what an earlier start made.
 
-    To be called before anything is compiled. A TORCHINDUCTOR_CACHE_DIR of the environment wins.
+    To be called before torch is imported, which sets a TORCHINDUCTOR_CACHE_DIR of its own; one that is set
+    before wins.
 
     Args:
         trims: whether this rank drops what is too much; one of a machine.
@@ -32,7 +32,7 @@ def keep_compiled(config: HostConfig, trims: bool) -> None:
     if not config.compiles or "TORCHINDUCTOR_CACHE_DIR" in os.environ:
         return
     compiled = cache_folder(config) / "compiled"
-    mine = compiled / f"{config.type}-torch-{torch.__version__}"
+    mine = compiled / f"{config.type}-torch-{version('torch')}"
     try:
         mine.mkdir(parents=True, exist_ok=True)
         os.utime(mine)

@@ -15,11 +15,13 @@ from shared.pipeline import kept
 from tests import tiny
 
 STARTS = """
-import json, sys, torch
+import json, sys
+from shared.launch.flags import HostConfig
 from shared.pipeline.kept import keep_compiled
-from tests import tiny
 flags = {"compile_unet": True, "cache_dir": sys.argv[1], "quantize_to": sys.argv[2] or None}
-keep_compiled(tiny.config("pixa", **flags), trims=True)
+keep_compiled(HostConfig(type="pixa", **flags), trims=True)
+import torch
+from tests import tiny
 tiny.run(tiny.host("pixa", **flags), "pixa")
 print(json.dumps(torch._dynamo.utils.counters["inductor"]))
 """
