@@ -322,9 +322,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # and the host with it
     every = itertools.product(STATES, VICTIMS, SIGNALS)
     chosen = [kill for kill in every if re.fullmatch(options.only, "/".join(kill))]
+    random.Random(0).shuffle(chosen)  # so that some minutes of them are of every kind
     if options.missing:
         chosen = missing(chosen, between(MEASURED.read_text(), "kills"))
-    random.Random(0).shuffle(chosen)  # so that some minutes of them are of every kind
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         for row in run(chosen, Path(name), options.collective_timeout, 60 * options.minutes):
@@ -337,9 +337,14 @@ def main() -> None:
 
 
 def missing(kills: list[Kill], text: str) -> list[Kill]:
-    """Those that a table has no row of, or one without compared pictures."""
-    whole = [line for line in text.splitlines() if NONE not in line]
-    return [kill for kill in kills if not any(line.startswith(f"| {' | '.join(kill)} |") for line in whole)]
+    """Those that a table has no row of, then those of a row without compared pictures or with lost jobs."""
+    rows = {kill: line for line in text.splitlines() for kill in kills if line.startswith(_beginning(kill))}
+    again = [kill for kill, line in rows.items() if NONE in line or line.split(" | ")[7] != "0"]
+    return [kill for kill in kills if kill not in rows] + [kill for kill in kills if kill in again]
+
+
+def _beginning(kill: Kill) -> str:
+    return f"| {' | '.join(kill)} |"
 
 
 def wrong(row: dict[str, Any]) -> list[str]:

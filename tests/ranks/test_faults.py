@@ -56,17 +56,20 @@ def test_the_table_of_kills_counts_and_keeps_the_rows_of_other_runs() -> None:
     row = {"state": "idle", "victim": "rank 0", "signal": "KILL", "jobs at work": 2}
     row |= {"gone": "0.5 s", "back": "30.0 s", "orphans": 0}
     good, bad = patient.Asked("raw", {}, picture=b"a"), patient.Asked("raw", {}, lost="gone")
-    bad.other = True
+    good.other, bad.other = False, True
     text = kills.table([row | {"jobs": [good, bad]}])
     assert "| idle | rank 0 | KILL | 2 | 0.5 s | 30.0 s | 1 | 1 | 1 | 0 |" in text
     both = kills.table([row | {"signal": "TERM", "back": "9.0 s", "jobs": [good]}], text)
     assert (
         both.splitlines()[-1] == "| all | 2 kills |  | 4 | at most 0.5 s | at most 30.0 s | 2 | 1 | 1 | 0 |"
     )
-    again = [("idle", "rank 0", "KILL"), ("idle", "rank 0", "TERM"), ("idle", "rank 0", "STOP")]
-    bad.other = good.other = None
-    part = kills.table([row | {"jobs": [good, bad]}], text)
-    assert (kills.missing(again, both), kills.missing(again, part)) == (again[1:], again)
+    kill, _, stop = every = [("idle", "rank 0", number) for number in ("KILL", "TERM", "STOP")]
+    assert kills.missing(every, both) == [stop, kill]  # without a row; with a lost job
+    good.other = None
+    part = kills.table([row | {"jobs": [good]}], both)
+    assert kills.missing(every, part) == [stop, kill]  # whose pictures are not compared
+    good.other = False
+    assert kills.missing(every, kills.table([row | {"jobs": [good]}], both)) == [stop]
 
 
 @pytest.mark.parametrize(
