@@ -93,7 +93,8 @@ class StateFolder:
     def _open(self, path: Path) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite's other files get its mode
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
+        if self._db.execute("PRAGMA journal_mode=WAL").fetchone() != ("wal",):
+            raise FolderError("must be on a local disk: SQLite cannot share memory for its log there")
         self._db.execute("PRAGMA synchronous=FULL")
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version not in range(VERSION + 1):

@@ -269,6 +269,19 @@ def test_a_folder_of_another_version_or_a_broken_one_is_told(tmp_path: Path) -> 
         StateFolder(tmp_path / "file")
 
 
+def test_a_folder_without_a_log_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnNetwork(sqlite3.Connection):
+        def execute(self, sql: str, *more: Any) -> sqlite3.Cursor:
+            return super().execute(sql.replace("=WAL", "=DELETE"), *more)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *a, **more: connect(*a, factory=OnNetwork, **more))
+    with pytest.raises(FolderError, match="must be on a local disk"):
+        StateFolder(tmp_path)
+    monkeypatch.undo()
+    StateFolder(tmp_path).close()
+
+
 def test_a_row_that_cannot_be_read_is_a_failed_job(tmp_path: Path) -> None:
     folder = StateFolder(tmp_path)
     folder.add("odd", b"not JSON", b"{}")
