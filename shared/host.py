@@ -137,12 +137,17 @@ def _load_and_loop(
     from shared.ranks.channel import Channel
     from shared.ranks.device import freeze_heap, rank_device_info
     from shared.ranks.groups import init_world
-    from shared.ranks.loop import RankLoop
+    from shared.ranks.loop import RankLoop, no_advice
 
     status.at(15, "waiting for the other ranks")
     world = init_world(config.device, config.collective_timeout, lifeline.watch, lifeline.when_stopped)
     limit_threads(world.device.type)
     status.at(20, "loading the model")
+    channel, memory = Channel(world), None
+    if backend.plans_memory:
+        from shared.pipeline.memory_plan import planned
+
+        config, memory = planned(config, backend, channel)
     engine = backend.build_engine(config, world)
     adopt_libraries()
     warm_up(engine, config, status)
@@ -151,10 +156,11 @@ def _load_and_loop(
     if on_server:
         engine.preview_to(queue)
     freeze_heap()
-    channel = Channel(world)
     status.ranks = channel.gather_infos(rank_device_info(world) | {"parameters": engine.parameters})
     lifeline.serving = True
     status.plan, status.embeddings = engine.plan, engine.embeddings
+    if memory is not None:
+        status.plan = status.plan | {"memory": memory.told()}
     status.versions = versions()
     status.ready()
     log.info(
@@ -174,6 +180,7 @@ def _load_and_loop(
         status if on_server else None,
         config.request_timeout,
         backend.pictures_at_once(config),
+        memory.advice_for if memory is not None else no_advice,
     ).run()
 
 

@@ -168,4 +168,4 @@ if __name__ == "__main__":
     from shared.backends import BACKENDS
     from shared.host import serve
 
-    serve(replace(BACKENDS["asyncdiff"], build_engine=build_engine))
+    serve(replace(BACKENDS["asyncdiff"], build_engine=build_engine, plans_memory=False))

@@ -93,7 +93,14 @@ def needs(config: HostConfig, world_size: int) -> Needs:
         encoders = config.spec.text_encoders
         staged = tuple(name for name in shards if name not in encoders)
         shards = tuple(name for name in shards if name in encoders)
-    return Needs(in_parts=world_size > 1, shards=shards, stages=staged)
+    halves = config.use_cfg_parallel and not shares_branch(config, world_size)
+    return Needs(
+        in_parts=world_size > 1,
+        shards=shards,
+        stages=staged,
+        stage_count=stages(config, world_size),
+        step_parts=2 if halves else 1,
+    )
 
 
 def attach(

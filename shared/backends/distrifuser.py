@@ -53,7 +53,14 @@ def idle(config: HostConfig, world_size: int) -> list[str]:
 def needs(config: HostConfig, world_size: int) -> Needs:
     """Patches and parts of layers are computed inside the UNet."""
     divides = "--parallelism=tensor" if config.parallelism == "tensor" else None
-    return Needs(world_size > 1, divides_weights=divides, shards=config.shards(world_size))
+    return Needs(
+        world_size > 1,
+        divides_weights=divides,
+        shards=config.shards(world_size),
+        step_parts=1 if divides else world_size,
+        decode_parts=1 if config.compile_vae else world_size,
+        keeps_patches=config.parallelism == "patch" and world_size > 1,
+    )
 
 
 def attach(pipe: Pipeline, config: HostConfig, world: World, branches: Any = None) -> Method:

@@ -28,7 +28,15 @@ def needs(config: HostConfig, world_size: int) -> Needs:
     divides = next((f"--{flag}" for flag in flags if (getattr(config, flag) or 1) > 1), None)
     # PipeFusion's stages keep their own blocks already.
     shards = tuple(m for m in config.shards(world_size) if not pipefused or m in config.spec.text_encoders)
-    return Needs(pipefused, inside_blocks=pipefused, divides_weights=divides, shards=shards)
+    degrees = xdit_degrees(config, world_size)
+    return Needs(
+        pipefused,
+        inside_blocks=pipefused,
+        divides_weights=divides,
+        shards=shards,
+        step_parts=degrees.sequence * (degrees.cfg if config.spec.guidance_branches > 1 else 1),
+        decode_parts=degrees.world // degrees.data if config.use_parallel_vae else 1,
+    )
 
 
 def idle(config: HostConfig, world_size: int) -> list[str]:

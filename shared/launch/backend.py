@@ -23,6 +23,10 @@ class Needs:
     divides_weights: str | None = None  # the flag by which it does: LoRAs are fused, and stay
     shards: tuple[str, ...] = ()  # models of which each rank keeps a part: they are loaded to host memory
     stages: tuple[str, ...] = ()  # the same, where each rank keeps a stage of them
+    stage_count: int = 1  # how many of those there are
+    step_parts: int = 1  # ranks that divide what a step needs while it runs
+    decode_parts: int = 1  # ranks that divide what decoding needs
+    keeps_patches: bool = False  # whether a rank keeps what the others' patches were in the step before
 
 
 def _no_idle_flags(config: HostConfig, world_size: int) -> list[str]:
@@ -55,6 +59,7 @@ class Backend(Generic[World, Engine]):
     # Type -> flag -> why this method does not support it for this type.
     refuses: Mapping[str, Mapping[str, str]] = field(default_factory=lambda: MappingProxyType({}))
     idle: Callable[[HostConfig, int], list[str]] = _no_idle_flags  # a line for each flag that changes nothing
+    plans_memory: bool = True  # whether what its ranks need is planned before anything is loaded
     pictures_at_once: Callable[[HostConfig], int] = _one_picture  # of one request
 
     @property

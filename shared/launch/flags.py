@@ -204,6 +204,9 @@ class HostConfig:
     enable_group_offload: bool = _flag(
         False, _MEMORY, "keep idle groups of layers in CPU memory (needs a GPU)"
     )
+    fit: bool = _flag(
+        False, _MEMORY, "choose the flags that make the launch fit the memory, the cheapest first"
+    )
 
     warm_up_steps: int = _flag(
         3,

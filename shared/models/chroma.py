@@ -39,6 +39,7 @@ FAMILY = Family(
     rows=(
         ModelSpec(
             name="chroma",
+            text_tokens=512,
             title="Chroma1",
             pipeline="ChromaPipeline",
             image="start",

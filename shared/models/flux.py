@@ -65,6 +65,7 @@ FAMILY = Family(
     rows=(
         ModelSpec(
             name="flux",
+            text_tokens=512,
             title="FLUX.1",
             pipeline="FluxPipeline",
             image="start",

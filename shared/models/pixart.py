@@ -34,6 +34,7 @@ FAMILY = Family(
         *(
             ModelSpec(
                 name=name,
+                step_maps=12.5,
                 title=title,
                 pipeline=pipeline,
                 denoiser="transformer",

@@ -74,6 +74,7 @@ FAMILY = Family(
     rows=(
         ModelSpec(
             name="ad",
+            step_maps=26.0,
             prompt_chunks=True,
             title="AnimateDiff (Stable Diffusion 1.5 with a motion module)",
             pipeline="AnimateDiffPipeline",
@@ -103,6 +104,8 @@ FAMILY = Family(
         ),
         ModelSpec(
             name="sd1",
+            step_maps=26.0,
+            stale_maps=18.0,
             prompt_chunks=True,
             title="Stable Diffusion 1.x",
             pipeline="StableDiffusionPipeline",
@@ -129,6 +132,8 @@ FAMILY = Family(
         ),
         ModelSpec(
             name="sd2",
+            step_maps=26.0,
+            stale_maps=18.0,
             prompt_chunks=True,
             title="Stable Diffusion 2.x",
             pipeline="StableDiffusionPipeline",
@@ -156,6 +161,8 @@ FAMILY = Family(
         ),
         ModelSpec(
             name="sdxl",
+            step_maps=16.0,
+            stale_maps=40.0,
             prompt_chunks=True,
             title="Stable Diffusion XL",
             pipeline="StableDiffusionXLPipeline",
@@ -191,6 +198,7 @@ FAMILY = Family(
         ),
         ModelSpec(
             name="sdup",
+            step_maps=26.0,
             prompt_chunks=True,
             title="Stable Diffusion x4 upscaler",
             pipeline="StableDiffusionUpscalePipeline",
@@ -213,6 +221,7 @@ FAMILY = Family(
         ),
         ModelSpec(
             name="svd",
+            step_maps=26.0,
             title="Stable Video Diffusion",
             pipeline="StableVideoDiffusionPipeline",
             denoiser="unet",

@@ -66,6 +66,8 @@ FAMILY = Family(
     rows=(
         ModelSpec(
             name="sd3",
+            step_maps=12.5,
+            text_tokens=333,
             sized_tokenizers=("tokenizer_3",),
             most_tokens=512,
             embeds_setting="joint_attention_dim",

@@ -84,6 +84,12 @@ class ModelSpec:
     # Where no size is asked for beside a picture to look at, the sides are multiples of this, with the last
     # picture's aspect and the launch's area; 0: the size is the picture's own.
     aspect_multiple: int = 0
+    # What a call of its denoiser needs while it runs, in maps: one number for each channel of its first
+    # level (a transformer's width) at each of the latents (tokens). Counted at full size, without scores of
+    # attention; and what DistriFusion keeps of other patches.
+    step_maps: float = 17.0
+    stale_maps: float = 0.0
+    text_tokens: int = 0  # beside the picture's in each block
     size_scale: int = 1  # output pixels per pixel of the size that the pipeline is given (x4 upscaler: 4)
     frames: int | None = None
     frames_factor: int = 1  # frames of one latent frame; the first frame has a latent of its own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import re
 import resource
 import time
@@ -15,6 +16,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from shared.launch.errors import UsageError
+from shared.launch.wording import shown
 from shared.ranks.groups import World
 
 Result = TypeVar("Result")
@@ -24,6 +27,8 @@ _peaks: dict[torch.device, int] = {}
 _latest: dict[torch.device, int] = {}
 """The same, since the latest request began."""
 
+LIMIT = "MULTIGPU_DIFFUSION_MEMORY_LIMIT"
+"""The environment variable with the GiB that a rank may take of its device."""
 OWN = Path("/proc/self")
 HOST_FULL = ("DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What libraries say in errors of no class of their own."""
@@ -82,6 +87,33 @@ def _count_anew(device: torch.device) -> None:
 
 def _peak(device: torch.device) -> int:
     return max(_peaks.get(device, 0), torch.cuda.max_memory_allocated(device))
+
+
+def free_memory(world: World) -> int:
+    """Bytes of its device that this rank may take, with the limit of the variable LIMIT.
+
+    On a GPU the limit is set, so that torch raises where it is passed; on a CPU ranks of a machine share what
+    is available.
+
+    Raises:
+        UsageError: the limit is not a number above 0.
+    """
+    limit = None
+    if given := os.environ.get(LIMIT):
+        try:
+            limit = int(float(given) * 2**30)
+        except (ValueError, OverflowError):
+            limit = 0
+        if limit <= 0:
+            raise UsageError(f"{LIMIT}: must be a number of GiB above 0; got {shown(given)}")
+    if world.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(world.device)
+        if limit is not None:
+            torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), world.device)
+        share = torch.cuda.get_per_process_memory_fraction(world.device)
+        return min(free, int(share * total) - torch.cuda.memory_reserved(world.device))
+    free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free if limit is None else min(free, limit)
 
 
 def memory_report(device: torch.device) -> dict[str, int]:

@@ -416,6 +416,19 @@ def _(ground: Ground) -> None:
             assert share == 1 if model == "vae" else 0.5 <= share < 0.52, model
 
 
+@shows("fit")
+def _(ground: Ground) -> None:
+    """A launch that does not fit is refused without it, and given the flags that make it fit with it."""
+    from shared.pipeline.memory_plan import MemoryPlan
+
+    plan = MemoryPlan(tiny.config("sd1", width=64, height=64), BACKENDS["asyncdiff"], 1, "cpu",
+                      torch.float32, [4 << 20])  # fmt: skip
+    with pytest.raises(UsageError, match="it would fit with --quantize_to=float8"):
+        plan.fitted()
+    plan.config = replace(plan.config, fit=True)
+    assert plan.fitted().quantize_to == "float8"
+
+
 # Plans
 
 

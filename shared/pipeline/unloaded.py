@@ -1,0 +1,204 @@
+"""The models of a launch without memory for their weights: from configurations and headers alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared.launch.flags import HostConfig
+from shared.parallel.sharded import blocks_of
+from shared.pipeline.quantize import GROUP_SIZES
+from shared.pipeline.single_file import CONFIGS, _missing, _overrides, config_folder
+from shared.pipeline.weights_file import Header, read_header
+
+
+@dataclass
+class Unloaded:
+    """A model of a pipeline: its modules on meta, and the bytes of tensors of which only a size is known."""
+
+    modules: list[nn.Module] = field(default_factory=list)
+    more: int = 0
+    packed: int | None = None
+    """Bytes of a GGUF file's tensors, in place of all parameters."""
+
+    def nbytes(self, dtype: torch.dtype, kind: str | None, kept: tuple[str, ...]) -> int:
+        """Of all parameters in this dtype, its layers but those `kept` quantized to `kind`."""
+        if self.packed is not None:
+            return self.packed
+        return self.more + sum(sum(stored(m, dtype, kind, kept).values()) for m in self.modules)
+
+    def share(self, ranks: int, dtype: torch.dtype, kind: str | None, kept: tuple[str, ...]) -> float:
+        """The part of the bytes that a rank keeps, where blocks are divided over so many ranks."""
+        whole, saved = 1, 0.0
+        for module in self.modules:
+            sizes = stored(module, dtype, kind, kept)
+            whole += sum(sizes.values())
+            for block in blocks_of(module, ranks):
+                saved += sum(sizes[id(piece.tensor)] for piece in block.pieces) * (1 - 1 / ranks)
+        return 1 - saved / whole
+
+    def largest_block(self, dtype: torch.dtype, kind: str | None, kept: tuple[str, ...]) -> int:
+        """Bytes of the largest part that is gathered, or moved, as one."""
+        found = [0]
+        for module in self.modules:
+            sizes = stored(module, dtype, kind, kept)
+            found += [sum(sizes[id(p.tensor)] for p in b.pieces) for b in blocks_of(module, 2)]
+        return max(found)
+
+
+def stored(module: nn.Module, dtype: torch.dtype, kind: str | None, kept: tuple[str, ...]) -> dict[int, int]:
+    """Bytes of each parameter as it is loaded, by its id."""
+    exact = _full_precision(module, dtype)
+    sizes = {}
+    for name, parameter in module.named_parameters():
+        size = 4 if any(part in exact for part in name.split(".")) else dtype.itemsize
+        sizes[id(parameter)] = parameter.numel() * size
+    for name, layer in module.named_modules() if kind else ():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not any(fnmatch(name, one) for one in kept):
+            sizes[id(layer.weight)] = _quantized(layer.weight, str(kind), dtype.itemsize)
+    return sizes
+
+
+def _quantized(weight: torch.Tensor, kind: str, size: int) -> int:
+    outputs, inputs = weight.shape[0], weight[0].numel()
+    if kind not in GROUP_SIZES:
+        return weight.numel() + outputs * size
+    group = GROUP_SIZES[kind]
+    groups = weight.numel() // group if inputs > group and inputs % group == 0 else outputs
+    return weight.numel() * (4 if kind == "int4" else 2) // 8 + 2 * groups * size
+
+
+def _full_precision(module: nn.Module, dtype: torch.dtype) -> set[str]:
+    """The names that libraries leave in fp32 when they load to another dtype."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(module, PreTrainedModel):
+        return set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    usual = module._keep_in_fp32_modules if dtype == torch.float16 else ()
+    return {*(usual or ()), *(module._keep_in_fp32_modules_strict or ())}
+
+
+def unloaded_models(config: HostConfig, dtype: torch.dtype) -> dict[str, Unloaded]:
+    """By component, as shared.pipeline.sharding.models_of names them.
+
+    Raises:
+        OSError, ValueError, KeyError, AttributeError: a configuration that cannot be read; loading says it.
+    """
+    spec, checkpoint = config.spec, Path(config.checkpoint)
+    header = read_header(checkpoint) if checkpoint.is_file() else None
+    beside = checkpoint.with_suffix("") if header else checkpoint
+    shipped = CONFIGS / (spec.single_file_config or "")
+    folder = beside if (beside / "model_index.json").is_file() else shipped
+    index = _read(folder / "model_index.json")
+    listed = {k: v for k, v in index.items() if isinstance(v, list) and v[0] and k != "safety_checker"}
+    absent: dict[str, Any] = {}
+    if header is not None:
+        _missing(spec, header, listed, absent)
+    found: dict[str, Unloaded] = {}
+    for name, (library, class_name) in listed.items():
+        if name in absent or library not in ("diffusers", "transformers"):
+            continue
+        place = config_folder(spec, checkpoint, name) if header is not None else folder
+        own = _overrides(spec, header) if header is not None and name == spec.denoiser else {}
+        place /= name
+        if name == "vae" and config.vae and Path(config.vae).is_dir():
+            inside = Path(config.vae) / "vae"
+            place = inside if (inside / "config.json").is_file() else Path(config.vae)
+        model = _on_meta(library, class_name, place, own)
+        if model is not None:
+            found[name] = Unloaded([model])
+        if model is not None and header is not None and name in spec.single_file_encoders:
+            # Loaded from tensors, T5 holds its embedding twice.
+            each = [p.numel() for _, p in model.named_parameters(remove_duplicate=False)]
+            twice = sum(each) - sum(p.numel() for p in model.parameters())
+            found[name].more = twice * dtype.itemsize
+    if config.gguf_model:
+        found[spec.denoiser].packed = _gguf_bytes(config.gguf_model, found[spec.denoiser].modules[0], dtype)
+    _adapters(config, found, dtype)
+    return found
+
+
+def _adapters(config: HostConfig, found: dict[str, Unloaded], dtype: torch.dtype) -> None:
+    spec = config.spec
+    denoiser = found[spec.denoiser]
+    motion = config.motion_adapter or config.motion_module
+    if motion and Path(motion).is_dir():
+        model = _on_meta("diffusers", "MotionAdapter", Path(motion), {})
+        assert model is not None
+        found["motion_adapter"] = Unloaded([model])
+        if type(denoiser.modules[0]).__name__ == "UNet2DConditionModel":
+            denoiser.modules.append(model)
+    elif motion and motion.endswith(".safetensors"):
+        found["motion_adapter"] = Unloaded(more=_numbers(motion) * dtype.itemsize)
+        denoiser.more += _numbers(motion) * dtype.itemsize
+    for number, path in enumerate(config.control_net or ()):
+        settings = Path(path) / "config.json"
+        if settings.is_file():
+            model = _on_meta("diffusers", _read(settings)["_class_name"], Path(path), {})
+            net = Unloaded([model] if model is not None else [])
+        else:
+            net = Unloaded(more=_numbers(path) * dtype.itemsize)
+        found[f"controlnet_{number}" if number else "controlnet"] = net
+    fused = bool(config.quantize_to or config.compile_unet or config.compile_text_encoder)
+    files = [] if fused else [*(config.lora or {}), *(config.motion_adapter_lora or {})]
+    for path in [*files, *(config.ip_adapter or {})]:
+        if Path(path).is_file() and path.endswith(".safetensors"):
+            denoiser.more += _numbers(path) * dtype.itemsize
+    for path in config.ip_adapter or ():
+        encoder = Path(path).parent / "image_encoder"
+        kind = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
+        if "image_encoder" not in found and (encoder / "config.json").is_file():
+            model = _on_meta("transformers", kind[spec.ip_adapter_encoder or "clip"], encoder, {})
+            found["image_encoder"] = Unloaded([model] if model is not None else [])
+
+
+def _on_meta(library: str, class_name: str, folder: Path, own: dict[str, Any]) -> nn.Module | None:
+    """A model of this configuration; None where the class is no model."""
+    import diffusers
+    import transformers
+
+    cls: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
+    if nn.Module not in getattr(cls, "__mro__", ()):
+        return None
+    model: nn.Module
+    with torch.device("meta"):
+        if library == "diffusers":
+            model = cls.from_config({**_read(folder / "config.json"), **own})
+        else:
+            encoder = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
+            encoder.tie_weights()
+            model = encoder
+    return model.to("meta").eval().requires_grad_(False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads(path.read_text())
+    return settings
+
+
+def _numbers(path: str) -> int:
+    """How many numbers a `.safetensors` file holds."""
+    header: Header = read_header(Path(path))
+    return sum(prod(shape) for name, shape in header.shapes.items() if not name.endswith("pos_encoder.pe"))
+
+
+def _gguf_bytes(path: str, model: nn.Module, dtype: torch.dtype) -> int:
+    """Of a GGUF file's tensors: packed in linear layers, else in `dtype`. Reads the header alone."""
+    import gguf
+
+    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    others = sum(p.numel() for p in model.parameters() if id(p) not in linear)
+    total, packed = 0, 0
+    for tensor in gguf.GGUFReader(path).tensors:
+        if len(tensor.shape) == 2 and tensor.tensor_type.name not in ("F32", "F16"):
+            packed += int(tensor.n_bytes)
+            total += int(tensor.n_elements)
+    plain = sum(p.numel() for p in model.parameters()) - others - total
+    return packed + (others + max(plain, 0)) * dtype.itemsize
