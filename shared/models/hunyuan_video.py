@@ -59,6 +59,7 @@ FAMILY = Family(
             unpacked_layout="ncfhw",
             vae_kind="video",
             channels_setting="latent_channels",
+            scale_setting="spatial_compression_ratio",
             kept=(
                 "proj_out",
                 "x_embedder*",

@@ -97,6 +97,10 @@ class TokenPlan:
     """Whether every rank computes all of it, whoever shares the sequence (a ControlNet)."""
     heads: str = "num_attention_heads"
     """What its configuration calls the number of attention heads."""
+    width: str | None = None
+    """What it calls the channels of a token; None: they are heads x attention_head_dim."""
+    side: str = "patch_size"
+    """What it calls the latents of a token, a side; packed latents are 2 a side."""
     unguided: bool = False
     """Whether its most used checkpoints work without guidance, so that no rank is given to it unasked."""
     capturable: bool = True

@@ -88,6 +88,7 @@ WAN = ModelSpec(
     sized_tokenizers=("tokenizer",),
     embeds_setting="text_dim",
     unpacked_layout="ncfhw",
+    scale_setting="scale_factor_spatial",
     vae_kind="video",
     own_names=OWN_NAMES,
     kept=("proj_out", "patch_embedding", "condition_embedder*"),

@@ -48,6 +48,8 @@ TOKENS = TokenPlan(
     ),
     positions=(Site("controlnet_block_samples", "argument"),),
     heads="n_heads",
+    width="dim",
+    side="all_patch_size",
     unguided=True,
     output=None,
     flow=True,
@@ -58,6 +60,7 @@ FAMILY = Family(
     rows=(
         ModelSpec(
             name="zimage",
+            text_tokens=512,
             title="Z-Image",
             pipeline="ZImagePipeline",
             image="start",

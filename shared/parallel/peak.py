@@ -44,10 +44,15 @@ class PeakBytes(TorchDispatchMode):
 
 
 class FlashAttention(TorchFunctionMode):
-    """Attention without a matrix of scores, as GPUs compute it: on meta, torch would make one."""
+    """Attention without a matrix of scores, as GPUs compute it: on meta, torch would make one.
+
+    Nor is anything assigned to parts of tensors: masks that are written row by row would take minutes.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.__setitem__:
+            return None
         if func is F.scaled_dot_product_attention:
             query, value = args[0] if args else kwargs["query"], args[2] if len(args) > 2 else kwargs["value"]
             return query.new_empty((*query.shape[:-1], value.shape[-1]))

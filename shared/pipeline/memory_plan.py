@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from shared.api.requests import GenerateRequest
 from shared.launch.backend import Backend
 from shared.launch.errors import UsageError
 from shared.launch.fit import cheapest, singles, worded
 from shared.launch.flags import HostConfig
-from shared.parallel.peak import FlashAttention, PeakBytes
+from shared.parallel.graphs import SHARE
 from shared.pipeline.loading import compute_dtype
 from shared.pipeline.single_file import BROKEN
 from shared.pipeline.unloaded import unloaded_models
+from shared.pipeline.work import Work
 from shared.ranks.channel import Channel
-from shared.ranks.device import free_memory
+from shared.ranks.device import LIMIT, free_memory
 
 log = logging.getLogger("host")
 
@@ -40,7 +42,8 @@ class Need:
 
     weights: int
     graphs: int
-    work: int  # of a step or of decoding, whichever is more
+    work: int  # of prompts, a step or decoding, whichever is the most
+    encode: int
     step: int
     decode: int
     libraries: int
@@ -62,6 +65,7 @@ class MemoryPlan:
         device_type: "cuda" or "cpu".
         dtype: of weights and computation.
         free: bytes that each rank may take of its device.
+        binding: whether a launch that does not fit is refused; host memory can be paged, shared and freed.
     """
 
     def __init__(
@@ -72,12 +76,15 @@ class MemoryPlan:
         device_type: str,
         dtype: torch.dtype,
         free: list[int],
+        binding: bool = True,
     ) -> None:
         self.config, self.backend, self.size, self.device_type = config, backend, world_size, device_type
-        self.dtype, self.free = dtype, free
-        self.models = unloaded_models(config, dtype)
+        self.dtype, self.free, self.binding = dtype, free, binding
+        self.warning = ""
+        """What `fitted` has found to say."""
+        self.models = unloaded_models(config, dtype, backend.needs(config, world_size).divides_weights)
         self._weights: dict[Any, tuple[dict[str, int], int, int]] = {}
-        self._decodes: dict[Any, int] = {}
+        self.work = Work(config.spec, self.models, dtype)
 
     def weights_of(self, config: HostConfig, world_size: int) -> tuple[dict[str, int], int, int]:
         """By model the bytes that a rank keeps; those of the gathering buffers or the moved part; loading."""
@@ -93,10 +100,12 @@ class MemoryPlan:
         whole: dict[str, int] = {}
         largest, buffers = 0, 0
         for name, model in self.models.items():
-            quantized = config.quantize_to if name in (spec.denoiser, *spec.text_encoders) else None
-            args = (self.dtype, quantized, spec.kept if name == spec.denoiser else ())
+            denoises = name in (*spec.denoisers, "refiner")
+            quantized = config.quantize_to if denoises or name in spec.text_encoders else None
+            args = (self.dtype, quantized, spec.kept if denoises else ())
             whole[name] = kept[name] = model.nbytes(*args)
-            part = name.rpartition("_")[0] if name.startswith("controlnet_") else name
+            part = "controlnet" if name.startswith("controlnet") else name
+            part = spec.denoiser if name == "refiner" else part
             if part in needs.shards:
                 kept[name] = int(whole[name] * model.share(ranks, *args))
                 buffers = max(buffers, 2 * model.largest_block(*args))
@@ -109,103 +118,51 @@ class MemoryPlan:
             if config.quantize_to:
                 # Each model is whole on the device before it is quantized there.
                 done = 0
-                for name in (spec.denoiser, *spec.text_encoders):
+                for name in (*spec.denoisers, *spec.text_encoders):
                     if name in whole:
                         loading = max(loading, done + self.models[name].nbytes(self.dtype, None, ()))
                         done += whole[name]
         if config.enable_model_cpu_offload:
-            stays = (spec.denoiser, "controlnet") if needs.in_parts else ()
-            resident = sum(size for name, size in kept.items() if name in stays)
+            stays = {n for n in kept if n in (spec.denoiser, "refiner") or n.startswith("controlnet")}
+            stays = stays if needs.in_parts else set()
+            resident = sum(kept[name] for name in stays)
             moved = max((size for name, size in kept.items() if name not in stays), default=0)
             return {"on the device at a time": resident + moved}, 0, 0
         if config.enable_sequential_cpu_offload or config.enable_group_offload:
             return {"on the device at a time": 2 * largest}, 0, 0
         return kept, buffers, loading
 
-    def need(self, config: HostConfig, world_size: int | None = None) -> Need:
-        """What the ranks that need the most of a launch need."""
+    def need(self, config: HostConfig, world_size: int | None = None, frames: int | None = None) -> Need:
+        """What the ranks that need the most of a launch need, for videos of so many frames."""
         ranks = self.size if world_size is None else world_size
         needs = self.backend.needs(config, ranks)
         kept, buffers, loading = self.weights_of(config, ranks)
         weights = sum(kept.values()) + buffers
-        step = self._step(config) // needs.step_parts
+        encode = self.work.encode()
+        step = self.work.step(config, frames) // needs.step_parts
         if needs.keeps_patches:
-            step += self._maps(config, config.spec.stale_maps)
-        decode = self._decode(config) // needs.decode_parts
-        graphs = step if config.captures(self.device_type) else 0
+            step += self.work.stale(config, frames)
+        decode = self.work.decode(config, frames) // needs.decode_parts
+        # Larger ones are not kept (shared.parallel.graphs.Pool).
+        captures = config.captures(self.device_type)
+        graphs = min(step + encode, int(SHARE * self.least_free)) if captures else 0
         libraries = LIBRARIES if self.device_type == "cuda" else 0
-        work = max(step, decode)
+        work = max(encode, step, decode)
         trust = STAGES_TRUST if needs.stages else WEIGHTS_TRUST
         margin = int(trust * weights + WORK_TRUST * (graphs + work) + WORK_TRUST * libraries)
-        return Need(weights, graphs, work, step, decode, libraries, loading, margin)
+        return Need(weights, graphs, work, encode, step, decode, libraries, loading, margin)
 
-    def _maps(self, config: HostConfig, maps: float) -> int:
-        spec, denoiser = config.spec, self.models[config.spec.denoiser].modules[0]
-        settings: Any = denoiser.config
-        width, height = (side * spec.size_scale // self._vae_scale() for side in config.size)
-        frames = 1 if spec.frames is None else (spec.frames - 1) // spec.frames_factor + 1
-        if spec.denoiser == "unet":
-            channels, places = settings.block_out_channels[0], width * height * frames
-        else:
-            patch = 2 if spec.packed else _side(settings.patch_size)
-            channels = settings.num_attention_heads * settings.attention_head_dim
-            places = (width // patch) * (height // patch) * frames + spec.text_tokens
-        branches = 2 if spec.tokens is None or spec.tokens.guidance == "batch" else 1
-        return int(maps * channels * places * branches * self.dtype.itemsize)
-
-    def _step(self, config: HostConfig) -> int:
-        return self._maps(config, config.spec.step_maps)
-
-    def _vae_scale(self) -> int:
-        settings: Any = self._vae.config
-        if self.config.spec.vae_kind == "video":
-            return 8
-        return 2 ** (len(settings.block_out_channels) - 1)
-
-    @property
-    def _vae(self) -> nn.Module:
-        return self.models["vae"].modules[0]
-
-    def _decode(self, config: HostConfig) -> int:
-        """The most that decoding one picture at this size takes, counted in a call on meta."""
-        spec = config.spec
-        key = (config.size, config.enable_vae_tiling, config.enable_vae_slicing)
-        if key in self._decodes:
-            return self._decodes[key]
-        vae: Any = self._vae
-        upcast = getattr(vae.config, "force_upcast", False) and self.dtype == torch.float16
-        dtype = torch.float32 if upcast else self.dtype
-        side = [s * spec.size_scale // self._vae_scale() for s in (config.size[1], config.size[0])]
-        frames = spec.frames or 1
-        more: dict[str, Any] = {}
-        if spec.vae_kind == "video":
-            shape = (1, vae.config[spec.latent_setting], (frames - 1) // spec.frames_factor + 1, *side)
-        else:
-            shape = (frames, vae.config[spec.latent_setting], *side)
-            if spec.image == "needed" and spec.output == "video":
-                more["num_frames"] = frames
-        for flag, name in (("enable_vae_tiling", "tiling"), ("enable_vae_slicing", "slicing")):
-            if hasattr(vae, f"disable_{name}"):
-                getattr(vae, f"{'enable' if getattr(config, flag) else 'disable'}_{name}")()
-        with torch.no_grad(), torch.device("meta"), FlashAttention(), PeakBytes() as peak:
-            vae.to(dtype).decode(torch.empty(shape, dtype=dtype), return_dict=False, **more)
-        found = peak.most
-        if upcast:
-            found += 2 * self.models["vae"].nbytes(self.dtype, None, ())
-        self._decodes[key] = found
-        return found
-
-    def safe(self, config: HostConfig) -> int:
+    def safe(self, config: HostConfig, frames: int | None = None) -> int:
         """Bytes with which a launch fits, however far the estimate is off."""
-        need = self.need(config)
+        need = self.need(config, frames=frames)
         return need.total + need.margin
 
     @property
     def least_free(self) -> int:
         return min(self.free)
 
-    def lines(self) -> list[str]:
-        """For the log: one line, or one a rank where their free memory differs."""
+    def line(self) -> str:
+        """For the log."""
         need, (width, height) = self.need(self.config), self.config.size
         models = ", ".join(
             f"{name} {gib(size)}"
@@ -214,12 +171,13 @@ class MemoryPlan:
         )
         what = (
             f"{gib(need.total)} GiB for {width}x{height} (weights {gib(need.weights)}: {models}; captured "
-            f"steps {gib(need.graphs)}, a step {gib(need.step)}, decoding {gib(need.decode)}), give or take "
-            f"{gib(need.margin)}"
+            f"steps {gib(need.graphs)}, prompts {gib(need.encode)}, a step {gib(need.step)}, decoding "
+            f"{gib(need.decode)}), give or take {gib(need.margin)}"
         )
-        if max(self.free) < 1.05 * self.least_free:
-            return [f"memory: each rank needs {what}; {gib(self.least_free)} GiB are free"]
-        return [f"memory: rank {r} needs {what}; {gib(f)} GiB are free" for r, f in enumerate(self.free)]
+        free = f"{gib(self.least_free)} GiB are free"
+        if max(self.free) > 1.05 * self.least_free:
+            free += f" on rank {self.free.index(self.least_free)}, {gib(max(self.free))} on others"
+        return f"memory: each rank needs {what}; {free}"
 
     def told(self) -> dict[str, Any]:
         """For /health, bytes."""
@@ -227,47 +185,59 @@ class MemoryPlan:
         models = self.weights_of(self.config, self.size)[0]
         return asdict(need) | {"total": need.total, "models": models, "free": self.free}
 
-    def advice(self, config: HostConfig | None = None) -> str:
-        """What would make a launch fit, with the memory that each then needs."""
+    def advice(self, config: HostConfig | None = None, frames: int | None = None, spent: bool = False) -> str:
+        """What would make a launch fit, with the memory that each then needs.
+
+        Args:
+            frames: of its videos.
+            spent: whether it is known not to fit: then estimates are raised until they say so too.
+        """
         config = config or self.config
         free, args = self.least_free, (self.backend, self.size, self.device_type)
-        found = [f"{flag} ({gib(b)} GiB)" for flag, b in singles(config, *args, self.safe, free)]
-        if not found and (best := cheapest(config, *args, self.safe, free)):
+        raised = max(1.0, free / self.safe(config, frames)) if spent else 1.0
+
+        def safe(made: HostConfig) -> int:
+            return int(raised * self.safe(made, frames))
+
+        found = [f"{flag} ({gib(b)} GiB)" for flag, b in singles(config, *args, safe, free)]
+        if not found and (best := cheapest(config, *args, safe, free)):
             found = [f"{worded(best[0])} ({gib(best[1])} GiB)"]
-        found += self._more_ranks(config) + self._smaller(config)
+        found += self._more_ranks(config, frames, raised) + self._smaller(config, safe)
         if found:
             return "it would fit with " + ", or ".join(found)
         return "no flag of this type and method makes it fit"
 
     def advice_for(self, request: GenerateRequest | None) -> str:
         """The advice after a request that has run out of memory."""
-        if request is None or not request.width or not request.height:
-            return self.advice()
-        return self.advice(replace(self.config, width=request.width, height=request.height))
+        if request is None:
+            return self.advice(spent=True)
+        width, height = request.width or self.config.width, request.height or self.config.height
+        return self.advice(replace(self.config, width=width, height=height), request.frames, spent=True)
 
-    def _more_ranks(self, config: HostConfig) -> list[str]:
+    def _more_ranks(self, config: HostConfig, frames: int | None, raised: float) -> list[str]:
         for ranks in (2 * self.size, 4 * self.size):
             try:
                 more = replace(config, shard_weights=True)
                 self.backend.check(more, ranks)
-                need = self.need(more, ranks)
+                need = self.need(more, ranks, frames)
             except ValueError:
                 continue
-            if ranks <= 8 and need.total + need.margin <= self.least_free:
-                return [f"{ranks} ranks and --shard_weights ({gib(need.total + need.margin)} GiB)"]
+            size = int(raised * (need.total + need.margin))
+            if ranks <= 8 and size <= self.least_free:
+                return [f"{ranks} ranks and --shard_weights ({gib(size)} GiB)"]
         return []
 
-    def _smaller(self, config: HostConfig) -> list[str]:
+    def _smaller(self, config: HostConfig, safe: Callable[[HostConfig], int]) -> list[str]:
         multiple = 8 * config.spec.size_multiple
         for part in SIZES:
             width, height = (max(int(s * part) // multiple, 1) * multiple for s in config.size)
             smaller = replace(config, width=width, height=height)
-            if (width, height) < config.size and self.safe(smaller) <= self.least_free:
-                return [f"{width}x{height} ({gib(self.safe(smaller))} GiB)"]
+            if (width, height) < config.size and safe(smaller) <= self.least_free:
+                return [f"{width}x{height} ({gib(safe(smaller))} GiB)"]
         return []
 
     def fitted(self) -> HostConfig:
-        """The launch, with --fit the flags added that make it fit.
+        """The launch, with --fit the flags added that make it fit; `warning` says which, or what is unsure.
 
         Raises:
             UsageError: it does not fit; the message has what would make it.
@@ -279,11 +249,11 @@ class MemoryPlan:
             args = (self.backend, self.size, self.device_type)
             best = cheapest(self.config, *args, self.safe, free)
             if best is not None:
-                log.info("--fit chooses %s: %s GiB on each rank", worded(best[0]), gib(best[1]))
+                self.warning = f"--fit chooses {worded(best[0])}: {gib(best[1])} GiB on each rank"
                 self.config = replace(self.config, **best[0])
                 return self.config
-        if need.total - need.margin <= free:
-            log.warning("memory may not suffice: %s", self.advice())
+        if not self.binding or need.total - need.margin <= free:
+            self.warning = f"memory may not suffice: {self.advice()}"
             return self.config
         width, height = self.config.size
         raise UsageError(
@@ -298,10 +268,6 @@ def gib(size: int) -> str:
     return f"{size / GIB:.3g}"
 
 
-def _side(patch: Any) -> int:
-    return int(patch[-1]) if isinstance(patch, list | tuple) else int(patch)
-
-
 def planned(config: HostConfig, backend: Backend, channel: Channel) -> tuple[HostConfig, MemoryPlan | None]:
     """The launch, with --fit the flags added that make it fit, and its plan. All ranks must call it.
 
@@ -311,12 +277,15 @@ def planned(config: HostConfig, backend: Backend, channel: Channel) -> tuple[Hos
     world = channel.world
     free = [info["free"] for info in channel.gather_infos({"free": free_memory(world)})]
     dtype = compute_dtype(config, world.device)
-    plan = plan_of(config, backend, world.size, world.device.type, dtype, free)
+    binding = world.device.type == "cuda" or LIMIT in os.environ
+    plan = plan_of(config, backend, world.size, world.device.type, dtype, free, binding)
     if plan is None:
         return config, None
     config = plan.fitted()
-    for line in plan.lines() if world.rank == 0 else ():
-        log.info("%s", line)
+    if world.rank == 0:
+        log.info("%s", plan.line())
+        if plan.warning:
+            log.warning("%s", plan.warning)
     return config, plan
 
 
@@ -327,10 +296,11 @@ def plan_of(
     device_type: str,
     dtype: torch.dtype,
     free: list[int],
+    binding: bool,
 ) -> MemoryPlan | None:
     """The plan of a launch; None where its files cannot be read, which loading says better."""
     try:
-        plan = MemoryPlan(config, backend, world_size, device_type, dtype, free)
+        plan = MemoryPlan(config, backend, world_size, device_type, dtype, free, binding)
         plan.need(config)
     except UsageError:
         raise

@@ -62,7 +62,8 @@ def stored(module: nn.Module, dtype: torch.dtype, kind: str | None, kept: tuple[
         sizes[id(parameter)] = parameter.numel() * size
     for name, layer in module.named_modules() if kind else ():
         if isinstance(layer, nn.Linear | nn.Conv2d) and not any(fnmatch(name, one) for one in kept):
-            sizes[id(layer.weight)] = _quantized(layer.weight, str(kind), dtype.itemsize)
+            each = sizes[id(layer.weight)] // layer.weight.numel()
+            sizes[id(layer.weight)] = _quantized(layer.weight, str(kind), each)
     return sizes
 
 
@@ -85,8 +86,13 @@ def _full_precision(module: nn.Module, dtype: torch.dtype) -> set[str]:
     return {*(usual or ()), *(module._keep_in_fp32_modules_strict or ())}
 
 
-def unloaded_models(config: HostConfig, dtype: torch.dtype) -> dict[str, Unloaded]:
+def unloaded_models(
+    config: HostConfig, dtype: torch.dtype, divided: str | None = None
+) -> dict[str, Unloaded]:
     """By component, as shared.pipeline.sharding.models_of names them.
+
+    Args:
+        divided: the flag that divides weights, where one does (shared.launch.backend.Needs.divides_weights).
 
     Raises:
         OSError, ValueError, KeyError, AttributeError: a configuration that cannot be read; loading says it.
@@ -121,11 +127,21 @@ def unloaded_models(config: HostConfig, dtype: torch.dtype) -> dict[str, Unloade
             found[name].more = twice * dtype.itemsize
     if config.gguf_model:
         found[spec.denoiser].packed = _gguf_bytes(config.gguf_model, found[spec.denoiser].modules[0], dtype)
-    _adapters(config, found, dtype)
+    if config.refiner:
+        place = Path(config.refiner)
+        configured = place.with_suffix("") if place.is_file() else place
+        if not (configured / "model_index.json").is_file():
+            configured = CONFIGS / (spec.refiner_config or "")
+        class_name = _read(configured / "model_index.json")[spec.denoiser][1]
+        model = _on_meta("diffusers", class_name, configured / spec.denoiser, {})
+        found["refiner"] = Unloaded([model] if model is not None else [])
+    _adapters(config, found, dtype, divided)
     return found
 
 
-def _adapters(config: HostConfig, found: dict[str, Unloaded], dtype: torch.dtype) -> None:
+def _adapters(
+    config: HostConfig, found: dict[str, Unloaded], dtype: torch.dtype, divided: str | None
+) -> None:
     spec = config.spec
     denoiser = found[spec.denoiser]
     motion = config.motion_adapter or config.motion_module
@@ -146,7 +162,8 @@ def _adapters(config: HostConfig, found: dict[str, Unloaded], dtype: torch.dtype
         else:
             net = Unloaded(more=_numbers(path) * dtype.itemsize)
         found[f"controlnet_{number}" if number else "controlnet"] = net
-    fused = bool(config.quantize_to or config.compile_unet or config.compile_text_encoder)
+    fused = bool(config.quantize_to or config.compile_unet or config.compile_text_encoder or divided)
+    fused = fused and not config.gguf_model
     files = [] if fused else [*(config.lora or {}), *(config.motion_adapter_lora or {})]
     for path in [*files, *(config.ip_adapter or {})]:
         if Path(path).is_file() and path.endswith(".safetensors"):

@@ -6,6 +6,7 @@ import json
 import pickle
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -20,8 +21,9 @@ from shared.api.requests import GenerateRequest
 from shared.api.status import HostStatus
 from shared.ranks.channel import FRAME, LENGTH, Channel
 from shared.ranks.groups import World, make_groups
-from shared.ranks.loop import RankLoop
+from shared.ranks.loop import RankLoop, no_advice
 from shared.ranks.messages import BrokenJobError, Call, Outcome, Verdict
+from tests import tiny
 from tests.fake_host import FakeEngine
 from tests.pool import RankPool
 
@@ -68,6 +70,7 @@ def serve_jobs(
     collective_timeout: float = 20.0,
     request_timeout: float = 60.0,
     cancel_after: float | None = None,
+    advice: Callable[[GenerateRequest | None], str] = no_advice,
 ) -> Told:
     """Each rank's loop until rank 0's jobs are done: what clients were told, and what each rank did."""
     world = world_of_pool(collective_timeout)
@@ -78,7 +81,7 @@ def serve_jobs(
         loop = RankLoop(engine, channel)
     else:
         queue, status = JobQueue(16), HostStatus("asyncdiff", "sd1", world.size)
-        loop = RankLoop(engine, channel, queue, status, request_timeout)
+        loop = RankLoop(engine, channel, queue, status, request_timeout, advice=advice)
         jobs = [a_job(**order) for order in orders]
         for job in jobs:
             queue.submit(job)
@@ -191,6 +194,25 @@ def test_out_of_memory_on_one_rank_is_tried_once_more_then_507(pool: RankPool) -
     assert third["error"] is None
     assert all(r["done"] == ["freed", "4", "5", "freed", "freed", "8"] for r in ranks)
     assert all(r["broken"] is None for r in ranks)
+
+
+def plan_says(request: GenerateRequest | None) -> str:
+    """The advice of a launch at 256x256 that has memory for 64x64."""
+    from tests.pipeline.test_memory_plan import plan_of
+
+    plan = plan_of(tiny.config("sd1", width=256, height=256))
+    plan.free = [plan.safe(replace(plan.config, width=64, height=64))]
+    return plan.advice_for(request)
+
+
+def test_507_has_the_advice_for_the_size_of_the_request(pool: RankPool) -> None:
+    """A request of 64x64 that had no room, where the plan thinks that it should have."""
+    always = {"do": "fill", "rank": 0, "step": 2, "until": 99, "seed": 6}
+    first, second = pool.run(serve_jobs, 1, [always, {"seed": 8}], advice=plan_says)[0]["jobs"]
+    status, said = first["error"]
+    advice = said.partition("Tried to allocate 2.00 GiB): ")[2]
+    assert status == 507 and advice.startswith("it would fit with --quantize_to=float8 (0.0"), said
+    assert "256x256" not in advice and "64x64" not in advice and second["error"] is None
 
 
 def test_cancel_and_the_time_out_end_all_pictures_of_a_request(pool: RankPool) -> None:

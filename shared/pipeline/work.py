@@ -1,0 +1,136 @@
+"""What prompts, a step and decoding of a launch need of memory while they run, counted without any weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared.launch.flags import HostConfig
+from shared.models import ModelSpec
+from shared.parallel.peak import FlashAttention, PeakBytes
+from shared.pipeline.unloaded import Unloaded
+
+UNET_RESIDUALS = 6.0
+"""What a ControlNet of a UNet keeps for it, in maps (ModelSpec.step_maps)."""
+
+
+class Work:
+    """Bytes beside the weights, of one picture or video on one rank that shares nothing.
+
+    Args:
+        spec: of the launch.
+        models: its models, by component.
+        dtype: of the computation.
+    """
+
+    def __init__(self, spec: ModelSpec, models: dict[str, Unloaded], dtype: torch.dtype) -> None:
+        self.spec, self.models, self.dtype = spec, models, dtype
+        self._decodes: dict[Any, int] = {}
+        self._encodes: int | None = None
+
+    def step(self, config: HostConfig, frames: int | None) -> int:
+        """Of a call of the denoiser, with what ControlNets add to it."""
+        return self._maps(config, self.spec.step_maps + self._residuals(), frames)
+
+    def stale(self, config: HostConfig, frames: int | None) -> int:
+        """Of what DistriFusion keeps of other patches."""
+        return self._maps(config, self.spec.stale_maps, frames)
+
+    def _maps(self, config: HostConfig, maps: float, frames: int | None) -> int:
+        spec = self.spec
+        settings: Any = self.models[spec.denoiser].modules[0].config
+        width, height = (side * spec.size_scale // self._vae_scale() for side in config.size)
+        frames = self._latent_frames(frames)
+        if spec.tokens is None:
+            channels, places = settings.block_out_channels[0], width * height * frames
+        else:
+            patch = 2 if spec.packed else _side(settings[spec.tokens.side])
+            channels = settings[spec.tokens.heads] * settings.get("attention_head_dim", 0)
+            if spec.tokens.width is not None:
+                channels = settings[spec.tokens.width]
+            places = (width // patch) * (height // patch) * frames
+            # A picture to look at is as many tokens as the one that is made.
+            places *= 2 if spec.packed and any(start.refers for start in spec.starts) else 1
+            places += spec.text_tokens
+        branches = 2 if spec.tokens is None or spec.tokens.guidance == "batch" else 1
+        return int(maps * channels * places * branches * self.dtype.itemsize)
+
+    def _residuals(self) -> float:
+        """Maps that ControlNets keep for the denoiser: one of each block of a transformer's."""
+        nets = [model for name, model in self.models.items() if name.startswith("controlnet")]
+        plan = self.spec.tokens and self.spec.tokens.control_net
+        if plan is None:
+            return UNET_RESIDUALS * len(nets)
+        lists = [
+            getattr(module, blocks, ()) for net in nets for module in net.modules for blocks in plan.blocks
+        ]
+        return float(sum(map(len, lists)))
+
+    def _vae_scale(self) -> int:
+        settings: Any = self._vae.config
+        if self.spec.scale_setting is not None:
+            return int(settings[self.spec.scale_setting])
+        if self.spec.vae_kind == "video":
+            return 8
+        return 2 ** (len(settings.block_out_channels) - 1)
+
+    def _latent_frames(self, frames: int | None) -> int:
+        return ((frames or self.spec.frames or 1) - 1) // self.spec.frames_factor + 1
+
+    @property
+    def _vae(self) -> nn.Module:
+        return self.models["vae"].modules[0]
+
+    def encode(self) -> int:
+        """Of the text encoder that needs the most for a prompt and a negative one, in calls on meta."""
+        if self._encodes is None:
+            found = [0]
+            for name, tokenizer in zip(self.spec.text_encoders, self.spec.tokenizers, strict=True):
+                if name not in self.models:
+                    continue
+                encoder: Any = self.models[name].modules[0]
+                tokens = torch.zeros((2, self._read_tokens(tokenizer)), dtype=torch.long, device="meta")
+                with torch.no_grad(), torch.device("meta"), FlashAttention(), PeakBytes() as peak:
+                    encoder.to(self.dtype)(tokens, attention_mask=None)
+                found.append(peak.most)
+            self._encodes = max(found)
+        return self._encodes
+
+    def _read_tokens(self, tokenizer: str) -> int:
+        usual = (self.spec.most_tokens or 512) if tokenizer in self.spec.sized_tokenizers else 77
+        return self.spec.read_tokens.get(tokenizer, usual)
+
+    def decode(self, config: HostConfig, frames: int | None) -> int:
+        """Of decoding, in a call on meta."""
+        spec = self.spec
+        key = (config.size, config.enable_vae_tiling, config.enable_vae_slicing, frames)
+        if key in self._decodes:
+            return self._decodes[key]
+        vae: Any = self._vae
+        upcast = getattr(vae.config, "force_upcast", False) and self.dtype == torch.float16
+        dtype = torch.float32 if upcast else self.dtype
+        side = [s * spec.size_scale // self._vae_scale() for s in (config.size[1], config.size[0])]
+        pictures = frames or spec.frames or 1
+        more: dict[str, Any] = {}
+        if spec.vae_kind == "video":
+            shape = (1, vae.config[spec.latent_setting], self._latent_frames(frames), *side)
+        else:
+            shape = (pictures, vae.config[spec.latent_setting], *side)
+            if spec.image == "needed" and spec.output == "video":
+                more["num_frames"] = pictures
+        for flag, name in (("enable_vae_tiling", "tiling"), ("enable_vae_slicing", "slicing")):
+            if hasattr(vae, f"disable_{name}"):
+                getattr(vae, f"{'enable' if getattr(config, flag) else 'disable'}_{name}")()
+        with torch.no_grad(), torch.device("meta"), FlashAttention(), PeakBytes() as peak:
+            vae.to(dtype).decode(torch.empty(shape, dtype=dtype), return_dict=False, **more)
+        found = peak.most
+        if upcast:
+            found += 2 * self.models["vae"].nbytes(self.dtype, None, ())
+        self._decodes[key] = found
+        return found
+
+
+def _side(patch: Any) -> int:
+    return int(patch[-1]) if isinstance(patch, list | tuple) else int(patch)
