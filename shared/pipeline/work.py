@@ -91,7 +91,9 @@ class Work:
                 if name not in self.models:
                     continue
                 encoder: Any = self.models[name].modules[0]
-                tokens = torch.zeros((2, self._read_tokens(tokenizer)), dtype=torch.long, device="meta")
+                read = self._read_tokens(tokenizer)
+                read = min(read, encoder.config.to_dict().get("max_position_embeddings", read))
+                tokens = torch.zeros((2, read), dtype=torch.long, device="meta")
                 with torch.no_grad(), torch.device("meta"), FlashAttention(), PeakBytes() as peak:
                     encoder.to(self.dtype)(tokens, attention_mask=None)
                 found.append(peak.most)
