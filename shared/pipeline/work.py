@@ -52,7 +52,7 @@ class Work:
                 channels = settings[spec.tokens.width]
             places = (width // patch) * (height // patch) * frames
             # A picture to look at is as many tokens as the one that is made.
-            places *= 2 if spec.packed and any(start.refers for start in spec.starts) else 1
+            places *= 2 if spec.refers else 1
             places += spec.text_tokens
         branches = 2 if spec.tokens is None or spec.tokens.guidance == "batch" else 1
         return int(maps * channels * places * branches * self.dtype.itemsize)
