@@ -71,6 +71,14 @@ def test_a_client_that_does_not_wait_fetches_its_answer(host: FakeHost) -> None:
     assert host.get("/jobs").json()["jobs"][1]["id"] == id
 
 
+def test_other_apis_have_no_answer_202_and_answer_whole(host: FakeHost) -> None:
+    """RFC 7240: a preference that is not honoured is passed over, and none is said to be applied."""
+    for path, key in (("/v1/images/generations", "data"), ("/sdapi/v1/txt2img", "images")):
+        answer = host.post(path, json={"prompt": "a dog"}, headers=ASYNC)
+        assert answer.status_code == 200 and len(answer.json()[key]) == 1, path
+        assert "Preference-Applied" not in answer.headers and "Location" not in answer.headers
+
+
 def test_the_list_tells_states_places_and_waits(host: FakeHost) -> None:
     ids = [f"job-{n:05}" for n in range(3)]
     for id in ids:

@@ -28,3 +28,8 @@ export function dialogIsOpen() {
 export function short(text, most = 60) {
   return text.length > most ? `${text.slice(0, most - 1)}…` : text;
 }
+
+// A message as a sentence: the host's have no capital and no full stop.
+export function sentence(text) {
+  return text.charAt(0).toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? "" : ".");
+}

@@ -18,6 +18,7 @@ export async function watch(handlers) {
       const response = await call("events", { signal: control.signal });
       if (wait > RETRY.first) await checkLaunch();
       wait = RETRY.first;
+      handlers.open();
       await read(response.body.getReader(), handlers);
       setState("unreachable", `The host has ended the connection.${lastWords}`);
     } catch (error) {

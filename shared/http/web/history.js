@@ -2,7 +2,7 @@
 
 import { byId, element, say } from "./dom.js";
 import { forget, media, show, shown } from "./stage.js";
-import * as store from "./store.js";
+import { BlockedError, history as store } from "./store.js";
 
 const KEPT = 200; // pictures
 const PAGE = 24; // pictures that are shown at first, and more at a time
@@ -40,8 +40,8 @@ async function load() {
     });
     for (const entry of old.values()) if (!entries.includes(entry)) URL.revokeObjectURL(entry.url);
     if (shown && !entries.includes(shown)) forget();
-  } catch {
-    keepsNothing();
+  } catch (error) {
+    keepsNothing(error);
   }
   list();
 }
@@ -52,13 +52,21 @@ function entriesOf(record) {
   return record.pictures.map(({ file, seed }) => ({ record, file, seed, url: URL.createObjectURL(file) }));
 }
 
-function keepsNothing() {
+function keepsNothing(error) {
   isKept = false;
-  byId("history-note").textContent = "This browser has no room for it, so it is kept until this page is closed.";
+  const older = "An older version of this page is open in another tab";
+  const why = error instanceof BlockedError ? older : "This browser has no room for it";
+  byId("history-note").textContent = `${why}, so it is kept until this page is closed.`;
+}
+
+// The entry of a request's first picture; undefined where it is not there.
+export function entryOf(id) {
+  return entries.find((entry) => entry.record.id === id);
 }
 
 // Keep a request that was answered; returns the entry of its first picture.
 export async function keep(record) {
+  if (entryOf(record.id)) return entryOf(record.id); // another tab has waited for it too
   entries = [...entriesOf(record), ...entries];
   const [first] = entries;
   list();
@@ -72,8 +80,8 @@ async function save(deed) {
   try {
     await deed();
     tabs.postMessage("changed");
-  } catch {
-    keepsNothing();
+  } catch (error) {
+    keepsNothing(error);
   }
 }
 
@@ -98,7 +106,7 @@ async function clear() {
   forget();
   list();
   say("The history is empty.");
-  await save(store.removeAll);
+  await save(() => store.removeAll());
 }
 
 export function select(entry) {

@@ -1,21 +1,23 @@
-// This page's requests: sent in their order, followed, cancelled; and what the host tells of all requests.
+// This browser's requests: sent in their order, followed, cancelled; and what the host tells of all requests.
 
-import { byId, button, dialogIsOpen, element, say, short } from "./dom.js";
+import { AWAY, outcome, recordOf } from "./answers.js";
+import { byId, dialogIsOpen, say, sentence, short } from "./dom.js";
 import { clearProblems, goTo, readForm, tellError } from "./form.js";
 import { keep, list } from "./history.js";
-import { HostError, call, dataUrl, fileOf, launch, post } from "./host.js";
+import { call, dataUrl, launch, post } from "./host.js";
+import { forget, mine, note, openMine, remember } from "./mine.js";
 import { restore, show, showPreview, shown } from "./stage.js";
 
 const AT_ONCE = 2; // requests at the host: one is drawn, and the next is there when it is done
 const HELD = 5000; // milliseconds until the next try where the host takes none
-const AWAY = [0, 502, 503]; // statuses of a host that may be starting again
-const PATIENCE = 1800000; // milliseconds that one is waited for
 const ENDED = { done: "is done", cancelled: "was cancelled", failed: "failed" };
 
-const requests = []; // not yet answered, oldest first: { id, body, inputs, isSent, isStopped, control }
+// Not yet answered, oldest first: an entry of `mine` with isSent, isStopped, isFound (after a reload), isKept.
+const requests = [];
 const sent = new Set(); // ids of all requests of this page
-let jobs = { running: null, waiting: [] }; // the newest jobs event
+export let jobs = { running: null, waiting: [] }; // the newest jobs event
 let over = Promise.resolve(); // when all requests that were sent are over
+let handed = Promise.resolve(); // when the host has taken or refused all that were sent
 let follows = true; // whether the stage shows what forms, not a picture of the history
 let heldUntil = 0;
 let beside = null; // id of another's request that ran while this page waited; its end is no news here
@@ -30,14 +32,34 @@ function ask() {
   const { body, inputs, wrong } = readForm();
   if (wrong) return goTo(wrong);
   const before = requests.length;
-  requests.push({ id: newId(), body, inputs, isSent: false, isStopped: false, control: new AbortController() });
   if (!before) follows = true;
+  add(body, inputs);
   say(before ? `Queued: ${titleOf(requests.at(-1))}` : "Sent.");
   byId("stage").scrollIntoView({ block: "nearest" });
+}
+
+export function add(body, inputs) {
+  const entry = { id: newId(), at: Date.now(), body, inputs, isAccepted: false };
+  const request = { ...entry, isSent: false, isStopped: false, isFound: false, isKept: false };
+  requests.push(request);
+  request.kept = remember(entry).then((isKept) => Object.assign(request, { isKept }));
   pump();
 }
 
-function titleOf({ body, inputs }) {
+// The requests of before a reload are sent or waited for as if there had been none.
+export async function findAgain() {
+  await openMine();
+  const known = new Set(requests.map(({ id }) => id));
+  const found = [...mine.values()].filter((entry) => isOpen(entry) && !known.has(entry.id));
+  found.sort((one, other) => one.at - other.at);
+  requests.unshift(...found.map((entry) => ({ ...entry, isSent: false, isStopped: false, isFound: true, isKept: true })));
+  if (found.length) say(`Found again: ${found.length > 1 ? `${found.length} requests` : titleOf(found[0])}`);
+  pump();
+}
+
+const isOpen = (entry) => entry && !entry.isOver && !entry.lost;
+
+export function titleOf({ body, inputs }) {
   return short(body.positive ?? inputs.image?.[0].name ?? "without a prompt");
 }
 
@@ -47,6 +69,9 @@ function newId() {
 }
 
 function pump() {
+  for (const request of requests.filter(({ id, isSent }) => !isSent && !isOpen(mine.get(id)))) {
+    requests.splice(requests.indexOf(request), 1); // another tab has removed it, or has its end
+  }
   if (Date.now() >= heldUntil) {
     for (const request of requests.slice(0, AT_ONCE)) {
       if (!request.isSent) over = Promise.all([over, send(request, over)]);
@@ -59,64 +84,69 @@ async function send(request, before) {
   request.isSent = true;
   sent.add(request.id);
   try {
-    const body = { ...request.body };
-    for (const [name, pictures] of Object.entries(request.inputs)) {
-      const urls = await Promise.all(pictures.map(({ file }) => dataUrl(file)));
-      body[name] = urls.length > 1 ? urls : urls[0];
+    await request.kept; // before the host has it, so that it is known again whenever this page is left
+    if (!request.isAccepted) {
+      const turn = handed.then(() => hand(request)); // two at once might arrive in another order
+      handed = turn.catch(() => {});
+      await turn;
     }
-    const record = recordOf(await answerOf(request, body), request);
+    const record = recordOf(await outcome(request.id), request);
     await before; // two answers may come at the same time
     const entry = await keep(record);
+    await note(request.id, { isOver: true, inputs: {} }); // the history has its pictures
     if (follows) {
       show(entry);
       list();
     }
     say(record.count > 1 ? `${record.count} pictures are done.` : "Done.");
   } catch (error) {
-    if (error.status === 499 || error.name === "AbortError") say("Cancelled.");
-    else {
-      say("");
-      tellError(error);
-      if ([0, 429, 503].includes(error.status)) hold();
-    }
+    request.isSent = request.isAccepted || request.isStopped || !request.isFound || !isBusy(error);
+    if (request.isSent) await tellEnd(request, error);
+    else hold(); // its form is gone, so it waits
     if (follows) restore();
   } finally {
-    requests.splice(requests.indexOf(request), 1);
+    if (request.isSent) requests.splice(requests.indexOf(request), 1);
     pump();
   }
 }
 
-// A request as a job of the host: a restart of the host in the middle of it is waited out.
-async function answerOf({ id, control: { signal } }, body) {
-  const headers = { "X-Request-Id": id, Prefer: "respond-async" };
-  await post("generate", body, { headers, signal });
-  let known = Date.now(); // when the host last told of it
-  for (;;) {
-    const began = Date.now();
-    const job = await call(`jobs/${id}?wait=30`, { signal }).then((response) => response.json(), (error) => {
-      if (!AWAY.includes(error.status) || Date.now() - known > PATIENCE) throw error;
-      say("The host is away; this request waits for it.");
-    });
-    if (job?.state === "done") return job.answer;
-    if (job?.error) throw new HostError(job.status, job.error.message, job.error.errors);
-    if (job) known = Date.now();
-    await new Promise((resolve) => setTimeout(resolve, Math.max(0, began + 1000 - Date.now())));
+function isBusy({ status }) {
+  return status === 429 || AWAY.includes(status);
+}
+
+// Have the host take a request as a job. It is done once, however often it is asked for with its id.
+async function hand(request) {
+  const body = { ...request.body };
+  for (const [name, pictures] of Object.entries(request.inputs)) {
+    const urls = await Promise.all(pictures.map(({ file }) => dataUrl(file)));
+    body[name] = urls.length > 1 ? urls : urls[0];
   }
+  await post("generate", body, { headers: { "X-Request-Id": request.id, Prefer: "respond-async" } });
+  request.isAccepted = true;
+  await note(request.id, { isAccepted: true });
+  if (request.isStopped) await cancelRequest(request.id);
+}
+
+// Say why a request gave no picture, and keep what may be asked for again.
+async function tellEnd(request, error) {
+  const { id, isAccepted, isFound, isStopped } = request;
+  const isGone = isAccepted && error.status === 404;
+  const why = sentence(isGone ? "the host no longer has this request" : error.message);
+  const isCancelled = error.status === 499 || (isStopped && !isAccepted);
+  const isLost = isGone || (isAccepted ? AWAY.includes(error.status) : isFound && !isStopped);
+  await note(id, isLost ? { lost: why } : { isOver: true });
+  if (isCancelled) return say("Cancelled.");
+  say("");
+  if (isLost) byId("error").textContent = `${titleOf(request)}: ${why} Send it again?`;
+  else if (isFound) byId("error").textContent = `${titleOf(request)}: ${why}`;
+  else tellError(error);
+  if (!isAccepted && isBusy(error)) hold();
 }
 
 // The next request would fail as this one did, so it waits.
 function hold() {
   heldUntil = Date.now() + HELD;
   setTimeout(pump, HELD + 10);
-}
-
-function recordOf(answer, { id, body, inputs }) {
-  const { seed, steps, width, height, seconds, format, warnings = [] } = answer;
-  const files = [answer.output].flat().map((data) => fileOf(data, format));
-  const seeds = answer.seeds ?? [seed];
-  const pictures = seeds.map((one, index) => ({ file: files[index], seed: one }));
-  const facts = { steps, width, height, seconds, format, warnings, count: pictures.length };
-  return { id, at: Date.now(), type: launch.type, body, inputs, pictures, ...facts };
 }
 
 // Cancelling.
@@ -127,22 +157,30 @@ function cancel() {
 
 async function stop(request) {
   request.isStopped = true;
-  if (request.isSent) {
-    showJobs();
-    const answer = await cancelRequest(request.id);
-    if (answer?.cancelled === false) request.control.abort(); // it has not arrived yet
-    return;
-  }
-  requests.splice(requests.indexOf(request), 1);
-  say("Removed from the queue.");
+  if (!request.isSent) {
+    requests.splice(requests.indexOf(request), 1);
+    say("Removed from the queue.");
+    forget(request.id);
+  } else if (request.isAccepted) request.isStopped = await cancelRequest(request.id); // else as soon as it is
   showJobs();
 }
 
+// Stop a request of this browser, which another tab may have sent.
+export function stopMine(id) {
+  const request = requests.find((one) => one.id === id);
+  return request ? stop(request) : cancelRequest(id);
+}
+
+export const isStopped = (id) => requests.some((one) => one.id === id && one.isStopped);
+export const isUnsent = (id) => requests.some((one) => one.id === id && !one.isSent);
+
 async function cancelRequest(id) {
   try {
-    return await (await call(`cancel?id=${encodeURIComponent(id)}`, { method: "POST" })).json();
+    await call(`cancel?id=${encodeURIComponent(id)}`, { method: "POST" });
+    return true;
   } catch (error) {
     tellError(error);
+    return false;
   }
 }
 
@@ -150,23 +188,20 @@ async function cancelRequest(id) {
 
 function showJobs() {
   const { waiting } = jobs;
-  const mine = front();
+  const first = front();
   // The answer to a request of this page may come before the news that it is done.
-  const running = !mine && sent.has(jobs.running?.id) ? null : jobs.running;
-  const ahead = mine ? waiting.indexOf(mine.id) : -1;
-  const isMine = mine && running?.id === mine.id;
-  byId("running").hidden = !running && !mine;
+  const running = !first && sent.has(jobs.running?.id) ? null : jobs.running;
+  const isMine = first && running?.id === first.id;
+  byId("running").hidden = !running && !first;
   byId("peek").hidden = !byId("peek").src || !running || (isMine && follows);
-  byId("follow").hidden = follows || !mine;
-  for (const id of ["cancel", "cancel-here"]) byId(id).disabled = !mine || mine.isStopped;
-  byId("cancel-here").hidden = !mine;
+  byId("follow").hidden = follows || !first;
+  for (const id of ["cancel", "cancel-here"]) byId(id).disabled = !first || first.isStopped;
+  byId("cancel-here").hidden = !first;
   byId("cancel-other").hidden = !running || isMine;
   let doing = "Sent";
   let progress = 0;
-  if (ahead >= 0) {
-    const others = ahead + (running ? 1 : 0);
-    doing = others ? `Queued, ${others} ahead` : "Queued, next";
-  } else if (running && (isMine || !mine)) {
+  if (first && standing(first.id)) doing = standing(first.id);
+  else if (running && (isMine || !first)) {
     const left = waiting.length ? `, ${waiting.length} waiting` : "";
     const which = running.pictures > 1 ? `Picture ${running.picture} of ${running.pictures}, step` : "Step";
     const others = isMine ? "" : "Another request: ";
@@ -176,20 +211,15 @@ function showJobs() {
   byId("doing").textContent = doing;
   byId("progress").value = progress;
   byId("percent").textContent = `${Math.floor(progress)} %`;
-  showQueue(requests.filter((request) => request !== mine));
+  document.dispatchEvent(new Event("requests"));
 }
 
-function showQueue(waiting) {
-  byId("queue-title").hidden = !waiting.length;
-  const items = waiting.map((request) => {
-    const text = titleOf(request);
-    const remove = button("Remove", () => stop(request), { disabled: request.isStopped });
-    remove.setAttribute("aria-label", `Remove from the queue: ${text}`);
-    return element("li", { class: "row" }, element("span", {}, text), remove);
-  });
-  const at = [...byId("queue").children].findIndex((item) => item.contains(document.activeElement));
-  byId("queue").replaceChildren(...items);
-  if (at >= 0) byId("queue").children[Math.min(at, items.length - 1)]?.querySelector("button").focus();
+// Where a request waits at the host, in words; null where it does not.
+export function standing(id) {
+  const before = jobs.waiting.indexOf(id);
+  if (before < 0) return null;
+  const others = before + (jobs.running ? 1 : 0);
+  return others ? `Queued, ${others} ahead` : "Queued, next";
 }
 
 export const handlers = {
@@ -199,15 +229,15 @@ export const handlers = {
     if (requests.length) beside = jobs.running?.id;
     if (jobs.running?.id !== before) {
       byId("peek").removeAttribute("src");
-      if (requests.some(({ id }) => id === jobs.running?.id)) say("Drawing.");
+      if (requests.some(({ id, isFound }) => id === jobs.running?.id && !isFound)) say("Drawing.");
     }
     showJobs();
   },
   preview({ id, jpeg }) {
     const source = `data:image/jpeg;base64,${jpeg}`;
-    const mine = front();
-    if (mine ? mine.id === id && follows : !shown && !sent.has(id)) {
-      showPreview(source, mine?.body.width ?? launch.defaults.width);
+    const first = front();
+    if (first ? first.id === id && follows : !shown && !sent.has(id)) {
+      showPreview(source, first?.body.width ?? launch.defaults.width);
     } else if (id === jobs.running?.id) {
       byId("peek").src = source;
       byId("peek").hidden = false;
@@ -257,6 +287,6 @@ export function openQueue() {
     byId("follow").hidden = true;
   });
   window.addEventListener("beforeunload", (event) => {
-    if (requests.length) event.preventDefault(); // they would be cancelled
+    if (requests.some(({ isKept }) => !isKept)) event.preventDefault(); // this browser would not find them again
   });
 }

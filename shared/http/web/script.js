@@ -6,14 +6,23 @@ import { buildForm } from "./form.js";
 import { openFull } from "./full.js";
 import { openHistory } from "./history.js";
 import { get, launch, setState } from "./host.js";
+import { openJobs, refreshJobs } from "./jobs.js";
 import { buildLoras } from "./loras.js";
 import { showHost } from "./machine.js";
 import { addPainter } from "./mask.js";
 import { takeDrops } from "./pictures.js";
-import { handlers, openQueue } from "./queue.js";
+import { findAgain, handlers, openQueue } from "./queue.js";
 import { openSettings, readPicture } from "./settings.js";
 
-const HANDLERS = { ...handlers, host: showHost };
+const HANDLERS = {
+  ...handlers,
+  host: showHost,
+  open: refreshJobs,
+  end(news) {
+    handlers.end(news);
+    refreshJobs();
+  },
+};
 
 async function start() {
   try {
@@ -38,7 +47,8 @@ function build() {
   openQueue();
   openSettings();
   openFull();
-  openHistory();
+  openJobs();
+  openHistory().then(findAgain);
   takeDrops(readPicture);
 }
 

@@ -33,11 +33,16 @@ export function openSettings() {
 
 async function reuse() {
   const { record, seed } = shown;
+  await useAgain({ ...record.body, seed, pictures: 1 }, record.inputs, `The form has the settings of seed ${seed}.`);
+}
+
+// Fill the form with what was asked for, its pictures included.
+export async function useAgain(body, kept, said) {
   const inputs = {};
-  for (const [name, pictures] of Object.entries(record.inputs)) {
+  for (const [name, pictures] of Object.entries(kept)) {
     inputs[name] = await Promise.all(pictures.map(({ file, name }) => measured(file, name)));
   }
-  use({ ...record.body, seed, pictures: 1 }, inputs, `The form has the settings of seed ${seed}.`);
+  use(body, inputs, said);
 }
 
 function use(body, inputs, said) {
