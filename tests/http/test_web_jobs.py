@@ -35,6 +35,11 @@ def begin(page: Page, host: FakeHost, prompt: str = "hold", **values: Any) -> No
     wait_for(lambda: len(host.seen) > before)
 
 
+def note(dialog: Any, asked: list[str]) -> None:
+    asked.append(dialog.type)
+    dialog.accept()
+
+
 def row(page: Page, title: str, part: str = "mine") -> Any:
     return page.locator(f"#{part} li", has=page.get_by_text(title, exact=True))
 
@@ -56,7 +61,7 @@ def kept(page: Page, place: str = "jobs") -> Any:
 def test_a_reload_in_the_middle_loses_nothing(host: FakeHost, tabs: Any) -> None:
     page = tabs(host.url, **PHONE)
     asked: list[str] = []
-    page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+    page.on("dialog", lambda dialog: note(dialog, asked))
     page.locator("#image").set_input_files([file("start.png", png((64, 64)))])
     begin(page, host, seed=3)
     for prompt in ("second", "third", "fourth"):
@@ -360,7 +365,7 @@ def test_the_places_of_an_older_page_are_taken_over(host: FakeHost, tabs: Any) -
 def test_only_what_this_browser_cannot_keep_is_asked_about(host: FakeHost, tabs: Any) -> None:
     page = tabs(host.url)
     asked: list[str] = []
-    page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+    page.on("dialog", lambda dialog: note(dialog, asked))
     begin(page, host)
     page.reload()
     expect(page.locator("#status")).to_have_text("Found again: hold")
