@@ -167,7 +167,7 @@ def test_killed_ranks_are_started_again_each_time(launch: Callable[..., Launch])
     assert len({answer.json()["output"] for answer in answers}) == 1
 
 
-@pytest.mark.parametrize("victim", seldom(("rank 1", "rank 0", "the launcher"), ("rank 1", "the launcher")))
+@pytest.mark.parametrize("victim", seldom(("rank 1", "rank 0", "the launcher"), ("rank 1",)))
 def test_who_is_stopped_while_idle_is_noticed(launch: Callable[..., Launch], victim: str) -> None:
     host = launch(2, "--collective_timeout=6").ready()
     workers = children(host.process.pid)
@@ -186,6 +186,7 @@ def test_who_is_stopped_while_idle_is_noticed(launch: Callable[..., Launch], vic
         assert answers[0].status_code == 500 and f"{victim} has been stopped" in answers[0].text
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_while_loading_is_noticed(launch: Callable[..., Launch]) -> None:
     host = launch(2, "--collective_timeout=6")
     until(lambda: len(children(host.process.pid)) == 2, 20)
@@ -262,13 +263,9 @@ def test_the_grace_ends_and_a_second_signal_ends_it_sooner(
 
 
 def stops() -> list[Any]:
-    """Each rank in each state; by turns one of the ranks in every test run, the other in `make matrix`."""
+    """Each rank in each state."""
     states = ("loading", "idle", "busy", "longer than the grace")
-    return [
-        pytest.param(state, rank, marks=[] if (number + rank) % 2 else [pytest.mark.slow])
-        for number, state in enumerate(states)
-        for rank in (0, 1)
-    ]
+    return seldom([(state, rank) for state in states for rank in (0, 1)], [("loading", 1), ("busy", 0)])
 
 
 @pytest.mark.parametrize(("state", "stopped"), stops())
@@ -292,7 +289,8 @@ def test_a_rank_that_gets_a_signal_alone_ends_all_for_good(
         assert answers[0].status_code == (200 if state == "busy" else 503)
 
 
-@pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [1, 0])
 def test_machines_stop_together(launch: Callable[..., Launch], stopped: int) -> None:
     meet = ("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=x")
     hosts = [launch(1, torchrun=(*meet, "--max-restarts=3")) for _ in range(2)]
@@ -307,6 +305,7 @@ def test_machines_stop_together(launch: Callable[..., Launch], stopped: int) -> 
     assert [host.process.returncode for host in hosts] == [0, 0], hosts[0].log.read_text()
 
 
+@pytest.mark.slow
 def test_a_rank_that_gets_two_signals_ends_all_at_once(launch: Callable[..., Launch]) -> None:
     host = launch(2, torchrun=("--max-restarts=3",)).ready()
     _, answers = host.post_later(sleep=0.1, steps=500)
@@ -319,7 +318,9 @@ def test_a_rank_that_gets_two_signals_ends_all_at_once(launch: Callable[..., Lau
     assert answers[0].status_code == 503 and answers[0].headers["Retry-After"]
 
 
-@pytest.mark.parametrize("ranks, prefix", [("0 1", ""), ("1", "[rank 1] ")])
+@pytest.mark.parametrize(
+    "ranks, prefix", [pytest.param("0 1", "", marks=pytest.mark.slow), ("1", "[rank 1] ")]
+)
 def test_a_load_that_fails_says_why_once(
     launch: Callable[..., Launch], monkeypatch: pytest.MonkeyPatch, ranks: str, prefix: str
 ) -> None:
@@ -347,6 +348,7 @@ def test_a_rank_that_hangs_breaks_the_host_in_time(launch: Callable[..., Launch]
     assert host.process.returncode != 0
 
 
+@pytest.mark.slow
 def test_an_error_inside_a_collective_breaks_the_host_in_time(launch: Callable[..., Launch]) -> None:
     host = launch(2, "--collective_timeout=2").ready()
     answer = host.post(rank=1, step=2, do="raise_in_step")
@@ -394,7 +396,7 @@ def test_a_port_in_use_is_a_usage_error(launch: Callable[..., Launch]) -> None:
     assert "--port: cannot serve" in host.log.read_text()
 
 
-@pytest.mark.parametrize("name", ["a..b", "nobody.invalid", "203.0.113.5"])
+@pytest.mark.parametrize("name", seldom(("a..b", "nobody.invalid", "203.0.113.5"), ("nobody.invalid",)))
 def test_a_host_that_is_not_here_is_a_usage_error(launch: Callable[..., Launch], name: str) -> None:
     host = launch(0, f"--host={name}")
     assert host.process.wait(20) == 2
@@ -402,6 +404,7 @@ def test_a_host_that_is_not_here_is_a_usage_error(launch: Callable[..., Launch],
     assert f"error: --host: must be a name or an address of this machine; got '{name}'" in line
 
 
+@pytest.mark.slow
 def test_one_stage_leaves_flags_without_effect(launch: Callable[..., Launch]) -> None:
     host = launch(0, "--time_shift").ready()
     assert host.log.read_text().count("WARNING --time_shift has no effect: there is one stage") == 1

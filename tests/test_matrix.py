@@ -192,29 +192,44 @@ def supports(backend: str, name: str, *features: str) -> bool:
     return all(s is not None and ("ip_adapter" not in flags or s.ip_adapter) for s in starts)
 
 
-def cells(backend: str) -> list[Any]:
-    """(type, feature) of every yes that has a setting above, and `everything` of each type.
+def often(backend: str) -> set[tuple[str, str]]:
+    """The cells of a host that run in every test run, and not in `make matrix` alone.
 
-    Every test run has the types with nothing and with everything, and each feature alone on one type of the
-    host, another from feature to feature; `make matrix` has all.
+    Each feature alone on one type of one host, another from feature to feature, with what that type makes
+    without; everything together on each type, on one host of those that have it.
     """
-    spec = BACKENDS[backend]
-    features = [f for f in (*FEATURES, *FROM_PICTURE) if f in SETTINGS]
-    alone: dict[str, str] = {}
-    for number, feature in enumerate(features):
-        able = [n for n in spec.types if n not in ALIKE[backend] and supports(backend, n, feature)]
-        if feature == "compile_unet":
-            able = [n for n in able if n in COMPILED[backend]]
-        if able:
-            alone[feature] = able[number % len(able)]
+    found: set[tuple[str, str]] = set()
+    for number, feature in enumerate(f for f in (*FEATURES, *FROM_PICTURE) if f in SETTINGS):
+        able = {
+            host: [
+                n
+                for n in spec.types
+                if n not in ALIKE[host]
+                and supports(host, n, feature)
+                and (feature != "compile_unet" or n in COMPILED[host])
+            ]
+            for host, spec in BACKENDS.items()
+        }
+        hosts = [host for host in able if able[host]]
+        if hosts[number % len(hosts)] == backend:
+            name = able[backend][number % len(able[backend])]
+            found |= {(name, feature), (name, "nothing")}
+    for number, name in enumerate(MODELS):
+        hosts = [host for host, spec in BACKENDS.items() if name in spec.types and name not in ALIKE[host]]
+        if hosts and hosts[number % len(hosts)] == backend:
+            found.add((name, "everything"))
+    return found
+
+
+def cells(backend: str) -> list[Any]:
+    """(type, feature) of every yes that has a setting above, and nothing and everything of each type."""
+    chosen = often(backend)
     found: list[Any] = []
-    for name in spec.types:
-        found.append((name, "nothing"))
-        for feature in (f for f in features if supports(backend, name, f)):
-            slow = alone.get(feature) != name
-            found.append(pytest.param(name, feature, marks=[pytest.mark.slow] if slow else []))
-        marks = [pytest.mark.slow] if name in ALIKE[backend] else []
-        found.append(pytest.param(name, "everything", marks=marks))
+    for name in BACKENDS[backend].types:
+        features = [f for f in (*FEATURES, *FROM_PICTURE) if f in SETTINGS and supports(backend, name, f)]
+        for feature in ("nothing", *features, "everything"):
+            marks = [] if (name, feature) in chosen else [pytest.mark.slow]
+            found.append(pytest.param(name, feature, marks=marks))
     return found
 
 
@@ -292,8 +307,8 @@ def check_cell(
 def pairs() -> list[Any]:
     """(backend, type, feature, feature) of all pairs that a type may combine.
 
-    Every pair runs in every test run, on a type of a host that changes from pair to pair; on all others in
-    `make matrix`.
+    Every third pair runs in every test run, on a type of a host that changes from pair to pair; all of them
+    on all in `make matrix`.
     """
     found: list[Any] = []
     for number, (a, b) in enumerate(itertools.combinations(PAIRED, 2)):
@@ -302,7 +317,7 @@ def pairs() -> list[Any]:
             chosen = able[number % len(able)] if able else None
             for name in able:
                 turn = 0 if "compile_unet" in (a, b) else number % len(BACKENDS)
-                slow = name != chosen or place != turn
+                slow = name != chosen or place != turn or number % 3 != 1
                 marks = [pytest.mark.slow] if slow else []
                 found.append(pytest.param(backend, name, a, b, marks=marks))
     return found
@@ -325,9 +340,9 @@ def test_the_setting_of_every_feature_of_a_request_is_known() -> None:
     [
         (2, {"use_cfg_parallel": True}),
         (2, {"use_cfg_parallel": True, "async_steps": 2}),
-        (4, {"use_cfg_parallel": True}),
+        pytest.param(4, {"use_cfg_parallel": True}, marks=pytest.mark.slow),
         (3, {"stride": 2, "auto_balance": True}),
-        (3, {"stage_weights": (1.0, 2.0, 1.0), "time_shift": True}),
+        pytest.param(3, {"stage_weights": (1.0, 2.0, 1.0), "time_shift": True}, marks=pytest.mark.slow),
     ],
     ids=["cfg-2", "hybrid-2", "cfg-4", "stride-2", "weights"],
 )
@@ -433,9 +448,9 @@ def test_the_hybrid_of_branches_and_stages(pool: RankPool, name: str) -> None:
     ("name", "features"),
     [
         ("sd1", ()),
-        ("sd1", ("image",)),
-        ("sd1", ("mask", "control_net", "ip_adapter")),
-        ("sdxl", ()),
+        pytest.param("sd1", ("image",), marks=pytest.mark.slow),
+        pytest.param("sd1", ("mask", "control_net", "ip_adapter"), marks=pytest.mark.slow),
+        pytest.param("sdxl", (), marks=pytest.mark.slow),
         ("sdxl", ("mask", "control_net", "lora")),
         ("flux", ("mask", "lora")),
     ],

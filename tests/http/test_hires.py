@@ -112,7 +112,10 @@ def test_the_second_pass_has_options_of_its_own_and_is_cut_from_the_middle(demo_
     assert expected[0] == (160, 96) and pixels(answer["images"][0]) == expected
 
 
-@pytest.mark.parametrize(("upscaler", "resample"), [("Lanczos", "LANCZOS"), ("Nearest", "NEAREST")])
+@pytest.mark.parametrize(
+    ("upscaler", "resample"),
+    [("Lanczos", "LANCZOS"), pytest.param("Nearest", "NEAREST", marks=pytest.mark.slow)],
+)
 def test_an_upscaler_of_pixels_is_image_to_image_of_the_enlarged_picture(
     demo_host: Launch, upscaler: str, resample: str
 ) -> None:
@@ -214,7 +217,7 @@ def both_ways(backend: str, name: str, flags: Json, at_once: int) -> tuple[list[
 @pytest.mark.parametrize(
     ("backend", "name", "flags", "at_once"),
     [
-        ("asyncdiff", "sd1", {}, 1),
+        pytest.param("asyncdiff", "sd1", {}, 1, marks=pytest.mark.slow),
         ("asyncdiff", "sdxl", {}, 1),
         ("asyncdiff", "sd3", {}, 1),
         ("xdit", "flux", {"data_parallel_degree": 2}, 2),

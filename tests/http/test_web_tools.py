@@ -30,7 +30,13 @@ PHONE = {
     "is_mobile": True,
     "color_scheme": "dark",
 }
-both = pytest.mark.parametrize("screen", [DESK, PHONE], ids=["desk-light", "phone-dark"])
+both = pytest.mark.parametrize(
+    "screen",
+    [
+        pytest.param(DESK, id="desk-light", marks=pytest.mark.slow),
+        pytest.param(PHONE, id="phone-dark"),
+    ],
+)
 
 
 @pytest.fixture

@@ -152,10 +152,17 @@ def starts(kind: str) -> list[tuple[str, Start]]:
 
 
 CELLS = [
-    pytest.param(name, start, strength, id=f"{name}-{start.kind}-{strength}")
+    pytest.param(
+        name,
+        start,
+        strength,
+        id=f"{name}-{start.kind}-{strength}",
+        # One strength of each in every test run, another from type to type.
+        marks=[] if start.refers or place == number % 3 else [pytest.mark.slow],
+    )
     for kind in ("image", "inpaint")
-    for name, start in starts(kind)
-    for strength in (0.2, 0.5, 1.0)
+    for number, (name, start) in enumerate(starts(kind))
+    for place, strength in enumerate((0.2, 0.5, 1.0))
     if strength == 1 or not start.refers
 ]
 

@@ -12,6 +12,7 @@ from benchmarks.faults import Fault, all_faults, chain
 from tests.httphost import FakeHost
 
 
+@pytest.mark.slow
 def test_a_host_comes_back_from_a_kill_and_leaves_nothing_when_its_launcher_is_killed(tmp_path: Path) -> None:
     kill, launcher = Fault("steady", "rank 0", "KILL", True), Fault("steady", "launcher", "KILL", False)
     rows = dict(chain([kill, launcher], tmp_path))  # both on one host
