@@ -37,6 +37,8 @@ TOKENS = TokenPlan(
     one_branch=("is_distilled", "guidance_embeds"),
     flow=True,
     packed=True,
+    squares=True,
+    no_stages="xfuser's stages of it do not make the exact picture in their synchronous steps",
 )
 _ONE_BRANCH = replace(TOKENS, guidance="embedded")
 
@@ -59,7 +61,7 @@ DEV: MappingProxyType[str, Any] = MappingProxyType(
         "pipeline": "Flux2Pipeline",
         "tokens": _ONE_BRANCH,
         "starts": (Start("Flux2Pipeline", "image", None, most=_MOST_PICTURES),),
-        "packages": ("torchvision",),  # of the processor that holds its tokenizer
+        "text_only": ("tokenizer",),
         "chat": Chat(MappingProxyType({"add_generation_prompt": False}), "system_message"),
         "fields": _FIELDS - {"negative", "mask"},
     }
@@ -85,7 +87,6 @@ FAMILY = Family(
             steps=50,
             cfg=4.0,
             size_multiple=16,
-            squares=True,
             text_encoders=("text_encoder",),
             tokenizers=("tokenizer",),
             sized_tokenizers=("tokenizer",),

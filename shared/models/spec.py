@@ -52,7 +52,7 @@ class Chat:
     """A conversation that the tokenizer's template makes of a prompt."""
 
     settings: Mapping[str, object]  # of the template
-    system: str | None = None  # the pipeline's attribute with the message of the system
+    system: str | None = None  # the pipeline's message of the system; contents are lists then
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,10 @@ class ModelSpec:
     # What `image` of a request is: nothing, an input of the model, or what the picture starts from.
     image: Literal["none", "needed", "start"] = "none"
     starts: tuple[Start, ...] = ()
-    squares: bool = False  # whether its pipeline packs latents that it gets as squares of 2 x 2, whose
-    # channels have statistics of their own
     unpacked_layout: Literal["nchw", "ncfhw", "nfchw"] = "nchw"  # of latents that are not packed
     pooled_embeds: bool = False
     prompt_chunks: bool = False  # whether its denoiser accepts a prompt of any length, in CLIP's chunks
+    text_only: tuple[str, ...] = ()  # those that are part of a processor of pictures, which is not needed
     sized_tokenizers: tuple[str, ...] = ()  # those that read `max_sequence_length` tokens
     chat: Chat | None = None  # the conversation that prompts are put into
     most_tokens: int = 0  # that these may read, where that is more than usual
@@ -199,6 +198,11 @@ class ModelSpec:
     def packed(self) -> bool:
         """Whether latents are tokens of 2 x 2 latents each."""
         return self.tokens is not None and self.tokens.packed
+
+    @property
+    def squares(self) -> bool:
+        """Whether the pipeline gets such latents as squares that it packs itself."""
+        return self.tokens is not None and self.tokens.squares
 
     @property
     def predicts_flow(self) -> bool:

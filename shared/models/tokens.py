@@ -129,6 +129,9 @@ class TokenPlan:
     """Whether it predicts flow: noise less picture."""
     packed: bool = False
     """Whether the pipeline's latents are tokens of 2 x 2 latents [batch, tokens, 4 x channels]."""
+    squares: bool = False
+    """Of these, whether the pipeline gets latents as squares of 2 x 2 [batch, 4 x channels, h / 2, w / 2],
+    which it packs itself, and whether the VAE has the statistics of such squares."""
     adapter: Literal["call", "keys"] | None = None
     """An IP-Adapter's tokens: in a further call of attention in the layer, or as keys behind the others."""
     tensor: tuple[str, ...] = ()
@@ -138,7 +141,9 @@ class TokenPlan:
     further: tuple[str, ...] = ()
     """Components that are transformers of this class too, each for a part of the schedule."""
     stages: StagePlan | None = None
-    """For PipeFusion; None: xfuser has no stages of it."""
+    """For PipeFusion; None: there are none of it."""
+    no_stages: str = "xfuser has no PipeFusion stages for it"
+    """Why not."""
     control_net: TokenPlan | None = None
     """The ControlNet's, whose residuals it adds."""
 

@@ -74,6 +74,7 @@ class Pipeline(Protocol):
     lora_state_dict: Callable[..., Any]
     _pack_latents: Callable[..., torch.Tensor]
     _unpack_latents: Callable[..., torch.Tensor]
+    _unpatchify_latents: Callable[..., torch.Tensor]
 
     @property
     def do_classifier_free_guidance(self) -> bool: ...
@@ -100,6 +101,12 @@ def model_of(pipeline: Pipeline, name: str) -> Model:
 def pixels_of(pipeline: Pipeline, spec: ModelSpec) -> int:
     """Pixels a side of one latent."""
     return int(getattr(pipeline, spec.factor_setting))
+
+
+def statistics_of_squares(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation [4 x channels] of what squares of 2 x 2 latents have as channels, of such a VAE."""
+    deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+    return vae.bn.running_mean, deviation
 
 
 def parts_of(pipeline: Pipeline, names: Iterable[str]) -> dict[str, Any]:

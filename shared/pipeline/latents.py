@@ -83,12 +83,6 @@ def picture_latents(latents: torch.Tensor, layout: str, grid: tuple[int, int]) -
     return first
 
 
-def statistics_of_squares(vae: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation [4 x channels] of what squares of 2 x 2 latents have as channels, of such a VAE."""
-    deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
-    return vae.bn.running_mean, deviation
-
-
 def squares(latents: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Tokens [1, tokens, 4 x channels] -> [1, 4 x channels, height / 2, width / 2]; sizes in latents."""
     return latents.transpose(1, 2).reshape(1, -1, height // 2, width // 2)

@@ -27,7 +27,6 @@ from shared.parallel.pipeline import Pipeline, part_of, parts_of
 from shared.pipeline import adapters, control_nets, memory, quantize
 from shared.pipeline.compile import compile_pipeline
 from shared.pipeline.embeddings import check_alike, load_embeddings
-from shared.pipeline.long_prompts import inner_tokenizer
 from shared.pipeline.lora import loras_of
 from shared.pipeline.lora_file import LoraError, check_lora
 from shared.pipeline.processors import picture_processor
@@ -257,13 +256,17 @@ def _load_loras(pipe: Pipeline, spec: ModelSpec, config: HostConfig, needs: Need
 
 def _check_tokenizers(pipe: Pipeline, spec: ModelSpec, config: HostConfig) -> None:
     """Without a vocabulary transformers silently makes a tokenizer that knows no word."""
-    for name, part in parts_of(pipe, spec.tokenizers).items():
-        tokenizer = inner_tokenizer(part)
+    for name, tokenizer in parts_of(pipe, spec.tokenizers).items():
         # T5's empty one has one piece beside the special ones, for a space.
         if len(tokenizer) <= len(tokenizer.all_special_ids) + 1:
             raise LoadError(
                 f"--checkpoint {config.checkpoint!r}: {name} has no vocabulary; its folder must hold "
                 "tokenizer.json or the vocabulary files"
+            )
+        if spec.chat is not None and not tokenizer.chat_template:
+            raise LoadError(
+                f"--checkpoint {config.checkpoint!r}: {name} has no template of a conversation; its folder "
+                "must hold chat_template.jinja"
             )
 
 
@@ -334,7 +337,9 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
     log.info("loading %s from %s", cls.__name__, config.checkpoint)
     if header is not None:
         return load_single_file(cls, spec, header, index, parts, dtype)
-    pipe = _from_folder(cls, checkpoint, parts, config, dtype)
+    readers = {name: _tokenizer(checkpoint / name) for name in spec.text_only}
+    pipe = _from_folder(cls, checkpoint, parts | dict.fromkeys(readers), config, dtype)
+    pipe.register_modules(**readers)
     if "motion_adapter" in parts and index[spec.denoiser][1] == type(part_of(pipe, "unet")).__name__:
         adapters.put_motion_adapter(pipe, parts["motion_adapter"])
     return pipe
@@ -358,6 +363,16 @@ def load_processor(folder: Path, cls: str) -> Any:
     """A processor of pictures that needs no torchvision. Raises LoadError: files are missing or broken."""
     try:
         return picture_processor(folder, cls)
+    except BROKEN as error:
+        raise LoadError(f"--checkpoint: {str(folder)!r} cannot be loaded: {first_line(error)}") from error
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The tokenizer of a processor, which reads texts as the whole of it does, and needs no torchvision."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except BROKEN as error:
         raise LoadError(f"--checkpoint: {str(folder)!r} cannot be loaded: {first_line(error)}") from error
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.pipelines.hunyuan_video1_5.pipeline_hunyuan_video1_5 import extract_glyph_texts
-from transformers import ProcessorMixin
 
 from shared.api.a1111_prompts import Chunk, parse, plain
 from shared.api.warned import warn
@@ -23,20 +22,16 @@ from shared.pipeline.embeddings import embeddings_of
 SHOWN = 160  # characters of the truncated part
 
 
-def inner_tokenizer(part: Any) -> Any:
-    """A component that reads prompts, or the tokenizer in it if it reads pictures as well."""
-    return part.tokenizer if isinstance(part, ProcessorMixin) else part
-
-
 def words_of(pipe: Pipeline, prompt: str, tokenizer: Any) -> str:
     """The prompt with its textual inversions as their tokens."""
     takes_them = isinstance(pipe, TextualInversionLoaderMixin)
     return pipe.maybe_convert_prompt(prompt, tokenizer) if takes_them else prompt
 
 
-def tokens_of(pipe: Pipeline, prompt: str, tokenizer: Any) -> list[int]:
-    """All its tokens, with those that the tokenizer adds at the ends."""
-    return tokenizer(words_of(pipe, prompt, tokenizer), truncation=False, verbose=False).input_ids
+def tokens_of(pipe: Pipeline, prompt: str, tokenizer: Any, marks: bool = True) -> list[int]:
+    """All its tokens, by default with those that the tokenizer adds at the ends."""
+    words = words_of(pipe, prompt, tokenizer)
+    return tokenizer(words, truncation=False, verbose=False, add_special_tokens=marks).input_ids
 
 
 def named_arguments(encode: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -68,9 +63,9 @@ def fit(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], negative: str |
             parts = parts_of(pipe, (name, encoder))
             if len(parts) < 2:
                 continue
-            tokenizer = inner_tokenizer(parts[name])
+            tokenizer = parts[name]
             read = (extract_glyph_texts(text) or "") if name in spec.quoted_tokenizers else text
-            tokens = tokens_of(pipe, read, tokenizer)
+            tokens = tokens_of(pipe, read, tokenizer, marks=spec.chat is None)
             around = 0 if spec.chat is None else len(_chat(pipe, tokenizer, spec.chat))
             if spec.whole_prompts:
                 if len(tokens) > spec.most_tokens:
@@ -81,18 +76,19 @@ def fit(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], negative: str |
             if name in spec.sized_tokenizers and values.get("max_sequence_length") is not None:
                 limit = _limit(spec, values, len(tokens) + around) - around
             if len(tokens) > limit:
-                cut = tokenizer.decode(tokens[limit - 1 : -1])
+                cut = tokenizer.decode(tokens[limit - 1 : -1] if spec.chat is None else tokens[limit:])
                 shown = cut if len(cut) <= SHOWN else f"{cut[:SHOWN]}..."
                 warn(f"{field}: {name} reads {limit} of {len(tokens)} tokens; not read: {shown!r}")
 
 
 def _chat(pipe: Pipeline, tokenizer: Any, chat: Chat) -> list[int]:
     """The tokens that a conversation has around a prompt."""
-    said = [{"role": "user", "content": ""}]
+    said: list[dict[str, Any]] = [{"role": "user", "content": ""}]
     if chat.system is not None:
-        said.insert(0, {"role": "system", "content": part_of(pipe, chat.system)})
+        contents = {"system": part_of(pipe, chat.system), "user": ""}
+        said = [{"role": r, "content": [{"type": "text", "text": text}]} for r, text in contents.items()]
     text = tokenizer.apply_chat_template(said, tokenize=False, **chat.settings)
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return tokens_of(pipe, text, tokenizer, marks=False)
 
 
 def _limit(spec: ModelSpec, values: dict[str, Any], count: int) -> int:

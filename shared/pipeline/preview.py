@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from shared.api.queue import JobQueue
 from shared.api.requests import GenerateRequest
 from shared.models import ModelSpec
-from shared.parallel.pipeline import Pipeline, pixels_of
+from shared.parallel.pipeline import Pipeline, pixels_of, statistics_of_squares
 from shared.pipeline.arguments import latent_shape
-from shared.pipeline.latents import packed, picture_latents, statistics_of_squares, upcast
+from shared.pipeline.latents import packed, picture_latents, upcast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,8 +9,8 @@ import torch
 from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.parallel.method import Method
-from shared.parallel.pipeline import Pipeline, model_of, part_of, pixels_of
-from shared.pipeline.latents import picture_latents, statistics_of_squares, upcast
+from shared.parallel.pipeline import Pipeline, model_of, part_of, pixels_of, statistics_of_squares
+from shared.pipeline.latents import picture_latents, upcast
 from shared.pipeline.pictures import noting_broken_pixels
 from shared.pipeline.steps import StepWatch
 

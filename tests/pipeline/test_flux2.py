@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +19,13 @@ from shared.api.parsing import check_request
 from shared.api.warned import collecting_warnings
 from shared.backends import BACKENDS
 from shared.launch.checks import check_config
-from shared.launch.errors import UsageError
+from shared.launch.errors import LoadError, UsageError
 from shared.launch.flags import HostConfig
 from shared.parallel.xdit.degrees import Degrees
 from shared.parallel.xdit.exact import check_model
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.latents import picture_latents
-from shared.pipeline.loading import check_environment
+from shared.pipeline.loading import load_pipeline
 from shared.pipeline.preview import fit_projection, project
 from shared.pipeline.turns import decoded
 from tests import tiny, tiny_flux2
@@ -31,22 +34,33 @@ KINDS = ("klein", "distilled", "dev")
 SHORT: dict[str, Any] = {"seed": 3, "steps": 2, "width": 64, "height": 48}
 
 
+def distilled(folder: Path) -> None:
+    tiny_flux2.make_flux2(distilled=True).save_pretrained(folder)
+
+
+def dev(folder: Path) -> None:
+    tiny_flux2.make_dev().save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "PixtralProcessor"]  # as published; it needs torchvision
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
 def config_of(kind: str, **flags: Any) -> HostConfig:
     if kind == "klein":
         return tiny.config("flux2", **flags)
-    make = {"distilled": lambda: tiny_flux2.make_flux2(distilled=True), "dev": tiny_flux2.make_dev}[kind]
-    folder = tiny.cached(f"flux2-{kind}", lambda path: make().save_pretrained(path))
+    folder = tiny.cached(f"flux2-{kind}", distilled if kind == "distilled" else dev)
     return tiny.config("flux2", **{"checkpoint": str(folder)} | flags)
 
 
 @cache
 def engine(kind: str) -> PipelineEngine:
-    import diffusers
-
     config = config_of(kind)
-    pipe = getattr(diffusers, config.spec.pipeline).from_pretrained(config.checkpoint)
-    pipe.set_progress_bar_config(disable=True)
-    return PipelineEngine(pipe, config, tiny.world())
+    return PipelineEngine(load(config), config, tiny.world())
+
+
+def load(config: HostConfig) -> Any:
+    needs = BACKENDS["xdit"].needs(config, 1)
+    return load_pipeline(config.spec, config, torch.device("cpu"), needs, quiet=True)
 
 
 def drawn(kind: str, **fields: Any) -> tuple[np.ndarray, list[str]]:
@@ -149,6 +163,21 @@ def test_previews_know_the_statistics_of_squares() -> None:
     assert (shown.int() - same.int()).abs().float().mean() < 8
 
 
+@pytest.mark.parametrize("kind", ["klein", "dev"])
+def test_what_the_conversation_takes_of_the_tokens_is_counted(kind: str) -> None:
+    """The longest prompt that is read whole, and one letter more."""
+    pipe: Any = engine(kind).pipe
+    if kind == "klein":
+        said, settings = [{"role": "user", "content": ""}], {"add_generation_prompt": True}
+        text = pipe.tokenizer.apply_chat_template(said, tokenize=False, enable_thinking=False, **settings)
+    else:
+        text = f"<s>[SYSTEM_PROMPT]{pipe.system_message}[/SYSTEM_PROMPT][INST][/INST]"
+    room = 512 - len(pipe.tokenizer(text).input_ids)
+    assert not drawn(kind, positive="a" * room)[1]
+    _, warnings = drawn(kind, positive="a" * room + "b")
+    assert warnings == [f"positive: tokenizer reads {room} of {room + 1} tokens; not read: 'b'"]
+
+
 @pytest.mark.parametrize("kind", ["distilled", "dev"])
 def test_one_branch_is_not_split(kind: str) -> None:
     with pytest.raises(UsageError, match=r"--use_cfg_parallel: .* only one guidance branch"):
@@ -159,11 +188,11 @@ def test_one_branch_is_not_split(kind: str) -> None:
     assert check_model(engine("klein").pipe, Degrees(cfg=2)).branches == 2
 
 
-def test_dev_asks_for_the_package_of_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="--type: flux2 needs the Python package torchvision"):
-        check_environment(config_of("dev"), torch.device("cpu"))
-    check_environment(config_of("klein"), torch.device("cpu"))
+def test_a_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:
+    folder = shutil.copytree(config_of("dev").checkpoint, tmp_path / "dev")
+    (folder / "tokenizer" / "chat_template.jinja").unlink()
+    with pytest.raises(LoadError, match="tokenizer has no template of a conversation"):
+        load(config_of("dev", checkpoint=str(folder)))
 
 
 def test_a_mask_is_for_klein_and_for_pictures_that_keep_their_size() -> None:

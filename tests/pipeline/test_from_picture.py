@@ -22,10 +22,10 @@ from shared.api.replies import Reply
 from shared.backends import BACKENDS
 from shared.models import MODELS, Start
 from shared.parallel.asyncdiff import AsyncDiff
+from shared.parallel.pipeline import statistics_of_squares
 from shared.parallel.xdit.pipefusion import XDiTPipeFusion
 from shared.pipeline.adapters import load_ip_adapters
 from shared.pipeline.engine import PipelineEngine
-from shared.pipeline.latents import statistics_of_squares
 from shared.pipeline.loading import load_pipeline
 from tests import tiny, tiny_extras
 

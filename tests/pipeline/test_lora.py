@@ -525,6 +525,38 @@ def test_zimage_in_the_names_of_its_authors(prefix: str) -> None:
     assert {"noise_refiner.0.attention.to_out.0", "layers.2.feed_forward.w2"} <= pairs.keys()
 
 
+@pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."])
+def test_flux2_in_the_names_of_its_authors(prefix: str) -> None:
+    """kohya's and ai-toolkit's names; the single blocks' joint projection is one in diffusers too."""
+    layers = {
+        "single_blocks.0.linear1": (64, 576),
+        "single_blocks.3.linear2": (256, 64),
+        "double_blocks.0.img_attn.qkv": (64, 192),
+        "double_blocks.1.txt_attn.qkv": (64, 192),
+        "double_blocks.1.img_attn.proj": (64, 64),
+        "double_blocks.1.txt_mlp.0": (64, 384),
+        "double_blocks.1.img_mlp.2": (192, 64),
+    }
+    flat = prefix == "lora_unet_"
+    tensors = {
+        key.replace("lora_unet_", prefix): tensor
+        for key, tensor in original_lora(
+            {name.replace(".", "_") if flat else name: size for name, size in layers.items()}
+        ).items()
+    }
+    matched, unmatched = match_layers(shared_pipe("flux2"), MODELS["flux2"], tensors)
+    pairs = matched["transformer"]
+    assert not unmatched and len(pairs) == 1 + 1 + 3 + 3 + 1 + 1 + 1
+    joint = f"{prefix}{'double_blocks_1_txt_attn_qkv' if flat else 'double_blocks.1.txt_attn.qkv'}"
+    delta = tensors[f"{joint}.lora_up.weight"] @ tensors[f"{joint}.lora_down.weight"]
+    for place, name in enumerate(("add_q_proj", "add_k_proj", "add_v_proj")):
+        pair = pairs[f"transformer_blocks.1.attn.{name}"]
+        found = pair.scale * pair.tensors["up"] @ pair.tensors["down"]
+        assert torch.allclose(found, delta[64 * place :][:64], atol=1e-5)
+    single = {"single_transformer_blocks.0.attn.to_qkv_mlp_proj", "single_transformer_blocks.3.attn.to_out"}
+    assert single | {"transformer_blocks.1.ff.linear_out"} <= pairs.keys()
+
+
 def test_sd3_in_the_names_of_its_authors_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "original.safetensors"
     layers = {f"joint_blocks_{n}_x_block_attn_qkv": (32, 96) for n in range(2)}
