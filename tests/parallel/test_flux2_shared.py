@@ -37,7 +37,8 @@ def shared(kind: str) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("kind", [pytest.param("distilled", marks=pytest.mark.slow), "dev"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["distilled", "dev"])
 def test_one_branch_is_shared(pool: RankPool, kind: str) -> None:
     config_of(kind)
     for rank in pool.run(shared, 2, kind):
