@@ -460,10 +460,14 @@ def world(device: str = "cpu") -> World:
     return World(0, 1, 0, torch.device(device), *groups)
 
 
+_kept_here = tempfile.TemporaryDirectory(prefix="kept-", ignore_cleanup_errors=True)
+
+
 def config(name: str, **flags: Any) -> HostConfig:
     """A launch of the tiny checkpoint of this type, on the first host that serves it."""
     backend = next(key for key, spec in BACKENDS.items() if name in spec.types)
-    return HostConfig(backend=backend, type=name, **({"checkpoint": str(checkpoint(name))} | flags))
+    files = {"checkpoint": str(checkpoint(name)), "cache_dir": _kept_here.name}
+    return HostConfig(backend=backend, type=name, **(files | flags))
 
 
 def host(name: str, **flags: Any) -> Any:

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from shared.models import MODELS, OTHER_PIPELINES, ModelSpec
 from shared.parallel.pipeline import Pipeline, part_of, parts_of
 from shared.pipeline import adapters, control_nets, memory, quantize
 from shared.pipeline.compile import compile_pipeline
+from shared.pipeline.converted import converted_parts
 from shared.pipeline.embeddings import check_alike, load_embeddings
 from shared.pipeline.lora import loras_of
 from shared.pipeline.lora_file import LoraError, check_lora
@@ -41,6 +43,7 @@ from shared.pipeline.single_file import (
     pick_variant,
 )
 from shared.pipeline.single_file_schedule import schedule_of
+from shared.pipeline.store import KeptWeights
 from shared.pipeline.weights_file import (
     SingleFileError,
     check_kind,
@@ -211,15 +214,27 @@ def _load_refiner(
     set_scheduler(pipe, spec, config.scheduler)
     alone = replace(spec, text_encoders=(), tokenizers=())
     flags = replace(config, compile_vae=False, compile_text_encoder=False)
-    _prepare(pipe, alone, flags, device, needs)
+    _prepare(pipe, alone, flags, device, needs, "refiner.")
     return pipe
 
 
-def _prepare(pipe: Pipeline, spec: ModelSpec, config: HostConfig, device: torch.device, needs: Needs) -> None:
-    """Quantize, compile and place a pipeline that is loaded with all its adapters."""
+def _prepare(
+    pipe: Pipeline,
+    spec: ModelSpec,
+    config: HostConfig,
+    device: torch.device,
+    needs: Needs,
+    prefix: str = "",
+) -> None:
+    """Quantize, compile and place a pipeline that is loaded with all its adapters.
+
+    Args:
+        prefix: of its components' names among the weights that are kept.
+    """
     if config.quantize_to:
         stays = torch.device("cpu") if config.offloads or needs.shards or needs.stages else device
-        quantize.quantize_pipeline(pipe, spec, config.quantize_to, stays)
+        kept = KeptWeights(config, compute_dtype(config, device), stays)
+        quantize.quantize_pipeline(pipe, spec, config.quantize_to, stays, kept, prefix)
     memory.apply_xformers(pipe, config)
     if config.compile_unet and device.type == "cuda" and not config.quantize_to:
         # Compiled convolutions are fastest in this layout: 15 % of an SDXL step on an H200.
@@ -354,6 +369,8 @@ def _from_folder(
             parts = {**parts, name: value}
     variant = pick_variant([f.name for f in folder.glob("*/*")], config.variant)
     try:
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            parts = parts | converted_parts(config, folder, parts, variant, dtype)
         return cls.from_pretrained(folder, variant=variant, dtype=dtype, local_files_only=True, **parts)
     except BROKEN as error:
         raise LoadError(f"--checkpoint {str(folder)!r} cannot be loaded: {first_line(error)}") from error

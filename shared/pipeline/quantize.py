@@ -22,6 +22,7 @@ from shared.launch.errors import first_line
 from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline, parts_of
 from shared.parallel.sharded import plain
+from shared.pipeline.store import KeptWeights
 from shared.pipeline.weights_file import DENOISER
 
 log = logging.getLogger("host")
@@ -36,7 +37,12 @@ class QuantizeError(ValueError):
 
 
 def quantize_pipeline(
-    pipe: Pipeline, spec: ModelSpec, kind: str, device: torch.device
+    pipe: Pipeline,
+    spec: ModelSpec,
+    kind: str,
+    device: torch.device,
+    kept: KeptWeights | None = None,
+    prefix: str = "",
 ) -> dict[str, tuple[int, int]]:
     """Quantize the weights of the denoiser and of the text encoders, in place.
 
@@ -46,6 +52,8 @@ def quantize_pipeline(
     Args:
         kind: float8 (e4m3), int8, int4 or int2.
         device: where each component is quantized, and left.
+        kept: where quantized weights are found, or left for the next start.
+        prefix: of the components' names there.
 
     Returns:
         bytes before and after per component.
@@ -58,17 +66,30 @@ def quantize_pipeline(
     _without_extensions()
     sizes = {}
     for name, module in parts_of(pipe, (*spec.denoisers, *spec.text_encoders)).items():
-        module.to(device)
         before = tensor_bytes(module)
-        kept = list(spec.kept) if name in spec.denoisers else []
-        quanto.quantize(module, weights=getattr(quanto, QTYPES[kind]), exclude=kept)
-        layers = [m for m in module.modules() if isinstance(m, quanto.nn.QModuleMixin)]
-        for layer in layers:
+        exact = list(spec.kept) if name in spec.denoisers else []
+        quanto.quantize(module, weights=getattr(quanto, QTYPES[kind]), exclude=exact)
+        layers = {n: m for n, m in module.named_modules() if isinstance(m, quanto.nn.QModuleMixin)}
+        packed = {n: m for n, m in layers.items() if m.weight_qtype is not None}
+        if not packed:
+            raise QuantizeError(f"--quantize_to={kind}: no layer of {name} could be quantized")
+        for layer in packed.values():
             if kind in GROUP_SIZES:
                 layer.weight_group_size = _group_size(layer, GROUP_SIZES[kind])
-        quanto.freeze(module)
-        if not any(layer.frozen for layer in layers):
-            raise QuantizeError(f"--quantize_to={kind}: no layer of {name} could be quantized")
+
+        def make(module: nn.Module = module, packed: dict[str, Any] = packed) -> dict[str, torch.Tensor]:
+            module.to(device)
+            quanto.freeze(module)
+            return _packed_tensors(packed)
+
+        names = {key for layer, owner in packed.items() for key in _tensor_names(layer, owner)}
+        found = kept.tensors(prefix + name, names, make) if kept is not None else None
+        if found is not None and (device.type == "cpu" or not _frozen(packed)):
+            # On a CPU also what was made here: all ranks of a machine then share the file's memory.
+            _put(packed, found)
+        elif not _frozen(packed):
+            make()
+        module.to(device)
         module.requires_grad_(False)
         sizes[name] = (before, tensor_bytes(module))
         log.info(
@@ -76,6 +97,44 @@ def quantize_pipeline(
             name, len(layers), kind, sizes[name][0] / 1e6, sizes[name][1] / 1e6,
         )  # fmt: skip
     return sizes
+
+
+def _frozen(layers: dict[str, Any]) -> bool:
+    return all(layer.frozen for layer in layers.values())
+
+
+def _tensor_names(name: str, layer: Any) -> list[str]:
+    """What quanto calls the tensors of a frozen layer's weight."""
+    parts = ("_data", "_scale") if layer.weight_qtype.bits == 8 else ("_data._data", "_scale", "_shift")
+    return [f"{name}.weight.{part}" for part in parts]
+
+
+def _packed_tensors(layers: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of frozen layers' weights, by the layer's name and theirs in the layer."""
+    found: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        layer.weight.save_to_state_dict(found, f"{name}.weight.", False)
+    return found
+
+
+def _put(layers: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Give layers the weights that `_packed_tensors` found in others, without a copy.
+
+    As quanto's layers load them, but for `optimize`, which unpacks and packs anew.
+    """
+    from optimum.quanto.tensor import WeightQBitsTensor, WeightQBytesTensor
+
+    for name, layer in layers.items():
+        here = f"{name}.weight."
+        own = {key: tensors[key] for key in _tensor_names(name, layer)}
+        shape = {"size": layer.weight.size(), "stride": layer.weight.stride()}
+        how = {"qtype": layer.weight_qtype, "axis": 0, "missing_keys": []}
+        if layer.weight_qtype.bits == 8:
+            weight = WeightQBytesTensor.load_from_state_dict(own, here, activation_qtype=None, **how, **shape)
+        else:
+            group = layer.weight_group_size
+            weight = WeightQBitsTensor.load_from_state_dict(own, here, group_size=group, **how, **shape)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def tensor_bytes(module: nn.Module) -> int:
