@@ -177,7 +177,7 @@ def bodies(name: str, flags: dict[str, Any], starts: bool) -> dict[str, dict[str
     if flags.get("ip_adapter"):
         first["ip_image"] = picture(3, 32)
     if spec.output == "video":
-        first |= {"frames": 4 if spec.frames_factor == 1 else 5}
+        first |= {"frames": 4 if spec.frames_factor == 1 else spec.frames_factor + 1}
         if "decode_chunk_size" in spec.fields:
             first["decode_chunk_size"] = 2
     words = first | {"seed": 12}

@@ -93,7 +93,7 @@ def body(name: str, flags: Flags) -> dict[str, Any]:
     if flags.get("ip_adapter"):
         request["ip_image"] = encoded(name, 3)
     if MODELS[name].output == "video":
-        request |= {"frames": 4 if MODELS[name].frames_factor == 1 else 5}
+        request |= {"frames": 4 if MODELS[name].frames_factor == 1 else MODELS[name].frames_factor + 1}
         if "decode_chunk_size" in MODELS[name].fields:
             request["decode_chunk_size"] = 2
     return request

@@ -414,11 +414,17 @@ def make_wani2v() -> Any:
     return tiny_wan.make_wani2v()
 
 
+def make_ltx2() -> Any:
+    from tests import tiny_ltx2
+
+    return tiny_ltx2.make_ltx2()
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "ad": make_ad, "sd1": make_sd1, "sd2": make_sd2, "sdxl": make_sdxl, "sd3": make_sd3, "sdup": make_sdup,
     "svd": make_svd, "flux": make_flux, "kontext": make_kontext, "flux2": make_flux2, "chroma": make_chroma,
     "hy": make_hy, "qwen": make_qwen, "qwenedit": make_qwenedit, "wan": make_wan, "wani2v": make_wani2v,
-    "hv15": make_hv15, "zimage": make_zimage,
+    "hv15": make_hv15, "zimage": make_zimage, "ltx2": make_ltx2,
     "pixa": lambda: make_pixart(diffusers.PixArtAlphaPipeline, 120, 12),
     "pixs": lambda: make_pixart(diffusers.PixArtSigmaPipeline, 300, 13),
 }  # fmt: skip
@@ -508,6 +514,8 @@ def call_args(
         del args["guidance_scale"]
     if name in ("wan", "wani2v", "hv15"):
         args |= {"num_frames": frames + 1}
+    if name == "ltx2":
+        args |= {"num_frames": 2 * frames + 1, "frame_rate": 24.0, "max_sequence_length": 32}
     if name in ("qwen", "qwenedit"):
         args |= {"negative_prompt": " ", "true_cfg_scale": args.pop("guidance_scale")}
     if name in ("hy", "pixa", "pixs"):

@@ -21,6 +21,7 @@ TYPES = [
     "chroma",
     "hv15",
     "hy",
+    "ltx2",
     "pixa",
     "pixs",
     "qwen",

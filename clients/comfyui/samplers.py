@@ -333,7 +333,8 @@ class AnimateDiffSampler(io.ComfyNode):
             node_id="MultiGPUDiffusionAnimateDiffSampler",
             display_name="AnimateDiff Sampler (multi-GPU)",
             category=CATEGORY,
-            description="Makes the frames of a video. Needs a host of type ad, wan, wani2v or hv15.",
+            description="Makes the frames of a video, without its sound. "
+            "Needs a host of type ad, wan, wani2v, hv15 or ltx2.",
             inputs=[
                 _host(),
                 *_prompts("a red circle on a blue background", ""),

@@ -26,6 +26,7 @@ PIPELINES = {
     "ChromaPipeline": "chroma",
     "HunyuanDiTPipeline": "hy",
     "HunyuanVideo15Pipeline": "hv15",
+    "LTX2Pipeline": "ltx2",
     "PixArtAlphaPipeline": "pixa",
     "PixArtSigmaPipeline": "pixs",
     "QwenImagePipeline": "qwen",

@@ -6,8 +6,10 @@ import io
 import os
 import struct
 import tempfile
+import wave
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,14 @@ PAETH = 0x80  # PNG_FILTER_PAETH of libpng
 QUALITY = 95  # JPEG and lossy WebP
 VIDEO_FILES = ("mp4", "webp", "gif")  # that hold all frames
 SHORTEST_GIF = 20  # milliseconds a frame
+
+
+@dataclass(frozen=True)
+class Sound:
+    """What is heard with a video."""
+
+    samples: np.ndarray  # int16 [samples, channels]
+    rate: int  # samples per second
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -81,11 +91,15 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def encode(
-    pictures: Sequence[Image.Image], format: str, fps: int | None = None, metadata: Metadata | None = None
+    pictures: Sequence[Image.Image],
+    format: str,
+    fps: int | None = None,
+    metadata: Metadata | None = None,
+    sound: Sound | None = None,
 ) -> list[bytes]:
     """Pictures as one file each; with `fps` they are a video's frames, and one file where the format can."""
     if fps is not None and format in VIDEO_FILES:
-        return [encode_video(pictures, format, fps, metadata)]
+        return [encode_video(pictures, format, fps, metadata, sound)]
     return side_by_side(lambda picture: encode_image(picture, format, metadata), pictures)
 
 
@@ -119,14 +133,18 @@ def _encode_png(image: Image.Image) -> bytes:
 
 
 def encode_video(
-    frames: Sequence[Image.Image], format: str, fps: int, metadata: Metadata | None = None
+    frames: Sequence[Image.Image],
+    format: str,
+    fps: int,
+    metadata: Metadata | None = None,
+    sound: Sound | None = None,
 ) -> bytes:
-    """Frames as one mp4 (H.264), gif or animated webp, looping without end where the format can.
+    """Frames as one mp4 (H.264, AAC), gif or animated webp, looping without end where the format can.
 
-    Only a webp of them holds metadata.
+    Only a webp of them holds metadata, and only an mp4 sound.
     """
     if format == "mp4":
-        return _encode_mp4(frames, fps)
+        return _encode_mp4(frames, fps, sound)
     out = io.BytesIO()
     options: dict[str, Any] = {"quality": QUALITY} if format == "webp" else {"optimize": False}
     if format == "webp" and metadata is not None:
@@ -145,13 +163,24 @@ def encode_video(
     return out.getvalue()
 
 
-def _encode_mp4(frames: Sequence[Image.Image], fps: int) -> bytes:
+def _encode_mp4(frames: Sequence[Image.Image], fps: int, sound: Sound | None) -> bytes:
     import imageio.v3 as iio
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
+        heard: dict[str, str] = {}
+        if sound is not None:
+            heard = {"audio_path": str(Path(folder) / "sound.wav"), "audio_codec": "aac"}
+            heard["ffmpeg_log_level"] = "error"  # it warns that two channels are stereo
+            with wave.open(heard["audio_path"], "wb") as file:
+                file.setparams((sound.samples.shape[1], 2, sound.rate, 0, "NONE", ""))
+                file.writeframes(sound.samples.astype("<i2").tobytes())
         # yuv420p needs even sides; every size here is a multiple of 8, so nothing is padded.
         iio.imwrite(
-            path, np.stack([np.asarray(f.convert("RGB")) for f in frames]), fps=fps, macro_block_size=2
+            path,
+            np.stack([np.asarray(f.convert("RGB")) for f in frames]),
+            fps=fps,
+            macro_block_size=2,
+            **heard,
         )
         return path.read_bytes()

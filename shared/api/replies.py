@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import BaseModel, Field
 
 from shared.api.embedded import Metadata
-from shared.api.media import encode
+from shared.api.media import Sound, encode
 from shared.api.warned import merged, with_warnings
 
 
@@ -75,6 +75,7 @@ class Reply:
     latent: bytes | None = None  # safetensors with `latent`, where the launch asks for it
     pictures: list[Image.Image] = field(default_factory=list)
     fps: int | None = None  # frames per second, where the pictures are a video's frames
+    sound: Sound | None = None  # of that video, for mp4
     warnings: list[str] = field(default_factory=list)  # by `shared.api.warned.warn`
     infotext: str = ""  # how it was made, in A1111's words; filled in by whoever answers
 
@@ -89,7 +90,8 @@ class Reply:
         if not self.pictures:
             return
         began = time.perf_counter()
-        self.output, self.pictures = encode(self.pictures, self.format, self.fps, metadata), []
+        self.output = encode(self.pictures, self.format, self.fps, metadata, self.sound)
+        self.pictures, self.sound = [], None
         took = time.perf_counter() - began
         for name in ("total", "decode"):
             self.seconds[name] = round(self.seconds[name] + took, 4)

@@ -19,6 +19,8 @@ def refusals(*groups: Mapping[str, str]) -> Mapping[str, str]:
     return MappingProxyType(merged)
 
 
+Layout = Literal["nchw", "ncfhw", "nfchw", "tokens"]
+"""Of latents; tokens are [batch, frames x height x width, channels]."""
 Kind = Literal["image", "inpaint", "fill"]
 """What is made of a picture: another one (image to image), a part of it anew (inpainting), or a part of it
 anew by a checkpoint that was trained for it, whose denoiser sees the mask and the rest of the picture."""
@@ -75,6 +77,8 @@ class ModelSpec:
     least_steps: int = 1  # with fewer its schedule is not a number
     cfg_field: str = "guidance_scale"
     cfg_offset: float = 0.0  # what the pipeline's scale adds to ours, with which 1 is no guidance
+    without_guidance: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    """Arguments of the pipeline that switch off its other kinds of guidance, where the scale is at most 1."""
     first_cfg_field: str | None = None  # of the first frame, where guidance grows from it to the last one's
     size_multiple: int = 8
     batch_pixels: int = 0  # of all pictures in one call of the pipeline; 0: each picture has its own call
@@ -94,7 +98,8 @@ class ModelSpec:
     frames: int | None = None
     frames_factor: int = 1  # frames of one latent frame; the first frame has a latent of its own
     fps: int = 8
-    fps_condition: bool = False  # whether the frames per second are an input of the model
+    fps_field: str | None = None  # the pipeline's argument for it, if it changes the video
+    sound: tuple[str, str] | None = None  # component and its setting with the sound's samples per second
     frames_limit: tuple[str, str] | None = None  # component and its setting that bounds the frames
     text_encoders: tuple[str, ...] = ()
     picture_processor: str | None = None  # the component that prepares pictures for its text encoder
@@ -104,7 +109,7 @@ class ModelSpec:
     # What `image` of a request is: nothing, an input of the model, or what the picture starts from.
     image: Literal["none", "needed", "start"] = "none"
     starts: tuple[Start, ...] = ()
-    unpacked_layout: Literal["nchw", "ncfhw", "nfchw"] = "nchw"  # of latents that are not packed
+    unpacked_layout: Layout = "nchw"  # of latents that are not packed
     pooled_embeds: bool = False
     prompt_chunks: bool = False  # whether its denoiser accepts a prompt of any length, in CLIP's chunks
     text_only: tuple[str, ...] = ()  # those that are part of a processor of pictures, which is not needed
@@ -185,7 +190,7 @@ class ModelSpec:
         return 2 if self.tokens is None else self.tokens.branches
 
     @property
-    def latent_layout(self) -> Literal["nchw", "ncfhw", "nfchw", "packed"]:
+    def latent_layout(self) -> Layout | Literal["packed"]:
         """The layout of the pipeline's latents."""
         return "packed" if self.packed else self.unpacked_layout
 
@@ -254,6 +259,7 @@ class ModelSpec:
             "nchw": (1, channels, height, width),
             "ncfhw": (1, channels, frames, height, width),
             "nfchw": (1, frames, channels, height, width),
+            "tokens": (1, frames * height * width, channels),
             "packed": (1, (height // 2) * (width // 2), channels * 4),
         }[self.latent_layout]
 

@@ -134,6 +134,10 @@ class TokenPlan:
     which it packs itself, and whether the VAE has the statistics of such squares."""
     adapter: Literal["call", "keys"] | None = None
     """An IP-Adapter's tokens: in a further call of attention in the layer, or as keys behind the others."""
+    everywhere: tuple[str, ...] = ()
+    """What a block calls attention from other tokens, which every rank has, to the picture's."""
+    skipped: str | None = None
+    """The argument of self-attention that says that it is left out: each token keeps its own value."""
     tensor: tuple[str, ...] = ()
     """What a block calls the feed-forward layers that tensor parallelism divides."""
     caches: frozenset[Cache] = frozenset()

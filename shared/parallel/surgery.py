@@ -71,9 +71,13 @@ class Surgery(Closing):
             AttributeError: there was nothing under this name.
         """
         before = getattr(owner, name)
+        self.add(owner, name, value)
+        return before
+
+    def add(self, owner: Any, name: str, value: Any) -> None:
+        """As ``replace``, also where there is nothing under this name."""
         self._undo.append((owner, name, value, _own(owner, name)))
         setattr(owner, name, value)
-        return before
 
     def close(self) -> None:
         """Give every owner its former attribute back. May be called any number of times.

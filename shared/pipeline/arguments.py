@@ -58,6 +58,8 @@ def call_arguments(
         pipe.register_modules(**{spec.tokens.guider: guider})
     else:
         arguments[spec.cfg_field] = max((request.cfg or 0.0) + spec.cfg_offset, 0.0)
+        if (request.cfg or 0.0) <= 1:
+            arguments |= spec.without_guidance
     arguments |= prompt_arguments(
         pipe,
         spec,
@@ -160,8 +162,8 @@ def _video_arguments(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) 
     if request.frames == 1 and spec.first_cfg_field is not None:
         # Guidance grows from the first frame to the last; here both are the same frame.
         arguments[spec.first_cfg_field] = request.cfg
-    if spec.fps_condition:
-        arguments["fps"] = request.fps  # a condition of the model, not only of the file
+    if spec.fps_field is not None:
+        arguments[spec.fps_field] = request.fps  # a condition of the model, not only of the file
     return arguments
 
 

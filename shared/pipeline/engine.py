@@ -221,7 +221,10 @@ class PipelineEngine:
             pixels = decoded(self.pipe, self.config, drawn.request, drawn.watch, place)
         else:
             pixels = output.frames[0] if self.spec.output == "video" else output.images[place : place + 1]
-        reply = make_reply(self.pipe, self.config, drawn.request, pixels, drawn.watch, place)
+        heard = None if self.spec.sound is None or output is None else output.audio[0]
+        if drawn.request.output_format == "latent":
+            heard = None
+        reply = make_reply(self.pipe, self.config, drawn.request, pixels, drawn.watch, place, heard)
         total = drawn.total + time.perf_counter() - began
         seconds = {"total": total, "denoise": drawn.denoise, "decode": total - drawn.denoise}
         reply.seconds = {name: round(value, 4) for name, value in seconds.items()}

@@ -69,13 +69,16 @@ def picture_latents(latents: torch.Tensor, layout: str, grid: tuple[int, int]) -
 
     Args:
         latents: [1, ...], in the layout of ModelSpec.latent_layout.
-        grid: (height, width) in latents, which packed latents do not show.
+        grid: (height, width) in latents, which packed latents and tokens do not show.
     """
     first = latents[0]
     if layout == "ncfhw":
         return first[:, first.shape[1] // 2]
     if layout == "nfchw":
         return first[first.shape[0] // 2]
+    if layout == "tokens":
+        every = first.view(-1, *grid, first.shape[-1])
+        return every[len(every) // 2].movedim(-1, 0)
     if layout == "packed":
         height, width = grid
         tiles = first.view(height // 2, width // 2, -1, 2, 2)

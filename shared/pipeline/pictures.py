@@ -13,10 +13,13 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from shared.api.faults import FieldProblem, RequestError
+from shared.api.media import Sound
 from shared.api.replies import Reply
 from shared.api.requests import GenerateRequest
+from shared.api.warned import warn
 from shared.launch.flags import HostConfig
-from shared.parallel.pipeline import Pipeline, part_of
+from shared.models import ModelSpec
+from shared.parallel.pipeline import Pipeline, model_of, part_of
 from shared.parallel.surgery import Surgery
 from shared.pipeline.from_picture import without_outside
 from shared.pipeline.steps import StepWatch
@@ -63,12 +66,14 @@ def make_reply(
     pixels: Sequence[torch.Tensor] | torch.Tensor,
     watch: StepWatch,
     place: int = 0,
+    heard: torch.Tensor | None = None,
 ) -> Reply:
     """The reply with one picture, or the frames of a video; it is not encoded yet.
 
     Args:
         pixels: of the picture or of each frame, [3, height, width] in 0..1.
         place: which of several pictures of the call it is.
+        heard: a video's sound in -1..1, [channels, samples].
 
     Raises:
         RequestError: 422, the result contains NaN or Inf.
@@ -79,6 +84,10 @@ def make_reply(
     width, height = request.width or 0, request.height or 0
     if watch.latents is not None:
         watch.finite.append(torch.isfinite(watch.latents).all())
+    if heard is not None:
+        if format != "mp4":
+            warn(f"output_format: {format} has no sound; only mp4 has it")
+        watch.finite.append(torch.isfinite(heard).all())
     if not all(watch.finite):  # waits for the GPU, as encoding does anyway
         what = "a latent" if format == "latent" else "a video" if video else "a picture"
         half = pipe.dtype is torch.float16
@@ -107,4 +116,13 @@ def make_reply(
         latent=latent,
         pictures=pictures,
         fps=(request.fps or spec.fps) if video else None,
+        sound=None if heard is None or format != "mp4" else _sound(pipe, spec, heard),
     )
+
+
+def _sound(pipe: Pipeline, spec: ModelSpec, heard: torch.Tensor) -> Sound:
+    """Sound in -1..1 [channels, samples] in 16 bits, as diffusers writes it."""
+    assert spec.sound is not None
+    component, setting = spec.sound
+    samples = (heard.float().clamp(-1, 1) * 32767).to(torch.int16)
+    return Sound(samples.T.contiguous().cpu().numpy(), model_of(pipe, component).config[setting])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import sys
 import time
@@ -70,6 +71,15 @@ def _is_one_of(timestep: Any, timesteps: torch.Tensor) -> bool:
         and timestep.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
         and 0 <= timestep.storage_offset() - timesteps.storage_offset() < len(timesteps)
     )
+
+
+def _without_overrides(scheduler: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a scheduler (LTX-2 steps its sound with one) that does not step the scheduler itself."""
+    cls: Any = type(scheduler)
+    made = memo[id(scheduler)] = cls.__new__(cls)
+    own = {k: v for k, v in vars(scheduler).items() if k != "__deepcopy__" and not hasattr(cls, k)}
+    vars(made).update(copy.deepcopy(own, memo))
+    return made
 
 
 @contextlib.contextmanager
@@ -165,6 +175,7 @@ class StepWatch:
             return result
 
         self._surgery.replace(scheduler, "step", step)
+        self._surgery.add(scheduler, "__deepcopy__", functools.partial(_without_overrides, scheduler))
         return self
 
     def __exit__(self, *error: object) -> None:

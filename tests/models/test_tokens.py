@@ -33,12 +33,18 @@ def models(name: str) -> list[Any]:
     return found
 
 
-def self_attention(model: nn.Module) -> list[nn.Module]:
-    """The layers that diffusers runs as self-attention of all tokens; an embedder's sees the text alone."""
+WHOLE_KEYS = (".attn2", ".audio_attn1", ".audio_attn2", ".audio_to_video_attn")
+"""Attention of LTX-2 to keys that every rank has: those of the text and of the sound."""
+
+
+def attention(model: nn.Module) -> list[nn.Module]:
+    """The layers that diffusers runs as attention to all tokens; an embedder's sees the text alone."""
     processed: list[Any] = [
         m
         for name, m in model.named_modules()
-        if ("processor" in vars(m) or "processor" in m._modules) and not name.startswith("context_embedder.")
+        if ("processor" in vars(m) or "processor" in m._modules)
+        and not name.startswith("context_embedder.")
+        and not (type(m).__name__ == "LTX2Attention" and name.endswith(WHOLE_KEYS))
     ]
     return [m for m in processed if not vars(m).get("is_cross_attention", False)]
 
@@ -51,8 +57,9 @@ def test_a_plan_names_what_its_model_has(name: str) -> None:
     for model in every:
         plan = token_plan(type(model).__name__)
         blocks = blocks_of(model, plan)
-        planned = [m for block in blocks for key, m in block.named_children() if key in plan.attention]
-        assert planned and set(planned) == set(self_attention(model))
+        names = plan.attention + plan.everywhere
+        planned = [m for block in blocks for key, m in block.named_children() if key in names]
+        assert planned and set(planned) == set(attention(model))
         for part in plan.blocks:
             for block in model.get_submodule(part).children():
                 attentions = [dict(m.named_children()) for m in block.children() if m in planned]
@@ -91,6 +98,7 @@ def test_every_plan_is_found_by_its_class() -> None:
         ("qwen", {"branches": 2, "flow": True, "packed": True, "joined": ("text", "picture")}),
         ("qwenedit", {"name": "QwenImageTransformer2DModel", "uncapturable": ("zero_cond_t",)}),
         ("zimage", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),
+        ("ltx2", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),
         ("wan", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),
         ("wani2v", {"branches": 2, "flow": True, "packed": False, "joined": ("picture",)}),
         ("hv15", {"branches": 2, "flow": True, "packed": False, "joined": ("picture", "text")}),

@@ -54,7 +54,7 @@ def reply(name: str, **fields: Any) -> Reply:
     if spec.image == "needed":
         body.setdefault("image", encode_image(tiny.picture(16), "png"))
     if spec.output == "video":
-        body.setdefault("frames", 2 if spec.frames_factor == 1 else 5)
+        body.setdefault("frames", 2 if spec.frames_factor == 1 else spec.frames_factor + 1)
     made = on.generate(check_request(body, on.config), lambda step, steps: None)
     assert made is not None
     return made

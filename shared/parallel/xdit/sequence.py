@@ -7,7 +7,7 @@ last layer.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -22,6 +22,8 @@ from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.attention import Gathering, joined, ring, token_major, ulysses, usp, usp_operator
 
 SharedBy = Literal["ulysses", "ring", "both"]
+Shared = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""Attention over all ranks' tokens, from query, key, value and mask."""
 
 
 class Shares:
@@ -80,7 +82,8 @@ class SequenceParallel:
         self.shares, self.backend, self.by = Shares(group), backend, by
         self.tokens: dict[Stream, int] = {}
         """Length of each stream's whole sequence in the current call."""
-        self._inside = self._answered = self._running = False
+        self._answered = self._running = False
+        self._inside: Shared | None = None  # how the attention that is computed is shared
         self._sent: Gathering | None = None
         self._read: int | None = None  # tokens of text that are no padding, in the current call
         if self.plan.whole:
@@ -106,8 +109,10 @@ class SequenceParallel:
     def _divide_block(self, block: nn.Module, surgery: Surgery, early: bool) -> None:
         """Share a block's attention; `early`: its values leave before its queries and keys are there."""
         for name, module in block.named_children():
+            if name in self.plan.everywhere:
+                surgery.override(module, functools.partial(self._attention, shared=self._from_everywhere))
             if name in self.plan.attention:
-                surgery.override(module, self._attention)
+                surgery.override(module, functools.partial(self._attention, shared=self._shared))
                 if early:
                     surgery.override(module.get_submodule("to_v"), self._value)
         if self.plan.padding is not None:
@@ -183,8 +188,7 @@ class SequenceParallel:
 
     def _model(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         self.tokens = dict.fromkeys(self.plan.joined, 0)
-        self._inside = self._answered = False
-        self._read = None
+        self._inside, self._answered, self._read = None, False, None
         with Surgery() as during:
             during.replace(self, "_running", True)
             # Every processor of diffusers ends here; self._inside says which calls must see all tokens.
@@ -208,12 +212,12 @@ class SequenceParallel:
         answer = original(*args, **kwargs)
         return self.shares.gather(answer, self.tokens["picture"]) if self._running else answer
 
-    def _attention(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        if not self._running:
+    def _attention(self, original: Forward, args: tuple, kwargs: dict, shared: Shared) -> Any:
+        if not self._running or (self.plan.skipped is not None and kwargs.get(self.plan.skipped)):
             return original(*args, **kwargs)
-        self._inside, self._sent = True, None
+        self._inside, self._sent = shared, None
         answer = original(*args, **kwargs)
-        answered, self._inside, self._answered = self._answered, False, False
+        answered, self._inside, self._answered = self._answered, None, False
         if not answered:
             raise RuntimeError(
                 "attention did not go through torch's scaled_dot_product_attention, so its tokens were not "
@@ -227,7 +231,7 @@ class SequenceParallel:
         Of two streams the picture's do; the text's are few and leave with the keys.
         """
         value = original(*args, **kwargs)
-        if not self._running:
+        if self._inside is None:
             return value
         own, _ = _sort(value, self._runs(value.shape[1]), 1)
         self._sent = Gathering([own], self.shares.group)
@@ -244,16 +248,17 @@ class SequenceParallel:
             **others: Any,
         ) -> torch.Tensor:
             # A further call in one attention is that of the IP-Adapter: picture tokens to its tokens.
-            if not self._inside or (self.plan.adapter == "call" and self._answered):
+            inside = self._inside
+            if inside is None or (self.plan.adapter == "call" and self._answered):
                 return plain(
                     query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, **others
                 )
             self._answered = True
             # xfuser's own attention may be torch's too.
-            self._inside = False
+            self._inside = None
             # Without padding a mask leaves nothing out.
-            answer = self._shared(query, key, value, None if self.plan.padding else attn_mask)
-            self._inside = True
+            answer = inside(query, key, value, None if self.plan.padding else attn_mask)
+            self._inside = inside
             return answer
 
         return attend
@@ -285,6 +290,16 @@ class SequenceParallel:
             pieces.append(answer.narrow(2, at[is_own], length))
             at[is_own] += length
         return token_major(torch.cat(pieces, 2))
+
+    def _from_everywhere(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention from tokens that every rank has to the picture's; [batch, heads, tokens, channels]."""
+        if mask is not None:
+            raise ValueError(f"{self.plan.name}: no mask is supported from other tokens to the picture's")
+        runs = self._runs(key.shape[2])
+        (k, common_k), (v, common_v) = (_sort(x, runs, 2) for x in (key, value))
+        return ring(query, k, [v], common_k, common_v, self.shares.group, self.backend)
 
     def _masked(self, mask: torch.Tensor, runs: list[tuple[int, bool]], further: int) -> torch.Tensor:
         """A mask of the whole sequence [batch, heads or 1, queries or 1, keys] for this rank's queries, its

@@ -1,0 +1,88 @@
+"""LTX-2: text to video with sound."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from shared.models.files import FileKind
+from shared.models.spec import LORA, PROMPT_ONLY, PROMPTS, SIZE, Family, ModelSpec, refusals
+from shared.models.tokens import Site, TokenPlan
+
+# The sound's tokens, a few per cent of the picture's, are whole on every rank: shared, they would cost three
+# exchanges a block and save nothing, as the time of so few goes into reading the weights.
+TOKENS = TokenPlan(
+    name="LTX2VideoTransformer3DModel",
+    title="LTX-2",
+    blocks=("transformer_blocks",),
+    attention=("attn1",),
+    everywhere=("video_to_audio_attn",),
+    skipped="all_perturbed",
+    picture=(Site("proj_in", "input"),),
+    # Cosines and sines are [batch, heads, tokens, channels] or [batch, tokens, channels], by checkpoint.
+    positions=(Site("rope", "output", dim=-2), Site("cross_attn_rope", "output", dim=-2)),
+    flow=True,
+)
+
+FAMILY = Family(
+    rows=(
+        ModelSpec(
+            name="ltx2",
+            title="LTX-2 text to video with sound",
+            pipeline="LTX2Pipeline",
+            denoiser="transformer",
+            tokens=TOKENS,
+            output="video",
+            width=768,
+            height=512,
+            steps=30,
+            least_steps=2,
+            cfg=3.0,
+            without_guidance=MappingProxyType(
+                {
+                    "audio_guidance_scale": 1.0,
+                    "stg_scale": 0.0,
+                    "audio_stg_scale": 0.0,
+                    "modality_scale": 1.0,
+                    "audio_modality_scale": 1.0,
+                }
+            ),
+            size_multiple=32,
+            factor_setting="vae_spatial_compression_ratio",
+            frames=121,
+            frames_factor=8,
+            fps=24,
+            fps_field="frame_rate",
+            sound=("vocoder", "output_sampling_rate"),
+            text_encoders=("text_encoder",),
+            tokenizers=("tokenizer",),
+            sized_tokenizers=("tokenizer",),
+            unpacked_layout="tokens",
+            vae_kind="video",
+            channels_setting="latent_channels",
+            kept=(
+                "proj_in",
+                "proj_out",
+                "audio_proj_in",
+                "audio_proj_out",
+                "caption_projection*",
+                "audio_caption_projection*",
+                "time_embed*",
+                "audio_time_embed*",
+                "av_cross_attn_*",
+                "prompt_adaln*",
+                "audio_prompt_adaln*",
+            ),
+            scheduler_family="flow_sigmas",
+            fields=PROMPTS | SIZE | LORA | {"sigmas", "latent", "frames", "fps"},
+            refuses=refusals(PROMPT_ONLY),
+        ),
+    ),
+    files=(
+        FileKind(
+            "LTX-2",
+            marks=("audio_patchify_proj.", "audio_adaln_single."),
+            hint="type ltx2 loads from a diffusers folder",
+        ),
+    ),
+    other_pipelines=MappingProxyType({"LTXPipeline": "LTX-Video, which has no sound"}),
+)
