@@ -38,7 +38,7 @@ from shared.api.store import JobRecord, JobStore
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 120
 Ask = Callable[[], requests.Response]
-EACH = 20  # requests of one row in a round
+WARM_UP = 20  # requests that do not count
 WITHOUT, IN_MEMORY, ON_DISK = STORES = ("no store", "in memory", "--state_dir")
 PNG = {"Accept": "image/png"}
 BODY = {"positive": json.dumps({}), "steps": 1, "width": 64, "height": 64, "seed": 1}
@@ -159,30 +159,25 @@ def asks(url: str, ranks: int, store: str) -> dict[str, Ask]:
 
 def measure(ranks: int, count: int) -> dict[str, list[float]]:
     """Milliseconds of `count` requests a row, from hosts with so many ranks, in turns."""
-    rounds = max(count // EACH, 1)
     with contextlib.ExitStack() as hosts:
         rows: dict[str, Ask] = {}
         for store in STORES:
             rows |= asks(hosts.enter_context(host(ranks, store)), ranks, store)
         taken: dict[str, list[float]] = {name: [] for name in rows}
         for ask in rows.values():
-            timed(ask, EACH)  # to warm up
-        for _ in range(rounds):
+            timed(ask, WARM_UP)
+        for _ in range(count):
             for name, ask in rows.items():
-                taken[name] += timed(ask, EACH)
+                taken[name] += timed(ask, 1)
     return taken
 
 
 def added(taken: dict[str, list[float]], store: str) -> tuple[float, float]:
-    """Milliseconds that a store adds: the median of the rounds' medians, and of their fastest requests."""
+    """Milliseconds that a store adds: the median of pairs of neighbouring requests, and of the fastest."""
     [having] = [times for name, times in taken.items() if name.endswith(store)]
     [lacking] = [times for name, times in taken.items() if name.endswith(WITHOUT)]
-    rounds = range(0, len(having), EACH)
-
-    def gain(of: Callable[[list[float]], float]) -> float:
-        return statistics.median(of(having[at : at + EACH]) - of(lacking[at : at + EACH]) for at in rounds)
-
-    return gain(statistics.median), gain(min)
+    pairs = [one - other for one, other in zip(having, lacking, strict=True)]
+    return statistics.median(pairs), min(having) - min(lacking)
 
 
 def main() -> int:
@@ -201,7 +196,7 @@ def main() -> int:
     for name, taken in itertools.chain.from_iterable(rows.items() for rows in found.values()):
         p95 = statistics.quantiles(taken, n=20)[-1]
         print(f"| {name} | {statistics.median(taken):.2f} | {p95:.2f} | {min(taken):.2f} |")
-    print("\n| what a store adds, ms | median of rounds | of their fastest |\n|---|---:|---:|")
+    print("\n| what a store adds, ms | median of pairs | of the fastest |\n|---|---:|---:|")
     worst = 0.0
     for ranks, store in itertools.product(found, (IN_MEMORY, ON_DISK)):
         median, fastest = added(found[ranks], store)
