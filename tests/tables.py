@@ -37,10 +37,10 @@ def refusal(backend: Backend, spec: ModelSpec, feature: str) -> str | None:
     """Why a type on a host does not support a feature; None: it does."""
     if feature not in FROM_PICTURE:
         return backend.refusal(spec, feature)
-    if spec.image == "needed" and not spec.refers:
+    if spec.image == "needed":
         return "its picture is an input of the model, not a start"
     if spec.start(FROM_PICTURE[feature], control=False) is None:
-        return "diffusers has no such pipeline for it, or (inpainting of chroma, qwenedit) one that fails"
+        return "diffusers has no such pipeline for it, or (chroma's inpainting) one that fails"
     return None
 
 

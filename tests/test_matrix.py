@@ -179,13 +179,15 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 # Types whose compiled cells run in every test run, and not in `make matrix` alone: tracing takes long.
 COMPILED = {"asyncdiff": ("sd1", "sdxl"), "distrifuser": (), "xdit": ()}
 # Types whose model is another type's with other weights: their features run in `make matrix` alone.
-ALIKE = {"asyncdiff": ("sd2",), "distrifuser": ("sd2",), "xdit": ("pixa",)}
+ALIKE = {"asyncdiff": ("sd2",), "distrifuser": ("sd2",), "xdit": ("pixa", "qwenedit")}
 
 
 def supports(backend: str, name: str, *features: str) -> bool:
     """Whether a type may combine these on a host."""
     fields = [f for f in features if f in FROM_PICTURE]
     flags = [f for f in features if f not in FROM_PICTURE]
+    if fields and MODELS[name].image == "needed":
+        return False
     if len(fields) > 1 or any(BACKENDS[backend].refusal(MODELS[name], f) for f in flags):
         return False
     starts = [MODELS[name].start(FROM_PICTURE[f], "control_net" in flags) for f in fields]

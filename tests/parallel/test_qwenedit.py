@@ -10,14 +10,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
+from safetensors.torch import load
 
 from shared.api.faults import RequestError
 from shared.api.media import encode_image
 from shared.api.parsing import check_request
 from shared.api.requests import with_aspect
 from shared.backends import BACKENDS
+from shared.launch.checks import check_config
 from shared.launch.errors import LoadError
 from shared.launch.flags import HostConfig
 from shared.parallel.method import Unwatched
@@ -25,6 +28,7 @@ from shared.parallel.xdit.degrees import Degrees
 from shared.parallel.xdit.exact import XDiT
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import load_pipeline
+from shared.ranks.groups import World, make_groups
 from tests import tiny, tiny_qwen
 from tests.parallel.test_xdit import EXACT, Case, psnr
 from tests.pool import RankPool
@@ -115,6 +119,36 @@ def test_a_host_makes_what_diffusers_makes(kind: str) -> None:
     assert psnr(ours, plain) > 45
     other, asked = made(kind, tiny.picture(64, 7), *seen[1:], width=96, height=32)
     assert asked == size and psnr(other, ours) < 45
+
+
+def sharded() -> tuple[float | None, dict[str, dict[str, int]]]:
+    """On each rank: how far sharded weights change the picture's latents, and the bytes that it keeps."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
+    body: dict[str, Any] = {"positive": "a cat", "seed": 1, "steps": 2, "output_format": "latent"}
+    body["image"] = [encode_image(one, "png") for one in (WIDE, tiny.picture())]
+    found = []
+    for shards in (False, True):
+        more = {"compile_unet": True, "compile_backend": "eager", "shard_weights": True} if shards else {}
+        launch = config("2511", ulysses_degree=2, **more)
+        check_config(launch, BACKENDS["xdit"], size)
+        engine = BACKENDS["xdit"].build_engine(launch, world)
+        reply = engine.generate(check_request(body, launch).filled(launch), lambda step, steps: None)
+        found.append(None if reply is None else load(reply.output[0])["latent"])
+        kept = engine.parameters
+        engine.close()
+    whole, parts = found
+    return (None if whole is None or parts is None else float((whole - parts).abs().max())), kept
+
+
+@pytest.mark.slow
+def test_what_sees_is_sharded_too(pool: RankPool) -> None:
+    tiny_qwen.edit("2511")
+    ranks = pool.run(sharded, 2, timeout=240)
+    assert [far is None for far, _ in ranks] == [False, True] and ranks[0][0] < 1e-4
+    for _, kept in ranks:
+        for model in ("transformer", "text_encoder"):
+            assert kept[model]["kept"] < 0.6 * kept[model]["whole"]
 
 
 def test_what_a_kind_cannot_is_refused() -> None:
