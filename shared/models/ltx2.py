@@ -58,6 +58,7 @@ FAMILY = Family(
             sized_tokenizers=("tokenizer",),
             unpacked_layout="tokens",
             vae_kind="video",
+            statistics="buffers",
             channels_setting="latent_channels",
             kept=(
                 "proj_in",
@@ -74,7 +75,9 @@ FAMILY = Family(
             ),
             scheduler_family="flow_sigmas",
             fields=PROMPTS | SIZE | LORA | {"sigmas", "latent", "frames", "fps"},
-            refuses=refusals(PROMPT_ONLY),
+            refuses=refusals(
+                PROMPT_ONLY, {"gguf_model": "its GGUF files are not supported here; types with it: {types}"}
+            ),
         ),
     ),
     files=(

@@ -124,6 +124,7 @@ class ModelSpec:
     quoted_tokenizers: tuple[str, ...] = ()  # those that read only what is in quotes
     channels_setting: str | None = None  # what its VAE calls its latent channels, where that is not usual
     scale_setting: str | None = None  # and the pixels a side of one latent; None: by its levels, a video's 8
+    statistics: Literal["config", "buffers"] = "config"  # where its VAE has those of its latents, if it does
     vae_kind: Literal["image", "video"] = "image"  # what its VAE takes; of a video's, a picture is one frame
     scheduler_family: Literal["discrete", "video", "flow", "flow_flux", "flow_sigmas", "flow_video"] = (
         "discrete"

@@ -119,6 +119,9 @@ def fit_projection(vae: Any, device: torch.device, spec: ModelSpec | None = None
     if config.get("latents_mean") and config.get("latents_std"):
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
         z = (z - mean) / std
+    if spec is not None and spec.statistics == "buffers":
+        mean, std = (x.view(1, -1, 1, 1).float().cpu() for x in (vae.latents_mean, vae.latents_std))
+        z = (z - mean) / std
     if spec is not None and spec.squares:
         height, width = z.shape[-2:]
         mean, std = (x.float().cpu() for x in statistics_of_squares(vae))

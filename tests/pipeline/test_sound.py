@@ -23,6 +23,8 @@ from shared.api.replies import Reply
 from shared.api.warned import collecting_warnings
 from shared.models import MODELS
 from shared.pipeline.engine import PipelineEngine
+from shared.pipeline.latents import picture_latents
+from shared.pipeline.preview import fit_projection
 from tests import tiny
 
 BODY: dict[str, Any] = {"positive": "a cat", "steps": 2, "seed": 0, "frames": 9, "output_format": "mp4"}
@@ -147,3 +149,22 @@ def test_a_copy_of_a_watched_scheduler_steps_alone() -> None:
         other.step(sample, other.timesteps[0], sample)
         assert (watch.step, pipe.scheduler.step_index, other.step_index) == (0, None, 1)
     assert "__deepcopy__" not in vars(pipe.scheduler)
+
+
+def test_previews_read_the_statistics_of_latents_where_its_vae_has_them() -> None:
+    vae = copy.deepcopy(tiny.load("ltx2").vae)
+    plain = fit_projection(vae, torch.device("cpu"), MODELS["ltx2"])
+    mean, std = torch.linspace(-1, 1, 8), torch.linspace(0.5, 3, 8)
+    vae.latents_mean.copy_(mean)
+    vae.latents_std.copy_(std)
+    fitted = fit_projection(vae, torch.device("cpu"), MODELS["ltx2"])
+    wanted = torch.cat([plain[:8] * std[:, None], plain[8:] + mean @ plain[:8]])
+    assert torch.allclose(fitted, wanted, rtol=1e-2, atol=1e-2) and not torch.allclose(
+        fitted, plain, atol=0.1
+    )
+
+
+def test_a_preview_is_the_middle_frame() -> None:
+    video = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5).float()  # [channels, frames, height, width]
+    tokens = video.flatten(1).T[None]
+    assert torch.equal(picture_latents(tokens, "tokens", (4, 5)), video[:, 1])
