@@ -71,6 +71,7 @@ FAMILY = Family(
     rows=(
         ModelSpec(
             name="flux2",
+            text_tokens=512,
             title="FLUX.2",
             pipeline="Flux2KleinPipeline",
             other_classes=frozenset({"Flux2Pipeline"}),

@@ -198,7 +198,7 @@ def test_a_host_that_does_not_fit_ends_with_2_before_any_weight_is_read() -> Non
     command = [sys.executable, "asyncdiff_host.py", "--type=sd1", f"--checkpoint={DEMO_CHECKPOINT}"]
     ended = subprocess.run(
         [*command, f"--port={free_port()}"],
-        cwd=ROOT, env={**os.environ, LIMIT: "0.01"}, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env={**os.environ, LIMIT: "0.01"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert ended.returncode == 2, ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
