@@ -84,7 +84,7 @@ class Work:
         return self.models["vae"].modules[0]
 
     def encode(self) -> int:
-        """Of the text encoder that needs the most for a prompt and a negative one, in calls on meta."""
+        """Of the text encoder that needs the most for a prompt of full length, in calls on meta."""
         if self._encodes is None:
             found = [0]
             for name, tokenizer in zip(self.spec.text_encoders, self.spec.tokenizers, strict=True):
@@ -93,7 +93,7 @@ class Work:
                 encoder: Any = self.models[name].modules[0]
                 read = self._read_tokens(tokenizer)
                 read = min(read, encoder.config.to_dict().get("max_position_embeddings", read))
-                tokens = torch.zeros((2, read), dtype=torch.long, device="meta")
+                tokens = torch.zeros((1, read), dtype=torch.long, device="meta")
                 with torch.no_grad(), torch.device("meta"), FlashAttention(), PeakBytes() as peak:
                     encoder.to(self.dtype)(tokens, attention_mask=None)
                 found.append(peak.most)
