@@ -175,8 +175,10 @@ def vae(
 def video_vae(kind: str, seed: int) -> Any:
     """AutoencoderKLWan or AutoencoderKLQwenImage; latents are an eighth of the picture."""
     channels = 4
+    # Single files of Qwen-Image's are read in the shape that the published one has.
+    shape = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2} if "Qwen" in kind else {}
     return seeded(seed, lambda: getattr(diffusers, kind)(
-        base_dim=8, z_dim=channels, dim_mult=[1, 2, 2, 2], num_res_blocks=1,
+        base_dim=8, z_dim=channels, **({"dim_mult": [1, 2, 2, 2], "num_res_blocks": 1} | shape),
         temperal_downsample=[False, True, True], latents_mean=[0.1 * (i - 1) for i in range(channels)],
         latents_std=[1.5 + 0.25 * i for i in range(channels)],
     ))  # fmt: skip

@@ -5,6 +5,7 @@ The key names are the inverse of what `diffusers.loaders.single_file_utils` read
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,40 @@ def flux2(model: Any) -> Tensors:
     return found
 
 
+WAN_RESNET = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
+              "conv_shortcut": "shortcut"}  # fmt: skip
+WAN_VAE = {"conv_in": "conv1", "norm_out": "head.0", "conv_out": "head.2", "mid_block.resnets.0": "middle.0",
+           "mid_block.attentions.0": "middle.1", "mid_block.resnets.1": "middle.2"}  # fmt: skip
+
+
+def wan_vae(model: Any) -> Tensors:
+    """The VAE of Qwen-Image in Wan's layout, in which the decoder's blocks and upsamplers are one list."""
+    found: Tensors = {}
+    for key, value in model.state_dict().items():
+        side, _, name = key.partition(".")
+        if side in ("quant_conv", "post_quant_conv"):
+            found[f"{'conv1' if side == 'quant_conv' else 'conv2'}.{name}"] = value
+            continue
+        for ours, theirs in WAN_VAE.items():
+            name = name.replace(ours, theirs)
+        for ours, theirs in WAN_RESNET.items():
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        name = name.replace("down_blocks.", "downsamples.")
+        if up := re.match(r"up_blocks\.(\d)\.(resnets|upsamplers)\.(\d)\.", name):
+            place = 4 * int(up[1]) + (3 if up[2] == "upsamplers" else int(up[3]))
+            name = f"upsamples.{place}.{name[up.end() :]}"
+        found[f"{side}.{name}"] = value
+    return found
+
+
+def qwen25_vl(model: Any) -> Tensors:
+    """As its authors name it."""
+    return {
+        key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value
+        for key, value in model.state_dict().items()
+    }
+
+
 def prefixed(prefix: str, tensors: Tensors) -> Tensors:
     return {prefix + key: value for key, value in tensors.items()}
 
@@ -227,6 +262,10 @@ def tensors(name: str, pipe: Any) -> Tensors:
 
     Flux's transformer keeps diffusers' own, because diffusers reads the authors' at full width only.
     """
+    if name in ("qwen", "qwenedit"):
+        found = prefixed("vae.", wan_vae(pipe.vae))
+        found |= prefixed("text_encoders.qwen25_7b.transformer.", qwen25_vl(pipe.text_encoder))
+        return found | prefixed("model.diffusion_model.", pipe.transformer.state_dict())
     autoencoder = vae(pipe.vae)
     if name in ("sd1", "sd2", "sdxl"):
         found = prefixed("model.diffusion_model.", unet(pipe.unet)) | prefixed(
@@ -266,7 +305,7 @@ def single_file(name: str) -> Path:
 
 
 ORIGINAL = {"flux2": flux2, "sd3": sd3, "wan": wan, "wani2v": wan, "zimage": zimage}
-OWN_NAMES = ("chroma", "flux", "kontext", "qwen")  # in diffusers' naming in every form
+OWN_NAMES = ("chroma", "flux", "kontext", "qwen", "qwenedit")  # in diffusers' naming in every form
 
 
 def gguf(name: str, form: str = "original") -> Path:

@@ -33,8 +33,11 @@ from shared.models import MODELS, ModelSpec
 
 @lru_cache(64)
 def _index_of(checkpoint: str) -> Any:
+    """model_index.json of a folder, or of the one of its name beside a single file."""
+    folder = Path(checkpoint)
+    folder = folder.with_suffix("") if folder.is_file() else folder
     try:
-        return json.loads((Path(checkpoint) / "model_index.json").read_text())
+        return json.loads((folder / "model_index.json").read_text())
     except (OSError, ValueError):
         return None  # which the checks and the loader report
 

@@ -78,12 +78,12 @@ FAMILIES: tuple[Family, ...] = (
     flux.FAMILY,
     kontext.FAMILY,  # behind flux, whose plan its transformer has
     flux2.FAMILY,
+    qwen.FAMILY,  # whose files have SD3's marks too
     sd3.FAMILY,
     hunyuan.FAMILY,
     hunyuan_video.FAMILY,
     ltx2.FAMILY,
     pixart.FAMILY,
-    qwen.FAMILY,
     wan.FAMILY,
     zimage.FAMILY,
 )

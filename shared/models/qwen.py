@@ -68,6 +68,12 @@ QWEN = ModelSpec(
     vae_kind="video",
     kept=("proj_out", "img_in", "txt_in", "norm_out*", "time_text_embed*"),
     scheduler_family="flow_sigmas",
+    encoder_names=("qwen25_7b",),
+    single_file_config="qwen",
+    single_file_tokenizer="Qwen/Qwen2.5-VL-7B-Instruct",
+    single_file_encoders=MappingProxyType({"text_encoder": "text_encoders.qwen25_7b.transformer."}),
+    single_file_settings="zero_cond_t",
+    single_file_vae="wan",
     # Without a negative prompt there would be no guidance; its authors' examples give one space.
     pipeline_defaults=MappingProxyType({"negative_prompt": " "}),
     fields=PROMPTS | SIZE | PARTIAL | LORA | INPAINT | {"sigmas", "latent"},

@@ -154,7 +154,12 @@ class ModelSpec:
     # Prefix of the tensors' names of each text encoder in single files.
     single_file_encoders: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     # Settings of the denoiser that differ between single files of the type and show in their tensors.
-    single_file_settings: Literal["input_channels", "guidance_embeds", "mmdit_blocks"] = "input_channels"
+    single_file_settings: Literal["input_channels", "guidance_embeds", "mmdit_blocks", "zero_cond_t"] = (
+        "input_channels"
+    )
+    single_file_vae: Literal["own", "wan"] = (
+        "own"  # whose layout the VAE has there, diffusers' class's or Wan's
+    )
     # What single files of the type predict, where neither a key nor a shape says it.
     single_file_predicts: Literal["one_kind", "noise_or_velocity"] = "one_kind"
     # Entries of model_index.json that make the checkpoint another model, and which.

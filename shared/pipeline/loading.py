@@ -41,6 +41,7 @@ from shared.pipeline.single_file import (
     load_single_file,
     model_from_folder,
     pick_variant,
+    wan_vae,
 )
 from shared.pipeline.single_file_schedule import schedule_of
 from shared.pipeline.store import KeptWeights
@@ -347,7 +348,7 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
             "motion adapter of its own; got neither"
         )
     name = spec.picture_processor
-    if name and index.get(name) and not transformers.utils.is_torchvision_available():
+    if name and header is None and index.get(name) and not transformers.utils.is_torchvision_available():
         parts[name] = load_processor(folder / name, index[name][1])
     log.info("loading %s from %s", cls.__name__, config.checkpoint)
     if header is not None:
@@ -415,7 +416,10 @@ def load_vae(path: str, spec: ModelSpec, index: dict[str, Any], config: Path, dt
             tensors = (
                 adapters.read_tensors(place, "--vae") if pickled else read_weights(place, dtype, "--vae")
             )
-            vae = cls.from_single_file(tensors, dtype=dtype, local_files_only=True, **settings)
+            if spec.single_file_vae == "wan":
+                vae = wan_vae(cls, tensors, config / "vae", dtype)
+            else:
+                vae = cls.from_single_file(tensors, dtype=dtype, local_files_only=True, **settings)
         else:
             place = place / "vae" if (place / "vae" / "config.json").is_file() else place
             vae = model_from_folder(cls, place, dtype)
@@ -506,7 +510,8 @@ def _check_index(spec: ModelSpec, index: dict[str, Any], folder: Path) -> None:
         raise LoadError(f"--checkpoint {str(folder)!r} is the SDXL refiner: give it as --refiner")
     owners = [s for s in MODELS.values() if name in s.index_classes]
     kin = [s for s in owners if s.single_file_config == spec.single_file_config and s.output == "image"]
-    alike = bool(kin and spec.single_file_config) and not spec.refers  # others know no picture to look at
+    # Some were trained to look at pictures, which others know nothing of.
+    alike = bool(kin and spec.single_file_config) and len({s.refers for s in (spec, *owners)}) == 1
     if owners and name not in spec.index_classes and not alike:
         raise LoadError(
             f"--checkpoint {str(folder)!r} is a {name}, so its type is "

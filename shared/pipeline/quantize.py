@@ -23,7 +23,7 @@ from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline, parts_of
 from shared.parallel.sharded import plain
 from shared.pipeline.store import KeptWeights
-from shared.pipeline.weights_file import DENOISER
+from shared.pipeline.weights_file import DENOISER, ZERO_COND_T
 
 log = logging.getLogger("host")
 
@@ -166,6 +166,10 @@ def load_gguf(path: str, spec: ModelSpec, cls: Any, config: Path, dtype: torch.d
     if magic != b"GGUF":
         raise QuantizeError(f"--gguf_model: {path!r} is not a GGUF file")
     tensors = _read_gguf(path, dtype)
+    marks = [name for name in tensors if name.removeprefix(DENOISER).startswith("__")]  # are no weights
+    for name in marks:
+        del tensors[name]
+    further = {"zero_cond_t": True} if any(name.endswith(ZERO_COND_T) for name in marks) else {}
     try:
         if spec.denoiser == "unet" and any(name.startswith("input_blocks.") for name in tensors):
             tensors = {DENOISER + name: tensor for name, tensor in tensors.items()}
@@ -176,6 +180,7 @@ def load_gguf(path: str, spec: ModelSpec, cls: Any, config: Path, dtype: torch.d
             quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
             dtype=dtype,
             local_files_only=True,
+            **further,
         )
     except (OSError, KeyError, ValueError, RuntimeError, IndexError, TypeError, AttributeError) as error:
         raise QuantizeError(

@@ -15,10 +15,12 @@ import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 
 from shared.models import VAE_PREFIXES, ModelSpec
+from shared.pipeline.processors import picture_processor
 from shared.pipeline.single_file_schedule import has_guidance, schedule_of
 from shared.pipeline.weights_file import (
     DENOISER,
     PREFIXES,
+    ZERO_COND_T,
     Header,
     SingleFileError,
     input_channels,
@@ -32,6 +34,7 @@ CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 PLAYGROUND_SCALING = 0.5  # of its VAE
 CLIP_FLAT = ("cond_stage_model.transformer.embeddings.", "cond_stage_model.transformer.encoder.",
              "cond_stage_model.transformer.final_layer_norm.")  # fmt: skip
+PROCESSOR = ("transformers", "Qwen2VLProcessor")  # where the shipped model_index.json is another type's
 WEIGHTS = (".safetensors", ".bin")
 BROKEN = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError,
@@ -65,6 +68,7 @@ def load_single_file(
     file = header.file
     _check_shape(spec, header)
     listed = {k: v for k, v in index.items() if isinstance(v, list) and v[0] and k != "safety_checker"}
+    listed.pop(spec.picture_processor or "", None)
     found = dict(parts)
     missing = _missing(spec, header, listed, found)
     if spec.denoiser in parts:
@@ -95,6 +99,8 @@ def load_single_file(
             elif name in weights and name != "vae" and not class_name.startswith(("CLIP", "T5")):
                 prefix = spec.single_file_encoders[name]
                 found[name] = _language_model(class_name, weights[name], prefix, folder / name, dtype)
+            elif name == "vae" and spec.single_file_vae == "wan" and name in weights:
+                found[name] = wan_vae(getattr(diffusers, class_name), weights[name], folder / name, dtype)
             elif name in weights:
                 tensors = dict(weights[name] if name == "vae" else encoders)
                 found[name] = load_single_file_sub_model(
@@ -110,6 +116,10 @@ def load_single_file(
             raise SingleFileError(
                 f"--checkpoint {str(file)!r}: its {name} does not load as type {spec.name}: {line[:300]}"
             ) from error
+    if spec.picture_processor is not None:
+        part = spec.picture_processor
+        folder = config_folder(spec, file, part) / part
+        found[part] = picture_processor(folder, index.get(part, PROCESSOR)[1], found["tokenizer"])
     _check_complete(file, spec, found)
     _set_latents(header, found["vae"], weights["marks"])
     accepted, optional = cls._get_signature_keys(cls)
@@ -205,10 +215,42 @@ def _language_model(
     cls = getattr(transformers, class_name)
     with init_empty_weights(include_buffers=False):
         model = cls(cls.config_class.from_pretrained(folder))
-    known = model.state_dict()
-    named = {name.removeprefix(prefix).removeprefix("model."): t for name, t in tensors.items()}
-    # Of a whole language model the last layer, and what ComfyUI notes, are no part of it.
-    model.load_state_dict({name: t.to(dtype) for name, t in named.items() if name in known}, assign=True)
+    known, named = model.state_dict(), {}
+    for name, tensor in tensors.items():
+        own = name.removeprefix(prefix)
+        inner = own.removeprefix("model.")
+        # With eyes, what reads text has a name of its own, and so has what sees.
+        for given in (own, inner, f"model.language_model.{inner}", f"model.{own}"):
+            if given in known:
+                named[given] = tensor.to(dtype)
+                break
+    head = "lm_head.weight"
+    if head in known and head not in named:  # words are not written here
+        model.lm_head = torch.nn.Identity()
+    # Of a whole language model the last layer, and what ComfyUI notes, may be no part of it.
+    model.load_state_dict(named, assign=True, strict=head not in known)
+    return model.eval()
+
+
+def wan_vae(cls: Any, tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> Any:
+    """A VAE of a class that diffusers does not read from single files, from Wan's layout or diffusers' own.
+
+    Raises:
+        ValueError: tensors that are not this VAE's.
+    """
+    from accelerate import init_empty_weights
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    with init_empty_weights(include_buffers=False):
+        model = cls.from_config(cls.load_config(folder, local_files_only=True))
+    known = set(model.state_dict())
+    prefix = next((p for p in VAE_PREFIXES if any(name.startswith(p) for name in tensors)), "")
+    named = {name.removeprefix(prefix): tensor.to(dtype) for name, tensor in tensors.items()}
+    if not known <= named.keys():
+        named = convert_wan_vae_to_diffusers(named)
+    if lacking := sorted(known - named.keys()):
+        raise ValueError(f"it lacks {len(lacking)} tensors, such as {lacking[0]!r}")
+    model.load_state_dict({name: named[name] for name in known}, assign=True)
     return model.eval()
 
 
@@ -224,7 +266,18 @@ def _overrides(spec: ModelSpec, header: Header) -> dict[str, Any]:
             }
         case "mmdit_blocks":
             return _mmdit_settings(header)
+        case "zero_cond_t":
+            return {"in_channels": input_channels(header, spec)} | _of_2511(header, spec)
     return {"in_channels": input_channels(header, spec)}
+
+
+def _of_2511(header: Header, spec: ModelSpec) -> dict[str, Any]:
+    """Qwen-Image-Edit-2511 has the same tensors as -2509; ComfyUI's files of it have a mark."""
+    if header.has(*(prefix + ZERO_COND_T for prefix in PREFIXES)):
+        return {"zero_cond_t": True}
+    if spec.refers:
+        log.info("no mark %r: %s is not -2511, unless a folder beside it says so", ZERO_COND_T, header.file)
+    return {}
 
 
 def _mmdit_settings(header: Header) -> dict[str, Any]:

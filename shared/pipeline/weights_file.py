@@ -20,6 +20,7 @@ log = logging.getLogger("host")
 
 DENOISER = "model.diffusion_model."
 PREFIXES = (DENOISER, "unet.", "transformer.", "")  # that the denoiser's names have in single files
+ZERO_COND_T = "__index_timestep_zero__"  # a tensor that marks Qwen-Image-Edit-2511
 SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 UNUSED = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")  # of computing in 8 bits, and marks
 FORMATS = (

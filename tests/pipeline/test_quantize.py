@@ -16,7 +16,7 @@ from torch import nn
 from shared.models import MODELS
 from shared.pipeline import quantize
 from shared.pipeline.loading import LoadError
-from tests import tiny, tiny_extras, tiny_original
+from tests import tiny, tiny_extras, tiny_original, tiny_qwen
 from tests.seldom import seldom
 
 GGUF_TYPES = [name for name, spec in MODELS.items() if "gguf_model" not in spec.refuses]
@@ -106,6 +106,15 @@ def test_gguf_as_published(name: str) -> None:
     assert 0 < np.abs(tiny.run(pipe, name) - plain(name)).max() < 0.02
     half = tiny.host(name, gguf_model=str(tiny_original.gguf(name, "published")), variant="bf16")
     assert np.abs(tiny.run(half, name) - plain(name)).max() < 0.2
+
+
+def test_gguf_of_qwen_image_edit_2511_is_known_by_its_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = quantize._read_gguf
+    launch = {"checkpoint": str(tiny_qwen.edit("2509")), "gguf_model": str(tiny_original.gguf("qwenedit"))}
+    assert not tiny.host("qwenedit", **launch).transformer.config.zero_cond_t
+    mark = {"__index_timestep_zero__": torch.zeros(())}
+    monkeypatch.setattr(quantize, "_read_gguf", lambda *given: read(*given) | mark)
+    assert tiny.host("qwenedit", **launch).transformer.config.zero_cond_t
 
 
 def test_gguf_with_lora() -> None:

@@ -129,6 +129,9 @@ def test_class_names_and_json() -> None:
     assert made.config.beta_end == current.config.beta_end, "the checkpoint's settings stay"
     assert type(make_scheduler(current, spec, "EulerDiscreteScheduler")).__name__ == "EulerDiscreteScheduler"
     assert make_scheduler(current, spec, "k_euler").config.use_karras_sigmas
+    lightning = {"scheduler": "flow_euler", "base_shift": 1.0986, "max_shift": 1.0986, "shift_terminal": None}
+    qwen = make_scheduler(pipe_of("qwen").scheduler, MODELS["qwen"], lightning)
+    assert (qwen.config.base_shift, qwen.config.shift_terminal) == (1.0986, None)
     flux = make_scheduler(pipe_of("flux").scheduler, MODELS["flux"], "DPMSolverMultistepScheduler")
     assert flux.config.use_flow_sigmas and flux.config.prediction_type == "flow_prediction"
 

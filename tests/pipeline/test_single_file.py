@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.launch.backend import Needs
 from shared.launch.errors import UsageError
 from shared.models import MODELS
-from shared.pipeline.loading import LoadError
+from shared.pipeline.loading import LoadError, load_pipeline
 from shared.pipeline.single_file import CONFIGS, clip_tokenizer
-from tests import tiny, tiny_extras, tiny_original
+from tests import tiny, tiny_extras, tiny_original, tiny_qwen
 
 NAME = "diffusion_pytorch_model.safetensors"
 SD2_KEY = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
@@ -29,6 +30,7 @@ PARAMETERS = {
     "sd2": {"unet": 865_910_724, "text_encoder": 340_387_840, "vae": 83_653_863},
     "sdxl": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840, "vae": 83_653_863},
     "sd3": {"transformer": 2_028_328_000, "text_encoder_3": 4_762_310_656, "vae": 83_819_683},
+    "qwen": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656, "vae": 126_892_531},
     "zimage": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096, "vae": 83_819_683},
     "flux": {"transformer": 11_901_408_320, "text_encoder_2": 4_762_310_656, "vae": 83_819_683},
 }
@@ -39,6 +41,36 @@ def test_equals_the_folder(name: str) -> None:
     pipe = tiny.host(name, checkpoint=str(tiny_original.single_file(name)))
     assert type(pipe).__name__ == MODELS[name].pipeline and not pipe.text_encoder.training
     assert np.abs(tiny.run(pipe, name) - tiny.run(tiny.load(name), name)).max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["2511", "2509", "first"])
+def test_qwen_image_edit(kind: str, tmp_path: Path) -> None:
+    """As ComfyUI has it: -2511 by a mark, the first one by what lies beside the file."""
+    folder = tiny_qwen.edit(kind)
+    parts = tiny.own_parts("qwenedit", folder)
+    right = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, **parts)
+    tensors = tiny_original.tensors("qwenedit", right)
+    del tensors["text_encoders.qwen25_7b.transformer.lm_head.weight"]
+    if kind == "2511":
+        tensors["model.diffusion_model.__index_timestep_zero__"] = torch.tensor([])
+    file = save(tensors, tmp_path / "a.safetensors")
+    shutil.copytree(folder, tmp_path / "a", ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = tmp_path / "a" / "transformer" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"zero_cond_t": False}))
+    launch = tiny.config("qwenedit", checkpoint=file)
+    pipe: Any = load_pipeline(launch.spec, launch, torch.device("cpu"), Needs(), quiet=True)
+    assert type(pipe) is type(right) and pipe.transformer.config.zero_cond_t == (kind == "2511")
+    assert np.abs(tiny.run(pipe, "qwenedit") - tiny.run(right, "qwenedit")).max() < 1e-5
+
+
+def test_a_vae_in_wans_layout(tmp_path: Path) -> None:
+    other = tiny.video_vae("AutoencoderKLQwenImage", 61)
+    file = save(tiny_original.wan_vae(other), tmp_path / "vae.safetensors")
+    pipe = tiny.host("qwen", vae=file)
+    assert all(torch.equal(a, b) for a, b in zip(pipe.vae.parameters(), other.parameters(), strict=True))
+    lacking = {k: t for k, t in tiny_original.wan_vae(other).items() if not k.startswith("decoder.head")}
+    with pytest.raises(LoadError, match=r"lacks 3 tensors, such as 'decoder\.conv_out\.bias'"):
+        tiny.host("qwen", vae=save(lacking, tmp_path / "less.safetensors"))
 
 
 def test_with_control_net_and_motion() -> None:
