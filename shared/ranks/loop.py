@@ -362,9 +362,16 @@ class RankLoop:
         if _had_no_room(outcomes):
             # torch's second sentence says how much was asked for, the others what is where.
             said = [f"rank {o.rank}: {'. '.join(o.error.split('. ')[:2])}" for o in failed]
-            advice = self.advice(message.request if isinstance(message, Generate) else None)
-            return JobError(507, f"out of memory ({'; '.join(said)}): {advice}")
+            return JobError(507, f"out of memory ({'; '.join(said)}): {self._advice(message)}")
         return JobError(500, "; ".join(f"rank {o.rank}: {o.error}" for o in hosts_fault))
+
+    def _advice(self, message: Generate | Call) -> str:
+        request = message.request if isinstance(message, Generate) else None
+        try:
+            return self.advice(request)
+        except Exception:  # the answer matters more, and other ranks wait
+            log.exception("what would need less memory cannot be told")
+            return no_advice(request)
 
     def _set_state(self, state: Any) -> None:
         if self.status is not None and self.status.state not in ("stopping", "broken"):

@@ -43,17 +43,17 @@ def test_every_type_of_a_backend_is_a_model() -> None:
     ("backend", "world", "flags", "needs"),
     [
         ("asyncdiff", 1, {}, Needs()),
-        ("asyncdiff", 2, {}, APART),
-        ("asyncdiff", 2, {"use_cfg_parallel": True}, APART),
+        ("asyncdiff", 2, {}, replace(APART, stage_count=2)),
+        ("asyncdiff", 2, {"use_cfg_parallel": True}, replace(APART, step_parts=2)),
         ("distrifuser", 1, {}, Needs()),
-        ("distrifuser", 2, {}, APART),
+        ("distrifuser", 2, {}, replace(APART, step_parts=2, decode_parts=2, keeps_patches=True)),
         (
             "distrifuser",
             2,
             {"parallelism": "tensor"},
-            Needs(in_parts=True, divides_weights="--parallelism=tensor"),
+            Needs(in_parts=True, decode_parts=2, divides_weights="--parallelism=tensor"),
         ),
-        ("xdit", 2, {}, Needs()),
+        ("xdit", 2, {}, Needs(step_parts=2)),
         ("xdit", 2, {"tensor_parallel_degree": 2}, Needs(divides_weights="--tensor_parallel_degree")),
         (
             "xdit",
@@ -61,7 +61,7 @@ def test_every_type_of_a_backend_is_a_model() -> None:
             {"pipefusion_parallel_degree": 2},
             Needs(in_parts=True, inside_blocks=True, divides_weights="--pipefusion_parallel_degree"),
         ),
-        ("xdit", 2, {"pipefusion_parallel_degree": 1, "tensor_parallel_degree": 1}, Needs()),
+        ("xdit", 2, {"pipefusion_parallel_degree": 1, "tensor_parallel_degree": 1}, Needs(step_parts=2)),
     ],
 )
 def test_what_a_backend_needs(backend: str, world: int, flags: dict[str, Any], needs: Needs) -> None:

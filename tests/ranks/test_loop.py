@@ -215,6 +215,18 @@ def test_507_has_the_advice_for_the_size_of_the_request(pool: RankPool) -> None:
     assert "256x256" not in advice and "64x64" not in advice and second["error"] is None
 
 
+def plan_fails(request: GenerateRequest | None) -> str:
+    raise ZeroDivisionError
+
+
+def test_507_is_answered_where_there_is_no_advice(pool: RankPool) -> None:
+    always = {"do": "fill", "rank": 0, "step": 2, "until": 99, "seed": 6}
+    ranks = pool.run(serve_jobs, 2, [always, {"seed": 8}], advice=plan_fails)
+    first, second = ranks[0]["jobs"]
+    assert first["error"][0] == 507 and first["error"][1].endswith(": a smaller picture needs less")
+    assert second["error"] is None and all(r["broken"] is None for r in ranks)
+
+
 def test_cancel_and_the_time_out_end_all_pictures_of_a_request(pool: RankPool) -> None:
     order = {"seed": 5, "pictures": 9, "steps": 3, "sleep": 0.1}
     for limits, error in (
