@@ -3,7 +3,6 @@
     python benchmarks/faults.py                     every row: a quarter of an hour on two cores
     python benchmarks/faults.py --only "idle/.*"    some of them, by state/victim/signal/restarts
     python benchmarks/faults.py --write             also into docs/MEASURED.md, in place of these rows
-    python benchmarks/faults.py --netns             instead: the cable between two machines is cut (as root)
 
 The hosts are asyncdiff_host.py on the demo checkpoint, two CPU ranks. With --max-restarts one host takes many
 faults one after the other; each time it must be back and make the first picture again, byte for byte.
@@ -354,30 +353,12 @@ def write(name: str, text: str) -> None:
     MEASURED.write_text(put(MEASURED.read_text(), name, text))
 
 
-def cut_links(only: str, into_page: bool) -> None:
-    """The rows of benchmarks/netns.py; `only` is a regular expression of state/restarts."""
-    from benchmarks import netns
-
-    with tempfile.TemporaryDirectory() as name:
-        rows = netns.run(Path(name), only)
-    text = netns.table(rows)
-    print(text)
-    if into_page:
-        write("links", text)
-    if bad := [row["state"] for row in rows if any(map(BAD.search, row.values()))]:
-        raise SystemExit(f"wrong: {', '.join(bad)}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=".*", help="regular expression of state/victim/signal/restarts")
     parser.add_argument("--jobs", type=int, default=1, help="hosts at a time")
     parser.add_argument("--write", action="store_true", help="also into docs/MEASURED.md")
-    parser.add_argument("--netns", action="store_true", help="cut links between two network namespaces")
     options = parser.parse_args()
-    if options.netns:
-        cut_links(options.only, options.write)
-        return
     faults = [f for f in all_faults() if re.fullmatch(options.only, f.key)]
     rows = run(faults, options.jobs)
     text = table(rows)

@@ -1,11 +1,16 @@
 """Cut links: two network namespaces as machines, a host over both of them, and the link between them cut.
 
-Needs root and iproute2. `benchmarks/faults.py --netns` runs it. torchrun finds its peer by c10d; the first
-machine keeps the store. A torchrun that has ended is started again, as a supervisor would.
+    python -m benchmarks.netns                      every row
+    python -m benchmarks.netns --only "idle/.*"     some of them, by state/restarts
+    python -m benchmarks.netns --write              also into docs/MEASURED.md
+
+Needs root and iproute2. torchrun finds its peer by c10d; the first machine keeps the store. A torchrun that
+has ended is started again, as a supervisor would.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -13,15 +18,16 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import CHECKPOINT, REQUEST, ROOT, START, TIMEOUT, alive, children, until
+from benchmarks.faults import BAD, CHECKPOINT, REQUEST, ROOT, START, TIMEOUT, alive, children, until, write
 
-LONG = 100  # steps of a job that the cut finds running
+LONG = 60  # steps of a job that the cut finds running
 MARGIN = 4  # seconds beyond --collective_timeout, for the launcher's checks and a busy machine
 PORT = 6000
 COLUMNS = ("state", "restarts", "running request", "machine 0", "machine 1", "launchers", "back", "jobs")
@@ -309,3 +315,22 @@ def run(folder: Path, only: str = ".*") -> list[dict[str, str]]:
 def table(rows: list[dict[str, str]]) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     return "\n".join(lines + ["| " + " | ".join(row[c] for c in COLUMNS) + " |" for row in rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=".*", help="regular expression of state/restarts")
+    parser.add_argument("--write", action="store_true", help="also into docs/MEASURED.md")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        rows = run(Path(name), options.only)
+    text = table(rows)
+    print(text)
+    if options.write:
+        write("links", text)
+    if bad := [row["state"] for row in rows if any(map(BAD.search, row.values()))]:
+        raise SystemExit(f"wrong: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    main()
