@@ -61,7 +61,8 @@ Check = Callable[[dict[str, Any], dict[str, Any]], GenerateRequest]
 
 def served(spec: ModelSpec) -> list[str]:
     """The upscalers of latents that this type can run."""
-    return list(UPSCALERS) if set(_NEEDED) <= spec.fields else []
+    able = set(_NEEDED) <= spec.fields and spec.image != "needed"  # txt2img has no picture to give
+    return list(UPSCALERS) if able else []
 
 
 def served_pixels(spec: ModelSpec) -> list[str]:
@@ -130,8 +131,9 @@ def _faults(asked: dict[str, Any], config: HostConfig) -> Iterator[FieldProblem]
     names = served(spec) + served_pixels(spec)
     upscaler = asked.get("hr_upscaler") or "Latent"
     if not names:
-        missing = next(name for name in _NEEDED if name not in spec.fields)
-        yield FieldProblem("enable_hr", f"type {spec.name} ({spec.title}) does not support {missing}")
+        missing = next((f"does not support {name}" for name in _NEEDED if name not in spec.fields), "")
+        why = missing or "needs an input image, which txt2img does not have"
+        yield FieldProblem("enable_hr", f"type {spec.name} ({spec.title}) {why}")
     elif not isinstance(upscaler, str) or upscaler not in names:
         yield FieldProblem("hr_upscaler", f"must be one of {', '.join(names)}; got {shown(upscaler)}")
     for name, nothing in _NOT_SERVED.items():
