@@ -367,7 +367,8 @@ def test_on_a_phone_progress_and_cancel_are_in_sight(host: FakeHost, tabs: Any, 
         for name in ("progress", "percent", "cancel-here"):
             expect(page.locator(f"#{name}")).to_be_in_viewport(ratio=1)
     assert no_sideways_scroll(page)
-    page.locator("#cancel-here").tap()
+    with page.expect_response("**/cancel?id=*"):
+        page.locator("#cancel-here").tap()
     host.go_on.set()
     expect(page.locator("#status")).to_have_text("Cancelled.")
     expect(page.locator("#running")).to_be_hidden()
