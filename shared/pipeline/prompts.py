@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 
 from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline, model_of
@@ -63,9 +66,10 @@ class EncodedPrompts:
                     if not spec.prompt_chunks:
                         fit(pipe, spec, values, negative)
                     args, kwargs = (), values
+            args, kwargs = tuple(map(_by_content, args)), {k: _by_content(v) for k, v in kwargs.items()}
             given = (*args, *kwargs.values())
             if any(isinstance(value, torch.Tensor) or not isinstance(value, Hashable) for value in given):
-                return call(*before, *args, **kwargs)
+                return _encode(call, None, *before, *args, **kwargs)
             return self._remembered(call, state, *before, *args, **kwargs)
 
         with Surgery() as surgery:
@@ -77,8 +81,27 @@ class EncodedPrompts:
         self._remembered.cache_clear()
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """Pictures that an encoder sees beside the words, equal to others of the same content."""
+
+    content: bytes
+    pictures: Any = field(compare=False)
+
+
+def _by_content(value: Any) -> Any:
+    pictures = value if isinstance(value, (list, tuple)) else [value]
+    if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
+        return value
+    content = hashlib.sha256(repr([(p.size, p.mode) for p in pictures]).encode())
+    for picture in pictures:
+        content.update(picture.tobytes())
+    return _Seen(content.digest(), value)
+
+
 def _encode(encode: Callable[..., Any], state: Hashable, /, *args: Any, **kwargs: Any) -> Any:
-    return encode(*args, **kwargs)
+    given = [value.pictures if isinstance(value, _Seen) else value for value in (*args, *kwargs.values())]
+    return encode(*given[: len(args)], **dict(zip(kwargs, given[len(args) :], strict=True)))
 
 
 def prompt_arguments(
@@ -201,8 +224,8 @@ def _compel(pipe: Pipeline, spec: ModelSpec, positive: str, negative: str) -> di
 
     # Without it the time to parse brackets grows exponentially with their depth.
     pyparsing.ParserElement.enable_packrat()
-    for field, text in (("positive", positive), ("negative", negative)):
-        _check_compel(field, text)
+    for side, text in (("positive", positive), ("negative", negative)):
+        _check_compel(side, text)
     wrapper = getattr(compel, spec.compel_class or "")(pipe, device=str(pipe._execution_device))
     try:
         with torch.no_grad():

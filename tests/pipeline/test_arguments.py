@@ -317,6 +317,20 @@ def test_a_prompt_is_encoded_once(name: str) -> None:
         hook.remove()
 
 
+def test_words_are_encoded_anew_beside_another_picture() -> None:
+    """Qwen-Image-Edit's encoder sees the picture beside the words."""
+    asked: list[int] = []
+    pictures = [encode_image(tiny.picture(16, seed), "png") for seed in (1, 2, 1)]
+    hook = engine("qwenedit").pipe.text_encoder.register_forward_hook(lambda *_: asked.append(1))
+    try:
+        made = [latents("qwenedit", image=seen, positive="as in") for seen in pictures]
+    finally:
+        hook.remove()
+    once = len(asked) // 2
+    assert once > 0 and len(asked) == 2 * once
+    assert torch.equal(made[0], made[2]) and distance(made[1], made[0]) > 1e-3
+
+
 def words_lora(folder: Path) -> str:
     """A LoRA for sd1's text encoder, named words."""
     torch.manual_seed(0)
