@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -15,6 +16,17 @@ from tests.test_host import DEMO_CHECKPOINT, DEMO_STEPS, Launch
 
 if TYPE_CHECKING:
     from tests.comfy_stub import ComfyUI
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was() -> Iterator[None]:
+    """A host that a test starts in this process takes the log over, and caplog would see no more of it."""
+    loggers = [logging.getLogger(name) for name in ("py.warnings", "waitress", "host")]
+    before = [(log.handlers[:], log.propagate, log.level) for log in loggers]
+    yield
+    for log, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        log.handlers[:], log.propagate = handlers, propagate
+        log.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,6 @@ def test_more_values_than_a_request_can_need(host: FakeHost) -> None:
 def test_long_values_are_shortened(
     host: FakeHost, caplog: pytest.LogCaptureFixture, path: str, body: dict[str, Any]
 ) -> None:
-    logging.getLogger("host").propagate = True
     answer = host.post(path, json=body)
     assert answer.status_code in (400, 422), answer.status_code
     assert len(answer.content) < 8_000
@@ -94,7 +93,6 @@ def test_long_values_are_shortened(
 def test_long_headers_and_paths_are_shortened(
     host: FakeHost, caplog: pytest.LogCaptureFixture, method: str, path: str, headers: dict[str, str]
 ) -> None:
-    logging.getLogger("host").propagate = True
     caplog.set_level(logging.DEBUG, "host")
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     body = "{}" if method == "POST" else ""

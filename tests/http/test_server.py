@@ -280,7 +280,6 @@ def test_500_by_the_model_and_by_the_server(
     assert body["message"] == "rank 1: out of memory"
     check_error(host.generate({"positive": "user"}), 422, "refuses this")
     monkeypatch.setattr(type(host.queue), "cancel_running", lambda _: 1 / 0)
-    logging.getLogger("host").propagate = True
     answer = host.post("/cancel")
     check_error(answer, 500, "X-Request-Id")
     assert "ZeroDivisionError" not in answer.text
@@ -757,7 +756,6 @@ def test_api_key_is_asked_of_every_route_but_health() -> None:
 
 
 def test_one_log_line_a_request(host: FakeHost, caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("host").propagate = True
     with caplog.at_level("INFO", logger="host"):
         good = host.generate({"seed": 3, "steps": 4, "width": 64, "height": 64})
         bad = host.generate({"steps": 0})

@@ -687,7 +687,6 @@ def left_alone() -> float:
 @shows("log_level", "log_json")
 def _(ground: Ground) -> None:
     log = logging.getLogger("host")
-    kept = log.handlers, log.propagate, log.level
     try:
         set_up_logging(config_of(log_level="error"), 0)
         log.info("not told")
@@ -696,8 +695,6 @@ def _(ground: Ground) -> None:
         warnings.warn("by a library", stacklevel=1)
     finally:
         logging.captureWarnings(False)
-        log.handlers, log.propagate = kept[:2]
-        log.setLevel(kept[2])
     lines = ground.capture.readouterr().err.splitlines()
     told, warned = map(json.loads, lines)
     assert told["message"] == "told" and told["level"] == "info"

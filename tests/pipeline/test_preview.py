@@ -114,6 +114,7 @@ def test_every_layout_gives_the_picture_of_the_middle_frame() -> None:
         "ncfhw": frames.transpose(0, 1)[None],
         "nfchw": frames[None],
         "packed": packed,
+        "tokens": frames.permute(0, 2, 3, 1).reshape(1, -1, 4),
     }
     for layout, latents in laid_out.items():
         assert torch.equal(picture_latents(latents, layout, (6, 8)), picture), layout
@@ -178,7 +179,7 @@ def test_a_part_of_a_picture_is_not_shown() -> None:
 
 
 # One type of each layout, of each family of schedulers, and the one whose size is its input's.
-TYPES = ("ad", "flux", "sd1", "sd3", "sdup", "svd", "wan")
+TYPES = ("ad", "flux", "ltx2", "sd1", "sd3", "sdup", "svd", "wan")
 
 
 def previews_of_tiny_checkpoints() -> dict[str, Any]:
