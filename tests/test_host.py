@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -117,7 +118,8 @@ class Launch:
         if self.process.poll() is None:
             # Ranks have sessions of their own, and one that a test has stopped does not end by itself.
             for pid in [*children(self.process.pid), self.process.pid]:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # one may end in this moment
+                    os.kill(pid, signal.SIGKILL)
             self.process.wait()
 
 
