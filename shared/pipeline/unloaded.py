@@ -109,7 +109,7 @@ def unloaded_models(
         _missing(spec, header, listed, absent)
     found: dict[str, Unloaded] = {}
     for name, (library, class_name) in listed.items():
-        if name in absent or library not in ("diffusers", "transformers"):
+        if name in absent:
             continue
         place = config_folder(spec, checkpoint, name) if header is not None else folder
         own = _overrides(spec, header) if header is not None and name == spec.denoiser else {}
@@ -177,16 +177,22 @@ def _adapters(
 
 
 def _on_meta(library: str, class_name: str, folder: Path, own: dict[str, Any]) -> nn.Module | None:
-    """A model of this configuration; None where the class is no model."""
+    """A model of this configuration; None where the class is no model.
+
+    Args:
+        library: diffusers, transformers, or the folder of diffusers' pipelines that has the class.
+    """
     import diffusers
     import transformers
 
-    cls: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
+    home = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    home = home or getattr(diffusers.pipelines, library, None)
+    cls: Any = getattr(home, class_name, None)
     if nn.Module not in getattr(cls, "__mro__", ()):
         return None
     model: nn.Module
     with torch.device("meta"):
-        if library == "diffusers":
+        if library != "transformers":
             model = cls.from_config({**_read(folder / "config.json"), **own})
         else:
             encoder = cls(cls.config_class.from_pretrained(folder, local_files_only=True))
