@@ -13,7 +13,6 @@ from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
-    FluxTransformer2DModel,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
     QwenImagePipeline,
@@ -27,17 +26,17 @@ from diffusers import (
 from diffusers.guiders import ClassifierFreeGuidance
 from PIL import Image
 
-from benchmarks.models import on, vae
+from benchmarks.models import make_flux, on, vae
 
 FRAMES = {"wan": 81, "hv15": 121}
 WIDTHS = {480: 832, 720: 1280}
 """Of a video's height."""
 
 
-def make_qwen(device: torch.device, dtype: torch.dtype, **changes: Any) -> Any:
+def make_qwen(device: torch.device, dtype: torch.dtype) -> Any:
     """Qwen-Image: 60 blocks, 24 heads of 128."""
     return QwenImagePipeline(
-        transformer=on(device, dtype, lambda: QwenImageTransformer2DModel(**changes)),
+        transformer=on(device, dtype, QwenImageTransformer2DModel),
         vae=on(device, dtype, AutoencoderKLQwenImage),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True, max_shift=0.9),
         text_encoder=None,
@@ -45,10 +44,10 @@ def make_qwen(device: torch.device, dtype: torch.dtype, **changes: Any) -> Any:
     )
 
 
-def make_zimage(device: torch.device, dtype: torch.dtype, **changes: Any) -> Any:
+def make_zimage(device: torch.device, dtype: torch.dtype) -> Any:
     """Z-Image: 30 blocks, 30 heads of 128."""
     return ZImagePipeline(
-        transformer=on(device, dtype, lambda: ZImageTransformer2DModel(**changes)),
+        transformer=on(device, dtype, ZImageTransformer2DModel),
         vae=on(device, dtype, lambda: vae(16, 0.3611)),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         text_encoder=None,
@@ -56,23 +55,15 @@ def make_zimage(device: torch.device, dtype: torch.dtype, **changes: Any) -> Any
     )
 
 
-def make_kontext(device: torch.device, dtype: torch.dtype, **changes: Any) -> Any:
-    """FLUX.1 Kontext: FLUX.1's transformer."""
-    return FluxKontextPipeline(
-        transformer=on(device, dtype, lambda: FluxTransformer2DModel(guidance_embeds=True, **changes)),
-        vae=on(device, dtype, lambda: vae(16, 0.3611)),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-    )
+def make_kontext(device: torch.device, dtype: torch.dtype) -> Any:
+    """FLUX.1 Kontext: FLUX.1's models."""
+    return FluxKontextPipeline(**make_flux(device, dtype).components)
 
 
-def make_wan(device: torch.device, dtype: torch.dtype, **changes: Any) -> Any:
+def make_wan(device: torch.device, dtype: torch.dtype) -> Any:
     """Wan 2.1 14B: 40 blocks, 40 heads of 128."""
     return WanPipeline(
-        transformer=on(device, dtype, lambda: WanTransformer3DModel(**changes)),
+        transformer=on(device, dtype, WanTransformer3DModel),
         vae=on(device, dtype, AutoencoderKLWan),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
@@ -82,12 +73,10 @@ def make_wan(device: torch.device, dtype: torch.dtype, **changes: Any) -> Any:
     )
 
 
-def make_hv15(device: torch.device, dtype: torch.dtype, **changes: Any) -> Any:
+def make_hv15(device: torch.device, dtype: torch.dtype) -> Any:
     """HunyuanVideo 1.5, text to video: 54 blocks, 16 heads of 128."""
     return HunyuanVideo15Pipeline(
-        transformer=on(
-            device, dtype, lambda: HunyuanVideo15Transformer3DModel(**({"task_type": "t2v"} | changes))
-        ),
+        transformer=on(device, dtype, lambda: HunyuanVideo15Transformer3DModel(task_type="t2v")),
         vae=on(device, dtype, AutoencoderKLHunyuanVideo15),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
         guider=ClassifierFreeGuidance(guidance_scale=6.0),

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from shared.api.hashes import cache_folder
 from shared.launch.flags import HostConfig
-from shared.pipeline.store import FORMAT, entry_of, write_tensors
+from shared.pipeline.store import FORMAT, entry_of, file_states, write_tensors
 
 LEAST = 64 << 20
 """Bytes of a component below which each rank converts it itself."""
@@ -97,12 +97,11 @@ def _kept(
     config: HostConfig, folder: Path, files: list[Path], dtype: torch.dtype, exact: tuple[str, ...]
 ) -> Path | None:
     """A component's folder with weights of this dtype. None where it cannot be kept."""
-    states = [(str(file), file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
     key = {
         "format": FORMAT,
         "dtype": str(dtype),
         "exact": exact,
-        "files": [(path, state.st_size, state.st_mtime_ns) for path, state in states],
+        "files": file_states(file for file in folder.iterdir() if file.is_file()),
         "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
     }
 
@@ -119,8 +118,8 @@ def _kept(
                 about = opened.metadata() or {"format": "pt"}
             write_tensors(into / file.name, tensors, about)
 
-    def read(entry: Path) -> bool | None:
-        return True if _readable([entry / file.name for file in files]) else None
+    def read(entry: Path) -> Path | None:
+        return entry if _readable([entry / file.name for file in files]) else None
 
     what = f"{folder.name} in {str(dtype).removeprefix('torch.')}"
     return entry_of(cache_folder(config) / "weights", what, key, make, read)

@@ -10,11 +10,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,6 +42,7 @@ UNRELATED = frozenset(
 """Flags of models and features that change no weight of a denoiser or a text encoder."""
 
 Tensors = dict[str, torch.Tensor]
+Found = TypeVar("Found")
 
 
 class KeptWeights:
@@ -76,19 +77,22 @@ class KeptWeights:
         def write(folder: Path) -> None:
             write_tensors(folder / FILE, make(), {"key": json.dumps([name, self._key])})
 
-        entry = entry_of(self.folder, name, self._key, write, lambda folder: _read(folder / FILE, names))
-        return None if entry is None else _read(entry / FILE, names)
+        return entry_of(self.folder, name, self._key, write, lambda folder: _read(folder / FILE, names))
 
 
 def entry_of(
-    folder: Path, name: str, key: Mapping[str, Any], make: Callable[[Path], None], read: Callable[[Path], Any]
-) -> Path | None:
-    """An entry of the store, a folder; made whole or not at all, by the first rank of the machine that asks.
+    folder: Path,
+    name: str,
+    key: Mapping[str, Any],
+    make: Callable[[Path], None],
+    read: Callable[[Path], Found | None],
+) -> Found | None:
+    """What an entry of the store holds, a folder; made whole or not at all, by the first rank that asks.
 
     Args:
         name, key: what it is, and what it was made of, as JSON.
         make: fills an empty folder.
-        read: gives None for an entry that is broken, which is made anew.
+        read: what an entry holds; None for one that is broken, which is made anew.
 
     Returns:
         None where nothing can be kept; `make` may not have been called then.
@@ -98,7 +102,8 @@ def entry_of(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{digest}.lock"):
-            if not entry.exists() or read(entry) is None:
+            found = read(entry) if entry.exists() else None
+            if found is None:
                 for old in (unfinished, entry):
                     shutil.rmtree(old, ignore_errors=True)
                 unfinished.mkdir()
@@ -109,11 +114,18 @@ def entry_of(
                     shutil.rmtree(unfinished, ignore_errors=True)
                 log.info("%s is kept in %s", name, entry)
                 trim(folder, BYTES)
+                found = read(entry)
             os.utime(entry)
     except OSError as error:
         log.warning("%s is not kept in %s: %s", name, folder, error.strerror or first_line(error))
         return None
-    return entry
+    return found
+
+
+def file_states(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Path, size and time of the last change of each file, by which an entry knows what it was made of."""
+    states = [(str(file), file.stat()) for file in sorted(files)]
+    return [(path, state.st_size, state.st_mtime_ns) for path, state in states]
 
 
 def write_tensors(file: Path, tensors: Tensors, about: dict[str, str]) -> None:
@@ -157,13 +169,11 @@ def _related(config: HostConfig) -> Iterator[tuple[str, Any, Mapping[str, Any]]]
 
 
 def _states(config: HostConfig) -> list[tuple[str, int, int]]:
-    """Path, size and time of the last change of every file that the weights are made of."""
+    """Of every file that the weights are made of."""
     given = list[Path]()
     if Path(config.checkpoint).is_file():
         given.append(Path(config.checkpoint).with_suffix(""))  # what it lacks lies there
     for _, value, about in _related(config):
         if about.get("path") and value:
             given += map(Path, value if isinstance(value, dict | tuple) else [value])
-    files = {file for path in given for file in (path, *path.rglob("*")) if file.is_file()}
-    states = [(str(file), file.stat()) for file in sorted(files)]
-    return [(path, state.st_size, state.st_mtime_ns) for path, state in states]
+    return file_states({file for path in given for file in (path, *path.rglob("*")) if file.is_file()})

@@ -496,6 +496,13 @@ def test_flux_in_the_names_of_its_authors() -> None:
         assert torch.allclose(found, delta[start : start + size], atol=1e-3)
 
 
+def in_authors_names(prefix: str, layers: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """A LoRA of these layers in kohya's names (lora_unet_, joined by _), or in ai-toolkit's."""
+    flat = prefix == "lora_unet_"
+    named = {name.replace(".", "_") if flat else name: size for name, size in layers.items()}
+    return {key.replace("lora_unet_", prefix): tensor for key, tensor in original_lora(named).items()}
+
+
 @pytest.mark.parametrize("prefix", ["lora_unet_", "diffusion_model."])
 def test_zimage_in_the_names_of_its_authors(prefix: str) -> None:
     """kohya's and ai-toolkit's names, with query, key and value as one layer."""
@@ -507,12 +514,7 @@ def test_zimage_in_the_names_of_its_authors(prefix: str) -> None:
         "x_embedder": (16, 96),
     }
     flat = prefix == "lora_unet_"
-    tensors = {
-        key.replace("lora_unet_", prefix): tensor
-        for key, tensor in original_lora(
-            {name.replace(".", "_") if flat else name: size for name, size in layers.items()}
-        ).items()
-    }
+    tensors = in_authors_names(prefix, layers)
     matched, unmatched = match_layers(shared_pipe("zimage"), MODELS["zimage"], tensors)
     pairs = matched["transformer"]
     assert not unmatched and len(pairs) == 3 + 1 + 1 + 3 + 1
@@ -538,12 +540,7 @@ def test_flux2_in_the_names_of_its_authors(prefix: str) -> None:
         "double_blocks.1.img_mlp.2": (192, 64),
     }
     flat = prefix == "lora_unet_"
-    tensors = {
-        key.replace("lora_unet_", prefix): tensor
-        for key, tensor in original_lora(
-            {name.replace(".", "_") if flat else name: size for name, size in layers.items()}
-        ).items()
-    }
+    tensors = in_authors_names(prefix, layers)
     matched, unmatched = match_layers(shared_pipe("flux2"), MODELS["flux2"], tensors)
     pairs = matched["transformer"]
     assert not unmatched and len(pairs) == 1 + 1 + 3 + 3 + 1 + 1 + 1
