@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import importlib
 import io
 import json
@@ -194,11 +195,13 @@ def bodies(name: str, flags: dict[str, Any], starts: bool) -> dict[str, dict[str
     asked = {"first": first, "words": words, "size": first | {"seed": 13} | other_size}
     if spec.image == "start" and starts:
         control, adapter = bool(flags.get("control_net")), bool(flags.get("ip_adapter"))
-        late = {"image": picture(5, 64), "steps": 2 * STEPS, "strength": 0.5}
+        late = {"image": picture(5, 64)}
         for field, kind in FROM_PICTURE.items():
             start = spec.start(kind, control)
             if start is not None and (start.ip_adapter or not adapter):
                 asked[field] = first | late | ({"mask": picture(6, 64)} if field == "mask" else {})
+                if start.strength is not None:
+                    asked[field] |= {"steps": 2 * STEPS, "strength": 0.5}
                 if start.frames:
                     asked[field]["image"] = [picture(seed, 64) for seed in range(5, 9)]
     return asked | ({"scales": first | scales} if scales else {})
@@ -365,6 +368,7 @@ class Matrix:
     def __init__(self, device: str, todo: list[str], jobs: int, ranks: int) -> None:
         self.device, self.jobs, self.ranks = device, jobs, ranks
         self.results: list[Result] = []
+        self.launches: set[subprocess.Popen[bytes]] = set()
         self.chunks: queue.Queue[list[str]] = queue.Queue()
         slow = [cell for cell in todo if "sequential" in cell or "group" in cell]
         quick = [cell for cell in todo if cell not in slow]
@@ -379,6 +383,13 @@ class Matrix:
             thread.start()
         for thread in threads:
             thread.join()
+
+    def stop(self, *_: Any) -> None:
+        """End all launches and this process, as at the end of a lease: they are in sessions of their own."""
+        for process in list(self.launches):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        os._exit(143)
 
     def _serve(self, number: int) -> None:
         while True:
@@ -398,12 +409,14 @@ class Matrix:
             process = subprocess.Popen(
                 own, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=env, cwd=ROOT
             )
+            self.launches.add(process)
             try:
                 why = f"the ranks ended with {process.wait(LIMIT)}"
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 why = f"no end after {LIMIT:g} s"
+            self.launches.discard(process)
         lines = out.read_text().splitlines() if out.exists() else []
         found = [Result(**json.loads(line)) for line in lines]
         missing = [cell for cell in chunk if cell not in {r.cell for r in found}]
@@ -438,6 +451,8 @@ def main() -> None:
         todo = [c for c in todo if "offload" not in c]
     began = time.monotonic()
     matrix = Matrix(options.device, todo, options.jobs, options.ranks)
+    signal.signal(signal.SIGTERM, matrix.stop)
+    signal.signal(signal.SIGINT, matrix.stop)
     matrix.run()
     short = [r for r in matrix.results if r.faults]
     print(f"\n{len(todo)} cells in {time.monotonic() - began:.0f} s; {len(short)} fall short")

@@ -54,6 +54,7 @@ FAMILY = Family(
             fps_field="frame_rate",
             sound=("vocoder", "output_sampling_rate"),
             text_encoders=("text_encoder",),
+            encoders_capturable=False,  # Gemma 3 copies from host memory
             tokenizers=("tokenizer",),
             sized_tokenizers=("tokenizer",),
             unpacked_layout="tokens",

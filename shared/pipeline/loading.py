@@ -302,7 +302,6 @@ def _check_guider(pipe: Pipeline, spec: ModelSpec, config: HostConfig) -> None:
 def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) -> Pipeline:
     """The pipeline of the checkpoint and of what replaces or joins its components."""
     import diffusers
-    import transformers
 
     cls = getattr(diffusers, (config.control_net and spec.control_net_pipeline) or spec.pipeline)
     checkpoint = Path(config.checkpoint)
@@ -348,7 +347,7 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
             "motion adapter of its own; got neither"
         )
     name = spec.picture_processor
-    if name and header is None and index.get(name) and not transformers.utils.is_torchvision_available():
+    if name and header is None and index.get(name):
         parts[name] = load_processor(folder / name, index[name][1])
     log.info("loading %s from %s", cls.__name__, config.checkpoint)
     if header is not None:
