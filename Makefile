@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red circle on a blue background
 RANKS ?= 2
+WORKERS ?= 2
 
 .PHONY: demo test check matrix gpu-matrix format clean
 
@@ -21,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo/ask.py --ranks $(RANKS) --prompt "$(PROMPT)" --out demo.png
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

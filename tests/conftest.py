@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +20,49 @@ from tests.test_host import DEMO_CHECKPOINT, DEMO_STEPS, Launch
 
 if TYPE_CHECKING:
     from tests.comfy_stub import ComfyUI
+
+LONGEST = (
+    "test_matrix.py",
+    "parallel/test_xdit.py",
+    "test_host.py",
+    "pipeline/test_lora.py",
+    "parallel/test_sharded.py",
+    "launch/test_flags.py",
+    "http/test_web.py",
+    "parallel/test_distrifusion.py",
+    "http/test_web_jobs.py",
+    "parallel/test_asyncdiff.py",
+)
+"""The files that take longest: run first, so that no worker is left with one of them at the end."""
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@contextlib.contextmanager
+def locked(path: Path, how: int) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, how)
+        yield
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Several workers: a test marked `alone` runs while the others wait between two tests."""
+    if WORKER is None:
+        return (yield)
+    assert item.config.cache is not None
+    folder = item.config.cache.mkdir("alone")
+    alone = item.get_closest_marker("alone") is not None
+    with contextlib.ExitStack() as queued:
+        # Who waits for the others to end lets none of them begin.
+        queued.enter_context(locked(folder / "queue", fcntl.LOCK_EX))
+        with locked(folder / "running", fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
+            queued.close()
+            return (yield)
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +129,8 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note what each cell of tests/test_matrix.py said, for `make matrix`."""
+    if WORKER is not None:
+        return  # the process that has started this one hears of it too
     found = re.search(r"test_matrix\.py::test_(asyncdiff|distrifuser|xdit)\[(\w+)-(\w+)\]$", report.nodeid)
     if found and (report.when == "call" or report.failed):
         RESULTS.parent.mkdir(exist_ok=True)

@@ -188,6 +188,7 @@ def test_own_schedules_schedulers_and_start_latents(host: Launch) -> None:
     assert sigmas.status_code == 200 and sigmas.json()["steps"] == 2  # the last sigma is the end
 
 
+@pytest.mark.alone
 def test_cancel_ends_within_a_step_and_the_host_goes_on(host: Launch) -> None:
     answers: list[requests.Response] = []
     thread = threading.Thread(target=lambda: answers.append(post(host, steps=400)))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import random
 import re
 import resource
 import signal
@@ -33,11 +35,19 @@ FAKE = "tests/fake_host.py"
 DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint"
 DEMO_STEPS = 6  # of the shared host (conftest.demo_host), all of them exact
 
+# Below those that the system hands out, and of each worker of pytest-xdist its own: no port is given twice.
+PORTS = 12000 + 4000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+NUMBERS = itertools.count(random.randrange(4000))
+
+pytestmark = pytest.mark.alone
+
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        port = PORTS + next(NUMBERS) % 4000
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def children(pid: int) -> list[int]:

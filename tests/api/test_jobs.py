@@ -55,6 +55,7 @@ def test_a_queue_without_waiting_room_serves_one_at_a_time() -> None:
         queue.submit(job())
 
 
+@pytest.mark.alone
 def test_take_wakes_up_for_a_job() -> None:
     queue = JobQueue(1)
     threading.Timer(0.05, lambda: queue.submit(job())).start()

@@ -16,6 +16,8 @@ import pytest
 
 from tests.httphost import FakeHost, config_of, wait_for
 
+pytestmark = pytest.mark.alone
+
 LINK = Path(__file__).resolve().parents[2] / "clients" / "comfyui" / "host.py"
 HOLD = {"positive": "hold", "steps": 3}
 

@@ -36,6 +36,7 @@ def host() -> Iterator[FakeHost]:
 # What is wrong is told in few words, whatever its size.
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("path", ["/generate", "/v1/images/generations"])
 def test_ninety_thousand_faults_are_twenty_and_a_number(host: FakeHost, path: str) -> None:
     began = time.monotonic()

@@ -128,6 +128,7 @@ def answers(proxied: Proxied) -> bool:
         return False
 
 
+@pytest.mark.alone
 def test_behind_a_proxy(proxied: Proxied) -> None:
     a_job_outlives_the_proxys_patience(proxied)
     a_request_without_a_name_ends_with_its_client(proxied)

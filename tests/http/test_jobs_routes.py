@@ -79,6 +79,7 @@ def test_other_apis_have_no_answer_202_and_answer_whole(host: FakeHost) -> None:
         assert "Preference-Applied" not in answer.headers and "Location" not in answer.headers
 
 
+@pytest.mark.alone
 def test_the_list_tells_states_places_and_waits(host: FakeHost) -> None:
     ids = [f"job-{n:05}" for n in range(3)]
     for id in ids:

@@ -347,6 +347,7 @@ def test_health_tells_the_age_of_the_running_step() -> None:
         held.result()
 
 
+@pytest.mark.alone
 def test_503_when_the_queue_is_full() -> None:
     with FakeHost(config_of(max_queue=2)) as host, ThreadPoolExecutor(3) as pool:
         held = [pool.submit(host.generate, {"positive": "hold", "steps": 1}) for _ in range(3)]
@@ -706,6 +707,7 @@ def leave_after_sending(host: FakeHost, body: bytes, reset: bool = False) -> soc
     return connection
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("reset", [False, True])
 def test_a_client_that_leaves_cancels_its_request(host: FakeHost, reset: bool) -> None:
     connection = leave_after_sending(host, b'{"positive": "slow", "steps": 500}', reset)

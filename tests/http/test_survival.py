@@ -16,6 +16,8 @@ from shared.launch.flags import HostConfig
 from tests.http.test_jobs_routes import ASYNC, id_header, job
 from tests.httphost import FakeHost, config_of, picture, wait_for
 
+pytestmark = pytest.mark.alone
+
 FAILED = "failed"
 
 

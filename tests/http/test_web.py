@@ -240,6 +240,7 @@ def test_a_strange_request_id_is_replaced(host: FakeHost) -> None:
         assert re.fullmatch("[0-9a-f]{16}", answer.headers["X-Request-Id"])
 
 
+@pytest.mark.alone
 def test_watchers_are_bounded_and_leave_their_seats() -> None:
     with FakeHost(config_of(max_queue=0)) as host:
         streams = [Stream(host) for _ in range(MAX_WATCHERS)]

@@ -15,6 +15,8 @@ from shared.http import connections, wsgi
 from shared.http.connections import NO_ROOM
 from tests.httphost import FakeHost, config_of, wait_for
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture
 def host() -> Iterator[FakeHost]:

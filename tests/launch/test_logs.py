@@ -15,6 +15,8 @@ import pytest
 
 from shared.launch.logs import JsonFormatter, TextFormatter
 
+pytestmark = pytest.mark.alone
+
 ROOT = Path(__file__).parents[2]
 WRITER = """
 import os, sys, time

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import pytest
 import torch
 
 from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.surgery import Surgery
 from tests import tiny
 from tests.pool import RankPool
+
+pytestmark = pytest.mark.alone
 
 SLOW = "up_blocks.1.resnets.0"
 

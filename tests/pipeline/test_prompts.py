@@ -216,6 +216,7 @@ def test_types_without_prompts() -> None:
     assert prompt_arguments(pipe_of("svd"), MODELS["svd"]) == {}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "prompt", ["((((((((a cat))))))))", "((((((a", "((((masterpiece)))), ((((best quality))))"]
 )

@@ -18,6 +18,8 @@ from shared.ranks import heartbeats, liveness
 from shared.ranks.liveness import StallTimer, _is_in
 from shared.ranks.rendezvous import Rendezvous
 
+pytestmark = pytest.mark.alone
+
 
 class Clock:
     """time.monotonic by hand."""
