@@ -1,17 +1,27 @@
-"""The demo model before training: Stable Diffusion 1's three networks and its tokenizer, all small."""
+"""The demo models before training, all small: Stable Diffusion 1's networks, SD3's, and their tokenizer."""
 
 from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from draw import scenes
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+WORDS = 24  # tokens of a caption for the transformer; the longest has ten
+FLOW_SHIFT = 3.0  # Stable Diffusion 3's, arXiv 2403.03206, section 5.3.2
 
 
-def build_tokenizer() -> CLIPTokenizer:
+def build_tokenizer(length: int = 77) -> CLIPTokenizer:
     """A CLIP tokenizer in which each word of the captions is one token; any other text is split into bytes.
 
     Plain byte-pair encoding (arXiv 1508.07909) on the captions' words until each is whole.
@@ -35,11 +45,26 @@ def build_tokenizer() -> CLIPTokenizer:
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
     vocab = {token: k for k, token in enumerate([*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"])}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
     for word in words:
         if len(tokenizer(word).input_ids) != 3:
             raise RuntimeError(f"the tokenizer splits {word!r} into {tokenizer.tokenize(word)}")
     return tokenizer
+
+
+def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def build_models(
@@ -56,20 +81,7 @@ def build_models(
         sample_size=pixels,
         force_upcast=False,
     )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=256,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=77,
-            projection_dim=128,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    text_encoder = CLIPTextModel(text_config(tokenizer, 128, 4))
     unet = UNet2DConditionModel(
         sample_size=pixels // 8,
         block_out_channels=(64, 64, 80),
@@ -94,3 +106,42 @@ def build_scheduler() -> DDIMScheduler:
         steps_offset=1,
         timestep_spacing="trailing",  # sampling starts from pure noise, where training ends
     )
+
+
+def build_transformer(
+    tokenizer: CLIPTokenizer, pixels: int
+) -> tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection, SD3Transformer2DModel]:
+    """Untrained text encoders and transformer of Stable Diffusion 3's kind, 5.5 million parameters together.
+
+    The latents are those of the Stable Diffusion 1 demo's autoencoder; there is no T5.
+    """
+    widths = (128, 64)
+    transformer = SD3Transformer2DModel(
+        sample_size=pixels // 8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=8,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=sum(widths),
+        caption_projection_dim=128,
+        pooled_projection_dim=sum(widths),
+        pos_embed_max_size=32,
+        qk_norm="rms_norm",  # as in Stable Diffusion 3.5
+    )
+    # Each block begins as the identity (adaLN-zero, arXiv 2212.09748, section 3.2).
+    blocks = transformer.transformer_blocks
+    zeroed = [part.linear for block in blocks for part in (block.norm1, block.norm1_context)]
+    for linear in (*zeroed, transformer.norm_out.linear, transformer.proj_out):
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    first, second = (
+        CLIPTextModelWithProjection(text_config(tokenizer, width, layers))
+        for width, layers in zip(widths, (4, 2), strict=True)
+    )
+    return first, second, transformer
+
+
+def build_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT)

@@ -1,4 +1,4 @@
-"""Does the demo checkpoint follow its prompt? Draws held-out prompts and counts by the rule of draw.py."""
+"""Does a demo checkpoint follow its prompt? Draws held-out prompts and counts by the rule of draw.py."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import CHECKPOINTS
 from draw import Judgement, Scene, held_out_scenes, judge
 from PIL import Image, ImageDraw
 
-STEPS = 30
-CFG = 4.0
+STEPS, CFG = CHECKPOINTS["unet"].steps, CHECKPOINTS["unet"].cfg
 NEGATIVE = ""
 
 
@@ -75,12 +75,14 @@ def contact_sheet(
 
 
 def main() -> int:
-    here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, default=here / "checkpoint", help="a diffusers folder")
+    parser.add_argument(
+        "kind", nargs="?", choices=CHECKPOINTS, default="unet", help="which one (default unet)"
+    )
+    parser.add_argument("--checkpoint", type=Path, help="a diffusers folder (default: that kind's in demo/)")
     parser.add_argument("--count", type=int, default=200, help="how many held-out prompts (default 200)")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--cfg", type=float, default=CFG)
+    parser.add_argument("--steps", type=int, help="default: as many as its kind needs")
+    parser.add_argument("--cfg", type=float, help="default: its kind's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -89,14 +91,16 @@ def main() -> int:
     parser.add_argument("--strip", type=Path, help="write a contact sheet of all pictures here")
     args = parser.parse_args()
 
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
+    kind = CHECKPOINTS[args.kind]
+    steps, cfg = args.steps or kind.steps, kind.cfg if args.cfg is None else args.cfg
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     scenes = held_out_scenes(args.count)
-    pipe = StableDiffusionPipeline.from_pretrained(args.checkpoint, dtype=dtype).to(args.device)
+    pipe = DiffusionPipeline.from_pretrained(args.checkpoint or kind.path, dtype=dtype).to(args.device)
     pipe.set_progress_bar_config(disable=True)
     started = time.monotonic()
-    pictures = paint(pipe, scenes, steps=args.steps, cfg=args.cfg, seed=args.seed, batch=args.batch)
+    pictures = paint(pipe, scenes, steps=steps, cfg=cfg, seed=args.seed, batch=args.batch)
     seconds = time.monotonic() - started
     verdicts = [judge(picture) for picture in pictures]
     right, wrong = count_right(scenes, verdicts)
@@ -107,7 +111,7 @@ def main() -> int:
     faults = ", ".join(f"{name} {count}" for name, count in sorted(wrong.items())) or "none"
     share = 100 * right / len(scenes)
     print(f"{right} of {len(scenes)} held-out prompts right ({share:.1f} %), wrong in: {faults}")
-    print(f"{args.steps} steps, cfg {args.cfg}, {args.dtype} on {args.device}: {seconds:.1f} s")
+    print(f"{steps} steps, cfg {cfg}, {args.dtype} on {args.device}: {seconds:.1f} s")
     if args.strip:
         contact_sheet(scenes, verdicts, pictures).save(args.strip)
     if share < args.at_least:

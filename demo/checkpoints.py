@@ -1,0 +1,28 @@
+"""The demo's trained checkpoints: the type that each is for a host, and how it is sampled. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: str
+    type: str
+    host: str
+    steps: int
+    cfg: float
+
+    @property
+    def path(self) -> Path:
+        return HERE / self.folder
+
+
+CHECKPOINTS = {
+    "unet": Checkpoint("checkpoint", "sd1", "asyncdiff", 30, 4.0),
+    "transformer": Checkpoint("transformer", "sd3", "xdit", 28, 4.0),
+    "student": Checkpoint("student", "sd1", "distrifuser", 4, 1.0),
+}
