@@ -27,6 +27,7 @@ from shared.launch.parser import parse_or_exit
 from shared.parallel.method import Unwatched
 from shared.pipeline.arguments import call_arguments
 from shared.pipeline.schedulers import scheduler_for_request
+from shared.pipeline.turns import decodes_together
 from shared.ranks.groups import init_world
 
 
@@ -46,7 +47,7 @@ def main() -> None:
     inputs = {"positive": "a red cat", "steps": options.steps, "seed": 1, "cfg": options.cfg}
     request = GenerateRequest.model_construct(**inputs).filled(config)
 
-    decodes = world.rank == 0 or engine.parallel.decodes_together
+    decodes = world.rank == 0 or decodes_together(config, engine.parallel, request)
 
     def once(output: str, pause: float) -> float:
         time.sleep(pause)

@@ -9,6 +9,8 @@ python benchmarks/host.py --features int8,int4,model_cpu_offload --ranks 2 --ste
 
 --tiny --device cpu takes the tests' checkpoint of the type, to see that it runs.
 
+    [--requests 2] instead of eight of each way    [--plain no] without plain diffusers
+
 Prints, for each number of ranks, start to ready, the median of seven requests by the client's clock (from its
 question to the answer's last byte, as JSON and as image/png), the time for each of eight with the next always
 waiting, what of a request the host says was its engine (to the encoded picture) and the denoising alone, and
@@ -139,13 +141,14 @@ def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = 
         if any(flag.startswith("--control_net") for flag in flags):
             body["control_image"] = base64.b64encode(png(size)).decode()
         # Another prompt each time: a host caches the embeddings of the last ones.
-        bodies = [body | {"positive": f"a red cat, {number}"} for number in range(24)]
-        runs = [ask(url, each) for each in bodies[:8]][1:]
-        raw = [ask(url, each, "image/png") for each in bodies[8:16]][1:]
+        count = options.requests
+        bodies = [body | {"positive": f"a red cat, {number}"} for number in range(3 * count)]
+        runs = [ask(url, each) for each in bodies[:count]][1:]
+        raw = [ask(url, each, "image/png") for each in bodies[count : 2 * count]][1:]
         began = time.perf_counter()
-        with ThreadPoolExecutor(8) as clients:
-            list(clients.map(ask, itertools.repeat(url), bodies[16:]))
-        queued = (time.perf_counter() - began) / 8
+        with ThreadPoolExecutor(count) as clients:
+            list(clients.map(ask, itertools.repeat(url), bodies[2 * count :]))
+        queued = (time.perf_counter() - began) / count
         health = json.loads(get(f"{url}/health")[1])
     finally:
         process.send_signal(signal.SIGTERM)
@@ -181,6 +184,8 @@ def main() -> None:
     parser.add_argument(
         "--pause", default="0", help="of --bare: seconds between two pictures, a row for each"
     )
+    parser.add_argument("--plain", choices=("yes", "no"), default="yes", help="plain diffusers too")
+    parser.add_argument("--requests", type=int, default=8, help="of each way; fewer are quicker")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("flags", nargs="*", help="after --: more flags of the host")
     options = parser.parse_args()
@@ -201,13 +206,13 @@ def main() -> None:
         "s to ready",
         "s a request",
         "s as image/png",
-        "s each of 8 waiting",
+        "s each, all waiting",
         "s in the engine",
         "s denoising",
         "peak GiB",
     )
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|", flush=True)
-    if not options.features:
+    if not options.features and options.plain == "yes":
         plain_diffusers(options.type, options.folder, device, options.size, options.steps)
     gc.collect()
     if device.type == "cuda":

@@ -153,8 +153,7 @@ def _load_and_loop(
     warm_up(engine, config, status)
     on_server = world.rank == 0
     status.at(95, "waiting for the other ranks")
-    if on_server:
-        engine.preview_to(queue)
+    engine.preview_to(queue if on_server else None)
     freeze_heap()
     status.ranks = channel.gather_infos(rank_device_info(world) | {"parameters": engine.parameters})
     lifeline.serving = True

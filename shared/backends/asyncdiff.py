@@ -90,9 +90,9 @@ def needs(config: HostConfig, world_size: int) -> Needs:
     """Stages call parts of the denoiser."""
     shards, staged = config.shards(world_size), tuple[str, ...]()
     if stages(config, world_size) > 1:
-        encoders = config.spec.text_encoders
-        staged = tuple(name for name in shards if name not in encoders)
-        shards = tuple(name for name in shards if name in encoders)
+        whole = (*config.spec.denoisers, "controlnet")
+        staged = tuple(name for name in shards if name in whole)
+        shards = tuple(name for name in shards if name not in whole)
     halves = config.use_cfg_parallel and not shares_branch(config, world_size)
     return Needs(
         in_parts=world_size > 1,
@@ -100,6 +100,7 @@ def needs(config: HostConfig, world_size: int) -> Needs:
         stages=staged,
         stage_count=stages(config, world_size),
         step_parts=2 if halves else 1,
+        decode_parts=config.decode_parts(world_size),
     )
 
 
@@ -115,6 +116,7 @@ def attach(
     """
     from shared.parallel.asyncdiff import AsyncDiff
     from shared.parallel.cfg_split import CfgSplit, HybridSplit
+    from shared.parallel.distrifusion.decoder import KINDS, PatchDecoder
     from shared.parallel.method import CombinedMethod, Plain, control_nets
     from shared.parallel.pipeline import model_of
     from shared.ranks.device import measured_speeds
@@ -158,13 +160,20 @@ def attach(
         parts.append(HybridSplit([denoiser], group, world.rank, shared, local=nets, guided=guided))
     elif config.use_cfg_parallel:
         parts.append(CfgSplit([denoiser], pair, branch, local=nets, guided=guided))
+    least, decoder = config.decode_from, None
+    if least is not None and world.size > 1 and isinstance(pipe.vae, KINDS):
+        decoder = PatchDecoder(pipe.vae, world.compute, least)
+        parts.append(decoder)
     note = {
+        "decode_from": decoder and decoder.least,
         "cfg_split": config.use_cfg_parallel,
         "hybrid": hybrid,
         "control_nets": len(nets),
         "stage_weights": weights,
     }
-    return CombinedMethod(method, parts, note)
+    combined = CombinedMethod(method, parts, note)
+    combined.decoder = decoder
+    return combined
 
 
 def build_engine(config: HostConfig, world: World) -> PipelineEngine:

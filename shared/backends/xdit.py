@@ -27,7 +27,8 @@ def needs(config: HostConfig, world_size: int) -> Needs:
     flags = ("pipefusion_parallel_degree", "tensor_parallel_degree")
     divides = next((f"--{flag}" for flag in flags if (getattr(config, flag) or 1) > 1), None)
     # PipeFusion's stages keep their own blocks already.
-    shards = tuple(m for m in config.shards(world_size) if not pipefused or m in config.spec.text_encoders)
+    own = (*config.spec.denoisers, "controlnet") if pipefused else ()
+    shards = tuple(name for name in config.shards(world_size) if name not in own)
     degrees = xdit_degrees(config, world_size)
     return Needs(
         pipefused,
@@ -35,7 +36,7 @@ def needs(config: HostConfig, world_size: int) -> Needs:
         divides_weights=divides,
         shards=shards,
         step_parts=degrees.sequence * (degrees.cfg if config.spec.guidance_branches > 1 else 1),
-        decode_parts=degrees.world // degrees.data if config.use_parallel_vae else 1,
+        decode_parts=config.decode_parts(degrees.world // degrees.data),
     )
 
 
@@ -67,6 +68,7 @@ def attach(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroup
 
 
 def _exact(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroups) -> XDiT:
+    from shared.parallel.distrifusion.decoder import KINDS
     from shared.parallel.xdit.exact import XDiT
 
     return XDiT(
@@ -74,12 +76,15 @@ def _exact(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroup
         groups.degrees,
         groups,
         cache="teacache" if config.use_teacache else "fbcache" if config.use_fbcache else None,
-        parallel_vae=config.use_parallel_vae,
+        parallel_vae=config.use_parallel_vae
+        or (config.decode_from is not None and isinstance(pipe.vae, KINDS)),
+        decode_from=config.decode_from or 0,
         cuda_graph=config.captures(world.device.type),
     )
 
 
 def _pipefusion(pipe: Pipeline, config: HostConfig, groups: XfuserGroups) -> XDiTPipeFusion:
+    from shared.parallel.distrifusion.decoder import KINDS
     from shared.parallel.xdit.pipefusion import XDiTPipeFusion
 
     return XDiTPipeFusion(
@@ -89,7 +94,9 @@ def _pipefusion(pipe: Pipeline, config: HostConfig, groups: XfuserGroups) -> XDi
         warm_up_steps=config.warm_up_steps,
         patches=config.num_pipeline_patch,
         stages=config.attn_layer_num_for_pp,
-        parallel_vae=config.use_parallel_vae,
+        parallel_vae=config.use_parallel_vae
+        or (config.decode_from is not None and isinstance(pipe.vae, KINDS)),
+        decode_from=config.decode_from or 0,
         free_other_stages=not config.offloads,
     )
 

@@ -40,6 +40,11 @@ def check_config(config: HostConfig, backend: Backend, world_size: int) -> None:
     _check_size(config)
     _check_scheduler(config)
     backend.check(config, world_size)
+    if config.shard_weights and config.enable_model_cpu_offload and world_size == 1:
+        raise UsageError(
+            "--shard_weights: with --enable_model_cpu_offload it needs 2 ranks or more; got one rank, for "
+            "which --enable_model_cpu_offload alone is enough"
+        )
     _check_sizes(config, backend, world_size)
 
 
@@ -135,10 +140,11 @@ def _check_features(config: HostConfig, backend: Backend) -> None:
                 raise UsageError(
                     f"--{flag}: not supported with --{other}: {why}; use --enable_model_cpu_offload"
                 )
-    if config.shard_weights and (offloads or config.compile_text_encoder):
+    by_layer = [flag for flag in offloads if flag != "enable_model_cpu_offload"]
+    if config.shard_weights and (by_layer or config.compile_text_encoder):
         other, why = (
-            (offloads[0], "each rank's part of the weights stays on its GPU")
-            if offloads
+            (by_layer[0], "each rank's part of the weights stays on its GPU")
+            if by_layer
             else ("compile_text_encoder", "encoders are compiled whole, and weights are gathered by block")
         )
         raise UsageError(f"--shard_weights: not supported with --{other}: {why}")
@@ -149,9 +155,9 @@ def _check_features(config: HostConfig, backend: Backend) -> None:
             given = len(config.control_net)
             raise UsageError(f"--control_net: type {spec.name} takes one ControlNet; got {given}")
         shared = ("shard_weights", "enable_sequential_cpu_offload", "enable_group_offload")
-        if by_layer := next((name for name in shared if getattr(config, name)), None):
+        if moving := next((name for name in shared if getattr(config, name)), None):
             why = f"which runs layers of the denoiser in type {spec.name}, and weights come and go by layer"
-            raise UsageError(f"--{by_layer}: not supported with --control_net, {why}")
+            raise UsageError(f"--{moving}: not supported with --control_net, {why}")
     if config.gguf_model and config.quantize_to:
         raise UsageError(
             "--quantize_to: the weights of --gguf_model are quantized already; give only one of them"

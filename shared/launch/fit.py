@@ -38,7 +38,8 @@ def changed(
     config: HostConfig, changes: Mapping[str, Any], backend: Backend, world_size: int, device_type: str
 ) -> HostConfig | None:
     """The launch with these flags too; None where the type or the method does not allow them."""
-    if any(name.endswith("_offload") for name in changes) and (device_type == "cpu" or config.offloads):
+    offloads = config.offloads or config.enable_model_cpu_offload
+    if any(name.endswith("_offload") for name in changes) and (device_type == "cpu" or offloads):
         return None
     if all(getattr(config, name) == value for name, value in changes.items()):
         return None

@@ -30,6 +30,9 @@ from shared.launch.values import (
 )
 from shared.models import MODELS, ModelSpec
 
+DECODED_ALONE = 1024 * 1024
+"""Pixels up to which a rank decodes by itself where nothing else is asked for."""
+
 
 @lru_cache(64)
 def _index_of(checkpoint: str) -> Any:
@@ -195,7 +198,7 @@ class HostConfig:
     shard_weights: bool = _flag(
         False,
         _MEMORY,
-        "keep a part of the weights of denoiser, ControlNets and text encoders on each rank",
+        "keep a part of the weights of all models on each rank, and decode on all of them",
     )
     xformers_efficient: bool = _flag(
         False, _MEMORY, "use the attention of the xformers package (needs a GPU)"
@@ -406,7 +409,26 @@ class HostConfig:
         """The models of which each rank keeps a part, by the names of their components."""
         if not self.shard_weights or world_size == 1:
             return ()
-        return (*self.spec.denoisers, "controlnet", *self.spec.text_encoders)
+        vae = () if self.decode_from is None else ("vae",)
+        return (*self.spec.denoisers, "controlnet", *self.spec.text_encoders, "image_encoder", *vae)
+
+    @property
+    def decode_from(self) -> int | None:
+        """Pixels of a call of the VAE from which all ranks decode it in patches; None: never."""
+        by_layer = self.enable_sequential_cpu_offload or self.enable_group_offload
+        if self.compile_vae or by_layer or not self.spec.decodes_in_patches:
+            return None
+        return 0 if self.shard_weights or self.use_parallel_vae else DECODED_ALONE + 1
+
+    def decode_pixels(self, width: int | None, height: int | None, frames: int | None) -> int:
+        """Pixels of what a request gets, with the launch's size where it has none."""
+        sides = (width or self.size[0]) * (height or self.size[1]) * self.spec.size_scale**2
+        return sides * (frames or self.spec.frames or 1)
+
+    def decode_parts(self, ranks: int) -> int:
+        """Over how many of so many ranks decoding is divided, at the launch's size."""
+        least = self.decode_from
+        return 1 if least is None or self.decode_pixels(None, None, None) < least else ranks
 
     @property
     def spec(self) -> ModelSpec:
@@ -432,10 +454,9 @@ class HostConfig:
 
     @property
     def offloads(self) -> bool:
-        """Whether any kind of CPU offload is on."""
-        return (
-            self.enable_model_cpu_offload or self.enable_sequential_cpu_offload or self.enable_group_offload
-        )
+        """Whether whole models or layers come and go; sharded ones stay where they are."""
+        whole = self.enable_model_cpu_offload and not self.shard_weights
+        return whole or self.enable_sequential_cpu_offload or self.enable_group_offload
 
     @property
     def compiles(self) -> bool:

@@ -224,6 +224,7 @@ FAMILY = Family(
             step_maps=26.0,
             title="Stable Video Diffusion",
             pipeline="StableVideoDiffusionPipeline",
+            mixes_frames=True,
             denoiser="unet",
             output="video",
             width=1024,

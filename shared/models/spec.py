@@ -126,6 +126,7 @@ class ModelSpec:
     scale_setting: str | None = None  # and the pixels a side of one latent; None: by its levels, a video's 8
     statistics: Literal["config", "buffers"] = "config"  # where its VAE has those of its latents, if it does
     vae_kind: Literal["image", "video"] = "image"  # what its VAE takes; of a video's, a picture is one frame
+    mixes_frames: bool = False  # whether its VAE, though it takes pictures, decodes frames together
     scheduler_family: Literal["discrete", "video", "flow", "flow_flux", "flow_sigmas", "flow_video"] = (
         "discrete"
     )
@@ -204,6 +205,11 @@ class ModelSpec:
     def latent_setting(self) -> str:
         """What its VAE's configuration calls the number of latent channels."""
         return self.channels_setting or ("latent_channels" if self.vae_kind == "image" else "z_dim")
+
+    @property
+    def decodes_in_patches(self) -> bool:
+        """Whether ranks can share its VAE's decoder."""
+        return self.vae_kind == "image" and not self.mixes_frames
 
     @property
     def packed(self) -> bool:

@@ -66,6 +66,15 @@ class Part(Closing):
         self.held.close()
 
 
+class SharedDecoder(Protocol):
+    """By which all ranks decode parts of a picture together."""
+
+    least: int
+    """Pixels of a call of the VAE from which they should."""
+    active: bool
+    """Whether they do; else a rank decodes by itself."""
+
+
 class Method(Part):
     """A parallel method on a pipeline.
 
@@ -75,7 +84,7 @@ class Method(Part):
         pipeline: the diffusers pipeline.
     """
 
-    decodes_together = False  # whether all ranks must decode, as each decodes a part
+    decoder: SharedDecoder | None = None
     ends_with_latents = True  # whether every rank ends with the latents of the whole picture
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -89,6 +98,10 @@ class Method(Part):
             ValueError: the method runs only the first one.
         """
         self.running = pipeline
+
+    def decodes_together(self, pixels: int) -> bool:
+        """Whether all ranks must decode a call of so many pixels, as each decodes a part."""
+        return self.decoder is not None and pixels >= self.decoder.least
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -128,7 +141,7 @@ class CombinedMethod(Method):
     ) -> None:
         super().__init__(method.pipeline)
         self.method, self.parts, self.note = method, [method, *parts], note or {}
-        self.decodes_together, self.ends_with_latents = method.decodes_together, method.ends_with_latents
+        self.decoder, self.ends_with_latents = method.decoder, method.ends_with_latents
         self.batches = all(part.batches for part in self.parts)
         for part in self.parts:
             self.held.enter_context(part)

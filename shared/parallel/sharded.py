@@ -8,8 +8,9 @@ FSDP2 puts in its place (another class of module, DTensors that come and go) bre
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,17 @@ class Piece:
     def nbytes(self) -> int:
         return self.tensor.numel() * self.tensor.element_size()
 
+    def copy_to(self, part: torch.Tensor, begin: int) -> None:
+        """Copy what lies between `begin` and the end of `part`, in bytes of the block, to its place there.
+
+        Of a mapped file nothing else is read.
+        """
+        dense = self.tensor if tuple(self.tensor.stride()) == self.stride else self.tensor.contiguous()
+        flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+        first, last = max(self.offset, begin), min(self.offset + self.nbytes, begin + part.numel())
+        if first < last:
+            part[first - begin : last - begin].copy_(flat[first - self.offset : last - self.offset])
+
     def inside(self, buffer: torch.Tensor) -> torch.Tensor:
         """The tensor that lies at this place of a buffer of bytes."""
         flat = buffer[self.offset : self.offset + self.nbytes].view(self.tensor.dtype)
@@ -68,6 +80,8 @@ class Block:
         """Of all parts together, each as long as the others."""
         self.part: torch.Tensor
         """This rank's."""
+        self.waits = False
+        """Whether this rank's part waits in host memory."""
         self.slot = 0
         """Which of the two buffers it is gathered into."""
 
@@ -76,10 +90,16 @@ class Block:
         """What this rank does not keep of the parameters."""
         return sum(piece.nbytes for piece in self.pieces) - self.part.nbytes
 
-    def move(self, device: torch.device) -> None:
-        """Move the module to a device, which replaces the tensors inside of quantized ones."""
-        self.modules[0].to(device)
-        self.pieces = self._find()
+    def load(self, buffer: torch.Tensor, ranks: Ranks) -> None:
+        """As `divide`, of a module on any device: of plain weights only this rank's part is moved."""
+        module, device = self.modules[0], buffer.device
+        if any(is_quantized(parameter) for parameter in module.parameters()):
+            module.to(device)  # which replaces the tensors inside; a second move would copy them
+            self.pieces = self._find()
+            self.divide(buffer, ranks)
+        else:
+            self.divide(buffer, ranks)
+            module.to(device)
 
     def put(self, buffer: torch.Tensor) -> None:
         """Make the parameters views of a buffer."""
@@ -88,15 +108,25 @@ class Block:
 
     def divide(self, buffer: torch.Tensor, ranks: Ranks) -> None:
         """Keep this rank's part of the parameters, and make them views of a buffer."""
-        for piece in self.pieces:
-            piece.inside(buffer).copy_(piece.tensor)
         length = self.nbytes // ranks.size
-        self.part = buffer[ranks.rank * length :][:length].clone()
+        self.part = torch.empty(length, dtype=torch.uint8, device=buffer.device)
+        for piece in self.pieces:
+            piece.copy_to(self.part, ranks.rank * length)
         self.put(buffer)
+
+    def wait_in_host_memory(self) -> None:
+        """Move this rank's part there, from where every gather takes it."""
+        self.waits = True
+        if self.part.device.type == "cuda":
+            self.part = self.part.cpu().pin_memory()
 
     def gather(self, buffer: torch.Tensor, ranks: Ranks) -> Any:
         """Start to fill the buffer with the parts of all ranks; what this returns must be waited for."""
-        return start_all_gather(buffer[: self.nbytes], self.part, ranks.group)
+        whole, own = buffer[: self.nbytes], self.part
+        if self.waits:
+            own = whole[ranks.rank * own.numel() :][: own.numel()]
+            own.copy_(self.part, non_blocking=True)
+        return start_all_gather(whole, own, ranks.group)
 
     def restore(self, buffer: torch.Tensor, ranks: Ranks) -> None:
         """Give the parameters memory of their own, with what all ranks keep."""
@@ -123,12 +153,21 @@ class ShardedWeights(Closing):
         models: whole on every rank, on any device; by name.
         group: the ranks; None for all. Its collectives run beside those of other groups.
         device: of this rank, where the parts and the buffers are.
+        called: what is called of a model in place of the model itself: a VAE's encoder and decoder.
+        waiting: the models whose parts wait in host memory.
     """
 
     def __init__(
-        self, models: Mapping[str, nn.Module], group: dist.ProcessGroup | None, device: torch.device
+        self,
+        models: Mapping[str, nn.Module],
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        called: Mapping[str, Sequence[nn.Module]] | None = None,
+        waiting: Collection[str] = (),
     ) -> None:
         self.ranks, self.device = Ranks.of(group), device
+        self.held = contextlib.ExitStack()
+        """What else ends with it, once the weights are whole."""
         self.blocks = {name: blocks_of(model, self.ranks.size) for name, model in models.items()}
         """By model."""
         self._surgery = Surgery()
@@ -141,13 +180,15 @@ class ShardedWeights(Closing):
         largest = max((block.nbytes for block in every), default=0)
         self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
         for block in every:
-            block.move(device)
-            block.divide(self._buffers[0], self.ranks)
+            block.load(self._buffers[0], self.ranks)
             for module in block.modules:
                 self._surgery.override(module, lambda *call, block=block: self._block(block, *call))
         for name, model in models.items():
             move_rest(model, [module for block in every for module in block.modules], device)
-            self._surgery.override(model, self._model(name))
+            for number, part in enumerate((called or {}).get(name, [model])):
+                self._surgery.override(part, self._model(f"{name} {number}"))
+            for block in self.blocks[name] if name in waiting else ():
+                block.wait_in_host_memory()
 
     def close(self) -> None:
         """Give every rank the whole weights back. All ranks must call it, any number of times."""
@@ -156,6 +197,7 @@ class ShardedWeights(Closing):
             for block in blocks:
                 block.restore(self._buffers[block.slot], self.ranks)
         self.blocks, self._buffers = {}, []
+        self.held.close()
 
     @property
     def buffer_bytes(self) -> int:
@@ -251,10 +293,15 @@ def move_rest(model: nn.Module, moved: Sequence[nn.Module], device: torch.device
             module._apply(lambda tensor: tensor.to(device), recurse=False)
 
 
+def is_quantized(tensor: torch.Tensor) -> bool:
+    """Whether a parameter is made of other tensors."""
+    return hasattr(tensor, "__tensor_flatten__") and type(tensor) is not nn.Parameter
+
+
 def plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors with memory of their own that a parameter is made of: one, or those of a quantized one."""
-    if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not nn.Parameter:
-        for name in tensor.__tensor_flatten__()[0]:
+    if is_quantized(tensor):
+        for name in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             yield from plain(getattr(tensor, name))
     else:
         yield tensor

@@ -37,14 +37,14 @@ from shared.pipeline.lora import LoraSet, loras_of
 from shared.pipeline.lora_by_name import RunningLoras
 from shared.pipeline.lora_file import LoraError
 from shared.pipeline.pictures import make_reply, noting_broken_pixels
-from shared.pipeline.preview import Previewer
+from shared.pipeline.preview import Previewer, fit_projection
 from shared.pipeline.prompts import EncodedPrompts, negative_arguments
 from shared.pipeline.refiner import Refiner
 from shared.pipeline.schedule_part import part_of_schedule
 from shared.pipeline.schedulers import SchedulerError
 from shared.pipeline.sharding import parameter_bytes
 from shared.pipeline.steps import StepWatch
-from shared.pipeline.turns import decoded, decoders
+from shared.pipeline.turns import decoded, decoders, decodes_together
 from shared.pipeline.warm_up import warm_up
 from shared.ranks.device import freeze_heap
 from shared.ranks.groups import World
@@ -116,7 +116,7 @@ class PipelineEngine:
         self._prompts = EncodedPrompts()
         self._embeddings = embeddings_of(pipe)
         captures = config.captures(world.device.type) and not config.compile_text_encoder
-        captures = captures and self.spec.encoders_capturable
+        captures = captures and self.spec.encoders_capturable and not config.enable_model_cpu_offload
         self._encoders = Captured(pipe, self.spec.text_encoders, captures)
         self._adapter_state: Any = None
         self._previewer: Previewer | None = None
@@ -244,7 +244,8 @@ class PipelineEngine:
         arguments = call_arguments(running, self.config, request, self.world.device, start)
         arguments = several(arguments, request.seed or 0, pictures)
         watch.asked = arguments["num_inference_steps"]
-        decode = (decodes or self.parallel.decodes_together) and request.output_format != "latent"
+        together = decodes_together(self.config, self.parallel, request)
+        decode = (decodes or together) and request.output_format != "latent"
         output_type = "pt" if decode else "latent"
         refiner = self._refiner if (request.refiner_start or 1) < 1 else None
         if refiner is not None:
@@ -255,6 +256,8 @@ class PipelineEngine:
         self._note_adapters(request)
         self.parallel.take(running)
         self.parallel.begin(arguments["num_inference_steps"], pictures)
+        if self.parallel.decoder is not None:
+            self.parallel.decoder.active = together
         back = watch.with_given_frames(running) if self.spec.puts_frames_back else contextlib.nullcontext()
         try:
             with (
@@ -314,10 +317,14 @@ class PipelineEngine:
         self.pipe.set_progress_bar_config(**shown)
         self._parameters = None
 
-    def preview_to(self, queue: JobQueue) -> None:
-        """Show previews to those who watch the queue; only on rank 0."""
+    def preview_to(self, queue: JobQueue | None) -> None:
+        """Show previews to those who watch the queue; None on the ranks that have none."""
         try:
-            self._previewer = Previewer(self.pipe, self.spec, queue, self.world.device)
+            if queue is not None:
+                self._previewer = Previewer(self.pipe, self.spec, queue, self.world.device)
+            elif self._weights is not None:
+                # The VAE that the other rank asks may be sharded.
+                fit_projection(self.pipe.vae, self.world.device, self.spec)
         except (RuntimeError, ValueError, AttributeError) as error:
             log.warning("previews are off: %s", error)
 

@@ -77,9 +77,9 @@ def place(pipe: Pipeline, spec: ModelSpec, config: HostConfig, device: torch.dev
     """Move the pipeline to this rank's device, or put it under the offload that was asked for.
 
     A denoiser that will run in parts stays on the device under model offload, as no call of the whole module
-    could load it. What will be sharded stays in host memory.
+    could load it. What will be sharded stays in host memory; then nothing is moved in between but its parts.
     """
-    if config.enable_model_cpu_offload:
+    if config.enable_model_cpu_offload and not (needs.shards or needs.stages):
         _offload_models(pipe, device, (spec.denoiser, "controlnet") if needs.in_parts else ())
     elif config.enable_sequential_cpu_offload:
         _offload_layers(pipe, device)

@@ -89,7 +89,8 @@ class MemoryPlan:
     def weights_of(self, config: HostConfig, world_size: int) -> tuple[dict[str, int], int, int]:
         """By model the bytes that a rank keeps; those of the gathering buffers or the moved part; loading."""
         needs = self.backend.needs(config, world_size)
-        key = (config.quantize_to, needs, config.offloads and config, world_size)
+        offloads = config.offloads or config.enable_model_cpu_offload
+        key = (config.quantize_to, needs, offloads and config, world_size)
         if key not in self._weights:
             self._weights[key] = self._find_weights(config, world_size)
         return self._weights[key]
@@ -102,12 +103,18 @@ class MemoryPlan:
         for name, model in self.models.items():
             denoises = name in (*spec.denoisers, "refiner")
             quantized = config.quantize_to if denoises or name in spec.text_encoders else None
-            args = (self.dtype, quantized, spec.kept if denoises else ())
+            dtype = self.dtype
+            if name == "vae" and name in needs.shards and self.work.upcasts:
+                dtype = torch.float32
+            args = (dtype, quantized, spec.kept if denoises else ())
             whole[name] = kept[name] = model.nbytes(*args)
             part = "controlnet" if name.startswith("controlnet") else name
             part = spec.denoiser if name == "refiner" else part
             if part in needs.shards:
-                kept[name] = int(whole[name] * model.share(ranks, *args))
+                share = model.share(ranks, *args)
+                if config.enable_model_cpu_offload and not (denoises or part == "controlnet"):
+                    share = 1 - (1 - share) * ranks / (ranks - 1)  # the parts wait in host memory
+                kept[name] = int(whole[name] * share)
                 buffers = max(buffers, 2 * model.largest_block(*args))
             elif part in needs.stages:
                 kept[name] = whole[name] // needs.stage_count
@@ -122,7 +129,7 @@ class MemoryPlan:
                     if name in whole:
                         loading = max(loading, done + self.models[name].nbytes(self.dtype, None, ()))
                         done += whole[name]
-        if config.enable_model_cpu_offload:
+        if config.enable_model_cpu_offload and not (needs.shards or needs.stages):
             stays = {n for n in kept if n in (spec.denoiser, "refiner") or n.startswith("controlnet")}
             stays = stays if needs.in_parts else set()
             resident = sum(kept[name] for name in stays)

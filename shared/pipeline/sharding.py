@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from shared.launch.backend import Needs
+from shared.launch.errors import LoadError
 from shared.launch.flags import HostConfig
 from shared.parallel.asyncdiff.weights import StageWeights
+from shared.parallel.distrifusion.decoder import KINDS
 from shared.parallel.pipeline import Pipeline
 from shared.parallel.sharded import ShardedWeights, plain
+from shared.parallel.surgery import Closing, Surgery
 from shared.ranks.groups import World, weights_group
 
 log = logging.getLogger("host")
@@ -36,6 +42,9 @@ def shard(
     Args:
         pipe: with these models in host memory, and all others on this rank's device.
         replicas: groups of ranks with a picture, and so with whole weights, of their own.
+
+    Raises:
+        LoadError: a VAE that the ranks cannot decode with together.
     """
     models = {
         name: model
@@ -45,12 +54,56 @@ def shard(
     if not models:
         return None
     group: dist.ProcessGroup = weights_group(world, replicas, config.collective_timeout)
-    weights = ShardedWeights(models, group, world.device)
+    called, vae = dict[str, list[nn.Module]](), models.get("vae")
+    in_one_dtype = None
+    if vae is not None:
+        if not isinstance(vae, KINDS):
+            raise LoadError(f"--shard_weights: needs a VAE of class AutoencoderKL; got {type(vae).__name__}")
+        in_one_dtype = InOneDtype(vae)
+        called["vae"] = [vae.encoder, vae.decoder]
+    steps = (*config.spec.denoisers, "controlnet")
+    waiting = [name for name in models if not name.startswith(steps)]
+    if not config.enable_model_cpu_offload:
+        waiting = []
+    weights = ShardedWeights(models, group, world.device, called, waiting)
+    if in_one_dtype is not None:
+        weights.held.enter_context(in_one_dtype)
     for name, (kept, whole) in parameter_bytes(pipe, weights).items():
         if name in models:
             log.info("%s: this rank keeps %.1f of %.1f MB", name, kept / 1e6, whole / 1e6)
     log.info("blocks are gathered in two buffers of %.1f MB in all", weights.buffer_bytes / 1e6)
     return weights
+
+
+class InOneDtype(Closing):
+    """A VAE keeps its dtype, which its pipelines change for a call, and takes tensors of any other.
+
+    One that overflows in half precision has fp32 from the start.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self._vae, self._dtype = vae, vae.dtype
+        if vae.dtype == torch.float16 and vae.config.get("force_upcast", False):
+            vae.to(torch.float32)
+        self._surgery = Surgery()
+        self._surgery.add(vae, "to", lambda *_, **__: vae)
+        for name in ("encode", "decode"):
+            self._surgery.add(vae, name, self._cast(getattr(vae, name)))
+
+    def close(self) -> None:
+        self._surgery.close()
+        self._vae.to(self._dtype)
+
+    def _cast(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def cast(value: Any) -> Any:
+            floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+            return value.to(self._vae.dtype) if floating else value
+
+        @functools.wraps(call)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            return call(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+        return called
 
 
 def parameter_bytes(

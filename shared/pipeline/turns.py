@@ -15,6 +15,11 @@ from shared.pipeline.pictures import noting_broken_pixels
 from shared.pipeline.steps import StepWatch
 
 
+def decodes_together(config: HostConfig, method: Method, request: GenerateRequest) -> bool:
+    """Whether all ranks decode parts of the request's picture."""
+    return method.decodes_together(config.decode_pixels(request.width, request.height, request.frames))
+
+
 def decoders(pipe: Pipeline, config: HostConfig, method: Method, request: GenerateRequest, ranks: int) -> int:
     """How many of a replica's ranks decode pictures of a request at the same time; 1: they do not.
 
@@ -24,7 +29,7 @@ def decoders(pipe: Pipeline, config: HostConfig, method: Method, request: Genera
     spec = config.spec
     whole = spec.output == "image" and spec.size_scale == 1 and request.output_format != "latent"
     plain = request.image is None and request.latent is None and part_of(pipe, "watermark") is None
-    here = method.ends_with_latents and not method.decodes_together
+    here = method.ends_with_latents and not decodes_together(config, method, request)
     once = (request.refiner_start or 1) >= 1
     still = not config.offloads and not config.compile_vae
     return ranks if whole and plain and here and once and still else 1

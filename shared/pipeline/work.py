@@ -83,6 +83,12 @@ class Work:
     def _vae(self) -> nn.Module:
         return self.models["vae"].modules[0]
 
+    @property
+    def upcasts(self) -> bool:
+        """Whether the VAE computes in fp32, as it overflows in the launch's dtype."""
+        settings: Any = self._vae.config
+        return bool(getattr(settings, "force_upcast", False)) and self.dtype == torch.float16
+
     def encode(self) -> int:
         """Of the text encoder that needs the most for a prompt of full length, in calls on meta."""
         if self._encodes is None:
@@ -107,11 +113,17 @@ class Work:
     def decode(self, config: HostConfig, frames: int | None) -> int:
         """Of decoding, in a call on meta."""
         spec = self.spec
-        key = (config.size, config.enable_vae_tiling, config.enable_vae_slicing, frames)
+        key = (
+            config.size,
+            config.enable_vae_tiling,
+            config.enable_vae_slicing,
+            config.shard_weights,
+            frames,
+        )
         if key in self._decodes:
             return self._decodes[key]
         vae: Any = self._vae
-        upcast = getattr(vae.config, "force_upcast", False) and self.dtype == torch.float16
+        upcast = self.upcasts
         dtype = torch.float32 if upcast else self.dtype
         side = [s * spec.size_scale // self._vae_scale() for s in (config.size[1], config.size[0])]
         pictures = frames or spec.frames or 1
@@ -128,7 +140,7 @@ class Work:
         with torch.no_grad(), torch.device("meta"), FlashAttention(), PeakBytes() as peak:
             vae.to(dtype).decode(torch.empty(shape, dtype=dtype), return_dict=False, **more)
         found = peak.most
-        if upcast:
+        if upcast and not config.shard_weights:
             found += 2 * self.models["vae"].nbytes(self.dtype, None, ())
         self._decodes[key] = found
         return found

@@ -98,8 +98,8 @@ class Engine(Protocol):
         """
         ...
 
-    def preview_to(self, queue: JobQueue) -> None:
-        """Send previews to the queue's watchers; called on rank 0 only."""
+    def preview_to(self, queue: JobQueue | None) -> None:
+        """Send previews to the queue's watchers, on the rank that has it; called on all ranks."""
         ...
 
     def enlarge(self, draft: Reply, second: SecondPass) -> bytes:

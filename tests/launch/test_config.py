@@ -281,9 +281,13 @@ def test_type_and_checkpoint(folder: Path) -> None:
         *(
             (["--shard_weights", flag], f"--shard_weights: not supported with {flag}: ")
             for flag in (
-                *(f"--enable_{how}_offload" for how in ("model_cpu", "sequential_cpu", "group")),
+                *(f"--enable_{how}_offload" for how in ("sequential_cpu", "group")),
                 "--compile_text_encoder",
             )
+        ),
+        (
+            ["--shard_weights", "--enable_model_cpu_offload"],
+            "--shard_weights: with --enable_model_cpu_offload it needs 2 ranks or more",
         ),
         (["--compile_mode=default", '--compile_options={{"a": 1}}'], "--compile_options"),
         *(

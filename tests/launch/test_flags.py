@@ -413,7 +413,8 @@ def _(ground: Ground) -> None:
         for model, sizes in before["parameters"].items():
             share = after["parameters"][model]["kept"] / sizes["kept"]
             assert sizes["kept"] == sizes["whole"] == after["parameters"][model]["whole"]
-            assert share == 1 if model == "vae" else 0.5 <= share < 0.52, model
+            # A tiny VAE has relatively large first and last layers, which stay whole.
+            assert 0.5 <= share < (0.55 if model == "vae" else 0.52), model
 
 
 @shows("fit")

@@ -65,7 +65,11 @@ def check(ranks: list[dict[str, Any]], name: str, plan: Flags, parts: int, quant
         assert close >= 80 if "no_split_batch" in plan else close > 10
     for rank in ranks:
         for model, sizes in rank["parameters"].items():
-            if model in (MODELS[name].denoiser, "controlnet", *MODELS[name].text_encoders):
+            patched = MODELS[name].decodes_in_patches
+            if model in (
+                *(MODELS[name].denoiser, "controlnet", *MODELS[name].text_encoders, "image_encoder"),
+                *(("vae",) if patched else ()),
+            ):
                 # HunyuanDiT has a parameter outside of all layers, 6 % of a tiny one that is not quantized.
                 most = MOST[parts] + 0.05 * (quantized and name == "hy")
                 if not (model == MODELS[name].denoiser and plan.get("pipefusion_parallel_degree")):

@@ -12,7 +12,7 @@ from torch import nn
 from shared.parallel.asyncdiff.partition import Partition
 from shared.parallel.asyncdiff.trace import contiguous_stride, is_dense
 from shared.parallel.exchange import Ranks
-from shared.parallel.sharded import LEAST, Block, layers_of, move_rest, plain
+from shared.parallel.sharded import LEAST, Block, is_quantized, layers_of, move_rest, plain
 from shared.parallel.surgery import Closing, Forward, Surgery
 
 
@@ -51,10 +51,14 @@ class StageWeights(Closing):
         moved = []
         for name, module in layers_of(model):
             host = [tensor.data for tensor in _tensors(module)]
-            module.to(device)
+            packed = any(is_quantized(parameter) for parameter in module.parameters())
+            if packed:
+                module.to(device)  # which replaces the tensors inside; a second move would copy them
             layer = _Layer(name, module, _tensors(module), host)
             for tensor in layer.tensors:
-                tensor.data = _one_row(tensor)
+                tensor.data = _one_row(tensor, device)
+            if not packed:
+                module.to(device)
             self._layers.append(layer)
             self._surgery.override(module, lambda *call, layer=layer: self._call(layer, *call))
             moved.append(module)
@@ -158,8 +162,8 @@ def _tensors(module: nn.Module) -> list[torch.Tensor]:
     return [tensor for parameter in module.parameters() for tensor in plain(parameter)]
 
 
-def _one_row(tensor: torch.Tensor) -> torch.Tensor:
-    row = torch.zeros(tensor.shape[-1:], dtype=tensor.dtype, device=tensor.device)
+def _one_row(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    row = torch.zeros(tensor.shape[-1:], dtype=tensor.dtype, device=device)
     return row.as_strided(tensor.shape, (*[0] * (tensor.ndim - 1), *row.stride()))
 
 

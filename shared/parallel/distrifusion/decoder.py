@@ -16,6 +16,9 @@ from shared.parallel.exchange import Ranks
 from shared.parallel.method import Part
 from shared.parallel.surgery import Forward, Surgery
 
+KINDS = (AutoencoderKL, AutoencoderKLFlux2)
+"""The VAEs whose decoder can be divided."""
+
 
 class PatchDecoder(Part):
     """Makes all ranks share ``vae.decode``; each of them gets the whole picture.
@@ -26,14 +29,16 @@ class PatchDecoder(Part):
     Args:
         vae: AutoencoderKL, or FLUX.2's, whose decoder is the same.
         group: the ranks; None for all.
+        least: pixels of a call from which the ranks are to share it; whoever calls sets `active` by it.
 
     Raises:
         ValueError: another kind of VAE.
     """
 
-    def __init__(self, vae: Any, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, vae: Any, group: dist.ProcessGroup | None = None, least: int = 0) -> None:
         super().__init__()
-        if not isinstance(vae, AutoencoderKL | AutoencoderKLFlux2):
+        self.least, self.active = least, True
+        if not isinstance(vae, KINDS):
             raise ValueError(f"decoding in patches supports AutoencoderKL; got {type(vae).__name__}")
         self.ranks = Ranks.of(group)
         surgery = self.held.enter_context(Surgery())
@@ -44,7 +49,7 @@ class PatchDecoder(Part):
         kwargs = dict(zip(("sample", "latent_embeds"), args, strict=False)) | kwargs
         whole: torch.Tensor = kwargs["sample"]
         rows, (group, rank, ranks) = whole.shape[2], self.ranks
-        if ranks == 1 or rows < ranks:
+        if not self.active or ranks == 1 or rows < ranks:
             return original(**kwargs)
         ends = cuts(rows, 1, ranks)
         sizes = [stop - start for start, stop in pairwise(ends)]

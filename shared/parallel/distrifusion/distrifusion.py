@@ -101,7 +101,7 @@ class DistriFusion(Method):
         if split_batch and self.all.size % 2 == 0:
             half, self.pair, self.branch = branches or self._make_branches()
             self.half = Ranks.of(half)
-        self.decodes_together = split_decode and self.all.size > 1 and pipeline.vae is not None
+        self.split_decode = split_decode and self.all.size > 1 and pipeline.vae is not None
         self.models: list[Patched] = []
         self._split: CfgSplit | None = None
         self._install()
@@ -138,7 +138,7 @@ class DistriFusion(Method):
             "sync_mode": self.schedule.sync_mode,
             "warm_up_steps": self.schedule.warm_up_steps,
             "split_batch": branches == 2,
-            "split_decode": self.decodes_together,
+            "split_decode": self.split_decode,
             "ranks": [
                 (f"guidance branch {r // self.half.size}, " if branches == 2 else "")
                 + f"{part} {r % self.half.size + 1} of {self.half.size}"
@@ -169,8 +169,8 @@ class DistriFusion(Method):
                 self.models.append(held.enter_context(self._patched(model, surgery)))
             if self.pair is not None:
                 self._split = held.enter_context(CfgSplit([unet], self.pair, self.branch, local=nets))
-            if self.decodes_together:
-                held.enter_context(PatchDecoder(self.pipeline.vae, self.group))
+            if self.split_decode:
+                self.decoder = held.enter_context(PatchDecoder(self.pipeline.vae, self.group))
             self.held = held.pop_all()
 
     def _patched(self, model: nn.Module, surgery: Surgery) -> Patched:

@@ -46,6 +46,7 @@ class XDiT(Method):
         cache_threshold: relative change below which a step's blocks are skipped; 0 computes all, None takes
             the cache's usual one.
         parallel_vae: decode in patches, one on each rank; all ranks of a replica must then decode.
+        decode_from: pixels of a call of the VAE from which they do.
         cuda_graph: capture and replay the transformer on CUDA. Not with offloaded weights, which move.
 
     Raises:
@@ -62,6 +63,7 @@ class XDiT(Method):
         cache: Cache | None = None,
         cache_threshold: float | None = None,
         parallel_vae: bool = False,
+        decode_from: int = 0,
         cuda_graph: bool = True,
     ) -> None:
         self.tokens = check_model(pipeline, degrees, cache)
@@ -81,10 +83,11 @@ class XDiT(Method):
         self._calls: list[CallsSplit] = []
         self._split: CfgSplit | None = None
         self.batches = cache is None  # a cache decides for all pictures of a call together
-        self.decodes_together = parallel_vae and degrees.world > degrees.data
-        """Whether all ranks must decode, as each decodes a patch."""
         try:
             self._install(cache, cache_threshold)
+            if parallel_vae and degrees.world > degrees.data:
+                decoder = PatchDecoder(pipeline.vae, groups.replica, decode_from)
+                self.decoder = self.held.enter_context(decoder)
         except ValueError:
             self.close()
             raise
@@ -118,8 +121,6 @@ class XDiT(Method):
                 self._calls = [held.enter_context(CallsSplit(one, pair.group)) for one in transformers]
             else:
                 self._split = held.enter_context(CfgSplit(transformers, pair.group, pair.rank, local=nets))
-        if self.decodes_together:
-            held.enter_context(PatchDecoder(self.pipeline.vae, groups.replica))
 
     @property
     def computed_blocks(self) -> int:
@@ -133,7 +134,8 @@ class XDiT(Method):
             "method": "xdit",
             "exact": self.cache is None,
             "cache": self.cache and self.cache.kind,
-            "parallel_vae": self.decodes_together,
+            "parallel_vae": self.decoder is not None,
+            "decode_from": self.decoder and self.decoder.least,
             "cuda_graph": self._graphs.enabled,
         }
 

@@ -58,6 +58,7 @@ class XDiTPipeFusion(Method):
         stages: transformer blocks of each stage; None: equal numbers.
         attention: name of xfuser's attention backend.
         parallel_vae: decode in patches, one on each rank.
+        decode_from: pixels of a call of the VAE from which they do.
         free_other_stages: keep other stages' blocks in host memory until ``close``.
 
     Raises:
@@ -77,13 +78,12 @@ class XDiTPipeFusion(Method):
         stages: tuple[int, ...] | None = None,
         attention: str | None = None,
         parallel_vae: bool = False,
+        decode_from: int = 0,
         free_other_stages: bool = True,
     ) -> None:
         self.tokens = check_model(pipeline, degrees)
         super().__init__(pipeline)
         self.degrees, self.warm_up_steps = degrees, warm_up_steps
-        self.decodes_together = parallel_vae
-        """Whether all ranks must decode, as each decodes a patch."""
         self.patches = self._patches = patches or degrees.pipefusion
         self.transformer = model_of(pipeline, "transformer")
         self._stages: Model | None = None
@@ -103,6 +103,9 @@ class XDiTPipeFusion(Method):
             )
             groups.start(pipeline, config)
             self._install(config, free_other_stages)
+            if parallel_vae:
+                decoder = PatchDecoder(pipeline.vae, groups.replica, decode_from)
+                self.decoder = self.held.enter_context(decoder)
         except (ValueError, AssertionError):
             self.close()
             raise
@@ -171,8 +174,6 @@ class XDiTPipeFusion(Method):
             for block in self._freed:
                 block.to("cpu")
             torch.cuda.empty_cache()
-        if self.decodes_together:
-            held.enter_context(PatchDecoder(pipe.vae, self.groups.replica))
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -182,7 +183,8 @@ class XDiTPipeFusion(Method):
             "exact": False,
             "warm_up_steps": self.warm_up_steps,
             "patches": self._patches,
-            "parallel_vae": self.decodes_together,
+            "parallel_vae": self.decoder is not None,
+            "decode_from": self.decoder and self.decoder.least,
             "previews": False,
             "blocks": len(self._blocks),
         }
