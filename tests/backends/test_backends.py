@@ -43,8 +43,11 @@ def test_every_type_of_a_backend_is_a_model() -> None:
     ("backend", "world", "flags", "needs"),
     [
         ("asyncdiff", 1, {}, Needs()),
-        ("asyncdiff", 2, {}, replace(APART, stage_count=2)),
-        ("asyncdiff", 2, {"use_cfg_parallel": True}, replace(APART, step_parts=2)),
+        # AnimateDiff's 16 frames are more pixels than one rank decodes by itself.
+        ("asyncdiff", 2, {}, replace(APART, stage_count=2, decode_parts=2)),
+        ("asyncdiff", 2, {"width": 256, "height": 128}, replace(APART, stage_count=2)),
+        ("asyncdiff", 2, {"compile_vae": True}, replace(APART, stage_count=2)),
+        ("asyncdiff", 2, {"use_cfg_parallel": True}, replace(APART, step_parts=2, decode_parts=2)),
         ("distrifuser", 1, {}, Needs()),
         ("distrifuser", 2, {}, replace(APART, step_parts=2, decode_parts=2, keeps_patches=True)),
         (
