@@ -22,6 +22,7 @@ from shared.parallel.distrifusion import DistriFusion
 SYSTEMS = ("eager", "graph", "patch", "cfg")
 SETTINGS: dict[str, dict[str, Any]] = {
     "patch": {"split_batch": False},
+    "patch-int8": {"split_batch": False, "bits": "int8"},
     "col": {"split_batch": False, "split_scheme": "col"},
     "patch-no-graph": {"split_batch": False, "cuda_graph": False},
     "stale_gn": {"split_batch": False, "sync_mode": "stale_gn"},

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench import Bench, parser
 from shared.parallel.graphs import Captured
+from shared.parallel.rounding import BITS
 from shared.parallel.surgery import Closing
 from shared.parallel.xdit.degrees import Degrees
 from shared.parallel.xdit.exact import XDiT, attention_backend
@@ -114,14 +115,16 @@ class XDiTBench(Bench):
         if system.startswith("xfuser-"):
             degrees = self._degrees(system.removeprefix("xfuser-"))
             return [Bare(pipe, degrees, self.device, self.options.warm_up)]
-        graph = not system.endswith("-eager")
-        degrees = self._degrees(system.removesuffix("-eager"))
+        method, *how = system.split("-")
+        graph, degrees = "eager" not in how, self._degrees(method)
         # Made here, so that the device is this rank's whatever the pipeline says.
         groups = XfuserGroups(degrees, self.device)
         if degrees.pipefusion > 1:
             fused = XDiTPipeFusion(pipe, degrees, groups, warm_up_steps=self.options.warm_up)
             return [groups, fused]
-        return [groups, XDiT(pipe, degrees, groups, cuda_graph=graph and self.device.type == "cuda")]
+        options: Any = {"overlap": "overlap" in how, "bits": next((b for b in BITS if b in how), None)}
+        capture = graph and self.device.type == "cuda"
+        return [groups, XDiT(pipe, degrees, groups, cuda_graph=capture, **options)]
 
     def _degrees(self, name: str) -> Degrees:
         return Degrees(**{name: 2 if name == "cfg" else self.size})

@@ -10,6 +10,7 @@ import platform
 import socket
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shared.backends import BACKENDS
@@ -137,11 +138,17 @@ def _load_and_loop(
     from shared.ranks.channel import Channel
     from shared.ranks.device import freeze_heap, rank_device_info
     from shared.ranks.groups import init_world
+    from shared.ranks.link import measured_link, told
     from shared.ranks.loop import RankLoop, no_advice
 
     status.at(15, "waiting for the other ranks")
     world = init_world(config.device, config.collective_timeout, lifeline.watch, lifeline.when_stopped)
     limit_threads(world.device.type)
+    status.at(18, "measuring the link between the ranks")
+    world = replace(world, link=measured_link(world.device, world.compute, world.voting))
+    if world.link is not None and world.rank == 0:
+        log.info("link between the ranks: %s", world.link)
+    config = backend.choose(config, world)
     status.at(20, "loading the model")
     channel, memory = Channel(world), None
     if backend.plans_memory:
@@ -157,7 +164,7 @@ def _load_and_loop(
     freeze_heap()
     status.ranks = channel.gather_infos(rank_device_info(world) | {"parameters": engine.parameters})
     lifeline.serving = True
-    status.plan, status.embeddings = engine.plan, engine.embeddings
+    status.plan, status.embeddings = engine.plan | told(world.link), engine.embeddings
     if memory is not None:
         status.plan = status.plan | {"memory": memory.told()}
     status.versions = versions()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from shared.launch.backend import Backend, Needs, runs_plain
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
     from shared.parallel.pipeline import Pipeline
     from shared.pipeline.engine import PipelineEngine
     from shared.ranks.groups import World
+
+log = logging.getLogger("host")
 
 
 def check(config: HostConfig, world_size: int) -> None:
@@ -43,9 +47,10 @@ def idle(config: HostConfig, world_size: int) -> list[str]:
     changed: list[str] = []
     reason = ""
     if config.parallelism == "tensor":
-        changed, reason = config.changed("split_scheme", "sync_mode"), "--parallelism=tensor has no patches"
+        changed = config.changed("split_scheme", "sync_mode", "exchange_dtype")
+        reason = "--parallelism=tensor has no patches"
     elif config.parallelism == "naive_patch" and config.sync_mode != "full_sync":
-        changed = config.changed("sync_mode")
+        changed = config.changed("sync_mode", "exchange_dtype")
         reason = "naive patches exchange nothing, except with full_sync"
     return [f"--{flag} has no effect: {reason}" for flag in changed]
 
@@ -63,6 +68,16 @@ def needs(config: HostConfig, world_size: int) -> Needs:
     )
 
 
+def choose(config: HostConfig, world: World) -> HostConfig:
+    """The launch with what the measured link decides: whether patches exchange 8 bits, if that is "auto"."""
+    if config.exchange_dtype != "auto":
+        return config
+    slow = world.link is not None and world.link.slow
+    if slow and world.rank == 0:
+        log.info("chosen for this link: patches exchange int8, as it is slow for the arithmetic of a rank")
+    return replace(config, exchange_dtype="int8" if slow else None)
+
+
 def attach(pipe: Pipeline, config: HostConfig, world: World, branches: Any = None) -> Method:
     """Divide the UNet, the ControlNets and the VAE's decoder over the ranks.
 
@@ -73,6 +88,7 @@ def attach(pipe: Pipeline, config: HostConfig, world: World, branches: Any = Non
     """
     from shared.parallel.distrifusion import DistriFusion
     from shared.parallel.method import Plain
+    from shared.parallel.rounding import bits_named
 
     if runs_plain(config, world.size, world.device.type):
         return Plain(pipe)
@@ -89,6 +105,7 @@ def attach(pipe: Pipeline, config: HostConfig, world: World, branches: Any = Non
         # A compiled decoder cannot be split.
         split_decode=not config.compile_vae,
         keeps_prompts=not config.shard_weights,
+        bits=bits_named(config.exchange_dtype),
         max_shapes=3 + len(config.sizes or ()),
     )
 
@@ -114,9 +131,12 @@ BACKEND = Backend(
     name="distrifuser",
     title="DistriFusion: displaced patch parallelism (arXiv 2402.19481)",
     types=("sd1", "sd2", "sdxl"),
-    flags=frozenset({"parallelism", "split_scheme", "sync_mode", "no_split_batch", "no_cuda_graph"}),
+    flags=frozenset(
+        {"parallelism", "split_scheme", "sync_mode", "no_split_batch", "no_cuda_graph", "exchange_dtype"}
+    ),
     check=check,
     idle=idle,
     needs=needs,
     build_engine=build_engine,
+    choose=choose,
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from shared.backends.xdit_plan import FLAGS, REFUSES, TYPES, check, xdit_degrees
+from shared.backends.xdit_cost import GAINS, Choice
+from shared.backends.xdit_plan import FLAGS, REFUSES, TYPES, check, link_choice, xdit_degrees
 from shared.launch.backend import Backend, Needs
 from shared.launch.flags import HostConfig
 
@@ -45,7 +47,51 @@ def idle(config: HostConfig, world_size: int) -> list[str]:
     if config.shard_weights and needs(config, world_size).in_parts:
         reason = "PipeFusion's stages keep only their own blocks anyway; it shards the text encoders"
         return [f"--shard_weights has no effect on the transformer: {reason}"]
+    if config.exchange_dtype and xdit_degrees(config, world_size).sequence == 1:
+        return ["--exchange_dtype has no effect: no ranks share a picture's tokens"]
     return []
+
+
+def choose(config: HostConfig, world: World) -> HostConfig:
+    """The launch with what suits the measured link: the degrees, and the 8-bit exchange if it is "auto"."""
+    found = _choice(config, world)
+    if config.exchange_dtype == "auto":
+        config = replace(config, exchange_dtype="int8" if found is not None and found.slow else None)
+        found = _choice(config, world)
+    if found is None:
+        return config
+    degrees = found.degrees
+    if world.rank == 0:
+        for level, line in link_lines(config, found):
+            log.log(level, "%s", line)
+    return replace(
+        config,
+        ulysses_degree=degrees.ulysses,
+        ring_degree=degrees.ring,
+        use_cfg_parallel=config.use_cfg_parallel or degrees.cfg == 2,
+    )
+
+
+def link_lines(config: HostConfig, found: Choice) -> list[tuple[int, str]]:
+    """What is chosen for the measured link and why, as (level, line) for the log."""
+    how = f"{found.degrees}{', overlapped' * found.overlap}"
+    if config.exchange_dtype:
+        how += f", exchange in {config.exchange_dtype}"
+    took, alone = found.seconds * 1000, found.alone * 1000
+    lines = [
+        (logging.INFO, f"chosen for this link: {how}; about {took:.3g} ms a step, {alone:.3g} ms on one rank")
+    ]
+    if found.seconds > GAINS * found.alone:
+        advice = "" if config.exchange_dtype else "; --exchange_dtype=int8 sends half as much"
+        lines.append(
+            (
+                logging.WARNING,
+                f"this plan is hardly faster than one rank, or slower ({took:.3g} against {alone:.3g} ms a "
+                f"step), as the link is slow for this size{advice}; --data_parallel_degree gives each rank "
+                "pictures of its own",
+            )
+        )
+    return lines
 
 
 def make_groups(config: HostConfig, world: World) -> XfuserGroups | None:
@@ -69,8 +115,10 @@ def attach(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroup
 
 def _exact(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroups) -> XDiT:
     from shared.parallel.distrifusion.decoder import KINDS
+    from shared.parallel.rounding import bits_named
     from shared.parallel.xdit.exact import XDiT
 
+    found = _choice(config, world)
     return XDiT(
         pipe,
         groups.degrees,
@@ -80,7 +128,15 @@ def _exact(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroup
         or (config.decode_from is not None and isinstance(pipe.vae, KINDS)),
         decode_from=config.decode_from or 0,
         cuda_graph=config.captures(world.device.type),
+        overlap=found is not None and found.overlap,
+        bits=bits_named(config.exchange_dtype),
     )
+
+
+def _choice(config: HostConfig, world: World) -> Choice | None:
+    if world.link is None:
+        return None
+    return link_choice(config, world.size, world.link, world.device.type)
 
 
 def _pipefusion(pipe: Pipeline, config: HostConfig, groups: XfuserGroups) -> XDiTPipeFusion:
@@ -142,4 +198,5 @@ BACKEND = Backend(
     needs=needs,
     build_engine=build_engine,
     pictures_at_once=lambda config: config.data_parallel_degree or 1,
+    choose=choose,
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from shared.backends.xdit_cost import SCALE_BYTES, Choice, Speeds, choose, step_of
 from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
 from shared.models import CACHES, MODELS, ModelSpec, StagePlan, TokenPlan, scheduler_named
@@ -39,6 +40,7 @@ FLAGS = frozenset(
         "num_pipeline_patch",
         "attn_layer_num_for_pp",
         "use_parallel_vae",
+        "exchange_dtype",
         "use_teacache",
         "use_fbcache",
     }
@@ -104,6 +106,28 @@ def xdit_degrees(config: HostConfig, world_size: int) -> Degrees:
         first = DEGREES[next(iter(error.asked), "ulysses")]
         got = ", ".join(asked) or "no degree"
         raise UsageError(f"--{first}: {error.must}; got {got}{error.more}") from None
+
+
+def link_choice(config: HostConfig, world_size: int, link: Speeds, device_type: str) -> Choice | None:
+    """What the measured link makes of this launch; None where nothing is to be chosen or known.
+
+    `exchange_dtype` "auto" counts as not given.
+    """
+    degrees = xdit_degrees(config, world_size)
+    if degrees.sequence == 1 or not degrees.exact:
+        return None
+    itemsize = 4 if config.variant == "fp32" or (config.variant is None and device_type == "cpu") else 2
+    settings, tokens = _denoiser(config), tokens_of(config)
+    sent = 1.0
+    if config.exchange_dtype in ("int8", "float8") and settings.get(tokens.heads):
+        channels = max(tokens.head_channels(settings), 1)
+        sent = (channels + SCALE_BYTES) / channels / itemsize
+    step = step_of(config, settings, _read(_folder(config) / "vae" / "config.json"), itemsize, sent)
+    if step is None:
+        return None
+    free = not config.ulysses_degree and not config.ring_degree
+    heads = _number(settings, tokens.heads)
+    return choose(step, link, degrees, free and heads is not None and not config.control_net, heads)
 
 
 def tokens_of(config: HostConfig) -> TokenPlan:
@@ -251,6 +275,16 @@ def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str,
         "compile_vae",
         config.compile_vae and config.use_parallel_vae,
         "not supported with --use_parallel_vae, as a compiled decoder is one piece",
+    )
+    yield (
+        "exchange_dtype",
+        config.exchange_dtype and degrees.ulysses > 1 and degrees.ring > 1,
+        f"supported with Ulysses or with ring, not both; got {degrees}",
+    )
+    yield (
+        "exchange_dtype",
+        config.exchange_dtype and pipefusion,
+        "not supported with PipeFusion, whose stages exchange tokens as they are",
     )
     yield "shard_weights", config.shard_weights and tensor, "not supported with --tensor_parallel_degree"
     yield (

@@ -37,6 +37,10 @@ def _one_picture(config: HostConfig) -> int:
     return 1
 
 
+def _as_given(config: HostConfig, world: Any) -> HostConfig:
+    return config
+
+
 def runs_plain(config: HostConfig, world_size: int, device_type: str) -> bool:
     """Whether a single rank runs the plain pipeline: there is nothing to divide, and no step to capture."""
     return world_size == 1 and not config.captures(device_type)
@@ -61,6 +65,8 @@ class Backend(Generic[World, Engine]):
     idle: Callable[[HostConfig, int], list[str]] = _no_idle_flags  # a line for each flag that changes nothing
     plans_memory: bool = True  # whether what its ranks need is planned before anything is loaded
     pictures_at_once: Callable[[HostConfig], int] = _one_picture  # of one request
+    # Fills in what the measured link decides, and logs it; on every rank, before anything is loaded.
+    choose: Callable[[HostConfig, World], HostConfig] = _as_given
 
     @property
     def script(self) -> str:

@@ -301,6 +301,13 @@ class HostConfig:
     use_parallel_vae: bool = _method_flag(
         False, "decode in patches, one on each rank that shares the picture"
     )
+    exchange_dtype: str | None = _method_flag(
+        None,
+        "send what ranks exchange in 8 bits, an approximation; auto: int8 where the measured link is slow "
+        "(default: as it is, exact)",
+        as_text,
+        choices=("int8", "float8", "auto"),
+    )
     use_teacache: bool = _method_flag(
         False, "TeaCache: skip the blocks of steps in which little changes (flux)"
     )

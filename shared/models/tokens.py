@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Stream = Literal["picture", "text"]
 Cache = Literal["teacache", "fbcache"]
@@ -155,3 +155,13 @@ class TokenPlan:
     def branches(self) -> int:
         """Guidance branches of one step, in one call or in two: 1 or 2."""
         return 1 if self.guidance == "embedded" else 2
+
+    def channels(self, settings: Mapping[str, Any]) -> int:
+        """Of a token, by the transformer's configuration; 0 if that does not say."""
+        if self.width is not None:
+            return int(settings.get(self.width) or 0)
+        return int(settings.get(self.heads) or 0) * int(settings.get("attention_head_dim") or 0)
+
+    def head_channels(self, settings: Mapping[str, Any]) -> int:
+        """Channels of an attention head."""
+        return self.channels(settings) // int(settings[self.heads])

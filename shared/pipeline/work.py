@@ -47,9 +47,7 @@ class Work:
             channels, places = settings.block_out_channels[0], width * height * frames
         else:
             patch = 2 if spec.packed else _side(settings[spec.tokens.side])
-            channels = settings[spec.tokens.heads] * settings.get("attention_head_dim", 0)
-            if spec.tokens.width is not None:
-                channels = settings[spec.tokens.width]
+            channels = spec.tokens.channels(settings)
             places = (width // patch) * (height // patch) * frames
             # A picture to look at is as many tokens as the one that is made.
             places *= 2 if spec.refers else 1

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from shared.launch.errors import UsageError
+from shared.ranks.link import Link
 from shared.ranks.rendezvous import Rendezvous
 
 log = logging.getLogger("host")
@@ -42,6 +43,8 @@ class World:
     control: dist.ProcessGroup
     voting: dist.ProcessGroup
     compute: dist.ProcessGroup
+    link: Link | None = None
+    """Between all ranks, once it is measured."""
 
     @property
     def backend(self) -> str:

@@ -84,6 +84,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "stride": ("2", 2),
     "stage_weights": ("1,1,0.5", (1.0, 1.0, 0.5)),
     "async_steps": ("4", 4),
+    "exchange_dtype": ("int8", "int8"),
     "parallelism": ("tensor", "tensor"),
     "split_scheme": ("col", "col"),
     "sync_mode": ("no_sync", "no_sync"),

@@ -596,6 +596,16 @@ def _(ground: Ground) -> None:
     assert plan["parallel_vae"]
 
 
+@shows("exchange_dtype")
+def _(ground: Ground) -> None:
+    """Close to the exact picture and not equal to it, in xDiT and in DistriFusion."""
+    for backend, name in (("xdit", "flux"), ("distrifuser", "sd1")):
+        flags = {} if name == "flux" else {"no_split_batch": True, "warm_up_steps": 9}
+        latents, plan = parallel(ground, 2, backend, name, exchange_dtype="int8", **flags)
+        assert plan["exchange"] == "int8" and differs(latents, plain(name).latents, 120)
+        assert not differs(latents, plain(name).latents, 30)
+
+
 @shows("use_teacache", "use_fbcache")
 def _(ground: Ground) -> None:
     """Blocks are passed over where steps differ little, which the picture shows."""

@@ -28,6 +28,7 @@ from shared.backends.xdit_plan import xdit_degrees
 from shared.launch.checks import check_config
 from shared.models import MODELS, token_plan
 from shared.parallel.method import Plain, Unwatched
+from shared.parallel.rounding import BITS, packed, unpacked
 from shared.parallel.xdit.caches import FirstBlockCache
 from shared.parallel.xdit.cpu import trimmed
 from shared.parallel.xdit.degrees import Degrees, choose_degrees
@@ -103,7 +104,9 @@ def exact(name: str, cases: list[Case], sizes: list[Case]) -> list[list[float]]:
     for case in cases:
         video = MODELS[name].vae_kind == "video"
         options: Any = {"parallel_vae": True} if "ring" in case and not video else {}
-        with XDiT(pipe, Degrees(**case), **options) as parallel:
+        options |= {name: case[name] for name in ("overlap", "bits") if name in case}
+        degrees = Degrees(**{k: v for k, v in case.items() if k not in options})
+        with XDiT(pipe, degrees, **options) as parallel:
             assert json.dumps(parallel.plan)
             assert repr(pipe.transformer) == text
             made = [picture(pipe, name, parallel, **size) for size in sizes]
@@ -356,7 +359,7 @@ def test_ranks_decide_together_what_a_cache_computes(pool: RankPool) -> None:
     assert pool.run(agreed, 2, 0.6) == [(False, False)] * 2
 
 
-def compiled(name: str, degrees: dict[str, int]) -> dict[str, Any]:
+def compiled(name: str, degrees: dict[str, int], **options: Any) -> dict[str, Any]:
     """On each rank: graphs that compiled blocks make under the surgery, and whether the picture stays."""
     torch._dynamo.reset()
     pipe = tiny.load(name)
@@ -366,7 +369,7 @@ def compiled(name: str, degrees: dict[str, int]) -> dict[str, Any]:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="eager")
         found["blocks"] += 1
     before = graph_count()
-    with XDiT(pipe, Degrees(**degrees)) as parallel:
+    with XDiT(pipe, Degrees(**degrees), **options) as parallel:
         found["psnr"] = psnr(picture(pipe, name, parallel), plain)
         found["graphs"] = graph_count() - before
         picture(pipe, name, parallel, seed=1)
@@ -384,6 +387,43 @@ def test_compiled_blocks_are_compiled_under_the_surgery(pool: RankPool, name: st
         # Blocks of one kind share a graph.
         assert 1 <= rank["graphs"] < rank["blocks"], rank
         assert rank["more"] == 0
+
+
+# 3 ranks: one part lies between the others' two, and one token is left over.
+@pytest.mark.parametrize(("name", "ranks"), seldom([("flux", 2), ("flux", 3), ("qwen", 3), ("sd3", 2)], []))
+def test_ring_that_overlaps_equals_the_plain_pipeline(pool: RankPool, name: str, ranks: int) -> None:
+    tiny.checkpoint(name)
+    for rank in pool.run(exact, ranks, name, [{"ring": ranks, "overlap": True}], SIZES):
+        assert min(min(row) for row in rank) >= EXACT, rank
+
+
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_an_exchange_in_8_bits_is_close_and_alike_on_all_ranks(pool: RankPool, method: str) -> None:
+    tiny.checkpoint("flux")
+    cases = [{method: 2, "bits": bits} for bits in BITS] + [{"ring": 2, "overlap": True, "bits": "int8"}]
+    one, other = pool.run(exact, 2, "flux", cases, SIZES)
+    assert one == other
+    assert min(min(row) for row in one) > 60, one
+    assert max(row[0] for row in one) < 120, one  # unrounded it is 130 and more
+
+
+def test_what_is_sent_in_8_bits_comes_back() -> None:
+    x = torch.randn(2, 3, 4, 64) * torch.tensor([1e-3, 1.0, 50.0, 0.0])[:, None]
+    for bits, least in zip(BITS, (0.01, 0.04), strict=True):
+        rows = packed(x, bits)
+        assert rows.dtype == torch.uint8 and rows.shape == (2, 3, 4, 68)
+        back = unpacked(rows, bits, x.dtype)
+        error = (back - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-9)
+        assert 0 < error.max() < least
+        assert not back[..., 3, :].any()
+        broken = torch.full((1, 4), torch.nan)
+        assert unpacked(packed(broken, bits), bits, torch.float32).isnan().all()
+
+
+def test_compiled_blocks_overlap_and_round(pool: RankPool) -> None:
+    for rank in pool.run(compiled, 2, "flux", {"ring": 2}, overlap=True, bits="int8"):
+        assert rank["psnr"] > 60
+        assert 1 <= rank["graphs"] < rank["blocks"] and rank["more"] == 0, rank
 
 
 def fused_projections(name: str) -> float:

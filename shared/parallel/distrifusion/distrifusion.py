@@ -21,6 +21,7 @@ from shared.parallel.distrifusion.patched import Patched, Schedule, SyncMode
 from shared.parallel.exchange import Ranks
 from shared.parallel.method import Method, control_nets
 from shared.parallel.pipeline import Pipeline, model_of
+from shared.parallel.rounding import Bits
 from shared.parallel.surgery import Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 
@@ -52,6 +53,7 @@ class DistriFusion(Method):
         branches: this rank's half of the group, the pair of ranks with its place in both halves (branch 0
             first), and its branch; None makes them where they are needed.
         bundle_bytes: least size of the messages of an asynchronous step.
+        bits: patches exchange keys and values in 8 bits, so that no step is exact; None: as they are.
         keeps_prompts: make a prompt's keys and values once a generation; not where weights are sharded, as
             that calls layers outside of their blocks.
 
@@ -74,6 +76,7 @@ class DistriFusion(Method):
         max_shapes: int = 3,
         branches: tuple[dist.ProcessGroup, dist.ProcessGroup, int] | None = None,
         bundle_bytes: int = 4 << 20,
+        bits: Bits | None = None,
         keeps_prompts: bool = True,
     ) -> None:
         for name, value, allowed in (
@@ -95,7 +98,7 @@ class DistriFusion(Method):
         self.parallelism, self.group = parallelism, group
         self.schedule = Schedule(parallelism == "naive_patch", split_scheme, sync_mode, warm_up_steps)
         self.cuda_graph, self.max_shapes, self.bundle_bytes = cuda_graph, max_shapes, bundle_bytes
-        self.keeps_prompts = keeps_prompts
+        self.keeps_prompts, self.bits = keeps_prompts, bits if parallelism == "patch" else None
         self.all = Ranks.of(group)
         self.half, self.pair, self.branch = self.all, None, 0
         if split_batch and self.all.size % 2 == 0:
@@ -139,6 +142,7 @@ class DistriFusion(Method):
             "warm_up_steps": self.schedule.warm_up_steps,
             "split_batch": branches == 2,
             "split_decode": self.split_decode,
+            "exchange": self.bits,
             "ranks": [
                 (f"guidance branch {r // self.half.size}, " if branches == 2 else "")
                 + f"{part} {r % self.half.size + 1} of {self.half.size}"
@@ -182,6 +186,7 @@ class DistriFusion(Method):
             cuda_graph=self.cuda_graph,
             max_shapes=self.max_shapes,
             bundle_bytes=self.bundle_bytes,
+            bits=self.bits,
             keeps_prompts=self.keeps_prompts,
             pixels=self.pipeline.vae_scale_factor,
             is_control=model is not self.unet,

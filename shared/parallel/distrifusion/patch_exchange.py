@@ -17,6 +17,7 @@ import torch.distributed as dist
 from shared.parallel.distrifusion.buffers import Bundle, Kind, Offer, Shape, Slot, make_bundles, part_for
 from shared.parallel.distrifusion.moments import Shares, StaleMoments, join_moments, pack_other_moments
 from shared.parallel.exchange import Ranks
+from shared.parallel.rounding import Bits, packed_groups, unpacked_groups
 
 
 class PatchExchange:
@@ -33,6 +34,7 @@ class PatchExchange:
         posting: False: deferred tensors are never sent again after the synchronous steps.
         forecast: deferred moments are read as they are expected to be by now, not as they arrived.
         bundle_bytes: least size of a message.
+        bits: keys and values are sent in 8 bits, an approximation; None: as they are.
         sizes: the lengths of all patches, where every layer's are in proportion and nothing is deferred:
             then there is nothing to record.
     """
@@ -45,13 +47,14 @@ class PatchExchange:
         posting: bool = True,
         forecast: bool = False,
         bundle_bytes: int = 4 << 20,
+        bits: Bits | None = None,
         sizes: Sequence[int] | None = None,
     ) -> None:
         self.group, self.device = group, device
         ranks = Ranks.of(group)
         _, self.rank, self.ranks = ranks
         self.deferred, self.posting, self.bundle_bytes = frozenset(deferred), posting, bundle_bytes
-        self.sizes, self.forecast = sizes, forecast
+        self.sizes, self.forecast, self.bits = sizes, forecast, bits
         self.recording, self.synchronous = sizes is None, True
         self.messages = self.bytes = self.waits = 0
         """Messages and bytes that this rank has sent, how often a layer waited; replays are not counted."""
@@ -105,14 +108,21 @@ class PatchExchange:
 
     def tokens(self, own: torch.Tensor) -> torch.Tensor:
         """Keys and values of all ranks, in rank order; ``own`` are [2, batch, tokens, channels]."""
+        bits = self.bits
+        sent = own if bits is None else packed_groups(own, bits)
         if self.recording:
-            self._record("tokens", (None, own, None))
+            self._record("tokens", (None, sent, None))
             return torch.cat([own] * self.ranks, 2)
 
-        def read(inbox: Sequence[torch.Tensor | None]) -> torch.Tensor:
-            return torch.cat([own if tensor is None else tensor for tensor in inbox], 2)
+        def arrived(tensor: torch.Tensor | None) -> torch.Tensor:
+            if tensor is None:
+                return own
+            return tensor if bits is None else unpacked_groups(tensor, own.shape[-1], bits, own.dtype)
 
-        return self._exchange(self._next("tokens", own), (None, own, None), read)
+        def read(inbox: Sequence[torch.Tensor | None]) -> torch.Tensor:
+            return torch.cat([arrived(tensor) for tensor in inbox], 2)
+
+        return self._exchange(self._next("tokens", sent), (None, sent, None), read)
 
     def moments(self, own: torch.Tensor, count: int) -> torch.Tensor:
         """What is known of the other ranks' moments, for ``moments.whole_moments``.

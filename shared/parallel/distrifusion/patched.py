@@ -20,6 +20,7 @@ from shared.parallel.distrifusion.patch_exchange import Kind, PatchExchange
 from shared.parallel.exchange import Ranks, all_gather
 from shared.parallel.graphs import Graphs
 from shared.parallel.method import Part
+from shared.parallel.rounding import Bits
 from shared.parallel.shapes import Latest
 from shared.parallel.surgery import Forward, Surgery
 
@@ -130,7 +131,7 @@ class Patched(Part):
         ranks: who shares the picture, asked at each call.
         schedule: what is exchanged when.
         surgery: takes the overrides.
-        cuda_graph, max_shapes, bundle_bytes: as in ``DistriFusion``.
+        cuda_graph, max_shapes, bundle_bytes, bits: as in ``DistriFusion``.
         pixels: of the picture, per element of the sample; for messages.
         keeps_prompts: as in ``DistriFusion``.
         is_control: whether the model is a ControlNet.
@@ -146,13 +147,14 @@ class Patched(Part):
         cuda_graph: bool = True,
         max_shapes: int = 3,
         bundle_bytes: int = 4 << 20,
+        bits: Bits | None = None,
         pixels: int = 8,
         keeps_prompts: bool = True,
         is_control: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.ranks, self.schedule = model, ranks, schedule
-        self.cuda_graph, self.bundle_bytes, self.pixels = cuda_graph, bundle_bytes, pixels
+        self.cuda_graph, self.bundle_bytes, self.bits, self.pixels = cuda_graph, bundle_bytes, bits, pixels
         kept = max_shapes * (2 if schedule.split_scheme == "alternate" else 1)
         self.layouts: Latest[_Layout] = Latest(kept, lambda layout: layout.graphs.close())
         self.held.callback(self.layouts.clear)
@@ -233,6 +235,7 @@ class Patched(Part):
                 posting=self.schedule.sync_mode != "no_sync",
                 forecast=self.schedule.sync_mode == "corrected_async_gn",
                 bundle_bytes=self.bundle_bytes,
+                bits=self.bits,
             )
         layout.run.exchange, layout.run.local_norms = layout.exchange, False
         layout.run.recording = True

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
 from torch.nn import functional as F
 
+from shared.parallel.rounding import Bits, packed, unpacked
+
 # torch 2.13 gave it this name and warns at the one that older releases know.
 _all_gather = getattr(functional, "all_gather_single_coalesced", functional.all_gather_into_tensor_coalesced)
 
@@ -77,7 +79,12 @@ def _(query: Any, key: Any, value: Any, common_query: Any, *others: Any) -> torc
 
 
 def ulysses(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: dist.ProcessGroup, backend: str
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    group: dist.ProcessGroup,
+    backend: str,
+    bits: Bits | None = None,
 ) -> torch.Tensor:
     """Ulysses' exchange around one of xfuser's attentions: tokens for heads and back (arXiv 2309.14509, 3.1).
 
@@ -88,6 +95,7 @@ def ulysses(
         query, key, value: [batch, heads, tokens of this rank, channels], of one shape.
         group: the ranks that share the sequence.
         backend: name of xfuser's attention backend.
+        bits: all of it is sent in 8 bits, with a scale for each token and head; None: as it is.
 
     Returns:
         [batch, heads, tokens of this rank, channels].
@@ -96,84 +104,139 @@ def ulysses(
     # Each: [rank that gets the heads, batch, tokens, its heads, channels].
     parts = [x.unflatten(1, (ranks, -1)).permute(1, 0, 3, 2, 4) for x in (query, key, value)]
     if torch.compiler.is_compiling():
-        packed = torch.stack(parts, 3)  # melts into what made the parts
+        sent = torch.stack(parts, 3)  # melts into what made the parts
     else:
         to, batch, _, heads, channels = parts[0].shape
-        packed = query.new_empty(to, batch, tokens, 3, heads, channels)
+        sent = query.new_empty(to, batch, tokens, 3, heads, channels)
         for index, part in enumerate(parts):
-            packed[:, :, :, index] = part
-    every = joined(_all_to_all(packed, group))
+            sent[:, :, :, index] = part
+    every = joined(_sent_in(bits, sent, group))
     q, k, v = every.permute(2, 0, 3, 1, 4).unbind()
-    answer = _attention(q, k, v, backend).transpose(1, 2).unflatten(1, (ranks, tokens)).transpose(0, 1)
-    back = _all_to_all(answer.contiguous(), group)
+    answer, _ = _attention(q, k, v, backend)
+    answer = answer.transpose(1, 2).unflatten(1, (ranks, tokens)).transpose(0, 1)
+    back = _sent_in(bits, answer.contiguous(), group)
     return back.permute(1, 2, 0, 3, 4).flatten(2, 3).transpose(1, 2)
 
 
 class Gathering:
-    """Tensors [batch, tokens of this rank, ...] on their way to all ranks. May be traced."""
+    """Tensors [batch, tokens of this rank, heads, channels] on their way to all ranks. May be traced.
 
-    def __init__(self, tensors: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
-        self.tokens = tensors[0].shape[1]
+    Args:
+        tensors: of the same tokens.
+        group: the ranks that share the sequence.
+        bits: sent in 8 bits, with a scale for each token and head; None: as they are.
+    """
+
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], group: dist.ProcessGroup, bits: Bits | None = None
+    ) -> None:
+        self.tokens, self._bits, self._dtype = tensors[0].shape[1], bits, tensors[0].dtype
         self._parts = dist.get_world_size(group), tensors[0].shape[0]
-        self._pending = _all_gather([x.contiguous() for x in tensors], group)
+        self._pending = _all_gather([packed(x, bits) if bits else x.contiguous() for x in tensors], group)
         if tensors[0].device.type == "cpu":
             # Two collectives of one gloo group at a time may hang or spoil the heap (torch 2.13).
             self._pending = [functional.wait_tensor(x) for x in self._pending]
 
     def finish(self) -> list[torch.Tensor]:
-        """Each [ranks, batch, tokens of each rank, ...]."""
-        return [functional.wait_tensor(x).unflatten(0, self._parts) for x in self._pending]
+        """Each [ranks, batch, tokens of each rank, heads, channels]."""
+        arrived = [functional.wait_tensor(x).unflatten(0, self._parts) for x in self._pending]
+        bits = self._bits
+        return [unpacked(x, bits, self._dtype) for x in arrived] if bits else arrived
 
 
 def ring(
     query: torch.Tensor,
     key: torch.Tensor,
     values: Sequence[torch.Tensor | Gathering],
+    own: torch.Tensor,
     common_key: torch.Tensor | None,
     common_value: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
+    *,
     group: dist.ProcessGroup,
     backend: str,
-    mask: torch.Tensor | None = None,
+    overlap: bool = False,
+    bits: Bits | None = None,
 ) -> torch.Tensor:
-    """This rank's queries over the keys and values of all ranks, gathered at once.
+    """This rank's queries over the keys and values of all ranks, which are gathered at once.
 
-    So does torch's own ring attention, on which xfuser's is built, by default; here one attention goes over
-    all of them in place of one for each rank's, which would be joined by their log-sum-exps in fp32.
+    torch's own ring attention, on which xfuser's is built, gathers at once by default too, waits, and then
+    joins the attentions over each rank's keys by their log-sum-exps in fp32. Here one attention goes over all
+    of them; or, to overlap, one over this rank's own while the others' arrive, and one over those.
 
     Args:
         query: [batch, heads, any tokens, channels].
         key: [batch, heads, only this rank's tokens, channels].
-        values: of the same tokens, in pieces; as the key, or in flight as [batch, tokens, heads * channels].
+        values: of the same tokens, in pieces; as the key, or on their way.
+        own: of the same tokens, all of the values as the key.
         common_key, common_value: of tokens that every rank has, [batch, heads, tokens, channels].
-        group: the ranks that share the sequence.
-        backend: name of xfuser's attention backend; torch's is taken with a mask.
         mask: as torch's attention takes it; its keys are the gathered ones, rank by rank, then the common.
+        group: the ranks that share the sequence.
+        backend: name of xfuser's attention backend, for `overlap` one with log-sum-exps; torch's is taken
+            with a mask.
+        overlap: attention in two parts, the first of them while keys and values are on their way.
+        bits: keys, and values that are not on their way yet, are sent in 8 bits; those of this rank's own
+            part stay exact.
 
     Returns:
         [batch, heads, the query's tokens, channels].
     """
     staying = [x for x in values if isinstance(x, torch.Tensor)]
-    arrived = Gathering([x.transpose(1, 2) for x in (key, *staying)], group).finish()
-    keys = arrived.pop(0)
-    pieces = [
-        arrived.pop(0) if isinstance(x, torch.Tensor) else x.finish()[0].unflatten(-1, keys.shape[-2:])
-        for x in values
-    ]
-    gathered = torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]
-    k, v = (joined(x).transpose(1, 2) for x in (keys, gathered))
-    if common_key is not None and common_value is not None:
-        k, v = torch.cat([k, common_key], 2), torch.cat([v, common_value], 2)
+    gathering = Gathering([x.transpose(1, 2) for x in (key, *staying)], group, bits)
+
+    def arrived() -> tuple[torch.Tensor, torch.Tensor]:
+        there = gathering.finish()
+        keys = there.pop(0)
+        pieces = [there.pop(0) if isinstance(x, torch.Tensor) else x.finish()[0] for x in values]
+        pieces = [x if x.ndim == keys.ndim else x.unflatten(-1, keys.shape[-2:]) for x in pieces]
+        return keys, torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]
+
+    def with_common(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if common_key is None or common_value is None:
+            return k, v
+        return torch.cat([k, common_key], 2), torch.cat([v, common_value], 2)
+
+    if overlap and mask is None:
+        first = _attention(query, *with_common(key, own), backend)
+        k, v = (_others(x, dist.get_rank(group)).transpose(1, 2) for x in arrived())
+        return token_major(_join(first, _attention(query, k, v, backend)))
+    k, v = with_common(*(joined(x).transpose(1, 2) for x in arrived()))
     if mask is not None:
         return token_major(F.scaled_dot_product_attention(query, k, v, attn_mask=mask))
-    return token_major(_attention(query, k, v, backend))
+    return token_major(_attention(query, k, v, backend)[0])
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str) -> torch.Tensor:
+def _others(parts: torch.Tensor, rank: int) -> torch.Tensor:
+    """The parts of the other ranks: [ranks, batch, tokens of each, ...] -> [batch, their tokens, ...]."""
+    if rank in (0, len(parts) - 1):
+        return joined(parts[1:] if rank == 0 else parts[:-1])
+    return joined(torch.cat([parts[:rank], parts[rank + 1 :]]))
+
+
+def _join(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Two attentions of the same queries over different keys, as one over all of them."""
+    (a, of_a), (b, of_b) = one, other
+    # Half-precision weights would cost more than they save: this melts into one kernel under compile.
+    share = torch.sigmoid((of_a.float() - of_b.float()).unsqueeze(-1))
+    return (b.float() + share * (a.float() - b.float())).to(a.dtype)
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The answer, and the log-sum-exp of each of its rows where the backend has it."""
     from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
 
     function = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[backend]]
-    answer, _ = function(query, key, value, dropout_p=0.0, is_causal=False)
-    return answer.to(query.dtype)
+    answer, log_sum_exp = function(query, key, value, dropout_p=0.0, is_causal=False)
+    return answer.to(query.dtype), log_sum_exp
+
+
+def _sent_in(bits: Bits | None, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """`_all_to_all`, in 8 bits if wanted."""
+    if bits is None:
+        return _all_to_all(x, group)
+    return unpacked(_all_to_all(packed(x, bits), group), bits, x.dtype)
 
 
 def _all_to_all(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

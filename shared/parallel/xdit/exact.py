@@ -21,6 +21,7 @@ from shared.parallel.exchange import Ranks
 from shared.parallel.graphs import Graphs
 from shared.parallel.method import Method, Watch, control_nets
 from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
+from shared.parallel.rounding import Bits
 from shared.parallel.surgery import Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 from shared.parallel.xdit.caches import StepCache, step_cache
@@ -48,6 +49,9 @@ class XDiT(Method):
         parallel_vae: decode in patches, one on each rank; all ranks of a replica must then decode.
         decode_from: pixels of a call of the VAE from which they do.
         cuda_graph: capture and replay the transformer on CUDA. Not with offloaded weights, which move.
+        overlap: with ring alone, attention over a rank's own tokens while the others' are on their way: for
+            links that are slower than that attention.
+        bits: send what attention exchanges in 8 bits: an approximation. Not with Ulysses and ring together.
 
     Raises:
         ValueError: a model without a token plan, or degrees or a cache that it does not support.
@@ -65,8 +69,13 @@ class XDiT(Method):
         parallel_vae: bool = False,
         decode_from: int = 0,
         cuda_graph: bool = True,
+        overlap: bool = False,
+        bits: Bits | None = None,
     ) -> None:
         self.tokens = check_model(pipeline, degrees, cache)
+        if bits and degrees.ring > 1 and degrees.ulysses > 1:
+            raise ValueError(f"{bits} exchange: supported with Ulysses or with ring, not both; got {degrees}")
+        self.overlap, self.bits = overlap and degrees.ring > 1 and degrees.ulysses == 1, bits
         super().__init__(pipeline)
         self.degrees = degrees
         self.transformer = model_of(pipeline, "transformer")
@@ -104,7 +113,7 @@ class XDiT(Method):
         if degrees.sequence > 1:
             by: SharedBy = "ulysses" if degrees.ring == 1 else "ring" if degrees.ulysses == 1 else "both"
             for model in models:
-                SequenceParallel(model, groups.sequence, self.attention, surgery, by)
+                SequenceParallel(model, groups.sequence, self.attention, surgery, by, self.overlap, self.bits)
         if cache is not None:
             shared = groups.sequence if degrees.sequence > 1 else None
             self.cache = held.enter_context(
@@ -132,7 +141,9 @@ class XDiT(Method):
         """JSON-able: the degrees, and what each rank does."""
         return plan(self.degrees, self.attention) | {
             "method": "xdit",
-            "exact": self.cache is None,
+            "exact": self.cache is None and not (self.bits and self.degrees.sequence > 1),
+            "overlap": self.overlap,
+            "exchange": self.bits,
             "cache": self.cache and self.cache.kind,
             "parallel_vae": self.decoder is not None,
             "decode_from": self.decoder and self.decoder.least,

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from shared.models import Padding, Section, Site, Stream, TokenPlan, token_plan
 from shared.parallel.exchange import Ranks, all_gather
+from shared.parallel.rounding import Bits
 from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.attention import Gathering, joined, ring, token_major, ulysses, usp, usp_operator
 
@@ -44,8 +45,10 @@ class Shares:
     def gather(self, x: torch.Tensor, total: int) -> torch.Tensor:
         """All `total` tokens of x [batch, tokens of this rank, channels], in order."""
         each, rest = divmod(total, self.ranks)
-        parts = joined(all_gather(x[:, :each], self.group).unflatten(0, (self.ranks, -1)))
-        return torch.cat([parts, x[:, each:]], 1) if rest else parts
+        parts = all_gather(x, self.group).unflatten(0, (self.ranks, -1))
+        whole = joined(parts[:, :, :each])
+        # Each rank has computed the remainder, which may differ in the last bits: all take the first one's.
+        return torch.cat([whole, parts[0, :, each:]], 1) if rest else whole
 
 
 def blocks_of(model: nn.Module, plan: TokenPlan) -> list[nn.Module]:
@@ -65,6 +68,8 @@ class SequenceParallel:
         backend: name of xfuser's attention backend.
         surgery: collects what is overridden.
         by: how they share it.
+        overlap: with ring, attention over the own tokens while the others' are on their way.
+        bits: what attention sends goes in 8 bits, an approximation; None: as it is. Not with "both".
 
     Raises:
         ValueError: a model without a token plan.
@@ -77,13 +82,19 @@ class SequenceParallel:
         backend: str,
         surgery: Surgery,
         by: SharedBy,
+        overlap: bool = False,
+        bits: Bits | None = None,
     ) -> None:
         self.plan = token_plan(type(model).__name__)
         self.shares, self.backend, self.by = Shares(group), backend, by
+        self.bits = bits
+        config: Any = model.config
+        self._head_channels = self.plan.head_channels(config)
         self.tokens: dict[Stream, int] = {}
         """Length of each stream's whole sequence in the current call."""
         self._answered = self._running = False
         self._inside: Shared | None = None  # how the attention that is computed is shared
+        self._ring = functools.partial(ring, group=group, backend=backend, overlap=overlap, bits=bits)
         self._sent: Gathering | None = None
         self._read: int | None = None  # tokens of text that are no padding, in the current call
         if self.plan.whole:
@@ -234,7 +245,9 @@ class SequenceParallel:
         if self._inside is None:
             return value
         own, _ = _sort(value, self._runs(value.shape[1]), 1)
-        self._sent = Gathering([own], self.shares.group)
+        if self.bits:
+            own = own.unflatten(-1, (-1, self._head_channels))
+        self._sent = Gathering([own], self.shares.group, self.bits)
         return value
 
     def _attend(self, plain: Forward) -> Forward:
@@ -274,12 +287,12 @@ class SequenceParallel:
         if mask is not None:
             # xfuser's attentions take no mask: torch's does, over all keys.
             part = self._masked(mask, runs, further)
-            return ring(query, k, self._in_order(v), common_k, common_v, group, backend, part)
+            return self._ring(query, k, self._in_order(v), v, common_k, common_v, part)
         if self.by == "ring":
-            return ring(query, k, self._in_order(v), common_k, common_v, group, backend)
+            return self._ring(query, k, self._in_order(v), v, common_k, common_v)
         q, common_q = _sort(query, runs, 2)
         if self.by == "ulysses" and common_k is None:
-            return ulysses(q, k, v, group, backend)
+            return ulysses(q, k, v, group, backend, self.bits)
         function = usp_operator if self.by == "both" and torch.compiler.is_compiling() else usp
         answer = function(q, k, v, common_q, common_k, common_v, backend)
         if common_q is None:
@@ -299,7 +312,7 @@ class SequenceParallel:
             raise ValueError(f"{self.plan.name}: no mask is supported from other tokens to the picture's")
         runs = self._runs(key.shape[2])
         (k, common_k), (v, common_v) = (_sort(x, runs, 2) for x in (key, value))
-        return ring(query, k, [v], common_k, common_v, self.shares.group, self.backend)
+        return self._ring(query, k, [v], v, common_k, common_v)
 
     def _masked(self, mask: torch.Tensor, runs: list[tuple[int, bool]], further: int) -> torch.Tensor:
         """A mask of the whole sequence [batch, heads or 1, queries or 1, keys] for this rank's queries, its

@@ -1,0 +1,173 @@
+"""What a step of a transformer costs by its degrees: arithmetic, and bytes against the measured link.
+
+One home of the numbers by which degrees are chosen, without torch. A block of every such transformer has
+about 12 x channels^2 weights that each token meets, and an attention in which each token meets every other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from shared.launch.flags import HostConfig
+from shared.parallel.xdit.degrees import Degrees
+
+COMPILED, EAGER = 0.7, 0.5
+"""Share of a matrix product's speed that a step reaches (FLUX on an H200: 0.72 compiled, 0.54 not)."""
+RING_HIDES, OVERLAP_HIDES = 0.2, 0.45
+"""Share of a step's arithmetic during which ring's messages are under way: values leave before queries and
+keys are there; with overlap the own tokens' attention runs meanwhile too. Ulysses waits for its exchanges."""
+OVERLAP_COSTS = 0.03
+"""Of a step's arithmetic: two attentions and their joining in place of one."""
+WORTH = 0.03
+"""Share of a step's time that a plan must save to be taken in place of the usual one."""
+SLOW = 0.25
+"""Share of a step that is waiting for the link, from which it is called slow."""
+GAINS = 0.95
+"""Share of one rank's time below which a plan is called faster."""
+SCALE_BYTES = 4
+"""What 8 bits cost for each token and head (shared.parallel.rounding)."""
+
+
+class Speeds(Protocol):
+    """A measured link, as shared.ranks.link has it."""
+
+    @property
+    def latency(self) -> float: ...
+    @property
+    def bandwidth(self) -> float: ...
+    @property
+    def pair(self) -> float: ...
+    @property
+    def flops(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of one picture: what all ranks compute and exchange together."""
+
+    blocks: int
+    channels: int
+    tokens: int
+    branches: int
+    """Guidance branches, 1 or 2."""
+    itemsize: int = 2
+    """Bytes of a number."""
+    efficiency: float = COMPILED
+    sent: float = 1.0
+    """Bytes that are sent for each that attention exchanges: about 0.5 in 8 bits."""
+
+    @property
+    def flops(self) -> float:
+        """Floating point operations."""
+        each = 24.0 * self.tokens * self.channels**2 + 4.0 * self.tokens**2 * self.channels
+        return self.branches * self.blocks * each
+
+    def received(self, degrees: Degrees) -> float:
+        """Bytes that a rank receives: ring's keys and values; Ulysses' queries, keys, values, answers."""
+        whole = self.tokens * self.channels * self.itemsize * self.sent
+        ring = 2 * whole / degrees.ulysses * (degrees.ring - 1) / degrees.ring
+        ulysses = 4 * whole / degrees.sequence * (degrees.ulysses - 1) / degrees.ulysses
+        return (ring + ulysses) * self.blocks * self.branches / degrees.cfg
+
+    def messages(self, degrees: Degrees) -> int:
+        """Exchanges, one after the other."""
+        each = 2 * (degrees.ring > 1) + 2 * (degrees.ulysses > 1)
+        return each * self.blocks * (self.branches if degrees.cfg == 1 else 1)
+
+    def arithmetic(self, degrees: Degrees, link: Speeds) -> float:
+        """Seconds in which a rank computes."""
+        shared = degrees.sequence * min(degrees.cfg, self.branches)
+        return self.flops / shared / (self.efficiency * link.flops)
+
+    def exchange(self, degrees: Degrees, link: Speeds) -> float:
+        """Seconds in which messages are under way."""
+        bandwidth = link.pair if degrees.sequence == 2 else link.bandwidth
+        return self.messages(degrees) * link.latency + self.received(degrees) / bandwidth
+
+    def seconds(self, degrees: Degrees, link: Speeds, overlap: bool = False) -> float:
+        """Of one step."""
+        computed, sent = self.arithmetic(degrees, link), self.exchange(degrees, link)
+        if degrees.ring == 1 or degrees.ulysses > 1:
+            return computed + sent
+        hidden = (OVERLAP_HIDES if overlap else RING_HIDES) * computed
+        return computed * (1 + OVERLAP_COSTS * overlap) + max(sent - hidden, 0.0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen for a link, and what it costs."""
+
+    degrees: Degrees
+    overlap: bool
+    seconds: float
+    alone: float
+    """Seconds of a step on one rank."""
+    slow: bool
+    """Whether a large part of the step would be waiting."""
+
+
+def step_of(
+    config: HostConfig, settings: Mapping[str, Any], vae: Mapping[str, Any], itemsize: int, sent: float
+) -> Step | None:
+    """A step of this launch at its own size; None where configurations do not tell.
+
+    Args:
+        settings, vae: the configurations of the transformer and of the VAE.
+        itemsize: bytes of a number.
+        sent: as Step has it.
+    """
+    spec = config.spec
+    tokens = spec.tokens
+    assert tokens is not None
+    blocks, channels = sum(int(settings.get(name) or 0) for name in BLOCKS), tokens.channels(settings)
+    side = 2 if spec.packed else settings.get(tokens.side, 1)
+    side = side[-1] if isinstance(side, list) else side
+    levels = len(vae.get("block_out_channels") or (0,) * 4)
+    pixels = 8 if spec.vae_kind == "video" else 2 ** (levels - 1)
+    if spec.scale_setting is not None:
+        pixels = vae.get(spec.scale_setting, pixels)
+    if not blocks or not channels or not isinstance(side, int) or not isinstance(pixels, int):
+        return None
+    width, height = (max(x // (side * pixels), 1) for x in config.size)
+    frames = ((spec.frames or 1) - 1) // spec.frames_factor + 1
+    places = width * height * frames * (2 if spec.refers else 1) + spec.text_tokens
+    branches = 1 if tokens.unguided else tokens.branches
+    efficiency = COMPILED if config.compile_unet else EAGER
+    return Step(blocks, channels, places, branches, itemsize, efficiency, sent)
+
+
+BLOCKS = ("num_layers", "num_single_layers", "n_layers")
+"""What configurations call the numbers of blocks."""
+
+
+def choose(step: Step, link: Speeds, usual: Degrees, free: bool, heads: int | None) -> Choice:
+    """The fastest way to share the sequence that leaves the other degrees as they are.
+
+    Args:
+        usual: the degrees by the rule of `choose_degrees`, with what was given.
+        free: whether neither Ulysses' degree nor ring's was given.
+        heads: attention heads, which Ulysses' degree divides; None where unknown.
+    """
+
+    def fastest(degrees: Degrees) -> tuple[float, bool]:
+        plain = step.seconds(degrees, link)
+        apart = step.seconds(degrees, link, overlap=True)
+        return min((plain, False), (apart, True))
+
+    best, (seconds, overlap) = usual, fastest(usual)
+    for other in _ways(usual, heads) if free else ():
+        took, apart = fastest(other)
+        if took < seconds * (1 - WORTH):
+            best, seconds, overlap = other, took, apart
+    waits = seconds - step.arithmetic(best, link)
+    return Choice(best, overlap, seconds, step.arithmetic(Degrees(), link), waits > SLOW * seconds)
+
+
+def _ways(usual: Degrees, heads: int | None) -> Iterator[Degrees]:
+    n = usual.sequence
+    given = {k: v for k, v in usual.as_dict().items() if k not in ("ulysses", "ring")}
+    for ulysses in range(n, 0, -1):
+        if n % ulysses == 0 and (heads or ulysses) % ulysses == 0:
+            yield Degrees(**given, ulysses=ulysses, ring=n // ulysses)
