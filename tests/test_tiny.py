@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.seldom import seldom
 
 
-@pytest.mark.parametrize("name", tiny.BUILDERS)
+# A builder that is broken fails the tests of its type; of each kind of output, one is tested here as well.
+@pytest.mark.parametrize("name", seldom(tiny.BUILDERS, ("sd1", "svd", "flux", "wan", "sdup")))
 def test_runs_and_answers_to_its_inputs(name: str) -> None:
     pipe = tiny.load(name)
     first = tiny.run(pipe, name)

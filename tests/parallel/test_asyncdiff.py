@@ -213,7 +213,7 @@ def exact_and_steady(name: str, plans: tuple[tuple[int, int], ...]) -> dict[Any,
     ("name", "world_size"),
     seldom(
         itertools.product(sorted(FLOORS), sorted(PLANS)),
-        {*((name, 2) for name in FLOORS), ("sd1", 3), ("sd1", 4), ("sd3", 4)},
+        {*((name, 2) for name in FLOORS), ("sd1", 4), ("sd3", 4)},
     ),
 )
 def test_exact_at_full_warm_up_and_on_schedule_in_steady_state(

@@ -90,7 +90,9 @@ def test_with_ip_adapter_and_control_net(kind: str) -> None:
     assert np.abs(made(image, image) - made(image, None)).max() > 0.01
 
 
-@pytest.mark.parametrize("name", GGUF_TYPES)
+@pytest.mark.parametrize(
+    "name", seldom(GGUF_TYPES, set(GGUF_TYPES) - {"sd2", "wani2v", "qwenedit", "kontext"})
+)
 def test_gguf(name: str) -> None:
     pipe = tiny.host(name, gguf_model=str(tiny_original.gguf(name)))
     denoiser = getattr(pipe, MODELS[name].denoiser)

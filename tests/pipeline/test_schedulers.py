@@ -16,6 +16,7 @@ from shared.models import MODELS, SCHEDULERS, scheduler_named, schedulers_for
 from shared.pipeline.schedulers import SchedulerError, make_scheduler, scheduler_for_request
 from shared.pipeline.steps import StepWatch, step_without_sync
 from tests import tiny
+from tests.seldom import seldom
 
 FAMILIES = {
     "discrete": "sd1",
@@ -110,7 +111,10 @@ def test_the_picture_is_plain_diffusers(wanted: Any, cls: str, settings: dict[st
     assert reply is not None and np.array_equal(np.asarray(reply.pictures[0]), np.asarray(plain))
 
 
-@pytest.mark.parametrize("name", MODELS)
+OTHERS = ("sd1", "sdxl", "svd", "ad", "flux", "sd3", "hy", "pixa", "wan", "qwen", "ltx2")
+
+
+@pytest.mark.parametrize("name", seldom(MODELS, OTHERS))
 def test_each_type_takes_another_scheduler(name: str) -> None:
     pipe, spec = pipe_of(name), MODELS[name]
     current = type(pipe.scheduler).__name__
