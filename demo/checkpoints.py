@@ -15,6 +15,8 @@ class Checkpoint:
     host: str
     steps: int
     cfg: float
+    absent: tuple[str, ...] = ()
+    """Parts that its pipeline may have and it has not; diffusers wants to be told."""
 
     @property
     def path(self) -> Path:
@@ -23,6 +25,6 @@ class Checkpoint:
 
 CHECKPOINTS = {
     "unet": Checkpoint("checkpoint", "sd1", "asyncdiff", 30, 4.0),
-    "transformer": Checkpoint("transformer", "sd3", "xdit", 28, 4.0),
+    "transformer": Checkpoint("transformer", "sd3", "xdit", 28, 4.0, ("text_encoder_3", "tokenizer_3")),
     "student": Checkpoint("student", "sd1", "distrifuser", 4, 1.0),
 }

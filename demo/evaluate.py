@@ -10,12 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import CHECKPOINTS
+from checkpoints import CHECKPOINTS, Checkpoint
 from draw import Judgement, Scene, held_out_scenes, judge
 from PIL import Image, ImageDraw
 
 STEPS, CFG = CHECKPOINTS["unet"].steps, CHECKPOINTS["unet"].cfg
 NEGATIVE = ""
+
+
+def load(kind: Checkpoint, folder: Path | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """Plain diffusers' pipeline of a checkpoint, by default of that in demo/, without progress bars."""
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder or kind.path, dtype=dtype, **dict.fromkeys(kind.absent))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def paint(
@@ -91,14 +100,11 @@ def main() -> int:
     parser.add_argument("--strip", type=Path, help="write a contact sheet of all pictures here")
     args = parser.parse_args()
 
-    from diffusers import DiffusionPipeline
-
     kind = CHECKPOINTS[args.kind]
     steps, cfg = args.steps or kind.steps, kind.cfg if args.cfg is None else args.cfg
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[args.dtype]
     scenes = held_out_scenes(args.count)
-    pipe = DiffusionPipeline.from_pretrained(args.checkpoint or kind.path, dtype=dtype).to(args.device)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(kind, args.checkpoint, dtype).to(args.device)
     started = time.monotonic()
     pictures = paint(pipe, scenes, steps=steps, cfg=cfg, seed=args.seed, batch=args.batch)
     seconds = time.monotonic() - started
