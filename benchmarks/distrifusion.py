@@ -22,6 +22,8 @@ from shared.parallel.distrifusion import DistriFusion
 SYSTEMS = ("eager", "graph", "patch", "cfg")
 SETTINGS: dict[str, dict[str, Any]] = {
     "patch": {"split_batch": False},
+    "patch-projects": {"split_batch": False, "projects": True},
+    "patch-projects-int8": {"split_batch": False, "projects": True, "bits": "int8"},
     "patch-int8": {"split_batch": False, "bits": "int8"},
     "col": {"split_batch": False, "split_scheme": "col"},
     "patch-no-graph": {"split_batch": False, "cuda_graph": False},

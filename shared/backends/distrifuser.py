@@ -70,12 +70,19 @@ def needs(config: HostConfig, world_size: int) -> Needs:
 
 def choose(config: HostConfig, world: World) -> HostConfig:
     """The launch with what the measured link decides: whether patches exchange 8 bits, if that is "auto"."""
-    if config.exchange_dtype != "auto":
-        return config
-    slow = world.link is not None and world.link.slow
-    if slow and world.rank == 0:
-        log.info("chosen for this link: patches exchange int8, as it is slow for the arithmetic of a rank")
-    return replace(config, exchange_dtype="int8" if slow else None)
+    slow = _slow(world)
+    if config.exchange_dtype == "auto":
+        config = replace(config, exchange_dtype="int8" if slow else None)
+    if slow and config.parallelism == "patch" and world.rank == 0:
+        bits = f", in {config.exchange_dtype}" if config.exchange_dtype else ""
+        log.info(
+            "chosen for this link: patches exchange what keys and values are made of%s: half the bytes", bits
+        )
+    return config
+
+
+def _slow(world: World) -> bool:
+    return world.link is not None and world.link.slow
 
 
 def attach(pipe: Pipeline, config: HostConfig, world: World, branches: Any = None) -> Method:
@@ -106,6 +113,7 @@ def attach(pipe: Pipeline, config: HostConfig, world: World, branches: Any = Non
         split_decode=not config.compile_vae,
         keeps_prompts=not config.shard_weights,
         bits=bits_named(config.exchange_dtype),
+        projects=_slow(world),
         max_shapes=3 + len(config.sizes or ()),
     )
 

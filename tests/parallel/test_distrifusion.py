@@ -99,6 +99,7 @@ EXACT_CASES: dict[tuple[str, int], tuple[dict[str, Any], list[dict[str, Any]]]] 
         [
             WARM,
             WARM | WHOLE,
+            WARM | WHOLE | {"projects": True},
             {"parallelism": "tensor"} | WHOLE,
             {"parallelism": "naive_patch", "split_scheme": "alternate"} | WARM | WHOLE,
         ],
@@ -107,7 +108,7 @@ EXACT_CASES: dict[tuple[str, int], tuple[dict[str, Any], list[dict[str, Any]]]] 
         {"height": 104, "width": 72},
         [
             {"sync_mode": "full_sync", "warm_up_steps": 0},
-            {"sync_mode": "full_sync", "split_scheme": "col"},
+            {"sync_mode": "full_sync", "split_scheme": "col", "projects": True},
             {"parallelism": "tensor"},
             {"parallelism": "naive_patch", "sync_mode": "full_sync"},
         ],
@@ -438,11 +439,34 @@ def test_adapters_controlnets_and_quantized_weights(pool: RankPool, name: str) -
                 assert min(values) >= (50 if key == "quantized" else EXACT), (key, values)
 
 
+def fewer_bytes(name: str) -> dict[str, Any]:
+    """On each rank: the steady state with less sent, against that of keys and values as they are."""
+    pipe = pipeline(name)
+    found: dict[str, Any] = {}
+    cases: dict[str, dict[str, Any]] = {"": {}, "both": {"projects": True, "bits": "int8"}}
+    cases |= {"projects": {"projects": True}, "int8": {"bits": "int8"}, "float8": {"bits": "float8"}}
+    for key, more in cases.items():
+        with DistriFusion(pipe, warm_up_steps=1, **WHOLE, **more) as parallel:
+            made = picture(pipe, name, parallel, steps=4)
+            found[key] = made, parallel.plan["buffers_bytes"]
+    whole, size = found.pop("")
+    return {key: (psnr(made, whole), held / size) for key, (made, held) in found.items()}
+
+
+def test_patches_may_send_less(pool: RankPool) -> None:
+    tiny.checkpoint("sdxl")
+    one, other = pool.run(fewer_bytes, 2, "sdxl")
+    for rank in (one, other):
+        assert rank["projects"][0] >= EXACT and rank["projects"][1] < 0.9
+        assert all(40 < rank[key][0] < 100 for key in ("int8", "float8", "both")), rank
+        assert rank["int8"][0] > rank["float8"][0]
+
+
 def compiled(split_batch: bool) -> dict[str, Any]:
     """Whole blocks compiled in one piece, exchanges and all."""
     torch._dynamo.reset()
     pipe = tiny.load("sd1")
-    settings: dict[str, Any] = {"warm_up_steps": 2, "split_batch": split_batch}
+    settings: dict[str, Any] = {"warm_up_steps": 2, "split_batch": split_batch, "projects": not split_batch}
     with DistriFusion(pipe, **settings) as parallel:
         eager = picture(pipe, "sd1", parallel)
     for block in blocks(pipe.unet):

@@ -53,7 +53,9 @@ class DistriFusion(Method):
         branches: this rank's half of the group, the pair of ranks with its place in both halves (branch 0
             first), and its branch; None makes them where they are needed.
         bundle_bytes: least size of the messages of an asynchronous step.
-        bits: patches exchange keys and values in 8 bits, so that no step is exact; None: as they are.
+        bits: patches exchange what is for attention in 8 bits, so that no step is exact; None: as it is.
+        projects: patches exchange what keys and values are made of, half the bytes, and each rank makes those
+            of all patches: for links that are slower than that arithmetic. Equal either way.
         keeps_prompts: make a prompt's keys and values once a generation; not where weights are sharded, as
             that calls layers outside of their blocks.
 
@@ -77,6 +79,7 @@ class DistriFusion(Method):
         branches: tuple[dist.ProcessGroup, dist.ProcessGroup, int] | None = None,
         bundle_bytes: int = 4 << 20,
         bits: Bits | None = None,
+        projects: bool = False,
         keeps_prompts: bool = True,
     ) -> None:
         for name, value, allowed in (
@@ -99,6 +102,7 @@ class DistriFusion(Method):
         self.schedule = Schedule(parallelism == "naive_patch", split_scheme, sync_mode, warm_up_steps)
         self.cuda_graph, self.max_shapes, self.bundle_bytes = cuda_graph, max_shapes, bundle_bytes
         self.keeps_prompts, self.bits = keeps_prompts, bits if parallelism == "patch" else None
+        self.projects = projects and parallelism == "patch"
         self.all = Ranks.of(group)
         self.half, self.pair, self.branch = self.all, None, 0
         if split_batch and self.all.size % 2 == 0:
@@ -143,6 +147,7 @@ class DistriFusion(Method):
             "split_batch": branches == 2,
             "split_decode": self.split_decode,
             "exchange": self.bits,
+            "projects": self.projects,
             "ranks": [
                 (f"guidance branch {r // self.half.size}, " if branches == 2 else "")
                 + f"{part} {r % self.half.size + 1} of {self.half.size}"
@@ -187,6 +192,7 @@ class DistriFusion(Method):
             max_shapes=self.max_shapes,
             bundle_bytes=self.bundle_bytes,
             bits=self.bits,
+            projects=self.projects,
             keeps_prompts=self.keeps_prompts,
             pixels=self.pipeline.vae_scale_factor,
             is_control=model is not self.unet,

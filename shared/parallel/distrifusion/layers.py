@@ -59,10 +59,13 @@ class PatchLayers:
         surgery: takes the overrides, and gives them back.
         keeps_prompts: whether the prompt's keys and values are made once a prompt, from layers called by
             themselves.
+        projects: ranks exchange what attention makes keys and values of, and make those of all of it.
     """
 
-    def __init__(self, model: nn.Module, surgery: Surgery, keeps_prompts: bool = True) -> None:
-        self.keeps_prompts = keeps_prompts
+    def __init__(
+        self, model: nn.Module, surgery: Surgery, keeps_prompts: bool = True, projects: bool = False
+    ) -> None:
+        self.keeps_prompts, self.projects = keeps_prompts, projects
         self.run: PatchRun | None = None
         self._prompts: list[_Prompt] = []
         self._loaded: PatchRun | None = None
@@ -168,21 +171,27 @@ class PatchLayers:
         value = surgery.override(module.to_v, answer_value)
 
         def answer_key(original: Forward, args: tuple, kwargs: dict) -> Any:
-            run, key = self.run, original(*args, **kwargs)
+            run = self.run
             values.clear()
             if run is None or run.exchange is None:
-                return key
-            own = torch.stack([key, value(*args, **kwargs)])
-            # Which way round the tokens come makes no difference to attention.
-            if torch.compiler.is_compiling():
-                total = run.totals.get(own.shape[2], own.shape[2] * run.exchange.ranks)
-                every = torch.ops.displaced_patches.tokens(own, total)
-            else:
-                every = run.exchange.tokens(own)
-            values.append(every[1])
-            return every[0]
+                return original(*args, **kwargs)
+            if self.projects:
+                (every,) = self._tokens(run, run.exchange, args[0][None])
+                values.append(value(every))
+                return original(every)
+            own = torch.stack([original(*args, **kwargs), value(*args, **kwargs)])
+            keys, others = self._tokens(run, run.exchange, own)
+            values.append(others)
+            return keys
 
         surgery.override(module.to_k, answer_key)
+
+    def _tokens(self, run: PatchRun, exchange: PatchExchange, own: torch.Tensor) -> torch.Tensor:
+        """[..., batch, all tokens, channels]; which way round they come makes no difference to attention."""
+        if not torch.compiler.is_compiling():
+            return exchange.tokens(own)
+        total = run.totals.get(own.shape[2], own.shape[2] * exchange.ranks)
+        return torch.ops.displaced_patches.tokens(own, total)
 
     def _prompt(self, known: _Prompt) -> Answer:
         def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
@@ -230,7 +239,7 @@ def _tokens_operator(own: torch.Tensor, total: int) -> torch.Tensor:
 
 @_tokens_operator.register_fake
 def _(own: torch.Tensor, total: int) -> torch.Tensor:
-    return own.new_empty(2, own.shape[1], total, own.shape[3])
+    return own.new_empty(own.shape[0], own.shape[1], total, own.shape[3])
 
 
 @torch.library.custom_op("displaced_patches::moments", mutates_args=())

@@ -34,7 +34,7 @@ class PatchExchange:
         posting: False: deferred tensors are never sent again after the synchronous steps.
         forecast: deferred moments are read as they are expected to be by now, not as they arrived.
         bundle_bytes: least size of a message.
-        bits: keys and values are sent in 8 bits, an approximation; None: as they are.
+        bits: what is for attention is sent in 8 bits, an approximation; None: as they are.
         sizes: the lengths of all patches, where every layer's are in proportion and nothing is deferred:
             then there is nothing to record.
     """
@@ -107,7 +107,8 @@ class PatchExchange:
         return self._exchange(slot, own, read)
 
     def tokens(self, own: torch.Tensor) -> torch.Tensor:
-        """Keys and values of all ranks, in rank order; ``own`` are [2, batch, tokens, channels]."""
+        """What all ranks have for attention, in rank order; ``own`` is [parts, batch, tokens, channels]: keys
+        and values, or what both are made of."""
         bits = self.bits
         sent = own if bits is None else packed_groups(own, bits)
         if self.recording:

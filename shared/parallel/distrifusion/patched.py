@@ -133,7 +133,7 @@ class Patched(Part):
         surgery: takes the overrides.
         cuda_graph, max_shapes, bundle_bytes, bits: as in ``DistriFusion``.
         pixels: of the picture, per element of the sample; for messages.
-        keeps_prompts: as in ``DistriFusion``.
+        keeps_prompts, projects: as in ``DistriFusion``.
         is_control: whether the model is a ControlNet.
     """
 
@@ -150,6 +150,7 @@ class Patched(Part):
         bits: Bits | None = None,
         pixels: int = 8,
         keeps_prompts: bool = True,
+        projects: bool = False,
         is_control: bool = False,
     ) -> None:
         super().__init__()
@@ -163,7 +164,7 @@ class Patched(Part):
         blocks = model.get_submodule("down_blocks").children()
         self.unit = 2 ** sum(bool(getattr(block, "downsamplers", None)) for block in blocks)
         self._names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
-        self.layers = PatchLayers(model, surgery, keeps_prompts)
+        self.layers = PatchLayers(model, surgery, keeps_prompts, projects)
         surgery.override(model, self._forward)
 
     def begin(self, steps: int, pictures: int = 1) -> None:
