@@ -1,0 +1,66 @@
+"""The demo's trainings: what they compute is what the pipelines compute, and what they made obeys."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from tests.test_demo import DEMO
+
+sys.path.insert(0, str(DEMO))
+
+from checkpoints import CHECKPOINTS
+from diffusers import DDIMScheduler, SD3Transformer2DModel
+from draw import held_out_scenes, judge
+from evaluate import count_right, load, paint
+from train_student import Steps
+from train_transformer import T5_SHOWN, T5_TOKENS, FewerZeros
+
+
+def test_all_checkpoints_together_are_small_and_hold_no_pickle() -> None:
+    files = [f for kind in CHECKPOINTS.values() for f in kind.path.rglob("*") if f.is_file()]
+    assert {kind.path for kind in CHECKPOINTS.values()} <= {f.parent for f in files}
+    assert sum(f.stat().st_size for f in files) <= 40_000_000
+    assert {f.suffix for f in files} <= {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("student", 4), ("transformer", 8)])
+def test_the_new_checkpoints_obey_held_out_prompts(kind: str, steps: int) -> None:
+    pipe, asked = load(CHECKPOINTS[kind]), held_out_scenes(6)
+    pictures = paint(pipe, asked, steps=steps, cfg=CHECKPOINTS[kind].cfg)
+    right, wrong = count_right(asked, [judge(picture) for picture in pictures])
+    assert right >= 5, wrong
+
+
+def test_few_zeros_in_training_are_the_many_of_the_pipeline() -> None:
+    transformer = SD3Transformer2DModel.from_pretrained(
+        CHECKPOINTS["transformer"].path / "transformer"
+    ).float()
+    draw, words = torch.Generator().manual_seed(0), 24
+    latents, states, pooled = (
+        torch.randn(shape, generator=draw) for shape in ((2, 4, 16, 16), (2, words, 192), (2, 192))
+    )
+
+    def guess(zeros: int) -> torch.Tensor:
+        text = torch.nn.functional.pad(states, (0, 0, 0, zeros))
+        with torch.no_grad():
+            return transformer(latents, text, pooled, torch.tensor([900.0, 300.0])).sample
+
+    many, few = guess(T5_TOKENS), guess(T5_SHOWN)
+    transformer.set_attn_processor(FewerZeros(64 + words + T5_SHOWN, latents.device))
+    assert torch.allclose(guess(T5_SHOWN), many, atol=1e-4)
+    assert not torch.allclose(few, many, atol=1e-2)
+
+
+def test_a_step_of_the_student_is_the_schedulers() -> None:
+    scheduler = DDIMScheduler.from_pretrained(CHECKPOINTS["student"].path / "scheduler")
+    steps = Steps(scheduler, 4)
+    assert steps.times == [999, 749, 499, 249]
+    draw = torch.Generator().manual_seed(0)
+    for k, moment in enumerate(steps.times):
+        x, v = (torch.randn(1, 4, 8, 8, generator=draw) for _ in range(2))
+        there = scheduler.step(v, moment, x).prev_sample
+        assert torch.allclose(steps.step(k, x, v), there, atol=1e-5)
+        assert torch.allclose(steps.needed(k, x, there), v, atol=1e-4)
