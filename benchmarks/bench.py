@@ -121,8 +121,9 @@ class Bench(ABC):
     def _work(self, name: str, size: int, steps: int) -> None:
         dtype = DTYPES[self.options.dtype]
         source = models_2026 if name in models_2026.MAKERS else models
+        kind = name.partition("-")[0]  # what follows is its size
         if self.options.tiny:
-            pipe = tiny.load(name).to(self.device, dtype)
+            pipe = tiny.load(kind).to(self.device, dtype)
         else:
             pipe = source.MAKERS[name](self.device, dtype)
         pipe.set_progress_bar_config(disable=True)
@@ -131,7 +132,7 @@ class Bench(ABC):
 
         def generate() -> torch.Tensor:
             if self.options.tiny:
-                arguments = tiny.call_args(name, steps, size=size)
+                arguments = tiny.call_args(kind, steps, size=size)
             else:
                 arguments = source.call_arguments(name, self.device, dtype, size, steps)
             output = self.call(pipe, arguments | {"output_type": "pt" if self.options.decode else "latent"})
@@ -142,9 +143,9 @@ class Bench(ABC):
         self._measure(pipe, label, generate, steps, systems, "")
         if self.options.compile:
             if self.options.channels_last:
-                getattr(pipe, MODELS[name].denoiser).to(memory_format=torch.channels_last)
-            launch = HostConfig(backend="asyncdiff", type=name, compile_unet=True)
-            compile_pipeline(pipe, MODELS[name], launch)
+                getattr(pipe, MODELS[kind].denoiser).to(memory_format=torch.channels_last)
+            launch = HostConfig(backend="asyncdiff", type=kind, compile_unet=True)
+            compile_pipeline(pipe, MODELS[kind], launch)
             wanted = systems if self.options.compile == "all" else self.options.compile.split(",")
             self._measure(pipe, label, generate, steps, [s for s in wanted if s != "eager"], "compiled ")
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKLFlux2,
     AutoencoderKLHunyuanVideo15,
+    AutoencoderKLLTX2Audio,
+    AutoencoderKLLTX2Video,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxKontextPipeline,
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
+    LTX2Pipeline,
+    LTX2VideoTransformer3DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     UniPCMultistepScheduler,
@@ -24,12 +31,15 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
+from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from PIL import Image
 
 from benchmarks.models import make_flux, on, vae
+from shared.models import MODELS
 
-FRAMES = {"wan": 81, "hv15": 121}
-WIDTHS = {480: 832, 720: 1280}
+FRAMES = {"wan": 81, "wan-5b": 121, "hv15": 121, "ltx2": 121}
+WIDTHS = {480: 832, 512: 768, 704: 1280, 720: 1280}
 """Of a video's height."""
 
 
@@ -87,6 +97,63 @@ def make_hv15(device: torch.device, dtype: torch.dtype) -> Any:
     )
 
 
+def make_wan_5b(device: torch.device, dtype: torch.dtype) -> Any:
+    """Wan 2.2 TI2V-5B: 30 blocks, 24 heads of 128, and a VAE with 16 x 16 pixels a latent."""
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    return WanPipeline(
+        transformer=on(device, dtype, lambda: WanTransformer3DModel(
+            in_channels=48, out_channels=48, num_layers=30, num_attention_heads=24, ffn_dim=14336
+        )),
+        vae=on(device, dtype, lambda: AutoencoderKLWan(
+            base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, in_channels=12, out_channels=12,
+            patch_size=2, scale_factor_spatial=16, latents_mean=[0.0] * 48, latents_std=[1.0] * 48,
+        )),
+        scheduler=scheduler,
+        text_encoder=None,
+        tokenizer=None,
+        expand_timesteps=True,
+    )  # fmt: skip
+
+
+def make_flux2(
+    device: torch.device,
+    dtype: torch.dtype,
+    blocks: tuple[int, int] = (5, 20),
+    heads: int = 24,
+    text: int = 7680,
+) -> Any:
+    """FLUX.2 klein, distilled: 4B, or 9B with 8 and 24 blocks and 32 heads of 128."""
+    return Flux2KleinPipeline(
+        transformer=on(device, dtype, lambda: Flux2Transformer2DModel(
+            num_layers=blocks[0], num_single_layers=blocks[1], num_attention_heads=heads,
+            joint_attention_dim=text, guidance_embeds=False,
+        )),
+        vae=on(device, dtype, AutoencoderKLFlux2),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        text_encoder=None,
+        tokenizer=None,
+        is_distilled=True,
+    )  # fmt: skip
+
+
+def make_ltx2(device: torch.device, dtype: torch.dtype) -> Any:
+    """LTX-2: 48 blocks, 32 heads of 128 for the picture and of 64 for the sound."""
+    return LTX2Pipeline(
+        transformer=on(device, dtype, lambda: LTX2VideoTransformer3DModel(rope_type="split")),
+        vae=on(device, dtype, AutoencoderKLLTX2Video),
+        audio_vae=on(device, dtype, AutoencoderKLLTX2Audio),
+        vocoder=on(device, dtype, LTX2Vocoder),
+        connectors=on(device, dtype, lambda: LTX2TextConnectors(rope_type="split")),
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1
+        ),
+        text_encoder=None,
+        tokenizer=None,
+    )
+
+
 @cache
 def _embeds(device: torch.device, dtype: torch.dtype, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
     """As if prompts had been encoded, by name: drawn once, so that no system's time has it in."""
@@ -112,7 +179,16 @@ def call_arguments(
         embeds = _embeds(device, dtype, prompt_embeds=(512, 4096), pooled_prompt_embeds=(768,))
         picture = {"image": Image.new("RGB", (size, size), (90, 120, 200)), "max_area": size * size}
         return common | embeds | picture | {"guidance_scale": 2.5, "_auto_resize": False}
-    if name == "wan":
+    if name.startswith("flux2"):
+        width = 7680 if name == "flux2" else 12288  # of three of the encoder's layers
+        return common | _embeds(device, dtype, prompt_embeds=(512, width)) | {"guidance_scale": 1.0}
+    if name == "ltx2":  # one call a step, with guidance by the prompt alone
+        embeds = _embeds(
+            device, dtype, prompt_embeds=(1024, 3840 * 49), negative_prompt_embeds=(1024, 3840 * 49)
+        )
+        masks = _masks(embeds, "attention_mask")
+        return common | embeds | masks | MODELS["ltx2"].without_guidance | {"guidance_scale": 3.0}
+    if name in ("wan", "wan-5b"):
         embeds = _embeds(device, dtype, prompt_embeds=(512, 4096), negative_prompt_embeds=(512, 4096))
         return common | embeds | {"guidance_scale": 5.0}
     if name == "qwen":
@@ -129,12 +205,10 @@ def call_arguments(
     return common | embeds | _masks(embeds)
 
 
-def _masks(embeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _masks(embeds: dict[str, torch.Tensor], mask: str = "embeds_mask") -> dict[str, torch.Tensor]:
     """Masks that leave no token out, by the pipelines' names: prompt_embeds_mask, prompt_embeds_mask_2."""
     return {
-        name.replace("embeds", "embeds_mask"): torch.ones(
-            value.shape[:2], dtype=torch.long, device=value.device
-        )
+        name.replace("embeds", mask): torch.ones(value.shape[:2], dtype=torch.long, device=value.device)
         for name, value in embeds.items()
     }
 
@@ -145,4 +219,9 @@ MAKERS: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
     "kontext": make_kontext,
     "wan": make_wan,
     "hv15": make_hv15,
+    "wan-5b": make_wan_5b,
+    "flux2": make_flux2,
+    "flux2-9b": partial(make_flux2, blocks=(8, 24), heads=32, text=12288),
+    "ltx2": make_ltx2,
 }
+"""By type, or by type and size."""

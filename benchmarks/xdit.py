@@ -5,8 +5,8 @@ torchrun --nproc_per_node=2 benchmarks/xdit.py flux:1024:14 flux:2048:6 --compil
 torchrun --nproc_per_node=2 benchmarks/xdit.py sd3:1024:20 pixs:1024:20 hy:1024:25 --systems eager,graph,cfg
 
 Latents out. "graph" is one GPU with the transformer captured as a CUDA graph; "-eager" behind one of our own
-systems leaves the capture out. "xfuser-..." is xfuser's own pipeline class, called as its examples do;
-xfuser-pipefusion fails in xfuser 0.7.0 itself for sd3. The
+systems leaves the capture out, "-vae" shares the decoding as well (with --decode). "xfuser-..." is xfuser's
+own pipeline class, called as its examples do; xfuser-pipefusion fails in xfuser 0.7.0 itself for sd3. The
 seconds in brackets are from the plain pipeline to the end of the system: surgery, compilation, all repeats.
 --tiny --device cpu --dtype fp32 shows that all of it runs.
 """
@@ -123,6 +123,7 @@ class XDiTBench(Bench):
             fused = XDiTPipeFusion(pipe, degrees, groups, warm_up_steps=self.options.warm_up)
             return [groups, fused]
         options: Any = {"overlap": "overlap" in how, "bits": next((b for b in BITS if b in how), None)}
+        options["parallel_vae"] = "vae" in how
         capture = graph and self.device.type == "cuda"
         return [groups, XDiT(pipe, degrees, groups, cuda_graph=capture, **options)]
 
@@ -137,7 +138,7 @@ class XDiTBench(Bench):
         if isinstance(self.held, XDiTPipeFusion):
             return self.held.run(arguments)
         output = super().call(pipe, arguments)
-        self.latents = output.images
+        self.latents = output.images if hasattr(output, "images") else output.frames
         return output
 
 

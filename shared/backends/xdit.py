@@ -114,8 +114,8 @@ def attach(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroup
 
 
 def _exact(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroups) -> XDiT:
-    from shared.parallel.distrifusion.decoder import KINDS
     from shared.parallel.rounding import bits_named
+    from shared.parallel.video_decoder import can_share
     from shared.parallel.xdit.exact import XDiT
 
     found = _choice(config, world)
@@ -125,7 +125,7 @@ def _exact(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroup
         groups,
         cache="teacache" if config.use_teacache else "fbcache" if config.use_fbcache else None,
         parallel_vae=config.use_parallel_vae
-        or (config.decode_from is not None and isinstance(pipe.vae, KINDS)),
+        or (config.decode_from is not None and can_share(pipe.vae)),
         decode_from=config.decode_from or 0,
         cuda_graph=config.captures(world.device.type),
         overlap=found is not None and found.overlap,

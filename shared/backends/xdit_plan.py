@@ -57,8 +57,6 @@ def _refused(spec: ModelSpec, plan: TokenPlan) -> Iterator[tuple[str, str]]:
     def types(fitting: Callable[[TokenPlan], Any]) -> str:
         return ", ".join(name for name in TYPES if fitting(PLANS[name]))
 
-    if spec.vae_kind == "video":
-        yield "use_parallel_vae", "its VAE is one of videos, which is not decoded in patches"
     if plan.branches == 1:
         yield "use_cfg_parallel", "its transformer has only one guidance branch"
     if not plan.tensor:

@@ -299,7 +299,7 @@ class HostConfig:
         None, "transformer blocks of each PipeFusion stage, such as 10,9 (default: equal)", as_counts
     )
     use_parallel_vae: bool = _method_flag(
-        False, "decode in patches, one on each rank that shares the picture"
+        False, "decode in parts, one on each rank that shares the picture or video"
     )
     exchange_dtype: str | None = _method_flag(
         None,
@@ -416,14 +416,15 @@ class HostConfig:
         """The models of which each rank keeps a part, by the names of their components."""
         if not self.shard_weights or world_size == 1:
             return ()
-        vae = () if self.decode_from is None else ("vae",)
+        divided = self.decode_from is not None and self.spec.decodes_in_patches
+        vae = ("vae",) if divided else ()
         return (*self.spec.denoisers, "controlnet", *self.spec.text_encoders, "image_encoder", *vae)
 
     @property
     def decode_from(self) -> int | None:
-        """Pixels of a call of the VAE from which all ranks decode it in patches; None: never."""
+        """Pixels of a call of the VAE from which all ranks decode it in parts; None: never."""
         by_layer = self.enable_sequential_cpu_offload or self.enable_group_offload
-        if self.compile_vae or by_layer or not self.spec.decodes_in_patches:
+        if self.compile_vae or by_layer or not self.spec.shares_decoder:
             return None
         return 0 if self.shard_weights or self.use_parallel_vae else DECODED_ALONE + 1
 

@@ -208,8 +208,13 @@ class ModelSpec:
 
     @property
     def decodes_in_patches(self) -> bool:
+        """Whether ranks can share its VAE's decoder, and its weights."""
+        return self.shares_decoder and self.vae_kind == "image"
+
+    @property
+    def shares_decoder(self) -> bool:
         """Whether ranks can share its VAE's decoder."""
-        return self.vae_kind == "image" and not self.mixes_frames
+        return not self.mixes_frames
 
     @property
     def packed(self) -> bool:

@@ -102,8 +102,7 @@ def exact(name: str, cases: list[Case], sizes: list[Case]) -> list[list[float]]:
     plain, text = [picture(pipe, name, **size) for size in sizes], repr(pipe.transformer)
     found = []
     for case in cases:
-        video = MODELS[name].vae_kind == "video"
-        options: Any = {"parallel_vae": True} if "ring" in case and not video else {}
+        options: Any = {"parallel_vae": True} if "ring" in case else {}
         options |= {name: case[name] for name in ("overlap", "bits") if name in case}
         degrees = Degrees(**{k: v for k, v in case.items() if k not in options})
         with XDiT(pipe, degrees, **options) as parallel:

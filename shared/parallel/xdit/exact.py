@@ -16,7 +16,6 @@ from torch import nn
 
 from shared.models import Cache, TokenPlan, token_plan
 from shared.parallel.cfg_split import CallsSplit, CfgSplit
-from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.exchange import Ranks
 from shared.parallel.graphs import Graphs
 from shared.parallel.method import Method, Watch, control_nets
@@ -24,6 +23,7 @@ from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
 from shared.parallel.rounding import Bits
 from shared.parallel.surgery import Surgery
 from shared.parallel.tensor_parallel import TensorParallel
+from shared.parallel.video_decoder import shared_decoder
 from shared.parallel.xdit.caches import StepCache, step_cache
 from shared.parallel.xdit.degrees import Degrees
 from shared.parallel.xdit.groups import XfuserGroups
@@ -46,7 +46,8 @@ class XDiT(Method):
         cache: skip the blocks in steps in which little changes: an approximation.
         cache_threshold: relative change below which a step's blocks are skipped; 0 computes all, None takes
             the cache's usual one.
-        parallel_vae: decode in patches, one on each rank; all ranks of a replica must then decode.
+        parallel_vae: each rank decodes a part (shared.parallel.video_decoder); all ranks of a replica must
+            then decode.
         decode_from: pixels of a call of the VAE from which they do.
         cuda_graph: capture and replay the transformer on CUDA. Not with offloaded weights, which move.
         overlap: with ring alone, attention over a rank's own tokens while the others' are on their way: for
@@ -95,7 +96,7 @@ class XDiT(Method):
         try:
             self._install(cache, cache_threshold)
             if parallel_vae and degrees.world > degrees.data:
-                decoder = PatchDecoder(pipeline.vae, groups.replica, decode_from)
+                decoder = shared_decoder(pipeline.vae, groups.replica, decode_from)
                 self.decoder = self.held.enter_context(decoder)
         except ValueError:
             self.close()
