@@ -187,7 +187,7 @@ def call_arguments(
             device, dtype, prompt_embeds=(1024, 3840 * 49), negative_prompt_embeds=(1024, 3840 * 49)
         )
         masks = _masks(embeds, "attention_mask")
-        return common | embeds | masks | MODELS["ltx2"].without_guidance | {"guidance_scale": 3.0}
+        return common | embeds | masks | {**MODELS["ltx2"].without_guidance, "guidance_scale": 3.0}
     if name in ("wan", "wan-5b"):
         embeds = _embeds(device, dtype, prompt_embeds=(512, 4096), negative_prompt_embeds=(512, 4096))
         return common | embeds | {"guidance_scale": 5.0}

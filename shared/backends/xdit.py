@@ -124,8 +124,7 @@ def _exact(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroup
         groups.degrees,
         groups,
         cache="teacache" if config.use_teacache else "fbcache" if config.use_fbcache else None,
-        parallel_vae=config.use_parallel_vae
-        or (config.decode_from is not None and can_share(pipe.vae)),
+        parallel_vae=config.use_parallel_vae or (config.decode_from is not None and can_share(pipe.vae)),
         decode_from=config.decode_from or 0,
         cuda_graph=config.captures(world.device.type),
         overlap=found is not None and found.overlap,

@@ -187,9 +187,7 @@ def can_share(vae: Any) -> bool:
     return isinstance(vae, KINDS) or (isinstance(vae, VAES) and not _draws_noise(vae))
 
 
-def shared_decoder(
-    vae: Any, group: dist.ProcessGroup | None, least: int = 0
-) -> PatchDecoder | VideoDecoder:
+def shared_decoder(vae: Any, group: dist.ProcessGroup | None, least: int = 0) -> PatchDecoder | VideoDecoder:
     """All ranks of a group share ``vae.decode``: of pictures in patches, of videos in rows.
 
     Raises:

@@ -78,6 +78,7 @@ def decoded(kind: str, sizes: list[Size]) -> list[tuple[float, list[int], float]
 )
 def test_rows_on_ranks_equal_the_whole(pool: RankPool, kind: str, ranks: int, sizes: list[Size]) -> None:
     tiny_wan.wan22(kind) if kind == "ti2v" else tiny.checkpoint(kind)
+    sizes = [size for size in sizes if kind != "ltx2" or size != FEW]  # its padding reflects: of two rows
     found = pool.run(decoded, ranks, kind, sizes, timeout=300)
     for place, (rows, _, tiled) in enumerate(sizes):
         seen = [max(rank[place][1]) for rank in found]
