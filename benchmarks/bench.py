@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -10,7 +11,7 @@ import statistics
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from benchmarks import models, models_2026
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
 from shared.parallel.surgery import Surgery
+from shared.pipeline import eight_bits
 from shared.pipeline.compile import compile_pipeline
 from shared.pipeline.steps import step_without_sync
 from tests import tiny
@@ -147,7 +149,33 @@ class Bench(ABC):
             launch = HostConfig(backend="asyncdiff", type=kind, compile_unet=True)
             compile_pipeline(pipe, MODELS[kind], launch)
             wanted = systems if self.options.compile == "all" else self.options.compile.split(",")
-            self._measure(pipe, label, generate, steps, [s for s in wanted if s != "eager"], "compiled ")
+            wanted = [system for system in wanted if system != "eager"]
+            self._measure(pipe, label, generate, steps, wanted, "compiled ")
+            kinds = list(filter(None, self.options.quantize.split(",")))
+            for place, kind in enumerate(kinds):
+                with self._in_8_bits(pipe, name, *kind.split(":"), last=place == len(kinds) - 1):
+                    self._measure(pipe, label, generate, steps, wanted, f"{kind} compiled ")
+
+    @contextlib.contextmanager
+    def _in_8_bits(self, pipe: Any, name: str, kind: str, *exact: str, last: bool) -> Iterator[None]:
+        """The denoiser's large layers computing in 8 bits, as --quantize_to has them; they are put back.
+
+        Args:
+            exact: patterns of more layers that stay as they are.
+        """
+        if self.options.tiny:
+            eight_bits.LEAST = 1
+        spec = MODELS[name]
+        layers = eight_bits.computing_layers(getattr(pipe, spec.denoiser), [*spec.kept, *exact]).values()
+        weights = [] if last else [layer.weight.cpu() for layer in layers]
+        for layer in layers:
+            eight_bits.quantize_layer(layer, kind)
+        if self.rank == 0:
+            print(f"{len(layers)} layers of {name} compute in {kind}", flush=True)
+        yield
+        for layer, weight in zip(layers, weights, strict=False):
+            layer.__class__ = torch.nn.Linear
+            layer.weight = torch.nn.Parameter(weight.to(self.device), requires_grad=False)
 
     def _measure(
         self, pipe: Any, label: str, generate: Any, steps: int, systems: Sequence[str], prefix: str
@@ -211,6 +239,12 @@ def parser(text: str | None, systems: Sequence[str], warm_up: int) -> argparse.A
         nargs="?",
         const="all",
         help="then these again, compiled: a,b; without a value: all but eager",
+    )
+    made.add_argument(
+        "--quantize",
+        default="",
+        help="with --compile, then these again with large layers computing in 8 bits, but for those whose "
+        "names match a pattern: float8,int8:*.norm*.linear",
     )
     made.add_argument("--channels-last", action="store_true", help="of the compiled denoiser")
     made.add_argument("--decode", action="store_true", help="whole pictures, not latents")

@@ -32,7 +32,7 @@ TYPES = [
 ]
 BACKENDS = ["asyncdiff", "distrifuser", "xdit"]
 VARIANTS = ["default", "fp16", "bf16", "fp32"]
-QUANTIZATIONS = ["float8", "int8", "int4", "int2"]
+QUANTIZATIONS = ["float8", "int8", "float8_weight", "int8_weight", "int4", "int2"]
 _SIGMAS = ["dpm_2", "dpm_2_a", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "euler", "heun", "lms", "unipc"]
 _PLAIN = sorted([*_SIGMAS, "ddim", "ddpm", "euler_a", "pndm"])
 SCHEDULERS = [

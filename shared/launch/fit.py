@@ -17,6 +17,7 @@ LADDER: tuple[Mapping[str, Any], ...] = (
     {"shard_weights": True},
     {"quantize_to": "float8"},
     {"quantize_to": "int8"},
+    {"quantize_to": "float8_weight"},
     {"quantize_to": "int4"},
     {"enable_model_cpu_offload": True},
     {"enable_group_offload": True},

@@ -90,6 +90,10 @@ def _method_flag(default: Any, help: str, parse: Callable[[Any], Any] | None = N
     return _flag(default, _PARALLEL, help, parse, common=False, **bounds)
 
 
+COMPUTED = {"float8": "float8_weight", "int8": "int8_weight"}
+"""Of --quantize_to: what also computes in 8 bits, and what only keeps weights as small."""
+
+
 @dataclass(frozen=True)
 class HostConfig:
     """One launch. Field names are flag names (PROTOCOL: command line); None means "not given"."""
@@ -126,9 +130,10 @@ class HostConfig:
     quantize_to: str | None = _flag(
         None,
         _MODEL,
-        "quantize denoiser and text encoders",
+        "quantize denoiser and text encoders; float8 and int8 also compute in 8 bits, compiled, where the "
+        "GPU can",
         as_text,
-        choices=("float8", "int8", "int4", "int2"),
+        choices=("float8", "int8", "float8_weight", "int8_weight", "int4", "int2"),
     )
 
     lora: dict[str, float] | None = _flag(None, _FEATURES, 'LoRAs, {"path": scale}', as_scales, path=True)
@@ -468,8 +473,9 @@ class HostConfig:
 
     @property
     def compiles(self) -> bool:
-        """Whether torch.compile is used."""
-        return self.compile_unet or self.compile_vae or self.compile_text_encoder
+        """Whether torch.compile is used, or is on a device that computes in 8 bits."""
+        asked = self.compile_unet or self.compile_vae or self.compile_text_encoder
+        return asked or self.quantize_to in COMPUTED
 
     def captures(self, device_type: str) -> bool:
         """Whether steps are captured as CUDA graphs, which hold on to addresses that offloading changes."""

@@ -14,11 +14,12 @@ from shared.api.requests import GenerateRequest
 from shared.launch.backend import Backend
 from shared.launch.errors import UsageError
 from shared.launch.fit import cheapest, singles, worded
-from shared.launch.flags import HostConfig
+from shared.launch.flags import COMPUTED, HostConfig
 from shared.parallel.graphs import SHARE
+from shared.pipeline.eight_bits import for_device, obstacle, weight_only
 from shared.pipeline.loading import compute_dtype
 from shared.pipeline.single_file import BROKEN
-from shared.pipeline.unloaded import unloaded_models
+from shared.pipeline.unloaded import Stored, unloaded_models
 from shared.pipeline.work import Work
 from shared.ranks.channel import Channel
 from shared.ranks.device import LIMIT, free_memory
@@ -102,23 +103,25 @@ class MemoryPlan:
         largest, buffers = 0, 0
         for name, model in self.models.items():
             denoises = name in (*spec.denoisers, "refiner")
-            quantized = config.quantize_to if denoises or name in spec.text_encoders else None
-            dtype = self.dtype
-            if name == "vae" and name in needs.shards and self.work.upcasts:
-                dtype = torch.float32
-            args = (dtype, quantized, spec.kept if denoises else ())
-            whole[name] = kept[name] = model.nbytes(*args)
+            how = Stored(self.dtype)
+            if denoises:
+                how = Stored(self.dtype, config.quantize_to, spec.kept, not needs.inside_blocks)
+            elif name in spec.text_encoders:
+                how = Stored(self.dtype, weight_only(config.quantize_to))
+            elif name == "vae" and name in needs.shards and self.work.upcasts:
+                how = Stored(torch.float32)
+            whole[name] = kept[name] = model.nbytes(how)
             part = "controlnet" if name.startswith("controlnet") else name
             part = spec.denoiser if name == "refiner" else part
             if part in needs.shards:
-                share = model.share(ranks, *args)
+                share = model.share(ranks, how)
                 if config.enable_model_cpu_offload and not (denoises or part == "controlnet"):
                     share = 1 - (1 - share) * ranks / (ranks - 1)  # the parts wait in host memory
                 kept[name] = int(whole[name] * share)
-                buffers = max(buffers, 2 * model.largest_block(*args))
+                buffers = max(buffers, 2 * model.largest_block(how))
             elif part in needs.stages:
                 kept[name] = whole[name] // needs.stage_count
-            largest = max(largest, model.largest_block(*args))
+            largest = max(largest, model.largest_block(how))
         loading = 0
         if self.device_type == "cuda" and not config.offloads and not (needs.shards or needs.stages):
             loading = sum(whole.values())
@@ -127,7 +130,7 @@ class MemoryPlan:
                 done = 0
                 for name in (*spec.denoisers, *spec.text_encoders):
                     if name in whole:
-                        loading = max(loading, done + self.models[name].nbytes(self.dtype, None, ()))
+                        loading = max(loading, done + self.models[name].nbytes(Stored(self.dtype)))
                         done += whole[name]
         if config.enable_model_cpu_offload and not (needs.shards or needs.stages):
             stays = {n for n in kept if n in (spec.denoiser, "refiner") or n.startswith("controlnet")}
@@ -282,13 +285,21 @@ def planned(config: HostConfig, backend: Backend, channel: Channel) -> tuple[Hos
         UsageError: it does not fit.
     """
     world = channel.world
-    free = [info["free"] for info in channel.gather_infos({"free": free_memory(world)})]
+    problems = {kind: obstacle(kind, world.device) for kind in COMPUTED}
+    infos = channel.gather_infos({"free": free_memory(world), "problems": problems})
+    free = [info["free"] for info in infos]
+
+    def alike(config: HostConfig) -> HostConfig:
+        others = (info["problems"].get(config.quantize_to) for info in infos)
+        return for_device(config, world.device, next(filter(None, others), None))
+
+    config = alike(config)
     dtype = compute_dtype(config, world.device)
     binding = world.device.type == "cuda" or LIMIT in os.environ
     plan = plan_of(config, backend, world.size, world.device.type, dtype, free, binding)
     if plan is None:
         return config, None
-    config = plan.fitted()
+    config = alike(plan.fitted())
     if world.rank == 0:
         log.info("%s", plan.line())
         if plan.warning:

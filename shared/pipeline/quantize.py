@@ -1,11 +1,11 @@
-"""Quantized weights: float8, int8, int4 and int2 through optimum-quanto, and GGUF files.
+"""Quantized weights: 8 bits that compute in 8 bits, 8, 4 and 2 bits that are kept small, and GGUF files
 
-Why quanto: of the libraries tried only it stores int4 and int2 packed on any device, quantizes convolutions
-(most of an SD 1.5 UNet is in them), compiles without graph breaks, and keeps the layers' classes
-(`nn.Linear`, `nn.Conv2d`), so that LoRA, IP-Adapter and the parallel surgery see the classes they support.
-torchao keeps int4 in bytes outside of a few GPUs' kernels, has no packed int2 and does not quantize
-convolutions. The C++ and CUDA extensions that quanto would build at first use are replaced by a few lines of
-torch.
+What computes in 8 bits is in shared.pipeline.eight_bits. Why quanto for what is only kept small: of the
+libraries tried only it stores int4 and int2 packed on any device, quantizes convolutions by channel (most of
+an SD 1.5 UNet is in them), compiles without graph breaks, and keeps layers' classes, so that LoRA, IP-Adapter
+and the parallel surgery see what they support. torchao keeps int4 in bytes outside of a few GPUs' kernels and
+has no packed int2. The C++ and CUDA extensions that quanto would build at first use are replaced by a few
+lines of torch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from shared.launch.errors import first_line
 from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline, parts_of
 from shared.parallel.sharded import plain
+from shared.pipeline import eight_bits
 from shared.pipeline.store import KeptWeights
 from shared.pipeline.weights_file import DENOISER, ZERO_COND_T
 
 log = logging.getLogger("host")
 
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # metadata of tensors that were reshaped to be packed
-QTYPES = {"float8": "qfloat8", "int8": "qint8", "int4": "qint4", "int2": "qint2"}
+QTYPES = {"float8_weight": "qfloat8", "int8_weight": "qint8", "int4": "qint4", "int2": "qint2"}
 GROUP_SIZES = {"int4": 64, "int2": 32}  # inputs that share a scale
 
 
@@ -43,17 +44,21 @@ def quantize_pipeline(
     device: torch.device,
     kept: KeptWeights | None = None,
     prefix: str = "",
+    whole_blocks: bool = True,
 ) -> dict[str, tuple[int, int]]:
     """Quantize the weights of the denoiser and of the text encoders, in place.
 
-    Weights only: activations keep the dtype of the launch. Scales are per output channel for 8 bits
+    float8 and int8 compute in 8 bits in the denoiser's large layers, where it has any, and leave its others
+    as they are; text encoders, which run once a picture, are only kept small. All other kinds quantize
+    weights only: activations keep the dtype of the launch. Scales are per output channel for 8 bits
     (symmetric), per group of GROUP_SIZES inputs below.
 
     Args:
-        kind: float8 (e4m3), int8, int4 or int2.
+        kind: as --quantize_to, of what the device can compute (eight_bits.for_device).
         device: where each component is quantized, and left.
         kept: where quantized weights are found, or left for the next start.
         prefix: of the components' names there.
+        whole_blocks: whether the denoiser's blocks are compiled as a whole, where it is compiled.
 
     Returns:
         bytes before and after per component.
@@ -61,42 +66,92 @@ def quantize_pipeline(
     Raises:
         QuantizeError: a component in which no layer could be quantized.
     """
-    import optimum.quanto as quanto
-
-    _without_extensions()
     sizes = {}
     for name, module in parts_of(pipe, (*spec.denoisers, *spec.text_encoders)).items():
         before = tensor_bytes(module)
-        exact = list(spec.kept) if name in spec.denoisers else []
-        quanto.quantize(module, weights=getattr(quanto, QTYPES[kind]), exclude=exact)
-        layers = {n: m for n, m in module.named_modules() if isinstance(m, quanto.nn.QModuleMixin)}
-        packed = {n: m for n, m in layers.items() if m.weight_qtype is not None}
-        if not packed:
+        denoises = name in spec.denoisers
+        exact = list(spec.kept) if denoises else []
+        computing = dict[str, nn.Linear]()
+        if denoises and kind != eight_bits.weight_only(kind):
+            computing = eight_bits.computing_layers(module, exact, whole_blocks)
+            if not computing:
+                log.warning("%s: no layer is large enough to gain from computing in %s", name, kind)
+        if computing:
+            done = kind
+            count = _compute_in_8_bits(computing, kind, module, device, kept, prefix + name)
+        else:
+            done = str(eight_bits.weight_only(kind))
+            count = _keep_small(module, done, exact, device, kept, prefix + name)
+        if not count:
             raise QuantizeError(f"--quantize_to={kind}: no layer of {name} could be quantized")
-        for layer in packed.values():
-            if kind in GROUP_SIZES:
-                layer.weight_group_size = _group_size(layer, GROUP_SIZES[kind])
-
-        def make(module: nn.Module = module, packed: dict[str, Any] = packed) -> dict[str, torch.Tensor]:
-            module.to(device)
-            quanto.freeze(module)
-            return _packed_tensors(packed)
-
-        names = {key for layer, owner in packed.items() for key in _tensor_names(layer, owner)}
-        found = kept.tensors(prefix + name, names, make) if kept is not None else None
-        if found is not None and (device.type == "cpu" or not _frozen(packed)):
-            # On a CPU also what was made here: all ranks of a machine then share the file's memory.
-            _put(packed, found)
-        elif not _frozen(packed):
-            make()
         module.to(device)
         module.requires_grad_(False)
         sizes[name] = (before, tensor_bytes(module))
         log.info(
             "%s: %d layers to %s, %.1f MB before, %.1f MB after",
-            name, len(layers), kind, sizes[name][0] / 1e6, sizes[name][1] / 1e6,
+            name, count, done, sizes[name][0] / 1e6, sizes[name][1] / 1e6,
         )  # fmt: skip
     return sizes
+
+
+def _compute_in_8_bits(
+    layers: dict[str, nn.Linear],
+    kind: str,
+    module: nn.Module,
+    device: torch.device,
+    kept: KeptWeights | None,
+    name: str,
+) -> int:
+    """Give layers of a module weights that compute in 8 bits; returns how many."""
+
+    def make() -> dict[str, torch.Tensor]:
+        module.to(device)
+        for layer in layers.values():
+            eight_bits.quantize_layer(layer, kind)
+        kept_as = (eight_bits.tensors_of(key, layer) for key, layer in layers.items())
+        return {key: tensor for tensors in kept_as for key, tensor in tensors.items()}
+
+    names = {f"{layer}.weight.{part}" for layer in layers for part in ("data", "scale")}
+    # Which layers they are depends on what is compiled.
+    found = kept.tensors(f"{name}, {len(layers)} layers", names, make) if kept is not None else None
+    made = all(isinstance(layer, eight_bits.EightBitLinear) for layer in layers.values())
+    if found is not None and (device.type == "cpu" or not made):
+        for key, layer in layers.items():
+            eight_bits.put(layer, kind, found[f"{key}.weight.data"], found[f"{key}.weight.scale"])
+    elif not made:
+        make()
+    return len(layers)
+
+
+def _keep_small(
+    module: nn.Module, kind: str, exact: list[str], device: torch.device, kept: KeptWeights | None, name: str
+) -> int:
+    """Quantize the weights of a module's layers through quanto; returns of how many."""
+    import optimum.quanto as quanto
+
+    _without_extensions()
+    quanto.quantize(module, weights=getattr(quanto, QTYPES[kind]), exclude=exact)
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, quanto.nn.QModuleMixin)}
+    packed = {n: m for n, m in layers.items() if m.weight_qtype is not None}
+    if not packed:
+        return 0
+    for layer in packed.values():
+        if kind in GROUP_SIZES:
+            layer.weight_group_size = _group_size(layer, GROUP_SIZES[kind])
+
+    def make() -> dict[str, torch.Tensor]:
+        module.to(device)
+        quanto.freeze(module)
+        return _packed_tensors(packed)
+
+    names = {key for layer, owner in packed.items() for key in _tensor_names(layer, owner)}
+    found = kept.tensors(name, names, make) if kept is not None else None
+    if found is not None and (device.type == "cpu" or not _frozen(packed)):
+        # On a CPU also what was made here: all ranks of a machine then share the file's memory.
+        _put(packed, found)
+    elif not _frozen(packed):
+        make()
+    return len(layers)
 
 
 def _frozen(layers: dict[str, Any]) -> bool:

@@ -32,7 +32,7 @@ FORMAT = 1
 BYTES = 64 << 30
 """What all entries may take before those used longest ago are dropped."""
 FILE = "weights.safetensors"
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "optimum-quanto")
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "optimum-quanto", "torchao")
 UNRELATED = frozenset(
     {
         *("height", "width", "scheduler", "vae", "control_net", "compel"),

@@ -14,9 +14,21 @@ from torch import nn
 
 from shared.launch.flags import HostConfig
 from shared.parallel.sharded import blocks_of
+from shared.pipeline.eight_bits import computing_layers, weight_only
 from shared.pipeline.quantize import GROUP_SIZES
 from shared.pipeline.single_file import CONFIGS, _missing, _overrides, config_folder
 from shared.pipeline.weights_file import Header, read_header
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a model's parameters are stored: in this dtype, layers but those `kept` quantized to `kind`."""
+
+    dtype: torch.dtype
+    kind: str | None = None
+    kept: tuple[str, ...] = ()
+    whole_blocks: bool = True
+    """Whether blocks are compiled as a whole, where the kind computes in 8 bits."""
 
 
 @dataclass
@@ -28,40 +40,45 @@ class Unloaded:
     packed: int | None = None
     """Bytes of a GGUF file's tensors, in place of all parameters."""
 
-    def nbytes(self, dtype: torch.dtype, kind: str | None, kept: tuple[str, ...]) -> int:
-        """Of all parameters in this dtype, its layers but those `kept` quantized to `kind`."""
+    def nbytes(self, how: Stored) -> int:
+        """Of all parameters."""
         if self.packed is not None:
             return self.packed
-        return self.more + sum(sum(stored(m, dtype, kind, kept).values()) for m in self.modules)
+        return self.more + sum(sum(stored(module, how).values()) for module in self.modules)
 
-    def share(self, ranks: int, dtype: torch.dtype, kind: str | None, kept: tuple[str, ...]) -> float:
+    def share(self, ranks: int, how: Stored) -> float:
         """The part of the bytes that a rank keeps, where blocks are divided over so many ranks."""
         whole, saved = 1, 0.0
         for module in self.modules:
-            sizes = stored(module, dtype, kind, kept)
+            sizes = stored(module, how)
             whole += sum(sizes.values())
             for block in blocks_of(module, ranks):
                 saved += sum(sizes[id(piece.tensor)] for piece in block.pieces) * (1 - 1 / ranks)
         return 1 - saved / whole
 
-    def largest_block(self, dtype: torch.dtype, kind: str | None, kept: tuple[str, ...]) -> int:
+    def largest_block(self, how: Stored) -> int:
         """Bytes of the largest part that is gathered, or moved, as one."""
         found = [0]
         for module in self.modules:
-            sizes = stored(module, dtype, kind, kept)
+            sizes = stored(module, how)
             found += [sum(sizes[id(p.tensor)] for p in b.pieces) for b in blocks_of(module, 2)]
         return max(found)
 
 
-def stored(module: nn.Module, dtype: torch.dtype, kind: str | None, kept: tuple[str, ...]) -> dict[int, int]:
+def stored(module: nn.Module, how: Stored) -> dict[int, int]:
     """Bytes of each parameter as it is loaded, by its id."""
-    exact = _full_precision(module, dtype)
+    exact = _full_precision(module, how.dtype)
     sizes = {}
     for name, parameter in module.named_parameters():
-        size = 4 if any(part in exact for part in name.split(".")) else dtype.itemsize
+        size = 4 if any(part in exact for part in name.split(".")) else how.dtype.itemsize
         sizes[id(parameter)] = parameter.numel() * size
+    kind = weight_only(how.kind)
+    if kind != how.kind and (computing := computing_layers(module, how.kept, how.whole_blocks)):
+        for layer in computing.values():
+            sizes[id(layer.weight)] = layer.weight.numel() + 4 * layer.out_features
+        return sizes
     for name, layer in module.named_modules() if kind else ():
-        if isinstance(layer, nn.Linear | nn.Conv2d) and not any(fnmatch(name, one) for one in kept):
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not any(fnmatch(name, one) for one in how.kept):
             each = sizes[id(layer.weight)] // layer.weight.numel()
             sizes[id(layer.weight)] = _quantized(layer.weight, str(kind), each)
     return sizes

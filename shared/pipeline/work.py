@@ -10,7 +10,7 @@ from torch import nn
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
 from shared.parallel.peak import FlashAttention, PeakBytes
-from shared.pipeline.unloaded import Unloaded
+from shared.pipeline.unloaded import Stored, Unloaded
 
 UNET_RESIDUALS = 6.0
 """What a ControlNet of a UNet keeps for it, in maps (ModelSpec.step_maps)."""
@@ -139,7 +139,7 @@ class Work:
             vae.to(dtype).decode(torch.empty(shape, dtype=dtype), return_dict=False, **more)
         found = peak.most
         if upcast and not config.shard_weights:
-            found += 2 * self.models["vae"].nbytes(self.dtype, None, ())
+            found += 2 * self.models["vae"].nbytes(Stored(self.dtype))
         self._decodes[key] = found
         return found
 

@@ -21,6 +21,7 @@ from shared.models import MODELS
 from shared.parallel.peak import PeakBytes
 from shared.pipeline.memory_plan import MemoryPlan
 from shared.pipeline.sharding import parameter_bytes
+from shared.pipeline.unloaded import Stored
 from shared.ranks.device import LIMIT
 from tests import tiny, tiny_extras, tiny_original, tiny_wan
 from tests.pool import RankPool
@@ -70,7 +71,7 @@ def test_both_transformers_are_quantized() -> None:
     assert (
         found["transformer_2"]
         == found["transformer"]
-        < 0.5 * plan.models["transformer"].nbytes(torch.float32, None, ())
+        < 0.5 * plan.models["transformer"].nbytes(Stored(torch.float32))
     )
 
 
