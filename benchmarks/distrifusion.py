@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "patch": {"split_batch": False},
     "patch-projects": {"split_batch": False, "projects": True},
     "patch-projects-int8": {"split_batch": False, "projects": True, "bits": "int8"},
+    "patch-projects-int4": {"split_batch": False, "projects": True, "bits": "int4"},
     "patch-int8": {"split_batch": False, "bits": "int8"},
     "col": {"split_batch": False, "split_scheme": "col"},
     "patch-no-graph": {"split_batch": False, "cuda_graph": False},

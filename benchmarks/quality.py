@@ -35,6 +35,7 @@ from evaluate import STEPS, count_right, paint  # noqa: E402
 from tests.pool import RankPool  # noqa: E402
 
 STRIP_ROWS = 4
+EXCHANGES = ("int8", "float8", "int4")
 SYNC_MODES = ("corrected_async_gn", "stale_gn", "sync_gn", "separate_gn", "no_sync", "full_sync")
 
 
@@ -53,8 +54,8 @@ class Setting:
     def label(self) -> str:
         if self.method != "distrifusion":
             return ", ".join(f"{name} {value}" for name, value in self.options)
-        parallelism, scheme, mode = (value for _, value in self.options)
-        return f"{scheme}, {mode if parallelism == 'patch' else parallelism}"
+        parallelism, scheme, mode, *bits = (value for _, value in self.options)
+        return ", ".join([scheme, mode if parallelism == "patch" else parallelism, *bits])
 
     @property
     def key(self) -> str:
@@ -116,9 +117,11 @@ def asyncdiff_settings(steps: int) -> list[Setting]:
 def distrifusion_settings(steps: int) -> list[Setting]:
     """By ranks, split and what patches exchange, after the paper's 4 exact steps."""
 
-    def setting(ranks: int, scheme: str, mode: str, parallelism: str = "patch") -> Setting:
+    def setting(ranks: int, scheme: str, mode: str, parallelism: str = "patch", bits: str = "") -> Setting:
+        options: tuple[tuple[str, Any], ...]
         options = (("parallelism", parallelism), ("split_scheme", scheme), ("sync_mode", mode))
-        pictured = (scheme, parallelism) == ("row", "patch") and (
+        options += (("bits", bits),) if bits else ()
+        pictured = (scheme, parallelism, bits) == ("row", "patch", "") and (
             mode == "corrected_async_gn" or (ranks, mode) == (4, "no_sync")
         )
         return Setting("distrifusion", options, ranks, min(4, steps), pictured)
@@ -129,6 +132,9 @@ def distrifusion_settings(steps: int) -> list[Setting]:
         for scheme in ("row", "col")
         for mode in SYNC_MODES
         if scheme == "row" or mode in SYNC_MODES[:2]
+    ]
+    rows += [
+        setting(2, "row", mode, bits=bits) for mode in (SYNC_MODES[0], "full_sync") for bits in EXCHANGES
     ]
     return rows + [setting(ranks, "alternate", SYNC_MODES[0], "naive_patch") for ranks in (2, 4)]
 

@@ -281,6 +281,11 @@ def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str,
     )
     yield (
         "exchange_dtype",
+        config.exchange_dtype == "int4",
+        "int4 is for differences between steps, which DistriFusion exchanges; use int8 or float8 here",
+    )
+    yield (
+        "exchange_dtype",
         config.exchange_dtype and pipefusion,
         "not supported with PipeFusion, whose stages exchange tokens as they are",
     )

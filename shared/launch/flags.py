@@ -308,10 +308,11 @@ class HostConfig:
     )
     exchange_dtype: str | None = _method_flag(
         None,
-        "send what ranks exchange in 8 bits, an approximation; auto: int8 where the measured link is slow "
-        "(default: as it is, exact)",
+        "send what attention exchanges in fewer bits, an approximation: int8, float8, or int4 for its "
+        "difference to the step before (DistriFusion); auto: int8 where the measured link is slow "
+        "(default: as it is)",
         as_text,
-        choices=("int8", "float8", "auto"),
+        choices=("int8", "float8", "int4", "auto"),
     )
     use_teacache: bool = _method_flag(
         False, "TeaCache: skip the blocks of steps in which little changes (flux)"

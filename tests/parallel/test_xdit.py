@@ -28,7 +28,7 @@ from shared.backends.xdit_plan import xdit_degrees
 from shared.launch.checks import check_config
 from shared.models import MODELS, token_plan
 from shared.parallel.method import Plain, Unwatched
-from shared.parallel.rounding import BITS, packed, unpacked
+from shared.parallel.rounding import BITS, packed, unpacked, width_of
 from shared.parallel.xdit.caches import FirstBlockCache
 from shared.parallel.xdit.cpu import trimmed
 from shared.parallel.xdit.degrees import Degrees, choose_degrees
@@ -401,7 +401,9 @@ def test_ring_that_overlaps_equals_the_plain_pipeline(pool: RankPool, name: str,
 @pytest.mark.parametrize("method", ["ring", "ulysses"])
 def test_an_exchange_in_8_bits_is_close_and_alike_on_all_ranks(pool: RankPool, method: str) -> None:
     tiny.checkpoint("flux")
-    cases = [{method: 2, "bits": bits} for bits in BITS] + [{"ring": 2, "overlap": True, "bits": "int8"}]
+    cases = [{method: 2, "bits": bits} for bits in ("int8", "float8")] + [
+        {"ring": 2, "overlap": True, "bits": "int8"}
+    ]
     one, other = pool.run(exact, 2, "flux", cases, SIZES)
     assert one == other
     assert min(min(row) for row in one) > 60, one
@@ -410,14 +412,14 @@ def test_an_exchange_in_8_bits_is_close_and_alike_on_all_ranks(pool: RankPool, m
 
 def test_what_is_sent_in_8_bits_comes_back() -> None:
     x = torch.randn(2, 3, 4, 64) * torch.tensor([1e-3, 1.0, 50.0, 0.0])[:, None]
-    for bits, least in zip(BITS, (0.01, 0.04), strict=True):
+    for bits, least in zip(BITS, (0.01, 0.04, 0.15), strict=True):
         rows = packed(x, bits)
-        assert rows.dtype == torch.uint8 and rows.shape == (2, 3, 4, 68)
+        assert rows.dtype == torch.uint8 and rows.shape == (2, 3, 4, width_of(64, bits))
         back = unpacked(rows, bits, x.dtype)
         error = (back - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-9)
         assert 0 < error.max() < least
         assert not back[..., 3, :].any()
-        broken = torch.full((1, 4), torch.nan)
+        broken = torch.full((1, 8), torch.nan)
         assert unpacked(packed(broken, bits), bits, torch.float32).isnan().all()
 
 
@@ -632,6 +634,19 @@ STOCHASTIC = {"scheduler": "flow_euler", "stochastic_sampling": True}
         ("flux", {"tensor_parallel_degree": 2, "quantize_to": "int8"}, 2, "plain weights"),
         ("sd3", {"ulysses_degree": 3}, 3, "4 attention heads"),
         ("pixs", {"use_parallel_vae": True}, 1, "share a picture"),
+        (
+            "flux",
+            {"exchange_dtype": "int4", "ring_degree": 2},
+            2,
+            "--exchange_dtype: int4 is for differences",
+        ),
+        (
+            "sd3",
+            {"exchange_dtype": "int8", "pipefusion_parallel_degree": 2},
+            2,
+            "not supported with PipeFusion",
+        ),
+        ("flux", {"exchange_dtype": "auto", "ring_degree": 2}, 4, "with Ulysses or with ring, not both"),
         ("flux", {"xformers_efficient": True}, 2, "attention of its own"),
         (
             "flux",
@@ -768,6 +783,8 @@ def test_steps_are_told_on_the_gpu_that_computes_them(monkeypatch: pytest.Monkey
         ("sd3", {}, {"cache": "fbcache"}, "fbcache does not support SD3Transformer2DModel"),
         ("flux", {"tensor": 2}, {"cache": "fbcache"}, "supports only Ulysses, ring and data"),
         ("pixa", {"ulysses": 3}, {}, "4 attention heads"),
+        ("flux", {"ring": 2, "ulysses": 2}, {"bits": "int8"}, "Ulysses or with ring, not both"),
+        ("flux", {"ring": 2}, {"bits": "int4"}, "too coarse"),
     ],
 )
 def test_plans_that_a_model_cannot_have_are_refused(

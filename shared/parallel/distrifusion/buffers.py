@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from shared.parallel.distrifusion.differences import Differences
 from shared.parallel.distrifusion.moments import Shares, StaleMoments
 
 Kind = Literal["rows", "tokens", "moments"]
@@ -45,6 +46,7 @@ class Slot:
     inbox: list[torch.Tensor | None] = field(default_factory=list)
     outbox: list[torch.Tensor | None] = field(default_factory=list)  # by part: what waits for its message
     shares: Shares | None = None
+    differences: Differences | None = None  # where it exchanges them
     stale: tuple[StaleMoments, int] | None = None  # of deferred moments: all of them, and which norm's
 
 
@@ -65,6 +67,13 @@ def part_for(sender: int, receiver: int, offers: list[Offer]) -> int:
     if offers[0].kind != "rows":
         return 1
     return {1: 0, -1: 2}.get(receiver - sender, 1)
+
+
+def as_whole(offer: Offer, own: torch.Tensor) -> Shape:
+    """The shape of a rank's tokens [parts, batch, tokens, channels], whose rounded ones it offers."""
+    rounded = offer.parts[1]
+    assert rounded is not None
+    return (*rounded[:3], own.shape[-1])
 
 
 def make_bundles(

@@ -9,15 +9,26 @@ et al., "DistriFusion", arXiv 2402.19481, section 4.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from shared.parallel.distrifusion.buffers import Bundle, Kind, Offer, Shape, Slot, make_bundles, part_for
+from shared.parallel.distrifusion.buffers import (
+    Bundle,
+    Kind,
+    Offer,
+    Shape,
+    Slot,
+    as_whole,
+    make_bundles,
+    part_for,
+)
+from shared.parallel.distrifusion.differences import Differences
 from shared.parallel.distrifusion.moments import Shares, StaleMoments, join_moments, pack_other_moments
 from shared.parallel.exchange import Ranks
-from shared.parallel.rounding import Bits, packed_groups, unpacked_groups
+from shared.parallel.rounding import DIFFERENCES, Bits, packed_groups, unpacked_groups
 
 
 class PatchExchange:
@@ -34,7 +45,8 @@ class PatchExchange:
         posting: False: deferred tensors are never sent again after the synchronous steps.
         forecast: deferred moments are read as they are expected to be by now, not as they arrived.
         bundle_bytes: least size of a message.
-        bits: what is for attention is sent in 8 bits, an approximation; None: as they are.
+        bits: what is for attention is sent in 8 bits, or its difference to the step before in 4, an
+            approximation; None: as it is.
         sizes: the lengths of all patches, where every layer's are in proportion and nothing is deferred:
             then there is nothing to record.
     """
@@ -55,7 +67,7 @@ class PatchExchange:
         _, self.rank, self.ranks = ranks
         self.deferred, self.posting, self.bundle_bytes = frozenset(deferred), posting, bundle_bytes
         self.sizes, self.forecast, self.bits = sizes, forecast, bits
-        self.recording, self.synchronous = sizes is None, True
+        self.recording, self.synchronous, self.first = sizes is None, True, False
         self.messages = self.bytes = self.waits = 0
         """Messages and bytes that this rank has sent, how often a layer waited; replays are not counted."""
         self._mine: list[Offer] = []
@@ -73,11 +85,16 @@ class PatchExchange:
         flat = [t for b in self._bundles for _, t in b.receives]
         stage = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self._outboxes()}
         kept = sum(stale.held_bytes for stale in self._stale)
+        kept += sum(slot.differences.held_bytes for slot in self._slots["tokens"] if slot.differences)
         return sum(t.numel() for t in flat) + sum(stage.values()) + kept
 
-    def start(self, synchronous: bool = True) -> None:
-        """A forward begins; in a synchronous one every layer waits for what the others make in it."""
-        self.synchronous = synchronous
+    def start(self, synchronous: bool = True, first: bool = False) -> None:
+        """A forward begins; in a synchronous one every layer waits for what the others make in it.
+
+        Args:
+            first: it is the first of a generation, which has no step before it.
+        """
+        self.synchronous, self.first = synchronous, first
         self._turn = {"rows": 0, "tokens": 0, "moments": 0}
 
     def rows(
@@ -110,6 +127,8 @@ class PatchExchange:
         """What all ranks have for attention, in rank order; ``own`` is [parts, batch, tokens, channels]: keys
         and values, or what both are made of."""
         bits = self.bits
+        if bits == DIFFERENCES and not self.recording:
+            return self._differences(self._next("tokens", own), own)
         sent = own if bits is None else packed_groups(own, bits)
         if self.recording:
             self._record("tokens", (None, sent, None))
@@ -124,6 +143,27 @@ class PatchExchange:
             return torch.cat([arrived(tensor) for tensor in inbox], 2)
 
         return self._exchange(self._next("tokens", sent), (None, sent, None), read)
+
+    def _differences(self, slot: Slot, own: torch.Tensor) -> torch.Tensor:
+        """What all ranks know of each other's tokens by now, and of this rank's those that they are."""
+        if slot.differences is None:
+            slot.differences = Differences(DIFFERENCES)
+        differences, me = slot.differences, (None, own, None)
+        if self.first or not differences.known:
+            offers = [replace(o, parts=(None, as_whole(o, own), None), dtype=own.dtype) for o in slot.offers]
+            every = self._swap(Slot(offers), me)
+            differences.begin([own if tensor is None else tensor for tensor in every])
+            for rows in slot.inbox:  # what arrived last in the generation before
+                if rows is not None:
+                    rows.zero_()
+        else:
+            differences.arrived(slot.inbox)
+            sent = differences.sent(own, self.rank)
+            if self.synchronous or slot.bundle is None:
+                differences.arrived(self._swap(slot, (None, sent, None)))
+            elif self.posting:
+                self._post(slot, slot.bundle, (None, sent, None))
+        return torch.cat([own if p == self.rank else x for p, x in enumerate(differences.known)], 2)
 
     def moments(self, own: torch.Tensor, count: int) -> torch.Tensor:
         """What is known of the other ranks' moments, for ``moments.whole_moments``.

@@ -20,7 +20,7 @@ from shared.parallel.distrifusion.patch_exchange import Kind, PatchExchange
 from shared.parallel.exchange import Ranks, all_gather
 from shared.parallel.graphs import Graphs
 from shared.parallel.method import Part
-from shared.parallel.rounding import Bits
+from shared.parallel.rounding import DIFFERENCES, Bits
 from shared.parallel.shapes import Latest
 from shared.parallel.surgery import Forward, Surgery
 
@@ -204,12 +204,13 @@ class Patched(Part):
         run.local_norms = stale and self.schedule.sync_mode in LOCAL_NORMS
         if not layout.prompted and self.layers.keeps_prompts:
             self._take_prompt(layout, kwargs)
+        first = self.bits == DIFFERENCES and not layout.fresh
         layout.prompted, layout.fresh = True, True
 
         def compute(**arguments: Any) -> Any:
-            return self._on_patch(layout, original, arguments, joined)
+            return self._on_patch(layout, original, arguments, joined, first)
 
-        output = layout.graphs.run((joined, stale), compute, **kwargs)
+        output = layout.graphs.run((joined, stale, first), compute, **kwargs)
         if not return_dict:
             return output
         return ControlNetOutput(*output) if self.is_control else UNet2DConditionOutput(*output)
@@ -259,7 +260,12 @@ class Patched(Part):
         layout.graphs.run("prompt", take, text=text, added=added)
 
     def _on_patch(
-        self, layout: _Layout, original: Forward, kwargs: dict[str, Any], synchronous: bool = True
+        self,
+        layout: _Layout,
+        original: Forward,
+        kwargs: dict[str, Any],
+        synchronous: bool = True,
+        first: bool = False,
     ) -> Any:
         run, dim, kwargs = layout.run, layout.dim, dict(kwargs)
         if layout.ranks.size > 1:
@@ -269,7 +275,7 @@ class Patched(Part):
                 if kwargs.get(name) is not None:
                     kwargs[name] = tree_map(layout.cut, kwargs[name])
         if run.exchange is not None:
-            run.exchange.start(synchronous)
+            run.exchange.start(synchronous, first)
         with self.layers.running(run):
             output = original(**kwargs, return_dict=False)
         run.whole = run.patch = None

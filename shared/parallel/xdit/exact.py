@@ -20,7 +20,7 @@ from shared.parallel.exchange import Ranks
 from shared.parallel.graphs import Graphs
 from shared.parallel.method import Method, Watch, control_nets
 from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
-from shared.parallel.rounding import Bits
+from shared.parallel.rounding import DIFFERENCES, Bits
 from shared.parallel.surgery import Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 from shared.parallel.video_decoder import shared_decoder
@@ -52,7 +52,8 @@ class XDiT(Method):
         cuda_graph: capture and replay the transformer on CUDA. Not with offloaded weights, which move.
         overlap: with ring alone, attention over a rank's own tokens while the others' are on their way: for
             links that are slower than that attention.
-        bits: send what attention exchanges in 8 bits: an approximation. Not with Ulysses and ring together.
+        bits: send what attention exchanges as int8 or float8: an approximation. Not with Ulysses and ring
+            together.
 
     Raises:
         ValueError: a model without a token plan, or degrees or a cache that it does not support.
@@ -74,6 +75,8 @@ class XDiT(Method):
         bits: Bits | None = None,
     ) -> None:
         self.tokens = check_model(pipeline, degrees, cache)
+        if bits == DIFFERENCES:
+            raise ValueError(f"{bits} exchange: too coarse for keys and values; use int8 or float8")
         if bits and degrees.ring > 1 and degrees.ulysses > 1:
             raise ValueError(f"{bits} exchange: supported with Ulysses or with ring, not both; got {degrees}")
         self.overlap, self.bits = overlap and degrees.ring > 1 and degrees.ulysses == 1, bits
