@@ -1,4 +1,4 @@
-"""Checkpoints stored in another dtype than they run in: converted once a machine, mapped by all ranks.
+"""Weights stored in another dtype than they run in, folders and single files: converted once a machine."""
 
 A rank that converts while it loads has a copy of the whole model of its own.
 """
@@ -6,7 +6,10 @@ A rank that converts while it loads has a copy of the whole model of its own.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,13 @@ from safetensors import SafetensorError, safe_open
 
 from shared.api.hashes import cache_folder
 from shared.launch.flags import HostConfig
-from shared.pipeline.store import FORMAT, entry_of, file_states, write_tensors
+from shared.pipeline.store import FILE, FORMAT, entry_of, file_states, write_tensors
 
 LEAST = 64 << 20
 """Bytes of a component below which each rank converts it itself."""
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+SCALED = {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1}
+"""What else is converted in single files."""
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -77,17 +82,106 @@ def _stays_exact(cls: Any, folder: Path, dtype: torch.dtype) -> tuple[str, ...]:
     return tuple(sorted(words | set(model._keep_in_fp32_modules_strict)))
 
 
-def _differing(files: list[Path], dtype: torch.dtype, exact: tuple[str, ...]) -> int:
-    """Bytes that are not stored in this dtype; 0 where a file cannot be read, which loading tells."""
+def ranks_here() -> int:
+    """How many ranks this machine has."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def once_a_machine(
+    config: HostConfig,
+    name: str,
+    cls: Any,
+    files: tuple[Path, Collection[str], Collection[Path]],
+    dtype: torch.dtype,
+    make: Callable[[], Any],
+) -> Any:
+    """The model that `make` makes of a single file's tensors.
+
+    Where they are of another dtype and the machine has several ranks, the first one makes it and all map it.
+
+    Args:
+        name, cls: of the component.
+        files: the single file, the names of those of its tensors that are the model's, and the files that
+            configure it.
+    """
+    file, names, settings = files
+    if ranks_here() == 1 or _differing([file], dtype, (), names) < LEAST:
+        return make()
+    key = {
+        "format": FORMAT,
+        "dtype": str(dtype),
+        "class": cls.__name__,
+        "files": file_states({file, *settings}),
+        "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
+    }
+
+    def write(into: Path) -> None:
+        model = make()
+        (into / "config.json").write_text(_settings(model))
+        write_tensors(into / FILE, _apart(model.state_dict()), {"format": "pt"})
+
+    what = f"{name} of {file.name} in {str(dtype).removeprefix('torch.')}"
+    kept = entry_of(cache_folder(config) / "weights", what, key, write, lambda entry: _mapped(cls, entry))
+    return make() if kept is None else kept
+
+
+def _settings(model: Any) -> str:
+    text: str = (
+        model.config.to_json_string(False) if hasattr(model, "config_class") else model.to_json_string()
+    )
+    return text
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors that share no memory, as a file wants them."""
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    return {
+        name: tensor.clone() if users[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _mapped(cls: Any, entry: Path) -> Any:
+    """The model of an entry, its tensors mapped from the file; None where it is broken."""
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            if hasattr(cls, "config_class"):
+                model = cls(cls.config_class.from_pretrained(entry))
+            else:
+                model = cls.from_config(json.loads((entry / "config.json").read_text()))
+        with safe_open(entry / FILE, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if hasattr(model, "lm_head") and "lm_head.weight" not in tensors:  # words are not written here
+            model.lm_head = torch.nn.Identity()
+        model.load_state_dict(tensors, assign=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError):
+        return None
+    return model.eval()
+
+
+def _differing(
+    files: list[Path],
+    dtype: torch.dtype,
+    exact: tuple[str, ...],
+    names: Collection[str] | None = None,
+) -> int:
+    """Bytes that are not stored in this dtype; 0 where a file cannot be read, which loading tells.
+
+    Args:
+        names: of those that count, in a single file; None: all.
+    """
+    sizes = SIZES if names is None else SIZES | SCALED
     total = 0
     try:
         for file in files:
             with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118
+                for key in opened.keys() if names is None else names:
                     part = opened.get_slice(key)
                     kind, stays = part.get_dtype(), any(word in key for word in exact)
-                    if kind in SIZES and kind != NAMES[dtype] and not stays:
-                        total += SIZES[kind] * int(torch.Size(part.get_shape()).numel())
+                    if kind in sizes and kind != NAMES[dtype] and not stays:
+                        total += sizes[kind] * int(torch.Size(part.get_shape()).numel())
     except (OSError, SafetensorError):
         return 0
     return total

@@ -11,8 +11,8 @@ import importlib.util
 import inspect
 import json
 import logging
-import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,7 @@ from shared.models import MODELS, OTHER_PIPELINES, ModelSpec
 from shared.parallel.pipeline import Pipeline, part_of, parts_of
 from shared.pipeline import adapters, control_nets, eight_bits, memory, quantize
 from shared.pipeline.compile import compile_pipeline
-from shared.pipeline.converted import converted_parts
+from shared.pipeline.converted import converted_parts, once_a_machine, ranks_here
 from shared.pipeline.embeddings import check_alike, load_embeddings
 from shared.pipeline.lora import loras_of
 from shared.pipeline.lora_file import LoraError, check_lora
@@ -353,7 +353,7 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
         parts[name] = load_processor(folder / name, index[name][1])
     log.info("loading %s from %s", cls.__name__, config.checkpoint)
     if header is not None:
-        return load_single_file(cls, spec, header, index, parts, dtype)
+        return load_single_file(cls, spec, header, index, parts, dtype, partial(once_a_machine, config))
     readers = {name: _tokenizer(checkpoint / name) for name in spec.text_only}
     pipe = _from_folder(cls, checkpoint, parts | dict.fromkeys(readers), config, dtype)
     pipe.register_modules(**readers)
@@ -371,7 +371,7 @@ def _from_folder(
             parts = {**parts, name: value}
     variant = pick_variant([f.name for f in folder.glob("*/*")], config.variant)
     try:
-        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        if ranks_here() > 1:
             parts = parts | converted_parts(config, folder, parts, variant, dtype)
         return cls.from_pretrained(folder, variant=variant, dtype=dtype, local_files_only=True, **parts)
     except BROKEN as error:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import logging
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
+from safetensors import safe_open
 
 from shared.models import VAE_PREFIXES, ModelSpec
 from shared.pipeline.processors import picture_processor
@@ -41,6 +43,11 @@ BROKEN = (
     SingleFileComponentError,
 )  # fmt: skip
 
+Value = TypeVar("Value")
+Keep = Callable[
+    [str, Any, tuple[Path, Collection[str], Collection[Path]], torch.dtype, Callable[[], Any]], Any
+]
+
 
 def load_single_file(
     cls: Any,
@@ -49,6 +56,7 @@ def load_single_file(
     index: dict[str, Any],
     parts: dict[str, Any],
     dtype: torch.dtype,
+    keep: Keep,
 ) -> Any:
     """A pipeline of class `cls` from one file in its authors' layout.
 
@@ -57,11 +65,13 @@ def load_single_file(
     Args:
         index: model_index.json of that folder, or the one shipped for the type.
         parts: components that take the place of the file's.
+        keep: gives the model that its last argument makes (shared.pipeline.converted.once_a_machine).
 
     Raises:
         SingleFileError: a broken file, one for another model, one that lacks components.
     """
     import diffusers
+    import transformers
     from diffusers import pipelines
     from diffusers.loaders.single_file import load_single_file_sub_model
 
@@ -79,9 +89,29 @@ def load_single_file(
             f"(keys {', '.join(missing.values())}*); put what is missing beside it, as in a diffusers "
             f"folder: config.json and weights in {str(file.with_suffix('') / next(iter(missing)))!r}"
         )
-    weights = _grouped(spec, read_weights(file, dtype))
-    # diffusers selects each text encoder's tensors from all of them.
-    encoders = {k: t for part in spec.single_file_encoders for k, t in weights.get(part, {}).items()}
+    names = _grouped(spec, {name: name for name in header.shapes})
+
+    @functools.cache
+    def weights() -> dict[str, dict[str, torch.Tensor]]:
+        return _grouped(spec, read_weights(file, dtype))
+
+    def own(name: str, library: str, class_name: str, folder: Path) -> Any:
+        """A model of the file's own tensors."""
+        if name == spec.denoiser:
+            return _denoiser(getattr(diffusers, class_name), header, weights()[name], spec, folder, dtype)
+        if name != "vae" and not class_name.startswith(("CLIP", "T5")):
+            prefix = spec.single_file_encoders[name]
+            return _language_model(class_name, weights()[name], prefix, folder / name, dtype)
+        if name == "vae" and spec.single_file_vae == "wan":
+            return wan_vae(getattr(diffusers, class_name), weights()[name], folder / name, dtype)
+        # diffusers selects each text encoder's tensors from all of them.
+        parts = [name] if name == "vae" else spec.single_file_encoders
+        tensors = {k: t for part in parts for k, t in weights().get(part, {}).items()}
+        return load_single_file_sub_model(
+            library, class_name, name, tensors, pipelines, hasattr(pipelines, library),
+            str(folder), local_files_only=True, torch_dtype=dtype,
+        )  # fmt: skip
+
     for name, (library, class_name) in sorted(listed.items()):
         if name in found:
             continue
@@ -92,21 +122,11 @@ def load_single_file(
             elif name == "scheduler":
                 settings = schedule_of(header, spec, folder, folder == _shipped(spec))
                 found[name] = getattr(diffusers, settings["_class_name"]).from_config(settings)
-            elif name == spec.denoiser:
-                found[name] = _denoiser(
-                    getattr(diffusers, class_name), header, weights[name], spec, folder, dtype
-                )
-            elif name in weights and name != "vae" and not class_name.startswith(("CLIP", "T5")):
-                prefix = spec.single_file_encoders[name]
-                found[name] = _language_model(class_name, weights[name], prefix, folder / name, dtype)
-            elif name == "vae" and spec.single_file_vae == "wan" and name in weights:
-                found[name] = wan_vae(getattr(diffusers, class_name), weights[name], folder / name, dtype)
-            elif name in weights:
-                tensors = dict(weights[name] if name == "vae" else encoders)
-                found[name] = load_single_file_sub_model(
-                    library, class_name, name, tensors, pipelines, hasattr(pipelines, library),
-                    str(folder), local_files_only=True, torch_dtype=dtype,
-                )  # fmt: skip
+            elif name in names:
+                cls_of = getattr({"transformers": transformers}.get(library, diffusers), class_name)
+                files = (file, tuple(names[name].values()), tuple((folder / name).glob("*.json")))
+                make = functools.partial(own, name, library, class_name, folder)
+                found[name] = keep(name, cls_of, files, dtype, make)
             elif (folder / name).is_dir():
                 found[name] = _from_folder(library, class_name, folder / name, dtype)
         except SingleFileError:
@@ -121,7 +141,7 @@ def load_single_file(
         folder = config_folder(spec, file, part) / part
         found[part] = picture_processor(folder, index.get(part, PROCESSOR)[1], found["tokenizer"])
     _check_complete(file, spec, found)
-    _set_latents(header, found["vae"], weights["marks"])
+    _set_latents(header, found["vae"])
     accepted, optional = cls._get_signature_keys(cls)
     given = {name: found.get(name) for name in accepted}
     if "requires_safety_checker" in optional:
@@ -168,10 +188,10 @@ def _missing(
     return missing
 
 
-def _grouped(spec: ModelSpec, tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """The tensors by component; "marks" belong to none."""
+def _grouped(spec: ModelSpec, tensors: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
+    """The tensors, or what is known of them, by component; "marks" belong to none."""
     encoders = spec.single_file_encoders
-    groups: dict[str, dict[str, torch.Tensor]] = {spec.denoiser: {}, "marks": {}}
+    groups: dict[str, dict[str, Value]] = {spec.denoiser: {}, "marks": {}}
     for name, tensor in tensors.items():
         owner = next((part for part, prefix in encoders.items() if name.startswith(prefix)), None)
         owner = owner or ("vae" if name.startswith(VAE_PREFIXES) else None)
@@ -340,10 +360,11 @@ def _check_complete(file: Path, spec: ModelSpec, found: dict[str, Any], flag: st
                 )
 
 
-def _set_latents(header: Header, vae: Any, marks: dict[str, torch.Tensor]) -> None:
+def _set_latents(header: Header, vae: Any) -> None:
     """Playground v2.5's latents have a mean and a deviation for each channel."""
-    if {"edm_mean", "edm_std"} <= set(marks):
-        mean, std = (marks[name].flatten().tolist() for name in ("edm_mean", "edm_std"))
+    if {"edm_mean", "edm_std"} <= set(header.shapes):
+        with safe_open(header.file, framework="pt") as opened:
+            mean, std = (opened.get_tensor(name).flatten().tolist() for name in ("edm_mean", "edm_std"))
         vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=PLAYGROUND_SCALING)
 
 

@@ -16,9 +16,10 @@ import torch
 from safetensors import safe_open
 
 from shared.parallel.sharded import plain
-from shared.pipeline import converted, quantize, store
-from tests import tiny, tiny_extras
+from shared.pipeline import converted, quantize, single_file, store
+from tests import tiny, tiny_extras, tiny_original
 from tests.pool import RankPool
+from tests.seldom import seldom
 
 
 def weights(pipe: Any) -> dict[str, torch.Tensor]:
@@ -170,6 +171,43 @@ def test_a_checkpoint_of_another_dtype_is_converted_once(
     assert [f.stat().st_mtime_ns == t for f, t in zip(files, made, strict=True)] == [
         False, *[True] * (len(files) - 1)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    seldom([("sd1", "bf16"), ("sd3", "fp16"), ("sdxl", "fp16"), ("zimage", "bf16"), ("qwen", "bf16")],
+           [("sdxl", "fp16"), ("sd3", "fp16"), ("zimage", "bf16")]),
+)  # fmt: skip
+def test_a_single_file_of_another_dtype_is_converted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, variant: str
+) -> None:
+    """All ranks map the models that the first one has made, and read the file itself no more."""
+    flags: dict[str, Any] = {"variant": variant, "cache_dir": str(tmp_path)}
+    flags["checkpoint"] = str(tiny_original.single_file(name))
+
+    def load() -> tuple[dict[str, torch.Tensor], str]:
+        pipe = tiny.host(name, **flags)
+        models = {part: m for part, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+        state = {f"{part}.{key}": t for part, m in models.items() for key, t in m.state_dict().items()}
+        buffers = {f"{part}.{key}": t for part, m in models.items() for key, t in m.named_buffers()}
+        return state | buffers, repr(models)
+
+    own, text = load()
+    assert not (tmp_path / "weights").exists(), "one rank has nobody to share with"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(converted, "LEAST", 1)
+    for time in range(2):
+        if time:
+            monkeypatch.setattr(single_file, "read_weights", lambda *_: pytest.fail("it was read again"))
+        shared, again = load()
+        assert again == text and own.keys() == shared.keys()
+        assert all(own[key].dtype == t.dtype and torch.equal(own[key], t) for key, t in shared.items())
+    maps = psutil.Process().memory_maps(grouped=False)
+    kept = [[int(end, 16) for end in m.addr.split("-")] for m in maps if m.path.startswith(str(tmp_path))]
+    denoiser = "unet" if name.startswith("sd") and name != "sd3" else "transformer"
+    mapped = [t for key, t in shared.items() if key.startswith((denoiser, "text_encoder", "vae."))]
+    inside = [any(first <= t.data_ptr() < last for first, last in kept) for t in mapped]
+    assert sum(inside) >= 0.95 * len(mapped)
 
 
 def load_on_rank(cache: str) -> tuple[int, int]:
