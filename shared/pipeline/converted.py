@@ -1,4 +1,4 @@
-"""Weights stored in another dtype than they run in, folders and single files: converted once a machine."""
+"""Weights stored in another dtype than they run in, folders and single files: converted once a machine.
 
 A rank that converts while it loads has a copy of the whole model of its own.
 """
