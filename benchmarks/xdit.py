@@ -3,11 +3,16 @@
 torchrun --nproc_per_node=2 benchmarks/xdit.py flux:1024:14 flux:2048:6 --compile
     --systems eager,graph,ulysses,ulysses-eager,ring,pipefusion,xfuser-ulysses,xfuser-ring,native
 torchrun --nproc_per_node=2 benchmarks/xdit.py sd3:1024:20 pixs:1024:20 hy:1024:25 --systems eager,graph,cfg
+torchrun --nproc_per_node=2 benchmarks/xdit.py flux:1024:50 --systems ring --repeats 1
+    --compile graph,ring,ring+mask,ring+taylorseer:3,ring+fbcache:1e-6
 
-Latents out. "graph" is one GPU with the transformer captured as a CUDA graph; "-eager" behind one of our own
-systems leaves the capture out, "-vae" shares the decoding as well (with --decode). "xfuser-..." is xfuser's
-own pipeline class, called as its examples do; xfuser-pipefusion fails in xfuser 0.7.0 itself for sd3. The
-seconds in brackets are from the plain pipeline to the end of the system: surgery, compilation, all repeats.
+Latents out. Behind "+" is a step cache as --step_cache takes it. Random weights trip no threshold as trained
+ones do, so "+mask" computes a fixed share of the steps (20 of 50); a threshold that no step passes shows what
+measuring costs. "graph" is one GPU with the transformer captured as a CUDA graph; "-eager" behind one of our
+own systems leaves the capture out, "-vae" shares the decoding as well (with --decode). "xfuser-..." is
+xfuser's own pipeline class, called as its examples do; xfuser-pipefusion fails in xfuser 0.7.0 itself for
+sd3. The seconds in brackets are from the plain pipeline to the end of the system: surgery, compilation, all
+repeats.
 --tiny --device cpu --dtype fp32 shows that all of it runs.
 """
 
@@ -24,6 +29,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench import Bench, parser
+from shared.launch.values import as_step_cache
+from shared.models import CacheSettings
 from shared.parallel.graphs import Captured
 from shared.parallel.rounding import BITS
 from shared.parallel.surgery import Closing
@@ -95,8 +102,10 @@ class XDiTBench(Bench):
     foreign = ("eager", "native", "pipefusion", "xfuser-ulysses", "xfuser-ring", "xfuser-pipefusion")
     held: Any = None
     latents: torch.Tensor
+    steps = 0
 
     def _work(self, name: str, size: int, steps: int) -> None:
+        self.steps = steps
         super()._work(name, size, steps)
         self.held = None  # or it would keep this transformer in memory during the next work
 
@@ -115,6 +124,7 @@ class XDiTBench(Bench):
         if system.startswith("xfuser-"):
             degrees = self._degrees(system.removeprefix("xfuser-"))
             return [Bare(pipe, degrees, self.device, self.options.warm_up)]
+        system, _, cache = system.partition("+")
         method, *how = system.split("-")
         graph, degrees = "eager" not in how, self._degrees(method)
         # Made here, so that the device is this rank's whatever the pipeline says.
@@ -124,6 +134,8 @@ class XDiTBench(Bench):
             return [groups, fused]
         options: Any = {"overlap": "overlap" in how, "bits": next((b for b in BITS if b in how), None)}
         options["parallel_vae"] = "vae" in how
+        if cache:
+            options["cache"] = fixed(self.steps) if cache == "mask" else as_step_cache(cache)
         capture = graph and self.device.type == "cuda"
         return [groups, XDiT(pipe, degrees, groups, cuda_graph=capture, **options)]
 
@@ -140,6 +152,13 @@ class XDiTBench(Bench):
         output = super().call(pipe, arguments)
         self.latents = output.images if hasattr(output, "images") else output.frames
         return output
+
+
+def fixed(steps: int) -> CacheSettings:
+    """A mask: the first tenth of the steps, at least two, then one of three."""
+    first = max(steps // 10, 2)
+    mask = "".join("1" if step < first or (step - first) % 3 == 2 else "0" for step in range(steps))
+    return CacheSettings("mask", mask=mask)
 
 
 class _Output:

@@ -379,11 +379,12 @@ PLANS: dict[str, tuple[str, dict[str, tuple[list[str] | str, str]]]] = {
             ),
             "num_pipeline_patch": ([AUTO, "1", "2", "4", "8", "16"], "patches of PipeFusion"),
             "attn_layer_num_for_pp": (TEXT, "transformer blocks of each PipeFusion stage, such as 10,9"),
-            "use_teacache": (SWITCH, "TeaCache: skip the blocks of steps in which little changes (flux)"),
-            "use_fbcache": (
-                SWITCH,
-                "first-block cache: skip the blocks of steps in which little changes (flux)",
+            "step_cache": (
+                TEXT,
+                "leave out the blocks of steps in which little changes: fbcache:0.12, taylorseer:5, magcache",
             ),
+            "use_teacache": (SWITCH, "short for step_cache teacache (flux, kontext)"),
+            "use_fbcache": (SWITCH, "short for step_cache fbcache"),
         },
     ),
 }

@@ -99,7 +99,7 @@ def make_groups(config: HostConfig, world: World) -> XfuserGroups | None:
     from shared.parallel.xdit.groups import XfuserGroups
 
     degrees = xdit_degrees(config, world.size)
-    if world.size == 1 and not (config.use_teacache or config.use_fbcache or world.device.type == "cuda"):
+    if world.size == 1 and not (config.cache or world.device.type == "cuda"):
         return None
     return XfuserGroups(degrees, world.device, config.collective_timeout)
 
@@ -123,7 +123,7 @@ def _exact(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroup
         pipe,
         groups.degrees,
         groups,
-        cache="teacache" if config.use_teacache else "fbcache" if config.use_fbcache else None,
+        cache=config.cache,
         parallel_vae=config.use_parallel_vae or (config.decode_from is not None and can_share(pipe.vae)),
         decode_from=config.decode_from or 0,
         cuda_graph=config.captures(world.device.type),

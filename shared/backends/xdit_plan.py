@@ -12,7 +12,7 @@ from typing import Any
 from shared.backends.xdit_cost import SCALE_BYTES, Choice, Speeds, choose, step_of
 from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
-from shared.models import CACHES, MODELS, ModelSpec, StagePlan, TokenPlan, scheduler_named
+from shared.models import MODELS, ModelSpec, StagePlan, TokenPlan, scheduler_named
 from shared.parallel.xdit.degrees import (
     Degrees,
     DegreesError,
@@ -41,6 +41,7 @@ FLAGS = frozenset(
         "attn_layer_num_for_pp",
         "use_parallel_vae",
         "exchange_dtype",
+        "step_cache",
         "use_teacache",
         "use_fbcache",
     }
@@ -62,10 +63,9 @@ def _refused(spec: ModelSpec, plan: TokenPlan) -> Iterator[tuple[str, str]]:
     if not plan.tensor:
         have = types(lambda other: other.tensor)
         yield "tensor_parallel_degree", f"xDiT has no tensor parallelism for it; types with it: {have}"
-    for cache in CACHES:
-        if cache not in plan.caches:
-            have = types(lambda other, cache=cache: cache in other.caches)  # type: ignore[misc]
-            yield f"use_{cache}", f"this cache does not support it; types with it: {have}"
+    if "teacache" not in plan.caches:
+        have = types(lambda other: "teacache" in other.caches)
+        yield "use_teacache", f"nobody has measured TeaCache's polynomial for it; types with it: {have}"
     if plan.stages is None:
         have = types(lambda other: other.stages)
         yield "pipefusion_parallel_degree", f"{plan.no_stages}; types with them: {have}"
@@ -217,7 +217,7 @@ def _one_patch(config: HostConfig, degrees: Degrees) -> str | None:
 def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str, Any, str]]:
     """(flag, whether it is in the way, why) for the flags that these degrees do not support."""
     pipefusion, tensor = degrees.pipefusion > 1, degrees.tensor > 1
-    cached = config.use_teacache or config.use_fbcache
+    cache = config.cache
     no_pipefusion = "needs PipeFusion: --pipefusion_parallel_degree of 2 or more"
     yield "num_pipeline_patch", config.num_pipeline_patch and not pipefusion, no_pipefusion
     stages = config.attn_layer_num_for_pp
@@ -252,18 +252,13 @@ def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str,
         tensor and config.offloads,
         "not supported with CPU offload, as it divides weights in memory",
     )
-    yield (
-        "use_fbcache",
-        config.use_fbcache and config.use_teacache,
-        "give only one cache; --use_teacache is given too",
-    )
-    cache = "use_teacache" if config.use_teacache else "use_fbcache"
-    yield (
-        cache,
-        cached and (config.control_net or pipefusion or tensor),
-        f"supported only with Ulysses, ring and data parallelism, without --control_net; got {degrees}"
-        + (" with --control_net" if config.control_net else ""),
-    )
+    given = [flag for flag in ("step_cache", "use_teacache", "use_fbcache") if getattr(config, flag)]
+    yield given[-1] if given else "step_cache", len(given) > 1, f"give only one cache; got {len(given)} flags"
+    if cache is not None:
+        problem = tokens_of(config).cache_problem(cache)
+        yield given[0], problem, f"{cache.cache} {problem}"
+        why = "not supported with PipeFusion, whose stages have parts of the picture from different steps"
+        yield given[0], pipefusion, why
     yield (
         "use_parallel_vae",
         config.use_parallel_vae and degrees.world == degrees.data,
@@ -290,11 +285,6 @@ def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str,
         "not supported with PipeFusion, whose stages exchange tokens as they are",
     )
     yield "shard_weights", config.shard_weights and tensor, "not supported with --tensor_parallel_degree"
-    yield (
-        "shard_weights",
-        config.shard_weights and config.use_teacache,
-        "not supported with --use_teacache, which reads a block's weights outside of the block",
-    )
     yield (
         "shard_weights",
         config.shard_weights and degrees.world == degrees.data > 1,

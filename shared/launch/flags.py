@@ -25,10 +25,11 @@ from shared.launch.values import (
     as_scheduler,
     as_seconds,
     as_sizes,
+    as_step_cache,
     as_text,
     as_weights,
 )
-from shared.models import MODELS, ModelSpec
+from shared.models import MODELS, Cache, CacheSettings, ModelSpec
 
 DECODED_ALONE = 1024 * 1024
 """Pixels up to which a rank decodes by itself where nothing else is asked for."""
@@ -314,12 +315,15 @@ class HostConfig:
         as_text,
         choices=("int8", "float8", "int4", "auto"),
     )
-    use_teacache: bool = _method_flag(
-        False, "TeaCache: skip the blocks of steps in which little changes (flux)"
+    step_cache: CacheSettings | None = _method_flag(
+        None,
+        "leave out the blocks of steps in which little changes, an approximation: fbcache or teacache (flux, "
+        "kontext), with a threshold such as fbcache:0.12; magcache:0.06; taylorseer:5, which computes one of "
+        "5 steps; mask:1101, which computes those with 1; or JSON with more settings",
+        as_step_cache,
     )
-    use_fbcache: bool = _method_flag(
-        False, "first-block cache: skip the blocks of steps in which little changes (flux)"
-    )
+    use_teacache: bool = _method_flag(False, "short for --step_cache=teacache (flux, kontext)")
+    use_fbcache: bool = _method_flag(False, "short for --step_cache=fbcache")
 
     port: int = _flag(6000, _HOST, "port that rank 0 listens on", as_integer, least=1, most=65535)
     host: str = _flag("127.0.0.1", _HOST, "address that rank 0 listens on", as_text)
@@ -477,6 +481,12 @@ class HostConfig:
         """Whether torch.compile is used, or is on a device that computes in 8 bits."""
         asked = self.compile_unet or self.compile_vae or self.compile_text_encoder
         return asked or self.quantize_to in COMPUTED
+
+    @property
+    def cache(self) -> CacheSettings | None:
+        """The step cache, by whichever flag."""
+        short: Cache | None = "teacache" if self.use_teacache else "fbcache" if self.use_fbcache else None
+        return self.step_cache or (CacheSettings(short) if short else None)
 
     def captures(self, device_type: str) -> bool:
         """Whether steps are captured as CUDA graphs, which hold on to addresses that offloading changes."""

@@ -6,7 +6,10 @@ import ipaddress
 import json
 import math
 import re
+from dataclasses import fields
 from typing import Any
+
+from shared.models import CACHES, CacheSettings
 
 NOT_NUMBERS = (ValueError, TypeError, OverflowError)
 
@@ -94,6 +97,46 @@ def as_scheduler(value: Any) -> str | dict[str, Any]:
             raise ValueError('a name, or JSON with the name under "scheduler"')
         return data
     return as_text(value)
+
+
+def as_truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def as_step_cache(value: Any) -> CacheSettings:
+    """A name, `name:value` with the setting that matters most, or JSON with the name under "cache"."""
+    if isinstance(value, dict) or str(value).lstrip().startswith("{"):
+        data = as_json_object(value)
+    else:
+        name, _, given = str(value).partition(":")
+        data = {"cache": name} | ({FIRST_SETTINGS.get(name, "threshold"): given} if given else {})
+    if data.get("cache") not in CACHES:
+        raise ValueError(f'{", ".join(CACHES)}, or JSON with one of them under "cache"')
+    numbers = {"threshold": as_number, "retention_ratio": as_number, "mag_ratios": as_weights}
+    known = {field.name for field in fields(CacheSettings)}
+    settings: dict[str, Any] = {}
+    for name, given in data.items():
+        if name not in known:
+            raise ValueError(f"JSON without {name}: {data['cache']} has {_settings(data['cache'])}")
+        parse: Any = str if name in ("cache", "mask") else as_truth if name == "calibrate" else as_integer
+        try:
+            settings[name] = numbers.get(name, parse)(given)
+        except NOT_NUMBERS:
+            kind = "true or false" if name == "calibrate" else "a number, or numbers for mag_ratios"
+            raise ValueError(f"a step cache whose {name} is {kind}") from None
+    try:
+        return CacheSettings(**settings)
+    except ValueError as error:
+        raise ValueError(f"a step cache whose settings fit: {error}") from None
+
+
+FIRST_SETTINGS = {"taylorseer": "cache_interval", "mask": "mask"}
+
+
+def _settings(cache: Any) -> str:
+    return ", ".join(sorted(CacheSettings.settings_of(cache)))
 
 
 def as_weights(value: Any) -> tuple[float, ...]:

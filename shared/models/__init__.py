@@ -24,6 +24,7 @@ from shared.models import (
     wan,
     zimage,
 )
+from shared.models.caches import CACHES, Cache, CacheSettings, LeftOut, Modulated, Rule
 from shared.models.files import INPUTS, PARTS, VAE_PREFIXES, FileKind
 from shared.models.schedulers import (
     EDM_CLASSES,
@@ -36,7 +37,7 @@ from shared.models.schedulers import (
     with_variant,
 )
 from shared.models.spec import Chat, Family, ModelSpec, Start
-from shared.models.tokens import CACHES, Cache, Padding, Section, Site, StagePlan, Stream, TokenPlan
+from shared.models.tokens import Padding, Section, Site, StagePlan, Stream, TokenPlan
 
 __all__ = [
     "CACHES",
@@ -53,11 +54,15 @@ __all__ = [
     "VAE_PREFIXES",
     "VARIANTS",
     "Cache",
+    "CacheSettings",
     "Chat",
     "Family",
     "FileKind",
+    "LeftOut",
     "ModelSpec",
+    "Modulated",
     "Padding",
+    "Rule",
     "SchedulerSpec",
     "Section",
     "Site",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from shared.models.caches import LeftOut
 from shared.models.files import FileKind
 from shared.models.spec import (
     EMBEDS,
@@ -33,6 +34,10 @@ TOKENS = TokenPlan(
     guidance="calls",
     flow=True,
     packed=True,
+    left_out=(
+        LeftOut("transformer_blocks", ("encoder_hidden_states", "hidden_states")),
+        LeftOut("single_transformer_blocks"),
+    ),
 )
 
 FAMILY = Family(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
+from shared.models.caches import LeftOut, Modulated
 from shared.models.files import FileKind
 from shared.models.spec import (
     CONTROL,
@@ -41,6 +42,13 @@ CONTROL_NET = TokenPlan(
     packed=True,
 )
 
+# FLUX.1 dev in 28 steps, as in diffusers (FLUX_MAG_RATIOS).
+MAG_RATIOS = (
+    *(1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047),
+    *(1.01562, 1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484),
+    *(0.95703, 0.93359, 0.89062),
+)
+
 TOKENS = replace(
     CONTROL_NET,
     name="FluxTransformer2DModel",
@@ -48,7 +56,12 @@ TOKENS = replace(
     output="proj_out",
     adapter="call",
     tensor=("ff", "ff_context"),
-    caches=frozenset({"teacache", "fbcache"}),
+    left_out=tuple(
+        LeftOut(blocks, ("encoder_hidden_states", "hidden_states")) for blocks in CONTROL_NET.blocks
+    ),
+    # As TeaCache's authors and xfuser have it.
+    modulated=Modulated("norm1", (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)),
+    mag_ratios=MAG_RATIOS,
     stages=StagePlan(
         returns=("text", "picture"),
         one_patch="with one patch, xfuser counts FLUX's text once for every rank that shares the sequence",

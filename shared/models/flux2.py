@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from shared.models.caches import LeftOut
 from shared.models.files import FileKind
 from shared.models.spec import (
     INPAINT,
@@ -38,6 +39,10 @@ TOKENS = TokenPlan(
     flow=True,
     packed=True,
     squares=True,
+    left_out=(
+        LeftOut("transformer_blocks", ("encoder_hidden_states", "hidden_states")),
+        LeftOut("single_transformer_blocks"),
+    ),
     no_stages="xfuser's stages of it do not make the exact picture in their synchronous steps",
 )
 _ONE_BRANCH = replace(TOKENS, guidance="embedded")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
+from shared.models.caches import LeftOut
 from shared.models.spec import (
     BATCH_PIXELS,
     CONTROL,
@@ -39,6 +40,7 @@ TOKENS = replace(
     name="HunyuanDiT2DModel",
     output="proj_out",
     stages=StagePlan(equal=True),
+    left_out=(LeftOut("blocks"),),
     control_net=CONTROL_NET,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from shared.models.caches import LeftOut
 from shared.models.files import FileKind
 from shared.models.spec import (
     LORA,
@@ -31,6 +32,7 @@ TOKENS = TokenPlan(
     guidance="calls",
     guider="guider",
     flow=True,
+    left_out=(LeftOut("transformer_blocks", ("hidden_states", "encoder_hidden_states")),),
 )
 
 FAMILY = Family(

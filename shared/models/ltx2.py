@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from shared.models.caches import LeftOut
 from shared.models.files import FileKind
 from shared.models.spec import LORA, PROMPT_ONLY, PROMPTS, SIZE, Family, ModelSpec, refusals
 from shared.models.tokens import Site, TokenPlan
@@ -21,6 +22,7 @@ TOKENS = TokenPlan(
     # Cosines and sines are [batch, heads, tokens, channels] or [batch, tokens, channels], by checkpoint.
     positions=(Site("rope", "output", dim=-2), Site("cross_attn_rope", "output", dim=-2)),
     flow=True,
+    left_out=(LeftOut("transformer_blocks", ("hidden_states", "audio_hidden_states")),),
 )
 
 FAMILY = Family(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from shared.models.caches import LeftOut
 from shared.models.spec import (
     BATCH_PIXELS,
     EMBEDS,
@@ -27,6 +28,7 @@ TOKENS = TokenPlan(
     attention=("attn1",),
     picture=(Site("pos_embed", "output"),),
     stages=StagePlan(),
+    left_out=(LeftOut("transformer_blocks"),),
 )
 
 FAMILY = Family(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
+from shared.models.caches import LeftOut
 from shared.models.files import FileKind
 from shared.models.spec import (
     IMAGE,
@@ -39,6 +40,7 @@ TOKENS = TokenPlan(
     scale="true_cfg_scale",
     flow=True,
     packed=True,
+    left_out=(LeftOut("transformer_blocks", ("encoder_hidden_states", "hidden_states")),),
 )
 
 QWEN = ModelSpec(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from types import MappingProxyType
 
+from shared.models.caches import LeftOut
 from shared.models.files import FileKind
 from shared.models.spec import (
     BATCH_PIXELS,
@@ -46,6 +47,7 @@ TOKENS = replace(
     text=(Site("context_embedder", "input", of=("text",)),),
     output="proj_out",
     adapter="keys",
+    left_out=(LeftOut("transformer_blocks", ("encoder_hidden_states", "hidden_states")),),
     stages=StagePlan(
         returns=("text", "picture"),
         unshared=MappingProxyType(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
+
+from shared.models.caches import Cache, CacheSettings, LeftOut, Modulated
 
 Stream = Literal["picture", "text"]
-Cache = Literal["teacache", "fbcache"]
-CACHES: tuple[Cache, ...] = get_args(Cache)
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,12 @@ class TokenPlan:
     """The argument of self-attention that says that it is left out: each token keeps its own value."""
     tensor: tuple[str, ...] = ()
     """What a block calls the feed-forward layers that tensor parallelism divides."""
-    caches: frozenset[Cache] = frozenset()
-    """The step caches that fit."""
+    left_out: tuple[LeftOut, ...] = ()
+    """The blocks that step caches leave out, in order."""
+    modulated: Modulated | None = None
+    """For TeaCache; None: nobody has measured its polynomial."""
+    mag_ratios: tuple[float, ...] = ()
+    """For MagCache, of the checkpoint that is used most; none: they must be given."""
     further: tuple[str, ...] = ()
     """Components that are transformers of this class too, each for a part of the schedule."""
     stages: StagePlan | None = None
@@ -165,3 +169,25 @@ class TokenPlan:
     def head_channels(self, settings: Mapping[str, Any]) -> int:
         """Channels of an attention head."""
         return self.channels(settings) // int(settings[self.heads])
+
+    @property
+    def caches(self) -> frozenset[Cache]:
+        """The step caches that fit."""
+        if not self.left_out:
+            return frozenset()
+        known: set[Cache] = {"fbcache", "magcache", "taylorseer", "mask"}
+        return frozenset(known | ({"teacache"} if self.modulated else set()))
+
+    def cache_problem(self, settings: CacheSettings) -> str | None:
+        """Why a step cache with these settings does not fit, or None."""
+        if settings.cache not in self.caches:
+            fitting = ", ".join(sorted(self.caches)) or "none"
+            return f"does not fit {self.title}; those that do are {fitting}"
+        if settings.cache == "magcache" and not (
+            settings.mag_ratios or self.mag_ratios or settings.calibrate
+        ):
+            return (
+                f"needs mag_ratios, which are not known for {self.title}: a launch with "
+                '{"cache": "magcache", "calibrate": true} tells them in its answers'
+            )
+        return None

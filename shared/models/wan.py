@@ -6,6 +6,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from shared.models.caches import LeftOut
 from shared.models.files import FileKind
 from shared.models.spec import (
     IMAGE,
@@ -30,6 +31,7 @@ TOKENS = TokenPlan(
     further=("transformer_2",),
     guidance="calls",
     flow=True,
+    left_out=(LeftOut("blocks"),),
 )
 
 OWN_NAMES = MappingProxyType(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from shared.models.caches import LeftOut
 from shared.models.files import FileKind
 from shared.models.spec import (
     CONTROL,
@@ -53,6 +54,7 @@ TOKENS = TokenPlan(
     unguided=True,
     output=None,
     flow=True,
+    left_out=(LeftOut("layers", ("x",), "x"),),
     control_net=CONTROL_NET,
 )
 

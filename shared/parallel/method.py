@@ -113,6 +113,11 @@ class Method(Part):
         """Denoiser calls after which every kind of step has run and been captured."""
         return 1
 
+    @property
+    def notes(self) -> list[str]:
+        """What whoever asked for the latest generation should be told."""
+        return []
+
     def run(self, arguments: dict[str, Any], watch: Watch) -> Any:
         """What the pipeline gives for these arguments, with its steps reported to `watch`."""
         with watch:
@@ -153,6 +158,10 @@ class CombinedMethod(Method):
     @property
     def warm_up_calls(self) -> int:
         return max(part.warm_up_calls for part in self.parts if isinstance(part, Method))
+
+    @property
+    def notes(self) -> list[str]:
+        return [note for part in self.parts if isinstance(part, Method) for note in part.notes]
 
     def begin(self, steps: int, pictures: int = 1) -> None:
         super().begin(steps, pictures)

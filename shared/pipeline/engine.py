@@ -20,6 +20,7 @@ from shared.api.operations import AddLora, Operation
 from shared.api.queue import JobQueue
 from shared.api.replies import Reply
 from shared.api.requests import GenerateRequest
+from shared.api.warned import warn
 from shared.launch.errors import LoadError, UsageError
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, Start
@@ -275,6 +276,8 @@ class PipelineEngine:
                 scale = arguments.get(self.spec.cfg_field, 0.0)
                 arguments |= negative_arguments(running, self.spec, request.negative, scale)
                 made = self.parallel.run(arguments, watch)
+            for note in self.parallel.notes:
+                warn(note)
             if refiner is None:
                 return made
             if not watch.step and (request.image or request.latent) is not None:

@@ -15,7 +15,7 @@ from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
 from shared.launch.logs import shows_progress
 from shared.launch.parser import build_parser, parse_config
-from shared.models import FEATURES, MODELS, schedulers_for
+from shared.models import FEATURES, MODELS, CacheSettings, schedulers_for
 from tests.httphost import asyncdiff
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +95,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "data_parallel_degree": ("1", 1),
     "num_pipeline_patch": ("2", 2),
     "attn_layer_num_for_pp": ("10,9", (10, 9)),
+    "step_cache": ("mask:1101", CacheSettings("mask", mask="1101")),
     "port": ("7001", 7001),
     "host": ("0.0.0.0", "0.0.0.0"),
     "max_queue": ("0", 0),
@@ -129,6 +130,7 @@ COMPANY: dict[str, dict[str, Any]] = {
     "motion_module": {"type": "ad"},
     "motion_adapter": {"type": "ad"},
     "motion_adapter_lora": {"type": "ad"},
+    "step_cache": {"type": "flux"},
     "use_teacache": {"type": "flux"},
     "use_fbcache": {"type": "flux"},
     "use_parallel_vae": {"world": 2},

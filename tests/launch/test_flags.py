@@ -39,6 +39,7 @@ from shared.host import warm_up
 from shared.launch.checks import check_config
 from shared.launch.errors import UsageError
 from shared.launch.logs import set_up_logging
+from shared.models import CacheSettings
 from shared.parallel.method import Plain
 from shared.pipeline.compile import graph_count
 from shared.pipeline.engine import PipelineEngine
@@ -614,7 +615,16 @@ def _(ground: Ground) -> None:
     all_computed = made("flux", alike).latents
     for flag in ("use_teacache", "use_fbcache"):
         latents, plan = xdit(ground, 1, ask=alike, **{flag: True})
-        assert plan["cache"] in flag and differs(latents, all_computed, 130), flag
+        assert plan["cache"]["cache"] in flag and differs(latents, all_computed, 130), flag
+
+
+@shows("step_cache")
+def _(ground: Ground) -> None:
+    """A step is left out, which the picture shows."""
+    settings = CacheSettings("mask", mask="1101")
+    latents, plan = xdit(ground, 1, ask={"steps": 4}, step_cache=settings)
+    assert plan["cache"] == {"cache": "mask", "mask": "1101"}
+    assert differs(latents, made("flux", {"steps": 4}).latents, 130)
 
 
 # Serving

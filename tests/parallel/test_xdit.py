@@ -26,10 +26,9 @@ from shared.api.requests import GenerateRequest
 from shared.backends import BACKENDS
 from shared.backends.xdit_plan import xdit_degrees
 from shared.launch.checks import check_config
-from shared.models import MODELS, token_plan
+from shared.models import MODELS, CacheSettings
 from shared.parallel.method import Plain, Unwatched
 from shared.parallel.rounding import BITS, packed, unpacked, width_of
-from shared.parallel.xdit.caches import FirstBlockCache
 from shared.parallel.xdit.cpu import trimmed
 from shared.parallel.xdit.degrees import Degrees, choose_degrees
 from shared.parallel.xdit.exact import XDiT, attention_backend
@@ -304,62 +303,6 @@ def test_pipefusion_hybrids_on_four_ranks(pool: RankPool, name: str) -> None:
         assert min(min(row) for row in rank) >= EXACT, rank
 
 
-def cached(name: str, cache: str, thresholds: list[float], steps: int) -> list[tuple[int, float]]:
-    """On each rank: blocks that were computed, and how close the picture is, by threshold, twice each."""
-    pipe = pipeline(name)
-    plain, found = picture(pipe, name, steps=steps), []
-    true = {"steps": steps, "true_cfg_scale": 5.0, "negative_prompt": "blur"}
-    wanted = picture(pipe, name, **true)
-    kind: Any = cache
-    for threshold in thresholds:
-        with XDiT(pipe, Degrees(ulysses=2), cache=kind, cache_threshold=threshold) as parallel:
-            for _ in range(2):
-                made = picture(pipe, name, parallel, steps=steps)
-                found.append((parallel.computed_blocks, psnr(made, plain)))
-    with XDiT(pipe, Degrees(ulysses=2), cache=kind, cache_threshold=thresholds[-1]) as parallel:
-        found.append((0, psnr(picture(pipe, name, parallel, **true), wanted)))
-    assert "cache_context" not in vars(pipe.transformer)
-    assert np.array_equal(picture(pipe, name, steps=steps), plain)
-    return found
-
-
-@pytest.mark.parametrize("name", ["flux", "kontext"])  # whose pipeline does not name its branches
-@pytest.mark.parametrize("cache", ["teacache", "fbcache"])
-def test_caches_leave_blocks_out(pool: RankPool, cache: str, name: str) -> None:
-    tiny.checkpoint(name)
-    blocks_in_all = 4 * 6
-    ranks = pool.run(cached, 2, name, cache, [0.0, 100.0], 4)
-    assert [blocks for blocks, _ in ranks[0]] == [blocks for blocks, _ in ranks[1]]
-    for rank in ranks:
-        (none, same), again, (some, close), once_more, (_, two_branches) = rank
-        assert two_branches >= 37, "both guidance branches in one cache come to 34"
-        assert none == blocks_in_all and same >= EXACT
-        assert again == (none, same) and once_more == (some, close), "a generation depends on the one before"
-        assert some < blocks_in_all and close < EXACT
-
-
-def agreed(threshold: float) -> tuple[bool, bool]:
-    """On each rank: whether a cache computes the blocks after a change on rank 0 only, and is left behind."""
-    transformer = tiny.load("flux").transformer
-    plan = token_plan(type(transformer).__name__)
-    with FirstBlockCache(transformer, plan, threshold, dist.group.WORLD) as cache:
-        first = transformer.transformer_blocks[0]._diffusers_hook.get_hook("fbc_leader_block_hook")
-        cache.begin(4)
-        with transformer.cache_context("cond"):
-            residual = torch.ones(1, 4, 8)
-            assert first._should_compute_remaining_blocks(residual), "nothing is known in the first step"
-            first.state_manager.get_state().head_block_residual = residual
-            changed = first._should_compute_remaining_blocks(residual * (2 - dist.get_rank()))
-    return changed, transformer.is_cache_enabled or "forward" in vars(transformer.transformer_blocks[0])
-
-
-def test_ranks_decide_together_what_a_cache_computes(pool: RankPool) -> None:
-    # Rank 0 has changed by 1, rank 1 by nothing: by half in all.
-    tiny.checkpoint("flux")
-    assert pool.run(agreed, 2, 0.4) == [(True, False)] * 2
-    assert pool.run(agreed, 2, 0.6) == [(False, False)] * 2
-
-
 def compiled(name: str, degrees: dict[str, int], **options: Any) -> dict[str, Any]:
     """On each rank: graphs that compiled blocks make under the surgery, and whether the picture stays."""
     torch._dynamo.reset()
@@ -611,9 +554,11 @@ STOCHASTIC = {"scheduler": "flow_euler", "stochastic_sampling": True}
         ("flux", {"use_cfg_parallel": True}, 2, "only one guidance branch"),
         ("sd3", {"tensor_parallel_degree": 2}, 2, "has no tensor parallelism for it; types with it: flux"),
         ("pixa", {"use_teacache": True}, 2, "types with it: flux"),
-        ("flux", {"use_teacache": True, "use_fbcache": True}, 2, "only one cache"),
-        ("flux", {"use_teacache": True, "shard_weights": True}, 2, "not supported with --use_teacache"),
-        ("flux", {"use_fbcache": True, "control_net": {"x": 1.0}}, 2, "without --control_net"),
+        ("flux", {"use_teacache": True, "use_fbcache": True}, 2, "use_fbcache: give only one cache"),
+        ("flux", {"use_teacache": True, "step_cache": CacheSettings("mask", mask="10")}, 2, "only one cache"),
+        ("qwen", {"step_cache": CacheSettings("magcache")}, 2, "magcache needs mag_ratios.*Qwen-Image"),
+        ("sd3", {"step_cache": CacheSettings("teacache")}, 2, "step_cache: teacache does not fit Stable"),
+        ("flux", {"use_fbcache": True, "pipefusion_parallel_degree": 2}, 2, "not supported with PipeFusion"),
         (
             "flux",
             {"control_net": {"x": 1.0}, "pipefusion_parallel_degree": 2},
@@ -780,8 +725,7 @@ def test_steps_are_told_on_the_gpu_that_computes_them(monkeypatch: pytest.Monkey
         ("sd1", {}, {}, "no transformer"),
         ("sd3", {"tensor": 2}, {}, "does not shard the layers of SD3Transformer2DModel"),
         ("flux", {"cfg": 2}, {}, "only one guidance branch"),
-        ("sd3", {}, {"cache": "fbcache"}, "fbcache does not support SD3Transformer2DModel"),
-        ("flux", {"tensor": 2}, {"cache": "fbcache"}, "supports only Ulysses, ring and data"),
+        ("sd3", {}, {"cache": CacheSettings("teacache")}, "teacache does not fit Stable Diffusion 3"),
         ("pixa", {"ulysses": 3}, {}, "4 attention heads"),
         ("flux", {"ring": 2, "ulysses": 2}, {"bits": "int8"}, "Ulysses or with ring, not both"),
         ("flux", {"ring": 2}, {"bits": "int4"}, "too coarse"),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.models import Cache, TokenPlan, token_plan
+from shared.models import CacheSettings, TokenPlan, token_plan
 from shared.parallel.cfg_split import CallsSplit, CfgSplit
 from shared.parallel.exchange import Ranks
 from shared.parallel.graphs import Graphs
@@ -24,7 +24,7 @@ from shared.parallel.rounding import DIFFERENCES, Bits
 from shared.parallel.surgery import Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 from shared.parallel.video_decoder import shared_decoder
-from shared.parallel.xdit.caches import StepCache, step_cache
+from shared.parallel.xdit.caches import StepCache
 from shared.parallel.xdit.degrees import Degrees
 from shared.parallel.xdit.groups import XfuserGroups
 from shared.parallel.xdit.sequence import SequenceParallel, SharedBy
@@ -43,9 +43,7 @@ class XDiT(Method):
         degrees: how the ranks are divided, without PipeFusion.
         groups: the process groups of these degrees; None makes them, and ends them in ``close``.
         attention: name of xfuser's attention backend; None: cuDNN's on GPUs in half precision, else torch's.
-        cache: skip the blocks in steps in which little changes: an approximation.
-        cache_threshold: relative change below which a step's blocks are skipped; 0 computes all, None takes
-            the cache's usual one.
+        cache: leave the blocks out in steps in which little changes: an approximation.
         parallel_vae: each rank decodes a part (shared.parallel.video_decoder); all ranks of a replica must
             then decode.
         decode_from: pixels of a call of the VAE from which they do.
@@ -66,8 +64,7 @@ class XDiT(Method):
         groups: XfuserGroups | None = None,
         *,
         attention: str | None = None,
-        cache: Cache | None = None,
-        cache_threshold: float | None = None,
+        cache: CacheSettings | None = None,
         parallel_vae: bool = False,
         decode_from: int = 0,
         cuda_graph: bool = True,
@@ -90,14 +87,13 @@ class XDiT(Method):
             self.held.callback(groups.close)
         self.groups = groups
         self.attention = attention or attention_backend(groups.device, self.transformer.dtype, degrees)
-        # Which blocks a cache computes is decided by numbers, which a captured graph cannot do.
-        self._graphs = Graphs(cuda_graph and cache is None and _capturable(self.transformer))
+        self._graphs = Graphs(cuda_graph and _capturable(self.transformer))
         self.cache: StepCache | None = None
         self._calls: list[CallsSplit] = []
         self._split: CfgSplit | None = None
-        self.batches = cache is None  # a cache decides for all pictures of a call together
+        self.batches = cache is None or not cache.measures
         try:
-            self._install(cache, cache_threshold)
+            self._install(cache)
             if parallel_vae and degrees.world > degrees.data:
                 decoder = shared_decoder(pipeline.vae, groups.replica, decode_from)
                 self.decoder = self.held.enter_context(decoder)
@@ -105,7 +101,7 @@ class XDiT(Method):
             self.close()
             raise
 
-    def _install(self, cache: Cache | None, threshold: float | None) -> None:
+    def _install(self, cache: CacheSettings | None) -> None:
         degrees, groups, held = self.degrees, self.groups, self.held
         nets = control_nets(self.pipeline)
         transformers = transformers_of(self.pipeline, self.tokens)
@@ -113,27 +109,35 @@ class XDiT(Method):
         groups.start(self.pipeline, groups.engine_config(self.transformer.dtype, self.attention))
         if degrees.tensor > 1:
             held.enter_context(FeedForwardParallel(models, self.tokens, groups.tensor))
+        if cache is not None:
+            self.cache = held.enter_context(StepCache(transformers, self.tokens, cache, self._deciding()))
         surgery = held.enter_context(Surgery())
         if degrees.sequence > 1:
             by: SharedBy = "ulysses" if degrees.ring == 1 else "ring" if degrees.ulysses == 1 else "both"
             for model in models:
                 SequenceParallel(model, groups.sequence, self.attention, surgery, by, self.overlap, self.bits)
-        if cache is not None:
-            shared = groups.sequence if degrees.sequence > 1 else None
-            self.cache = held.enter_context(
-                step_cache(cache, self.pipeline, self.tokens, threshold, groups.device, shared)
-            )
         if self._graphs.enabled:
             held.callback(self._graphs.close)
             for index, model in enumerate(models):
-                if _capturable(model):
+                if _capturable(model) and (self.cache is None or model in nets):
                     surgery.override(model, self._graphs.around(index))
+        if self.cache is not None:
+            off = Graphs(enabled=False)
+            graphs = [self._graphs if _capturable(one) else off for one in transformers]
+            held.enter_context(self.cache.watch(graphs))
         if degrees.cfg == 2:
             pair = Ranks.of(groups.branches)
             if self.tokens.guidance == "calls":
                 self._calls = [held.enter_context(CallsSplit(one, pair.group)) for one in transformers]
             else:
                 self._split = held.enter_context(CfgSplit(transformers, pair.group, pair.rank, local=nets))
+
+    def _deciding(self) -> torch.distributed.ProcessGroup | None:
+        """The ranks whose measurements a step cache joins: those that compute the same call."""
+        degrees = self.degrees
+        if degrees.cfg == 2 and self.tokens.guidance == "calls":  # each branch for itself
+            return self.groups.sequence if degrees.sequence > 1 else None
+        return self.groups.replica if degrees.world > degrees.data else None
 
     @property
     def computed_blocks(self) -> int:
@@ -148,7 +152,7 @@ class XDiT(Method):
             "exact": self.cache is None and not (self.bits and self.degrees.sequence > 1),
             "overlap": self.overlap,
             "exchange": self.bits,
-            "cache": self.cache and self.cache.kind,
+            "cache": self.cache and self.cache.settings.as_dict(),
             "parallel_vae": self.decoder is not None,
             "decode_from": self.decoder and self.decoder.least,
             "cuda_graph": self._graphs.enabled,
@@ -157,13 +161,24 @@ class XDiT(Method):
     @property
     def warm_up_calls(self) -> int:
         """Steps after which the transformer has been captured."""
-        return 2 if self._graphs.enabled else 1
+        if not self._graphs.enabled:
+            return 1
+        return 2 if self.cache is None else self.cache.warm_up_calls
+
+    @property
+    def notes(self) -> list[str]:
+        return [] if self.cache is None else self.cache.notes
 
     def begin(self, steps: int, pictures: int = 1) -> None:
         super().begin(steps, pictures)
         for part in (self.cache, self._split, *self._calls):
             if part is not None:
                 part.begin(steps, pictures)
+
+    def begin_late(self, steps: int, first: int) -> None:
+        super().begin_late(steps, first)
+        if self.cache is not None:
+            self.cache.begin_late(steps, first)
 
     def run(self, arguments: dict[str, Any], watch: Watch) -> Any:
         if self.tokens.guider is not None:
@@ -203,7 +218,7 @@ class FeedForwardParallel(TensorParallel):
             self._feed_forward(name, module)
 
 
-def check_model(pipeline: Pipeline, degrees: Degrees, cache: Cache | None = None) -> TokenPlan:
+def check_model(pipeline: Pipeline, degrees: Degrees, cache: CacheSettings | None = None) -> TokenPlan:
     """The token plan of a pipeline's transformer, which supports these degrees and this cache.
 
     Raises:
@@ -224,13 +239,8 @@ def check_model(pipeline: Pipeline, degrees: Degrees, cache: Cache | None = None
     one_branch = tokens.branches == 1 or any(settings.get(name) for name in tokens.one_branch)
     if degrees.cfg == 2 and one_branch:
         raise ValueError(f"cfg degree 2: this {tokens.name} has only one guidance branch")
-    if cache is not None and cache not in tokens.caches:
-        raise ValueError(f"{cache} does not support {tokens.name}")
-    if cache is not None and (nets or degrees.cfg * degrees.tensor * degrees.pipefusion > 1):
-        raise ValueError(
-            f"{cache} supports only Ulysses, ring and data parallelism without ControlNet; got {degrees}, "
-            f"{len(nets)} ControlNets"
-        )
+    if cache is not None and (problem := tokens.cache_problem(cache)):
+        raise ValueError(f"{cache.cache} {problem}")
     return tokens
 
 
