@@ -4,6 +4,7 @@ torchrun --nproc_per_node=2 benchmarks/asyncdiff.py sdxl:1024:30 sdxl:2048:10 sd
     [--compile [--channels-last]] [--systems eager,graph,asyncdiff,balanced,cfg,hybrid-12-8] [--warm-up 3]
 
 "hybrid-12-8" divides the guidance branches, and after 12 steps shares one of them for 8 (two ranks).
+"pairs-12-8" puts them on halves of four or more ranks, asynchronous in 8 steps; "pairs": after --warm-up.
 Under one rank (plain python) only the plain systems run. Every system's time is the median of `--repeats`
 generations after one that warms it up; the error is ||a - b|| / ||b|| against plain eager.
 """
@@ -43,6 +44,11 @@ class AsyncDiffBench(Bench):
                 stages,
                 HybridSplit([stages.denoiser], dist.group.WORLD, self.rank, stages.asynchronous),
             ]
+        if system.startswith("pairs"):
+            exact, steps = (*map(int, system.split("-")[1:]), self.options.warm_up, None)[:2]
+            half, pair, branch = self.halves()
+            stages = AsyncDiff(pipe, self.size // 2, warm_up_steps=exact, async_steps=steps, group=half)
+            return [stages, CfgSplit([stages.denoiser], pair, branch)]
         measured = system == "balanced"
         return [AsyncDiff(pipe, self.size, warm_up_steps=self.options.warm_up, measure_units=measured)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -32,7 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def measure(run: Any, device: torch.device, repeats: int) -> tuple[float, float, torch.Tensor]:
-    """(median seconds, peak GiB, what it made) of `run()`, after one call that plans, compiles, captures."""
+    """(median seconds, most peak GiB of any rank, what it made) of `run()`, after one call that prepares."""
 
     def once() -> tuple[float, torch.Tensor]:
         if dist.is_initialized():
@@ -50,7 +51,11 @@ def measure(run: Any, device: torch.device, repeats: int) -> tuple[float, float,
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     runs = [once() for _ in range(repeats)]
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    most = torch.tensor(torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0)
+    if dist.is_initialized():
+        most = most.to(device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    peak = float(most)
     return statistics.median(seconds for seconds, _ in runs), peak, runs[-1][1]
 
 
@@ -91,6 +96,15 @@ class Bench(ABC):
         self.rows: list[list[str]] = []
         self._reference: torch.Tensor | None = None
         self._base = 0.0
+
+    @functools.cache  # noqa: B019, there is one bench a process
+    def halves(self) -> tuple[Any, Any, int]:
+        """The group of this rank's half, that of its place in both halves, and which half it is."""
+        half = self.size // 2
+        groups = [dist.new_group(list(range(b * half, (b + 1) * half))) for b in (0, 1)]
+        pairs = [dist.new_group([place, place + half]) for place in range(half)]
+        branch, place = divmod(self.rank, half)
+        return groups[branch], pairs[place], branch
 
     @abstractmethod
     def attach(self, pipe: Any, system: str) -> list[Any]:

@@ -9,10 +9,10 @@ torchrun --nproc_per_node=2 benchmarks/xdit.py flux:1024:50 --systems ring --rep
 Latents out. Behind "+" is a step cache as --step_cache takes it. Random weights trip no threshold as trained
 ones do, so "+mask" computes a fixed share of the steps (20 of 50); a threshold that no step passes shows what
 measuring costs. "graph" is one GPU with the transformer captured as a CUDA graph; "-eager" behind one of our
-own systems leaves the capture out, "-vae" shares the decoding as well (with --decode). "xfuser-..." is
-xfuser's own pipeline class, called as its examples do; xfuser-pipefusion fails in xfuser 0.7.0 itself for
-sd3. The seconds in brackets are from the plain pipeline to the end of the system: surgery, compilation, all
-repeats.
+own systems leaves the capture out, "-vae" shares the decoding as well (with --decode); "cfg*ulysses"
+is a product of degrees. "xfuser-..." is xfuser's own pipeline class, called as its examples do;
+xfuser-pipefusion fails in xfuser 0.7.0 itself for sd3. The seconds in brackets are from the plain pipeline to
+the end of the system: surgery, compilation, all repeats.
 --tiny --device cpu --dtype fp32 shows that all of it runs.
 """
 
@@ -140,7 +140,10 @@ class XDiTBench(Bench):
         return [groups, XDiT(pipe, degrees, groups, cuda_graph=capture, **options)]
 
     def _degrees(self, name: str) -> Degrees:
-        return Degrees(**{name: 2 if name == "cfg" else self.size})
+        """ "ulysses": all ranks; "cfg*ulysses*ring": two for each but the last, and the last has the rest."""
+        *outer, last = name.split("*")
+        rest = self.size // 2 ** len(outer)
+        return Degrees(**dict.fromkeys(outer, 2), **{last: 2 if name == "cfg" else rest})
 
     def call(self, pipe: Any, arguments: dict[str, Any]) -> Any:
         if self.options.tiny:

@@ -117,6 +117,12 @@ class Launch:
         body = {"positive": json.dumps(order), "steps": order.pop("steps", 3)}
         return requests.post(f"{self.url}/generate", json=body, timeout=timeout)
 
+    def ask(self, body: dict[str, Any]) -> str:
+        """The picture of this body, as its answer has it."""
+        answer = requests.post(f"{self.url}/generate", json=body, timeout=120)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["output"])
+
     def post_later(self, **order: Any) -> tuple[threading.Thread, list[requests.Response]]:
         answers: list[requests.Response] = []
         thread = threading.Thread(target=lambda: answers.append(self.post(**order)))
