@@ -1,4 +1,4 @@
-# make demo   a picture made by two ranks on this machine, in demo.png
+# make demo   a picture made by two ranks on this machine, in demo.png; TYPE=transformer or student: other models
 # make test   the whole test suite      make check   format, lint and types
 # make matrix the README's tables from the registry, a run of every cell, and the slow tests of other files
 # Each sets up .venv first where it is missing or the requirements have changed.
@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red circle on a blue background
 RANKS ?= 2
+TYPE ?= unet
 WORKERS ?= 2
 
 .PHONY: demo test check matrix gpu-matrix format clean
@@ -19,7 +20,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python demo/ask.py --ranks $(RANKS) --prompt "$(PROMPT)" --out demo.png
+	$(BIN)/python demo/ask.py $(TYPE) --ranks $(RANKS) --prompt "$(PROMPT)" --out demo.png
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

@@ -19,6 +19,7 @@ import math
 import os
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,9 @@ LAUNCHES: dict[str, list[Launch]] = {
         *(Launch("asyncdiff", f"--warm_up_steps={w}", 2, w == 5) for w in (1, 3, 5, 10)),
         Launch("asyncdiff", "--use_cfg_parallel --warm_up_steps=10 --async_steps=8"),
         *quantized("xdit"),
+        *(Launch("xdit", f"--step_cache=fbcache:{most}", 1, most == 0.12) for most in (0.05, 0.12, 0.2)),
+        *(Launch("xdit", f"--step_cache={cache}", 1) for cache in ("taylorseer:3", "taylorseer:5")),
+        Launch("xdit", "--ring_degree=2 --quantize_to=int8 --step_cache=fbcache:0.12"),
         Launch("xdit", "--ring_degree=2 --exchange_dtype=int8 --quantize_to=int8"),
     ],
     "student": [
@@ -173,6 +177,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64, help="held-out prompts (default 64)")
     parser.add_argument("--only", action="append", help="launches whose flags contain this (repeatable)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--jobs", type=int, default=1, help="launches at the same time, each on its ranks")
     parser.add_argument("--strip", type=Path, help="write pictures of some launches side by side here")
     parser.add_argument("--write", action="store_true", help="put the rows into docs/MEASURED.md")
     options = parser.parse_args()
@@ -183,22 +188,27 @@ def main() -> None:
     ]
     if not chosen:
         parser.error(f"--only must be part of a launch's flags, such as {LAUNCHES[options.kind][0].flags}")
-    pool = RankPool(timeout=3600)
-    try:
-        wanted = pool.run(plain, 1, kind, scenes)[0]
-        rows = [HEAD, f"| plain diffusers |  | 1 |  |  |  | {obeyed(scenes, wanted)} |"]
+
+    def draw(launch: Launch | None) -> list[Image.Image]:
+        pool = RankPool(timeout=3600)
+        try:
+            if launch is None:
+                return list(pool.run(plain, 1, kind, scenes)[0])
+            found = pool.run(launched, launch.ranks, kind, launch, scenes, options.device)
+            return next(made for made in found if made)
+        finally:
+            pool.close()
+
+    with ThreadPoolExecutor(options.jobs) as jobs:
+        wanted, *all_made = [jobs.submit(draw, launch) for launch in (None, *chosen)]
+        rows = [HEAD, f"| plain diffusers |  | 1 |  |  |  | {obeyed(scenes, wanted.result())} |"]
         print(*rows, sep="\n", flush=True)
-        columns = {"plain\ndiffusers": wanted}
-        for launch in chosen:
-            made = next(
-                m for m in pool.run(launched, launch.ranks, kind, launch, scenes, options.device) if m
-            )
-            rows.append(row(launch, scenes, made, wanted))
+        columns = {"plain\ndiffusers": wanted.result()}
+        for launch, made in zip(chosen, all_made, strict=True):
+            rows.append(row(launch, scenes, made.result(), wanted.result()))
             print(rows[-1], flush=True)
             if launch.pictured:
-                columns[f"{launch.host}, {launch.ranks}\n" + launch.flags.replace(" ", "\n")] = made
-    finally:
-        pool.close()
+                columns[f"{launch.host}, {launch.ranks}\n" + launch.flags.replace(" ", "\n")] = made.result()
     if options.strip:
         strip(scenes, columns).save(options.strip, optimize=True)
     if options.write:

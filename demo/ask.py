@@ -1,6 +1,7 @@
-"""Start a host on the demo checkpoint, request one picture over HTTP, and end it: what `make demo` runs.
+"""Start a host on a demo checkpoint, request one picture over HTTP, and end it: what `make demo` runs.
 
 python demo/ask.py --ranks 2 --prompt "a red circle on a blue background" --out demo.png
+python demo/ask.py transformer    # or student; unet is the default
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from checkpoints import CHECKPOINTS  # noqa: E402
+
 START_SECONDS = 300
 
 
@@ -108,21 +113,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("kind", nargs="?", choices=CHECKPOINTS, default="unet", help="which (default unet)")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--prompt", default="a red circle on a blue background")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, help="default: as many as the checkpoint needs")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--cfg", type=float, default=4.0)
+    parser.add_argument("--cfg", type=float, help="default: the checkpoint's")
     parser.add_argument("--out", type=Path, default=Path("demo.png"))
     options = parser.parse_args()
 
+    kind = CHECKPOINTS[options.kind]
+    steps, cfg = options.steps or kind.steps, kind.cfg if options.cfg is None else options.cfg
     port = free_port()
     command = [
         *(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.ranks}"),
         *("--master_port", str(free_port())),
-        str(HERE.parent / "asyncdiff_host.py"),
-        *("--type=sd1", f"--checkpoint={HERE / 'checkpoint'}", "--variant=fp32"),
-        *("--width=128", "--height=128", "--warm_up_steps=3", f"--port={port}"),
+        str(HERE.parent / f"{kind.host}_host.py"),
+        *(f"--type={kind.type}", f"--checkpoint={kind.path}", "--variant=fp32"),
+        *("--width=128", "--height=128", f"--warm_up_steps={kind.warm_up}", f"--port={port}"),
     ]
     print("$ torchrun", *command[3:], flush=True)
     # torchrun warns unless the number of threads is set (the host divides the cores among the ranks itself),
@@ -134,9 +142,9 @@ def main() -> None:
         began = time.monotonic()
         body = {
             "positive": options.prompt,
-            "steps": options.steps,
+            "steps": steps,
             "seed": options.seed,
-            "cfg": options.cfg,
+            "cfg": cfg,
         }
         answer = ask(url, body, options.out)
         seconds = time.monotonic() - began
@@ -144,8 +152,9 @@ def main() -> None:
     finally:
         stop(host)
     shares = ", ".join(f"{stage['share']:.1%}" for stage in plan.get("stages", []))
-    print(f"{options.ranks} ranks shared the denoiser as {shares}; ready after {started:.1f} s")
-    print(f'"{options.prompt}", seed {answer.get("X-Seed")}, {options.steps} steps: {seconds:.1f} s')
+    shared = f" shared the denoiser as {shares}" if shares else ""
+    print(f"{options.ranks} ranks{shared}; ready after {started:.1f} s")
+    print(f'"{options.prompt}", seed {answer.get("X-Seed")}, {steps} steps: {seconds:.1f} s')
     print(f"wrote {options.out}")
 
 

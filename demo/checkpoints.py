@@ -15,6 +15,7 @@ class Checkpoint:
     host: str
     steps: int
     cfg: float
+    warm_up: int
     absent: tuple[str, ...] = ()
     """Parts that its pipeline may have and it has not; diffusers wants to be told."""
 
@@ -24,7 +25,7 @@ class Checkpoint:
 
 
 CHECKPOINTS = {
-    "unet": Checkpoint("checkpoint", "sd1", "asyncdiff", 30, 4.0),
-    "transformer": Checkpoint("transformer", "sd3", "xdit", 28, 4.0, ("text_encoder_3", "tokenizer_3")),
-    "student": Checkpoint("student", "sd1", "distrifuser", 4, 1.0),
+    "unet": Checkpoint("checkpoint", "sd1", "asyncdiff", 30, 4.0, 3),
+    "transformer": Checkpoint("transformer", "sd3", "xdit", 28, 4.0, 3, ("text_encoder_3", "tokenizer_3")),
+    "student": Checkpoint("student", "sd1", "distrifuser", 4, 1.0, 1),
 }

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from shared.backends import BACKENDS
 from shared.launch.backend import Backend
-from shared.launch.checks import idle_flags
+from shared.launch.checks import idle_flags, preset_line
 from shared.launch.errors import LoadError, UsageError, first_line
 from shared.launch.flags import HostConfig
 from shared.launch.logs import adopt_libraries, guard_streams, set_up_logging, world_from_environment
@@ -60,6 +60,8 @@ def serve(backend: Backend[World, Engine]) -> NoReturn:
         _start_server(config, backend, status, queue, lifeline)
         for line in [*exposure_warnings(config), *idle_flags(config, backend, world_size)]:
             log.warning("%s", line)
+        if (preset := preset_line(config, backend, world_size)) is not None:
+            log.info("%s", preset)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for library in ("TRANSFORMERS", "DIFFUSERS"):

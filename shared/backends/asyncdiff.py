@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from shared.backends import presets
 from shared.launch.backend import Backend, Needs, runs_plain
 from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
@@ -225,4 +226,5 @@ BACKEND = Backend(
     idle=idle,
     needs=needs,
     build_engine=build_engine,
+    presets=presets.asyncdiff,
 )

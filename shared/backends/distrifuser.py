@@ -6,6 +6,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from shared.backends import presets
 from shared.launch.backend import Backend, Needs, runs_plain
 from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
@@ -147,4 +148,5 @@ BACKEND = Backend(
     needs=needs,
     build_engine=build_engine,
     choose=choose,
+    presets=presets.distrifuser,
 )

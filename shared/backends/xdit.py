@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from shared.backends import presets
 from shared.backends.xdit_cost import GAINS, Choice
 from shared.backends.xdit_plan import FLAGS, REFUSES, TYPES, check, link_choice, xdit_degrees
 from shared.launch.backend import Backend, Needs
 from shared.launch.flags import HostConfig
+from shared.models import ModelSpec
 
 if TYPE_CHECKING:
     from shared.parallel.method import Method
@@ -186,6 +189,11 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     )
 
 
+def found_presets(spec: ModelSpec, ranks: int, given: Collection[str]) -> presets.Presets:
+    """What --preset means for a type."""
+    return presets.xdit(spec, ranks, given, BACKEND.refusal(spec, "use_fbcache") is None)
+
+
 BACKEND = Backend(
     name="xdit",
     title="xDiT: sequence, pipeline and guidance parallelism through xfuser (arXiv 2411.01738)",
@@ -198,4 +206,5 @@ BACKEND = Backend(
     build_engine=build_engine,
     pictures_at_once=lambda config: config.data_parallel_degree or 1,
     choose=choose,
+    presets=found_presets,
 )

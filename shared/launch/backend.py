@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -41,6 +41,10 @@ def _as_given(config: HostConfig, world: Any) -> HostConfig:
     return config
 
 
+def _no_presets(spec: ModelSpec, ranks: int, given: Collection[str]) -> Mapping[str, Mapping[str, Any]]:
+    return {}
+
+
 def runs_plain(config: HostConfig, world_size: int, device_type: str) -> bool:
     """Whether a single rank runs the plain pipeline: there is nothing to divide, and no step to capture."""
     return world_size == 1 and not config.captures(device_type)
@@ -67,6 +71,8 @@ class Backend(Generic[World, Engine]):
     pictures_at_once: Callable[[HostConfig], int] = _one_picture  # of one request
     # Fills in what the measured link decides, and logs it; on every rank, before anything is loaded.
     choose: Callable[[HostConfig, World], HostConfig] = _as_given
+    # Preset -> flag -> value, for a type on so many ranks where these flags are given.
+    presets: Callable[[ModelSpec, int, Collection[str]], Mapping[str, Mapping[str, Any]]] = _no_presets
 
     @property
     def script(self) -> str:

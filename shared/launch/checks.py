@@ -48,6 +48,18 @@ def check_config(config: HostConfig, backend: Backend, world_size: int) -> None:
     _check_sizes(config, backend, world_size)
 
 
+def preset_line(config: HostConfig, backend: Backend, world_size: int) -> str | None:
+    """The flags that --preset has set, as they could be given; None without one."""
+    if config.preset is None:
+        return None
+    given = config.changed(*(f.name for f in backend.config_flags))
+    values = {
+        name: getattr(config, name) for name in backend.presets(config.spec, world_size, given)[config.preset]
+    }
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()]
+    return f"preset {config.preset}: {' '.join(flags) or 'no flags'}"
+
+
 def idle_flags(config: HostConfig, backend: Backend, world_size: int) -> list[str]:
     """A line for each flag that changes nothing in this launch."""
     alone = ["--shard_weights has no effect: there is one rank"] if config.shard_weights else []

@@ -229,6 +229,13 @@ class HostConfig:
         most=1000,
         aliases=("warm_up", "warmup_steps"),
     )
+    preset: str | None = _flag(
+        None,
+        _PARALLEL,
+        "flags for this type and number of ranks, which are printed; flags that are given win",
+        as_text,
+        choices=("fast", "balanced", "exact"),
+    )
     device: str = _flag("auto", _PARALLEL, "where to compute", as_text, choices=("auto", "cuda", "cpu"))
     model_n: int | None = _method_flag(
         None, "stages of the denoiser (default: from the world size)", as_integer, least=1, most=4

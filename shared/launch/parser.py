@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import Field
+from dataclasses import Field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -98,8 +98,12 @@ def parse_config(backend: Backend, backends: Backends, argv: Sequence[str] | Non
     parsed = {name: _parse_value(by_name[name], value) for name, value in values.items()}
     if (key := _api_key(parsed)) is not None:
         parsed["api_key"] = key
+    check_type(parsed.get("type", ""), backend, backends)
     config = HostConfig(backend=backend.name, **parsed)
-    check_type(config.type, backend, backends)
+    if config.preset is not None:
+        ranks = world_from_environment()[1]
+        chosen = backend.presets(config.spec, ranks, parsed)[config.preset]
+        config = replace(config, **{name: parsed.get(name, value) for name, value in chosen.items()})
     check_config(config, backend, world_from_environment()[1])
     return config
 

@@ -227,7 +227,7 @@ LEFT_OUT = {
         *("compile_options", "compile_fullgraph_off", "enable_vae_tiling", "enable_vae_slicing"),
         *("xformers_efficient", "enable_model_cpu_offload", "enable_sequential_cpu_offload"),
         *("enable_group_offload", "shard_weights", "fit", "device", "sizes", "embeddings_dir", "refiner"),
-        "exchange_dtype",
+        *("exchange_dtype", "preset"),
     },
     "the LoRA node names files itself": {"lora_dir"},
     "every launch has it, for those files": {"allow_lora_paths"},

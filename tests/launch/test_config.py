@@ -69,6 +69,7 @@ VALUES: dict[str, tuple[str, Any]] = {
     "vae": ("{f}/other.safetensors", "{f}/other.safetensors"),
     "gguf_model": ("{f}/file.gguf", "{f}/file.gguf"),
     "quantize_to": ("int8", "int8"),
+    "preset": ("exact", "exact"),
     "lora": ('{{"{f}/file.safetensors": 0.5}}', {"{f}/file.safetensors": 0.5}),
     "lora_dir": ("{f}/model,{f}", ("{f}/model", "{f}")),
     "refiner": ("{f}/other.safetensors", "{f}/other.safetensors"),

@@ -39,6 +39,7 @@ from shared.host import warm_up
 from shared.launch.checks import check_config
 from shared.launch.errors import UsageError
 from shared.launch.logs import set_up_logging
+from shared.launch.parser import parse_config
 from shared.models import CacheSettings
 from shared.parallel.method import Plain
 from shared.pipeline.compile import graph_count
@@ -432,6 +433,20 @@ def _(ground: Ground) -> None:
 
 
 # Plans
+
+
+@shows("preset")
+def _(ground: Ground) -> None:
+    """Its flags are set as if they had been given, and one that is given wins."""
+    argv = ["--type=sd1", f"--checkpoint={tiny.checkpoint('sd1')}", "--preset=fast"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        asked, own = (
+            parse_config(BACKENDS["asyncdiff"], BACKENDS, [*argv, *more])
+            for more in ([], ["--async_steps=2"])
+        )
+    assert (asked.use_cfg_parallel, asked.warm_up_steps, asked.async_steps) == (True, 10, 15)
+    assert own == replace(asked, async_steps=2)
 
 
 @shows("warm_up_steps")
