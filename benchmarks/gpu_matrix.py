@@ -137,7 +137,9 @@ def flags_of(backend: str, name: str, feature: str) -> dict[str, Any]:
     if feature in OFFLOADS:
         return {feature: True}
     if feature in ("int8", "float8"):
-        return {"quantize_to": feature}
+        return {
+            "quantize_to": f"{feature}_weight"
+        }  # no layer of a tiny checkpoint gains from computing in it
     makers: dict[str, Any] = {
         "lora": tiny_extras.lora,
         "control_net": tiny_extras.control_net,

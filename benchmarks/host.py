@@ -42,13 +42,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.models import MAKERS, on, sdxl_unet, text_modules
 from demo.ask import free_port, get, wait_until_ready
+from shared.launch.flags import COMPUTED
 from shared.models import MODELS
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES: dict[str, list[str]] = {
     "none": [],
-    **{to: [f"--quantize_to={to}"] for to in ("float8", "int8", "int4", "int2")},
+    **{to: [f"--quantize_to={to}"] for to in (*COMPUTED, *COMPUTED.values(), "int4", "int2")},
     **{f"{how}_offload": [f"--enable_{how}_offload"] for how in ("model_cpu", "sequential_cpu", "group")},
     # With a LoRA and a ControlNet next to the checkpoint.
     "together": ["--quantize_to=int8", "--compile_unet"],

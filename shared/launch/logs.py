@@ -266,6 +266,10 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry)
 
 
+QUIET = ("torchao", "torch.utils._pytree")
+"""Loggers that warn, when torchao is imported, of its own kernels, which are not used here."""
+
+
 def set_up_logging(config: HostConfig, rank: int) -> None:
     """Rank 0 logs at --log_level; the others only warnings and errors, unless the level is debug.
 
@@ -285,6 +289,8 @@ def set_up_logging(config: HostConfig, rank: int) -> None:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
+    for name in QUIET:
+        logging.getLogger(name).setLevel("ERROR")
     logging.getLogger("host").setLevel(level if rank == 0 or level == "DEBUG" else "WARNING")
 
 

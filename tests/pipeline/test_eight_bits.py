@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,35 @@ def test_without_a_large_layer_weights_are_kept_small(caplog: pytest.LogCaptureF
     pipe = tiny.host("sd1", quantize_to="int8")
     assert "unet: no layer is large enough to gain from computing in int8" in caplog.text
     assert np.array_equal(tiny.run(pipe, "sd1"), tiny.run(tiny.host("sd1", quantize_to="int8_weight"), "sd1"))
+
+
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_the_second_start_finds_the_same_bytes(
+    tmp_path: Path, kind: str, small_layers_too: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, quantize_layer = [], eight_bits.quantize_layer
+
+    def noting(layer: nn.Linear, kind: str) -> None:
+        made.append(layer)
+        quantize_layer(layer, kind)
+
+    monkeypatch.setattr(eight_bits, "quantize_layer", noting)
+    flags = {"quantize_to": kind, "cache_dir": str(tmp_path)}
+    first = tiny.run(tiny.host("flux", **flags), "flux")
+    count = len(made)
+    second = tiny.host("flux", **flags)
+    assert 0 < count == len(made), "nothing is quantized again"
+    assert np.array_equal(tiny.run(second, "flux"), first)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("float8", marks=pytest.mark.slow), "int8"])
+def test_compiled_blocks_are_whole_graphs_of_the_same_picture(kind: str, small_layers_too: None) -> None:
+    torch._dynamo.reset()
+    compiled = {"compile_unet": True, "compile_backend": "aot_eager"}
+    pipe = tiny.host("flux", quantize_to=kind, **compiled)
+    close = np.abs(tiny.run(pipe, "flux") - tiny.run(tiny.host("flux", quantize_to=kind), "flux"))
+    torch._dynamo.reset()
+    assert close.max() < 0.02
 
 
 @pytest.mark.parametrize("kind", COMPUTED)
