@@ -51,9 +51,18 @@ def idle(config: HostConfig, world_size: int) -> list[str]:
         changed = config.changed("split_scheme", "sync_mode", "exchange_dtype")
         reason = "--parallelism=tensor has no patches"
     elif config.parallelism == "naive_patch" and config.sync_mode != "full_sync":
-        changed = config.changed("sync_mode", "exchange_dtype")
+        changed = config.changed("sync_mode")
         reason = "naive patches exchange nothing, except with full_sync"
-    return [f"--{flag} has no effect: {reason}" for flag in changed]
+    lines = [f"--{flag} has no effect: {reason}" for flag in changed]
+    if config.exchange_dtype and config.parallelism != "tensor" and not _has_patches(config, world_size):
+        lines.append("--exchange_dtype has no effect: each rank has whole pictures; see --no_split_batch")
+    return lines
+
+
+def _has_patches(config: HostConfig, world_size: int) -> bool:
+    """Whether ranks share a picture, in patches."""
+    each = world_size // 2 if world_size % 2 == 0 and not config.no_split_batch else world_size
+    return config.parallelism != "tensor" and each > 1
 
 
 def needs(config: HostConfig, world_size: int) -> Needs:
@@ -74,7 +83,7 @@ def choose(config: HostConfig, world: World) -> HostConfig:
     slow = _slow(world)
     if config.exchange_dtype == "auto":
         config = replace(config, exchange_dtype="int8" if slow else None)
-    if slow and config.parallelism == "patch" and world.rank == 0:
+    if slow and _has_patches(config, world.size) and world.rank == 0:
         bits = f", in {config.exchange_dtype}" if config.exchange_dtype else ""
         log.info(
             "chosen for this link: patches exchange what keys and values are made of%s: half the bytes", bits

@@ -390,6 +390,10 @@ def test_world_size_of_asyncdiff(folder: Path, world: int, flags: list[str], fit
         ("distrifuser", 2, ["--parallelism=naive_patch", "--sync_mode=full_sync"], []),
         ("distrifuser", 2, ["--parallelism=naive_patch", "--sync_mode=no_sync"], ["sync_mode"]),
         ("distrifuser", 2, ["--split_scheme=col", "--sync_mode=no_sync"], []),
+        ("distrifuser", 2, ["--exchange_dtype=int8"], ["exchange_dtype"]),
+        ("distrifuser", 2, ["--exchange_dtype=int8", "--no_split_batch"], []),
+        ("distrifuser", 4, ["--exchange_dtype=int4"], []),
+        ("distrifuser", 4, ["--exchange_dtype=int4", "--parallelism=tensor"], ["exchange_dtype"]),
     ],
 )
 def test_flags_that_do_nothing_are_told(

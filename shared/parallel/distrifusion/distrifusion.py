@@ -101,8 +101,8 @@ class DistriFusion(Method):
         self.parallelism, self.group = parallelism, group
         self.schedule = Schedule(parallelism == "naive_patch", split_scheme, sync_mode, warm_up_steps)
         self.cuda_graph, self.max_shapes, self.bundle_bytes = cuda_graph, max_shapes, bundle_bytes
-        self.keeps_prompts, self.bits = keeps_prompts, bits if parallelism == "patch" else None
-        self.projects = projects and parallelism == "patch"
+        self.keeps_prompts, self.bits = keeps_prompts, bits if parallelism != "tensor" else None
+        self.projects = projects and parallelism != "tensor"
         self.all = Ranks.of(group)
         self.half, self.pair, self.branch = self.all, None, 0
         if split_batch and self.all.size % 2 == 0:
