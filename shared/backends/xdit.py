@@ -48,7 +48,7 @@ def needs(config: HostConfig, world_size: int) -> Needs:
 def idle(config: HostConfig, world_size: int) -> list[str]:
     """A line for each flag that changes nothing in this launch."""
     if config.shard_weights and needs(config, world_size).in_parts:
-        reason = "PipeFusion's stages keep only their own blocks anyway; it shards the text encoders"
+        reason = "PipeFusion's stages keep only their own blocks anyway; it shards the other models"
         return [f"--shard_weights has no effect on the transformer: {reason}"]
     if config.exchange_dtype and xdit_degrees(config, world_size).sequence == 1:
         return ["--exchange_dtype has no effect: no ranks share a picture's tokens"]

@@ -63,6 +63,22 @@ def test_weights_are_those_that_are_loaded(name: str) -> None:
         assert min(need.encode if MODELS[name].text_encoders else 1, need.step, need.decode) > 0
 
 
+def test_parts_in_host_memory_are_not_counted() -> None:
+    """Under model offload the parts of all but the denoiser wait there; it is allowed beside the shards."""
+    sharded = tiny.config("sdxl", shard_weights=True)
+    plan = plan_of(sharded, 2)
+    moved = replace(sharded, enable_model_cpu_offload=True)
+    before, after = (plan.weights_of(config, 2)[0] for config in (sharded, moved))
+    assert before["unet"] == after["unet"]
+    whole = plan.weights_of(replace(sharded, shard_weights=False), 2)[0]
+    for model in ("text_encoder", "text_encoder_2", "vae"):
+        # A half of the blocks is on each device; what is no block is whole on both.
+        assert after[model] == pytest.approx(2 * before[model] - whole[model], abs=2), model
+        assert after[model] < 0.15 * whole[model]
+    assert changed(sharded, {"enable_model_cpu_offload": True}, plan.backend, 2, "cuda") == moved
+    assert changed(moved, {"enable_group_offload": True}, plan.backend, 2, "cuda") is None
+
+
 def test_both_transformers_are_quantized() -> None:
     flags = {"checkpoint": str(tiny_wan.wan22("a14b")), "quantize_to": "int8"}
     plan = plan_of(tiny.config("wan", **flags))

@@ -146,6 +146,7 @@ class DistriFusion(Method):
             "warm_up_steps": self.schedule.warm_up_steps,
             "split_batch": branches == 2,
             "split_decode": self.split_decode,
+            "decode_from": self.decoder and self.decoder.least,
             "exchange": self.bits,
             "projects": self.projects,
             "ranks": [
