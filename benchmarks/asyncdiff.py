@@ -1,9 +1,12 @@
 """AsyncDiff compared with the plain pipeline, full-size random weights, latents out: seconds, error, memory.
 
 torchrun --nproc_per_node=2 benchmarks/asyncdiff.py sdxl:1024:30 sdxl:2048:10 sd1:512:30 sd3:1024:28
-    [--compile [--channels-last]] [--systems eager,graph,asyncdiff,balanced,cfg,hybrid-12-8] [--warm-up 3]
+    [--compile [--channels-last]] [--systems eager,graph,asyncdiff,balanced,auto,cfg,hybrid-12-8]
+    [--warm-up 3] [--guidance 1]
 
-"hybrid-12-8" divides the guidance branches, and after 12 steps shares one of them for 8 (two ranks).
+"auto" chooses its asynchronous steps by itself. "hybrid-12-8" divides the guidance branches, and after 12
+steps shares one of them for 8 (two ranks); "hybrid-auto" chooses those steps by itself, and "hybrid-demo"
+takes those that it chooses for 30 steps of the demo checkpoint, as random weights choose others.
 "pairs-12-8" puts them on halves of four or more ranks, asynchronous in 8 steps; "pairs": after --warm-up.
 Under one rank (plain python) only the plain systems run. Every system's time is the median of `--repeats`
 generations after one that warms it up; the error is ||a - b|| / ||b|| against plain eager.
@@ -22,8 +25,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.bench import Bench, parser
 from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.cfg_split import CfgSplit, HybridSplit
+from shared.parallel.chosen_steps import Pace
 
 SYSTEMS = ("eager", "graph", "asyncdiff", "balanced", "cfg")
+
+
+DEMO = "......S.S.SS.SSS.SSSSS.SSSS.S."
+"""The steps that ``--use_cfg_parallel --async_steps=auto`` shares (S) on the demo checkpoint."""
+
+
+class Demo(Pace):
+    """Measures as any other, and decides as on the demo checkpoint."""
+
+    def _is_slow(self, step: int) -> bool:
+        super()._is_slow(step)
+        return DEMO[step % len(DEMO)] == "S"
 
 
 class AsyncDiffBench(Bench):
@@ -38,20 +54,27 @@ class AsyncDiffBench(Bench):
                 return [alone]
             return [alone, CfgSplit([alone.denoiser], dist.group.WORLD, self.rank)]
         if system.startswith("hybrid-"):
-            exact, steps = map(int, system.split("-")[1:])
-            stages = AsyncDiff(pipe, 2, warm_up_steps=exact, async_steps=steps)
+            if system == "hybrid-demo":
+                pace: Pace = Demo(None, "auto")
+            elif system == "hybrid-auto":
+                pace = Pace(None, "auto")
+            else:
+                exact, late = map(int, system.split("-")[1:])
+                pace = Pace(exact, late)
+            stages = AsyncDiff(pipe, 2, pace=pace, notes=False, leader=1)
+            shared = stages.asynchronous
             return [
                 stages,
-                HybridSplit([stages.denoiser], dist.group.WORLD, self.rank, stages.asynchronous),
+                HybridSplit([stages.denoiser], dist.group.WORLD, self.rank, shared, pace=pace),
             ]
         if system.startswith("pairs"):
             exact, steps = (*map(int, system.split("-")[1:]), self.options.warm_up, None)[:2]
             half, pair, branch = self.halves()
             stages = AsyncDiff(pipe, self.size // 2, warm_up_steps=exact, async_steps=steps, group=half)
             return [stages, CfgSplit([stages.denoiser], pair, branch)]
-        measured = system == "balanced"
-        return [AsyncDiff(pipe, self.size, warm_up_steps=self.options.warm_up, measure_units=measured)]
+        warm_up = "auto" if system == "auto" else self.options.warm_up
+        return [AsyncDiff(pipe, self.size, warm_up_steps=warm_up, measure_units=system == "balanced")]
 
 
 if __name__ == "__main__":
-    AsyncDiffBench(parser(__doc__, SYSTEMS, warm_up=3).parse_args()).run()
+    AsyncDiffBench(parser(__doc__, SYSTEMS, warm_up=None).parse_args()).run()

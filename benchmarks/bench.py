@@ -144,6 +144,7 @@ class Bench(ABC):
             pipe = source.MAKERS[name](self.device, dtype)
         pipe.set_progress_bar_config(disable=True)
         what = ", decoded" if self.options.decode else ""
+        what += "" if self.options.guidance is None else f", guidance {self.options.guidance:g}"
         label = f"{name} {size}, {steps} steps{what}"
 
         def generate() -> torch.Tensor:
@@ -151,6 +152,8 @@ class Bench(ABC):
                 arguments = tiny.call_args(kind, steps, size=size)
             else:
                 arguments = source.call_arguments(name, self.device, dtype, size, steps)
+            if self.options.guidance is not None:
+                arguments["guidance_scale"] = self.options.guidance
             output = self.call(pipe, arguments | {"output_type": "pt" if self.options.decode else "latent"})
             return output.images if hasattr(output, "images") else output.frames
 
@@ -211,6 +214,10 @@ class Bench(ABC):
                 if system not in self.foreign:
                     held.append(without_sync(pipe.scheduler))
                 seconds, peak, made = measure(generation, self.device, self.options.repeats)
+                if self.rank == 0:
+                    print(
+                        *(f"({system}: {choice})" for one in held if (choice := getattr(one, "choice", None)))
+                    )
                 self._row(label, prefix + system, seconds, peak, made, time.perf_counter() - began)
                 if self.options.profile:
                     self._profile(generation, f"{label}, {prefix}{system}")
@@ -243,8 +250,8 @@ class Bench(ABC):
             print("| " + " | ".join(row) + f" |  ({spent:.0f} s)", flush=True)
 
 
-def parser(text: str | None, systems: Sequence[str], warm_up: int) -> argparse.ArgumentParser:
-    """The flags that all of them take."""
+def parser(text: str | None, systems: Sequence[str], warm_up: int | None) -> argparse.ArgumentParser:
+    """The flags that all of them take. A `warm_up` of None is a share of the steps."""
     made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("work", nargs="+", help="type:size:steps")
     made.add_argument("--systems", default=",".join(systems))
@@ -262,7 +269,8 @@ def parser(text: str | None, systems: Sequence[str], warm_up: int) -> argparse.A
     )
     made.add_argument("--channels-last", action="store_true", help="of the compiled denoiser")
     made.add_argument("--decode", action="store_true", help="whole pictures, not latents")
-    made.add_argument("--warm-up", type=int, default=warm_up)
+    made.add_argument("--warm-up", type=int, default=warm_up, help="default: %(default)s")
+    made.add_argument("--guidance", type=float, help="scale of guidance; 1 for none, as distilled models")
     made.add_argument("--repeats", type=int, default=3)
     made.add_argument("--dtype", default="bf16", choices=DTYPES)
     made.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

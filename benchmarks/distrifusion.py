@@ -1,7 +1,8 @@
 """DistriFusion compared with the plain pipeline, full-size random weights: seconds, error, memory.
 
 torchrun --nproc_per_node=2 benchmarks/distrifusion.py sdxl:1024:30 sdxl:2048:10 sdxl:3840:6
-    [--compile[=patch] [--channels-last]] [--systems eager,graph,patch,cfg,tensor] [--decode] [--warm-up 4]
+    [--compile[=patch] [--channels-last]] [--systems eager,graph,patch,auto,cfg,tensor,full_sync] [--decode]
+    [--warm-up 4] [--guidance 1]
 
 Latents out, or whole pictures with --decode, where the VAE decodes in patches on all ranks as well. The rest
 is as in benchmarks/asyncdiff.py.
@@ -30,6 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "patch-no-graph": {"split_batch": False, "cuda_graph": False},
     "stale_gn": {"split_batch": False, "sync_mode": "stale_gn"},
     "full_sync": {"split_batch": False, "sync_mode": "full_sync"},
+    "auto": {"split_batch": False, "warm_up_steps": "auto"},
     "no_sync": {"split_batch": False, "sync_mode": "no_sync"},
     "tensor": {"split_batch": False, "parallelism": "tensor"},
     "cfg": {"split_batch": True},
@@ -45,7 +47,7 @@ class DistriFusionBench(Bench):
         if system == "graph":
             return [AsyncDiff(pipe, 1, warm_up_steps=1, group=self.own_group)]
         settings = {"split_decode": self.options.decode} | SETTINGS[system]
-        return [DistriFusion(pipe, warm_up_steps=self.options.warm_up, **settings)]
+        return [DistriFusion(pipe, **({"warm_up_steps": self.options.warm_up} | settings))]
 
 
 if __name__ == "__main__":

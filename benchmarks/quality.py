@@ -46,7 +46,7 @@ class Setting:
     method: str
     options: tuple[tuple[str, Any], ...]
     ranks: int
-    warm_up: int
+    warm_up: int | str
     pictured: bool = False
     """Whether its pictures go into the strip."""
 
@@ -85,16 +85,18 @@ class Setting:
 
 
 @contextlib.contextmanager
-def hybrid(pipe: Any, warm_up: int, async_steps: int) -> Iterator[Any]:
+def hybrid(pipe: Any, warm_up: int | str, async_steps: int | str) -> Iterator[Any]:
     """Guidance branches on two ranks, which share one of them for some steps."""
     import torch.distributed as dist
 
     from shared.parallel.asyncdiff import AsyncDiff
     from shared.parallel.cfg_split import HybridSplit
+    from shared.parallel.chosen_steps import Pace
     from shared.parallel.method import CombinedMethod
 
-    stages = AsyncDiff(pipe, 2, warm_up_steps=warm_up, async_steps=async_steps)
-    split = HybridSplit([pipe.unet], dist.group.WORLD, dist.get_rank(), stages.asynchronous)
+    pace = Pace(warm_up, async_steps)
+    stages = AsyncDiff(pipe, 2, pace=pace, notes=False, leader=1)
+    split = HybridSplit([pipe.unet], dist.group.WORLD, dist.get_rank(), stages.asynchronous, pace=pace)
     with CombinedMethod(stages, [split]) as both:
         yield both
 
@@ -102,29 +104,37 @@ def hybrid(pipe: Any, warm_up: int, async_steps: int) -> Iterator[Any]:
 def hybrid_settings(steps: int) -> list[Setting]:
     """By where the shared steps begin, and how many they are."""
     middle = [(w, n) for n in (4, 8, 15) for w in (8, 10, 12, 15) if w + n < steps]
-    return [Setting("hybrid", (("async_steps", n),), 2, w) for w, n in middle]
+    fixed = [Setting("hybrid", (("async_steps", n),), 2, w) for w, n in middle]
+    return [Setting("hybrid", (("async_steps", "auto"),), 2, "auto"), *fixed]
 
 
 def asyncdiff_settings(steps: int) -> list[Setting]:
-    """By plan and warm-up; the last warm-up is the whole generation."""
+    """By plan and warm-up; the first is chosen by itself, the last is the whole generation."""
     return [
         Setting("asyncdiff", (("model_n", n), ("stride", stride)), n + stride - 1, warm_up, warm_up == 3)
         for stride, n in itertools.product((1, 2), (2, 3, 4))
-        for warm_up in (*(w for w in (1, 3, 5, 10) if w < steps), steps)
+        for warm_up in ("auto", *(w for w in (1, 3, 5, 6, 10) if w < steps), steps)
     ]
 
 
 def distrifusion_settings(steps: int) -> list[Setting]:
     """By ranks, split and what patches exchange, after the paper's 4 exact steps."""
 
-    def setting(ranks: int, scheme: str, mode: str, parallelism: str = "patch", bits: str = "") -> Setting:
+    def setting(
+        ranks: int,
+        scheme: str,
+        mode: str,
+        parallelism: str = "patch",
+        bits: str = "",
+        warm_up: int | str = min(4, steps),
+    ) -> Setting:
         options: tuple[tuple[str, Any], ...]
         options = (("parallelism", parallelism), ("split_scheme", scheme), ("sync_mode", mode))
         options += (("bits", bits),) if bits else ()
         pictured = (scheme, parallelism, bits) == ("row", "patch", "") and (
             mode == "corrected_async_gn" or (ranks, mode) == (4, "no_sync")
         )
-        return Setting("distrifusion", options, ranks, min(4, steps), pictured)
+        return Setting("distrifusion", options, ranks, warm_up, pictured and warm_up != "auto")
 
     rows = [
         setting(ranks, scheme, mode)
@@ -136,6 +146,7 @@ def distrifusion_settings(steps: int) -> list[Setting]:
     rows += [
         setting(2, "row", mode, bits=bits) for mode in (SYNC_MODES[0], "full_sync") for bits in EXCHANGES
     ]
+    rows += [setting(ranks, "row", SYNC_MODES[0], warm_up="auto") for ranks in (2, 4)]
     return rows + [setting(ranks, "alternate", SYNC_MODES[0], "naive_patch") for ranks in (2, 4)]
 
 
@@ -160,23 +171,29 @@ def load(checkpoint: str) -> Any:
 
 def draw_on_rank(
     checkpoint: str, scenes: list[Scene], steps: int, setting: Setting | None
-) -> list[Image.Image] | None:
-    """Runs on every rank; rank 0 has the pictures. Without a setting: plain diffusers."""
+) -> tuple[list[Image.Image], float] | None:
+    """Runs on every rank; rank 0 has the pictures, and how many steps were asynchronous, on average.
+
+    Without a setting: plain diffusers.
+    """
     import torch.distributed as dist
 
     pipe = load(checkpoint)
     if setting is None:
-        return paint(pipe, scenes, steps=steps, batch=len(scenes))
+        return paint(pipe, scenes, steps=steps, batch=len(scenes)), 0.0
     first = dist.get_rank() == 0
-    # The hybrid knows both branches by a batch of two.
-    batch = 1 if setting.method == "hybrid" else len(scenes)
+    # The hybrid knows both branches by a batch of two; steps are chosen for each picture.
+    batch = 1 if setting.method == "hybrid" or setting.warm_up == "auto" else len(scenes)
     pictures: list[Image.Image] = []
+    late: list[int] = []
     with setting.parallel(pipe) as parallel:
         for at in range(0, len(scenes), batch):
             parallel.begin(steps)
             output, part = "pil" if first else "latent", scenes[at : at + batch]
             pictures += paint(pipe, part, steps=steps, batch=batch, seed=at, output_type=output)
-    return pictures if first else None
+            pace = (parallel.method if setting.method == "hybrid" else parallel).pace
+            late.append(sum(pace.chosen))
+    return (pictures, sum(late) / len(late)) if first else None
 
 
 def psnr(a: Sequence[Image.Image], b: Sequence[Image.Image]) -> float:
@@ -218,14 +235,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="held-out prompts (default 8)")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only", action="append", help="settings to run, such as 2:1 (repeatable)")
-    parser.add_argument("--warm-up", type=int, action="append", help="warm-ups to run (repeatable)")
+    parser.add_argument("--warm-up", action="append", help="warm-ups to run, or auto (repeatable)")
     parser.add_argument("--strip", type=Path, help="write pictures of some settings side by side here")
     options = parser.parse_args()
     scenes = held_out_scenes(200)[: options.prompts]  # the first ones that demo/evaluate.py draws
     known = METHODS[options.method](options.steps)
     for flag, given, allowed in (
         ("--only", options.only, list(dict.fromkeys(s.key for s in known))),
-        ("--warm-up", options.warm_up, list(dict.fromkeys(s.warm_up for s in known))),
+        ("--warm-up", options.warm_up, list(dict.fromkeys(str(s.warm_up) for s in known))),
     ):
         if wrong := [value for value in given or () if value not in allowed]:
             parser.error(f"{flag} must be one of {', '.join(map(str, allowed))}; got {wrong[0]}")
@@ -233,27 +250,27 @@ def main() -> None:
         s
         for s in known
         if (not options.only or s.key in options.only)
-        and (not options.warm_up or s.warm_up in options.warm_up)
+        and (not options.warm_up or str(s.warm_up) in options.warm_up)
     ]
 
     pool = RankPool(timeout=3600)
     work = functools.partial(pool.run, draw_on_rank)
     try:
-        plain = work(1, str(options.checkpoint), scenes, options.steps, None)[0]
+        plain, _ = work(1, str(options.checkpoint), scenes, options.steps, None)[0]
         columns = {"plain\ndiffusers": plain}
         count, _ = count_right(scenes, [judge(p) for p in plain])
-        print("| method | setting | ranks | warm-up | PSNR dB | worst picture | right |")
-        print("|---|---|---:|---:|---:|---:|---:|")
-        print(f"| plain diffusers |  | 1 |  |  |  | {count} of {len(scenes)} |", flush=True)
+        print("| method | setting | ranks | warm-up | asynchronous | PSNR dB | worst picture | right |")
+        print("|---|---|---:|---:|---:|---:|---:|---:|")
+        print(f"| plain diffusers |  | 1 |  |  |  |  | {count} of {len(scenes)} |", flush=True)
         for setting in chosen:
-            made = work(setting.ranks, str(options.checkpoint), scenes, options.steps, setting)[0]
+            made, late = work(setting.ranks, str(options.checkpoint), scenes, options.steps, setting)[0]
             count, _ = count_right(scenes, [judge(p) for p in made])
             level = decibels(psnr(made, plain))
             worst = decibels(min(psnr([a], [b]) for a, b in zip(made, plain, strict=True)))
-            warm_up = "all" if setting.warm_up >= options.steps else setting.warm_up
+            warm_up = "all" if setting.warm_up == options.steps else setting.warm_up
             print(
-                f"| {setting.method} | {setting.label} | {setting.ranks} | {warm_up} | {level} | {worst} "
-                f"| {count} of {len(scenes)} |",
+                f"| {setting.method} | {setting.label} | {setting.ranks} | {warm_up} | {late:.1f} | {level} "
+                f"| {worst} | {count} of {len(scenes)} |",
                 flush=True,
             )
             if setting.pictured:

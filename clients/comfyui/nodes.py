@@ -340,7 +340,10 @@ PLANS: dict[str, tuple[str, dict[str, tuple[list[str] | str, str]]]] = {
             "use_cfg_parallel": (SWITCH, "run the two guidance branches on two halves of the ranks"),
             "auto_balance": (SWITCH, "balance the stages by measured time"),
             "time_shift": (SWITCH, "use the time embedding of the previous step"),
-            "async_steps": ([AUTO, "2", "4", "8", "12", "16"], "asynchronous steps, then exact ones"),
+            "async_steps": (
+                [AUTO, "auto", "2", "4", "8", "12", "16"],
+                "asynchronous steps, then exact ones; auto: those in which little changes",
+            ),
             "stage_weights": (TEXT, "relative speed of each stage's GPU, such as 1,1,0.5"),
             "no_cuda_graph": (SWITCH, "do not capture steps as CUDA graphs"),
         },

@@ -73,7 +73,7 @@ def check(config: HostConfig, world_size: int) -> None:
             raise UsageError(
                 f"--shard_weights: not supported with --{given}: each rank computes the whole model there"
             )
-    if world_size > 1 and config.warm_up_steps < 1:
+    if world_size > 1 and config.warm_up_steps == 0:
         raise UsageError("--warm_up_steps: must be at least 1 (the first step fills the activations); got 0")
     if config.auto_balance and config.stage_weights:
         raise UsageError("--auto_balance: measures what --stage_weights sets; give only one of them")
@@ -117,6 +117,7 @@ def attach(
     """
     from shared.parallel.asyncdiff import AsyncDiff
     from shared.parallel.cfg_split import CfgSplit, HybridSplit
+    from shared.parallel.chosen_steps import Pace
     from shared.parallel.distrifusion.decoder import KINDS, PatchDecoder
     from shared.parallel.method import CombinedMethod, Plain, control_nets
     from shared.parallel.pipeline import model_of
@@ -127,6 +128,8 @@ def attach(
         return Plain(pipe)
     model_n = stages(config, world.size)
     group, hybrid = world.compute, shares_branch(config, world.size)
+    # One for all models and ranks, also those of other branches.
+    pace = Pace(config.warm_up_steps or None, config.async_steps, group)
     if config.use_cfg_parallel and not hybrid:
         group, pair, branch = branch_groups(world, config.collective_timeout)
     weights = config.stage_weights if model_n > 1 else None
@@ -141,15 +144,16 @@ def attach(
             pipe,
             model_n,
             config.stride,
-            max(config.warm_up_steps, 1),
-            config.time_shift,
+            time_shift=config.time_shift,
             group=group,
             stage_weights=weights,
             cuda_graph=config.captures(world.device.type),
             measure_units=config.auto_balance,
             denoiser=module,
-            async_steps=config.async_steps,
             weights=kept,
+            leader=1 if hybrid else None,
+            pace=pace,
+            notes=module is denoiser and not hybrid,
             max_shapes=4 + len(config.sizes or ()),
         )
         for module, kept in zip_longest((denoiser, *nets), stage_weights)
@@ -158,7 +162,7 @@ def attach(
     guided = (lambda: method.running.do_classifier_free_guidance) if nets else None
     if hybrid:
         shared = method.asynchronous
-        parts.append(HybridSplit([denoiser], group, world.rank, shared, local=nets, guided=guided))
+        parts.append(HybridSplit([denoiser], group, world.rank, shared, local=nets, guided=guided, pace=pace))
     elif config.use_cfg_parallel:
         parts.append(CfgSplit([denoiser], pair, branch, local=nets, guided=guided))
     least, decoder = config.decode_from, None

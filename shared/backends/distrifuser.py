@@ -30,7 +30,7 @@ def check(config: HostConfig, world_size: int) -> None:
             "naive_patch supports"
         )
     patched = config.parallelism == "patch" and config.sync_mode != "full_sync"
-    if patched and world_size > 1 and config.warm_up_steps < 1:
+    if patched and world_size > 1 and config.warm_up_steps == 0:
         raise UsageError("--warm_up_steps: must be at least 1 (the first step fills the activations); got 0")
     if config.parallelism == "tensor":
         # A LoRA is fused when it is loaded.
@@ -114,7 +114,7 @@ def attach(pipe: Pipeline, config: HostConfig, world: World, branches: Any = Non
         config.parallelism,  # type: ignore[arg-type]
         config.split_scheme,  # type: ignore[arg-type]
         config.sync_mode,  # type: ignore[arg-type]
-        config.warm_up_steps if world.size > 1 else max(config.warm_up_steps, 1),
+        config.warm_up_steps if world.size > 1 else config.warm_up_steps or None,
         split_batch=branches is not None,
         group=world.compute,
         branches=branches,

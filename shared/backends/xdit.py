@@ -149,7 +149,7 @@ def _pipefusion(pipe: Pipeline, config: HostConfig, groups: XfuserGroups) -> XDi
         pipe,
         groups.degrees,
         groups,
-        warm_up_steps=config.warm_up_steps,
+        warm_up_steps=None if config.warm_up_steps is None else int(config.warm_up_steps),
         patches=config.num_pipeline_patch,
         stages=config.attn_layer_num_for_pp,
         parallel_vae=config.use_parallel_vae

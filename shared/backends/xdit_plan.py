@@ -231,8 +231,9 @@ def _xdit_conflicts(config: HostConfig, degrees: Degrees) -> Iterator[tuple[str,
         yield from _pipefusion_conflicts(config, degrees)
     yield (
         "warm_up_steps",
-        pipefusion and config.warm_up_steps < 1,
-        "must be at least 1 with PipeFusion (the first step fills the buffers); got 0",
+        pipefusion and config.warm_up_steps in (0, "auto"),
+        f"must be a number of at least 1 with PipeFusion (the first step fills the buffers); got "
+        f"{config.warm_up_steps}",
     )
     for flag in ("control_net", "ip_adapter"):
         yield (

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.launch.values import (
+    as_count_or_auto,
     as_counts,
     as_folders,
     as_hosts,
@@ -220,11 +221,12 @@ class HostConfig:
         False, _MEMORY, "choose the flags that make the launch fit the memory, the cheapest first"
     )
 
-    warm_up_steps: int = _flag(
-        3,
+    warm_up_steps: int | str | None = _flag(
+        None,
         _PARALLEL,
-        "synchronous steps before stale activations are used",
-        as_integer,
+        "synchronous steps before stale activations are used (default: a sixth of the steps, 1 to 3); "
+        "auto: until predictions change little from step to step, and again when they do not",
+        as_count_or_auto,
         least=0,
         most=1000,
         aliases=("warm_up", "warmup_steps"),
@@ -241,11 +243,12 @@ class HostConfig:
         None, "stages of the denoiser (default: from the world size)", as_integer, least=1, most=4
     )
     stride: int = _method_flag(1, "steps served by one parallel batch", as_integer, least=1, most=2)
-    async_steps: int | None = _method_flag(
+    async_steps: int | str | None = _method_flag(
         None,
         "asynchronous steps after the warm-up, then exact ones (default: all); with --use_cfg_parallel on 2 "
-        "ranks: steps in which both share one guidance branch (default: none)",
-        as_integer,
+        "ranks: steps in which both share one guidance branch (default: none); auto: those in which little "
+        "changes, by what is measured meanwhile",
+        as_count_or_auto,
         least=1,
         most=1000,
     )

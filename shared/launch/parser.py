@@ -223,6 +223,8 @@ def _parse_value(f: Field[Any], value: Any) -> Any:
             parsed = tuple(map(homed, parsed)) if meta["several"] else homed(parsed)
     if meta["choices"] and parsed not in meta["choices"]:
         raise UsageError(f"--{f.name}: must be one of {', '.join(meta['choices'])}; got {shown(value, 100)}")
+    if parsed == "auto":
+        return parsed
     if meta["least"] is not None and parsed < meta["least"]:
         raise UsageError(f"--{f.name}: must be at least {meta['least']}; got {shown(value, 100)}")
     if meta["most"] is not None and parsed > meta["most"]:

@@ -43,6 +43,15 @@ def as_integer(value: Any) -> int:
         raise ValueError("a whole number") from None
 
 
+def as_count_or_auto(value: Any) -> int | str:
+    if str(value).strip() == "auto":
+        return "auto"
+    try:
+        return as_integer(value)
+    except ValueError:
+        raise ValueError("a whole number or auto") from None
+
+
 def as_seconds(value: Any) -> float:
     try:
         seconds = as_number(value)

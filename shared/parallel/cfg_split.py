@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from shared.parallel.chosen_steps import Pace
 from shared.parallel.exchange import Ranks, all_gather
 from shared.parallel.method import Part
 from shared.parallel.shapes import Latest
@@ -129,14 +130,16 @@ class HybridSplit(CfgSplit):
     """The guidance branches on two ranks, except in some steps, in which both ranks work on one branch.
 
     In those, the ranks share the branch with the prompt (by AsyncDiff, underneath), and the other one is that
-    less the difference of the two in the last step that computed both. After Hybridiff (arXiv 2602.21760,
-    section 3), which pipelines while the branches agree as well, but lets each rank go on with stages of
-    different branches. What the rank of the other branch takes from the step before the first shared one is
-    that branch's (next to nothing: 0.1 to 0.3 dB at 30 to 41 dB).
+    less the difference of the two in the last step that computed both; where the steps are chosen by what is
+    measured, less that difference gone on as it changed between the last two such steps. After Hybridiff
+    (arXiv 2602.21760, section 3), which pipelines while the branches agree as well, but lets each rank go on
+    with stages of different branches. Before the first shared step the rank of the branch with the prompt
+    hands over what the other one needs of it (AsyncDiff's ``leader``).
 
     Args:
         shared: whether the ranks share the branch with the prompt in a step of the generation, counted from
             0; not in the first one.
+        pace: is told what each step made, where it measures.
         Others as in CfgSplit.
     """
 
@@ -148,14 +151,18 @@ class HybridSplit(CfgSplit):
         shared: Callable[[int], bool],
         local: Sequence[nn.Module] = (),
         guided: Callable[[], bool] | None = None,
+        pace: Pace | None = None,
     ) -> None:
         super().__init__(modules, group, branch, local, guided)
         self.shared, self._step = shared, 0
-        self._difference: list[torch.Tensor] | None = None
+        self.pace = pace if pace is not None and pace.measures else None
+        self._known: list[tuple[int, list[torch.Tensor]]] = []
+        """The branches' difference in the last two steps that computed both."""
 
     def begin(self, steps: int, pictures: int = 1) -> None:
         super().begin(steps, pictures)
-        self._step, self._difference = 0, None
+        self._step = 0
+        self._known.clear()
 
     @property
     def taken(self) -> int:
@@ -163,22 +170,43 @@ class HybridSplit(CfgSplit):
         return 1 if self.shared(self._step) else self.branch
 
     def _gathering(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        step = self._step
+        both = self._has_both(args, kwargs)
+        exact = both and not self.shared(step)
+        answer = self._answer(original, args, kwargs)
+        if self.pace is not None:
+            made = next(leaf for leaf in tree_leaves(answer) if isinstance(leaf, torch.Tensor))
+            prompted = made.chunk(BRANCHES)[1] if both else made
+            self.pace.note(step, prompted, self._known[-1][1][0] if exact else None)
+        return answer
+
+    def _answer(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         try:
             if not self._has_both(args, kwargs):
                 return original(*args, **kwargs)
             if not self.shared(self._step):
                 return self._keep(tree_map(self._both, self._halved(original, args, kwargs)))
-            if self._difference is None:
+            if not self._known:
                 raise RuntimeError("guidance begins in a step in which the ranks share one branch")
-            kept = iter(self._difference)
+            kept = iter(self._expected())
             return tree_map(lambda leaf: self._completed(leaf, kept), self._halved(original, args, kwargs))
         finally:
             self._step += 1
 
     def _keep(self, answer: Any) -> Any:
         leaves = [leaf for leaf in tree_leaves(answer) if isinstance(leaf, torch.Tensor)]
-        self._difference = [prompted - other for other, prompted in (x.chunk(BRANCHES) for x in leaves)]
+        difference = [prompted - other for other, prompted in (x.chunk(BRANCHES) for x in leaves)]
+        self._known = [*self._known[-1:], (self._step, difference)]
         return answer
+
+    def _expected(self) -> list[torch.Tensor]:
+        """The branches' difference in this step."""
+        step, difference = self._known[-1]
+        if self.pace is None or len(self._known) < 2:
+            return difference
+        before, old = self._known[0]
+        ahead = (self._step - step) / (step - before)
+        return [torch.lerp(b, a, 1 + ahead) for b, a in zip(old, difference, strict=True)]
 
     def _completed(self, leaf: Any, kept: Iterator[torch.Tensor]) -> Any:
         return torch.cat([leaf - next(kept), leaf]) if isinstance(leaf, torch.Tensor) else leaf

@@ -58,6 +58,9 @@ class Part(Closing):
             raise RuntimeError("begin(steps) must be called before a generation")
         return self._steps
 
+    def rehearse(self, on: bool) -> None:
+        """Whether generations are rehearsals: they run every kind of step within ``warm_up_calls`` calls."""
+
     def reset(self) -> None:
         """Forget what was traced, captured or recorded: weights or scales of adapters have changed."""
 
@@ -107,6 +110,11 @@ class Method(Part):
     def plan(self) -> dict[str, Any]:
         """What runs where, as JSON."""
         raise NotImplementedError
+
+    @property
+    def choice(self) -> str | None:
+        """What the method has chosen by itself in the last generation, in words; None where it has not."""
+        return None
 
     @property
     def warm_up_calls(self) -> int:
@@ -174,6 +182,14 @@ class CombinedMethod(Method):
 
     def take(self, pipeline: Pipeline) -> None:
         self.method.take(pipeline)
+
+    @property
+    def choice(self) -> str | None:
+        return self.method.choice
+
+    def rehearse(self, on: bool) -> None:
+        for part in self.parts:
+            part.rehearse(on)
 
     def reset(self) -> None:
         for part in self.parts:

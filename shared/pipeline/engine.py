@@ -205,6 +205,8 @@ class PipelineEngine:
         if not watch.step:
             field = "sigmas" if request.sigmas is not None else "timesteps"
             raise RequestError(422, [FieldProblem(field, "no step is left to run")])
+        if (choice := self.parallel.choice) is not None:
+            warn(f"steps: {choice}")
         denoise, total = watch.seconds() / pictures, (time.perf_counter() - began) / pictures
         return [
             _Drawn(request.numbered(place), output if decodes else None, watch, place, total, denoise)
@@ -316,7 +318,12 @@ class PipelineEngine:
         shown = getattr(self.pipe, "_progress_bar_config", {})
         self.pipe.set_progress_bar_config(disable=True)
         refined = 0 if self._refiner is None else self._refiner.method.warm_up_calls
+        methods = [self.parallel, *([] if self._refiner is None else [self._refiner.method])]
+        for method in methods:
+            method.rehearse(True)
         warm_up(self, self.config, self.parallel.warm_up_calls, self._encoders.captures, refined, size)
+        for method in methods:
+            method.rehearse(False)
         self.pipe.set_progress_bar_config(**shown)
         self._parameters = None
 

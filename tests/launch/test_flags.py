@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import threading
 import time
@@ -34,6 +35,7 @@ from PIL import Image
 
 from shared.api.parsing import check_request
 from shared.api.status import HostStatus
+from shared.api.warned import collecting_warnings
 from shared.backends import BACKENDS
 from shared.host import warm_up
 from shared.launch.checks import check_config
@@ -122,11 +124,13 @@ def rank_made(backend: str, name: str, flags: dict[str, Any]) -> dict[str, Any]:
     config = replace(tiny.config(name), **launch | flags)
     check_config(config, BACKENDS[backend], size)
     engine = BACKENDS[backend].build_engine(config, world)
-    found = answer(engine, config, ask)
+    with collecting_warnings() as warned:
+        found = answer(engine, config, ask)
     parameters = engine.parameters
     engine.close()
     return {
-        "latents": found.latents, "picture": found.picture, "plan": found.plan, "parameters": parameters
+        "latents": found.latents, "picture": found.picture, "plan": found.plan, "parameters": parameters,
+        "warnings": warned,
     }  # fmt: skip
 
 
@@ -455,6 +459,12 @@ def _(ground: Ground) -> None:
     stale, plan = parallel(ground, 2, warm_up_steps=1)
     assert not differs(exact, plain().latents) and differs(stale, plain().latents)
     assert plan["warm_up_steps"] == 1
+    one, other = ground.pool.run(rank_made, 2, "asyncdiff", "sd1", {"warm_up_steps": "auto"})
+    assert one["plan"]["warm_up_steps"] == "auto" and one["warnings"] == other["warnings"]
+    assert re.match(r"steps: \d+ of \d+ steps were asynchronous", one["warnings"][0])
+    flags = {"warm_up_steps": None, "ask": {"steps": 1, "scheduler": "ddim"}}
+    few = ground.pool.run(rank_made, 2, "asyncdiff", "sd1", flags)
+    assert all(rank["warnings"][0].startswith("steps: all were exact") for rank in few)
 
 
 @shows("device")
@@ -487,6 +497,8 @@ def _(ground: Ground) -> None:
     assert plan["async_steps"] == 1 and differs(one, every) and differs(one, plain().latents)
     shared, plan = parallel(ground, 2, use_cfg_parallel=True, async_steps=1)
     assert plan["hybrid"] and differs(shared, one) and differs(shared, plain().latents)
+    _, plan = parallel(ground, 2, use_cfg_parallel=True, async_steps="auto")
+    assert plan["hybrid"] and plan["async_steps"] == "auto"
 
 
 @shows("time_shift")

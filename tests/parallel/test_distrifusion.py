@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from optimum.quanto import freeze, qint8, quantize
 from peft import LoraConfig
 from torch import nn
@@ -441,6 +442,22 @@ def test_adapters_controlnets_and_quantized_weights(pool: RankPool, name: str) -
                 assert min(values) >= (50 if key == "quantized" else EXACT), (key, values)
 
 
+def exchanges(name: str) -> tuple[int, int, int]:
+    """On each rank: how often a full_sync step waits, what there is to exchange in it, and resnets."""
+    pipe = pipeline(name)
+    with DistriFusion(pipe, sync_mode="full_sync", **WHOLE) as parallel:
+        picture(pipe, name, parallel, steps=1)
+        exchange = parallel.models[0].layouts.last.exchange
+        resnets = sum(isinstance(module, ResnetBlock2D) for module in pipe.unet.modules())
+        return exchange.waits, sum(map(len, exchange._slots.values())), resnets
+
+
+def test_a_norm_and_its_convolution_exchange_at_once(pool: RankPool) -> None:
+    tiny.checkpoint("sdxl")
+    for waits, slots, resnets in pool.run(exchanges, 2, "sdxl"):
+        assert resnets and waits == slots - 2 * resnets
+
+
 def fewer_bytes(name: str) -> dict[str, Any]:
     """On each rank: the steady state with less sent, against that of keys and values as they are."""
     pipe = pipeline(name)
@@ -485,11 +502,12 @@ def test_differences_leave_no_error_behind() -> None:
     assert errors[0] < 0.02 and errors[1] < 0.02 and errors[2] < 0.003 and errors[3] < 0.0005, errors
 
 
-def compiled(split_batch: bool) -> dict[str, Any]:
+def compiled(split_batch: bool, mode: str) -> dict[str, Any]:
     """Whole blocks compiled in one piece, exchanges and all."""
     torch._dynamo.reset()
     pipe = tiny.load("sd1")
     settings: dict[str, Any] = {"warm_up_steps": 2, "split_batch": split_batch, "projects": not split_batch}
+    settings["sync_mode"] = mode
     with DistriFusion(pipe, **settings) as parallel:
         eager = picture(pipe, "sd1", parallel)
     for block in blocks(pipe.unet):
@@ -508,10 +526,13 @@ def compiled(split_batch: bool) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("split_batch", seldom([False, True], [True]))
-def test_compiled_blocks_exchange_too(pool: RankPool, split_batch: bool) -> None:
+PLANS = [(False, "corrected_async_gn"), (True, "corrected_async_gn"), (False, "full_sync")]
+
+
+@pytest.mark.parametrize(("split_batch", "mode"), seldom(PLANS, PLANS[1:]))
+def test_compiled_blocks_exchange_too(pool: RankPool, split_batch: bool, mode: str) -> None:
     tiny.checkpoint("sd1")
-    for rank in pool.run(compiled, 2, split_batch):
+    for rank in pool.run(compiled, 2, split_batch, mode):
         assert min(rank["psnr"]) >= 100
         first, second = rank["graphs"]
         # Blocks alike share their graphs: and so do all kinds of steps.

@@ -24,6 +24,7 @@ from shared.parallel.asyncdiff.partition import Partition, partition
 from shared.parallel.asyncdiff.stage import Answer, Run, Stage
 from shared.parallel.asyncdiff.timing import UnitTimer
 from shared.parallel.asyncdiff.trace import Trace, candidates, parameter_names, trace
+from shared.parallel.chosen_steps import Pace
 from shared.parallel.exchange import Exchange, Ranks
 from shared.parallel.graphs import Graphs, signature
 from shared.parallel.method import Method
@@ -47,7 +48,8 @@ class AsyncDiff(Method):
             compiled as wanted. A compiled module must be compiled through its ``forward`` attribute.
         model_n: number of stages.
         stride: 1, or 2 for one parallel batch per two steps; takes one more rank.
-        warm_up_steps: exact steps at the start of each generation, at least 1.
+        warm_up_steps, async_steps: as in ``Pace``: exact steps at the start of each generation, and how many
+            are asynchronous; those that follow are exact again.
         time_shift: in steady state, embed the timestep of the step before.
         group: ranks that take part, model_n + stride - 1 of them; None for all.
         stage_weights: relative speed of the stages' devices, model_n numbers.
@@ -57,8 +59,10 @@ class AsyncDiff(Method):
         max_shapes: signatures whose buffers and graphs are kept.
         weights: of the denoiser, of which this rank keeps its stage's; made of the same group. Exact steps
             then run stage after stage over the ranks.
-        async_steps: how many steps after the warm-up are asynchronous; those that follow are exact again.
-            None for all.
+        pace: decides instead of those two numbers, for several modules alike.
+        notes: whether it is told what this module's steps make.
+        leader: the rank whose exact steps the asynchronous ones go on from, where the ranks compute different
+            guidance branches in exact steps (``HybridSplit``); None: all compute the same.
 
     Raises:
         ValueError: impossible values, or a group of the wrong size.
@@ -69,7 +73,7 @@ class AsyncDiff(Method):
         pipeline: Pipeline,
         model_n: int,
         stride: int = 1,
-        warm_up_steps: int = 1,
+        warm_up_steps: int | str | None = 1,
         time_shift: bool = False,
         *,
         group: dist.ProcessGroup | None = None,
@@ -78,17 +82,16 @@ class AsyncDiff(Method):
         measure_units: bool = False,
         denoiser: nn.Module | None = None,
         max_shapes: int = 4,
-        async_steps: int | None = None,
+        async_steps: int | str | None = None,
         weights: StageWeights | None = None,
+        leader: int | None = None,
+        pace: Pace | None = None,
+        notes: bool = True,
     ) -> None:
-        if async_steps is not None and async_steps < 1:
-            raise ValueError(f"async_steps must be 1 or more, or None for all; got {async_steps}")
         if model_n < 1 or stride not in (1, 2):
             raise ValueError(
                 f"model_n must be 1 or more and stride 1 or 2; got model_n {model_n}, stride {stride}"
             )
-        if warm_up_steps < 1:
-            raise ValueError(f"warm_up_steps must be 1 or more; got {warm_up_steps}")
         if stage_weights is not None and len(stage_weights) != model_n:
             raise ValueError(
                 f"stage_weights must hold {model_n} numbers, one for each stage; got {len(stage_weights)}"
@@ -107,16 +110,18 @@ class AsyncDiff(Method):
         super().__init__(pipeline)
         self.denoiser, self.group = found, group
         self.model_n, self.stride, self.time_shift = model_n, stride, time_shift
-        self.warm_up_steps, self.async_steps = warm_up_steps, async_steps
+        self.pace = pace or Pace(warm_up_steps, async_steps, group)
+        self._notes = notes
         self.stage_weights = stage_weights
-        self.rank, self.ranks = rank, ranks
+        self.rank, self.ranks, self.leader = rank, ranks, leader
         self.stage = min(self.rank, model_n - 1)
         self.extra = self.rank == model_n
         """Whether this rank repeats the last stage for the current step (stride 2)."""
         self.executions: Counter[str] = Counter()
         """How often each unit ran here in this generation's asynchronous steps, graph replays not counted."""
         self.measure_units, self.weights = measure_units, weights
-        self.batches = not measure_units  # another batch may be divided differently
+        # Another batch may be divided differently, or change in other steps.
+        self.batches = not (measure_units or self.pace.measures)
         self._cuda_graph = cuda_graph
         self._stages: Latest[Stage] = Latest(max_shapes, lambda stage: stage.graphs.close())
         self._names = parameter_names(found)
@@ -132,24 +137,34 @@ class AsyncDiff(Method):
     @property
     def warm_up_calls(self) -> int:
         captures = self._cuda_graph and next(self.denoiser.parameters()).is_cuda
-        return self.warm_up_steps + 2 * self.stride if captures else 1
+        return self.pace.rehearsed + 2 * self.stride if captures else 1
 
     def asynchronous(self, step: int) -> bool:
         """Whether this step of a generation, counted from 0, is not exact."""
-        after = step - self.warm_up_steps
-        return self.ranks > 1 and after >= 0 and (self.async_steps is None or after < self.async_steps)
+        return self.ranks > 1 and self.pace.asynchronous(step)
 
     def begin(self, steps: int, pictures: int = 1) -> None:
-        """A new generation of ``steps`` steps starts: its first ``warm_up_steps`` are exact again."""
+        """A new generation of ``steps`` steps starts: its first ones are exact again."""
         super().begin(steps, pictures)
+        self.pace.begin(steps)
         self._first = 0
         self.executions.clear()
         for stage in self._stages:
-            stage.calls = 0
+            stage.calls = stage.late = 0
 
     def begin_late(self, steps: int, first: int) -> None:
         super().begin_late(steps, first)
         self._first = first
+
+    def rehearse(self, on: bool) -> None:
+        self.pace.rehearsing = on
+
+    @property
+    def choice(self) -> str | None:
+        exact = self.ranks > 1 and self.leader is None and True not in self.pace.chosen
+        if exact and self.pace.warm_up_steps is None and self.pace.chosen:
+            return "all were exact, which the ranks do not share: this took as long as on one of them"
+        return self.pace.told
 
     def reset(self) -> None:
         """Forget all traces, partitions, buffers and graphs: after adapters or weights have changed."""
@@ -167,8 +182,8 @@ class AsyncDiff(Method):
             "method": "asyncdiff",
             "model_n": self.model_n,
             "stride": self.stride,
-            "warm_up_steps": self.warm_up_steps,
-            "async_steps": self.async_steps,
+            "warm_up_steps": self.pace.warm_up_steps,
+            "async_steps": self.pace.async_steps,
             "time_shift": self.time_shift,
             "ranks": [f"stage {min(r, self.model_n - 1)}" for r in range(self.ranks)],
         }
@@ -199,12 +214,22 @@ class AsyncDiff(Method):
                 f"the denoiser was called {step + 1} times since begin(steps={steps}); call begin before "
                 "each generation"
             )
+        answer = self._answer(stage, step, original, kwargs)
+        if self._notes and self.pace.measures:
+            self.pace.note(step, tree_leaves(answer)[0])
+        return answer
+
+    def _answer(self, stage: Stage, step: int, original: Forward, kwargs: dict[str, Any]) -> Any:
         if not self.asynchronous(step):
+            stage.late = 0
             exact = self._synchronous if self.weights is None else self._in_turn
             return stage.graphs.run("synchronous", lambda **k: exact(stage, original, k), **kwargs)
-        if (step - self.warm_up_steps) % self.stride:
+        if self.leader is not None and not stage.late:
+            self._hand_over(stage)
+        stage.late += 1
+        if (stage.late - 1) % self.stride:
             return stage.result(stage.next)
-        kwargs["timestep"] = self._timestep(t, stage.start + step)
+        kwargs["timestep"] = self._timestep(kwargs["timestep"], stage.start + step)
         return stage.graphs.run("asynchronous", lambda **k: self._asynchronous(stage, original, k), **kwargs)
 
     def _stage_for(self, original: Forward, kwargs: dict[str, Any], device: torch.device) -> Stage:
@@ -224,7 +249,8 @@ class AsyncDiff(Method):
             self.weights.keep(plan, self.stage)
         predictions = 0 if self.ranks == 1 else self.stride
         self._stages.make_room()  # before the buffers of another stage are made
-        stage = Stage(plan, self.stage, device, Graphs(self._cuda_graph), predictions)
+        leads = self.leader == self.rank
+        stage = Stage(plan, self.stage, device, Graphs(self._cuda_graph), predictions, leads)
         return self._stages.put(key, stage)
 
     def _unit_seconds(
@@ -262,10 +288,24 @@ class AsyncDiff(Method):
         """The whole denoiser, recording what this stage will take from others."""
 
         def keep(value: int, tensor: torch.Tensor) -> None:
-            stage.inbox[value].copy_(tensor)
+            stage.kept[value].copy_(tensor)
 
         record = Run(stage.takes, keep, {}, {}, self.executions)
         return self._under(record, original, kwargs)
+
+    def _hand_over(self, stage: Stage) -> None:
+        """The leader's outputs of the exact step before, for the ranks that computed another branch in it."""
+        values = stage.partition.trace.values
+        exchange = Exchange(self.group, early=stage.device.type == "cpu")
+        if self.rank == self.leader:
+            for value in stage.view.gives:
+                for rank in self._takers(stage, value):
+                    exchange.send(stage.kept[value], rank, value, values[value].stride)
+        else:
+            for value, owner in stage.view.needs.items():
+                if owner == min(self.leader or 0, self.model_n - 1):
+                    exchange.receive(stage.inbox[value], self.leader or 0, value)
+        exchange.finish()
 
     def _in_turn(self, stage: Stage, original: Forward, kwargs: dict[str, Any]) -> Any:
         """An exact step of all ranks: each runs its stage on what other stages have made in this step.

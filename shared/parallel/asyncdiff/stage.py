@@ -45,21 +45,32 @@ class Stage:
 
     ``current`` holds the outputs of other stages that this step uses, ``inbox`` those that it receives for
     the next step; ``now`` and ``next`` hold the predictions for this step and, with stride 2, the next one.
-    ``predictions`` is how many of the two there are.
+    ``predictions`` is how many of the two there are. ``kept`` is what an exact step records: what the stage
+    takes and, where it ``leads``, what it gives.
     """
 
     def __init__(
-        self, plan: Partition, stage: int, device: torch.device, graphs: Graphs, predictions: int = 2
+        self,
+        plan: Partition,
+        stage: int,
+        device: torch.device,
+        graphs: Graphs,
+        predictions: int = 2,
+        leads: bool = False,
     ) -> None:
         self.partition, self.graphs, self.device = plan, graphs, device
         self.calls = 0
         """Calls of the denoiser since the generation began."""
+        self.late = 0
+        """Asynchronous steps since the last exact one."""
         self.start = 0
         """Position in the schedule of the first of them."""
         self.view, self._trace = plan.views[stage], plan.trace
         self.current = {v: self._buffer(self._trace.values[v]) for v in self.view.needs}
         self.inbox = {v: self._buffer(self._trace.values[v]) for v in self.view.needs}
-        self.takes = self._wanted(self.view.needs)
+        given = self.view.gives if leads else ()
+        self.kept = self.inbox | {v: self._buffer(self._trace.values[v]) for v in given}
+        self.takes = self._wanted(self.kept)
         self.gives = self._wanted(self.view.gives)
         self.units = {_key(self._trace.calls[i]): self._trace.calls[i].label for i in self._trace.units}
         self.answers = {

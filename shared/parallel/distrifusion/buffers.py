@@ -47,6 +47,7 @@ class Slot:
     outbox: list[torch.Tensor | None] = field(default_factory=list)  # by part: what waits for its message
     shares: Shares | None = None
     differences: Differences | None = None  # where it exchanges them
+    packed: torch.Tensor | None = None  # of moments: what the last synchronous step knew of the others'
     stale: tuple[StaleMoments, int] | None = None  # of deferred moments: all of them, and which norm's
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shared.parallel.cfg_split import CfgSplit
+from shared.parallel.chosen_steps import Pace
 from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.distrifusion.patched import Patched, Schedule, SyncMode
 from shared.parallel.exchange import Ranks
@@ -44,7 +45,7 @@ class DistriFusion(Method):
             (after the warm-up every patch is a picture of its own).
         split_scheme: patches are rows or columns; alternate (naive_patch): rows and columns in turn.
         sync_mode: what patches exchange after the warm-up, see ``SyncMode``.
-        warm_up_steps: exact steps at the start of each generation; at least 1 with patch.
+        warm_up_steps: exact steps at the start of each generation, as in ``Pace``.
         split_batch: CFG split: the two guidance branches on two halves of an even number of ranks.
         group: the ranks that take part; None for all.
         cuda_graph: capture and replay steps on CUDA. Not with offloaded weights, which move.
@@ -69,7 +70,7 @@ class DistriFusion(Method):
         parallelism: Parallelism = "patch",
         split_scheme: SplitScheme = "row",
         sync_mode: SyncMode = "corrected_async_gn",
-        warm_up_steps: int = 4,
+        warm_up_steps: int | str | None = 4,
         *,
         split_batch: bool = True,
         group: dist.ProcessGroup | None = None,
@@ -94,12 +95,15 @@ class DistriFusion(Method):
                 "split_scheme 'alternate' needs parallelism 'naive_patch', because other patches keep "
                 "their place from step to step; got 'patch'"
             )
-        if parallelism == "patch" and warm_up_steps < 1 and sync_mode != "full_sync":
-            raise ValueError(f"warm_up_steps must be 1 or more; got {warm_up_steps}")
         self.unet = model_of(pipeline, "unet")
         super().__init__(pipeline)
         self.parallelism, self.group = parallelism, group
-        self.schedule = Schedule(parallelism == "naive_patch", split_scheme, sync_mode, warm_up_steps)
+        stale = parallelism != "tensor" and sync_mode != "full_sync"
+        if warm_up_steps == "auto" and not stale:
+            warm_up_steps = None  # every step is exact
+        self.pace = Pace(warm_up_steps, group=group, least=int(stale and parallelism == "patch"))
+        self.schedule = Schedule(parallelism == "naive_patch", split_scheme, sync_mode, self.pace)
+        self.batches = not self.pace.measures  # which decides for all pictures of a call
         self.cuda_graph, self.max_shapes, self.bundle_bytes = cuda_graph, max_shapes, bundle_bytes
         self.keeps_prompts, self.bits = keeps_prompts, bits if parallelism != "tensor" else None
         self.projects = projects and parallelism != "tensor"
@@ -119,6 +123,7 @@ class DistriFusion(Method):
         Changes of adapters since the last one (loaded, scaled, merged) take effect here.
         """
         super().begin(steps, pictures)
+        self.pace.begin(steps)
         if adapters(self.pipeline) != self._adapters:
             self.reset()
         for part in (*self.models, *([self._split] if self._split else [])):
@@ -129,9 +134,16 @@ class DistriFusion(Method):
         self.close()
         self._install()
 
+    def rehearse(self, on: bool) -> None:
+        self.pace.rehearsing = on
+
+    @property
+    def choice(self) -> str | None:
+        return self.pace.told
+
     @property
     def warm_up_calls(self) -> int:
-        return self.schedule.warm_up_steps + 3
+        return self.pace.rehearsed + 3
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -143,7 +155,7 @@ class DistriFusion(Method):
             "parallelism": self.parallelism,
             "split_scheme": self.schedule.split_scheme,
             "sync_mode": self.schedule.sync_mode,
-            "warm_up_steps": self.schedule.warm_up_steps,
+            "warm_up_steps": self.pace.warm_up_steps,
             "split_batch": branches == 2,
             "split_decode": self.split_decode,
             "decode_from": self.decoder and self.decoder.least,

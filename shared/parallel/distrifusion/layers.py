@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -33,6 +34,7 @@ class PatchRun:
     dim: int  # the dimension of [batch, channels, height, width] that is cut: 2 rows, 3 columns
     whole: torch.Tensor | None = None  # the uncut input: the first convolution needs no exchange
     start: int = 0  # of this rank's part of it
+    extended: nn.Module | None = None  # the next convolution, where its input has the neighbours' rows
     patch: torch.Tensor | None = None  # that part
     local_norms: bool = False  # whether group norms use only this patch's moments
     recording: bool = False  # whether this forward makes the prompt's keys and values; later ones get them
@@ -69,9 +71,10 @@ class PatchLayers:
         self.run: PatchRun | None = None
         self._prompts: list[_Prompt] = []
         self._loaded: PatchRun | None = None
+        pairs = dict(_pairs(model))
         for name, module in _layers(model):
             if isinstance(module, nn.GroupNorm):
-                surgery.override(module, self._norm(module))
+                surgery.override(module, self._norm(module, pairs.get(module)))
             elif not isinstance(module, Attention):
                 surgery.override(module, self._convolution(name, module))
             elif module.is_cross_attention:
@@ -127,6 +130,8 @@ class PatchLayers:
             after = base.dilation[axis] * (base.kernel_size[axis] - 1) - pad - base.stride[axis] + 1
             if very_first and x is run.patch:
                 strip = _strip(run, pad, after)
+            elif run.extended is module:
+                run.extended, strip = None, _zeros_outside(run, x, pad, after)
             else:
                 strip = _with_rows(run, x, pad, after)
             # The convolutions do not pad along the cut: their input already holds those rows.
@@ -138,16 +143,23 @@ class PatchLayers:
 
         return answer
 
-    def _norm(self, module: nn.GroupNorm) -> Answer:
+    def _norm(self, module: nn.GroupNorm, then: nn.Module | None) -> Answer:
+        """`then`: a convolution of 3 x 3 that takes the norm's output, with only its activation between."""
+
         def normalise(run: PatchRun, x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
             assert run.exchange is not None
             own = group_moments(x, module.num_groups)
             count = x.numel() // own[0].numel()
-            if torch.compiler.is_compiling():
-                known = torch.ops.displaced_patches.moments(own, count)
+            if then is not None and run.exchange.at_once:
+                # The neighbours' rows come with the moments, and are normalised with the patch.
+                run.extended = then
+                known, x = _with_moments_and_rows(run, x, own, count)
+                whole = whole_moments(own, known, moving=False)
+            elif torch.compiler.is_compiling():
+                whole = whole_moments(own, torch.ops.displaced_patches.moments(own, count))
             else:
-                known = run.exchange.moments(own, count)
-            return apply_moments(x, *whole_moments(own, known), weight, bias, module.eps)
+                whole = whole_moments(own, run.exchange.moments(own, count), run.exchange.moving)
+            return apply_moments(x, *whole, weight, bias, module.eps)
 
         def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
             run = self.run
@@ -248,6 +260,20 @@ def _moments_operator(own: torch.Tensor, count: int) -> torch.Tensor:
     return _exchange_of_run().moments(own, count).clone()
 
 
+@torch.library.custom_op("displaced_patches::moments_and_rows", mutates_args=())
+def _moments_and_rows_operator(
+    own: torch.Tensor, count: int, first: torch.Tensor, last: torch.Tensor
+) -> list[torch.Tensor]:
+    known, above, below = _exchange_of_run().moments_and_rows(own, count, first, last)
+    rows = (torch.zeros_like(first) if row is None else row for row in (above, below))
+    return [known.clone(), *(row.contiguous() for row in rows)]
+
+
+@_moments_and_rows_operator.register_fake
+def _(own: torch.Tensor, count: int, first: torch.Tensor, last: torch.Tensor) -> list[torch.Tensor]:
+    return [own.new_empty(6, *own.shape), first.new_empty(first.shape), last.new_empty(last.shape)]
+
+
 @_moments_operator.register_fake
 def _(own: torch.Tensor, count: int) -> torch.Tensor:
     return own.new_empty(6, *own.shape)
@@ -272,6 +298,41 @@ def _with_rows(run: PatchRun, x: torch.Tensor, pad: int, after: int) -> torch.Te
         return torch.cat(parts, dim)
 
     return exchange.rows(first if after else None, last, join)
+
+
+def _with_moments_and_rows(
+    run: PatchRun, x: torch.Tensor, own: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The others' moments, and the patch with one row of each neighbour; of any content at borders."""
+    dim, exchange = run.dim, run.exchange
+    assert exchange is not None
+    first, last = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
+    if torch.compiler.is_compiling():
+        known, above, below = torch.ops.displaced_patches.moments_and_rows(own, count, first, last)
+    else:
+        known, *rows = exchange.moments_and_rows(own, count, first, last)
+        above, below = (first if row is None else row for row in rows)
+    return known, torch.cat([above, x, below], dim)
+
+
+def _zeros_outside(run: PatchRun, x: torch.Tensor, pad: int, after: int) -> torch.Tensor:
+    """The same, with zeros outside of the picture."""
+    assert run.exchange is not None
+    if run.exchange.rank == 0:
+        x.narrow(run.dim, 0, pad).zero_()
+    if run.exchange.rank == run.exchange.ranks - 1:
+        x.narrow(run.dim, x.shape[run.dim] - after, after).zero_()
+    return x
+
+
+def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Norms and the convolutions that take what they give through an activation alone."""
+    for block in model.modules():
+        if isinstance(block, ResnetBlock2D):
+            if block.upsample is None and block.downsample is None:
+                yield block.norm1, block.conv1
+            if block.time_embedding_norm == "default":
+                yield block.norm2, block.conv2
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

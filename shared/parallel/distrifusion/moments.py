@@ -54,16 +54,21 @@ def pack_other_moments(
     return torch.stack([t.expand_as(others) for t in tensors], -4)
 
 
-def whole_moments(own: torch.Tensor, known: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def whole_moments(
+    own: torch.Tensor, known: torch.Tensor, moving: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and variance, [batch, groups], of the whole.
 
     Args:
         own: this rank's fresh moments, [2, batch, groups].
         known: of ``pack_other_moments``.
+        moving: whether ``change`` counts; where it is zero, False saves a few kernels.
     """
     others, share, spread, then, along, change = known.unbind(0)
-    rate = ((own - then) * along).sum((0, 2), keepdim=True).clamp(0, 2)
-    mean, variance = torch.addcmul(others, rate, change).unbind(0)
+    if moving:
+        rate = ((own - then) * along).sum((0, 2), keepdim=True).clamp(0, 2)
+        others = torch.addcmul(others, rate, change)
+    mean, variance = others.unbind(0)
     apart = own[0] - mean
     joined = torch.lerp(variance.clamp_min(0), own[1], share[1])
     return torch.lerp(mean, own[0], share[0]), torch.addcmul(joined, apart * spread[1], apart)

@@ -176,20 +176,39 @@ class PatchExchange:
             self._record("moments", (None, own, None), count)
             return pack_other_moments(own, own.new_ones(()))
         slot = self._next("moments", own)
-        shares = slot.shares or self._shares
 
         def read(inbox: Sequence[torch.Tensor | None]) -> torch.Tensor:
             if slot.stale is not None and not self.synchronous:
                 stale, norm = slot.stale
                 return stale.known(norm)
-            others = torch.stack([tensor for tensor in inbox if tensor is not None])
-            return pack_other_moments(join_moments(others, shares.others), shares.own)
+            return self._packed(slot, inbox)
 
         known = self._exchange(slot, (None, own, None), read)
         if slot.stale is not None:
             stale, norm = slot.stale
             stale.keep(norm, own)
         return known
+
+    def moments_and_rows(
+        self, own: torch.Tensor, count: int, first: torch.Tensor, last: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What `moments` and `rows` give, in one message to each other rank; only where `at_once`."""
+        above, below = self.rank > 0, self.rank < self.ranks - 1
+        norm, border = self._next("moments", own), self._next("rows", first, last)
+        rows = (last if below else None, None, first if above else None)
+        theirs, arrived = self._swap((norm, (None, own, None)), (border, rows))
+        known = self._packed(norm, theirs)
+        return known, arrived[self.rank - 1] if above else None, arrived[self.rank + 1] if below else None
+
+    @property
+    def at_once(self) -> bool:
+        """Whether every exchange is answered at once, in every step."""
+        return not (self.deferred or self.recording)
+
+    @property
+    def moving(self) -> bool:
+        """Whether moments of this step may be forecast ones."""
+        return self.forecast and not self.synchronous
 
     def build(self) -> None:
         """End the recording: agree with the other ranks on what is exchanged, and make the buffers.
@@ -307,27 +326,43 @@ class PatchExchange:
     ) -> Any:
         bundle = slot.bundle
         if self.synchronous or bundle is None:
-            return read(self._swap(slot, own))
+            return read(self._swap((slot, own))[0])
         # Read before posting: the last post of a bundle lets its next message overwrite the inbox.
         result = read(slot.inbox)
         if self.posting:
             self._post(slot, bundle, own)
         return result
 
-    def _swap(self, slot: Slot, own: tuple[torch.Tensor | None, ...]) -> Sequence[torch.Tensor | None]:
-        inbox: list[torch.Tensor | None] = list(slot.inbox) or [
-            self._fresh(slot, p) for p in range(self.ranks)
-        ]
-        sends = [(p, own[part_for(self.rank, p, slot.offers)]) for p in self._peers]
-        works = self._start(
-            [(p, t.contiguous()) for p, t in sends if t is not None],
-            [(p, t) for p, t in enumerate(inbox) if t is not None and p != self.rank],
-            0,
-        )
-        for work in works:
+    def _packed(self, slot: Slot, inbox: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        """The others' moments, all of them fresh, as `moments` gives them."""
+        shares, arrived = slot.shares or self._shares, [tensor for tensor in inbox if tensor is not None]
+        others = arrived[0]
+        if len(arrived) > 1:
+            others = join_moments(torch.stack(arrived), shares.others)
+        if slot.packed is None:
+            with torch.inference_mode(False), torch.no_grad():
+                slot.packed = pack_other_moments(others.clone(), shares.own)
+        else:
+            slot.packed[0].copy_(others)  # the only part that changes from step to step
+        return slot.packed
+
+    def _swap(self, *slots: tuple[Slot, tuple[torch.Tensor | None, ...]]) -> list[list[torch.Tensor | None]]:
+        """What all ranks send in these slots, each with what this rank sends: one exchange."""
+        inboxes: list[list[torch.Tensor | None]] = []
+        ops = []
+        for tag, (slot, own) in enumerate(slots):
+            inbox = list(slot.inbox) or [self._fresh(slot, p) for p in range(self.ranks)]
+            inboxes.append(inbox)
+            sends = [(p, own[part_for(self.rank, p, slot.offers)]) for p in self._peers]
+            ops += self._transfers(
+                [(p, t.contiguous()) for p, t in sends if t is not None],
+                [(p, t) for p, t in enumerate(inbox) if t is not None and p != self.rank],
+                tag,
+            )
+        for work in dist.batch_isend_irecv(ops) if ops else ():
             work.wait()
         self.waits += 1
-        return inbox
+        return inboxes
 
     def _post(self, slot: Slot, bundle: Bundle, own: tuple[torch.Tensor | None, ...]) -> None:
         if not bundle.posted and bundle.number >= 2:
@@ -338,21 +373,22 @@ class PatchExchange:
         bundle.posted += 1
         if bundle.posted == len(bundle.slots):
             bundle.posted = 0
-            bundle.works = self._start(bundle.sends, bundle.receives, 1 + bundle.number)
+            ops = self._transfers(bundle.sends, bundle.receives, 2 + bundle.number)
+            bundle.works = dist.batch_isend_irecv(ops) if ops else []
 
     def _wait(self, bundle: Bundle) -> None:
         for work in bundle.works:
             work.wait()
         bundle.works = []
 
-    def _start(
+    def _transfers(
         self, sends: list[tuple[int, torch.Tensor]], receives: list[tuple[int, torch.Tensor]], tag: int
     ) -> list[Any]:
         self.messages += len(sends)
         self.bytes += sum(t.numel() * t.element_size() for _, t in sends)
         ops = [dist.P2POp(dist.isend, t, self._to_global[p], self.group, tag) for p, t in sends]
         ops += [dist.P2POp(dist.irecv, t, self._to_global[p], self.group, tag) for p, t in receives]
-        return dist.batch_isend_irecv(ops) if ops else []
+        return ops
 
     def _fresh(self, slot: Slot, peer: int) -> torch.Tensor | None:
         shape = slot.offers[peer].parts[part_for(peer, self.rank, slot.offers)]

@@ -15,6 +15,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from shared.parallel.chosen_steps import Pace
 from shared.parallel.distrifusion.layers import PatchLayers, PatchRun
 from shared.parallel.distrifusion.patch_exchange import Kind, PatchExchange
 from shared.parallel.exchange import Ranks, all_gather
@@ -48,7 +49,7 @@ class Schedule:
     naive: bool
     split_scheme: str
     sync_mode: SyncMode
-    warm_up_steps: int
+    pace: Pace
 
     def dim(self, step: int) -> int:
         """The dimension of [batch, channels, height, width] that this step cuts."""
@@ -58,7 +59,7 @@ class Schedule:
 
     def joined(self, step: int) -> bool:
         """Whether the step is exact."""
-        return step < self.warm_up_steps or self.sync_mode == "full_sync"
+        return self.sync_mode == "full_sync" or not self.pace.asynchronous(step)
 
     @property
     def deferred(self) -> tuple[Kind, ...]:
@@ -211,6 +212,8 @@ class Patched(Part):
             return self._on_patch(layout, original, arguments, joined, first)
 
         output = layout.graphs.run((joined, stale, first), compute, **kwargs)
+        if self.schedule.pace.measures and not self.is_control:
+            self.schedule.pace.note(step, output[0])
         if not return_dict:
             return output
         return ControlNetOutput(*output) if self.is_control else UNet2DConditionOutput(*output)

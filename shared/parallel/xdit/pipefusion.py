@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from shared.models import StagePlan, Stream
+from shared.parallel.chosen_steps import warm_up_of
 from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.exchange import Ranks
 from shared.parallel.method import Method, Unwatched, Watch, control_nets
@@ -53,7 +54,7 @@ class XDiTPipeFusion(Method):
         pipeline: its transformer's token plan has stages; without ControlNet and IP-Adapter; LoRAs fused.
         degrees: how the ranks are divided; pipefusion is 2 or more.
         groups: the process groups of these degrees; None makes them, and ends them in ``close``.
-        warm_up_steps: synchronous steps at the start of each generation, 1 or more.
+        warm_up_steps: synchronous steps at the start of each generation, 1 or more; None for `warm_up_of`.
         patches: number of patches in flight at the same time; None: as many as stages.
         stages: transformer blocks of each stage; None: equal numbers.
         attention: name of xfuser's attention backend.
@@ -73,7 +74,7 @@ class XDiTPipeFusion(Method):
         degrees: Degrees,
         groups: XfuserGroups | None = None,
         *,
-        warm_up_steps: int = 1,
+        warm_up_steps: int | None = 1,
         patches: int | None = None,
         stages: tuple[int, ...] | None = None,
         attention: str | None = None,
@@ -99,7 +100,7 @@ class XDiTPipeFusion(Method):
         self._freed: list[nn.Module] = []
         try:
             config = groups.engine_config(
-                self.transformer.dtype, self.attention, warm_up_steps, patches, stages
+                self.transformer.dtype, self.attention, warm_up_steps or 1, patches, stages
             )
             groups.start(pipeline, config)
             self._install(config, free_other_stages)
@@ -116,7 +117,7 @@ class XDiTPipeFusion(Method):
             raise ValueError(f"PipeFusion does not support {self.tokens.name}")
         if d.pipefusion < 2:
             raise ValueError(f"PipeFusion needs a degree of 2 or more; got {d.pipefusion}")
-        if self.warm_up_steps < 1:
+        if self.warm_up_steps is not None and self.warm_up_steps < 1:
             raise ValueError(
                 "warm_up_steps must be 1 or more, because the first step fills the buffers; got "
                 f"{self.warm_up_steps}"
@@ -208,7 +209,7 @@ class XDiTPipeFusion(Method):
         state = get_runtime_state()
         state.ready = False
         # xfuser lowers it for good where a request has fewer steps.
-        state.runtime_config.warmup_steps = min(self.warm_up_steps, steps)
+        state.runtime_config.warmup_steps = min(self.warm_up_steps or warm_up_of(steps), steps)
 
     def run(self, arguments: dict[str, Any], watch: Watch | None = None) -> Any:
         """What ``pipeline(**arguments)`` gives, on every rank; output_type is pil, np, pt or latent.
