@@ -151,7 +151,7 @@ class PatchExchange:
         differences, me = slot.differences, (None, own, None)
         if self.first or not differences.known:
             offers = [replace(o, parts=(None, as_whole(o, own), None), dtype=own.dtype) for o in slot.offers]
-            every = self._swap(Slot(offers), me)
+            (every,) = self._swap((Slot(offers), me))
             differences.begin([own if tensor is None else tensor for tensor in every])
             for rows in slot.inbox:  # what arrived last in the generation before
                 if rows is not None:
@@ -160,7 +160,7 @@ class PatchExchange:
             differences.arrived(slot.inbox)
             sent = differences.sent(own, self.rank)
             if self.synchronous or slot.bundle is None:
-                differences.arrived(self._swap(slot, (None, sent, None)))
+                differences.arrived(self._swap((slot, (None, sent, None)))[0])
             elif self.posting:
                 self._post(slot, slot.bundle, (None, sent, None))
         return torch.cat([own if p == self.rank else x for p, x in enumerate(differences.known)], 2)
