@@ -7,6 +7,9 @@ import sys
 import pytest
 import torch
 
+from benchmarks.quality import psnr
+from benchmarks.tradeoff import Launch, launched
+from tests.pool import RankPool
 from tests.test_demo import DEMO
 
 sys.path.insert(0, str(DEMO))
@@ -64,3 +67,13 @@ def test_a_step_of_the_student_is_the_schedulers() -> None:
         there = scheduler.step(v, moment, x).prev_sample
         assert torch.allclose(steps.step(k, x, v), there, atol=1e-5)
         assert torch.allclose(steps.needed(k, x, there), v, atol=1e-4)
+
+
+def test_a_step_cache_that_leaves_steps_out_still_obeys(pool: RankPool) -> None:
+    kind, asked = CHECKPOINTS["transformer"], held_out_scenes(4)
+    launch = Launch("xdit", "--step_cache=fbcache:0.12", 1)
+    [made] = pool.run(launched, 1, kind, launch, asked, "cpu")
+    right, wrong = count_right(asked, [judge(picture) for picture in made])
+    assert right >= 3, wrong
+    [plain] = paint(load(kind), asked[:1], steps=kind.steps, cfg=kind.cfg)
+    assert 20 < psnr([made[0]], [plain]) < 60  # steps were left out

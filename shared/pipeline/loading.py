@@ -355,7 +355,9 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
     if header is not None:
         return load_single_file(cls, spec, header, index, parts, dtype, partial(once_a_machine, config))
     readers = {name: _tokenizer(checkpoint / name) for name in spec.text_only}
-    pipe = _from_folder(cls, checkpoint, parts | dict.fromkeys(readers), config, dtype)
+    # diffusers takes a folder without them, such as Stable Diffusion 3 without T5, only where it is told so.
+    absent = [name for name in spec.optional_parts if not (index.get(name) or [None])[0]]
+    pipe = _from_folder(cls, checkpoint, parts | dict.fromkeys([*readers, *absent]), config, dtype)
     pipe.register_modules(**readers)
     if "motion_adapter" in parts and index[spec.denoiser][1] == type(part_of(pipe, "unet")).__name__:
         adapters.put_motion_adapter(pipe, parts["motion_adapter"])
