@@ -1,6 +1,6 @@
 """xDiT compared with plain diffusers, bare xfuser and diffusers' own Ulysses, full-size random weights.
 
-torchrun --nproc_per_node=2 benchmarks/xdit.py flux:1024:14 flux:2048:6 --compile
+torchrun --nproc_per_node=2 benchmarks/xdit.py flux:1024:14 flux:2048:6 --compile [--quantize float8,int8]
     --systems eager,graph,ulysses,ulysses-eager,ring,pipefusion,xfuser-ulysses,xfuser-ring,native
 torchrun --nproc_per_node=2 benchmarks/xdit.py sd3:1024:20 pixs:1024:20 hy:1024:25 --systems eager,graph,cfg
 torchrun --nproc_per_node=2 benchmarks/xdit.py flux:1024:50 --systems ring --repeats 1

@@ -53,18 +53,26 @@ def obstacle(kind: str, device: torch.device) -> str | None:
     return None
 
 
-def for_device(config: HostConfig, device: torch.device, problem: str | None = None) -> HostConfig:
+def for_device(
+    config: HostConfig, device: torch.device, problem: str | None = None, tells: bool = True
+) -> HostConfig:
     """The launch as this device can run it: where it computes in 8 bits, compiled; else with small weights.
 
     Args:
         problem: why another rank cannot, where one cannot: all ranks must compute alike.
+        tells: whether the log says it; one rank of a launch does.
     """
     kind = config.quantize_to
     if kind not in COMPUTED:
         return config
     problem = problem or obstacle(kind, device)
     if problem:
-        log.warning("--quantize_to=%s keeps weights in 8 bits and computes in more: %s", kind, problem)
+        log.log(
+            logging.WARNING if tells else logging.DEBUG,
+            "--quantize_to=%s keeps weights in 8 bits and computes in more: %s",
+            kind,
+            problem,
+        )
         return replace(config, quantize_to=COMPUTED[kind])
     if device.type == "cuda" and not config.compile_unet:
         log.info("--quantize_to=%s compiles the denoiser: 8 bits are slower than 16 without it", kind)

@@ -291,7 +291,8 @@ def planned(config: HostConfig, backend: Backend, channel: Channel) -> tuple[Hos
 
     def alike(config: HostConfig) -> HostConfig:
         others = (info["problems"].get(config.quantize_to) for info in infos)
-        return for_device(config, world.device, next(filter(None, others), None))
+        problem = next(filter(None, others), None)
+        return for_device(config, world.device, problem, tells=world.rank == 0)
 
     config = alike(config)
     dtype = compute_dtype(config, world.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from shared.backends import BACKENDS
 from shared.launch.flags import COMPUTED
 from shared.models import MODELS
-from shared.pipeline import eight_bits, quantize
+from shared.pipeline import eight_bits, memory_plan, quantize
 from shared.pipeline.eight_bits import EightBitLinear, computing_layers
 from shared.pipeline.sharding import parameter_bytes
+from shared.ranks.channel import Channel
+from shared.ranks.groups import World, make_groups
 from tests import tiny, tiny_extras
 from tests.parallel.test_sharded import sharded
 from tests.parallel.test_xdit import feature_cell
@@ -154,6 +160,7 @@ def test_all_ranks_compute_alike(caplog: pytest.LogCaptureFixture) -> None:
     cpu = torch.device("cpu")
     assert eight_bits.for_device(config, cpu) == config
     assert eight_bits.for_device(config, cpu, "rank 1 cannot").quantize_to == "int8_weight"
+    assert eight_bits.for_device(config, cpu, "rank 1 cannot", tells=False).quantize_to == "int8_weight"
     assert caplog.text.count("rank 1 cannot") == 1
     for other in (None, "int4", "float8_weight"):
         unchanged = replace(config, quantize_to=other)
@@ -217,6 +224,27 @@ def test_the_memory_plan_is_what_is_loaded(kind: str, small_layers_too: None) ->
     plan = plan_of(tiny.config("flux", **flags))
     loaded = parameter_bytes(tiny.host("flux", **flags))
     assert plan.weights_of(plan.config, 1)[0] == {model: kept for model, (kept, _) in loaded.items()}
+
+
+def ranks_of_two_kinds() -> tuple[str | None, str]:
+    """On each rank of a launch whose second GPU, as it says, cannot: what it computes in, and its log."""
+    rank = dist.get_rank()
+    world = World(rank, 2, rank, torch.device("cpu"), *make_groups(60, "gloo"))
+    out, log = io.StringIO(), logging.getLogger("host")
+    handler = logging.StreamHandler(out)
+    log.addHandler(handler)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory_plan, "obstacle", lambda kind, device: "an old GPU" if rank else None)
+        config = tiny.config("sd1", quantize_to="float8")
+        made, _ = memory_plan.planned(config, BACKENDS["asyncdiff"], Channel(world))
+    log.removeHandler(handler)
+    return made.quantize_to, out.getvalue()
+
+
+def test_one_gpu_that_cannot_decides_for_all_ranks(pool: RankPool) -> None:
+    (first, said), (second, silent) = pool.run(ranks_of_two_kinds, 2)
+    assert first == second == "float8_weight"
+    assert said.count("computes in more: an old GPU") == 1 and "an old GPU" not in silent
 
 
 def in_8_bits(call: Any, *args: Any) -> Any:
