@@ -79,12 +79,12 @@ def body(name: str, flags: Flags) -> dict[str, Any]:
             request["negative"] = "blur"
     if MODELS[name].image == "needed" or flags.get("start"):
         request["image"] = encoded(name, 1)
-        if MODELS[name].output == "video" and flags.get("start"):
+        if MODELS[name].output == "video" and MODELS[name].image == "start":
             request["image"] = [encoded(name, seed) for seed in (1, 5, 6, 7)]
     if start := flags.get("start"):
         # Twice as many, of which the last half runs.
         request["steps"] = 2 * STEPS
-        if start == "mask" or not MODELS[name].refers:
+        if start == "mask" or ("strength" in MODELS[name].fields and not MODELS[name].refers):
             request["strength"] = 0.5
         if start == "mask":
             request["mask"] = encoded(name, 4, "L")

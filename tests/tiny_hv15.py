@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import transformers
 from diffusers.guiders import ClassifierFreeGuidance
 
-from tests.tiny import seeded
+from tests.tiny import cached, seeded
 from tests.tiny_qwen import qwen25_text, tokenizer
 
 CHAT = (
@@ -17,18 +18,33 @@ CHAT = (
 )
 
 
-def make_hv15() -> Any:
+def from_picture() -> Path:
+    """The checkpoint of picture to video."""
+    return cached("hv15-i2v", lambda path: make_hv15(pictures=True).save_pretrained(path))
+
+
+def make_hv15(pictures: bool = False) -> Any:
     # One layer of its transformer is 2048 x 2048 whatever the configuration says.
     denoiser = seeded(55, lambda: diffusers.HunyuanVideo15Transformer3DModel(
         in_channels=9, out_channels=4, num_attention_heads=4, attention_head_dim=16, num_layers=4,
         num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=32, text_embed_2_dim=32, image_embed_dim=32,
-        rope_axes_dim=(4, 6, 6), target_size=64, task_type="t2v",
+        rope_axes_dim=(4, 6, 6), target_size=64, task_type="i2v" if pictures else "t2v",
     ))  # fmt: skip
     letters = transformers.T5Config(
         vocab_size=384, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=0,
         eos_token_id=1, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
     )  # fmt: skip
-    pipe = diffusers.HunyuanVideo15Pipeline(
+    more: dict[str, Any] = {}
+    if pictures:
+        seen = transformers.SiglipVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+            patch_size=8,
+        )  # fmt: skip
+        more["image_encoder"] = seeded(26, lambda: transformers.SiglipVisionModel(seen))
+        more["feature_extractor"] = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
+    cls = diffusers.HunyuanVideo15ImageToVideoPipeline if pictures else diffusers.HunyuanVideo15Pipeline
+    pipe = cls(
+        **more,
         text_encoder=qwen25_text(),
         tokenizer=tokenizer(),
         transformer=denoiser,

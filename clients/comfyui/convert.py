@@ -49,7 +49,7 @@ PACKED = frozenset(  # types whose latents are rows of 2 x 2 patches
     {"chroma", "flux", "flux2", "kontext", "qwen", "qwenedit"}
 )
 SQUARES = frozenset({"flux2"})  # of these, types whose samples have such patches as channels
-BEGINS = frozenset({"wani2v"})  # types whose videos begin with a picture
+BEGINS = frozenset({"hv15", "ltx2", "wani2v"})  # types whose videos may begin with a picture
 POOLED = frozenset({"sdxl", "sd3", "flux", "kontext"})  # types whose embeddings come with pooled ones
 _PLAIN_CONDITIONING = frozenset({"pooled_output"})
 

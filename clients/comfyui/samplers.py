@@ -347,7 +347,7 @@ class AnimateDiffSampler(io.ComfyNode):
                     "image",
                     optional=True,
                     tooltip="ad: the frames of a video to start from; they set its size and length. "
-                    "wani2v: the picture that the video begins with",
+                    "wani2v, ltx2, hv15 of pictures: the picture that the video begins with",
                 ),
                 io.Float.Input(
                     "denoise",
@@ -357,6 +357,15 @@ class AnimateDiffSampler(io.ComfyNode):
                     step=0.01,
                     optional=True,
                     tooltip="ad: how much of the schedule is run from the image; 1: all of it",
+                ),
+                io.Float.Input(
+                    "guidance_scale_2",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Wan 2.2 A14B: cfg of its second transformer; 0: as cfg",
                 ),
             ],
             outputs=[io.Image.Output(display_name="frames")],
@@ -382,12 +391,13 @@ class AnimateDiffSampler(io.ComfyNode):
         scheduler: Any = None,
         image: torch.Tensor | None = None,
         denoise: float = 0.8,
+        guidance_scale_2: float = 0.0,
     ) -> io.NodeOutput:
         body = _conditions(
             *(host, positive, negative, clip_skip, positive_conditioning, negative_conditioning),
             *(control_image, ip_image, scheduler),
         )
-        body |= {"seed": seed, "steps": steps, "cfg": cfg}
+        body |= {"seed": seed, "steps": steps, "cfg": cfg, "guidance_scale_2": guidance_scale_2 or None}
         if image is None or host.type in convert.BEGINS:
             body |= {"frames": frames, "width": width, "height": height}
             body |= {"image": convert.picture(image, "image")}

@@ -26,6 +26,8 @@ PIPELINES = {
     "ChromaPipeline": "chroma",
     "HunyuanDiTPipeline": "hy",
     "HunyuanVideo15Pipeline": "hv15",
+    "HunyuanVideo15ImageToVideoPipeline": "hv15",
+    "LTX2ImageToVideoPipeline": "ltx2",
     "LTX2Pipeline": "ltx2",
     "PixArtAlphaPipeline": "pixa",
     "PixArtSigmaPipeline": "pixs",

@@ -166,6 +166,8 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
                 f"must be {len(request.image)}, the pictures of image; got {request.frames}",
                 "image",
             )
+    if config.spec.image == "begins" and None not in (request.image, request.latent):
+        add("latent", "give image or latent, not both", "image")
     if request.mask is not None and request.image is None:
         add("mask", "needs the image that it is a mask of; got no image", "image")
     if _begins(request, config):

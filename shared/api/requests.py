@@ -144,6 +144,10 @@ class GenerateRequest(BaseModel):
         Annotated[float, Field(ge=0, le=100, description="above 1: the negative prompt counts")] | None,
         Notes("True guidance"),
     ] = None
+    guidance_scale_2: Annotated[
+        Annotated[float, Field(ge=0, le=100, description="of the second transformer; left out: cfg")] | None,
+        Notes("Guidance of the late steps"),
+    ] = None
     guidance_rescale: Annotated[
         Annotated[Fraction, Field(description="above 0: less of the contrast that guidance adds")] | None,
         Notes("Rescaled guidance"),

@@ -240,7 +240,7 @@ def start_problem(config: HostConfig, kind: Kind) -> str | None:
         return f"is not supported with PipeFusion: no pipeline of xfuser {what}; the other degrees support it"
     start = spec.start(kind, bool(config.control_net))
     if start is None and config.control_net:
-        return f"type {spec.name} with --control_net: diffusers has no pipeline that {what}"
+        return f"type {spec.name} with --control_net: this host has no pipeline that {what}"
     if start is not None and config.ip_adapter and not start.ip_adapter:
         return f"is not supported with --ip_adapter: {start.pipeline} takes none"
     return None

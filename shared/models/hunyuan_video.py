@@ -1,12 +1,14 @@
-"""HunyuanVideo 1.5: text to video."""
+"""HunyuanVideo 1.5: text to video, and picture to video, told apart by model_index.json."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import Any
 
 from shared.models.caches import LeftOut
 from shared.models.files import FileKind
 from shared.models.spec import (
+    IMAGE,
     LORA,
     NO_GGUF,
     PROMPT_ONLY,
@@ -33,6 +35,17 @@ TOKENS = TokenPlan(
     guider="guider",
     flow=True,
     left_out=(LeftOut("transformer_blocks", ("hidden_states", "encoder_hidden_states")),),
+)
+
+_FIELDS = PROMPTS | SIZE | LORA | {"sigmas", "latent", "frames", "fps"}
+FROM_PICTURE: MappingProxyType[str, Any] = MappingProxyType(
+    {
+        "title": "HunyuanVideo 1.5 picture to video",
+        "pipeline": "HunyuanVideo15ImageToVideoPipeline",
+        "image": "needed",
+        "sized_by_picture": True,
+        "fields": _FIELDS | IMAGE,
+    }
 )
 
 FAMILY = Family(
@@ -87,13 +100,11 @@ FAMILY = Family(
             ),
             lora_loader="peft",
             scheduler_family="flow_sigmas",
-            fields=PROMPTS | SIZE | LORA | {"sigmas", "latent", "frames", "fps"},
+            fields=_FIELDS,
+            variants=MappingProxyType({"HunyuanVideo15ImageToVideoPipeline": FROM_PICTURE}),
             refuses=refusals(PROMPT_ONLY, {"gguf_model": NO_GGUF}),
         ),
     ),
     files=(FileKind("HunyuanVideo 1.5", marks=("byt5_in.", "vision_in."),
                     hint="type hv15 loads from a diffusers folder"),),
-    other_pipelines=MappingProxyType(
-        {"HunyuanVideo15ImageToVideoPipeline": "HunyuanVideo 1.5 image to video"}
-    ),
 )  # fmt: skip

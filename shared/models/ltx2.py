@@ -1,4 +1,4 @@
-"""LTX-2: text to video with sound."""
+"""LTX-2: text, or a picture to begin with, to video with sound."""
 
 from __future__ import annotations
 
@@ -6,7 +6,17 @@ from types import MappingProxyType
 
 from shared.models.caches import LeftOut
 from shared.models.files import FileKind
-from shared.models.spec import LORA, PROMPT_ONLY, PROMPTS, SIZE, Family, ModelSpec, refusals
+from shared.models.spec import (
+    IMAGE,
+    LORA,
+    PROMPT_ONLY,
+    PROMPTS,
+    SIZE,
+    Family,
+    ModelSpec,
+    Start,
+    refusals,
+)
 from shared.models.tokens import Site, TokenPlan
 
 # The sound's tokens, a few per cent of the picture's, are whole on every rank: shared, they would cost three
@@ -77,7 +87,10 @@ FAMILY = Family(
                 "audio_prompt_adaln*",
             ),
             scheduler_family="flow_sigmas",
-            fields=PROMPTS | SIZE | LORA | {"sigmas", "latent", "frames", "fps"},
+            fields=PROMPTS | SIZE | LORA | IMAGE | {"sigmas", "latent", "frames", "fps"},
+            image="begins",
+            starts=(Start("LTX2ImageToVideoPipeline", "image", None, begins=True),),
+            other_classes=frozenset({"LTX2ImageToVideoPipeline"}),
             refuses=refusals(
                 PROMPT_ONLY, {"gguf_model": "its GGUF files are not supported here; types with it: {types}"}
             ),

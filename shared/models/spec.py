@@ -33,6 +33,7 @@ class Start:
     pipeline: str
     kind: Kind
     strength: float | None  # its default; None: it starts from noise, and the model looks at the picture
+    begins: bool = False  # of these, whether the picture is the first frame of a video
     control: bool = False  # whether it is the one with a ControlNet
     ip_adapter: bool = True  # whether it takes an IP-Adapter
     image: str = "image"  # its argument for the picture
@@ -46,7 +47,7 @@ class Start:
     @property
     def refers(self) -> bool:
         """Whether the picture is one that the model looks at, and the loaded pipeline takes it."""
-        return self.strength is None
+        return self.strength is None and not self.begins
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,10 @@ class ModelSpec:
     encoders_capturable: bool = True  # whether CUDA graphs can hold them
     encoder_names: tuple[str, ...] = ()  # what LoRAs from ComfyUI call them
     tokenizers: tuple[str, ...] = ()
-    # What `image` of a request is: nothing, an input of the model, or what the picture starts from.
-    image: Literal["none", "needed", "start"] = "none"
+    # What `image` of a request is: nothing, an input of the model, what the picture starts from, or what a
+    # video begins with where it is given.
+    image: Literal["none", "needed", "start", "begins"] = "none"
+    sized_by_picture: bool = False  # whether its pipeline takes no size, but makes one of its picture's
     starts: tuple[Start, ...] = ()
     unpacked_layout: Layout = "nchw"  # of latents that are not packed
     pooled_embeds: bool = False
@@ -243,7 +246,9 @@ class ModelSpec:
     @property
     def image_pipeline(self) -> str:
         """The class whose `strength` is ours with `latent`."""
-        found = (s for s in self.starts if not (s.kind == "fill" or s.control or s.frames or s.refers))
+        found = (
+            s for s in self.starts if not (s.kind == "fill" or s.control or s.frames or s.strength is None)
+        )
         start = next(found, None)
         usual = "FluxImg2ImgPipeline" if self.predicts_flow else "StableDiffusionImg2ImgPipeline"
         return usual if start is None else start.pipeline

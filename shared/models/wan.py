@@ -55,11 +55,14 @@ OWN_NAMES = MappingProxyType(
     }
 )
 
+_FIELDS = PROMPTS | SIZE | LORA | {"latent", "frames", "fps"}
+
 # Wan 2.2 A14B: one transformer for the noisier steps, one for the others.
 A14B: MappingProxyType[str, Any] = MappingProxyType(
     {
         "steps": 40,
         "cfg": 4.0,
+        "fields": _FIELDS | {"guidance_scale_2"},
         "refuses": refusals(
             PROMPT_ONLY, {"gguf_model": "this checkpoint has two transformers, and the flag names one file"}
         ),
@@ -95,7 +98,7 @@ WAN = ModelSpec(
     own_names=OWN_NAMES,
     kept=("proj_out", "patch_embedding", "condition_embedder*"),
     scheduler_family="flow_video",
-    fields=PROMPTS | SIZE | LORA | {"latent", "frames", "fps"},
+    fields=_FIELDS,
     lora_parts=MappingProxyType({"high": "transformer", "low": "transformer_2"}),
     variants=MappingProxyType({"transformer_2": A14B, "expand_timesteps": TI2V}),
     refuses=refusals(PROMPT_ONLY),
@@ -116,7 +119,7 @@ FAMILY = Family(
             packages=("ftfy",),
             variants=MappingProxyType(
                 {
-                    "transformer_2": A14B | {"cfg": 3.5},
+                    "transformer_2": A14B | {"cfg": 3.5, "fields": A14B["fields"] | IMAGE},
                     # Its checkpoint is the one that type wan loads.
                     "expand_timesteps": TI2V
                     | {"other_classes": frozenset({"WanPipeline"}), "puts_frames_back": True},

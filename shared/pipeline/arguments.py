@@ -34,7 +34,8 @@ def call_arguments(
     device: torch.device,
     start: Start | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of one pipeline call, without output_type. Sets scales of IP-Adapter and guider.
+    """Keyword arguments of one pipeline call, without output_type. Sets scales of IP-Adapter and guider,
+    and the size where the pipeline takes none.
 
     Args:
         request: with its defaults filled in.
@@ -70,7 +71,10 @@ def call_arguments(
         request.clip_skip,
         config.compel and request.prompt_syntax is None,  # A1111's notation is read elsewhere
     )
-    if "width" in spec.fields and (start is None or start.sized):
+    if spec.sized_by_picture:
+        size = request.height, request.width
+        part_of(pipe, "video_processor").calculate_default_height_width = lambda **_: size
+    elif "width" in spec.fields and (start is None or start.sized):
         arguments |= {"width": request.width, "height": request.height}
         if spec.area_field is not None:
             arguments[spec.area_field] = (request.width or 0) * (request.height or 0)
@@ -93,7 +97,7 @@ def call_arguments(
         arguments |= ip_arguments(pipe, spec, config.ip_adapter, pictures, listed(request.ip_adapter_scale))
     if spec.output == "video":
         arguments |= _video_arguments(pipe, spec, request)
-        if start is not None:
+        if start is not None and start.frames:
             del arguments["num_frames"]  # there are as many as pictures
     arguments |= _schedule_arguments(request, pipe.scheduler.config.num_train_timesteps)
     if (eta := getattr(pipe.scheduler, "eta", None)) is not None:
@@ -108,6 +112,8 @@ def call_arguments(
         if request.noise_level > most:
             raise refused("noise_level", f"must be at most {most} here, got {request.noise_level}")
         arguments["noise_level"] = request.noise_level
+    if request.guidance_scale_2 is not None:
+        arguments["guidance_scale_2"] = request.guidance_scale_2
     if request.true_cfg_scale is not None:
         arguments["true_cfg_scale"] = request.true_cfg_scale
         if request.true_cfg_scale > 1 and not any(name.startswith("negative_") for name in arguments):

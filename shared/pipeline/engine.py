@@ -254,7 +254,7 @@ class PipelineEngine:
         if refiner is not None:
             arguments["denoising_end"] = request.refiner_start
         arguments["output_type"] = output_type if refiner is None else "latent"
-        if start is not None and start.kind == "inpaint":
+        if start is not None and (start.kind == "inpaint" or start.begins):
             arguments["callback_on_step_end"] = watch.after_blend
         self._note_adapters(request)
         self.parallel.take(running)
@@ -297,7 +297,7 @@ class PipelineEngine:
         arguments: dict[str, Any],
     ) -> AbstractContextManager[None]:
         """Run the part of the schedule that is asked for, of which the method and the watch are told."""
-        if start is None or start.refers or request.image is None:
+        if start is None or start.strength is None or request.image is None:
             return part_of_schedule(running, self.spec, request, arguments)
 
         def begin(timesteps: torch.Tensor, first: int) -> None:

@@ -40,7 +40,7 @@ def start_of(pipe: Pipeline, config: HostConfig, request: GenerateRequest) -> St
     spec, control = config.spec, bool(config.control_net)
     if trained_to_fill(pipe, spec):
         return spec.start("fill", control)
-    if not request.starts(config):
+    if not request.starts(config) and not (spec.image == "begins" and request.image is not None):
         return None
     return spec.start("image" if request.mask is None else "inpaint", control)
 
@@ -93,10 +93,10 @@ class PicturePipelines:
 def start_arguments(start: Start, request: GenerateRequest) -> dict[str, Any]:
     """Keyword arguments for the picture, the mask and the strength; without an image an empty one.
 
-    Of a single picture a video begins as one that stands still. A picture to look at keeps its size, which
-    the pipeline brings to one that the model knows.
+    Of a single picture a video begins as one that stands still. A picture to look at, or to begin with, keeps
+    its size, which the pipeline brings to one that the model knows.
     """
-    if start.refers:
+    if start.strength is None:
         seen = [decode_image(one, request.image_scale) for one in request.images]
         return {start.image: seen if start.most > 1 else seen[0], **start.arguments}
     size = (request.width or 0, request.height or 0)

@@ -62,11 +62,14 @@ class Previewer:
         if self._shape is None:
             self._shape = latent_shape(self.pipe, self.spec, self._request)
         latents = self._clean(result, noise)[:1]  # the first of several
-        if latents.shape != self._shape:
+        layout = self.spec.latent_layout
+        if layout == "tokens" and latents.ndim == 5:
+            layout = "ncfhw"  # a video without its first frame, which is a picture
+        elif latents.shape != self._shape:
             return  # not one whole picture
         factor = pixels_of(self.pipe, self.spec)
         grid = ((self._request.height or 0) // factor, (self._request.width or 0) // factor)
-        pixels = project(picture_latents(latents, self.spec.latent_layout, grid), self.projection)
+        pixels = project(picture_latents(latents, layout, grid), self.projection)
         if pixels.device.type != "cuda":
             self._show(step, pixels)
             return

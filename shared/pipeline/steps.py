@@ -203,7 +203,7 @@ class StepWatch:
         self.on_step(self.step, steps)
 
     def after_blend(self, pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """What pipelines call at the end of a step: inpainting blends its latents with the picture's."""
+        """What pipelines call at the end of a step: with the latents of the picture, which no step made."""
         self.latents = given["latents"]
         return given
 

@@ -461,7 +461,7 @@ def test_frames_are_as_many_as_pictures() -> None:
         ("sd1", {}, {"latent": tensor(latent=[1])}, 400, "latent", "give image or latent, not both"),
         ("sd1", {}, {"denoising_end": 0.5}, 400, "denoising_end", "give image or denoising_end, not both"),
         ("sd1", {"max_pixel_steps": 1000}, {"steps": 1}, 422, "steps", "64 x 64 pixels x 1 frames x 1 steps"),
-        ("sd3", {"control_net": {"/c": 1.0}}, {}, 422, "image", "diffusers has no pipeline that starts from"),
+        ("sd3", {"control_net": {"/c": 1.0}}, {}, 422, "image", "this host has no pipeline that starts from"),
         ("sd3", {"control_net": {"/c": 1.0}}, {"mask": drawn(8, 8)}, 422, "mask", "that takes a mask"),
         (
             "zimage",
@@ -469,7 +469,7 @@ def test_frames_are_as_many_as_pictures() -> None:
             {},
             422,
             "image",
-            "diffusers has no pipeline that starts from",
+            "this host has no pipeline that starts from",
         ),
         (
             *("flux", {"control_net": {"/c": 1.0}, "ip_adapter": {"/i": 1.0}}, {}, 422),

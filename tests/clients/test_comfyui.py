@@ -45,7 +45,12 @@ def test_the_choices_are_the_registrys(comfy: ComfyUI) -> None:
         n for n, s in MODELS.items() if s.output == "image" and (s.image != "needed" or s.refers)
     }
     assert {n for n, s in MODELS.items() if s.pooled_embeds} == comfy.pack["convert"].POOLED
-    begin = {n for n, s in MODELS.items() if s.output == "video" and s.image == "needed"}
+    begin = {
+        n
+        for n, s in MODELS.items()
+        for image in (s.image, *(changes.get("image") for changes in s.variants.values()))
+        if s.output == "video" and image in ("needed", "begins")
+    }
     assert begin - {"svd"} == comfy.pack["convert"].BEGINS  # which has a sampler of its own
     assert {n for n, s in MODELS.items() if s.packed} == comfy.pack["convert"].PACKED
     assert {n for n, s in MODELS.items() if s.squares} == comfy.pack["convert"].SQUARES

@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save_file
 
+from shared.api.faults import RequestError
 from shared.api.media import encode_image
+from shared.api.parsing import check_request
 from shared.api.requests import GenerateRequest
 from shared.backends import BACKENDS
 from shared.launch.checks import check_config
@@ -169,6 +171,30 @@ def test_a_launch_has_what_its_checkpoint_is() -> None:
         check_config(config("wan", "a14b", gguf_model=file), BACKENDS["xdit"], 1)
     with pytest.raises(LoadError, match="its type is wan"):
         host("wani2v", "a14b")
+
+
+def test_the_second_transformer_has_guidance_of_its_own() -> None:
+    launch = config("wan", "a14b")
+    pipe = host("wan", "a14b")
+    engine = PipelineEngine(pipe, launch, tiny.world())
+
+    def made(**fields: Any) -> torch.Tensor:
+        body = {"positive": "a cat", "seed": 1, "steps": 3, "frames": 5, "output_format": "latent"}
+        reply = engine.generate(check_request(body | fields, launch).filled(launch), lambda step, steps: None)
+        assert reply is not None
+        return load(reply.output[0])["latent"]
+
+    wanted = pipe(
+        prompt="a cat", num_inference_steps=3, num_frames=5, height=64, width=64, guidance_scale=4.0,
+        guidance_scale_2=1.5, generator=torch.Generator().manual_seed(1), output_type="latent",
+    ).frames  # fmt: skip
+    own = made(guidance_scale_2=1.5)
+    assert torch.allclose(own, wanted, atol=1e-5)
+    assert torch.equal(made(guidance_scale_2=4.0), made()) and float((made() - own).abs().max()) > 0.01
+    for kind in ("ti2v", "wan"):
+        other = config("wan", kind) if kind == "ti2v" else tiny.config("wan")
+        with pytest.raises(RequestError, match=r"type wan \(.*\) does not support guidance_scale_2"):
+            check_request({"positive": "a cat", "guidance_scale_2": 2.0}, other)
 
 
 def test_latents_have_the_given_frame() -> None:
