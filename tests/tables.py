@@ -1,4 +1,4 @@
-"""Generated parts of the documents: README.md's compatibility tables, docs/DESIGN.md's list of files.
+"""Generated parts of the documents: the compatibility tables, the list of files, the default degrees.
 
 python -m tests.tables            print them
 python -m tests.tables --write    put them between their markers (`make matrix` tests first)
@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from shared.launch.backend import Backend
@@ -75,6 +76,52 @@ def compatibility(results: dict[str, str]) -> str:
     return "\n".join(parts).strip()
 
 
+HEADS = {"sd3": 24, "flux": 24, "kontext": 24, "chroma": 24, "flux2": 48, "qwen": 24, "qwenedit": 24}
+HEADS |= {"zimage": 30, "wan": 40, "wani2v": 40, "hv15": 16, "ltx2": 32, "hy": 16, "pixa": 16, "pixs": 16}
+"""Attention heads of the published checkpoints: FLUX.2 dev, Wan 14B."""
+
+
+def plan(backend: str, name: str, ranks: int) -> str:
+    """How a host divides a type over so many ranks where no flag says so."""
+    from shared.backends.asyncdiff import stages
+    from shared.backends.distrifuser import needs
+    from shared.launch.errors import UsageError
+    from shared.launch.flags import HostConfig
+    from shared.models import MODELS
+    from shared.parallel.xdit.degrees import choose_degrees
+
+    config = HostConfig(backend=backend, type=name)  # type: ignore[arg-type]
+    if backend == "xdit":
+        tokens = MODELS[name].tokens
+        assert tokens is not None
+        return str(choose_degrees(ranks, {}, 1 if tokens.unguided else tokens.branches, HEADS[name]))
+    if backend == "distrifuser":
+        assert needs(config, ranks).keeps_patches
+        halved = ranks % 2 == 0 and not config.no_split_batch
+        return f"cfg 2 x patches {ranks // 2}" if halved else f"patches {ranks}"
+    try:
+        return f"stages {stages(config, ranks)}"
+    except UsageError:
+        halves = stages(replace(config, use_cfg_parallel=True), ranks)
+        return f"with `--use_cfg_parallel`: cfg 2 x stages {halves}"
+
+
+def degrees() -> str:
+    """One row for all types of a host that are divided alike."""
+    from shared.backends import BACKENDS
+
+    counts = (2, 4, 6, 8)
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for backend, spec in BACKENDS.items():
+        for name in spec.types:
+            rows.setdefault((backend, *(plan(backend, name, n) for n in counts)), []).append(name)
+    lines = ["| host | types | " + " | ".join(f"{n} GPUs" for n in counts) + " |", "|---" * 6 + "|"]
+    lines += [
+        f"| {host} | {', '.join(names)} | {' | '.join(plans)} |" for (host, *plans), names in rows.items()
+    ]
+    return "\n".join(lines)
+
+
 def first_line(path: Path) -> str:
     """The first line of a Python file's docstring, without its full stop."""
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
@@ -106,7 +153,7 @@ def put(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    generated = {"docs/DESIGN.md": {"files": file_tree()}}
+    generated = {"docs/DESIGN.md": {"files": file_tree()}, "docs/USING.md": {"degrees": degrees()}}
     if RESULTS.exists():  # a table of untested cells would replace what is known
         generated["README.md"] = {"compatibility": compatibility(results())}
     for document, parts in generated.items():

@@ -12,7 +12,7 @@ from PIL import Image
 from shared.backends import BACKENDS
 from shared.models import MODELS
 from tests.pool import RankPool
-from tests.tables import COLUMNS, ROOT, file_tree, put, refusal
+from tests.tables import COLUMNS, ROOT, degrees, file_tree, put, refusal
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -20,6 +20,11 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def test_the_list_of_files_is_current() -> None:
     text = (ROOT / "docs" / "DESIGN.md").read_text()
     assert put(text, "files", file_tree()) == text, "run python -m tests.tables --write"
+
+
+def test_the_default_degrees_are_those_that_hosts_choose() -> None:
+    text = (ROOT / "docs" / "USING.md").read_text()
+    assert put(text, "degrees", degrees()) == text, "run python -m tests.tables --write"
 
 
 def test_the_readme_is_short() -> None:

@@ -51,7 +51,8 @@ def stages(config: HostConfig, world_size: int) -> int:
             f"--model_n: the world size must be {formula} with model_n {least} to {most}; got world size "
             f"{world_size}, stride {config.stride}"
             + (f", model_n {config.model_n}" if config.model_n else "")
-            + f" (world sizes that fit this stride: {', '.join(map(str, allowed))})"
+            + f" (world sizes that fit this stride: {', '.join(map(str, allowed))}"
+            + ("; with --use_cfg_parallel twice as many)" if world_size in map((2).__mul__, allowed) else ")")
         )
     if model_n == 1 and config.stride == 2:
         raise UsageError("--stride: 2 needs model_n of 2 or more; got model_n 1")

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from shared.backends.asyncdiff import stages
+from shared.launch.errors import UsageError
+from shared.launch.flags import HostConfig
 from tests import test_matrix, tiny
 from tests.parallel import test_distrifusion as patches
 from tests.parallel import test_xdit as tokens
@@ -39,6 +42,12 @@ def test_asyncdiff(pool: RankPool, case: str) -> None:
     asked = {**flags, "ask": {"width": 80, "height": 144} if name == "sd3" else UNEVEN}
     found = pool.run(test_matrix.run_cell, ranks, "asyncdiff", name, {}, asked, False, timeout=300)
     test_matrix.check_plans(found)
+
+
+@pytest.mark.parametrize(("ranks", "hint"), [(8, "; with --use_cfg_parallel twice as many"), (5, "")])
+def test_a_number_of_ranks_that_needs_halves_says_so(ranks: int, hint: str) -> None:
+    with pytest.raises(UsageError, match=rf"fit this stride: 2, 3, 4{hint}\)$"):
+        stages(HostConfig(backend="asyncdiff", type="sdxl"), ranks)
 
 
 WARM: dict[str, Any] = {"warm_up_steps": 99}
