@@ -90,7 +90,7 @@ def plan(backend: str, name: str, ranks: int) -> str:
     from shared.models import MODELS
     from shared.parallel.xdit.degrees import choose_degrees
 
-    config = HostConfig(backend=backend, type=name)  # type: ignore[arg-type]
+    config = HostConfig(backend=backend, type=name)
     if backend == "xdit":
         tokens = MODELS[name].tokens
         assert tokens is not None
