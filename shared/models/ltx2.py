@@ -30,7 +30,12 @@ TOKENS = TokenPlan(
     skipped="all_perturbed",
     picture=(Site("proj_in", "input"),),
     # Cosines and sines are [batch, heads, tokens, channels] or [batch, tokens, channels], by checkpoint.
-    positions=(Site("rope", "output", dim=-2), Site("cross_attn_rope", "output", dim=-2)),
+    # A video that begins with a picture has a timestep for each token.
+    positions=(
+        Site("rope", "output", dim=-2),
+        Site("cross_attn_rope", "output", dim=-2),
+        Site("timestep", "argument", optional=True),
+    ),
     flow=True,
     left_out=(LeftOut("transformer_blocks", ("hidden_states", "audio_hidden_states")),),
 )
