@@ -10,6 +10,7 @@ lines of torch.
 
 from __future__ import annotations
 
+import importlib
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -339,3 +340,6 @@ def _without_extensions() -> None:
             extension.get_extension(name)._lib = SimpleNamespace(unpack=_unpack)
     for name in ("quanto_cuda", "quanto_hip"):
         extension._extensions.pop(name, None)
+    # torch 2.13's own product of bf16 and packed int8 crashes on CPUs.
+    products: Any = importlib.import_module("optimum.quanto.library.qbytes_mm")
+    products.qbytes_int8pack_mm = products.qbytes_mm

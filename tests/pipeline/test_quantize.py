@@ -56,6 +56,12 @@ def test_float8(name: str) -> None:
     assert 0 < np.abs(tiny.run(pipe, name) - plain(name)).max() < 0.3
 
 
+def test_int8_weights_in_bf16_on_a_cpu() -> None:
+    """Where quanto takes a product of torch's that crashes."""
+    pipe = tiny.host("flux", quantize_to="int8_weight", variant="bf16")
+    assert np.abs(tiny.run(pipe, "flux") - plain("flux")).mean() < 0.02
+
+
 def test_layers_keep_their_classes_and_the_ends_stay() -> None:
     unet = tiny.host("sd1", quantize_to="int4").unet
     resnet = unet.down_blocks[0].resnets[0]
