@@ -22,7 +22,7 @@ from shared.parallel.xdit.cpu import load_xfuser
 from shared.parallel.xdit.degrees import Degrees
 from shared.parallel.xdit.exact import XDiT, transformers_of
 from tests import test_matrix, tiny
-from tests.parallel.test_xdit import EXACT, TYPES, picture, pipeline, psnr
+from tests.parallel.test_xdit import EXACT, TYPES, compiled, picture, pipeline, psnr
 from tests.pool import RankPool
 from tests.seldom import seldom
 
@@ -249,6 +249,13 @@ def calibrated(name: str) -> list[list[float]]:
         picture(pipe, name, parallel, steps=STEPS)
         found.append(parallel.notes)
     return [[round(x, 3) for x in json.loads(notes[0].removeprefix(caches.CALIBRATED))] for notes in found]
+
+
+def test_what_is_measured_inside_of_compiled_blocks(pool: RankPool) -> None:
+    tiny.checkpoint("flux")
+    settings = CacheSettings("teacache", threshold=0)
+    for rank in pool.run(compiled, 2, "flux", {"ring": 2}, cache=settings):
+        assert rank["psnr"] >= EXACT and rank["more"] == 0, rank
 
 
 def told(name: str, flags: Case) -> tuple[list[str], list[np.ndarray]]:
