@@ -17,6 +17,7 @@ from shared.parallel.distrifusion import DistriFusion
 from shared.parallel.method import CombinedMethod, Method
 from tests import tiny
 from tests.pool import RankPool
+from tests.seldom import seldom
 
 STEPS = 8
 
@@ -157,14 +158,12 @@ def pictures(kind: str, name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "ranks"),
-    [
-        *[(kind, name, 2) for kind, names in KINDS.items() for name in names],
-        ("asyncdiff", "sd1", 4),
-        ("distrifusion", "sd1", 4),
-    ],
-)
+CELLS = [(kind, name, 2) for kind, names in KINDS.items() for name in names]
+CELLS += [("asyncdiff", "sd1", 4), ("distrifusion", "sd1", 4)]
+USUAL = [("hybrid", "sd1", 2), ("hybrid", "sd3", 2), ("asyncdiff", "sd1", 2), ("distrifusion", "sd1", 4)]
+
+
+@pytest.mark.parametrize(("kind", "name", "ranks"), seldom(CELLS, USUAL))
 def test_chosen_steps_are_exact_where_nothing_is_slow_and_few_where_all_is(
     pool: RankPool, kind: str, name: str, ranks: int
 ) -> None:
