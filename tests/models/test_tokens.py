@@ -185,6 +185,7 @@ class Toy(nn.Module):
         self.x_in, self.blocks = nn.Conv3d(4, 8, 1), nn.ModuleList([Block(), Block()])
         self.first = nn.Identity()
         self.proj_out = nn.Linear(8, 4)
+        self.config = {"num_attention_heads": 2, "attention_head_dim": 4}
 
     def forward(self, x: torch.Tensor, text: torch.Tensor) -> Any:
         tokens = self.first(self.x_in(x).flatten(2).transpose(1, 2))
