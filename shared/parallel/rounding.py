@@ -38,7 +38,7 @@ def packed(x: torch.Tensor, bits: Bits) -> torch.Tensor:
         rounded = low + 16 * high
     else:
         rounded = (values.round() if bits == "int8" else values).to(FORMATS[bits])
-    return torch.cat([rounded.view(torch.uint8), scale.view(torch.uint8)], -1)
+    return torch.cat([rounded.view(torch.uint8), _bytes(scale)], -1)
 
 
 def unpacked(rows: torch.Tensor, bits: Bits, dtype: torch.dtype) -> torch.Tensor:
@@ -48,7 +48,22 @@ def unpacked(rows: torch.Tensor, bits: Bits, dtype: torch.dtype) -> torch.Tensor
     if bits == "int4":
         # A row of zero bytes is a row of zeros, whatever they stand for: its scale is zero.
         values = torch.stack([values % 16, values // 16], -1).flatten(-2).to(torch.int8) - 8
-    return (values.float() * scale.view(torch.float32)).to(dtype)
+    return (values.float() * _numbers(scale)).to(dtype)
+
+
+def _bytes(scale: torch.Tensor) -> torch.Tensor:
+    """fp32 [..., 1] as bytes [..., SCALE_BYTES], the lowest first.
+
+    By arithmetic: inductor makes a view of a tensor as one of smaller numbers only where its rows are dense.
+    """
+    whole = scale.view(torch.int32)
+    return torch.cat([whole >> (8 * place) & 255 for place in range(SCALE_BYTES)], -1).to(torch.uint8)
+
+
+def _numbers(rows: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_bytes`."""
+    parts = [row.to(torch.int32) << (8 * place) for place, row in enumerate(rows.split(1, -1))]
+    return (parts[0] | parts[1] | parts[2] | parts[3]).view(torch.float32)
 
 
 def width_of(channels: int, bits: Bits) -> int:

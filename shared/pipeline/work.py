@@ -98,8 +98,9 @@ class Work:
                 read = self._read_tokens(tokenizer)
                 read = min(read, encoder.config.to_dict().get("max_position_embeddings", read))
                 tokens = torch.zeros((1, read), dtype=torch.long, device="meta")
+                encoder.to(self.dtype)  # outside: weights are counted elsewhere
                 with torch.no_grad(), torch.device("meta"), FlashAttention(), PeakBytes() as peak:
-                    encoder.to(self.dtype)(tokens, attention_mask=None)
+                    encoder(tokens, attention_mask=None)
                 found.append(peak.most)
             self._encodes = max(found)
         return self._encodes
@@ -135,8 +136,9 @@ class Work:
         for flag, name in (("enable_vae_tiling", "tiling"), ("enable_vae_slicing", "slicing")):
             if hasattr(vae, f"disable_{name}"):
                 getattr(vae, f"{'enable' if getattr(config, flag) else 'disable'}_{name}")()
+        vae.to(dtype)
         with torch.no_grad(), torch.device("meta"), FlashAttention(), PeakBytes() as peak:
-            vae.to(dtype).decode(torch.empty(shape, dtype=dtype), return_dict=False, **more)
+            vae.decode(torch.empty(shape, dtype=dtype), return_dict=False, **more)
         found = peak.most
         if upcast and not config.shard_weights:
             found += 2 * self.models["vae"].nbytes(Stored(self.dtype))

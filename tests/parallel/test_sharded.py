@@ -15,7 +15,7 @@ from shared.backends import BACKENDS
 from shared.models import MODELS
 from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.asyncdiff.weights import StageWeights
-from shared.parallel.sharded import ShardedWeights
+from shared.parallel.sharded import ShardedWeights, blocks_of
 from shared.pipeline.engine import PipelineEngine
 from tests import tiny, tiny_extras, tiny_original
 from tests.pool import RankPool
@@ -216,6 +216,18 @@ def in_any_order() -> None:
 
 def test_blocks_in_any_order(pool: RankPool) -> None:
     pool.run(in_any_order, 2)
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "qwen", "ltx2"])
+def test_encoders_are_gathered_layer_by_layer(name: str) -> None:
+    """Wherever a model has its list of layers: transformers wraps some twice."""
+    pipe = tiny.load(name)
+    for part in MODELS[name].text_encoders:
+        encoder = getattr(pipe, part)
+        lists = [part for part in encoder.modules() if isinstance(part, nn.ModuleList)]
+        within = {id(inner) for one in lists for part in one for inner in part.modules()}
+        outer = [one for one in lists if id(one) not in within and any(one[0].children())]
+        assert outer and len(blocks_of(encoder, 2)) >= sum(map(len, outer))
 
 
 def ahead() -> list[tuple[str, int]]:

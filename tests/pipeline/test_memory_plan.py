@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from shared.api.requests import GenerateRequest
 from shared.backends import BACKENDS
@@ -21,7 +22,8 @@ from shared.models import MODELS
 from shared.parallel.peak import PeakBytes
 from shared.pipeline.memory_plan import MemoryPlan
 from shared.pipeline.sharding import parameter_bytes
-from shared.pipeline.unloaded import Stored
+from shared.pipeline.unloaded import Stored, Unloaded
+from shared.pipeline.work import Work
 from shared.ranks.device import LIMIT
 from tests import tiny, tiny_extras, tiny_original, tiny_wan
 from tests.pool import RankPool
@@ -172,6 +174,16 @@ def test_prompts_are_counted(name: str) -> None:
     need = plan_of(config).need(config)
     assert need.work == need.encode
     assert need.total - need.margin <= measured(config) <= need.total + need.margin
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_another_dtype_are_not_counted_as_work(dtype: torch.dtype) -> None:
+    config = transformers.CLIPTextConfig(hidden_size=768, num_hidden_layers=12, projection_dim=768)
+    vae = tiny.load("sd1").vae
+    with torch.device("meta"):
+        encoder = transformers.CLIPTextModel(config)
+    work = Work(MODELS["sd1"], {"text_encoder": Unloaded([encoder]), "vae": Unloaded([vae])}, dtype)
+    assert 0 < work.encode() < 4 << 20, "123 million parameters, 77 tokens"
 
 
 def launch_of(config: HostConfig, said: str) -> HostConfig | None:

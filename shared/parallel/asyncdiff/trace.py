@@ -103,11 +103,13 @@ class Trace:
 
 
 def is_container(module: nn.Module) -> bool:
-    """Whether a module holds a list of composite modules, and so is opened rather than cut around."""
+    """Whether a module or one inside it holds a list of composite modules: it is opened, not cut around."""
     if hasattr(module.forward, "_torchdynamo_orig_callable"):
         return False  # a compiled forward must not see overridden children
     return any(
-        isinstance(child, nn.ModuleList) and len(child) > 0 and all(any(m.children()) for m in child)
+        (len(child) > 0 and all(any(m.children()) for m in child))
+        if isinstance(child, nn.ModuleList)
+        else is_container(child)
         for child in module.children()
     )
 
