@@ -329,7 +329,7 @@ def variations() -> dict[Any, Any]:
         assert division is not None
         found["loads", key] = [sum(division.trace.flops[u] for u in units) for units in division.stages]
         if dist.get_rank() == 0:
-            expected = simulation(name, division, stride, parallel.warm_up_steps, parallel.time_shift)
+            expected = simulation(name, division, stride, parallel.pace.warm_up_steps, parallel.time_shift)
             found["simulation", key] = psnr(result, expected)
     found["different"] = len(set(made.values())) == len(made)
     with AsyncDiff(pipe, 2, stride, 2) as parallel, pytest.MonkeyPatch.context() as patch:
