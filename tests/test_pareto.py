@@ -17,18 +17,21 @@ def test_what_is_beaten_in_both_is_left_out() -> None:
 def test_figures_are_those_of_the_tables_and_presets_are_on_the_edge() -> None:
     page = (ROOT / "docs" / "MEASURED.md").read_text()
     found = points(page)
-    printed = [cells for cells in rows(page, "quality-hybrid") if cells[1:4] == ["async_steps 4", "2", "10"]]
+    printed = [cells for cells in rows(page, "quality-hybrid") if cells[1:4] == ["async_steps 4", "2", "15"]]
     four = next(p for p in found if p.preset == "balanced")
-    assert str(four.decibels) == printed[0][4] and four.seconds > 0
+    assert str(four.decibels) == printed[0][5] and four.seconds > 0
     assert {p.preset for p in frontier(found)} >= {"fast", "balanced", "exact"}
     assert draw(found).size == (760, 420)
 
 
 def test_the_settings_with_a_preset_are_what_it_sets() -> None:
     presets = asyncdiff(MODELS["sdxl"], 2, ())
-    for name, (_, _, preset) in SETTINGS.items():
-        if preset in ("fast", "balanced"):
-            warm_up, steps = map(int, name.rpartition("hybrid-")[2].split("-"))
-            asked = {"use_cfg_parallel": True, "warm_up_steps": warm_up, "async_steps": steps}
-            assert presets[preset] == asked
+    measured = {preset: setting for _, setting, preset in SETTINGS.values()}
+    assert measured["fast"][1] == "async_steps auto" and measured["balanced"][1:4] == (
+        "async_steps 4",
+        "2",
+        "15",
+    )
+    assert presets["fast"] == {"use_cfg_parallel": True, "async_steps": "auto"}
+    assert presets["balanced"] == {"use_cfg_parallel": True, "warm_up_steps": 15, "async_steps": 4}
     assert presets["exact"] == {"use_cfg_parallel": True}

@@ -19,7 +19,7 @@ ALONE: Presets = {"fast": {}, "balanced": {}, "exact": {}}
 
 
 def asyncdiff(spec: ModelSpec, ranks: int, given: Collection[str]) -> Presets:
-    """Two ranks take a guidance branch each, and share one of them in the middle of the schedule.
+    """Two ranks take a guidance branch each, and share one of them in some of the steps.
 
     More ranks, and two where flags of stages or sharding are given, are stages after some exact steps.
     """
@@ -27,11 +27,11 @@ def asyncdiff(spec: ModelSpec, ranks: int, given: Collection[str]) -> Presets:
         return ALONE
     own = {"model_n", "stride", "stage_weights", "auto_balance", "shard_weights"} & set(given)
     if ranks == 2 and not own:
-        split = {"use_cfg_parallel": True, "warm_up_steps": 10}
+        split: dict[str, Any] = {"use_cfg_parallel": True}
         return {
-            "fast": split | {"async_steps": 15},
-            "balanced": split | {"async_steps": 4},
-            "exact": {"use_cfg_parallel": True},
+            "fast": split | {"async_steps": "auto"},
+            "balanced": split | {"warm_up_steps": 15, "async_steps": 4},
+            "exact": split,
         }
     halves: dict[str, Any] = {} if ranks % 2 or own else {"use_cfg_parallel": True}
     return {

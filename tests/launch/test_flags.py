@@ -449,7 +449,7 @@ def _(ground: Ground) -> None:
             parse_config(BACKENDS["asyncdiff"], BACKENDS, [*argv, *more])
             for more in ([], ["--async_steps=2"])
         )
-    assert (asked.use_cfg_parallel, asked.warm_up_steps, asked.async_steps) == (True, 10, 15)
+    assert (asked.use_cfg_parallel, asked.async_steps) == (True, "auto")
     assert own == replace(asked, async_steps=2)
 
 

@@ -39,9 +39,9 @@ def test_what_they_set(folder: Path) -> None:
         config = parse(folder, f"--preset={name}", *flags, backend=backend, type=type, world=ranks)
         return preset_line(config, BACKENDS[backend], ranks)
 
-    hybrid = "--use_cfg_parallel --warm_up_steps=10 --async_steps="
-    assert found("asyncdiff", 2, "fast") == f"preset fast: {hybrid}15"
-    assert found("asyncdiff", 2, "balanced") == f"preset balanced: {hybrid}4"
+    assert found("asyncdiff", 2, "fast") == "preset fast: --use_cfg_parallel --async_steps=auto"
+    window = "--use_cfg_parallel --warm_up_steps=15 --async_steps=4"
+    assert found("asyncdiff", 2, "balanced") == f"preset balanced: {window}"
     assert found("asyncdiff", 2, "exact") == "preset exact: --use_cfg_parallel"
     assert found("asyncdiff", 2, "fast", "--model_n=2") == "preset fast: --warm_up_steps=3"
     assert found("asyncdiff", 3, "exact") == "preset exact: --warm_up_steps=1000"
