@@ -57,6 +57,8 @@ def _serve(rank: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    from shared.ranks import groups
+
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     gc.freeze()  # what was imported before the fork is no garbage
@@ -84,6 +86,9 @@ def _serve(rank: int, pipe: Connection) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         # A group's threads, which wake a hundred times a second, end with the last object that holds it.
+        for made in vars(groups).values():
+            if hasattr(made, "cache_clear"):  # groups that are made once in a host
+                made.cache_clear()
         gc.collect()
         faulthandler.cancel_dump_traceback_later()
         try:
