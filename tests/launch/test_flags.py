@@ -552,14 +552,14 @@ def test_one_stage_on_a_gpu_takes_the_flags_of_several(monkeypatch: pytest.Monke
     given: list[Any] = []
 
     def note(*args: Any, **named: Any) -> Any:
-        given.append((args[1], args[3], named["stage_weights"]))
+        given.append((args[1], named["pace"].warm_up_steps, named["stage_weights"]))
         return Plain(args[0])
 
     monkeypatch.setattr("shared.parallel.asyncdiff.AsyncDiff", note)
     attach = importlib.import_module("shared.backends.asyncdiff").attach
     config = tiny.config("sd1", warm_up_steps=0, stage_weights=(1.0, 1.0))
     attach(plain().pipe, config, tiny.world("cuda"))
-    assert given == [(1, 1, None)]
+    assert given == [(1, None, None)]  # the default warm-up: one stage has none to wait for
 
 
 @shows("parallelism")
