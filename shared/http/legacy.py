@@ -249,6 +249,8 @@ def _unlike_launch(data: dict[str, Any], config: HostConfig) -> list[FieldProble
         own = getattr(config, flag) if flag in flags else None
         if own is None and flag in ("variant", "model_n"):  # chosen by the launch itself
             continue
+        if own is None and flag == "warm_up_steps":
+            own = 3  # what a schedule of 18 steps and more has by itself
         same = own == value
         if isinstance(own, str) and isinstance(value, str):
             same = same or os.path.realpath(own) == os.path.realpath(value)

@@ -144,6 +144,8 @@ def test_apply_offload_and_close(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         answer = host.post("/apply", json=wanted)
         assert answer.status_code == 200 and answer.json() == {"message": "OK"}
+        other = host.post("/apply", json=wanted | {"backend_config": {"synced_steps": 9}})
+        assert other.status_code == 409 and other.json()["errors"][0]["field"] == "synced_steps"
         answer = host.post("/apply", json=wanted | {"pipeline_type": "sdxl", "lora": {"/l": 1.0}})
         assert answer.status_code == 409
         told = {e["field"]: e["problem"] for e in answer.json()["errors"]}
