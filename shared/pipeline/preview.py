@@ -65,6 +65,8 @@ class Previewer:
         layout = self.spec.latent_layout
         if layout == "tokens" and latents.ndim == 5:
             layout = "ncfhw"  # a video without its first frame, which is a picture
+            if not latents.shape[2]:
+                return  # it was the only one
         elif latents.shape != self._shape:
             return  # not one whole picture
         factor = pixels_of(self.pipe, self.spec)
