@@ -16,6 +16,12 @@ Presets = Mapping[str, Mapping[str, Any]]
 ALL = 1000
 """Exact steps: more than any schedule has."""
 ALONE: Presets = {"fast": {}, "balanced": {}, "exact": {}}
+STAGES: Presets = {
+    "fast": {"warm_up_steps": 3},
+    "balanced": {"warm_up_steps": 10},
+    "exact": {"warm_up_steps": ALL},
+}
+"""Of ranks that use stale activations after some exact steps."""
 
 
 def asyncdiff(spec: ModelSpec, ranks: int, given: Collection[str]) -> Presets:
@@ -34,22 +40,14 @@ def asyncdiff(spec: ModelSpec, ranks: int, given: Collection[str]) -> Presets:
             "exact": split,
         }
     halves: dict[str, Any] = {} if ranks % 2 or own else {"use_cfg_parallel": True}
-    return {
-        "fast": halves | {"warm_up_steps": 3},
-        "balanced": halves | {"warm_up_steps": 10},
-        "exact": halves | {"warm_up_steps": ALL},
-    }
+    return {name: {**halves, **flags} for name, flags in STAGES.items()}
 
 
 def distrifuser(spec: ModelSpec, ranks: int, given: Collection[str]) -> Presets:
     """Patches that wait for each other, or use stale ones after some steps."""
     if ranks == 1 or "parallelism" in given:
         return ALONE
-    return {
-        "fast": {"warm_up_steps": 3},
-        "balanced": {"warm_up_steps": 10},
-        "exact": {"sync_mode": "full_sync"},
-    }
+    return {**STAGES, "exact": {"sync_mode": "full_sync"}}
 
 
 def xdit(spec: ModelSpec, ranks: int, given: Collection[str], cached: bool) -> Presets:
@@ -59,11 +57,7 @@ def xdit(spec: ModelSpec, ranks: int, given: Collection[str], cached: bool) -> P
         cached: whether the type has a step cache.
     """
     if "pipefusion_parallel_degree" in given:
-        return {
-            "fast": {"warm_up_steps": 3},
-            "balanced": {"warm_up_steps": 10},
-            "exact": {"warm_up_steps": ALL},
-        }
+        return STAGES
     cached = cached and not {"step_cache", "use_teacache"} & set(given)
     both = {"ulysses_degree", "ring_degree"} <= set(given)
     slow: dict[str, Any] = {} if ranks == 1 or both else {"exchange_dtype": "auto"}
