@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -107,13 +107,7 @@ def once_a_machine(
     file, names, settings = files
     if ranks_here() == 1 or _differing([file], dtype, (), names) < LEAST:
         return make()
-    key = {
-        "format": FORMAT,
-        "dtype": str(dtype),
-        "class": cls.__name__,
-        "files": file_states({file, *settings}),
-        "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
-    }
+    key = _key(dtype, {file, *settings}, {"class": cls.__name__})
 
     def write(into: Path) -> None:
         model = make()
@@ -123,6 +117,17 @@ def once_a_machine(
     what = f"{name} of {file.name} in {str(dtype).removeprefix('torch.')}"
     kept = entry_of(cache_folder(config) / "weights", what, key, write, lambda entry: _mapped(cls, entry))
     return make() if kept is None else kept
+
+
+def _key(dtype: torch.dtype, files: Iterable[Path], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells an entry's weights from others: how they are made, and of what."""
+    return {
+        "format": FORMAT,
+        "dtype": str(dtype),
+        **own,
+        "files": file_states(files),
+        "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
+    }
 
 
 def _settings(model: Any) -> str:
@@ -191,13 +196,7 @@ def _kept(
     config: HostConfig, folder: Path, files: list[Path], dtype: torch.dtype, exact: tuple[str, ...]
 ) -> Path | None:
     """A component's folder with weights of this dtype. None where it cannot be kept."""
-    key = {
-        "format": FORMAT,
-        "dtype": str(dtype),
-        "exact": exact,
-        "files": file_states(file for file in folder.iterdir() if file.is_file()),
-        "versions": {package: version(package) for package in ("torch", "diffusers", "transformers")},
-    }
+    key = _key(dtype, (file for file in folder.iterdir() if file.is_file()), {"exact": exact})
 
     def convert(tensor: torch.Tensor, name: str) -> torch.Tensor:
         stays = not tensor.is_floating_point() or any(word in name for word in exact)
