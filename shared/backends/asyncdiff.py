@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from shared.backends import presets
+from shared.backends.unet_cost import (
+    Estimate,
+    StepSeconds,
+    Work,
+    advise_at_start,
+    advise_requests,
+    told,
+)
+from shared.backends.xdit_cost import Speeds
 from shared.launch.backend import Backend, Needs, runs_plain
 from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
@@ -104,6 +114,42 @@ def needs(config: HostConfig, world_size: int) -> Needs:
         step_parts=2 if halves else 1,
         decode_parts=config.decode_parts(world_size),
     )
+
+
+def advice(config: HostConfig, world_size: int, link: Speeds | None, work: Work) -> str | None:
+    """That the ranks gain nothing in this work, and why; None where they gain or it is not known."""
+    from shared.parallel.chosen_steps import warm_up_of
+
+    if world_size == 1 or "auto" in (config.warm_up_steps, config.async_steps):
+        return None  # a method that chooses by itself tells itself
+    count, hybrid = stages(config, world_size), shares_branch(config, world_size)
+    warm_up = warm_up_of(work.steps) if config.warm_up_steps is None else int(config.warm_up_steps)
+    most = work.steps if config.async_steps is None else int(config.async_steps)
+    late = min(max(work.steps - warm_up, 0), most) if count > 1 else 0
+    exact, branches = work.steps - late, 2 if work.guided else 1
+    split = config.use_cfg_parallel and work.guided
+    if count > 1:
+        reason = f"{exact} of {work.steps} steps are exact, which stages do not share"
+    else:
+        reason = "without guidance (cfg of 1 or less) there are no two branches to share"
+    if not late and not split:
+        return told(reason)
+    if link is None or config.spec.step_cost is None:
+        return None
+    step, own = StepSeconds(config.spec.step_cost, config, link, work), 1 if split else branches
+    together = exact * step.alone(own) + late * step.staged(1 if hybrid else own, count) / config.stride
+    estimate = Estimate(together, work.steps * step.alone(branches))
+    if estimate.gains:
+        return None
+    if step.staged(own, count) > step.alone(own):
+        reason = f"the link between the ranks, {link.bandwidth / 1e9:.2g} GB/s, is slow for the stages"
+    return told(reason, estimate)
+
+
+def choose(config: HostConfig, world: World) -> HostConfig:
+    """The launch as it is; says where its ranks gain nothing."""
+    advise_at_start(partial(advice, config, world.size, world.link), config, world.rank)
+    return config
 
 
 def attach(
@@ -208,6 +254,7 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
         lambda pipe: attach(pipe, config, world, kept),
         weights=weights,
         stage_weights=kept,
+        advise=advise_requests(partial(advice, config, world.size, world.link), config),
     )
 
 
@@ -231,5 +278,6 @@ BACKEND = Backend(
     idle=idle,
     needs=needs,
     build_engine=build_engine,
+    choose=choose,
     presets=presets.asyncdiff,
 )

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shared.backends import presets
+from shared.backends.unet_cost import (
+    Estimate,
+    StepSeconds,
+    Work,
+    advise_at_start,
+    advise_requests,
+    told,
+)
 from shared.launch.backend import Backend, Needs, runs_plain
 from shared.launch.errors import UsageError
 from shared.launch.flags import HostConfig
@@ -16,6 +25,7 @@ if TYPE_CHECKING:
     from shared.parallel.pipeline import Pipeline
     from shared.pipeline.engine import PipelineEngine
     from shared.ranks.groups import World
+    from shared.ranks.link import Link
 
 log = logging.getLogger("host")
 
@@ -88,7 +98,42 @@ def choose(config: HostConfig, world: World) -> HostConfig:
         log.info(
             "chosen for this link: patches exchange what keys and values are made of%s: half the bytes", bits
         )
+    advise_at_start(partial(advice, config, world.size, world.link), config, world.rank)
     return config
+
+
+SENT = {None: 1.0, "int8": 0.5, "float8": 0.5, "int4": 0.25}
+"""Bytes that patches send for each that 16 bits have."""
+
+
+def advice(config: HostConfig, world_size: int, link: Link | None, work: Work) -> str | None:
+    """That the ranks gain nothing in this work, and why; None where they gain or it is not known."""
+    from shared.parallel.chosen_steps import warm_up_of
+
+    cost, chosen = config.spec.step_cost, config.warm_up_steps == "auto"
+    if link is None or cost is None or chosen or config.parallelism == "tensor":
+        return None
+    waits = config.sync_mode == "full_sync"
+    warm_up = warm_up_of(work.steps) if config.warm_up_steps is None else int(config.warm_up_steps)
+    exact = work.steps if waits else min(warm_up, work.steps)
+    branches, ranks = 2 if work.guided else 1, world_size
+    split = world_size % 2 == 0 and not config.no_split_batch and work.guided
+    own, ranks = (1, ranks // 2) if split else (branches, ranks)
+    sent = SENT[config.exchange_dtype] * (0.5 if link.slow else 1.0)
+    quiet = config.parallelism == "naive_patch" or config.sync_mode == "no_sync"
+    step = StepSeconds(cost, config, link, work)
+    together = exact * step.patched(own, ranks, True, sent)
+    together += (work.steps - exact) * step.patched(own, ranks, False, 0.0 if quiet else sent)
+    estimate = Estimate(together, work.steps * step.alone(branches))
+    if estimate.gains:
+        return None
+    if exact > work.steps / 2:
+        reason = f"in {exact} of {work.steps} steps patches wait for each other"
+    elif link.slow:
+        reason = f"the link between the ranks, {link.bandwidth / 1e9:.2g} GB/s, is slow for the patches"
+    else:
+        reason = "a patch of a small picture takes nearly as long as the picture"
+    return told(reason, estimate)
 
 
 def _slow(world: World) -> bool:
@@ -141,7 +186,12 @@ def build_engine(config: HostConfig, world: World) -> PipelineEngine:
     branches = branch_groups(world, config.collective_timeout) if split else None
     weights = shard(pipe, config, world, needed)
     return PipelineEngine(
-        pipe, config, world, lambda pipe: attach(pipe, config, world, branches), weights=weights
+        pipe,
+        config,
+        world,
+        lambda pipe: attach(pipe, config, world, branches),
+        weights=weights,
+        advise=advise_requests(partial(advice, config, world.size, world.link), config),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
+from shared.models.costs import StepCost
 from shared.models.files import FileKind
 from shared.models.tokens import TokenPlan
 
@@ -146,6 +147,7 @@ class ModelSpec:
     ip_adapter_takes: Literal["one", "several"] = "several"  # adapters and pictures
     compel_class: str | None = None  # compel's wrapper for its text encoders
     tokens: TokenPlan | None = None  # of its transformer; UNets have none
+    step_cost: StepCost | None = None  # of its UNet, where it is known
     # Layers at the ends of the denoiser, a few percent of its weights, that are not quantized: rounding is
     # most visible there.
     kept: tuple[str, ...] = ("conv_in", "conv_out", "time_*", "add_embedding*", "class_embedding*")

@@ -66,6 +66,10 @@ class _Drawn:
     denoise: float
 
 
+def _no_advice(request: GenerateRequest, steps: int) -> str | None:
+    return None
+
+
 class PipelineEngine:
     """An engine (shared.ranks.loop.Engine) around one diffusers pipeline.
 
@@ -95,8 +99,9 @@ class PipelineEngine:
         weights: ShardedWeights | None = None,
         stage_weights: Sequence[StageWeights] = (),
         replicas: int = 1,
+        advise: Callable[[GenerateRequest, int], str | None] = _no_advice,
     ) -> None:
-        self.picture = picture
+        self.picture, self._advise = picture, advise
         self.pipe = pipe
         self.config = config
         self.spec: ModelSpec = config.spec
@@ -207,6 +212,8 @@ class PipelineEngine:
             raise RequestError(422, [FieldProblem(field, "no step is left to run")])
         if (choice := self.parallel.choice) is not None:
             warn(f"steps: {choice}")
+        if (advice := self._advise(request, watch.step)) is not None:
+            warn(advice)
         denoise, total = watch.seconds() / pictures, (time.perf_counter() - began) / pictures
         return [
             _Drawn(request.numbered(place), output if decodes else None, watch, place, total, denoise)

@@ -161,9 +161,6 @@ class AsyncDiff(Method):
 
     @property
     def choice(self) -> str | None:
-        exact = self.ranks > 1 and self.leader is None and True not in self.pace.chosen
-        if exact and self.pace.warm_up_steps is None and self.pace.chosen:
-            return "all were exact, which the ranks do not share: this took as long as on one of them"
         return self.pace.told
 
     def reset(self) -> None:
