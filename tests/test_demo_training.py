@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.quality import psnr
-from benchmarks.tradeoff import Launch, launched
+from benchmarks.tradeoff import launched
+from benchmarks.tradeoff_launches import Launch
 from tests.pool import RankPool
 from tests.test_demo import DEMO
 
@@ -72,7 +73,7 @@ def test_a_step_of_the_student_is_the_schedulers() -> None:
 def test_a_step_cache_that_leaves_steps_out_still_obeys(pool: RankPool) -> None:
     kind, asked = CHECKPOINTS["transformer"], held_out_scenes(4)
     launch = Launch("xdit", "--step_cache=fbcache:0.12", 1)
-    [made] = pool.run(launched, 1, kind, launch, asked, "cpu")
+    [(made, _)] = pool.run(launched, 1, kind, launch, asked, "cpu")
     right, wrong = count_right(asked, [judge(picture) for picture in made])
     assert right >= 3, wrong
     [plain] = paint(load(kind), asked[:1], steps=kind.steps, cfg=kind.cfg)

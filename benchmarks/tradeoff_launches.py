@@ -1,0 +1,91 @@
+"""The launches that benchmarks/tradeoff.py compares, by the demo's checkpoints. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PIPEFUSION = "--pipefusion_parallel_degree=2"
+SHARED = "--use_cfg_parallel"
+PATCHES = "--no_split_batch"  # both guidance branches on each rank, else two ranks take one each
+
+
+@dataclass(frozen=True)
+class Launch:
+    host: str
+    flags: str
+    ranks: int = 2
+    pictured: bool = False
+    """Whether its pictures go into the strip."""
+
+    @property
+    def scheduler(self) -> str | None:
+        """That of --scheduler; None: the checkpoint's."""
+        return next((flag[12:] for flag in self.flags.split() if flag.startswith("--scheduler=")), None)
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.host, self.flags, self.ranks
+
+
+def quantized(host: str) -> list[Launch]:
+    kept = ("float8_weight", "int8_weight", "int4", "int2")  # computing in 8 bits is for GPUs
+    return [Launch(host, f"--quantize_to={bits}", 1, bits == "int2") for bits in kept]
+
+
+LAUNCHES: dict[str, list[Launch]] = {
+    "unet": [
+        Launch("asyncdiff", "--use_cfg_parallel"),
+        *(
+            Launch("asyncdiff", f"{SHARED} --warm_up_steps={w} --async_steps={n}")
+            for w, n in ((10, 15), (12, 8), (15, 8), (15, 4))
+        ),
+        *(Launch("asyncdiff", f"--warm_up_steps={w}", 2, w == 3) for w in (1, 3, 5, 10)),
+        Launch("distrifuser", ""),
+        Launch("distrifuser", "--no_split_batch --sync_mode=full_sync"),
+        *(Launch("distrifuser", f"{PATCHES} --warm_up_steps={w}", 2, w == 3) for w in (1, 3, 5, 10, "auto")),
+        *(Launch("distrifuser", f"--warm_up_steps={w}", 4) for w in (3, 10, "auto")),
+        *quantized("asyncdiff"),
+        Launch("asyncdiff", "--warm_up_steps=5 --quantize_to=int8_weight"),
+        Launch("asyncdiff", f"{SHARED} --async_steps=auto", 2, True),
+        Launch("asyncdiff", "--warm_up_steps=auto"),
+        *(
+            Launch("asyncdiff", f"--scheduler={scheduler} {flags}")
+            for scheduler in ("euler", "dpmpp_2m", "k_dpmpp_2m", "unipc")
+            for flags in ("--warm_up_steps=3", "--warm_up_steps=auto", f"{SHARED} --async_steps=auto")
+        ),
+    ],
+    "transformer": [
+        Launch("xdit", "--ulysses_degree=2"),
+        Launch("xdit", "--ring_degree=2"),
+        Launch("xdit", "--use_cfg_parallel"),
+        Launch("xdit", "--ulysses_degree=2 --ring_degree=2", 4),
+        *(Launch("xdit", f"--ring_degree=2 --exchange_dtype={bits}") for bits in ("float8", "int8")),
+        *(
+            Launch("xdit", f"{PIPEFUSION} --num_pipeline_patch={n} --warm_up_steps={w}", 2, w == 3)
+            for n in (2, 4)
+            for w in (1, 3, 5, 10)
+        ),
+        Launch("xdit", "--pipefusion_parallel_degree=4 --num_pipeline_patch=4 --warm_up_steps=5", 4),
+        *(Launch("asyncdiff", f"--warm_up_steps={w}", 2, w == 5) for w in (1, 3, 5, 10)),
+        Launch("asyncdiff", "--warm_up_steps=auto"),
+        Launch("asyncdiff", f"{SHARED} --async_steps=auto", 2, True),
+        Launch("asyncdiff", f"--scheduler=flow_heun {SHARED} --async_steps=auto"),
+        *(
+            Launch("asyncdiff", f"{SHARED} --warm_up_steps={w} --async_steps={n}")
+            for w, n in ((10, 15), (12, 8), (15, 4))
+        ),
+        *quantized("xdit"),
+        *(Launch("xdit", f"--step_cache=fbcache:{most}", 1, most == 0.12) for most in (0.05, 0.12, 0.2)),
+        *(Launch("xdit", f"--step_cache={cache}", 1) for cache in ("taylorseer:3", "taylorseer:5")),
+        Launch("xdit", "--ring_degree=2 --quantize_to=int8_weight --step_cache=fbcache:0.12"),
+        Launch("xdit", "--ring_degree=2 --exchange_dtype=int8 --quantize_to=int8_weight"),
+    ],
+    "student": [
+        *(Launch("asyncdiff", f"--warm_up_steps={w}", 2, w == 1) for w in (1, 2, 3)),
+        *(Launch("distrifuser", f"--warm_up_steps={w}", 2, w == 1) for w in (1, 2, 3)),
+        *(Launch("distrifuser", f"--warm_up_steps={w}", 4, w == 1) for w in (1, 2)),
+        *quantized("asyncdiff"),
+        Launch("distrifuser", "--warm_up_steps=2 --quantize_to=int8_weight"),
+        *(Launch(host, "--warm_up_steps=auto") for host in ("asyncdiff", "distrifuser")),
+    ],
+}  # fmt: skip
