@@ -19,14 +19,13 @@ from safetensors import SafetensorError, safe_open
 
 from shared.api.hashes import cache_folder
 from shared.launch.flags import HostConfig
-from shared.pipeline.store import FILE, FORMAT, entry_of, file_states, write_tensors
+from shared.pipeline.store import FILE, FORMAT, NAMES, entry_of, file_states, write_tensors
 
 LEAST = 64 << 20
 """Bytes of a component below which each rank converts it itself."""
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SCALED = {"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1}
 """What else is converted in single files."""
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def converted_parts(

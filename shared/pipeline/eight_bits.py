@@ -120,9 +120,13 @@ def computing_layers(
 
 def quantize_layer(layer: nn.Linear, kind: str) -> None:
     """Give a layer a weight of 8 bits, made of its own."""
+    put(layer, kind, *quantized(layer.weight.detach(), kind))
+
+
+def quantized(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of 8 bits of a weight, [outputs, inputs], and their scales, [outputs, 1]."""
     from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
 
-    weight = layer.weight.detach()
     if kind == "float8":
         from torchao.quantization.quantize_.common import KernelPreference
 
@@ -130,19 +134,13 @@ def quantize_layer(layer: nn.Linear, kind: str) -> None:
         made = Float8Tensor.from_hp(weight, granularity=PerRow(), hp_value_lb=TINY, kernel_preference=torchs)
     else:
         made = Int8Tensor.from_hp(weight, PerRow())
-    put(layer, kind, made.qdata, made.scale)
+    return made.qdata, made.scale
 
 
 def put(layer: nn.Linear, kind: str, data: torch.Tensor, scale: torch.Tensor) -> None:
-    """Give a layer these values of 8 bits, [outputs, inputs], and their scales, [outputs, 1]."""
+    """Give a layer what `quantized` makes of a weight."""
     layer.weight = nn.Parameter(_packed(kind, data, scale, layer.weight.dtype), requires_grad=False)
     layer.__class__ = EightBitLinear
-
-
-def tensors_of(name: str, layer: nn.Linear) -> dict[str, torch.Tensor]:
-    """The tensors of a layer's 8-bit weight, as they are kept."""
-    weight: Any = layer.weight
-    return {f"{name}.weight.data": weight.qdata, f"{name}.weight.scale": weight.scale}
 
 
 def _packed(kind: str, data: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -125,13 +125,6 @@ class MemoryPlan:
         loading = 0
         if self.device_type == "cuda" and not config.offloads and not (needs.shards or needs.stages):
             loading = sum(whole.values())
-            if config.quantize_to:
-                # Each model is whole on the device before it is quantized there.
-                done = 0
-                for name in (*spec.denoisers, *spec.text_encoders):
-                    if name in whole:
-                        loading = max(loading, done + self.models[name].nbytes(Stored(self.dtype)))
-                        done += whole[name]
         if config.enable_model_cpu_offload and not (needs.shards or needs.stages):
             stays = {n for n in kept if n in (spec.denoiser, "refiner") or n.startswith("controlnet")}
             stays = stays if needs.in_parts else set()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import _TYPES
 
 from shared.api.hashes import cache_folder
 from shared.launch.errors import first_line
@@ -27,11 +27,16 @@ from shared.pipeline.kept import trim
 
 log = logging.getLogger("host")
 
-FORMAT = 1
+FORMAT = 2
 """Of the entries; another one is not read."""
 BYTES = 64 << 30
 """What all entries may take before those used longest ago are dropped."""
 FILE = "weights.safetensors"
+UNSYNCED = "unsynced"
+"""Of an entry that is not on the disk yet: the file with the machine's start in which it was made."""
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+NAMES = {dtype: name for name, dtype in _TYPES.items()}
+"""What safetensors calls dtypes."""
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "optimum-quanto", "torchao")
 UNRELATED = frozenset(
     {
@@ -63,21 +68,21 @@ class KeptWeights:
             "files": _states(config),
         }
 
-    def tensors(self, name: str, names: set[str], make: Callable[[], Tensors]) -> Tensors | None:
+    def tensors(self, name: str, specs: Tensors, fill: Callable[[Tensors], None]) -> Tensors | None:
         """The tensors of this name, mapped from their file; made by the first rank of the machine that asks.
 
         Args:
-            names: what they must be called; an entry with others is made anew.
-            make: makes them; not called where they are found.
+            specs: what they must be, on any device; an entry of others is made anew.
+            fill: writes their values; not called where they are found.
 
         Returns:
-            None where nothing can be kept; `make` may not have been called then.
+            None where nothing can be kept; `fill` may not have been called then.
         """
 
         def write(folder: Path) -> None:
-            write_tensors(folder / FILE, make(), {"key": json.dumps([name, self._key])})
+            fill(new_file(folder / FILE, specs, {"key": json.dumps([name, self._key])}))
 
-        return entry_of(self.folder, name, self._key, write, lambda folder: _read(folder / FILE, names))
+        return entry_of(self.folder, name, self._key, write, lambda folder: _read(folder / FILE, specs))
 
 
 def entry_of(
@@ -102,17 +107,19 @@ def entry_of(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{digest}.lock"):
-            found = read(entry) if entry.exists() else None
+            found = read(entry) if entry.exists() and not _lost(entry) else None
             if found is None:
                 for old in (unfinished, entry):
                     shutil.rmtree(old, ignore_errors=True)
                 unfinished.mkdir()
                 try:
                     make(unfinished)
+                    (unfinished / UNSYNCED).write_text(_boot())
                     unfinished.rename(entry)
                 finally:
                     shutil.rmtree(unfinished, ignore_errors=True)
                 log.info("%s is kept in %s", name, entry)
+                threading.Thread(target=_sync, args=[entry], name="sync", daemon=True).start()
                 trim(folder, BYTES)
                 found = read(entry)
             os.utime(entry)
@@ -129,23 +136,69 @@ def file_states(files: Iterable[Path]) -> list[tuple[str, int, int]]:
 
 
 def write_tensors(file: Path, tensors: Tensors, about: dict[str, str]) -> None:
-    """Write a safetensors file to the disk. Raises OSError, also where room is scarce."""
-    if shutil.disk_usage(file.parent).free < 2 * sum(tensor.nbytes for tensor in tensors.values()):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    """Write a safetensors file. Raises OSError, also where room is scarce."""
+    for name, place in new_file(file, tensors, about).items():
+        place.copy_(tensors[name].detach())
+
+
+def new_file(file: Path, specs: Tensors, about: dict[str, str]) -> Tensors:
+    """The tensors of a new safetensors file of these shapes and dtypes, to be filled in place.
+
+    Raises:
+        OSError: it cannot be made, or has no room.
+    """
+    header: dict[str, Any] = {"__metadata__": about}
+    end = 0
+    # Large elements first, so that all are aligned.
+    for name in sorted(specs, key=lambda name: (-specs[name].element_size(), name)):
+        spec = specs[name]
+        begin, end = end, end + spec.numel() * spec.element_size()
+        header[name] = {"dtype": NAMES[spec.dtype], "shape": [*spec.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    with open(file, "xb") as made:
+        made.write(len(text).to_bytes(8, "little") + text)
+        made.flush()
+        os.posix_fallocate(made.fileno(), 0, first + end)  # a full disk would end the process later
+    whole = torch.from_file(str(file), shared=True, size=first + end, dtype=torch.uint8)
+    found = {}
+    for name, spec in specs.items():
+        begin, end = (first + offset for offset in header[name]["data_offsets"])
+        found[name] = whole[begin:end].view(spec.dtype).view(spec.shape)
+    return found
+
+
+def _boot() -> str:
+    """What tells this start of the machine from others."""
+    return BOOT.read_text()
+
+
+def _lost(entry: Path) -> bool:
+    """Whether the machine went down before an entry was on its disk."""
     try:
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file, about)
-    except SafetensorError as error:
-        raise OSError(errno.EIO, first_line(error)) from error
-    with open(file, "rb") as written:
-        os.fsync(written.fileno())
+        return (entry / UNSYNCED).read_text() != _boot()
+    except FileNotFoundError:
+        return False
 
 
-def _read(file: Path, names: set[str]) -> Tensors | None:
+def _sync(entry: Path) -> None:
+    """Bring an entry to the disk, which takes seconds that no rank waits for."""
+    with contextlib.suppress(OSError):  # it may be dropped meanwhile
+        for file in entry.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        (entry / UNSYNCED).unlink()
+
+
+def _read(file: Path, specs: Tensors) -> Tensors | None:
     """The tensors of an entry; None where it is broken, which is logged."""
     try:
         with safe_open(file, framework="pt") as opened:
             found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        if set(found) != names:
+        if {k: (t.dtype, t.shape) for k, t in found.items()} != {
+            k: (t.dtype, t.shape) for k, t in specs.items()
+        }:
             raise SafetensorError("it holds other tensors")
     except (OSError, SafetensorError) as error:
         log.warning("%s is broken and made anew: %s", file.parent, first_line(error))

@@ -193,13 +193,13 @@ def test_without_a_large_layer_weights_are_kept_small(caplog: pytest.LogCaptureF
 def test_the_second_start_finds_the_same_bytes(
     tmp_path: Path, kind: str, small_layers_too: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, quantize_layer = [], eight_bits.quantize_layer
+    made, side_by_side = [], quantize.side_by_side
 
-    def noting(layer: nn.Linear, kind: str) -> None:
-        made.append(layer)
-        quantize_layer(layer, kind)
+    def noting(act: Any, layers: Any, device: torch.device) -> None:
+        made.append(layers)
+        side_by_side(act, layers, device)
 
-    monkeypatch.setattr(eight_bits, "quantize_layer", noting)
+    monkeypatch.setattr(quantize, "side_by_side", noting)
     flags = {"quantize_to": kind, "cache_dir": str(tmp_path)}
     first = tiny.run(tiny.host("flux", **flags), "flux")
     count = len(made)
