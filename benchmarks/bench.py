@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks import models, models_2026
+from benchmarks import kernels, models, models_2026
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
 from shared.parallel.surgery import Surgery
@@ -86,6 +86,7 @@ class Bench(ABC):
         if options.device == "cuda":
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
+        torch.backends.cudnn.benchmark = options.cudnn_measures
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=150))
@@ -219,8 +220,8 @@ class Bench(ABC):
                         *(f"({system}: {choice})" for one in held if (choice := getattr(one, "choice", None)))
                     )
                 self._row(label, prefix + system, seconds, peak, made, time.perf_counter() - began)
-                if self.options.profile:
-                    self._profile(generation, f"{label}, {prefix}{system}")
+                if self.options.profile and (prefix or not self.options.compile):
+                    self._profile(generation, f"{label}, {prefix}{system}", seconds, steps)
             except Exception:
                 # One system that fails, on all ranks alike, leaves the others to be measured.
                 print(f"{label}, {prefix}{system}, rank {self.rank}: {traceback.format_exc()}", flush=True)
@@ -228,14 +229,12 @@ class Bench(ABC):
                 for one in reversed(held):
                     one.close()
 
-    def _profile(self, run: Any, label: str) -> None:
-        """Where one generation's time goes, by kernel, as rank 0 sees it."""
-        with torch.profiler.profile() as profiler:
-            run()
+    def _profile(self, run: Any, label: str, seconds: float, steps: int) -> None:
+        """Where one generation's time goes, by class of kernel, as rank 0 sees it."""
+        made = kernels.recorded(run, self.device) if self.rank == 0 else run()
         if self.rank == 0:
-            kind = "cuda" if self.device.type == "cuda" else "cpu"
-            print(label)
-            print(profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=15), flush=True)
+            table = kernels.table(made, seconds, steps, gaps=self.device.type == "cuda")
+            print(f"\n{label}\n\n{table}", flush=True)
 
     def _row(
         self, label: str, system: str, seconds: float, peak: float, made: torch.Tensor, spent: float
@@ -268,13 +267,18 @@ def parser(text: str | None, systems: Sequence[str], warm_up: int | None) -> arg
         "names match a pattern: float8,int8:*.norm*.linear",
     )
     made.add_argument("--channels-last", action="store_true", help="of the compiled denoiser")
+    made.add_argument("--cudnn-measures", action="store_true", help="cuDNN's convolutions by measurement")
     made.add_argument("--decode", action="store_true", help="whole pictures, not latents")
     made.add_argument("--warm-up", type=int, default=warm_up, help="default: %(default)s")
     made.add_argument("--guidance", type=float, help="scale of guidance; 1 for none, as distilled models")
     made.add_argument("--repeats", type=int, default=3)
     made.add_argument("--dtype", default="bf16", choices=DTYPES)
     made.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    made.add_argument("--profile", action="store_true", help="print each system's kernels by time, too")
+    made.add_argument(
+        "--profile",
+        action="store_true",
+        help="where the time of each (with --compile, each compiled one) goes",
+    )
     made.add_argument(
         "--tiny", action="store_true", help="use the tests' small checkpoints, to see that it runs"
     )
