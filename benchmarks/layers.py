@@ -5,7 +5,7 @@ python benchmarks/layers.py attention convolutions
 
 Microseconds a call. Shapes are those of a picture of 1024 x 1024 pixels, with both guidance branches on one
 GPU and with one of them. A linear layer is compiled behind something elementwise, into which quantizing its
-inputs is compiled, as in a block; "int8-fused" lets torch.compile make Triton kernels that scale their results.
+inputs is compiled, as in a block; "int8-fused" lets torch.compile make Triton kernels that scale results.
 Convolutions are channels last, by cuDNN's first choice and by its measured one. All calls are captured.
 --device cpu --tiny shows that it runs.
 """
