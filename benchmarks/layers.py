@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from shared.pipeline import eight_bits
+from shared.pipeline.loading import channels_last
 
 Call = Callable[[], torch.Tensor]
 
@@ -171,7 +173,7 @@ def linear(options: argparse.Namespace, device: torch.device) -> None:
 def _compiled(layers: list[nn.Linear], x: torch.Tensor) -> list[Call]:
     torch._dynamo.reset()
     compiled = torch.compile(lambda layer, x: layer(F.silu(x)), fullgraph=True, dynamic=False)
-    return [lambda layer=layer: compiled(layer, x) for layer in layers]
+    return [partial(compiled, layer, x) for layer in layers]
 
 
 def attention(options: argparse.Namespace, device: torch.device) -> None:
@@ -187,7 +189,7 @@ def attention(options: argparse.Namespace, device: torch.device) -> None:
             torch.randn(batch, tokens, heads, size, device=device, dtype=torch.bfloat16).transpose(1, 2)
             for tokens in (queries, keys, keys)
         )
-        calls: list[Call] = [lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v)] * LAYERS
+        calls: list[Call] = [partial(F.scaled_dot_product_attention, q, k, v)] * LAYERS
         cells = [tried(calls)]
         for backend in backends.values():
             with sdpa_kernel(backend):
@@ -196,34 +198,23 @@ def attention(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def convolutions(options: argparse.Namespace, device: torch.device) -> None:
-    head(
-        [
-            "model",
-            "batch",
-            "inputs",
-            "outputs",
-            "side",
-            "kernel",
-            "first choice",
-            "measured",
-            "% of 900 TFLOPS",
-        ]
-    )
+    named = ["model", "batch", "inputs", "outputs", "side", "kernel"]
+    head([*named, "first choice", "measured", "% of 900 TFLOPS"])
     shapes = CONVOLUTIONS[: 1 if options.tiny else None]
     for batch, (model, inputs, outputs, side, kernel) in itertools.product((2, 1), shapes):
         side //= 16 if options.tiny else 1
         x = torch.randn(batch, inputs, side, side, device=device, dtype=torch.bfloat16)
         x = x.to(memory_format=torch.channels_last)
         nets = [
-            nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
-            .to(device, torch.bfloat16)
-            .to(memory_format=torch.channels_last)
+            nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2).to(device, torch.bfloat16)
             for _ in range(LAYERS)
         ]
+        for net in nets:
+            channels_last(net)
         cells = []
         for measured in (False, True):
             with torch.backends.cudnn.flags(enabled=True, benchmark=measured):
-                cells.append(tried([lambda net=net, x=x: net(x) for net in nets]))
+                cells.append(tried([partial(net, x) for net in nets]))
         flop = 2 * batch * side**2 * inputs * outputs * kernel**2
         least = flop / 900e12 * 1e6
         row([model, batch, inputs, outputs, side, kernel, *cells, f"{100 * least / float(cells[1]):.0f}"])
