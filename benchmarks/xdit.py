@@ -99,7 +99,15 @@ class Native(Closing):
 class XDiTBench(Bench):
     """Plain, captured, our degrees one by one, xfuser by itself, and diffusers' own."""
 
-    foreign = ("eager", "native", "pipefusion", "xfuser-ulysses", "xfuser-ring", "xfuser-pipefusion")
+    foreign = (
+        "eager",
+        "native",
+        "pipefusion",
+        "pipefusion-eager",
+        "xfuser-ulysses",
+        "xfuser-ring",
+        "xfuser-pipefusion",
+    )
     held: Any = None
     latents: torch.Tensor
     steps = 0
@@ -130,7 +138,8 @@ class XDiTBench(Bench):
         # Made here, so that the device is this rank's whatever the pipeline says.
         groups = XfuserGroups(degrees, self.device)
         if degrees.pipefusion > 1:
-            fused = XDiTPipeFusion(pipe, degrees, groups, warm_up_steps=self.options.warm_up)
+            how = {"warm_up_steps": self.options.warm_up, "cuda_graph": graph}
+            fused = XDiTPipeFusion(pipe, degrees, groups, **how)
             return [groups, fused]
         options: Any = {"overlap": "overlap" in how, "bits": next((b for b in BITS if b in how), None)}
         options["parallel_vae"] = "vae" in how

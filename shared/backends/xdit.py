@@ -156,6 +156,7 @@ def _pipefusion(pipe: Pipeline, config: HostConfig, groups: XfuserGroups) -> XDi
         or (config.decode_from is not None and isinstance(pipe.vae, KINDS)),
         decode_from=config.decode_from or 0,
         free_other_stages=not config.offloads,
+        cuda_graph=config.captures(groups.device.type),
     )
 
 

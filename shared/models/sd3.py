@@ -50,6 +50,7 @@ TOKENS = replace(
     left_out=(LeftOut("transformer_blocks", ("encoder_hidden_states", "hidden_states")),),
     stages=StagePlan(
         returns=("text", "picture"),
+        kept_text="encoder_hidden_states_cache",
         unshared=MappingProxyType(
             {
                 "dual_attention_layers": "xfuser's stages cannot share the dual attention of Stable "

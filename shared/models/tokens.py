@@ -67,6 +67,8 @@ class StagePlan:
     """Why a picture in one patch cannot be shared as a sequence as well; None: it can."""
     sized_text: bool = False
     """Whether stages send text of `max_sequence_length` tokens, whatever length embeddings have."""
+    kept_text: str | None = None
+    """Where xfuser's stages keep each block's text of the first patch for the others; None: they do not."""
     unshared: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Settings of a checkpoint with which stages cannot share a sequence as well, and why."""
 

@@ -87,7 +87,7 @@ class XDiT(Method):
             self.held.callback(groups.close)
         self.groups = groups
         self.attention = attention or attention_backend(groups.device, self.transformer.dtype, degrees)
-        self._graphs = Graphs(cuda_graph and _capturable(self.transformer))
+        self._graphs = Graphs(cuda_graph and capturable(self.transformer))
         self.cache: StepCache | None = None
         self._calls: list[CallsSplit] = []
         self._split: CfgSplit | None = None
@@ -119,11 +119,11 @@ class XDiT(Method):
         if self._graphs.enabled:
             held.callback(self._graphs.close)
             for index, model in enumerate(models):
-                if _capturable(model) and (self.cache is None or model in nets):
+                if capturable(model) and (self.cache is None or model in nets):
                     surgery.override(model, self._graphs.around(index))
         if self.cache is not None:
             off = Graphs(enabled=False)
-            graphs = [self._graphs if _capturable(one) else off for one in transformers]
+            graphs = [self._graphs if capturable(one) else off for one in transformers]
             held.enter_context(self.cache.watch(graphs))
         if degrees.cfg == 2:
             pair = Ranks.of(groups.branches)
@@ -244,7 +244,8 @@ def check_model(pipeline: Pipeline, degrees: Degrees, cache: CacheSettings | Non
     return tokens
 
 
-def _capturable(model: Any) -> bool:
+def capturable(model: Any) -> bool:
+    """Whether a CUDA graph can hold this transformer or ControlNet, as its plan says."""
     plan = token_plan(type(model).__name__)
     return plan.capturable and not any(model.config.get(setting) for setting in plan.uncapturable)
 

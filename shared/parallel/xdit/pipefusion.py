@@ -18,6 +18,7 @@ from shared.models import StagePlan, Stream
 from shared.parallel.chosen_steps import warm_up_of
 from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.exchange import Ranks
+from shared.parallel.graphs import Graphs
 from shared.parallel.method import Method, Unwatched, Watch, control_nets
 from shared.parallel.pipeline import Model, Pipeline, model_of
 from shared.parallel.surgery import Forward, Surgery
@@ -28,9 +29,10 @@ from shared.parallel.xdit.degrees import (
     scheduler_problem,
     stages_problem,
 )
-from shared.parallel.xdit.exact import attention_backend, check_model, plan
+from shared.parallel.xdit.exact import attention_backend, capturable, check_model, plan
 from shared.parallel.xdit.groups import XfuserGroups
 from shared.parallel.xdit.sequence import blocks_of
+from shared.parallel.xdit.stage_buffers import StageBuffers, place_of
 from shared.parallel.xdit.stages import Snapshot, StepReporter, noise_of_whole_pictures
 
 UNSUPPORTED = (
@@ -61,6 +63,8 @@ class XDiTPipeFusion(Method):
         parallel_vae: decode in patches, one on each rank.
         decode_from: pixels of a call of the VAE from which they do.
         free_other_stages: keep other stages' blocks in host memory until ``close``.
+        cuda_graph: capture and replay this rank's stage on CUDA, once for each patch and for whole pictures.
+            Not with offloaded weights, which move.
 
     Raises:
         ValueError: PipeFusion does not support this model or these degrees.
@@ -81,6 +85,7 @@ class XDiTPipeFusion(Method):
         parallel_vae: bool = False,
         decode_from: int = 0,
         free_other_stages: bool = True,
+        cuda_graph: bool = True,
     ) -> None:
         self.tokens = check_model(pipeline, degrees)
         super().__init__(pipeline)
@@ -97,6 +102,8 @@ class XDiTPipeFusion(Method):
         # xfuser's layers ask for the log-sum-exp under ring only, but the stages must agree.
         self.attention = attention or attention_backend(groups.device, self.transformer.dtype, degrees)
         self._watch: StepReporter | None = None
+        self._ending = self._rehearsing = False
+        self._graphs = Graphs(cuda_graph and groups.device.type == "cuda" and capturable(self.transformer))
         self._freed: list[nn.Module] = []
         try:
             config = groups.engine_config(
@@ -143,6 +150,7 @@ class XDiTPipeFusion(Method):
         from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
         pipe, held = self.pipeline, self.held
+        held.callback(self._graphs.close)
         held.callback(caches.get_cache_manager().cache.clear)
         held.callback(self._bring_back)
         held.callback(Snapshot(self.transformer).restore)
@@ -169,6 +177,7 @@ class XDiTPipeFusion(Method):
         self._blocks = mine
         for block in mine:
             surgery.override(block, self._pass_through)
+        StageBuffers(self._graphs.close).install(self._stages, self.cut.kept_text, surgery)
         surgery.override(self._stages, self._counted)
         if free and self.groups.device.type == "cuda":
             self._freed = list(blocks - mine)
@@ -188,11 +197,20 @@ class XDiTPipeFusion(Method):
             "decode_from": self.decoder and self.decoder.least,
             "previews": False,
             "blocks": len(self._blocks),
+            "cuda_graph": self._graphs.enabled,
         }
 
     @property
     def warm_up_calls(self) -> int:
-        return 2
+        """Two steps of each kind: what has run once is captured at its next call."""
+        return 4 if self._graphs.enabled else 2
+
+    def rehearse(self, on: bool) -> None:
+        self._rehearsing = on
+
+    def reset(self) -> None:
+        """Forget captured graphs: scales of adapters are numbers inside them."""
+        self._graphs.close()
 
     def take(self, pipeline: Pipeline) -> None:
         if pipeline is not self.pipeline:
@@ -209,7 +227,8 @@ class XDiTPipeFusion(Method):
         state = get_runtime_state()
         state.ready = False
         # xfuser lowers it for good where a request has fewer steps.
-        state.runtime_config.warmup_steps = min(self.warm_up_steps or warm_up_of(steps), steps)
+        exact = self.warm_up_calls // 2 if self._rehearsing else self.warm_up_steps or warm_up_of(steps)
+        state.runtime_config.warmup_steps = min(exact, steps)
 
     def run(self, arguments: dict[str, Any], watch: Watch | None = None) -> Any:
         """What ``pipeline(**arguments)`` gives, on every rank; output_type is pil, np, pt or latent.
@@ -300,13 +319,20 @@ class XDiTPipeFusion(Method):
         assert self._watch is not None
         state = get_runtime_state()
         self._watch.hold()
-        answer = original(*args, **kwargs)
+        # Asked once a call: a graph must not hold blocks that pass their input through.
+        self._ending = self._watch.error is not None
+        if self._ending:
+            answer = original(*args, **kwargs)
+        else:
+            answer = self._graphs.run(
+                place_of(state), lambda args, kwargs: original(*args, **kwargs), args=args, kwargs=kwargs
+            )
         self._watch.called(state.num_pipeline_patch if state.patch_mode else 1)
         return answer
 
     def _pass_through(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         """A block that returns its input once the generation is to end: messages keep their shapes."""
-        if self._watch is None or self._watch.error is None:
+        if not self._ending:
             return original(*args, **kwargs)
         given: dict[Stream, Any] = dict(zip(("picture", "text"), args, strict=False))
         given |= {stream: kwargs[name] for stream, name in STREAMS.items() if name in kwargs}
