@@ -138,8 +138,8 @@ class XDiTBench(Bench):
         # Made here, so that the device is this rank's whatever the pipeline says.
         groups = XfuserGroups(degrees, self.device)
         if degrees.pipefusion > 1:
-            how = {"warm_up_steps": self.options.warm_up, "cuda_graph": graph}
-            fused = XDiTPipeFusion(pipe, degrees, groups, **how)
+            settings: Any = {"warm_up_steps": self.options.warm_up, "cuda_graph": graph}
+            fused = XDiTPipeFusion(pipe, degrees, groups, **settings)
             return [groups, fused]
         options: Any = {"overlap": "overlap" in how, "bits": next((b for b in BITS if b in how), None)}
         options["parallel_vae"] = "vae" in how

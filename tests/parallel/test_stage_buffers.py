@@ -27,7 +27,7 @@ class Replaying(Graphs):
     def run(self, kind: Any, fn: Any, **kwargs: Any) -> Any:
         key, (leaves, spec) = (kind, signature(kwargs)), tree_flatten(kwargs)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-        seen = self._seen.get(key)
+        seen: Any = self._seen.get(key)
         if seen is None:
             self._seen.put(key, object())  # type: ignore[arg-type]
             return fn(**kwargs)
@@ -41,7 +41,7 @@ class Replaying(Graphs):
 
             with torch.no_grad():
                 seen = make_fx(call)(*(x.clone() for x in given))
-            self._seen._values[key] = seen  # type: ignore[assignment]
+            self._seen._values[key] = seen
             return seen(*given)
         Replaying.replays += 1
         with torch.no_grad():
