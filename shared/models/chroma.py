@@ -66,6 +66,7 @@ FAMILY = Family(
             embeds_setting="joint_attention_dim",
             embeds_mask=True,
             kept=("proj_out", "x_embedder", "context_embedder", "norm_out*", "distilled_guidance_layer*"),
+            own_names=MappingProxyType({".linear_1": ".in_layer", ".linear_2": ".out_layer"}),
             scheduler_family="flow_sigmas",
             single_file_config="chroma",
             single_file_encoders=MappingProxyType({"text_encoder": "text_encoders.t5xxl.transformer."}),

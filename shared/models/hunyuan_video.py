@@ -98,6 +98,19 @@ FAMILY = Family(
                     "ff_context.net.2": "txt_mlp.fc2",
                 }
             ),
+            # As ComfyUI has them.
+            joined_names=MappingProxyType(
+                {
+                    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+                    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                    "img_attn.proj": ("attn.to_out.0",),
+                    "txt_attn.proj": ("attn.to_add_out",),
+                    "img_mlp.0": ("ff.net.0.proj",),
+                    "img_mlp.2": ("ff.net.2",),
+                    "txt_mlp.0": ("ff_context.net.0.proj",),
+                    "txt_mlp.2": ("ff_context.net.2",),
+                }
+            ),
             lora_loader="peft",
             scheduler_family="flow_sigmas",
             fields=_FIELDS,

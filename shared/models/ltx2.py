@@ -91,6 +91,18 @@ FAMILY = Family(
                 "prompt_adaln*",
                 "audio_prompt_adaln*",
             ),
+            own_names=MappingProxyType(
+                {
+                    "audio_proj_in": "audio_patchify_proj",
+                    "audio_time_embed.": "audio_adaln_single.",
+                    "av_cross_attn_video_scale_shift": "av_ca_video_scale_shift_adaln_single",
+                    "av_cross_attn_audio_scale_shift": "av_ca_audio_scale_shift_adaln_single",
+                    "av_cross_attn_video_a2v_gate": "av_ca_a2v_gate_adaln_single",
+                    "av_cross_attn_audio_v2a_gate": "av_ca_v2a_gate_adaln_single",
+                    "proj_in": "patchify_proj",
+                    "time_embed.": "adaln_single.",
+                }
+            ),
             scheduler_family="flow_sigmas",
             fields=PROMPTS | SIZE | LORA | IMAGE | {"sigmas", "latent", "frames", "fps"},
             image="begins",

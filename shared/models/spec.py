@@ -153,6 +153,8 @@ class ModelSpec:
     kept: tuple[str, ...] = ("conv_in", "conv_out", "time_*", "add_embedding*", "class_embedding*")
     own_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """What its authors call the denoiser's layers, by parts of diffusers' names; LoRAs use both."""
+    joined_names: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    """What other files call layers of a block, and which of diffusers' these are, in the order of outputs."""
     lora_parts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """A word in the name of a LoRA's file -> which of several denoisers it is for."""
     lora_loader: Literal["pipeline", "peft"] = "pipeline"

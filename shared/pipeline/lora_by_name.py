@@ -11,6 +11,7 @@ import torch
 from shared.api.faults import FieldProblem, RequestError
 from shared.api.lora_dir import LoraNameError, find_lora
 from shared.api.requests import GenerateRequest
+from shared.api.warned import warn
 from shared.launch.flags import HostConfig
 from shared.parallel.pipeline import Pipeline
 from shared.pipeline.lora import LoraSet, loras_of
@@ -113,9 +114,15 @@ class RunningLoras:
             except Exception:
                 self._operate(lambda loras: self._forget(loras, new))
                 raise
-        for path in files:
+        for name, path in zip(request.lora_scales, files, strict=True):
             if path in self._named:
                 self._named[path] = self._named.pop(path)
+            one = loras.loaded[path]
+            if one.unmatched:
+                layers = one.matched + one.unmatched
+                warn(
+                    f"lora_scales: {one.matched} of {layers} layers of {name!r} fit; the others are left out"
+                )
         scales = dict(zip(files, request.lora_scales.values(), strict=True))
         return request.model_copy(update={"lora_scales": scales})
 

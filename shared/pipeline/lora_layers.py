@@ -69,6 +69,20 @@ def fits(layer: nn.Module, update: Update) -> bool:
     return axis is None or _dora(update).numel() == (outputs, inputs)[axis]
 
 
+def shape_of(update: Update) -> tuple[int, int] | None:
+    """Outputs and inputs of the file's layer; None where its tensors are no update of a layer."""
+    try:
+        change = delta({key: tensor.to("meta") for key, tensor in update.tensors.items()})
+        return change.shape[0], change.shape[1]
+    except (KeyError, RuntimeError, IndexError):
+        return None
+
+
+def outputs_of(layer: nn.Module) -> int:
+    """How many outputs a layer has."""
+    return _shape(layer)[0]
+
+
 def _shape(layer: nn.Module) -> tuple[int, int, tuple[int, ...]]:
     """Outputs, inputs and kernel; not by the weight's shape, which is that of packed bytes under GGUF."""
     base: Any = getattr(layer, "base_layer", layer)

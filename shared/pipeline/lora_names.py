@@ -17,7 +17,7 @@ from torch import nn
 from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline, model_of, parts_of
 from shared.pipeline.lora_file import Update, numbers, updates
-from shared.pipeline.lora_layers import delta, fits
+from shared.pipeline.lora_layers import fits, outputs_of, shape_of
 
 log = logging.getLogger("host")
 
@@ -75,10 +75,21 @@ class _Places:
             part: {name.replace(".", "_"): name for name in known} for part, known in self.layers.items()
         }
         for name in self.layers[spec.denoiser] if spec.own_names else ():
-            theirs = name
-            for ours, own in spec.own_names.items():
-                theirs = theirs.replace(ours, own)
-            self.flat[spec.denoiser].setdefault(theirs.replace(".", "_"), name)
+            self.flat[spec.denoiser].setdefault(self._own(name).replace(".", "_"), name)
+        self.joined: dict[str, list[str]] = {}
+        """Layers of the denoiser that files have as one, by its flattened name, in the order of outputs."""
+        for theirs, ours in spec.joined_names.items():
+            for name in self.layers[spec.denoiser]:
+                if name.endswith(f".{ours[0]}"):
+                    block = name.removesuffix(ours[0])
+                    flat = f"{self._own(block)}{theirs}".replace(".", "_")
+                    self.joined[flat] = [f"{block}{one}" for one in ours]
+
+    def _own(self, name: str) -> str:
+        """What the authors call a layer of the denoiser."""
+        for ours, own in self.spec.own_names.items():
+            name = name.replace(ours, own)
+        return name
 
     def resolve(self, found: Mapping[str, Update]) -> tuple[Matched, list[str]]:
         """The updates by component and module name, and the names without a layer that they fit."""
@@ -88,9 +99,27 @@ class _Places:
             place = self.place(name)
             if place and fits(self.layers[place[0]][place[1]], update):
                 matched.setdefault(place[0], {})[place[1]] = update
+            elif parts := self._parts(name, update):
+                matched.setdefault(self.spec.denoiser, {}).update(parts)
             else:
                 unmatched.append(name)
         return matched, unmatched
+
+    def _parts(self, name: str, update: Update) -> dict[str, Update]:
+        """The updates of the layers that a file joins; none where one does not fit."""
+        part, rest = self.component(name)
+        names = self.joined.get(rest.replace(".", "_"), []) if part == self.spec.denoiser else []
+        shape, known = shape_of(update), self.layers[self.spec.denoiser]
+        if not names or shape is None:
+            return {}
+        sizes = [outputs_of(known[one]) for one in names]
+        if sum(sizes) != shape[0]:
+            return {}
+        rows = torch.arange(shape[0]).split(sizes)
+        parts = {
+            one: update if len(names) == 1 else update.part(own) for one, own in zip(names, rows, strict=True)
+        }
+        return parts if all(fits(known[one], piece) for one, piece in parts.items()) else {}
 
     def place(self, name: str) -> tuple[str, str] | None:
         """(component, module name) of a layer name of any format."""
@@ -161,7 +190,7 @@ def _translated(
     probes: list[dict[str, torch.Tensor]] = []
     for name, update in found.items():
         part, rest = places.component(name)
-        shape = _shape(update)
+        shape = shape_of(update)
         if part == spec.denoiser and shape is not None:
             flat = f"lora_unet_{rest.replace('.', '_')}"
             down, up = torch.full((1, shape[1]), float(len(names))), torch.arange(float(shape[0]))[:, None]
@@ -176,7 +205,7 @@ def _translated(
         if answer.plain:
             source = names[int(answer.tensors["down"].flatten()[0])]
             rows = answer.tensors["up"].flatten().long()
-            whole = torch.equal(rows, torch.arange(_shape(found[source])[0]))  # type: ignore[index]
+            whole = torch.equal(rows, torch.arange(shape_of(found[source])[0]))  # type: ignore[index]
             parts.setdefault(source, []).append(
                 (theirs, found[source] if whole else found[source].part(rows))
             )
@@ -190,15 +219,6 @@ def _translated(
         for part, layers in fitting.items():
             matched.setdefault(part, {}).update(layers)
     return matched, unmatched
-
-
-def _shape(update: Update) -> tuple[int, int] | None:
-    """Outputs and inputs of the file's layer; None where its tensors are no update of a layer."""
-    try:
-        change = delta({key: tensor.to("meta") for key, tensor in update.tensors.items()})
-        return change.shape[0], change.shape[1]
-    except (KeyError, RuntimeError, IndexError):
-        return None
 
 
 def _converted(

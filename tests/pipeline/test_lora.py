@@ -18,6 +18,7 @@ from safetensors.torch import load, load_file, save_file
 
 from shared.api.faults import RequestError
 from shared.api.parsing import check_request
+from shared.api.warned import collecting_warnings
 from shared.launch.backend import Needs
 from shared.launch.errors import UsageError
 from shared.models import MODELS
@@ -406,6 +407,20 @@ def test_files_come_change_and_go_while_a_host_runs(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="ink wash"):
         made(**{"ink wash": 1.0})
     assert made() == without and not loras_of(engine.pipe, config.spec).loaded
+
+
+def test_named_and_partly_matched_is_told_in_the_answer(tmp_path: Path) -> None:
+    save_file(load_file(tiny_extras.lora("sd1", "partial")), tmp_path / "half.safetensors")
+    config = tiny.config("sd1", width=64, height=64, lora_dir=(str(tmp_path),))
+    engine = PipelineEngine(tiny.load("sd1"), config, tiny.world())
+    request = check_request({"positive": "x", "steps": 2, "lora_scales": {"half": 0.5}}, config)
+    for _ in range(2):  # loaded, and kept
+        with collecting_warnings() as warned:
+            engine.generate(request, lambda step, steps: None)
+        matched = next(iter(loras_of(engine.pipe, config.spec).loaded.values())).matched
+        assert (
+            f"lora_scales: {matched} of {2 * matched} layers of 'half' fit; the others are left out" in warned
+        )
 
 
 @pytest.mark.parametrize("flags", [{"quantize_to": "int8"}, {"compile_unet": True}])
