@@ -17,9 +17,10 @@ COMPILED, EAGER = 0.7, 0.5
 """Share of a matrix product's speed that a step reaches (FLUX on an H200: 0.72 compiled, 0.54 not)."""
 RING_HIDES, OVERLAP_HIDES = 0.2, 0.45
 """Share of a step's arithmetic during which ring's messages are under way: values leave before queries and
-keys are there; with overlap the own tokens' attention runs meanwhile too. Ulysses waits for its exchanges."""
+keys are there; with overlap half of attention, and more beside it, runs meanwhile too. Ulysses waits for its
+exchanges."""
 OVERLAP_COSTS = 0.03
-"""Of a step's arithmetic: two attentions and their joining in place of one."""
+"""Of a step's arithmetic: two attentions in place of one, two products in place of one."""
 WORTH = 0.03
 """Share of a step's time that a plan must save to be taken in place of the usual one."""
 SLOW = 0.25

@@ -37,7 +37,7 @@ from shared.models.schedulers import (
     with_variant,
 )
 from shared.models.spec import Chat, Family, ModelSpec, Start
-from shared.models.tokens import Padding, Section, Site, StagePlan, Stream, TokenPlan
+from shared.models.tokens import Beside, Padding, Section, Site, StagePlan, Stream, TokenPlan
 
 __all__ = [
     "CACHES",
@@ -53,6 +53,7 @@ __all__ = [
     "TOKEN_PLANS",
     "VAE_PREFIXES",
     "VARIANTS",
+    "Beside",
     "Cache",
     "CacheSettings",
     "Chat",

@@ -19,13 +19,14 @@ from shared.models.spec import (
     Start,
     refusals,
 )
-from shared.models.tokens import Site, TokenPlan
+from shared.models.tokens import Beside, Site, TokenPlan
 
 TOKENS = TokenPlan(
     name="ChromaTransformer2DModel",
     title="Chroma",
     blocks=("transformer_blocks", "single_transformer_blocks"),
     attention=("attn",),
+    beside=Beside("single_transformer_blocks", "act_mlp", "proj_out"),
     picture=(Site("x_embedder", "input"),),
     text=(Site("context_embedder", "input", of=("text",)),),
     positions=(Site("pos_embed", "input", dim=0, of=("text", "picture")),),

@@ -23,7 +23,7 @@ from shared.models.spec import (
     Start,
     refusals,
 )
-from shared.models.tokens import Site, StagePlan, TokenPlan
+from shared.models.tokens import Beside, Site, StagePlan, TokenPlan
 
 _INPUTS = Site("x_embedder", "input")
 
@@ -32,6 +32,7 @@ CONTROL_NET = TokenPlan(
     title="FLUX",
     blocks=("transformer_blocks", "single_transformer_blocks"),
     attention=("attn",),
+    beside=Beside("single_transformer_blocks", "act_mlp", "proj_out"),
     picture=(_INPUTS, Site("controlnet_x_embedder", "input")),
     text=(Site("context_embedder", "input", of=("text",)),),
     positions=(Site("pos_embed", "input", dim=0, of=("text", "picture")),),

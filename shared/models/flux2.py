@@ -21,7 +21,7 @@ from shared.models.spec import (
     Start,
     refusals,
 )
-from shared.models.tokens import Site, TokenPlan
+from shared.models.tokens import Beside, Site, TokenPlan
 
 TOKENS = TokenPlan(
     name="Flux2Transformer2DModel",
@@ -29,6 +29,7 @@ TOKENS = TokenPlan(
     blocks=("transformer_blocks", "single_transformer_blocks"),
     attention=("attn",),
     fused=("single_transformer_blocks",),
+    beside=Beside("single_transformer_blocks", "attn.mlp_act_fn", "attn.to_out"),
     # It counts the text's tokens where it gets them, so they are cut there.
     picture=(Site("hidden_states", "argument"),),
     text=(Site("encoder_hidden_states", "argument", of=("text",)),),

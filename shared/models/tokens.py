@@ -56,6 +56,18 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Blocks whose feed-forward layer works beside attention: one product takes both, attention's first."""
+
+    blocks: str
+    """The module list."""
+    activation: str
+    """What ends the feed-forward layer in a block."""
+    product: str
+    """The linear layer over [batch, tokens, attention's channels and then the activation's]."""
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """How PipeFusion cuts a transformer into stages."""
 
@@ -138,6 +150,8 @@ class TokenPlan:
     """An IP-Adapter's tokens: in a further call of attention in the layer, or as keys behind the others."""
     everywhere: tuple[str, ...] = ()
     """What a block calls attention from other tokens, which every rank has, to the picture's."""
+    beside: Beside | None = None
+    """Blocks with a feed-forward layer beside attention, if there are any."""
     skipped: str | None = None
     """The argument of self-attention that says that it is left out: each token keeps its own value."""
     tensor: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shared.launch.flags import COMPUTED, HostConfig
+from shared.parallel.divided import Multiplying
 from shared.pipeline.compile import blocks, feed_forwards
 
 log = logging.getLogger("host")
@@ -80,20 +81,22 @@ def for_device(
     return config
 
 
-class EightBitLinear(nn.Linear):
+class EightBitLinear(Multiplying):
     """A linear layer with a weight of `packed`. Its class is set on the layer that is there."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        weight: Any = self.weight
+        return self.multiply(input, self.weight, self.bias)
+
+    def multiply(self, input: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
         if weight.qdata.dtype != torch.int8:
             # Float8 products by row have results in bf16 only.
-            bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+            bias = None if bias is None else bias.to(torch.bfloat16)
             return F.linear(input.to(torch.bfloat16), weight, bias).to(input.dtype)
         rows = input.numel() // input.shape[-1]
         if rows >= ROWS:
-            return F.linear(input, weight, self.bias)
+            return F.linear(input, weight, bias)
         filled = F.pad(input.reshape(rows, -1), (0, 0, 0, ROWS - rows))
-        return F.linear(filled, weight, self.bias)[:rows].reshape(*input.shape[:-1], -1)
+        return F.linear(filled, weight, bias)[:rows].reshape(*input.shape[:-1], -1)
 
 
 def computing_layers(

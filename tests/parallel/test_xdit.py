@@ -308,9 +308,14 @@ def compiled(name: str, degrees: dict[str, int], **options: Any) -> dict[str, An
     torch._dynamo.reset()
     pipe = tiny.load(name)
     plain = picture(pipe, name)
-    found: dict[str, Any] = {"blocks": 0}
+    found: dict[str, Any] = {"blocks": 0, "divided": 0}
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found["divided"] += sum(node.target is torch.addmm for node in graph.graph.nodes)
+        return graph.forward
+
     for block in blocks(pipe.transformer):
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="eager")
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
         found["blocks"] += 1
     before = graph_count()
     with XDiT(pipe, Degrees(**degrees), **options) as parallel:
@@ -330,7 +335,7 @@ def test_compiled_blocks_are_compiled_under_the_surgery(pool: RankPool, name: st
         assert rank["psnr"] >= EXACT
         # Blocks of one kind share a graph.
         assert 1 <= rank["graphs"] < rank["blocks"], rank
-        assert rank["more"] == 0
+        assert rank["more"] == 0 and not rank["divided"]
 
 
 # 3 ranks: one part lies between the others' two, and one token is left over.
@@ -370,6 +375,16 @@ def test_compiled_blocks_overlap_and_round(pool: RankPool) -> None:
     for rank in pool.run(compiled, 2, "flux", {"ring": 2}, overlap=True, bits="int8"):
         assert rank["psnr"] > 60
         assert 1 <= rank["graphs"] < rank["blocks"] and rank["more"] == 0, rank
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    seldom(itertools.product(("flux", "flux2", "chroma"), ("ulysses", "ring")), [("flux", "ring")]),
+)
+def test_products_behind_attention_are_divided(pool: RankPool, name: str, method: str) -> None:
+    for rank in pool.run(compiled, 2, name, {method: 2}, overlap=True):
+        assert rank["psnr"] >= EXACT
+        assert rank["divided"] > 0 and rank["more"] == 0, rank
 
 
 def fused_projections(name: str) -> float:

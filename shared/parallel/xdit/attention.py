@@ -112,7 +112,7 @@ def ulysses(
             sent[:, :, :, index] = part
     every = joined(_sent_in(bits, sent, group))
     q, k, v = every.permute(2, 0, 3, 1, 4).unbind()
-    answer, _ = _attention(q, k, v, backend)
+    answer = _attention(q, k, v, backend)
     answer = answer.transpose(1, 2).unflatten(1, (ranks, tokens)).transpose(0, 1)
     back = _sent_in(bits, answer.contiguous(), group)
     return back.permute(1, 2, 0, 3, 4).flatten(2, 3).transpose(1, 2)
@@ -148,7 +148,6 @@ def ring(
     query: torch.Tensor,
     key: torch.Tensor,
     values: Sequence[torch.Tensor | Gathering],
-    own: torch.Tensor,
     common_key: torch.Tensor | None,
     common_value: torch.Tensor | None,
     mask: torch.Tensor | None = None,
@@ -162,74 +161,56 @@ def ring(
 
     torch's own ring attention, on which xfuser's is built, gathers at once by default too, waits, and then
     joins the attentions over each rank's keys by their log-sum-exps in fp32. Here one attention goes over all
-    of them; or, to overlap, one over this rank's own while the others' arrive, and one over those.
+    of them; or, to overlap, one for each half of the heads, the first while the second's keys arrive.
 
     Args:
         query: [batch, heads, any tokens, channels].
         key: [batch, heads, only this rank's tokens, channels].
         values: of the same tokens, in pieces; as the key, or on their way.
-        own: of the same tokens, all of the values as the key.
         common_key, common_value: of tokens that every rank has, [batch, heads, tokens, channels].
         mask: as torch's attention takes it; its keys are the gathered ones, rank by rank, then the common.
         group: the ranks that share the sequence.
-        backend: name of xfuser's attention backend, for `overlap` one with log-sum-exps; torch's is taken
-            with a mask.
-        overlap: attention in two parts, the first of them while keys and values are on their way.
-        bits: keys, and values that are not on their way yet, are sent in 8 bits; those of this rank's own
-            part stay exact.
+        backend: name of xfuser's attention backend; torch's is taken with a mask.
+        overlap: keys in two messages, each of half the heads, if there is no mask.
+        bits: keys, and values that are not on their way yet, are sent in 8 bits.
 
     Returns:
         [batch, heads, the query's tokens, channels].
     """
-    staying = [x for x in values if isinstance(x, torch.Tensor)]
-    gathering = Gathering([x.transpose(1, 2) for x in (key, *staying)], group, bits)
+    parts = 2 if overlap and mask is None and key.shape[1] % 2 == 0 else 1
+    first, *others = (k.transpose(1, 2) for k in key.chunk(parts, 1))
+    staying = [x.transpose(1, 2) for x in values if isinstance(x, torch.Tensor)]
+    gathering = Gathering([first, *staying], group, bits)
+    later = [Gathering([k], group, bits) for k in others]
+    keys, *there = gathering.finish()
+    pieces = [there.pop(0) if isinstance(x, torch.Tensor) else x.finish()[0] for x in values]
+    pieces = [x if x.ndim == keys.ndim else x.unflatten(-1, (-1, keys.shape[-1])) for x in pieces]
 
-    def arrived() -> tuple[torch.Tensor, torch.Tensor]:
-        there = gathering.finish()
-        keys = there.pop(0)
-        pieces = [there.pop(0) if isinstance(x, torch.Tensor) else x.finish()[0] for x in values]
-        pieces = [x if x.ndim == keys.ndim else x.unflatten(-1, keys.shape[-2:]) for x in pieces]
-        return keys, torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0]
+    def whole(parts: torch.Tensor, common: torch.Tensor | None) -> torch.Tensor:
+        mine = joined(parts).transpose(1, 2)
+        return mine if common is None else torch.cat([mine, common], 2)
 
-    def with_common(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if common_key is None or common_value is None:
-            return k, v
-        return torch.cat([k, common_key], 2), torch.cat([v, common_value], 2)
-
-    if overlap and mask is None:
-        first = _attention(query, *with_common(key, own), backend)
-        k, v = (_others(x, dist.get_rank(group)).transpose(1, 2) for x in arrived())
-        return token_major(_join(first, _attention(query, k, v, backend)))
-    k, v = with_common(*(joined(x).transpose(1, 2) for x in arrived()))
+    value = whole(torch.cat(pieces, 2) if len(pieces) > 1 else pieces[0], common_value)
     if mask is not None:
-        return token_major(F.scaled_dot_product_attention(query, k, v, attn_mask=mask))
-    return token_major(_attention(query, k, v, backend)[0])
+        k = whole(keys, common_key)
+        return token_major(F.scaled_dot_product_attention(query, k, value, attn_mask=mask))
+    commons = [None] * parts if common_key is None else common_key.chunk(parts, 1)
+    answers = []
+    for q, v, common in zip(query.chunk(parts, 1), value.chunk(parts, 1), commons, strict=True):
+        if answers:
+            keys = later[len(answers) - 1].finish()[0]
+        answers.append(_attention(q, whole(keys, common), v, backend).transpose(1, 2))
+    answer = torch.cat(answers, 2) if later else answers[0].contiguous()
+    return answer.transpose(1, 2)
 
 
-def _others(parts: torch.Tensor, rank: int) -> torch.Tensor:
-    """The parts of the other ranks: [ranks, batch, tokens of each, ...] -> [batch, their tokens, ...]."""
-    if rank in (0, len(parts) - 1):
-        return joined(parts[1:] if rank == 0 else parts[:-1])
-    return joined(torch.cat([parts[:rank], parts[rank + 1 :]]))
-
-
-def _join(one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Two attentions of the same queries over different keys, as one over all of them."""
-    (a, of_a), (b, of_b) = one, other
-    # Half-precision weights would cost more than they save: this melts into one kernel under compile.
-    share = torch.sigmoid((of_a.float() - of_b.float()).unsqueeze(-1))
-    return (b.float() + share * (a.float() - b.float())).to(a.dtype)
-
-
-def _attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The answer, and the log-sum-exp of each of its rows where the backend has it."""
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, backend: str) -> torch.Tensor:
+    """One of xfuser's attentions."""
     from xfuser.core.distributed.attention_backend import ATTENTION_FUNCTION_REGISTRY, AttentionBackendType
 
     function = ATTENTION_FUNCTION_REGISTRY[AttentionBackendType[backend]]
-    answer, log_sum_exp = function(query, key, value, dropout_p=0.0, is_causal=False)
-    return answer.to(query.dtype), log_sum_exp
+    answer, _ = function(query, key, value, dropout_p=0.0, is_causal=False)
+    return answer.to(query.dtype)
 
 
 def _sent_in(bits: Bits | None, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -48,8 +48,7 @@ class XDiT(Method):
             then decode.
         decode_from: pixels of a call of the VAE from which they do.
         cuda_graph: capture and replay the transformer on CUDA. Not with offloaded weights, which move.
-        overlap: with ring alone, attention over a rank's own tokens while the others' are on their way: for
-            links that are slower than that attention.
+        overlap: compute more while messages are on their way, in more and smaller parts: for slow links.
         bits: send what attention exchanges as int8 or float8: an approximation. Not with Ulysses and ring
             together.
 
@@ -76,7 +75,7 @@ class XDiT(Method):
             raise ValueError(f"{bits} exchange: too coarse for keys and values; use int8 or float8")
         if bits and degrees.ring > 1 and degrees.ulysses > 1:
             raise ValueError(f"{bits} exchange: supported with Ulysses or with ring, not both; got {degrees}")
-        self.overlap, self.bits = overlap and degrees.ring > 1 and degrees.ulysses == 1, bits
+        self.overlap, self.bits = overlap and (degrees.ring > 1) != (degrees.ulysses > 1), bits
         super().__init__(pipeline)
         self.degrees = degrees
         self.transformer = model_of(pipeline, "transformer")

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from shared.models import Padding, Section, Site, Stream, TokenPlan, token_plan
+from shared.parallel.divided import DividedProducts
 from shared.parallel.exchange import Ranks, all_gather
 from shared.parallel.rounding import Bits
 from shared.parallel.surgery import Forward, Surgery
@@ -68,7 +69,9 @@ class SequenceParallel:
         backend: name of xfuser's attention backend.
         surgery: collects what is overridden.
         by: how they share it.
-        overlap: with ring, attention over the own tokens while the others' are on their way.
+        overlap: more is computed while messages are on their way, for slow links: with ring, attention of
+            half the heads; in compiled blocks with a feed-forward layer beside attention, its part of the
+            product that takes both.
         bits: what attention sends goes in 8 bits, an approximation; None: as it is. Not with "both".
 
     Raises:
@@ -96,6 +99,7 @@ class SequenceParallel:
         self._inside: Shared | None = None  # how the attention that is computed is shared
         self._ring = functools.partial(ring, group=group, backend=backend, overlap=overlap, bits=bits)
         self._sent: Gathering | None = None
+        self._divided = DividedProducts()
         self._read: int | None = None  # tokens of text that are no padding, in the current call
         if self.plan.whole:
             return
@@ -113,17 +117,22 @@ class SequenceParallel:
         if self.plan.output is not None:
             surgery.override(model.get_submodule(self.plan.output), self._output)
         for part in self.plan.blocks:
+            beside = self.plan.beside
             for block in model.get_submodule(part).children():
-                self._divide_block(block, surgery, early=by == "ring" and part not in self.plan.fused)
+                early, shared = by == "ring" and part not in self.plan.fused, self._shared
+                here = overlap and beside is not None and beside.blocks == part
+                if here and beside is not None and self._divided.divide(block, beside, surgery):
+                    shared = self._noted
+                self._divide_block(block, surgery, shared, early)
         surgery.override(model, self._model)
 
-    def _divide_block(self, block: nn.Module, surgery: Surgery, early: bool) -> None:
-        """Share a block's attention; `early`: its values leave before its queries and keys are there."""
+    def _divide_block(self, block: nn.Module, surgery: Surgery, shared: Shared, early: bool) -> None:
+        """Share a block's attention by `shared`; `early`: its values leave before queries and keys are there."""
         for name, module in block.named_children():
             if name in self.plan.everywhere:
                 surgery.override(module, functools.partial(self._attention, shared=self._from_everywhere))
             if name in self.plan.attention:
-                surgery.override(module, functools.partial(self._attention, shared=self._shared))
+                surgery.override(module, functools.partial(self._attention, shared=shared))
                 if early:
                     surgery.override(module.get_submodule("to_v"), self._value)
         if self.plan.padding is not None:
@@ -287,9 +296,9 @@ class SequenceParallel:
         if mask is not None:
             # xfuser's attentions take no mask: torch's does, over all keys.
             part = self._masked(mask, runs, further)
-            return self._ring(query, k, self._in_order(v), v, common_k, common_v, part)
+            return self._ring(query, k, self._in_order(v), common_k, common_v, part)
         if self.by == "ring":
-            return self._ring(query, k, self._in_order(v), v, common_k, common_v)
+            return self._ring(query, k, self._in_order(v), common_k, common_v)
         q, common_q = _sort(query, runs, 2)
         if self.by == "ulysses" and common_k is None:
             return ulysses(q, k, v, group, backend, self.bits)
@@ -304,6 +313,14 @@ class SequenceParallel:
             at[is_own] += length
         return token_major(torch.cat(pieces, 2))
 
+    def _noted(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`_shared` in a block whose product is divided."""
+        answer = self._shared(query, key, value, mask)
+        self._divided.attended(answer)
+        return answer
+
     def _from_everywhere(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
@@ -312,7 +329,7 @@ class SequenceParallel:
             raise ValueError(f"{self.plan.name}: no mask is supported from other tokens to the picture's")
         runs = self._runs(key.shape[2])
         (k, common_k), (v, common_v) = (_sort(x, runs, 2) for x in (key, value))
-        return self._ring(query, k, [v], v, common_k, common_v)
+        return self._ring(query, k, [v], common_k, common_v)
 
     def _masked(self, mask: torch.Tensor, runs: list[tuple[int, bool]], further: int) -> torch.Tensor:
         """A mask of the whole sequence [batch, heads or 1, queries or 1, keys] for this rank's queries, its
