@@ -127,7 +127,7 @@ class SequenceParallel:
         surgery.override(model, self._model)
 
     def _divide_block(self, block: nn.Module, surgery: Surgery, shared: Shared, early: bool) -> None:
-        """Share a block's attention by `shared`; `early`: its values leave before queries and keys are there."""
+        """Share a block's attention by `shared`; `early`: its values leave before its keys are made."""
         for name, module in block.named_children():
             if name in self.plan.everywhere:
                 surgery.override(module, functools.partial(self._attention, shared=self._from_everywhere))
