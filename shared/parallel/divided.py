@@ -39,7 +39,7 @@ class DividedProducts:
     def divide(self, block: nn.Module, beside: Beside, surgery: Surgery) -> bool:
         """Divide the product of a block; False where its layer cannot be divided."""
         found = block.get_submodule(beside.product)
-        layer = getattr(found, "base_layer", found)  # under a LoRA, which adds to its product
+        layer: Any = getattr(found, "base_layer", found)  # under a LoRA, which adds to its product
         plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
         divisible = plain or isinstance(layer, Multiplying)
         if divisible:

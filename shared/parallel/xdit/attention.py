@@ -195,7 +195,7 @@ def ring(
         k = whole(keys, common_key)
         return token_major(F.scaled_dot_product_attention(query, k, value, attn_mask=mask))
     commons = [None] * parts if common_key is None else common_key.chunk(parts, 1)
-    answers = []
+    answers: list[torch.Tensor] = []
     for q, v, common in zip(query.chunk(parts, 1), value.chunk(parts, 1), commons, strict=True):
         if answers:
             keys = later[len(answers) - 1].finish()[0]
