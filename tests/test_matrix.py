@@ -179,7 +179,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 # Types whose compiled cells run in every test run, and not in `make matrix` alone: tracing takes long.
 COMPILED = {"asyncdiff": ("sd1", "sdxl"), "distrifuser": (), "xdit": ()}
 # Types whose model is another type's with other weights: their features run in `make matrix` alone.
-ALIKE = {"asyncdiff": ("sd2",), "distrifuser": ("sd2",), "xdit": ("pixa", "qwenedit")}
+ALIKE = {"asyncdiff": ("sd2",), "distrifuser": ("sd2",), "xdit": ("kontext", "pixa", "qwenedit", "wani2v")}
 
 
 def supports(backend: str, name: str, *features: str) -> bool:
@@ -309,7 +309,7 @@ def check_cell(
 def pairs() -> list[Any]:
     """(backend, type, feature, feature) of all pairs that a type may combine.
 
-    Every third pair runs in every test run, on a type of a host that changes from pair to pair; all of them
+    Every sixth pair runs in every test run, on a type of a host that changes from pair to pair; all of them
     on all in `make matrix`.
     """
     found: list[Any] = []
@@ -319,7 +319,7 @@ def pairs() -> list[Any]:
             chosen = able[number % len(able)] if able else None
             for name in able:
                 turn = 0 if "compile_unet" in (a, b) else number % len(BACKENDS)
-                slow = name != chosen or place != turn or number % 3 != 1
+                slow = name != chosen or place != turn or number % 6 != 1
                 marks = [pytest.mark.slow] if slow else []
                 found.append(pytest.param(backend, name, a, b, marks=marks))
     return found
@@ -343,7 +343,7 @@ def test_the_setting_of_every_feature_of_a_request_is_known() -> None:
         (2, {"use_cfg_parallel": True}),
         (2, {"use_cfg_parallel": True, "async_steps": 2}),
         pytest.param(4, {"use_cfg_parallel": True}, marks=pytest.mark.slow),
-        (3, {"stride": 2, "auto_balance": True}),
+        pytest.param(3, {"stride": 2, "auto_balance": True}, marks=pytest.mark.slow),
         pytest.param(3, {"stage_weights": (1.0, 2.0, 1.0), "time_shift": True}, marks=pytest.mark.slow),
     ],
     ids=["cfg-2", "hybrid-2", "cfg-4", "stride-2", "weights"],
@@ -364,7 +364,7 @@ def test_asyncdiff_plans(pool: RankPool, size: int, flags: Flags) -> None:
     ("backend", "name", "flags", "field"),
     [
         ("asyncdiff", "sd1", {"use_cfg_parallel": True}, {"guidance_rescale": 0.7}),
-        ("asyncdiff", "sdxl", {}, {"guidance_rescale": 0.7}),
+        pytest.param("asyncdiff", "sdxl", {}, {"guidance_rescale": 0.7}, marks=pytest.mark.slow),
         ("asyncdiff", "sdup", {"use_cfg_parallel": True, "async_steps": 1}, {"noise_level": 60}),
         ("distrifuser", "sdxl", {}, {"guidance_rescale": 0.7}),
     ],
@@ -389,7 +389,7 @@ def second_ip_adapter(name: str) -> Path:
     [
         pytest.param("asyncdiff", "sdxl", {}, 2, 1, marks=pytest.mark.slow),
         ("asyncdiff", "sd1", {"use_cfg_parallel": True}, 2, 2),
-        ("distrifuser", "sd1", {}, 2, 2),
+        pytest.param("distrifuser", "sd1", {}, 2, 2, marks=pytest.mark.slow),
         pytest.param("distrifuser", "sdxl", {}, 0, 1, marks=pytest.mark.slow),
         ("xdit", "flux", {}, 2, 2),
         pytest.param("xdit", "sd3", {}, 2, 0, marks=pytest.mark.slow),
@@ -453,7 +453,7 @@ def test_the_hybrid_of_branches_and_stages(pool: RankPool, name: str) -> None:
         pytest.param("sd1", ("image",), marks=pytest.mark.slow),
         pytest.param("sd1", ("mask", "control_net", "ip_adapter"), marks=pytest.mark.slow),
         pytest.param("sdxl", (), marks=pytest.mark.slow),
-        ("sdxl", ("mask", "control_net", "lora")),
+        pytest.param("sdxl", ("mask", "control_net", "lora"), marks=pytest.mark.slow),
         ("flux", ("mask", "lora")),
     ],
 )

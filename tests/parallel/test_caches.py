@@ -69,7 +69,7 @@ def cached(name: str, cases: list[Case], settings: list[CacheSettings], calls: l
     return found
 
 
-@pytest.mark.parametrize("name", seldom(TYPES, ("flux2", "sd3", "wan")))
+@pytest.mark.parametrize("name", seldom(TYPES, ("flux2", "sd3")))
 def test_ranks_leave_out_what_one_rank_leaves_out(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     plan = MODELS[name].tokens
@@ -109,7 +109,11 @@ def diffusers_cached(pipe: Any, name: str, config: Any, **call: Any) -> tuple[np
 
 @pytest.mark.parametrize(
     ("name", "call"),
-    [("flux", {"true_cfg_scale": 3.0, "negative_prompt": "blur"}), ("qwen", {}), ("wan", {})],
+    [
+        ("flux", {"true_cfg_scale": 3.0, "negative_prompt": "blur"}),
+        pytest.param("qwen", {}, marks=pytest.mark.slow),
+        pytest.param("wan", {}, marks=pytest.mark.slow),
+    ],
 )
 def test_one_rank_leaves_out_what_diffusers_leaves_out(name: str, call: Case) -> None:
     from diffusers import FirstBlockCacheConfig, MagCacheConfig

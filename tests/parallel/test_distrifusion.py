@@ -431,7 +431,7 @@ def dressed(name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", seldom(["sd1", "sdxl"], ["sdxl"]))
+@pytest.mark.parametrize("name", seldom(["sd1", "sdxl"], ["sd1"]))
 def test_adapters_controlnets_and_quantized_weights(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     for rank in pool.run(dressed, 2, name):
@@ -531,7 +531,7 @@ def compiled(split_batch: bool, mode: str) -> dict[str, Any]:
 PLANS = [(False, "corrected_async_gn"), (True, "corrected_async_gn"), (False, "full_sync")]
 
 
-@pytest.mark.parametrize(("split_batch", "mode"), seldom(PLANS, PLANS[1:]))
+@pytest.mark.parametrize(("split_batch", "mode"), seldom(PLANS, PLANS[1:2]))
 def test_compiled_blocks_exchange_too(pool: RankPool, split_batch: bool, mode: str) -> None:
     tiny.checkpoint("sd1")
     for rank in pool.run(compiled, 2, split_batch, mode):

@@ -267,8 +267,8 @@ def in_8_bits(call: Any, *args: Any) -> Any:
     ("name", "kind", "features", "plan"),
     [
         ("flux", "float8", ("lora", "ip_adapter"), {"ring_degree": 2}),
-        ("flux", "int8", ("control_net",), {"ulysses_degree": 2}),
-        ("sd3", "int8", (), {"use_cfg_parallel": True}),
+        pytest.param("flux", "int8", ("control_net",), {"ulysses_degree": 2}, marks=pytest.mark.slow),
+        pytest.param("sd3", "int8", (), {"use_cfg_parallel": True}, marks=pytest.mark.slow),
         ("sd3", "float8", (), {"pipefusion_parallel_degree": 2, "warm_up_steps": 99}),
     ],
 )
@@ -285,8 +285,8 @@ def test_xdit_equals_one_rank(pool: RankPool, name: str, kind: str, features: An
 @pytest.mark.parametrize(
     ("backend", "name", "kind", "plan"),
     [
-        ("asyncdiff", "sdxl", "int8", {}),
-        ("distrifuser", "sdxl", "float8", {"no_split_batch": True}),
+        pytest.param("asyncdiff", "sdxl", "int8", {}, marks=pytest.mark.slow),
+        ("distrifuser", "sd1", "float8", {"no_split_batch": True}),
         ("xdit", "flux", "int8", {}),
     ],
 )

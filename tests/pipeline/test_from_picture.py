@@ -28,6 +28,7 @@ from shared.pipeline.adapters import load_ip_adapters
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import load_pipeline
 from tests import tiny, tiny_extras
+from tests.seldom import seldom
 
 EXACT_DB = 45.0
 SIZE = (72, 104)  # width and height: neither is a power of two
@@ -130,8 +131,13 @@ def theirs(
 FILLS = [name for name, spec in MODELS.items() if spec.start("fill", control=False)]
 
 
-@pytest.mark.parametrize("name", FILLS)
-@pytest.mark.parametrize(("with_mask", "strength"), [(True, 1.0), (True, 0.5), (False, 0.5)])
+PAINTED = [(n, *how) for n in FILLS for how in ((True, 1.0), (True, 0.5), (False, 0.5))]
+
+
+@pytest.mark.parametrize(
+    ("name", "with_mask", "strength"),
+    seldom(PAINTED, [("sd1", True, 0.5), ("sdxl", True, 1.0), ("sdxl", False, 0.5), ("flux", True, 0.5)]),
+)
 def test_a_checkpoint_for_inpainting_paints_the_mask_or_all(
     name: str, with_mask: bool, strength: float
 ) -> None:
@@ -197,7 +203,7 @@ def test_an_edit_has_the_size_that_was_asked_for_and_is_of_its_picture() -> None
 def controlled() -> list[Any]:
     """Every pipeline with a ControlNet, those that take one with an IP-Adapter too."""
     found = [(n, s) for n, spec in MODELS.items() for s in spec.starts if s.control and s.kind != "fill"]
-    slow = ("sd2", "ad")  # alike
+    slow = ("sd1", "sd2", "ad")  # alike
     return [
         pytest.param(n, s, id=f"{n}-{s.kind}", marks=[pytest.mark.slow] if n in slow else [])
         for n, s in found

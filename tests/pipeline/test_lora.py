@@ -340,7 +340,7 @@ def ranks_name_loras(backend: str, name: str, folder: str) -> dict[str, list[np.
         assert error.value.status == 422
     found["named"].append(made(engine))
     for number in range(NAMED_LORAS + 1):
-        made(engine, lora_scales={f"more{number}": 0.1})
+        made(engine, lora_scales={f"more{number}": 0.1}, steps=1)
         assert len(engine.pipe.lora_set.loaded) <= NAMED_LORAS and not engine.list_loras()
     added = engine.add_lora(f"{folder}/more{NAMED_LORAS}.safetensors", 0.1)
     assert [entry["scale"] for entry in added] == [0.1]

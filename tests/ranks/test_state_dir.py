@@ -13,7 +13,7 @@ import requests
 
 from benchmarks.faults import REQUEST, START, Host, until
 
-LONG = {"positive": "a blue square", "steps": 50}  # its seed is drawn
+LONG = {"positive": "a blue square", "steps": 24}  # its seed is drawn
 
 
 def accept(host: Host, id: str, **body: Any) -> None:
