@@ -184,7 +184,9 @@ class Bench(ABC):
         if self.options.tiny:
             eight_bits.LEAST = 1
         spec = MODELS[name]
-        layers = eight_bits.computing_layers(getattr(pipe, spec.denoiser), [*spec.kept, *exact]).values()
+        layers = eight_bits.computing_layers(
+            getattr(pipe, spec.denoiser), [*spec.kept, *spec.few_rows, *exact]
+        ).values()
         weights = [] if last else [layer.weight.cpu() for layer in layers]
         for layer in layers:
             eight_bits.quantize_layer(layer, kind)

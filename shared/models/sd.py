@@ -166,6 +166,7 @@ FAMILY = Family(
         ),
         ModelSpec(
             name="sdxl",
+            few_rows=("*.attn2.to_k", "*.attn2.to_v"),
             # 30 steps: 1.255 s; 4 and 8 steps without guidance: 0.123 and 0.250.
             step_cost=StepCost(0.020, 0.011, boundary=6_553_600, patches=419_430_400, exchanges=156),
             step_maps=16.0,

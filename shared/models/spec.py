@@ -151,6 +151,8 @@ class ModelSpec:
     # Layers at the ends of the denoiser, a few percent of its weights, that are not quantized: rounding is
     # most visible there.
     kept: tuple[str, ...] = ("conv_in", "conv_out", "time_*", "add_embedding*", "class_embedding*")
+    # Large layers of its blocks that take the prompt's tokens only: with so few rows, 8 bits do not gain.
+    few_rows: tuple[str, ...] = ()
     own_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """What its authors call the denoiser's layers, by parts of diffusers' names; LoRAs use both."""
     joined_names: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))

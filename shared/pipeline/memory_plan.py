@@ -105,7 +105,9 @@ class MemoryPlan:
             denoises = name in (*spec.denoisers, "refiner")
             how = Stored(self.dtype)
             if denoises:
-                how = Stored(self.dtype, config.quantize_to, spec.kept, not needs.inside_blocks)
+                how = Stored(
+                    self.dtype, config.quantize_to, spec.kept, not needs.inside_blocks, spec.few_rows
+                )
             elif name in spec.text_encoders:
                 how = Stored(self.dtype, weight_only(config.quantize_to))
             elif name == "vae" and name in needs.shards and self.work.upcasts:

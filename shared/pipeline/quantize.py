@@ -86,7 +86,7 @@ def quantize_pipeline(
         exact = list(spec.kept) if denoises else []
         computing = dict[str, nn.Linear]()
         if denoises and kind != eight_bits.weight_only(kind):
-            computing = eight_bits.computing_layers(module, exact, whole_blocks)
+            computing = eight_bits.computing_layers(module, [*exact, *spec.few_rows], whole_blocks)
             if not computing:
                 log.warning("%s: no layer is large enough to gain from computing in %s", name, kind)
         if computing:

@@ -29,6 +29,8 @@ class Stored:
     kept: tuple[str, ...] = ()
     whole_blocks: bool = True
     """Whether blocks are compiled as a whole, where the kind computes in 8 bits."""
+    few_rows: tuple[str, ...] = ()
+    """More layers that stay as they are where the kind computes in 8 bits."""
 
 
 @dataclass
@@ -73,7 +75,8 @@ def stored(module: nn.Module, how: Stored) -> dict[int, int]:
         size = 4 if any(part in exact for part in name.split(".")) else how.dtype.itemsize
         sizes[id(parameter)] = parameter.numel() * size
     kind = weight_only(how.kind)
-    if kind != how.kind and (computing := computing_layers(module, how.kept, how.whole_blocks)):
+    stay = (*how.kept, *how.few_rows)
+    if kind != how.kind and (computing := computing_layers(module, stay, how.whole_blocks)):
         for layer in computing.values():
             sizes[id(layer.weight)] = layer.weight.numel() + 4 * layer.out_features
         return sizes

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,8 @@ from shared.models import MODELS
 from shared.pipeline import eight_bits, memory_plan, quantize
 from shared.pipeline.eight_bits import EightBitLinear, computing_layers
 from shared.pipeline.sharding import parameter_bytes
+from shared.pipeline.single_file import CONFIGS
+from shared.pipeline.unloaded import Stored, stored
 from shared.ranks.channel import Channel
 from shared.ranks.groups import World, make_groups
 from tests import tiny, tiny_extras
@@ -116,6 +119,25 @@ def test_large_layers_inside_of_compiled_regions_compute() -> None:
     assert set(computing_layers(denoiser, ())) == {"blocks.0.large", "blocks.0.norm.0"}
     assert set(computing_layers(denoiser, ("*.norm.*",))) == {"blocks.0.large"}
     assert computing_layers(denoiser, (), whole_blocks=False) == {}
+
+
+def test_sdxls_layers_that_see_only_the_prompt_stay_as_they_are() -> None:
+    spec = MODELS["sdxl"]
+    settings = diffusers.UNet2DConditionModel.load_config(CONFIGS / "sdxl" / "unet")
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel.from_config(settings)
+    names = set(computing_layers(unet, spec.kept))
+    quantized = set(computing_layers(unet, [*spec.kept, *spec.few_rows]))
+    assert {name.split(".", 2)[-1] for name in names - quantized}  # not empty
+    assert all(name.endswith((".attn2.to_k", ".attn2.to_v")) for name in names - quantized)
+    assert {name.rsplit(".ff.", 1)[-1] for name in quantized} == {"net.0.proj", "net.2"}
+    how = Stored(torch.bfloat16, "int8", spec.kept, few_rows=spec.few_rows)
+    sizes = stored(unet, how)
+    for name, layer in unet.named_modules():
+        if name in names:
+            count = layer.weight.numel()
+            wanted = count + 4 * layer.out_features if name in quantized else 2 * count
+            assert sizes[id(layer.weight)] == wanted, name
 
 
 def test_only_feed_forward_layers_where_others_are_not_compiled(small_layers_too: None) -> None:
