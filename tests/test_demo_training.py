@@ -70,6 +70,15 @@ def test_a_step_of_the_student_is_the_schedulers() -> None:
         assert torch.allclose(steps.needed(k, x, there), v, atol=1e-4)
 
 
+def test_steps_chosen_by_measurement_are_many_and_close_where_flow_is_predicted(pool: RankPool) -> None:
+    kind, asked = CHECKPOINTS["transformer"], held_out_scenes(1)
+    launch = Launch("asyncdiff", "--use_cfg_parallel --async_steps=auto")
+    found = pool.run(launched, 2, kind, launch, asked, "cpu")
+    made, [late] = next(one for one in found if one[0])
+    assert late is not None and 6 <= late <= 16
+    assert 40 < psnr(made, paint(load(kind), asked, steps=kind.steps, cfg=kind.cfg)) < 70
+
+
 def test_a_step_cache_that_leaves_steps_out_still_obeys(pool: RankPool) -> None:
     kind, asked = CHECKPOINTS["transformer"], held_out_scenes(4)
     launch = Launch("xdit", "--step_cache=fbcache:0.12", 1)

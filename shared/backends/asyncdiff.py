@@ -164,7 +164,7 @@ def attach(
     """
     from shared.parallel.asyncdiff import AsyncDiff
     from shared.parallel.cfg_split import CfgSplit, HybridSplit
-    from shared.parallel.chosen_steps import Pace
+    from shared.parallel.chosen_steps import DRIFT, FLOW_DRIFT, Pace
     from shared.parallel.distrifusion.decoder import KINDS, PatchDecoder
     from shared.parallel.method import CombinedMethod, Plain, control_nets
     from shared.parallel.pipeline import model_of
@@ -176,7 +176,8 @@ def attach(
     model_n = stages(config, world.size)
     group, hybrid = world.compute, shares_branch(config, world.size)
     # One for all models and ranks, also those of other branches.
-    pace = Pace(config.warm_up_steps or None, config.async_steps, group)
+    drift = FLOW_DRIFT if config.spec.predicts_flow else DRIFT
+    pace = Pace(config.warm_up_steps or None, config.async_steps, group, drift=drift)
     if config.use_cfg_parallel and not hybrid:
         group, pair, branch = branch_groups(world, config.collective_timeout)
     weights = config.stage_weights if model_n > 1 else None

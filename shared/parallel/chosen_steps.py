@@ -24,6 +24,8 @@ LATER = 3
 DRIFT = 0.02
 """Default limit: how far the guidance branches' difference may have moved since the last exact step, relative
 to the norm of the prediction with the prompt."""
+FLOW_DRIFT = 0.08
+"""The same where flow is predicted: its branches differ four times as much, and most steps are smaller."""
 
 
 def warm_up_of(steps: int) -> int:
@@ -58,7 +60,7 @@ class Pace:
             after the warm-up, as with `warm_up_steps`.
         group: the ranks that decide together; None for all.
         least: exact steps that there must be.
-        change, drift: the limits of automatic decisions; see `CHANGE` and `DRIFT`.
+        change, drift: the limits of automatic decisions; see `CHANGE`, `DRIFT` and `FLOW_DRIFT`.
 
     Raises:
         ValueError: a number below 1.
