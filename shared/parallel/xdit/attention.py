@@ -178,11 +178,12 @@ def ring(
         [batch, heads, the query's tokens, channels].
     """
     parts = 2 if overlap and mask is None and key.shape[1] % 2 == 0 else 1
-    first, *others = (k.transpose(1, 2) for k in key.chunk(parts, 1))
+    sent = [k.transpose(1, 2) for k in key.chunk(parts, 1)]
     staying = [x.transpose(1, 2) for x in values if isinstance(x, torch.Tensor)]
-    gathering = Gathering([first, *staying], group, bits)
-    later = [Gathering([k], group, bits) for k in others]
-    keys, *there = gathering.finish()
+    gathering = Gathering([sent[0], *staying], group, bits)
+    later = [Gathering([k], group, bits) for k in sent[1:]]
+    there = gathering.finish()
+    keys = there.pop(0)
     pieces = [there.pop(0) if isinstance(x, torch.Tensor) else x.finish()[0] for x in values]
     pieces = [x if x.ndim == keys.ndim else x.unflatten(-1, (-1, keys.shape[-1])) for x in pieces]
 
