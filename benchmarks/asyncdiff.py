@@ -3,10 +3,12 @@
 torchrun --nproc_per_node=2 benchmarks/asyncdiff.py sdxl:1024:30 sdxl:2048:10 sd1:512:30 sd3:1024:28
     [--compile [--channels-last]] [--systems eager,graph,asyncdiff,balanced,auto,cfg,hybrid-12-8]
     [--warm-up 3] [--guidance 1]
+torchrun --nproc_per_node=2 benchmarks/asyncdiff.py sdxl:1024:30 --systems graph+deepcache:3,cfg+deepcache:3
 
 "auto" chooses its asynchronous steps by itself. "hybrid-12-8" divides the guidance branches, and after 12
 steps shares one of them for 8 (two ranks); "hybrid-auto" chooses those steps by itself, and "hybrid-demo"
 takes those that it chooses for 30 steps of the demo checkpoint, as random weights choose others.
+Behind "+" of graph and cfg is a step cache.
 "pairs-12-8" puts them on halves of four or more ranks, asynchronous in 8 steps; "pairs": after --warm-up.
 Under one rank (plain python) only the plain systems run. Every system's time is the median of `--repeats`
 generations after one that warms it up; the error is ||a - b|| / ||b|| against plain eager.
@@ -23,9 +25,12 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.bench import Bench, parser
+from shared.launch.values import as_step_cache
 from shared.parallel.asyncdiff import AsyncDiff
+from shared.parallel.asyncdiff.deep_cache import DeepCache
 from shared.parallel.cfg_split import CfgSplit, HybridSplit
 from shared.parallel.chosen_steps import Pace
+from shared.parallel.pipeline import model_of, part_of
 
 SYSTEMS = ("eager", "graph", "asyncdiff", "balanced", "cfg")
 
@@ -48,11 +53,16 @@ class AsyncDiffBench(Bench):
     def attach(self, pipe: Any, system: str) -> list[Any]:
         if system == "eager":
             return []
+        system, _, cache = system.partition("+")
         if system in ("graph", "cfg"):
-            alone = AsyncDiff(pipe, 1, warm_up_steps=1, group=self.own_group)
+            denoiser = model_of(pipe, "transformer" if part_of(pipe, "unet") is None else "unet")
+            if cache:
+                alone: Any = DeepCache(pipe, denoiser, as_step_cache(cache))
+            else:
+                alone = AsyncDiff(pipe, 1, warm_up_steps=1, group=self.own_group)
             if system == "graph":
                 return [alone]
-            return [alone, CfgSplit([alone.denoiser], dist.group.WORLD, self.rank)]
+            return [alone, CfgSplit([denoiser], dist.group.WORLD, self.rank)]
         if system.startswith("hybrid-"):
             if system == "hybrid-demo":
                 pace: Pace = Demo(None, "auto")

@@ -45,6 +45,8 @@ LAUNCHES: dict[str, list[Launch]] = {
         *(Launch("distrifuser", f"{PATCHES} --warm_up_steps={w}", 2, w == 3) for w in (1, 3, 5, 10, "auto")),
         *(Launch("distrifuser", f"--warm_up_steps={w}", 4) for w in (3, 10, "auto")),
         *quantized("asyncdiff"),
+        *(Launch("asyncdiff", f"--step_cache=deepcache:{n}", 1, n == 3) for n in (2, 3, 5)),
+        Launch("asyncdiff", "--use_cfg_parallel --step_cache=deepcache:3"),
         Launch("asyncdiff", "--warm_up_steps=5 --quantize_to=int8_weight"),
         Launch("asyncdiff", f"{SHARED} --async_steps=auto", 2, True),
         Launch("asyncdiff", "--warm_up_steps=auto"),

@@ -79,9 +79,15 @@ def test_steps_chosen_by_measurement_are_many_and_close_where_flow_is_predicted(
     assert 40 < psnr(made, paint(load(kind), asked, steps=kind.steps, cfg=kind.cfg)) < 70
 
 
-def test_a_step_cache_that_leaves_steps_out_still_obeys(pool: RankPool) -> None:
-    kind, asked = CHECKPOINTS["transformer"], held_out_scenes(4)
-    launch = Launch("xdit", "--step_cache=fbcache:0.12", 1)
+@pytest.mark.parametrize(
+    ("name", "host", "cache"),
+    [("transformer", "xdit", "fbcache:0.12"), ("unet", "asyncdiff", "deepcache:3")],
+)
+def test_a_step_cache_that_leaves_steps_out_still_obeys(
+    pool: RankPool, name: str, host: str, cache: str
+) -> None:
+    kind, asked = CHECKPOINTS[name], held_out_scenes(4)
+    launch = Launch(host, f"--step_cache={cache}", 1)
     [(made, _)] = pool.run(launched, 1, kind, launch, asked, "cpu")
     right, wrong = count_right(asked, [judge(picture) for picture in made])
     assert right >= 3, wrong

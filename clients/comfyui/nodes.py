@@ -345,6 +345,11 @@ PLANS: dict[str, tuple[str, dict[str, tuple[list[str] | str, str]]]] = {
                 "asynchronous steps, then exact ones; auto: those in which little changes",
             ),
             "stage_weights": (TEXT, "relative speed of each stage's GPU, such as 1,1,0.5"),
+            "step_cache": (
+                TEXT,
+                "deepcache:3 computes the deep layers in one of 3 steps; not with stages (1 GPU, or 2 with "
+                "use_cfg_parallel)",
+            ),
             "no_cuda_graph": (SWITCH, "do not capture steps as CUDA graphs"),
         },
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shared.backends import presets
 from shared.backends.unet_cost import (
@@ -86,6 +86,17 @@ def check(config: HostConfig, world_size: int) -> None:
             )
     if world_size > 1 and config.warm_up_steps == 0:
         raise UsageError("--warm_up_steps: must be at least 1 (the first step fills the activations); got 0")
+    if config.cache is not None:
+        if not config.cache.for_unets:
+            raise UsageError(
+                f"--step_cache: {config.cache.cache} leaves out blocks of a transformer; UNets have "
+                "deepcache, such as deepcache:3, and mask"
+            )
+        if stages(config, world_size) > 1:
+            raise UsageError(
+                "--step_cache: not supported with stages, which take from each other what the step before "
+                "made; on two ranks use it with --use_cfg_parallel, on one by itself"
+            )
     if config.auto_balance and config.stage_weights:
         raise UsageError("--auto_balance: measures what --stage_weights sets; give only one of them")
 
@@ -163,6 +174,7 @@ def attach(
         stage_weights: of these models, where a rank keeps only its stage's.
     """
     from shared.parallel.asyncdiff import AsyncDiff
+    from shared.parallel.asyncdiff.deep_cache import DeepCache
     from shared.parallel.cfg_split import CfgSplit, HybridSplit
     from shared.parallel.chosen_steps import DRIFT, FLOW_DRIFT, Pace
     from shared.parallel.distrifusion.decoder import KINDS, PatchDecoder
@@ -171,7 +183,7 @@ def attach(
     from shared.ranks.device import measured_speeds
     from shared.ranks.groups import branch_groups
 
-    if runs_plain(config, world.size, world.device.type):
+    if runs_plain(config, world.size, world.device.type) and config.cache is None:
         return Plain(pipe)
     model_n = stages(config, world.size)
     group, hybrid = world.compute, shares_branch(config, world.size)
@@ -187,28 +199,35 @@ def attach(
         weights = (*speeds[: model_n - 1], min(speeds[model_n - 1 :]))
     denoiser = model_of(pipe, config.spec.denoiser)
     nets = control_nets(pipe)
-    method, *others = [
-        AsyncDiff(
+    captures, max_shapes = config.captures(world.device.type), 4 + len(config.sizes or ())
+
+    def divided(module: Any, kept: StageWeights | None) -> AsyncDiff:
+        return AsyncDiff(
             pipe,
             model_n,
             config.stride,
             time_shift=config.time_shift,
             group=group,
             stage_weights=weights,
-            cuda_graph=config.captures(world.device.type),
+            cuda_graph=captures,
             measure_units=config.auto_balance,
             denoiser=module,
             weights=kept,
             leader=1 if hybrid else None,
             pace=pace,
             notes=module is denoiser and not hybrid,
-            max_shapes=4 + len(config.sizes or ()),
+            max_shapes=max_shapes,
         )
-        for module, kept in zip_longest((denoiser, *nets), stage_weights)
-    ]
-    parts: list[Part] = [*others]
+
+    kept_of = dict(zip_longest(range(1 + len(nets)), stage_weights))
+    method: AsyncDiff | DeepCache
+    if config.cache is None:
+        method = divided(denoiser, kept_of[0])
+    else:
+        method = DeepCache(pipe, denoiser, config.cache, cuda_graph=captures, max_shapes=max_shapes)
+    parts: list[Part] = [divided(net, kept_of[place]) for place, net in enumerate(nets, 1)]
     guided = (lambda: method.running.do_classifier_free_guidance) if nets else None
-    if hybrid:
+    if hybrid and isinstance(method, AsyncDiff):
         shared = method.asynchronous
         parts.append(HybridSplit([denoiser], group, world.rank, shared, local=nets, guided=guided, pace=pace))
     elif config.use_cfg_parallel:
@@ -272,9 +291,11 @@ BACKEND = Backend(
             "stage_weights",
             "auto_balance",
             "use_cfg_parallel",
+            "step_cache",
             "no_cuda_graph",
         }
     ),
+    refuses={"sd3": {"step_cache": "its transformer has step caches on xdit_host.py"}},
     check=check,
     idle=idle,
     needs=needs,

@@ -329,7 +329,8 @@ class HostConfig:
         None,
         "leave out the blocks of steps in which little changes, an approximation: fbcache or teacache (flux, "
         "kontext), with a threshold such as fbcache:0.12; magcache:0.06; taylorseer:5, which computes one of "
-        "5 steps; mask:1101, which computes those with 1; or JSON with more settings",
+        "5 steps; mask:1101, which computes those with 1; or JSON with more settings. UNets: deepcache:3, "
+        "which computes the deep layers in one of 3 steps, or mask",
         as_step_cache,
     )
     use_teacache: bool = _method_flag(False, "short for --step_cache=teacache (flux, kontext)")

@@ -141,7 +141,7 @@ def as_step_cache(value: Any) -> CacheSettings:
         raise ValueError(f"a step cache whose settings fit: {error}") from None
 
 
-FIRST_SETTINGS = {"taylorseer": "cache_interval", "mask": "mask"}
+FIRST_SETTINGS = {"taylorseer": "cache_interval", "deepcache": "cache_interval", "mask": "mask"}
 
 
 def _settings(cache: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-Cache = Literal["fbcache", "teacache", "magcache", "taylorseer", "mask"]
+Cache = Literal["fbcache", "teacache", "magcache", "taylorseer", "deepcache", "mask"]
 CACHES: tuple[Cache, ...] = get_args(Cache)
 
 THRESHOLDS: Mapping[Cache, float] = MappingProxyType({"fbcache": 0.12, "teacache": 0.25, "magcache": 0.06})
@@ -46,9 +46,9 @@ class CacheSettings:
     threshold: float | None = None
     """Relative change below which a step is left out; 0 computes all. None: as in THRESHOLDS."""
     cache_interval: int = 5
-    """TaylorSeer: of so many steps one is computed."""
+    """TaylorSeer, DeepCache: of so many steps one is computed."""
     disable_cache_before_step: int = 3
-    """TaylorSeer: steps at the start that are computed."""
+    """TaylorSeer, DeepCache: steps at the start that are computed."""
     max_order: int | None = None
     """Order of the forecast of what is left out; None: 1 for TaylorSeer, 0 (as it was) for others."""
     max_skip_steps: int = 3
@@ -103,6 +103,11 @@ class CacheSettings:
         return self.cache in ("fbcache", "teacache")
 
     @property
+    def for_unets(self) -> bool:
+        """Whether it leaves out the deep layers of a UNet."""
+        return self.cache in ("deepcache", "mask")
+
+    @property
     def computes_all(self) -> bool:
         """Whether no step can be left out."""
         return self.calibrate or (self.cache in THRESHOLDS and self.limit == 0)
@@ -119,6 +124,7 @@ _SETTINGS: Mapping[Cache, frozenset[str]] = MappingProxyType(
         "teacache": frozenset({"threshold"}) | _FORECAST,
         "magcache": _FORECAST | {"threshold", "max_skip_steps", "retention_ratio", "mag_ratios", "calibrate"},
         "taylorseer": _FORECAST | {"cache_interval", "disable_cache_before_step"},
+        "deepcache": frozenset({"cache_interval", "disable_cache_before_step"}),
         "mask": _FORECAST | {"mask"},
     }
 )
@@ -156,7 +162,7 @@ class Rule:
         match settings.cache:
             case "mask":
                 return settings.mask[step : step + 1] != "0"
-            case "taylorseer":
+            case "taylorseer" | "deepcache":
                 behind = step - settings.disable_cache_before_step
                 return behind < 0 or (behind - 1) % settings.cache_interval == 0
             case "magcache":
@@ -164,6 +170,21 @@ class Rule:
             case "teacache" if self.first + step == self.steps - 1:
                 return True
         return None
+
+    def both_kinds(self, steps: int) -> int:
+        """Steps of so many after which both kinds, computed and left out, have come twice; 2 where one does
+        not, and 4 where what is measured decides. For a rule that has not been asked yet."""
+        if self.settings.measures or self.settings.computes_all:
+            return 4
+        kinds = [0, 0]
+        for step in range(steps):
+            computes = self.ahead(step) is not False
+            kinds[computes] += 1
+            if computes:
+                self.computed()
+            if min(kinds) == 2:
+                return step + 1
+        return 2
 
     def changed(self, change: float) -> bool:
         """Whether a step with this relative change is computed."""

@@ -131,7 +131,6 @@ COMPANY: dict[str, dict[str, Any]] = {
     "motion_module": {"type": "ad"},
     "motion_adapter": {"type": "ad"},
     "motion_adapter_lora": {"type": "ad"},
-    "step_cache": {"type": "flux"},
     "use_teacache": {"type": "flux"},
     "use_fbcache": {"type": "flux"},
     "use_parallel_vae": {"world": 2},

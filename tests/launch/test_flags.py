@@ -653,6 +653,8 @@ def _(ground: Ground) -> None:
     latents, plan = xdit(ground, 1, ask={"steps": 4}, step_cache=settings)
     assert plan["cache"] == {"cache": "mask", "mask": "1101"}
     assert differs(latents, made("flux", {"steps": 4}).latents, 130)
+    latents, kept = parallel(ground, 1, step_cache=settings)
+    assert kept["cache"] == plan["cache"] and differs(latents, plain().latents)
 
 
 # Serving

@@ -235,17 +235,7 @@ class StepCache(Part):
     @property
     def warm_up_calls(self) -> int:
         """Steps after which both kinds of forward have run twice, as far as it is known beforehand."""
-        if self.settings.measures or self.settings.computes_all:
-            return 4
-        rule, kinds = self._rule(28), [0, 0]
-        for step in range(28):
-            computes = rule.ahead(step) is not False
-            kinds[computes] += 1
-            if computes:
-                rule.computed()
-            if min(kinds) == 2:
-                return step + 1
-        return 2
+        return self._rule(28).both_kinds(28)
 
     def _rule(self, steps: int, first: int = 0) -> Rule:
         plan, ratios = self.tokens, self.settings.mag_ratios
