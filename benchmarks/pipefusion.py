@@ -38,7 +38,9 @@ CALLS: list[dict[str, Any]] = [
 ]
 
 
-def drawn(name: str, degrees: Degrees, device: torch.device, **options: Any) -> list[torch.Tensor]:
+def drawn(
+    name: str, degrees: Degrees, device: torch.device, calls: list[dict[str, Any]], **options: Any
+) -> list[torch.Tensor]:
     """The latents of consecutive requests."""
     pipe, made = tiny.load(name).to(device), []
     groups = XfuserGroups(degrees, device)
@@ -46,7 +48,7 @@ def drawn(name: str, degrees: Degrees, device: torch.device, **options: Any) -> 
         contextlib.closing(groups),
         XDiTPipeFusion(pipe, degrees, groups, warm_up_steps=2, **options) as parallel,
     ):
-        for call in CALLS:
+        for call in calls:
             changes = dict(call)
             arguments = tiny.call_args(name, changes.pop("steps")) | changes | {"output_type": "latent"}
             if name == "sd3":
@@ -71,7 +73,7 @@ if __name__ == "__main__":
         runs, seconds = [], []
         for captured in (False, True):
             began = time.perf_counter()
-            runs.append(drawn(name, degrees, device, cuda_graph=captured))
+            runs.append(drawn(name, degrees, device, CALLS, cuda_graph=captured))
             seconds.append(time.perf_counter() - began)
         differences = [float((a - b).abs().max()) for a, b in zip(*runs, strict=True)]
         if dist.get_rank() == 0:

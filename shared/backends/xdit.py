@@ -27,7 +27,7 @@ log = logging.getLogger("host")
 
 
 def needs(config: HostConfig, world_size: int) -> Needs:
-    """PipeFusion's stages work inside of blocks; every other method runs the whole transformer."""
+    """PipeFusion calls the blocks of a stage; every other method runs the whole transformer."""
     pipefused = world_size > 1 and (config.pipefusion_parallel_degree or 1) > 1
     flags = ("pipefusion_parallel_degree", "tensor_parallel_degree")
     divides = next((f"--{flag}" for flag in flags if (getattr(config, flag) or 1) > 1), None)
@@ -37,7 +37,7 @@ def needs(config: HostConfig, world_size: int) -> Needs:
     degrees = xdit_degrees(config, world_size)
     return Needs(
         pipefused,
-        inside_blocks=pipefused,
+        inside_blocks=pipefused and degrees.sequence > 1,  # xfuser's exchange is not traced
         divides_weights=divides,
         shards=shards,
         step_parts=degrees.sequence * (degrees.cfg if config.spec.guidance_branches > 1 else 1),

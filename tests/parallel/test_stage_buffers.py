@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from benchmarks.pipefusion import CALLS, drawn
 from shared.parallel.graphs import Graphs, signature
 from shared.parallel.xdit.degrees import Degrees
+from shared.pipeline.compile import blocks, graph_count
 from tests import tiny
 from tests.pool import RankPool
 from tests.seldom import seldom
@@ -51,15 +52,43 @@ class Replaying(Graphs):
 def compared(name: str, degrees: dict[str, int]) -> tuple[list[float], int]:
     """On each rank: the largest difference that replaying makes, by request, and the calls it repeats."""
     Replaying.replays, device = 0, torch.device("cpu")
-    plain = drawn(name, Degrees(**degrees), device)
+    plain = drawn(name, Degrees(**degrees), device, CALLS)
     with mock.patch("shared.parallel.xdit.pipefusion.Graphs", Replaying):
-        replayed = drawn(name, Degrees(**degrees), device)
+        replayed = drawn(name, Degrees(**degrees), device, CALLS)
     return [float((a - b).abs().max()) for a, b in zip(plain, replayed, strict=True)], Replaying.replays
 
 
-@pytest.mark.parametrize("name", seldom(["flux", "sd3", "pixs", "pixa", "hy"], ("sd3", "pixs")))
+@pytest.mark.parametrize("name", seldom(["flux", "sd3", "pixs", "pixa", "hy"], ("sd3",)))
 def test_replayed_stages_are_those_that_python_calls(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     for differences, replays in pool.run(compared, 2, name, {"pipefusion": 2}):
         assert differences == [0.0] * len(CALLS), differences
         assert replays > 10
+
+
+def compiled(name: str) -> tuple[list[float], int]:
+    """On each rank: the largest difference that compiling blocks makes, by request, and how many graphs."""
+    torch._dynamo.reset()
+    load, device = tiny.load, torch.device("cpu")
+
+    def compiling(name: str) -> Any:
+        pipe = load(name)
+        for block in blocks(pipe.transformer):
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend="eager")
+        return pipe
+
+    calls = CALLS[1:3]
+    plain = drawn(name, Degrees(pipefusion=2), device, calls)
+    before = graph_count()
+    with mock.patch.object(tiny, "load", compiling), torch._dynamo.config.patch(recompile_limit=64):
+        made = drawn(name, Degrees(pipefusion=2), device, calls)
+    found = [float((a - b).abs().max()) for a, b in zip(plain, made, strict=True)]
+    return found, graph_count() - before
+
+
+@pytest.mark.parametrize("name", seldom(["flux", "sd3", "pixs", "hy"], ("pixs",)))
+def test_compiled_blocks_share_code_and_not_what_they_keep(pool: RankPool, name: str) -> None:
+    tiny.checkpoint(name)
+    for differences, graphs in pool.run(compiled, 2, name, timeout=240):
+        assert differences == [0.0, 0.0], differences
+        assert graphs >= 6  # of each of two sizes: whole pictures and both patches

@@ -177,7 +177,8 @@ class XDiTPipeFusion(Method):
         self._blocks = mine
         for block in mine:
             surgery.override(block, self._pass_through)
-        StageBuffers(self._graphs.close).install(self._stages, self.cut.kept_text, surgery)
+        self._buffers = StageBuffers(self.transformer.dtype, self.groups.device, self._graphs.close)
+        self._buffers.install(self._stages, self.cut.kept_text, surgery)
         surgery.override(self._stages, self._counted)
         if free and self.groups.device.type == "cuda":
             self._freed = list(blocks - mine)
@@ -321,6 +322,7 @@ class XDiTPipeFusion(Method):
         self._watch.hold()
         # Asked once a call: a graph must not hold blocks that pass their input through.
         self._ending = self._watch.error is not None
+        self._buffers.begin_call(state, len(args[0] if args else kwargs[STREAMS["picture"]]))
         if self._ending:
             answer = original(*args, **kwargs)
         else:

@@ -23,12 +23,16 @@ class StageBuffers:
     """Keys and values of all patches, texts and positions of a rank's blocks, in memory that stays in place.
 
     Args:
+        dtype, device: of the computation.
         moved: called when memory that calls were captured with is given up.
     """
 
-    def __init__(self, moved: Callable[[], None]) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, moved: Callable[[], None]) -> None:
         self._memory: dict[Hashable, torch.Tensor] = {}
-        self._moved = moved
+        self._dtype, self._device, self._moved = dtype, device, moved
+        self._layers: list[Any] = []
+        """xfuser's attention layers that see all patches."""
+        self._sized: tuple[int, int] | None = None
         self._tables: Latest[tuple[Any, int, int]] = Latest(TABLES, lambda table: moved())
 
     def install(self, stages: nn.Module, text: str | None, surgery: Surgery) -> None:
@@ -48,13 +52,14 @@ class StageBuffers:
         def own(
             new_kv: torch.Tensor, layer: Any, slice_dim: int = 1, layer_type: str = "attn"
         ) -> torch.Tensor:
-            return self._with_other_patches(new_kv, layer, slice_dim, 1)
+            return _with_other_patches(new_kv, layer, slice_dim, 1)
 
         def exchanged(
             new_kv: torch.Tensor, layer: Any, slice_dim: int = 1, layer_type: str = "attn"
         ) -> torch.Tensor:
-            return self._with_other_patches(new_kv, layer, slice_dim, ulysses)
+            return _with_other_patches(new_kv, layer, slice_dim, ulysses)
 
+        self._layers = [layer for _, layer in caches.cache]
         surgery.replace(caches, "_naive_cache_update", own)
         surgery.replace(caches, "_sequence_parallel_cache_update", exchanged)
         if text is not None:
@@ -68,34 +73,30 @@ class StageBuffers:
             if isinstance(module, xFuserPatchEmbedWrapper):
                 surgery.override(module, self._positions(module.module))
 
-    def place(self, owner: Hashable, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+    def begin_call(self, state: Any, batch: int) -> None:
+        """Make room for the keys and values of whole pictures; `state` is xfuser's run-time state."""
+        sized = batch, state.pp_patches_token_start_idx_local[-1]
+        if sized == self._sized:
+            return
+        self._sized = sized
+        for layer in self._layers:
+            # Where the layer finds it itself: compiled code of one block serves the others too.
+            layer.all_patches = self.place(
+                layer, (math.prod(sized) * 2 * layer.to_k.out_features,), self._dtype
+            )
+
+    def place(self, owner: Hashable, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """The owner's memory as a tensor of this shape; what it held before is lost where it must grow."""
         size = math.prod(shape)
         found = self._memory.get(owner)
-        if found is None or found.numel() < size or found.dtype != like.dtype:
+        if found is None or found.numel() < size or found.dtype != dtype:
             # Not an inference tensor, which could not be written to outside of inference mode.
             with torch.inference_mode(False):
-                self._memory[owner] = torch.empty(size, dtype=like.dtype, device=like.device)
+                self._memory[owner] = torch.empty(size, dtype=dtype, device=self._device)
             if found is not None:
                 self._moved()
             found = self._memory[owner]
         return found[:size].view(*shape)
-
-    def _with_other_patches(self, new: torch.Tensor, layer: Any, dim: int, ranks: int) -> torch.Tensor:
-        """Keys and values of the whole picture, of which `new` are this patch's, or all in a full step."""
-        from xfuser.core.distributed import get_runtime_state
-
-        state = get_runtime_state()
-        if state.num_pipeline_patch == 1:
-            return new
-        starts = [ranks * start for start in state.pp_patches_token_start_idx_local]
-        whole = self.place(layer, (*new.shape[:dim], starts[-1], *new.shape[dim + 1 :]), new)
-        if not state.patch_mode:
-            whole.copy_(new)
-            return new
-        patch = state.pipeline_patch_idx
-        whole.narrow(dim, starts[patch], starts[patch + 1] - starts[patch]).copy_(new)
-        return whole
 
     def _positions(self, embed: Any) -> Callable[[Forward, tuple, dict], Any]:
         """Keep the table of each size, which xfuser replaces when the size changes."""
@@ -112,6 +113,23 @@ class StageBuffers:
             return answer
 
         return forward
+
+
+def _with_other_patches(new: torch.Tensor, layer: Any, dim: int, ranks: int) -> torch.Tensor:
+    """Keys and values of the whole picture, of which `new` are this patch's, or all in a full step."""
+    from xfuser.core.distributed import get_runtime_state
+
+    state = get_runtime_state()
+    if state.num_pipeline_patch == 1:
+        return new
+    starts = [ranks * start for start in state.pp_patches_token_start_idx_local]
+    whole = layer.all_patches.view(*new.shape[:dim], starts[-1], *new.shape[dim + 1 :])
+    if not state.patch_mode:
+        whole.copy_(new)
+        return new
+    patch = state.pipeline_patch_idx
+    whole.narrow(dim, starts[patch], starts[patch + 1] - starts[patch]).copy_(new)
+    return whole
 
 
 def place_of(state: Any) -> Hashable:
@@ -144,4 +162,4 @@ class _Texts:
 
     def __getitem__(self, block: int) -> torch.Tensor:
         shape = (*self._given.shape[:-1], self._like.shape[-1])
-        return self._buffers.place(("text", block), shape, self._like)
+        return self._buffers.place(("text", block), shape, self._like.dtype)
