@@ -10,7 +10,8 @@ Latents out. Behind "+" is a step cache as --step_cache takes it. Random weights
 ones do, so "+mask" computes a fixed share of the steps (20 of 50); a threshold that no step passes shows what
 measuring costs. "graph" is one GPU with the transformer captured as a CUDA graph; "-eager" behind one of our
 own systems leaves the capture out, "-vae" shares the decoding as well (with --decode); "cfg*ulysses"
-is a product of degrees. "xfuser-..." is xfuser's own pipeline class, called as its examples do;
+is a product of degrees. "xfuser-..." is xfuser's own pipeline class, called as its examples do, and for the
+types of 2025 and 2026 xfuser's transformer class in diffusers' pipeline, as in its runners;
 xfuser-pipefusion fails in xfuser 0.7.0 itself for sd3. The seconds in brackets are from the plain pipeline to
 the end of the system: surgery, compilation, all repeats.
 --tiny --device cpu --dtype fp32 shows that all of it runs.
@@ -18,6 +19,7 @@ the end of the system: surgery, compilation, all repeats.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,18 @@ from shared.parallel.xdit.pipefusion import XDiTPipeFusion
 from shared.parallel.xdit.stages import Snapshot
 
 SYSTEMS = ("eager", "graph", "cfg", "ulysses", "ring", "pipefusion", "xfuser-ulysses", "native")
+
+
+RUNNERS = {
+    "qwen": ("transformer_qwen", "xFuserQwenImageTransformerWrapper"),
+    "zimage": ("transformer_z_image", "xFuserZImageTransformer2DWrapper"),
+    "flux2": ("transformer_flux2", "xFuserFlux2Transformer2DWrapper"),
+    "kontext": ("transformer_flux", "xFuserFlux1Transformer2DWrapper"),
+    "wan": ("transformer_wan", "xFuserWanTransformer3DWrapper"),
+    "hv15": ("transformer_hunyuan_video15", "xFuserHunyuanVideo15Transformer3DWrapper"),
+    "ltx2": ("transformer_ltx2", "xFuserLTX2VideoTransformer3DWrapper"),
+}
+"""The types that xfuser runs by a transformer class of its own, and where that is."""
 
 
 class Bare(Closing):
@@ -71,6 +85,36 @@ class Bare(Closing):
         self.pipe.scheduler, self.pipe.transformer = self.plain
         self._snapshot.restore()
         get_cache_manager().cache.clear()
+        self.groups.close()
+
+
+class Theirs(Closing):
+    """xfuser's transformer class in diffusers' own pipeline, as its runners of these types have it."""
+
+    def __init__(self, pipe: Any, name: str, degrees: Degrees, device: torch.device) -> None:
+        self.transformer, self._plain = pipe.transformer, type(pipe.transformer)
+        self._snapshot = Snapshot(pipe.transformer)
+        self.groups = XfuserGroups(degrees, device)
+        dtype = pipe.transformer.dtype
+        config = self.groups.engine_config(dtype, attention_backend(device, dtype, degrees))
+        self.groups.start(pipe, config)
+        module, title = RUNNERS[name]
+        models = importlib.import_module(f"xfuser.model_executor.models.transformers.{module}")
+        kind: Any = getattr(models, title)
+        with torch.device("meta"):
+            theirs = kind.from_config(pipe.transformer.config)
+        # The same weights: only the class, and what it puts beside diffusers' own, are taken from theirs.
+        for path, part in theirs.named_modules():
+            mine = pipe.transformer.get_submodule(path)
+            for key, value in vars(part).items():
+                if key not in vars(mine) or key == "processor":
+                    setattr(mine, key, value)
+            if type(mine) is not type(part):
+                mine.__class__ = type(part)
+
+    def close(self) -> None:
+        self.transformer.__class__ = self._plain
+        self._snapshot.restore()
         self.groups.close()
 
 
@@ -106,14 +150,15 @@ class XDiTBench(Bench):
         "pipefusion-eager",
         "xfuser-ulysses",
         "xfuser-ring",
+        "xfuser-cfg",
         "xfuser-pipefusion",
     )
     held: Any = None
     latents: torch.Tensor
-    steps = 0
+    steps, type = 0, ""
 
     def _work(self, name: str, size: int, steps: int) -> None:
-        self.steps = steps
+        self.steps, self.type = steps, name.partition("-")[0]
         super()._work(name, size, steps)
         self.held = None  # or it would keep this transformer in memory during the next work
 
@@ -131,6 +176,8 @@ class XDiTBench(Bench):
             return [Native(pipe, self.size)]
         if system.startswith("xfuser-"):
             degrees = self._degrees(system.removeprefix("xfuser-"))
+            if self.type in RUNNERS:
+                return [Theirs(pipe, self.type, degrees, self.device)]
             return [Bare(pipe, degrees, self.device, self.options.warm_up)]
         system, _, cache = system.partition("+")
         method, *how = system.split("-")
