@@ -1,9 +1,10 @@
 """Sharded weights: each rank keeps a part of every block, and a block is whole only while it runs.
 
-The blocks of a model share two buffers, and its parameters are views of them for good. While a block runs out
-of one buffer, the next one is gathered into the other. A parameter therefore never changes its identity, its
-shape or its address, so that LoRA, quantized layers, compiled code and captured graphs work as they are; what
-FSDP2 puts in its place (another class of module, DTensors that come and go) breaks each of these.
+The blocks of a model share one buffer, in which each has its place, round and round in the order of calls;
+its parameters are views of it for good. While a block runs, those that follow are gathered into what is free
+of it. A parameter therefore never changes its identity, its shape or its address, so that LoRA, quantized
+layers, compiled code and captured graphs work as they are; what FSDP2 puts in its place (another class of
+module, DTensors that come and go) breaks each of these.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -20,12 +22,17 @@ from torch import nn
 
 from shared.parallel.asyncdiff.trace import candidates, contiguous_stride, is_dense
 from shared.parallel.exchange import Ranks, start_all_gather
+from shared.parallel.lanes import copy, side_by_side
 from shared.parallel.surgery import Closing, Forward, Surgery
 
 ALIGNMENT = 64
 """Bytes at whose multiples tensors and parts begin; kernels load 16 at once."""
 LEAST = 0.002
 """Share of a model's bytes below which a module stays whole: its message would cost more than it frees."""
+LARGEST = 300 << 20
+"""Bytes of a block above which what is inside it is gathered each as one; the buffer holds two blocks."""
+WHOLE = ("MultiheadAttention", "HunyuanDiTAttentionPool")
+"""Classes that read the weights of layers inside them without calling those."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Piece:
         flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
         first, last = max(self.offset, begin), min(self.offset + self.nbytes, begin + part.numel())
         if first < last:
-            part[first - begin : last - begin].copy_(flat[first - self.offset : last - self.offset])
+            copy(part[first - begin : last - begin], flat[first - self.offset : last - self.offset])
 
     def inside(self, buffer: torch.Tensor) -> torch.Tensor:
         """The tensor that lies at this place of a buffer of bytes."""
@@ -82,13 +89,22 @@ class Block:
         """This rank's."""
         self.waits = False
         """Whether this rank's part waits in host memory."""
-        self.slot = 0
-        """Which of the two buffers it is gathered into."""
+        self.place = 0
+        """Where it begins in the buffer."""
 
     @property
     def saved_bytes(self) -> int:
         """What this rank does not keep of the parameters."""
         return sum(piece.nbytes for piece in self.pieces) - self.part.nbytes
+
+    @property
+    def end(self) -> int:
+        """Where its place in the buffer ends."""
+        return self.place + self.nbytes
+
+    def overlaps(self, other: Block) -> bool:
+        """Whether they cannot be in the buffer at the same time."""
+        return self.place < other.end and other.place < self.end
 
     def load(self, buffer: torch.Tensor, ranks: Ranks) -> None:
         """As `divide`, of a module on any device: of plain weights only this rank's part is moved."""
@@ -102,9 +118,9 @@ class Block:
             module.to(device)
 
     def put(self, buffer: torch.Tensor) -> None:
-        """Make the parameters views of a buffer."""
+        """Make the parameters views of the block's place in a buffer."""
         for piece in self.pieces:
-            piece.tensor.data = piece.inside(buffer)
+            piece.tensor.data = piece.inside(buffer[self.place : self.end])
 
     def divide(self, buffer: torch.Tensor, ranks: Ranks) -> None:
         """Keep this rank's part of the parameters, and make them views of a buffer."""
@@ -122,7 +138,7 @@ class Block:
 
     def gather(self, buffer: torch.Tensor, ranks: Ranks) -> Any:
         """Start to fill the buffer with the parts of all ranks; what this returns must be waited for."""
-        whole, own = buffer[: self.nbytes], self.part
+        whole, own = buffer[self.place : self.end], self.part
         if self.waits:
             own = whole[ranks.rank * own.numel() :][: own.numel()]
             own.copy_(self.part, non_blocking=True)
@@ -131,7 +147,9 @@ class Block:
     def restore(self, buffer: torch.Tensor, ranks: Ranks) -> None:
         """Give the parameters memory of their own, with what all ranks keep."""
         self.gather(buffer, ranks).wait()
-        self.put(buffer[: self.nbytes].clone())
+        own = buffer[self.place : self.end].clone()
+        self.place = 0
+        self.put(own)
 
     def _find(self) -> list[Piece]:
         pieces, end = [], 0
@@ -174,13 +192,13 @@ class ShardedWeights(Closing):
         self._next: dict[Block, Block] = {}
         self._order: dict[str, list[Block]] = {}
         self._called: list[Block] = []
-        self._holds: list[Block | None] = [None, None]
-        self._coming: tuple[Block, Any] | None = None
+        self._holds: set[Block] = set()
+        self._coming: dict[Block, Any] = {}
         every = [block for blocks in self.blocks.values() for block in blocks]
         largest = max((block.nbytes for block in every), default=0)
-        self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._buffer = torch.empty(2 * largest, dtype=torch.uint8, device=device)
+        side_by_side(lambda block: block.load(self._buffer, self.ranks), every, device)
         for block in every:
-            block.load(self._buffers[0], self.ranks)
             for module in block.modules:
                 self._surgery.override(module, lambda *call, block=block: self._block(block, *call))
         for name, model in models.items():
@@ -195,14 +213,14 @@ class ShardedWeights(Closing):
         self._surgery.close()
         for blocks in self.blocks.values():
             for block in blocks:
-                block.restore(self._buffers[block.slot], self.ranks)
-        self.blocks, self._buffers = {}, []
+                block.restore(self._buffer, self.ranks)
+        self.blocks, self._buffer = {}, torch.empty(0)
         self.held.close()
 
     @property
     def buffer_bytes(self) -> int:
-        """Of the two buffers in which blocks are gathered."""
-        return sum(buffer.nbytes for buffer in self._buffers)
+        """Of the buffer in which blocks are gathered."""
+        return self._buffer.nbytes
 
     def saved_bytes(self, model: str) -> int:
         """What this rank does not keep of a model's weights."""
@@ -210,11 +228,11 @@ class ShardedWeights(Closing):
 
     def _model(self, name: str) -> Callable[[Forward, tuple, dict], Any]:
         def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
-            # What the buffers hold is not known: a captured graph may have been replayed in between.
-            self._arrived()
-            self._holds, self._called = [None, None], []
+            # What the buffer holds is not known: a captured graph may have been replayed in between.
+            self._all_arrived()
+            self._holds, self._called = set(), []
             out = original(*args, **kwargs)
-            self._arrived()
+            self._all_arrived()
             self._learn(name)
             return out
 
@@ -225,56 +243,107 @@ class ShardedWeights(Closing):
         if self._called == self._order.get(name):
             return
         if name not in self._order:
-            for place, block in enumerate(dict.fromkeys(self._called)):
-                block.slot = place % 2
-                block.put(self._buffers[block.slot])
+            self._lay_out(list(dict.fromkeys(self._called)))
         self._order[name] = self._called
         self._next |= {a: b for a, b in zip(self._called, self._called[1:], strict=False)}
         if self._called:
             self._next.pop(self._called[-1], None)
 
+    def _lay_out(self, order: Sequence[Block]) -> None:
+        """Each after the one before it, or at an end of the buffer, where the next one has room beside it."""
+        size, begin, end = self._buffer.nbytes, 0, 0
+        for block, following in zip_longest(order, order[1:]):
+            need, room = block.nbytes, following.nbytes if following is not None else 0
+            block.place = next(
+                place
+                for place in (end, 0, size - need)
+                if place + need <= size
+                and (place >= end or place + need <= begin)
+                and (place >= room or size - place - need >= room)
+            )
+            begin, end = block.place, block.end
+            block.put(self._buffer)
+
     def _block(self, block: Block, original: Forward, args: tuple, kwargs: dict) -> Any:
         self._called.append(block)
-        self._arrived()
-        if self._holds[block.slot] is not block:
-            self._gather(block).wait()
-            self._holds[block.slot] = block
-        following = self._next.get(block)
-        if following is not None and following.slot != block.slot:
-            # What ran out of the other buffer is done: on CUDA, the collective waits for this stream first.
-            self._holds[following.slot] = None
-            self._coming = following, self._gather(following)
+        if block not in self._coming and block not in self._holds:
+            self._gather(block)
+        self._arrived(block)
+        # What ran before is done: on CUDA, a collective waits for this stream first.
+        needed, following = [block], self._next.get(block)
+        while following is not None and not any(map(following.overlaps, needed)):
+            if following not in self._coming and following not in self._holds:
+                self._gather(following)
+            needed.append(following)
+            following = self._next.get(following)
         return original(*args, **kwargs)
 
-    def _arrived(self) -> None:
-        """Wait for the block that is on its way, if one is."""
-        if self._coming is not None:
-            block, work = self._coming
-            self._coming = None
-            work.wait()
-            self._holds[block.slot] = block
+    def _arrived(self, block: Block) -> None:
+        """Wait for a block if it is on its way."""
+        if block in self._coming:
+            self._coming.pop(block).wait()
+            self._holds.add(block)
 
-    def _gather(self, block: Block) -> Any:
-        """Start to fill the block's buffer; what it gives must be waited for."""
-        return block.gather(self._buffers[block.slot], self.ranks)
+    def _all_arrived(self) -> None:
+        for block in list(self._coming):
+            self._arrived(block)
+
+    def _gather(self, block: Block) -> None:
+        """Start to fill the block's place, in which there are others until now."""
+        for other in list(self._coming):
+            if other.overlaps(block):
+                self._arrived(other)
+        self._holds = {other for other in self._holds if not other.overlaps(block)}
+        self._coming[block] = block.gather(self._buffer, self.ranks)
 
 
-def blocks_of(model: nn.Module, ranks: int) -> list[Block]:
+def blocks_of(
+    model: nn.Module, ranks: int, size: Callable[[torch.Tensor], int] | None = None, splits: bool = True
+) -> list[Block]:
     """The modules of a model that are gathered each as one: the smallest that are not containers of others.
 
     Norms of their own, what is small and what two modules share stay whole.
+
+    Args:
+        size: the bytes of a parameter, where it is not stored as it is here.
+        splits: whether those above LARGEST are divided further.
     """
+    size = size or _bytes
+    total = sum(map(size, model.parameters()))
     found: dict[frozenset[int], dict[int, nn.Module]] = {}
-    for _, module in layers_of(model):
-        found.setdefault(frozenset(map(id, module.parameters())), {})[id(module)] = module
+    for _, layer in layers_of(model):
+        for module in _inside(layer, size, LEAST * total) if splits else [layer]:
+            found.setdefault(frozenset(map(id, module.parameters())), {})[id(module)] = module
     users = Counter(key for keys in found for key in keys)
-    total = sum(_bytes(parameter) for parameter in model.parameters())
     blocks = []
     for modules in (list(same.values()) for same in found.values()):
         own = {name: p for name, p in modules[0].named_parameters() if users[id(p)] == 1}
-        if any(p.ndim > 1 for p in own.values()) and sum(map(_bytes, own.values())) >= LEAST * total:
+        if any(p.ndim > 1 for p in own.values()) and sum(map(size, own.values())) >= LEAST * total:
             blocks.append(Block(modules, list(own), ranks))
     return blocks
+
+
+def _inside(module: nn.Module, size: Callable[[torch.Tensor], int], least: float) -> list[nn.Module]:
+    """The modules that a large one calls, where nearly all of its weights are in those of `least` bytes."""
+
+    def of(part: nn.Module) -> int:
+        return sum(map(size, part.parameters()))
+
+    if of(module) <= LARGEST or "forward" in vars(module):  # a compiled one does not call them
+        return [module]
+    if any(type(part).__name__ in WHOLE for part in module.modules()):
+        return [module]
+    children = [part for child in module.children() for part in _called(child)]
+    large = [part for part in children if of(part) >= least]
+    if sum(map(of, large)) < 0.98 * of(module):
+        return [module]
+    return [inner for part in large for inner in _inside(part, size, least)]
+
+
+def _called(child: nn.Module) -> list[nn.Module]:
+    """A child as it is called: the parts of a list, and a layer without its adapters'."""
+    parts = list(child) if isinstance(child, nn.ModuleList) else [child]
+    return [getattr(part, "base_layer", part) for part in parts]
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

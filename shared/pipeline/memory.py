@@ -16,11 +16,10 @@ from shared.launch.errors import first_line
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
 from shared.parallel.pipeline import Model, Pipeline
+from shared.parallel.sharded import WHOLE
 
 log = logging.getLogger("host")
 
-WHOLE = ("MultiheadAttention", "HunyuanDiTAttentionPool")
-"""Classes that read the weights of layers inside them without calling those: they are moved in one piece."""
 OFFLOADS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
 
 

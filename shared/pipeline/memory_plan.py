@@ -105,9 +105,8 @@ class MemoryPlan:
             denoises = name in (*spec.denoisers, "refiner")
             how = Stored(self.dtype)
             if denoises:
-                how = Stored(
-                    self.dtype, config.quantize_to, spec.kept, not needs.inside_blocks, spec.few_rows
-                )
+                whole_blocks, compiled = not needs.inside_blocks, config.compile_unet
+                how = Stored(self.dtype, config.quantize_to, spec.kept, whole_blocks, spec.few_rows, compiled)
             elif name in spec.text_encoders:
                 how = Stored(self.dtype, weight_only(config.quantize_to))
             elif name == "vae" and name in needs.shards and self.work.upcasts:

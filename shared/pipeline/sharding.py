@@ -71,7 +71,7 @@ def shard(
     for name, (kept, whole) in parameter_bytes(pipe, weights).items():
         if name in models:
             log.info("%s: this rank keeps %.1f of %.1f MB", name, kept / 1e6, whole / 1e6)
-    log.info("blocks are gathered in two buffers of %.1f MB in all", weights.buffer_bytes / 1e6)
+    log.info("blocks are gathered in a buffer of %.1f MB", weights.buffer_bytes / 1e6)
     return weights
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from shared.launch.flags import HostConfig
-from shared.parallel.sharded import blocks_of
+from shared.parallel.sharded import Block, blocks_of
 from shared.pipeline.eight_bits import computing_layers, weight_only
 from shared.pipeline.quantize import GROUP_SIZES
 from shared.pipeline.single_file import CONFIGS, _missing, _overrides, config_folder
@@ -28,9 +28,10 @@ class Stored:
     kind: str | None = None
     kept: tuple[str, ...] = ()
     whole_blocks: bool = True
-    """Whether blocks are compiled as a whole, where the kind computes in 8 bits."""
+    """Whether blocks are compiled as a whole, where they are compiled."""
     few_rows: tuple[str, ...] = ()
     """More layers that stay as they are where the kind computes in 8 bits."""
+    compiled: bool = False
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Unloaded:
         for module in self.modules:
             sizes = stored(module, how)
             whole += sum(sizes.values())
-            for block in blocks_of(module, ranks):
+            for block in _blocks(module, ranks, how, sizes):
                 saved += sum(sizes[id(piece.tensor)] for piece in block.pieces) * (1 - 1 / ranks)
         return 1 - saved / whole
 
@@ -63,8 +64,13 @@ class Unloaded:
         found = [0]
         for module in self.modules:
             sizes = stored(module, how)
-            found += [sum(sizes[id(p.tensor)] for p in b.pieces) for b in blocks_of(module, 2)]
+            found += [sum(sizes[id(p.tensor)] for p in b.pieces) for b in _blocks(module, 2, how, sizes)]
         return max(found)
+
+
+def _blocks(module: nn.Module, ranks: int, how: Stored, sizes: dict[int, int]) -> list[Block]:
+    splits = not (how.compiled and how.whole_blocks)
+    return blocks_of(module, ranks, lambda parameter: sizes[id(parameter)], splits)
 
 
 def stored(module: nn.Module, how: Stored) -> dict[int, int]:

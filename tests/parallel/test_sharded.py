@@ -13,6 +13,7 @@ from torch import nn
 
 from shared.backends import BACKENDS
 from shared.models import MODELS
+from shared.parallel import sharded as sharding
 from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.asyncdiff.weights import StageWeights
 from shared.parallel.sharded import ShardedWeights, blocks_of
@@ -209,7 +210,7 @@ def in_any_order() -> None:
         assert torch.equal(model(x, orders[0]), wanted[0])
         assert addresses == {name: p.data_ptr() for name, p in model.named_parameters()}
         whole = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        assert len(whole) == 2 + 5, "two buffers, the norm, the shared weight and the biases beside it"
+        assert len(whole) == 1 + 5, "the buffer, the norm, the shared weight and the biases beside it"
         assert weights.saved_bytes("two") == 3 * (64 * 64 + 64) * 4 // 2
         with pytest.raises(TypeError):
             model(None, orders[0])  # a call that fails with a block on its way
@@ -235,6 +236,86 @@ def test_encoders_are_gathered_layer_by_layer(name: str) -> None:
         within = {id(inner) for one in lists for part in one for inner in part.modules()}
         outer = [one for one in lists if id(one) not in within and any(one[0].children())]
         assert outer and len(blocks_of(encoder, 2)) >= sum(map(len, outer))
+
+
+class Block(nn.Module):
+    """As a block of a transformer: it calls its layers in another order than it has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.first = nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 64)
+        self.scale = nn.Parameter(torch.ones(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.scale * self.down(torch.relu(self.up(self.first(x))))
+
+
+class Large(nn.Module):
+    blocks: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+UP, FIRST = (64 * 256 + 256) * 4, (64 * 64 + 64) * 4
+
+
+def in_parts(largest: int) -> tuple[int, list[list[str]]]:
+    """On each rank: bytes of the buffer of blocks above `largest`, and what is gathered before what runs."""
+    torch.manual_seed(0)
+    model, x = Large().eval().requires_grad_(False), torch.randn(3, 64)
+    wanted = model(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "LARGEST", largest)
+        weights: Any = ShardedWeights({"large": model}, None, torch.device("cpu"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    runs = list[list[str]]()
+    with weights:
+        assert torch.equal(model(x), wanted) and torch.equal(model(x), wanted)
+        gather, called = weights._gather, list[str]()
+
+        def noting(block: Any) -> None:
+            called.append(names[id(block.pieces[0].tensor)].removesuffix(".weight"))
+            gather(block)
+
+        weights._gather = noting
+        for block in model.blocks:
+            for part in ("first", "up", "down"):
+                getattr(block, part).register_forward_hook(lambda *_: runs.append([*called]))
+        assert torch.equal(model(x), wanted)
+        weights._gather = gather
+        size = weights.buffer_bytes
+    assert torch.equal(model(x), wanted)
+    return size, runs
+
+
+def test_large_blocks_are_gathered_in_parts(pool: RankPool) -> None:
+    whole, _ = pool.run(in_parts, 2, 1 << 20)[0]
+    size, runs = pool.run(in_parts, 2, UP)[0]
+    aligned = -(-UP // 128) * 128
+    assert size == 2 * aligned < whole / 1.9
+    assert runs[0] == ["blocks.0.first", "blocks.0.up"], "down does not fit beside them"
+    assert runs[1][2:] == ["blocks.0.down"] and runs[2][3:] == ["blocks.1.first"]
+    assert sorted(runs[-1]) == sorted(
+        f"blocks.{n}.{part}" for n in range(3) for part in ("first", "up", "down")
+    )
+
+
+def test_what_reads_the_weights_inside_it_stays_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "LARGEST", 1)
+    model = Large()
+    assert len(blocks_of(model, 2)) == 9 and len(blocks_of(model, 2, splits=False)) == 3
+    with torch.device("meta"):
+        model.blocks[0].down = nn.MultiheadAttention(64, 4)
+    compiled: Any = model.blocks[1]
+    compiled.forward = torch.compile(compiled.forward)
+    assert [len(block.parameters) for block in blocks_of(model, 2)] == [9, 7, 2, 2, 2]
 
 
 def ahead() -> list[tuple[str, int]]:
