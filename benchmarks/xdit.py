@@ -9,7 +9,8 @@ torchrun --nproc_per_node=2 benchmarks/xdit.py flux:1024:50 --systems ring --rep
 Latents out. Behind "+" is a step cache as --step_cache takes it. Random weights trip no threshold as trained
 ones do, so "+mask" computes a fixed share of the steps (20 of 50); a threshold that no step passes shows what
 measuring costs. "graph" is one GPU with the transformer captured as a CUDA graph; "-eager" behind one of our
-own systems leaves the capture out, "-vae" shares the decoding as well (with --decode); "cfg*ulysses"
+own systems leaves the capture out, "-vae" shares the decoding as well (with --decode), "-overlap" is what is
+chosen for slow links ("-all": with all multiprocessors for products), "-int8" what is sent; "cfg*ulysses"
 is a product of degrees. "xfuser-..." is xfuser's own pipeline class, called as its examples do, and for the
 types of 2025 and 2026 xfuser's transformer class in diffusers' pipeline, as in its runners;
 xfuser-pipefusion fails in xfuser 0.7.0 itself for sd3. The seconds in brackets are from the plain pipeline to
@@ -38,7 +39,7 @@ from shared.parallel.rounding import BITS
 from shared.parallel.surgery import Closing
 from shared.parallel.xdit.degrees import Degrees
 from shared.parallel.xdit.exact import XDiT, attention_backend
-from shared.parallel.xdit.groups import XfuserGroups
+from shared.parallel.xdit.groups import RESERVED, XfuserGroups
 from shared.parallel.xdit.pipefusion import XDiTPipeFusion
 from shared.parallel.xdit.stages import Snapshot
 
@@ -183,7 +184,8 @@ class XDiTBench(Bench):
         method, *how = system.split("-")
         graph, degrees = "eager" not in how, self._degrees(method)
         # Made here, so that the device is this rank's whatever the pipeline says.
-        groups = XfuserGroups(degrees, self.device)
+        reserved = RESERVED if "overlap" in how and "all" not in how else None
+        groups = XfuserGroups(degrees, self.device, reserved=reserved)
         if degrees.pipefusion > 1:
             settings: Any = {"warm_up_steps": self.options.warm_up, "cuda_graph": graph}
             fused = XDiTPipeFusion(pipe, degrees, groups, **settings)

@@ -99,12 +99,14 @@ def link_lines(config: HostConfig, found: Choice) -> list[tuple[int, str]]:
 
 def make_groups(config: HostConfig, world: World) -> XfuserGroups | None:
     """The process groups of the launch's degrees; None for one rank. All ranks must call it."""
-    from shared.parallel.xdit.groups import XfuserGroups
+    from shared.parallel.xdit.groups import RESERVED, XfuserGroups
 
     degrees = xdit_degrees(config, world.size)
     if world.size == 1 and not (config.cache or world.device.type == "cuda"):
         return None
-    return XfuserGroups(degrees, world.device, config.collective_timeout)
+    found = _choice(config, world)
+    reserved = RESERVED if found is not None and found.overlap else None
+    return XfuserGroups(degrees, world.device, config.collective_timeout, reserved)
 
 
 def attach(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroups | None) -> Method:

@@ -20,6 +20,9 @@ from shared.parallel.rounding import Bits, packed, unpacked
 # torch 2.13 gave it this name and warns at the one that older releases know.
 _all_gather = getattr(functional, "all_gather_single_coalesced", functional.all_gather_into_tensor_coalesced)
 
+PARTS = 2
+"""Messages of a layer's keys, each of some heads, on slow links."""
+
 
 def joined(parts: torch.Tensor) -> torch.Tensor:
     """[ranks, batch, tokens of each, ...] -> [batch, all tokens, ...]; a view where the batch is 1."""
@@ -171,13 +174,13 @@ def ring(
         mask: as torch's attention takes it; its keys are the gathered ones, rank by rank, then the common.
         group: the ranks that share the sequence.
         backend: name of xfuser's attention backend; torch's is taken with a mask.
-        overlap: keys in two messages, each of half the heads, if there is no mask.
+        overlap: keys in PARTS messages, each of as many heads, if there is no mask.
         bits: keys, and values that are not on their way yet, are sent in 8 bits.
 
     Returns:
         [batch, heads, the query's tokens, channels].
     """
-    parts = 2 if overlap and mask is None and key.shape[1] % 2 == 0 else 1
+    parts = PARTS if overlap and mask is None and key.shape[1] % PARTS == 0 else 1
     sent = [k.transpose(1, 2) for k in key.chunk(parts, 1)]
     staying = [x.transpose(1, 2) for x in values if isinstance(x, torch.Tensor)]
     gathering = Gathering([sent[0], *staying], group, bits)
@@ -195,11 +198,11 @@ def ring(
     if mask is not None:
         k = whole(keys, common_key)
         return token_major(F.scaled_dot_product_attention(query, k, value, attn_mask=mask))
-    commons = [None] * parts if common_key is None else common_key.chunk(parts, 1)
     answers: list[torch.Tensor] = []
-    for q, v, common in zip(query.chunk(parts, 1), value.chunk(parts, 1), commons, strict=True):
-        if answers:
-            keys = later[len(answers) - 1].finish()[0]
+    for part in range(parts):
+        q, v = query.chunk(parts, 1)[part], value.chunk(parts, 1)[part]
+        common = None if common_key is None else common_key.chunk(parts, 1)[part]
+        keys = later[part - 1].finish()[0] if part else keys
         answers.append(_attention(q, whole(keys, common), v, backend).transpose(1, 2))
     answer = torch.cat(answers, 2) if later else answers[0].contiguous()
     return answer.transpose(1, 2)

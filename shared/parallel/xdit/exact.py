@@ -21,7 +21,7 @@ from shared.parallel.graphs import Graphs
 from shared.parallel.method import Method, Watch, control_nets
 from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
 from shared.parallel.rounding import DIFFERENCES, Bits
-from shared.parallel.surgery import Surgery
+from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.tensor_parallel import TensorParallel
 from shared.parallel.video_decoder import shared_decoder
 from shared.parallel.xdit.caches import StepCache
@@ -115,6 +115,9 @@ class XDiT(Method):
             by: SharedBy = "ulysses" if degrees.ring == 1 else "ring" if degrees.ulysses == 1 else "both"
             for model in models:
                 SequenceParallel(model, groups.sequence, self.attention, surgery, by, self.overlap, self.bits)
+        if groups.reserved:
+            for model in models:
+                surgery.override(model, self._leaving)
         if self._graphs.enabled:
             held.callback(self._graphs.close)
             for index, model in enumerate(models):
@@ -130,6 +133,10 @@ class XDiT(Method):
                 self._calls = [held.enter_context(CallsSplit(one, pair.group)) for one in transformers]
             else:
                 self._split = held.enter_context(CfgSplit(transformers, pair.group, pair.rank, local=nets))
+
+    def _leaving(self, original: Forward, args: tuple, kwargs: dict) -> Any:
+        with self.groups.leaving():
+            return original(*args, **kwargs)
 
     def _deciding(self) -> torch.distributed.ProcessGroup | None:
         """The ranks whose measurements a step cache joins: those that compute the same call."""

@@ -16,6 +16,9 @@ from shared.parallel.surgery import Surgery
 from shared.parallel.xdit.cpu import load_xfuser
 from shared.parallel.xdit.degrees import Degrees
 
+RESERVED = 4
+"""Multiprocessors that are enough for NCCL on a slow link (24 GB/s through host memory on H200)."""
+
 
 class XfuserGroups:
     """The groups of one plan over all ranks of the default process group. One object at a time.
@@ -24,13 +27,22 @@ class XfuserGroups:
         degrees: how the ranks are divided; their product is the world size.
         device: this rank's.
         timeout: seconds that a collective waits for a rank.
+        reserved: multiprocessors that NCCL's collectives take, to be left to them; None: as NCCL chooses,
+            and they wait for each other with what is computed.
 
     Raises:
         ValueError: the degrees do not fit the world size.
     """
 
-    def __init__(self, degrees: Degrees, device: torch.device, timeout: float = 300.0) -> None:
+    def __init__(
+        self,
+        degrees: Degrees,
+        device: torch.device,
+        timeout: float = 300.0,
+        reserved: int | None = None,
+    ) -> None:
         self.degrees, self.device = degrees, device
+        self.reserved = reserved if device.type == "cuda" else None
         world = dist.get_world_size()
         if degrees.world != world:
             raise ValueError(f"degrees {degrees} need {degrees.world} ranks; the world size is {world}")
@@ -42,7 +54,7 @@ class XfuserGroups:
         # xfuser leaves the transport of some groups to the default group, which is gloo here on GPUs too.
         backend = "nccl" if device.type == "cuda" else "gloo"
         self._made: list[dist.ProcessGroup] = []
-        with _new_groups(backend, timedelta(seconds=timeout), self._made):
+        with _new_groups(backend, timedelta(seconds=timeout), self._made, self.reserved):
             local_rank = device.index if device.type == "cuda" else int(os.environ.get("LOCAL_RANK", "0"))
             state.init_distributed_environment(
                 world_size=world, rank=dist.get_rank(), local_rank=local_rank, backend=backend
@@ -59,6 +71,19 @@ class XfuserGroups:
             )
             if degrees.tensor > 1 and degrees.sequence > 1:
                 self._make_sequence_groups()
+
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Matrix products inside leave the reserved multiprocessors alone.
+
+        They would be laid out over all of them, so that one on a multiprocessor of NCCL's would begin when
+        the message has arrived, and all would end so much later.
+        """
+        torch._C._set_sm_carveout_experimental(self.reserved)
+        try:
+            yield
+        finally:
+            torch._C._set_sm_carveout_experimental(None)
 
     @property
     def sequence(self) -> dist.ProcessGroup:
@@ -175,12 +200,18 @@ class XfuserGroups:
 
 
 @contextlib.contextmanager
-def _new_groups(backend: str, timeout: timedelta, made: list[Any]) -> Iterator[None]:
+def _new_groups(backend: str, timeout: timedelta, made: list[Any], reserved: int | None) -> Iterator[None]:
     """Inside, torch.distributed.new_group uses these defaults, and records the groups that it makes."""
     new_group = dist.new_group
 
     def noting(ranks: Any = None, **settings: Any) -> Any:
-        group = new_group(ranks, **({"backend": backend} | settings | {"timeout": timeout}))
+        settings = {"backend": backend} | settings | {"timeout": timeout}
+        if reserved and settings["backend"] == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout
+            options.config.min_ctas = options.config.max_ctas = reserved
+            settings["pg_options"] = options
+        group = new_group(ranks, **settings)
         if group is not dist.GroupMember.NON_GROUP_MEMBER:
             made.append(group)
         return group
