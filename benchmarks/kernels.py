@@ -12,6 +12,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 LONGEST = 10
+MOST = 4
+"""Kernels that are named for each class."""
 WIDTH = 100
 """Characters of a kernel's name that are printed."""
 
@@ -107,18 +109,25 @@ def table(kernels: list[Kernel], seconds: float, steps: int, gaps: bool = True) 
         each[kernel.name] += 1
     compute = busy(kernel for kernel in kernels if class_of(kernel.name) != BETWEEN) / 1e3 / steps
     whole, some = seconds * 1e3 / steps, busy(kernels) / 1e3 / steps
-    lines = ["| class | ms a step | calls a step |", "|---|---|---|"]
+    lines = ["| class | ms a step | calls a step | most of it |", "|---|---|---|---|"]
     for kind in sorted(spent, key=lambda kind: -spent[kind]):
-        lines.append(f"| {kind} | {spent[kind]:.2f} | {calls[kind] / steps:.0f} |")
+        own = sorted((name for name in names if class_of(name) == kind), key=lambda name: -names[name])
+        most = "; ".join(f"{_short(name)} {names[name]:.2f}" for name in own[:MOST])
+        lines.append(f"| {kind} | {spent[kind]:.2f} | {calls[kind] / steps:.0f} | {most} |")
     if gaps and BETWEEN in spent:
-        lines.append(f"| of that, with nothing else running | {some - compute:.2f} | |")
+        lines.append(f"| of that, with nothing else running | {some - compute:.2f} | | |")
     if gaps:
-        lines.append(f"| nothing runs | {whole - some:.2f} | |")
-    lines.append(f"| a step | {whole:.2f} | {len(kernels) / steps:.0f} |")
+        lines.append(f"| nothing runs | {whole - some:.2f} | | |")
+    lines.append(f"| a step | {whole:.2f} | {len(kernels) / steps:.0f} | |")
     lines += ["", "| longest | ms a step | calls a step | us each |", "|---|---|---|---|"]
     for name in sorted(names, key=lambda name: -names[name])[:LONGEST]:
-        count, short = each[name], name.replace("|", "/")[:WIDTH]
+        count, short = each[name], _short(name, WIDTH)
         lines.append(
             f"| {short} | {names[name]:.2f} | {count / steps:.1f} | {names[name] * 1e3 * steps / count:.1f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _short(name: str, width: int = 60) -> str:
+    """Without what every name of a kind has, and as the cell of a table."""
+    return re.sub(r"^(void )?(at::native::)*|\(anonymous namespace\)::", "", name).replace("|", "/")[:width]

@@ -40,9 +40,9 @@ def test_the_table_says_what_the_exchange_and_the_gaps_cost() -> None:
         for kernel in (Kernel("nvjet_tst", start, start + 6000), Kernel("nccl", start + 3000, start + 7000))
     ]
     rows = table(kernels, seconds=0.02, steps=2).splitlines()
-    assert "| products | 6.00 | 1 |" in rows
-    assert "| between ranks (NCCL) | 4.00 | 1 |" in rows
-    assert "| of that, with nothing else running | 1.00 | |" in rows
-    assert "| nothing runs | 3.00 | |" in rows
-    assert "| a step | 10.00 | 2 |" in rows
+    assert "| products | 6.00 | 1 | nvjet_tst 6.00 |" in rows
+    assert "| between ranks (NCCL) | 4.00 | 1 | nccl 4.00 |" in rows
+    assert "| of that, with nothing else running | 1.00 | | |" in rows
+    assert "| nothing runs | 3.00 | | |" in rows
+    assert "| a step | 10.00 | 2 | |" in rows
     assert "| nvjet_tst | 6.00 | 1.0 | 6000.0 |" in rows

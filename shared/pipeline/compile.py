@@ -47,10 +47,10 @@ def compile_pipeline(
             given = replace(config, compile_mode=mode)
             log.info("%s: compile mode %s, as the host captures whole steps", spec.denoiser, mode)
         for name, denoiser in parts_of(pipe, spec.denoisers).items():
-            counts[name] = _compile(blocks(denoiser) if whole_blocks else feed_forwards(denoiser), given)
+            counts[name] = _compile(regions(denoiser) if whole_blocks else feed_forwards(denoiser), given)
         if (net := part_of(pipe, "controlnet")) is not None:
             done = set(denoiser.modules())  # of which some nets run layers too
-            counts["controlnet"] = _compile([block for block in blocks(net) if block not in done], given)
+            counts["controlnet"] = _compile([one for one in regions(net) if one not in done], given)
     if config.compile_vae:
         # The pipeline calls vae.decode and vae.encode, which call these two: the VAE's own forward is unused.
         counts["vae"] = _compile([m for m in (pipe.vae.decoder, pipe.vae.encoder) if m is not None], config)
@@ -79,6 +79,17 @@ def blocks(module: nn.Module) -> Iterator[nn.Module]:
                     yield block
         elif not isinstance(child, nn.ModuleList):
             yield from blocks(child)
+
+
+def regions(module: nn.Module) -> list[nn.Module]:
+    """What is compiled of a denoiser whose blocks run whole: the blocks, and the group norms between them.
+
+    torch's own kernel for group norms copies what is channels last, and its result is copied back.
+    """
+    found = list(blocks(module))
+    inside = {part for block in found for part in block.modules()}
+    norms = (part for part in module.modules() if isinstance(part, nn.GroupNorm))
+    return found + [norm for norm in norms if norm not in inside]
 
 
 def feed_forwards(module: nn.Module) -> Iterator[nn.Module]:

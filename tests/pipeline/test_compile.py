@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import Transformer2DModel
+from torch import nn
 
 from shared.launch.errors import UsageError
 from shared.models import MODELS
@@ -52,6 +54,15 @@ def test_denoiser(name: str) -> None:
     tiny.run(pipe, name, seed=1)
     assert graph_count() == count, "a second picture compiles nothing"
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_group_norms_between_blocks_are_compiled() -> None:
+    unet = compiled("sdxl", compile_unet=True).unet
+    transformers = [m for m in unet.modules() if isinstance(m, Transformer2DModel)]
+    norms = [unet.conv_norm_out, *(transformer.norm for transformer in transformers)]
+    assert transformers and all(hasattr(norm.forward, "_torchdynamo_orig_callable") for norm in norms)
+    inside = [m for block in blocks(unet) for m in block.modules() if isinstance(m, nn.GroupNorm)]
+    assert inside and not any(hasattr(norm.forward, "_torchdynamo_orig_callable") for norm in inside)
 
 
 @pytest.mark.parametrize("name", seldom(("sd1", "svd"), ("sd1",)))
