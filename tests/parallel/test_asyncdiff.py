@@ -29,6 +29,7 @@ from shared.parallel.cfg_split import HybridSplit
 from shared.parallel.exchange import Exchange
 from shared.parallel.method import CombinedMethod, Part
 from shared.pipeline.adapters import load_ip_adapters
+from shared.pipeline.compile import regions
 from tests import tiny, tiny_extras
 from tests.pool import RankPool
 from tests.seldom import seldom
@@ -379,7 +380,7 @@ def dressed() -> dict[str, tuple[float, float, bool]]:
     pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False))
     for module in (pipe.unet, pipe.unet.mid_block.resnets[0], pipe.unet.conv_out):
         add_hook_to_module(module, ModelHook())
-    for module in pipe.unet.up_blocks[1].attentions:
+    for module in regions(pipe.unet):
         module.forward = torch.compile(module.forward, backend="eager")
     check("lora, hooks and compiled blocks", pipe)
     pipe = tiny.load("sd1")
