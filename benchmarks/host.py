@@ -9,6 +9,7 @@ python benchmarks/host.py --features int8,int4,model_cpu_offload --ranks 2 --ste
 
 --tiny --device cpu takes the tests' checkpoint of the type, to see that it runs.
 
+    [--forty]      then forty requests of forty sizes, none larger than --size: memory must level off
     [--requests 2] instead of eight of each way    [--plain no] without plain diffusers
 
 Prints, for each number of ranks, start to ready, the median of seven requests by the client's clock (from its
@@ -44,6 +45,9 @@ from benchmarks.models import MAKERS, on, sdxl_unet, text_modules
 from demo.ask import free_port, get, wait_until_ready
 from shared.launch.flags import COMPUTED
 from shared.models import MODELS
+from shared.parallel.lanes import copy, side_by_side
+from shared.parallel.surgery import Surgery
+from shared.pipeline.store import new_file
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,9 +64,21 @@ def save_checkpoint(
     name: str, folder: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """A diffusers folder of this type in its published size."""
+    import safetensors.torch
+    import transformers.modeling_utils
+
     pipe = MAKERS[name](device, dtype)
     pipe.register_modules(**text_modules(name, device, dtype))
-    pipe.save_pretrained(folder)
+
+    def save(tensors: dict[str, torch.Tensor], file: str, metadata: dict[str, str] | None = None) -> None:
+        places = new_file(Path(file), tensors, metadata or {})
+        side_by_side(lambda name: copy(places[name], tensors[name].detach()), tensors, device)
+
+    # A file of 10 GB takes the libraries' own 15 s.
+    with Surgery() as surgery:
+        surgery.replace(safetensors.torch, "save_file", save)
+        surgery.replace(transformers.modeling_utils, "safe_save_file", save)
+        pipe.save_pretrained(folder)
 
 
 def save_adapters(folder: Path, device: torch.device) -> list[str]:
@@ -151,6 +167,9 @@ def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = 
             list(clients.map(ask, itertools.repeat(url), bodies[2 * count :]))
         queued = (time.perf_counter() - began) / count
         health = json.loads(get(f"{url}/health")[1])
+        print(f"start: {health['plan'].get('start')}", flush=True)
+        if options.forty:
+            forty(url, body, size)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
@@ -163,6 +182,22 @@ def host(options: argparse.Namespace, ranks: int, flags: list[str], name: str = 
         times = ["-"] * len(times)
     row = [f"{script} {name or ' '.join(flags)}", str(ranks), *times, f"{peak:.1f}"]
     print(f"| {' | '.join(row)} |", flush=True)
+
+
+def forty(url: str, body: dict[str, Any], size: int) -> None:
+    """Ask for forty pictures of forty sizes; print how many fail, and what a rank's device then holds."""
+    sides = range(size // 2, 2 * size + 1, max(size // 16, 16))
+    sizes = [(w, h) for w in sides for h in sides if size * size / 3 <= w * h <= size * size]
+    sizes = sizes[:: max(len(sizes) // 40, 1)][:40]
+    failed, used = [], list[int]()
+    for number, (width, height) in enumerate(sizes):
+        try:
+            ask(url, body | {"positive": f"a red cat, {number}", "width": width, "height": height})
+        except OSError as error:
+            failed.append(f"{width}x{height}: {error}")
+        ranks = json.loads(get(f"{url}/health")[1])["ranks"]
+        used.append(max(rank["memory_used_mib"] for rank in ranks))
+    print(f"{len(sizes)} sizes, {len(failed)} failed {failed[:3]}; MiB in use after each: {used}", flush=True)
 
 
 def main() -> None:
@@ -187,6 +222,7 @@ def main() -> None:
     )
     parser.add_argument("--plain", choices=("yes", "no"), default="yes", help="plain diffusers too")
     parser.add_argument("--requests", type=int, default=8, help="of each way; fewer are quicker")
+    parser.add_argument("--forty", action="store_true", help="then forty requests of forty sizes")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("flags", nargs="*", help="after --: more flags of the host")
     options = parser.parse_args()

@@ -9,7 +9,9 @@ import os
 import platform
 import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,6 +22,7 @@ from shared.launch.errors import LoadError, UsageError, first_line
 from shared.launch.flags import HostConfig
 from shared.launch.logs import adopt_libraries, guard_streams, set_up_logging, world_from_environment
 from shared.launch.parser import EXIT_USAGE, exit_usage, parse_or_exit, usage_line
+from shared.launch.phases import PHASES
 from shared.pipeline.kept import keep_compiled
 from shared.ranks.lifeline import EXIT_FAILED, Lifeline
 from shared.ranks.liveness import dead_ranks, died
@@ -137,15 +140,21 @@ def _load_and_loop(
 ) -> None:
     began = time.monotonic()
     status.at(5, "importing libraries")
+    PHASES.begin("imports")
     from shared.ranks.channel import Channel
     from shared.ranks.device import freeze_heap, rank_device_info
     from shared.ranks.groups import init_world
     from shared.ranks.link import measured_link, told
     from shared.ranks.loop import RankLoop, no_advice
 
+    with device_meanwhile(config.device):
+        if backend.plans_memory:
+            import shared.pipeline.memory_plan as memory_plan
+    PHASES.begin("ranks")
     status.at(15, "waiting for the other ranks")
     world = init_world(config.device, config.collective_timeout, lifeline.watch, lifeline.when_stopped)
     limit_threads(world.device.type)
+    PHASES.begin("link")
     status.at(18, "measuring the link between the ranks")
     world = replace(world, link=measured_link(world.device, world.compute, world.voting))
     if world.link is not None and world.rank == 0:
@@ -154,11 +163,12 @@ def _load_and_loop(
     status.at(20, "loading the model")
     channel, memory = Channel(world), None
     if backend.plans_memory:
-        from shared.pipeline.memory_plan import planned
-
-        config, memory = planned(config, backend, channel)
+        PHASES.begin("memory plan")
+        config, memory = memory_plan.planned(config, backend, channel)
+    PHASES.begin("building")
     engine = backend.build_engine(config, world)
     adopt_libraries()
+    PHASES.begin("warm-up")
     warm_up(engine, config, status)
     on_server = world.rank == 0
     status.at(95, "waiting for the other ranks")
@@ -169,6 +179,7 @@ def _load_and_loop(
     status.plan, status.embeddings = engine.plan | told(world.link), engine.embeddings
     if memory is not None:
         status.plan = status.plan | {"memory": memory.told()}
+    status.plan = status.plan | {"start": PHASES.told()}
     status.versions = versions()
     status.ready()
     log.info(
@@ -179,7 +190,7 @@ def _load_and_loop(
         world.size,
         world.device.type,
     )
-    for line in plan_lines(engine.plan):
+    for line in [PHASES.line(), *plan_lines(engine.plan)]:
         log.info("%s", line)
     RankLoop(
         engine,
@@ -190,6 +201,26 @@ def _load_and_loop(
         backend.pictures_at_once(config),
         memory.advice_for if memory is not None else no_advice,
     ).run()
+
+
+@contextlib.contextmanager
+def device_meanwhile(device: str) -> Iterator[None]:
+    """Bring this rank's GPU up, where it will compute on one, while what is inside of the block runs."""
+    import torch
+
+    local, ranks = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+
+    def up() -> None:
+        with contextlib.suppress(RuntimeError):  # joining the other ranks says it
+            if torch.cuda.device_count() >= max(ranks, 1):
+                torch.zeros(1, device=f"cuda:{local}")
+
+    thread = threading.Thread(target=up, name="device")
+    if device != "cpu":
+        thread.start()
+    yield
+    if device != "cpu":
+        thread.join()
 
 
 def warm_up(engine: Engine, config: HostConfig, status: HostStatus) -> None:

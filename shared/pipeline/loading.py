@@ -23,6 +23,7 @@ from shared.launch.backend import Needs
 from shared.launch.errors import LoadError, UsageError, first_line
 from shared.launch.flags import HostConfig
 from shared.launch.logs import shows_progress
+from shared.launch.phases import PHASES
 from shared.models import MODELS, OTHER_PIPELINES, ModelSpec
 from shared.parallel.pipeline import Pipeline, part_of, parts_of
 from shared.pipeline import adapters, control_nets, eight_bits, memory, quantize
@@ -181,6 +182,7 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, needs: Need
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
     dtype = compute_dtype(config, device)
+    PHASES.begin("reading")
     pipe = _load_components(spec, config, dtype)
     _check_tokenizers(pipe, spec, config)
     _check_guider(pipe, spec, config)
@@ -234,6 +236,7 @@ def _prepare(
         prefix: of its components' names among the weights that are kept.
     """
     if config.quantize_to:
+        PHASES.begin("quantizing")
         stays = torch.device("cpu") if config.offloads or needs.shards or needs.stages else device
         kept = KeptWeights(config, compute_dtype(config, device), device)
         whole = not needs.inside_blocks
@@ -244,6 +247,7 @@ def _prepare(
         for denoiser in parts_of(pipe, spec.denoisers).values():
             channels_last(denoiser)
     compile_pipeline(pipe, spec, config, whole_blocks=not needs.inside_blocks)
+    PHASES.begin("moving")
     memory.place(pipe, spec, config, device, needs)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from shared.launch.backend import Needs
 from shared.launch.errors import LoadError
 from shared.launch.flags import HostConfig
+from shared.launch.phases import PHASES
 from shared.parallel.asyncdiff.weights import StageWeights
 from shared.parallel.distrifusion.decoder import KINDS
 from shared.parallel.pipeline import Pipeline
@@ -65,12 +66,14 @@ def shard(
     waiting = [name for name in models if not name.startswith(steps)]
     if not config.enable_model_cpu_offload:
         waiting = []
+    PHASES.begin("moving")
     weights = ShardedWeights(models, group, world.device, called, waiting)
     if in_one_dtype is not None:
         weights.held.enter_context(in_one_dtype)
     for name, (kept, whole) in parameter_bytes(pipe, weights).items():
         if name in models:
             log.info("%s: this rank keeps %.1f of %.1f MB", name, kept / 1e6, whole / 1e6)
+    PHASES.begin("building")
     log.info("blocks are gathered in a buffer of %.1f MB", weights.buffer_bytes / 1e6)
     return weights
 
