@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 LONGEST = (
     "test_matrix.py",
-    "parallel/test_xdit.py",
     "test_host.py",
-    "pipeline/test_lora.py",
-    "parallel/test_sharded.py",
+    "parallel/test_xdit.py",
     "launch/test_flags.py",
     "http/test_web.py",
-    "parallel/test_distrifusion.py",
     "http/test_web_jobs.py",
-    "parallel/test_asyncdiff.py",
+    "parallel/test_distrifusion.py",
+    "clients/test_comfyui_samplers.py",
+    "ranks/test_state_dir.py",
+    "pipeline/test_lora.py",
 )
 """The files that take longest: run first, so that no worker is left with one of them at the end."""
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")

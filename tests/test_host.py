@@ -157,6 +157,7 @@ def own_traceback(log: str) -> bool:
     return any("/shared/" in part or "fake_host" in part for part in log.split("Traceback")[1:])
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_a_generation(launch: Callable[..., Launch]) -> None:
     host = launch(2).ready()
     assert host.post(sleep=0.01).status_code == 200
@@ -175,11 +176,16 @@ def test_killed_ranks_are_started_again_each_time(launch: Callable[..., Launch])
     host = launch(2, torchrun=("--max-restarts=3",)).ready()
     answers = [host.post(steps=1)]
     for victim in (1, 0):
+        waiting = host.post_later(sleep=0.2, steps=100)[1] if victim else []
         old = children(host.process.pid)
         os.kill(old[victim], signal.SIGKILL)
         until(lambda old=old: not any(map(alive, old)), 10)  # type: ignore[misc]
         log = host.log.read_text()  # rank 0 says who died, not that the launcher stops it
         assert "rank 1 died" in log and "SIGTERM was received" not in log
+        if victim:
+            until(lambda waiting=waiting: bool(waiting), 10)  # type: ignore[misc]
+            assert waiting[0].status_code == 500 and waiting[0].json()["output"] is None
+            assert waiting[0].headers["X-Request-Id"]
         answers.append(host.ready().post(steps=1))
     assert [answer.status_code for answer in answers] == [200] * 3
     assert len({answer.json()["output"] for answer in answers}) == 1
@@ -297,7 +303,8 @@ def test_a_rank_that_gets_a_signal_alone_ends_all_for_good(
         until(lambda: "serving" in host.log.read_text(), 60)
         answers = None
     else:
-        answers = host.ready() and state != "idle" and host.post_later(sleep=0.1, steps=30 * 20 // grace)[1]
+        steps = 15 if grace == 20 else 600
+        answers = host.ready() and state != "idle" and host.post_later(sleep=0.1, steps=steps)[1]
     ranks = children(host.process.pid)
     os.kill(ranks[stopped], signal.SIGTERM)
     until(lambda: host.process.poll() is not None, 15)

@@ -218,7 +218,7 @@ def both_ways(backend: str, name: str, flags: Json, at_once: int) -> tuple[list[
     ("backend", "name", "flags", "at_once"),
     [
         pytest.param("asyncdiff", "sd1", {}, 1, marks=pytest.mark.slow),
-        ("asyncdiff", "sdxl", {}, 1),
+        pytest.param("asyncdiff", "sdxl", {}, 1, marks=pytest.mark.slow),
         ("asyncdiff", "sd3", {}, 1),
         ("xdit", "flux", {"data_parallel_degree": 2}, 2),
     ],

@@ -309,7 +309,7 @@ def test_the_list_is_read_only_when_something_has_changed(host: FakeHost, tabs: 
     page.on("request", lambda asked: read.append(asked.url) if "/jobs?" in asked.url else None)
     make(page, positive="slow", steps=3)  # from here on a step's seconds are known
     host.step_seconds = 0.1
-    fill(page, steps=100)
+    fill(page, steps=50)
     page.locator("#generate").click()
     drawn = row(page, "slow").first
     expect(drawn).to_contain_text(re.compile(r"Drawing, \d+ %, about \d+ s left"))

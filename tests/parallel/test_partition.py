@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shared.parallel.asyncdiff.partition import SPREAD, Partition, partition
 from shared.parallel.asyncdiff.trace import SAMPLE, Call, Leaf, Trace, Value, parameter_names, trace
 from tests import tiny
+from tests.seldom import seldom
 
 TYPES = ("sd1", "sd2", "sdxl", "sd3", "sdup", "svd", "ad")
 
@@ -157,7 +158,7 @@ def real_size(kind: str) -> tuple[torch.nn.Module, dict[str, Any]]:
     return unet, kwargs
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("kind", seldom(("sd1", "sd2", "sdxl"), ("sd1", "sdxl")))
 def test_real_unets_divide_evenly(kind: str) -> None:
     found = trace(*real_size(kind))[0]
     # TFLOP for one picture; 0.40 T multiply-adds are what others count for SD 1.5 at 512 pixels.
@@ -172,7 +173,10 @@ def test_real_unets_divide_evenly(kind: str) -> None:
     assert nested.nbytes < 0.02 * everything
 
 
-@pytest.mark.parametrize(("kind", "n", "load"), [("sd1", 2, 0.52), ("sdxl", 2, 0.52), ("sdxl", 4, 0.38)])
+LOADS = [("sd1", 2, 0.52), ("sdxl", 2, 0.52), ("sdxl", 4, 0.38)]
+
+
+@pytest.mark.parametrize(("kind", "n", "load"), seldom(LOADS, LOADS[::2]))
 def test_stages_that_hold_equal_weights(kind: str, n: int, load: float) -> None:
     """By FLOPs alone one stage of two holds 69 % of SDXL's weights, and 93 % of SD 1.5's."""
     unet, kwargs = real_size(kind)

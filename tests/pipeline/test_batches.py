@@ -107,7 +107,7 @@ ALONE: list[tuple[str, str, tuple[str, ...], Case]] = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "name", "features", "fields"), ALONE)
+@pytest.mark.parametrize(("backend", "name", "features", "fields"), seldom(ALONE, ALONE[::2]))
 def test_each_of_several_pictures_is_the_one_drawn_alone(
     pool: RankPool, backend: str, name: str, features: tuple[str, ...], fields: Case
 ) -> None:
@@ -136,7 +136,7 @@ ON_RANKS: list[tuple[str, str, int, tuple[str, ...], Case]] = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "name", "ranks", "features", "plan"), seldom(ON_RANKS, ON_RANKS[::3]))
+@pytest.mark.parametrize(("backend", "name", "ranks", "features", "plan"), seldom(ON_RANKS, ON_RANKS[::4]))
 def test_so_it_is_under_every_method(
     pool: RankPool, backend: str, name: str, ranks: int, features: tuple[str, ...], plan: Case
 ) -> None:

@@ -24,6 +24,7 @@ from shared.pipeline.loading import load_on_rank
 from shared.ranks.groups import World, make_groups
 from tests import tiny, tiny_extras
 from tests.pool import RankPool
+from tests.seldom import seldom
 from tests.test_matrix import body as matrix_body
 
 TYPES = [name for name, spec in MODELS.items() if "embeddings_dir" not in spec.refuses]
@@ -75,7 +76,7 @@ PROMPTS: list[dict[str, str]] = [
 ]
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", seldom(TYPES, ("sd1", "sdxl", "flux")))
 def test_words_are_what_diffusers_makes_of_them(tmp_path: Path, name: str) -> None:
     folder = folder_of(tmp_path / "embeddings", name)
     tensors = drawn(WIDTHS.get(name, [32]))

@@ -27,6 +27,7 @@ from shared.pipeline.work import Work
 from shared.ranks.device import LIMIT
 from tests import tiny, tiny_extras, tiny_original, tiny_wan
 from tests.pool import RankPool
+from tests.seldom import seldom
 from tests.test_host import DEMO_CHECKPOINT, ROOT, free_port
 from tests.test_matrix import launch
 
@@ -42,12 +43,10 @@ def flags_of(name: str) -> dict[str, Any]:
     return {"motion_adapter": str(tiny_extras.motion_adapter())} if name == "ad" else {}
 
 
-QUICK = ("sd1", "zimage", "kontext", "wan")
+QUICK = ("sd1", "zimage", "kontext")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in MODELS]
-)
+@pytest.mark.parametrize("name", seldom(MODELS, QUICK))
 def test_weights_are_those_that_are_loaded(name: str) -> None:
     if MODELS[name].packages:
         pytest.importorskip(*MODELS[name].packages)
@@ -120,7 +119,7 @@ def kept_and_planned(backend: str, name: str, flags: dict[str, Any]) -> tuple[di
     [
         pytest.param("xdit", "flux", {}, 0.02, marks=pytest.mark.slow),
         ("xdit", "sd3", {"quantize_to": "int8"}, 0.02),
-        ("distrifuser", "sdxl", {"no_split_batch": True}, 0.02),
+        pytest.param("distrifuser", "sdxl", {"no_split_batch": True}, 0.02, marks=pytest.mark.slow),
         ("asyncdiff", "sd1", {}, 0.1),
     ],
 )

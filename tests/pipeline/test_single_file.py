@@ -231,9 +231,17 @@ def test_scales_that_are_refused(key: str, value: torch.Tensor, says: str, shipp
     ("name", "keys", "metadata", "yaml", "cls", "settings"),
     [
         ("sdxl", ("v_pred", "ztsnr"), {}, "", "EulerDiscreteScheduler", V | ZERO_SNR),
-        ("sdxl", ("v_pred",), {}, "", "EulerDiscreteScheduler", V),
+        pytest.param("sdxl", ("v_pred",), {}, "", "EulerDiscreteScheduler", V, marks=pytest.mark.slow),
         ("sdxl", (), {"modelspec.prediction_type": "v"}, "", "EulerDiscreteScheduler", V),
-        ("sd1", ("v_pred", "ztsnr"), {}, "", "DDIMScheduler", V | ZERO_SNR | {"clip_sample": False}),
+        pytest.param(
+            "sd1",
+            ("v_pred", "ztsnr"),
+            {},
+            "",
+            "DDIMScheduler",
+            V | ZERO_SNR | {"clip_sample": False},
+            marks=pytest.mark.slow,
+        ),
         ("sd1", (), {}, 'model:\n  params:\n    parameterization: "v"\n', "PNDMScheduler", V),
     ],
 )
