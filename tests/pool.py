@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 PRELOAD = (
     "torch",
@@ -41,6 +41,26 @@ PRELOAD = (
 )
 GRACE = 5.0
 """Seconds that the other ranks get to finish once one rank has failed."""
+MOST_THREADS = 24
+"""Of a rank between two calls. What a test's groups leave wakes up a hundred times a second."""
+Made = TypeVar("Made")
+
+
+def once(make: Callable[[], Made]) -> Made:
+    """On each rank of a call: what rank 0 makes. For pictures of one rank, which all would make alike."""
+    import torch.distributed as dist
+
+    made = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    found: Any = made[0]
+    return found
+
+
+def is_last() -> bool:
+    """Whether this is the rank of a call that looks whether a pipeline was given back: not that of `once`."""
+    import torch.distributed as dist
+
+    return dist.get_rank() == dist.get_world_size() - 1
 
 
 class RankError(RuntimeError):
@@ -146,6 +166,8 @@ class RankPool:
                 self._kill()
             text = "\n".join(f"rank {rank}: {problem}" for rank, problem in sorted(problems.items()))
             raise RankError(f"{len(problems)} of {world_size} ranks failed\n{text}")
+        if any(len(os.listdir(f"/proc/{process.pid}/task")) > MOST_THREADS for process, _ in workers):
+            self._kill()
         return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:

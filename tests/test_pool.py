@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tests.pool import RankError, RankPool
+from tests.pool import MOST_THREADS, RankError, RankPool, once
 
 
 def summed(value: int) -> tuple[int, int, int]:
@@ -29,6 +30,16 @@ def one_hangs() -> None:
         time.sleep(60)
 
 
+def made_once() -> tuple[int, int]:
+    return once(os.getpid), os.getpid()
+
+
+def leaves_threads() -> int:
+    for _ in range(MOST_THREADS):
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    return os.getpid()
+
+
 def test_world_sizes_change_and_processes_stay(pool: RankPool) -> None:
     first = pool.run(summed, 2, 10)
     assert [r[:2] for r in first] == [(2, 21)] * 2
@@ -44,5 +55,18 @@ def test_failures_bring_the_traceback_and_the_pool_recovers() -> None:
         with pytest.raises(RankError, match="rank 0: did not answer in time"):
             pool.run(one_hangs, 2, timeout=4)  # the ranks must find each other in it
         assert [r[:2] for r in pool.run(summed, 2, 1)] == [(2, 3)] * 2
+    finally:
+        pool.close()
+
+
+def test_what_rank_0_makes_is_on_all_ranks(pool: RankPool) -> None:
+    (first, here), (second, other) = pool.run(made_once, 2)
+    assert first == second == here != other
+
+
+def test_ranks_with_many_threads_are_followed_by_others() -> None:
+    pool = RankPool()
+    try:
+        assert pool.run(leaves_threads, 1) != [pool.run(summed, 1, 0)[0][2]]
     finally:
         pool.close()

@@ -16,7 +16,7 @@ from shared.parallel.chosen_steps import Pace, ranges, warm_up_of
 from shared.parallel.distrifusion import DistriFusion
 from shared.parallel.method import CombinedMethod, Method
 from tests import tiny
-from tests.pool import RankPool
+from tests.pool import RankPool, once
 from tests.seldom import seldom
 
 STEPS = 8
@@ -142,7 +142,7 @@ def pictures(kind: str, name: str) -> dict[str, Any]:
     requests: list[dict[str, Any]] = [{"steps": STEPS}, {"steps": 5, "size": 96}, {"steps": STEPS}]
     if name == "svd":
         requests[1].pop("size")
-    plain = [tiny.run(tiny.load(name), name, **{"frames": 2} | request) for request in requests]
+    plain = once(lambda: [tiny.run(tiny.load(name), name, **{"frames": 2} | request) for request in requests])
     for limit in (0.0, 1e9):
         with contextlib.closing(automatic(kind, name, limit)) as method:
             made, told = [], []

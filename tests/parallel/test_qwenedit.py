@@ -31,7 +31,7 @@ from shared.pipeline.loading import load_pipeline
 from shared.ranks.groups import World, make_groups
 from tests import tiny, tiny_qwen
 from tests.parallel.test_xdit import EXACT, Case, psnr
-from tests.pool import RankPool
+from tests.pool import RankPool, is_last, once
 
 WIDE = tiny.picture(48, 2).resize((96, 48))
 CALLS: list[Case] = [
@@ -55,7 +55,7 @@ def exact(kind: str, cases: list[Case]) -> tuple[bool, list[list[float]]]:
     """On each rank: whether steps would be captured, and how close each case comes to the plain pipeline."""
     pipe, found = pipeline(kind), []
     calls = CALLS + ([] if kind == "first" else [TWO])
-    plain = [tiny.run(pipe, "qwenedit", **call) for call in calls]
+    plain = once(lambda: [tiny.run(pipe, "qwenedit", **call) for call in calls])
     for case in cases:
         with XDiT(pipe, Degrees(**case)) as parallel:
             row = []
@@ -65,7 +65,7 @@ def exact(kind: str, cases: list[Case]) -> tuple[bool, list[list[float]]]:
                 row.append(psnr(run, wanted))
             found.append(row)
             captures = parallel.plan["cuda_graph"]
-    assert np.array_equal(tiny.run(pipe, "qwenedit", **calls[0]), plain[0])
+    assert not is_last() or np.array_equal(tiny.run(pipe, "qwenedit", **calls[0]), plain[0])
     return captures, found
 
 

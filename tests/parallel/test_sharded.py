@@ -40,7 +40,8 @@ def sharded(backend: str, name: str, flags: Flags, plan: Flags, lora: str = "") 
     after = PipelineEngine(engine.pipe, config, world)
     assert repr(getattr(engine.pipe, config.spec.denoiser)) == text
     assert all(sizes["kept"] == sizes["whole"] for sizes in after.parameters.values())
-    found = {"exact": first, "again": again, "plain": latents(after), "parameters": kept}
+    plain = None if first is None else latents(after)
+    found = {"exact": first, "again": again, "plain": plain, "parameters": kept}
     if backend != "xdit":
         found["stale"] = stale(host, config, world, latents, {"warm_up_steps": 1})
         found["sharded stale"] = found["stale"] if flags.get("compile_unet") else stale(

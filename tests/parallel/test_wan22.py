@@ -30,7 +30,7 @@ from shared.pipeline.lora import loras_of
 from shared.ranks.groups import World, make_groups
 from tests import tiny, tiny_wan
 from tests.parallel.test_xdit import EXACT, Case, psnr
-from tests.pool import RankPool
+from tests.pool import RankPool, is_last, once
 from tests.seldom import seldom
 
 KINDS = [("wan", "a14b"), ("wani2v", "a14b_i2v"), ("wan", "ti2v"), ("wani2v", "ti2v")]
@@ -53,7 +53,7 @@ def pipeline(name: str, kind: str) -> Any:
 def exact(name: str, kind: str, cases: list[Case]) -> list[list[float]]:
     """On each rank: how close each case comes to the plain pipeline, by call."""
     pipe, found = pipeline(name, kind), []
-    plain = [tiny.run(pipe, name, **call) for call in CALLS]
+    plain = once(lambda: [tiny.run(pipe, name, **call) for call in CALLS])
     for case in cases:
         with XDiT(pipe, Degrees(**case)) as parallel:
             row = []
@@ -62,7 +62,7 @@ def exact(name: str, kind: str, cases: list[Case]) -> list[list[float]]:
                 run = tiny.run(lambda **given: parallel.run(given, Unwatched()), name, **call)
                 row.append(psnr(run, wanted))
             found.append(row)
-    assert np.array_equal(tiny.run(pipe, name, **CALLS[0]), plain[0])
+    assert not is_last() or np.array_equal(tiny.run(pipe, name, **CALLS[0]), plain[0])
     return found
 
 

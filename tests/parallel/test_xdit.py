@@ -39,7 +39,7 @@ from shared.ranks.channel import Channel
 from shared.ranks.groups import World, make_groups
 from shared.ranks.loop import RankLoop
 from tests import test_matrix, tiny, tiny_original
-from tests.pool import RankPool
+from tests.pool import RankPool, is_last, once
 from tests.seldom import seldom
 
 STEPS = 2
@@ -98,7 +98,8 @@ def picture(pipe: Any, name: str, parallel: Any = None, **changes: Any) -> np.nd
 def exact(name: str, cases: list[Case], sizes: list[Case]) -> list[list[float]]:
     """On each rank: how close each case comes to the plain pipeline, for each of the calls in `sizes`."""
     pipe = pipeline(name)
-    plain, text = [picture(pipe, name, **size) for size in sizes], repr(pipe.transformer)
+    plain = once(lambda: [picture(pipe, name, **size) for size in sizes])
+    text = repr(pipe.transformer)
     found = []
     for case in cases:
         options: Any = {"parallel_vae": True} if "ring" in case else {}
@@ -110,15 +111,15 @@ def exact(name: str, cases: list[Case], sizes: list[Case]) -> list[list[float]]:
             made = [picture(pipe, name, parallel, **size) for size in sizes]
             found.append([psnr(a, b) for a, b in zip(made, plain, strict=True)])
         assert not any("forward" in m.__dict__ for m in pipe.transformer.modules())
-        assert np.array_equal(picture(pipe, name, **sizes[0]), plain[0])
+        assert not is_last() or np.array_equal(picture(pipe, name, **sizes[0]), plain[0])
     return found
 
 
 CASES_2 = [{"ulysses": 2}, {"ring": 2}]
 # 104 x 72 pixels make 13 x 9 latents, which no model takes; 80 x 48 make 5 x 3 tokens: one is left over.
 SIZES = [{}, {"height": 80, "width": 48, "steps": 3}]
-SIZES_OF = {"ltx2": [{"height": 96, "width": 96, "frames": 0}]}
-"""Of types whose sides are multiples of more: here 9 tokens, and one of sound."""
+SIZES_OF = {"ltx2": [{"height": 96, "width": 96, "frames": 0}], "hv15": SIZES[1:], "wan": SIZES[1:]}
+"""Of LTX-2, whose sides are multiples of more: 9 tokens, and one of sound. Of long videos, only one size."""
 # What xfuser's own pipelines would not hear, or do wrong.
 MORE: dict[str, list[Case]] = {
     "wan": [{"guidance_scale": 1.0, "num_frames": 1}, {"negative_prompt": "blur", "num_frames": 9}],
@@ -170,7 +171,7 @@ MORE: dict[str, list[Case]] = {
 }
 
 
-@pytest.mark.parametrize("name", seldom(TYPES, ("flux", "hv15", "ltx2", "qwen", "sd3", "wan")))
+@pytest.mark.parametrize("name", seldom(TYPES, ("flux", *test_matrix.COMPARED)))
 def test_two_ranks_equal_the_plain_pipeline(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     more = [{"tensor": 2}] if name in ("flux", "kontext") else [{"cfg": 2}]
@@ -191,7 +192,8 @@ def pipefused(
     """On each rank: how close PipeFusion comes to the plain pipeline, by warm-up and call."""
     pipe = pipeline(name)
     whole = {"max_sequence_length": 256} if name == "sd3" else {}
-    plain, text = [picture(pipe, name, **call, **whole) for call in calls], repr(pipe.transformer)
+    plain = once(lambda: [picture(pipe, name, **call, **whole) for call in calls])
+    text = repr(pipe.transformer)
     state = {key: id(value) for key, value in pipe.transformer.state_dict(keep_vars=True).items()}
     found = []
     for warm_up in warm_ups:
@@ -225,7 +227,7 @@ def pipefused(
                     parallel.run(tiny.call_args(name) | {"guidance_rescale": 0.5})
         assert repr(pipe.transformer) == text
         assert {k: id(v) for k, v in pipe.transformer.state_dict(keep_vars=True).items()} == state
-        assert np.array_equal(picture(pipe, name, **calls[0], **whole), plain[0])
+        assert not is_last() or np.array_equal(picture(pipe, name, **calls[0], **whole), plain[0])
     return found
 
 
