@@ -84,7 +84,8 @@ def body(name: str, flags: Flags) -> dict[str, Any]:
     if start := flags.get("start"):
         # Twice as many, of which the last half runs.
         request["steps"] = 2 * STEPS
-        if start == "mask" or ("strength" in MODELS[name].fields and not MODELS[name].refers):
+        kind = MODELS[name].start(FROM_PICTURE[start], bool(flags.get("control_net")))
+        if kind is not None and kind.strength is not None:
             request["strength"] = 0.5
         if start == "mask":
             request["mask"] = encoded(name, 4, "L")

@@ -138,24 +138,36 @@ def hy_control_net(base: Any, **unused: Any) -> Any:
     )
 
 
-def zimage_control_net(base: Any, **unused: Any) -> Any:
+def zimage_control_net(base: Any, masks: bool = True, **unused: Any) -> Any:
+    """One of version 2, which was trained with masks too, or of 1, which sees the control picture alone."""
     sizes = {key: base.config[key] for key in ("dim", "n_heads", "n_kv_heads", "n_refiner_layers")}
-    places = [0, base.config.n_layers - 1]
-    return diffusers.ZImageControlNetModel(places, control_in_dim=base.config.in_channels, **sizes)
+    inputs = base.config.in_channels
+    if masks:
+        inputs, places = 2 * inputs + 1, list(range(base.config.n_refiner_layers))
+        sizes |= {
+            "add_control_noise_refiner": "control_noise_refiner",
+            "control_refiner_layers_places": places,
+        }
+    return diffusers.ZImageControlNetModel([0, base.config.n_layers - 1], control_in_dim=inputs, **sizes)
 
 
 OWN_MAKERS = {"hy": hy_control_net, "zimage": zimage_control_net}
 """For classes whose from_transformer takes the sizes of the real model, or makes none."""
 
 
-def control_net(name: str, seed: int = 0) -> Path:
-    """A ControlNet folder made from the denoiser, its zero-initialised layers randomised."""
+def control_net(name: str, seed: int = 0, **more: Any) -> Path:
+    """A ControlNet folder made from the denoiser, its zero-initialised layers randomised.
+
+    `more`: of its maker.
+    """
 
     def make(path: Path) -> None:
         cls = getattr(diffusers, CONTROL_NETS[name])
         base = denoiser("sd1" if name == "ad" else name)
         make_one = OWN_MAKERS.get(name) or getattr(cls, "from_unet", None) or cls.from_transformer
-        model = tiny.seeded(40 + seed, lambda: make_one(base, **CONTROL_SIZES.get(name, UNET_CONTROL)))
+        model = tiny.seeded(
+            40 + seed, lambda: make_one(base, **CONTROL_SIZES.get(name, UNET_CONTROL), **more)
+        )
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(40 + seed)
             for name_, parameter in model.named_parameters():
@@ -165,7 +177,7 @@ def control_net(name: str, seed: int = 0) -> Path:
                     parameter.normal_(0, parameter[0].numel() ** -0.5 * 2)
         model.save_pretrained(path)
 
-    return tiny.cached(f"control-{name}-{seed}", make)
+    return tiny.cached(f"control-{name}-{seed}{more or ''}", make)
 
 
 def vae(name: str, seed: int = 77) -> Path:

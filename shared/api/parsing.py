@@ -22,7 +22,7 @@ from shared.api.requests import (
     Scale,
     size_of,
 )
-from shared.launch.checks import scheduler_problem, start_problem
+from shared.launch.checks import runs_whole, scheduler_problem, start_problem
 from shared.launch.flags import HostConfig
 from shared.launch.wording import MAX_VALUE, cut, shown
 from shared.models.spec import Kind
@@ -145,6 +145,10 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
         add(name, "give strength or denoising_start, not both", *STRENGTH, "denoising_start")
     elif strength == 0:
         add(name, "must be above 0, or no step is left to run; got 0")
+    elif strength is not None and strength < 1 and request.mask is not None and runs_whole(config, True):
+        add(
+            name, f"type {config.type} with a mask and --control_net runs all steps; got {strength:g}", "mask"
+        )
     elif strength is not None and strength < 1 and request.latent is None and not _begins(request, config):
         wanted, lacks = ("a latent", "no latent")
         if config.spec.refers and "mask" in config.spec.fields:
@@ -235,8 +239,7 @@ STRENGTH = ("strength", "denoise")  # two names of one field
 
 def _begins(request: GenerateRequest, config: HostConfig) -> bool:
     """Whether what is made starts from the request's picture, of which `strength` is left out."""
-    start = config.spec.start("image" if request.mask is None else "inpaint", bool(config.control_net))
-    return request.starts(config) and not (start is not None and start.refers)
+    return request.starts(config) and not runs_whole(config, request.mask is not None)
 
 
 def _truly_guided(request: GenerateRequest) -> bool:

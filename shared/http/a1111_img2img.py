@@ -24,6 +24,7 @@ from shared.api.retouch import (
 )
 from shared.api.warned import warn
 from shared.http.a1111_options import is_nothing
+from shared.launch.checks import runs_whole
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 from shared.models import ModelSpec
@@ -125,7 +126,7 @@ def start(
         controlled: whether the picture is the ControlNet's too.
     """
     fields, retouched, problems = _started(asked, data, config, controlled)
-    if config.spec.refers and "mask" not in fields and "strength" in fields:
+    if "strength" in fields and runs_whole(config, "mask" in fields):
         del fields["strength"]
         if asked.get("denoising_strength") is not None:
             warn(_IGNORED.format(config.type, config.spec.title))

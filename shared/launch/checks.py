@@ -233,6 +233,12 @@ def scheduler_problem(spec: ModelSpec, scheduler: str | dict[str, Any]) -> str |
     return f"type {spec.name} supports {', '.join(short)} or {', '.join(classes)}; got {shown(name)}"
 
 
+def runs_whole(config: HostConfig, masked: bool) -> bool:
+    """Whether all steps run although there is a picture: it is looked at, and not started from."""
+    start = config.spec.start("inpaint" if masked else "image", bool(config.control_net))
+    return start is not None and start.strength is None
+
+
 def start_problem(config: HostConfig, kind: Kind) -> str | None:
     """Why a launch of a type that starts from pictures cannot do so, or only without a mask; None: it can."""
     spec, what = config.spec, "takes a mask" if kind == "inpaint" else "starts from a picture"

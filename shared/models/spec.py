@@ -33,7 +33,9 @@ class Start:
 
     pipeline: str
     kind: Kind
-    strength: float | None  # its default; None: it starts from noise, and the model looks at the picture
+    # Its default; None: it starts from noise, and the model looks at the picture. With a mask its ControlNet
+    # does, and paints what is masked.
+    strength: float | None
     begins: bool = False  # of these, whether the picture is the first frame of a video
     control: bool = False  # whether it is the one with a ControlNet
     ip_adapter: bool = True  # whether it takes an IP-Adapter
@@ -41,6 +43,8 @@ class Start:
     frames: bool = False  # whether that is a list, the frames of a video
     sized: bool = True  # whether it takes a size; else the picture's is taken
     control_image: str = "control_image"  # its argument for the control image
+    # The setting of its ControlNet that is the denoiser's `in_channels` where it was not trained for it.
+    control_inputs: str | None = None
     most_pixels: int | None = None  # of a picture, which it makes smaller where it has more
     most: int = 1  # pictures that it takes beside each other, if they are no frames
     arguments: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))  # its further ones
@@ -48,7 +52,7 @@ class Start:
     @property
     def refers(self) -> bool:
         """Whether the picture is one that the model looks at, and the loaded pipeline takes it."""
-        return self.strength is None and not self.begins
+        return self.strength is None and self.kind == "image" and not self.begins
 
 
 @dataclass(frozen=True)

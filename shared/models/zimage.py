@@ -69,6 +69,14 @@ FAMILY = Family(
             starts=(
                 Start("ZImageImg2ImgPipeline", "image", 0.6),
                 Start("ZImageInpaintPipeline", "inpaint", 1.0),
+                Start(
+                    "ZImageControlNetInpaintPipeline",
+                    "inpaint",
+                    None,
+                    control=True,
+                    ip_adapter=False,
+                    control_inputs="control_in_dim",
+                ),
             ),
             denoiser="transformer",
             tokens=TOKENS,

@@ -18,6 +18,7 @@ from shared.api.media import decode_image, decode_mask, decode_picture
 from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, Start
+from shared.parallel.method import control_nets
 from shared.parallel.pipeline import Pipeline, model_of, part_of
 from shared.parallel.surgery import Surgery
 from shared.pipeline.embeddings import embeddings_of
@@ -36,13 +37,21 @@ def start_of(pipe: Pipeline, config: HostConfig, request: GenerateRequest) -> St
 
     A checkpoint trained for inpainting paints the whole of a picture that comes without a mask, and of an
     empty one where none comes.
+
+    Raises:
+        RequestError: 422, a ControlNet that takes no mask.
     """
     spec, control = config.spec, bool(config.control_net)
     if trained_to_fill(pipe, spec):
         return spec.start("fill", control)
     if not request.starts(config) and not (spec.image == "begins" and request.image is not None):
         return None
-    return spec.start("image" if request.mask is None else "inpaint", control)
+    start = spec.start("image" if request.mask is None else "inpaint", control)
+    if start is not None and start.control_inputs is not None:
+        inputs = model_of(pipe, spec.denoiser).config.in_channels
+        if any(net.config[start.control_inputs] == inputs for net in control_nets(pipe)):
+            raise refused("mask", "needs a ControlNet that was trained with masks; this one was not")
+    return start
 
 
 class PicturePipelines:
@@ -96,7 +105,7 @@ def start_arguments(start: Start, request: GenerateRequest) -> dict[str, Any]:
     Of a single picture a video begins as one that stands still. A picture to look at, or to begin with, keeps
     its size, which the pipeline brings to one that the model knows.
     """
-    if start.strength is None:
+    if start.strength is None and start.kind == "image":
         seen = [decode_image(one, request.image_scale) for one in request.images]
         return {start.image: seen if start.most > 1 else seen[0], **start.arguments}
     size = (request.width or 0, request.height or 0)
@@ -105,7 +114,8 @@ def start_arguments(start: Start, request: GenerateRequest) -> dict[str, Any]:
     if start.frames:
         given = pictures if len(pictures) > 1 else pictures * (request.frames or 1)
     arguments: dict[str, Any] = {**start.arguments, start.image: given}
-    arguments["strength"] = strength_of(start, request)
+    if start.strength is not None:
+        arguments["strength"] = strength_of(start, request)
     if start.kind != "image":
         mask = Image.new("L", size, 255)
         arguments["mask_image"] = mask if request.mask is None else decode_mask(request.mask, size)

@@ -94,6 +94,15 @@ def test_a_type_that_only_looks_at_the_picture_ignores_the_strength_without_a_ma
     ]
 
 
+def test_a_control_net_that_paints_from_noise_ignores_the_strength() -> None:
+    with FakeHost(config_of("zimage", backend="xdit", control_net={"/x": 1.0})) as host:
+        unit = {"controlnet": {"args": [{"image": base64_of(halves())}]}}
+        mask = base64_of(spot((40, 20, 60, 40)))
+        told = post(host, denoising_strength=0.3, mask=mask, inpaint_full_res=False, alwayson_scripts=unit)
+    assert "denoising_strength: type zimage (Z-Image) ignores it" in json.dumps(told)
+    assert host.seen[0].strength is None and host.seen[0].mask is not None
+
+
 def test_only_the_masked_part_is_painted_and_pasted_back(host: FakeHost) -> None:
     mask = spot((40, 20, 60, 40))
     answer = client(host).img2img(

@@ -112,7 +112,7 @@ def theirs(
     if start.refers:
         seen = [picture(seed) for seed in FRAMES]
         arguments[start.image] = seen if start.most > 1 else picture()
-    else:
+    elif start.strength is not None:
         arguments["strength"] = strength
     if start.sized:
         arguments |= {"width": size[0], "height": size[1]}
@@ -214,7 +214,9 @@ def controlled() -> list[Any]:
 def test_beside_a_control_net_and_an_ip_adapter(name: str, start: Start) -> None:
     flags: dict[str, Any] = {"control_net": {str(tiny_extras.control_net(name)): 0.8}}
     hint = picture(9)
-    fields: dict[str, Any] = {"image": png(picture()), "strength": 0.5, "control_image": png(hint)}
+    fields: dict[str, Any] = {"image": png(picture()), "control_image": png(hint)}
+    if start.strength is not None:
+        fields["strength"] = 0.5
     more: dict[str, Any] = {"controlnet_conditioning_scale": 0.8}
     if start.ip_adapter:
         flags["ip_adapter"] = {str(tiny_extras.ip_adapter(name)): 0.7}
@@ -236,6 +238,23 @@ def test_beside_a_control_net_and_an_ip_adapter(name: str, start: Start) -> None
     )
     wanted = theirs(name, start, 0.5, put_on=put_on, parts={"controlnet": net}, **more)
     assert psnr(made, wanted) >= EXACT_DB
+
+
+def test_a_control_net_without_masks_refuses_one() -> None:
+    """Version 1 of Z-Image's sees the control picture alone; it controls all the same."""
+    flags: dict[str, Any] = {"control_net": {str(tiny_extras.control_net("zimage", masks=False)): 0.8}}
+    config = tiny.config("zimage", width=64, height=64, **flags)
+    on = PipelineEngine(tiny.host("zimage", **flags), config, tiny.world())
+    hints = {"control_image": png(picture(9))}
+    with pytest.raises(RequestError, match="mask: needs a ControlNet that was trained with masks"):
+        latents(on, image=png(picture()), mask=png(mask()), **hints)
+    with pytest.raises(RequestError, match="strength: type zimage with a mask and --control_net runs all"):
+        latents(on, image=png(picture()), mask=png(mask()), strength=0.5, **hints)
+    with pytest.raises(
+        RequestError, match="image: type zimage with --control_net: this host has no pipeline"
+    ):
+        latents(on, image=png(picture()), **hints)
+    assert not np.array_equal(latents(on, **hints), latents(on, control_image=png(picture(8))))
 
 
 def test_a_mask_changes_only_the_inside() -> None:
