@@ -9,7 +9,9 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -29,9 +31,11 @@ from shared.launch.checks import check_config
 from shared.models import MODELS, CacheSettings
 from shared.parallel.method import Plain, Unwatched
 from shared.parallel.rounding import BITS, packed, unpacked, width_of
+from shared.parallel.xdit import groups
 from shared.parallel.xdit.cpu import trimmed
 from shared.parallel.xdit.degrees import Degrees, choose_degrees
 from shared.parallel.xdit.exact import XDiT, attention_backend
+from shared.parallel.xdit.groups import XfuserGroups
 from shared.parallel.xdit.pipefusion import XDiTPipeFusion
 from shared.parallel.xdit.stages import StepReporter
 from shared.pipeline.compile import blocks, graph_count
@@ -359,6 +363,27 @@ def test_an_exchange_in_8_bits_is_close_and_alike_on_all_ranks(pool: RankPool, m
     assert one == other
     assert min(min(row) for row in one) > 60, one
     assert max(row[0] for row in one) < 120, one  # unrounded it is 130 and more
+
+
+def test_multiprocessors_are_reserved_for_nccl_and_left_by_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(dist, "new_group", lambda ranks, **settings: asked.append(settings))
+    nccl = SimpleNamespace(Options=lambda: SimpleNamespace(config=SimpleNamespace()))
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", nccl, raising=False)
+    for reserved in (4, None):
+        with groups._new_groups("nccl", timedelta(seconds=5), [], reserved):
+            dist.new_group([0, 1])
+            dist.new_group([0, 1], backend="gloo")
+    options = asked[0].pop("pg_options")
+    assert options.config.max_ctas == options.config.min_ctas == 4
+    assert options._timeout == timedelta(seconds=5)
+    assert not any("pg_options" in settings for settings in asked)
+    made = XfuserGroups.__new__(XfuserGroups)
+    made.reserved = 4
+    with pytest.raises(KeyError), made.leaving():
+        assert torch._C._get_sm_carveout_experimental() == 4
+        raise KeyError
+    assert torch._C._get_sm_carveout_experimental() is None
 
 
 def test_what_is_sent_in_8_bits_comes_back() -> None:
