@@ -1,6 +1,6 @@
 """Single layers of the shapes that models have: linear ones in 8 bits, attention, convolutions
 
-python benchmarks/layers.py linear [--models sdxl,sd3,flux] [--kinds float8,int8,int8-fused]
+python benchmarks/layers.py linear [--models sdxl,sd3,flux] [--kinds float8,int8,int8-tuned]
 python benchmarks/layers.py attention convolutions
 
 Microseconds a call. Shapes are those of a picture of 1024 x 1024 pixels, with both guidance branches on one
@@ -38,13 +38,13 @@ Call = Callable[[], torch.Tensor]
 
 LINEAR: dict[str, list[tuple[int, int, int]]] = {
     "sdxl": [
-        (8192, 640, 640),
-        (8192, 640, 5120),
-        (8192, 2560, 640),
-        (2048, 1280, 1280),
         (2048, 1280, 10240),
         (2048, 5120, 1280),
+        (8192, 640, 5120),
         (154, 2048, 1280),
+        (2048, 1280, 1280),
+        (8192, 2560, 640),
+        (8192, 640, 640),
         (1024, 1280, 10240),
         (1024, 5120, 1280),
     ],
