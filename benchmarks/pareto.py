@@ -1,10 +1,12 @@
-"""Time on two GPUs against how close the pictures are, of one family, as a picture: which setting to take.
+"""Time on two GPUs against how close the pictures are, of a family, as a picture: which setting to take.
 
-python benchmarks/pareto.py [--out docs/pareto.png]
+python benchmarks/pareto.py [unet | transformer] [--folder docs]
 
-Both figures are rows of docs/MEASURED.md: seconds of SDXL at 1024, 30 steps, compiled, on two H100 (the steps
-chosen at run time: on two H200, whose other times are the same within 1 %); dB of the demo's UNet, 30 steps,
-against plain diffusers. Settings that no other one beats in both are joined.
+Both figures are rows of docs/MEASURED.md, dB those against plain diffusers. UNet: seconds of SDXL at 1024,
+30 steps, compiled, on two H100 (the steps chosen at run time: on two H200, whose other times are the same
+within 1 %), and the demo's UNet, 30 steps. Transformer: seconds of Stable Diffusion 3 at 1024, 28 steps, on
+two H100, and the demo's. A time that was not measured is drawn hollow: a shared step is taken to save what
+each of the eight of hybrid-12-8 does. Settings that no other one beats in both are joined.
 """
 
 from __future__ import annotations
@@ -18,18 +20,62 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK = "sdxl 1024, 30 steps"
-TOP = 60.0  # dB at which equal pictures are drawn
+TOP = 60.0  # dB from which on pictures are drawn as equal
 WIDTH, HEIGHT, LEFT, BOTTOM = 760, 420, 60, 50
-# Of the tables speed-hybrid and speed-chosen -> the table of the quality, its setting there, its preset.
-SETTINGS: dict[str, tuple[str, tuple[str, ...], str]] = {
-    "compiled cfg": ("", (), "exact"),
-    "compiled hybrid-demo": ("quality-hybrid", ("hybrid", "async_steps auto", "2", "auto"), "fast"),
-    # Where the four steps are does not change the time.
-    "compiled hybrid-10-4": ("quality-hybrid", ("hybrid", "async_steps 4", "2", "15"), "balanced"),
-    "compiled hybrid-12-8": ("quality-hybrid", ("hybrid", "async_steps 8", "2", "12"), ""),
-    "compiled hybrid-10-15": ("quality-hybrid", ("hybrid", "async_steps 15", "2", "10"), ""),
-    "compiled asyncdiff": ("quality", ("asyncdiff", "model_n 2, stride 1", "2", "3"), ""),
+Setting = tuple[str, tuple[str, ...], str]
+"""The table of the quality, its setting there, its preset."""
+SHARED = "`--use_cfg_parallel"
+
+
+@dataclass(frozen=True)
+class Family:
+    work: str
+    label: str
+    quality: str
+    file: str
+    settings: dict[str, Setting]
+    """By the system's name in the tables speed-hybrid and speed-chosen."""
+    shared: dict[str, str]
+    """Systems whose time was not measured, with their shared steps; empty: as in the table of the quality."""
+
+
+FAMILIES = {
+    "unet": Family(
+        "sdxl 1024, 30 steps",
+        "SDXL 1024, 30 steps, two H100, compiled",
+        "demo's UNet",
+        "pareto.png",
+        {
+            "compiled cfg": ("", (), "exact"),
+            "compiled hybrid-demo": ("quality-hybrid", ("hybrid", "async_steps auto", "2", "auto"), "fast"),
+            # Where the four steps are does not change the time.
+            "compiled hybrid-10-4": ("quality-hybrid", ("hybrid", "async_steps 4", "2", "15"), "balanced"),
+            "compiled hybrid-12-8": ("quality-hybrid", ("hybrid", "async_steps 8", "2", "12"), ""),
+            "compiled hybrid-10-15": ("quality-hybrid", ("hybrid", "async_steps 15", "2", "10"), ""),
+            "compiled asyncdiff": ("quality", ("asyncdiff", "model_n 2, stride 1", "2", "3"), ""),
+        },
+        {},
+    ),
+    "transformer": Family(
+        "sd3 1024, 28 steps",
+        "Stable Diffusion 3 1024, 28 steps, two H100",
+        "demo's transformer",
+        "pareto-transformer.png",
+        {
+            "cfg": ("", (), "exact"),
+            "hybrid-auto": ("tradeoff-transformer", ("asyncdiff", f"{SHARED} --async_steps=auto`"), "fast"),
+            **{
+                f"hybrid-{w}-{n}": (
+                    "tradeoff-transformer",
+                    ("asyncdiff", f"{SHARED} --warm_up_steps={w} --async_steps={n}`"),
+                    "balanced" if n == 4 else "",
+                )
+                for w, n in ((15, 4), (12, 8), (10, 15))
+            },
+            "asyncdiff": ("tradeoff-transformer", ("asyncdiff", "`--warm_up_steps=3`"), ""),
+        },
+        {"hybrid-auto": "", "hybrid-15-4": "4", "hybrid-10-15": "15"},
+    ),
 }
 
 NAMES = {"compiled hybrid-demo": "hybrid-auto", "compiled hybrid-10-4": "hybrid-15-4"}
@@ -41,6 +87,8 @@ class Point:
     seconds: float
     decibels: float  # infinite where the pictures are equal
     preset: str = ""
+    estimated: bool = False
+    """Whether its time was not measured."""
 
 
 def rows(page: str, name: str) -> list[list[str]]:
@@ -51,18 +99,23 @@ def rows(page: str, name: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines() if line]
 
 
-def points(page: str) -> list[Point]:
+def points(page: str, family: Family) -> list[Point]:
     """The settings with both figures."""
     timed = rows(page, "speed-hybrid") + rows(page, "speed-chosen")
-    times = {cells[1]: float(cells[2]) for cells in timed if cells[0] == WORK}
+    times = {cells[1]: float(cells[2]) for cells in timed if cells[0] == family.work}
     made = []
-    for name, (table, setting, preset) in SETTINGS.items():
-        level = math.inf  # the branches' split changes nothing
+    for name, (table, setting, preset) in family.settings.items():
+        level, late = math.inf, 0.0  # the branches' split changes nothing
         if table:
             head, *body = rows(page, table)
-            place = head.index("PSNR dB")
-            level = next(float(cells[place]) for cells in body if tuple(cells[:4]) == setting)
-        made.append(Point(name, times[name], level, preset))
+            cells = next(cells for cells in body if tuple(cells[: len(setting)]) == setting)
+            level = float(cells[head.index("PSNR dB")].split()[0])
+        estimated = name in family.shared and name not in times
+        if estimated:
+            late = float(family.shared[name] or cells[head.index("asynchronous")])
+            saved = (times["cfg"] - times["hybrid-12-8"]) / 8
+            times[name] = round(times["cfg"] - late * saved, 3)
+        made.append(Point(name, times[name], level, preset, estimated))
     return made
 
 
@@ -76,7 +129,7 @@ def frontier(found: list[Point]) -> list[Point]:
     return sorted(best, key=lambda p: p.seconds)
 
 
-def draw(found: list[Point]) -> Image.Image:
+def draw(found: list[Point], family: Family) -> Image.Image:
     sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
     first, last = min(p.seconds for p in found) - 0.03, max(p.seconds for p in found) + 0.06
@@ -93,13 +146,14 @@ def draw(found: list[Point]) -> Image.Image:
     for tenth in range(math.ceil(first * 20), math.floor(last * 20) + 1):
         x = place(tenth / 20, low)[0]
         pen.text((x, HEIGHT - BOTTOM + 6), f"{tenth / 20:.2f} s", fill="black", font=font, anchor="ma")
-    pen.text((LEFT, 8), "dB against plain diffusers (demo's UNet)", fill="black", font=font)
-    label = "SDXL 1024, 30 steps, two H100, compiled"
-    pen.text((WIDTH - 20, HEIGHT - 8), label, fill="black", font=font, anchor="rs")
+    pen.text((LEFT, 8), f"dB against plain diffusers ({family.quality})", fill="black", font=font)
+    pen.text((WIDTH - 20, HEIGHT - 8), family.label, fill="black", font=font, anchor="rs")
     pen.line([place(p.seconds, p.decibels) for p in frontier(found)], fill=(40, 80, 220), width=2)
     for p in found:
         x, y = place(p.seconds, p.decibels)
-        pen.ellipse((x - 5, y - 5, x + 5, y + 5), fill=(215, 30, 40) if p.preset else (120, 120, 120))
+        colour = (215, 30, 40) if p.preset else (120, 120, 120)
+        inside = "white" if p.estimated else colour
+        pen.ellipse((x - 5, y - 5, x + 5, y + 5), fill=inside, outline=colour, width=2)
         name = NAMES.get(p.name, p.name.removeprefix("compiled ")) + (f" ({p.preset})" if p.preset else "")
         pen.text((x + 9, y + 4), name, fill="black", font=font)
     return sheet
@@ -108,12 +162,15 @@ def draw(found: list[Point]) -> Image.Image:
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pareto.png")
+    parser.add_argument("family", nargs="?", choices=FAMILIES, help="default: all")
+    parser.add_argument("--folder", type=Path, default=ROOT / "docs")
     options = parser.parse_args()
-    found = points((ROOT / "docs" / "MEASURED.md").read_text())
-    draw(found).save(options.out, optimize=True)
-    for p in frontier(found):
-        print(f"{p.name}: {p.seconds} s, {p.decibels} dB {p.preset}")
+    for name in [options.family] if options.family else FAMILIES:
+        family = FAMILIES[name]
+        found = points((ROOT / "docs" / "MEASURED.md").read_text(), family)
+        draw(found, family).save(options.folder / family.file, optimize=True)
+        for p in frontier(found):
+            print(f"{p.name}: {p.seconds} s, {p.decibels} dB {p.preset}")
 
 
 if __name__ == "__main__":

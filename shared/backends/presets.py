@@ -16,12 +16,14 @@ Presets = Mapping[str, Mapping[str, Any]]
 ALL = 1000
 """Exact steps: more than any schedule has."""
 ALONE: Presets = {"fast": {}, "balanced": {}, "exact": {}}
-STAGES: Presets = {
+STAGES: dict[str, Mapping[str, Any]] = {
     "fast": {"warm_up_steps": 3},
     "balanced": {"warm_up_steps": 10},
     "exact": {"warm_up_steps": ALL},
 }
 """Of ranks that use stale activations after some exact steps."""
+PIPES = STAGES | {"fast": {"warm_up_steps": 1}, "balanced": {"warm_up_steps": 3}}
+"""Of PipeFusion, which more exact steps make slower and no closer."""
 
 
 def asyncdiff(spec: ModelSpec, ranks: int, given: Collection[str]) -> Presets:
@@ -57,7 +59,7 @@ def xdit(spec: ModelSpec, ranks: int, given: Collection[str], cached: bool) -> P
         cached: whether the type has a step cache.
     """
     if "pipefusion_parallel_degree" in given:
-        return STAGES
+        return PIPES
     cached = cached and not {"step_cache", "use_teacache"} & set(given)
     both = {"ulysses_degree", "ring_degree"} <= set(given)
     slow: dict[str, Any] = {} if ranks == 1 or both else {"exchange_dtype": "auto"}

@@ -49,7 +49,7 @@ def test_what_they_set(folder: Path) -> None:
     assert found("xdit", 2, "exact") == "preset exact: no flags"
     assert found("xdit", 2, "fast", type="flux") == "preset fast: --exchange_dtype=auto --use_fbcache"
     fused = found("xdit", 2, "balanced", "--pipefusion_parallel_degree=2")
-    assert fused == "preset balanced: --warm_up_steps=10"
+    assert fused == "preset balanced: --warm_up_steps=3"
 
 
 def test_a_flag_that_is_given_wins(folder: Path) -> None:
