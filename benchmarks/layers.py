@@ -5,7 +5,7 @@ python benchmarks/layers.py attention convolutions
 
 Microseconds a call. Shapes are those of a picture of 1024 x 1024 pixels, with both guidance branches on one
 GPU and with one of them. A linear layer is compiled behind something elementwise, into which quantizing its
-inputs is compiled, as in a block; "int8-fused" lets torch.compile make Triton kernels that scale results.
+inputs is compiled, as in a block; behind "-tuned" torch.compile may make Triton kernels that scale results.
 Convolutions are channels last, by cuDNN's first choice and by its measured one. All calls are captured.
 --device cpu --tiny shows that it runs.
 """
@@ -161,11 +161,11 @@ def linear(options: argparse.Namespace, device: torch.device) -> None:
             plain = [nn.Linear(inputs, outputs).to(device, torch.bfloat16) for _ in range(LAYERS)]
             cells = [tried(_compiled(plain, x))]
             for kind in kinds:
-                kind, _, fused = kind.partition("-")
+                kind, _, tuned = kind.partition("-")
                 layers = copy.deepcopy(plain)
                 for layer in layers:
                     eight_bits.quantize_layer(layer, kind)
-                with inductor.patch(force_fuse_int_mm_with_mul=bool(fused)):
+                with inductor.patch(max_autotune_gemm=bool(tuned)):
                     cells.append(tried(_compiled(layers, x)))
             row([model, rows, inputs, outputs, *cells])
 
