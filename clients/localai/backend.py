@@ -26,7 +26,14 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from host import Host, HostError, HostProcess  # noqa: E402
-from options import IMG2IMG_WITH_CONTROL, STRENGTH_WITH_CONTROL, LoadPlan, OptionError, plan  # noqa: E402
+from options import (  # noqa: E402
+    IMG2IMG_WITH_CONTROL,
+    STRENGTH_WITH_CONTROL,
+    VIDEO_TYPES,
+    LoadPlan,
+    OptionError,
+    plan,
+)
 
 messages, services = grpc.protos_and_services("backend.proto")  # grpcio-tools; found on sys.path
 
@@ -126,7 +133,7 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
 
     def GenerateImage(self, request: Any, context: grpc.ServicerContext) -> Any:
         host = self._ready_for(request, context)
-        if self.type in ("ad", "svd"):
+        if self.type in VIDEO_TYPES:
             _refuse(context, f"type {self.type} makes videos; ask GenerateVideo")
         body = _enabled(
             request.EnableParameters,
@@ -166,11 +173,11 @@ class Backend(services.BackendServicer):  # type: ignore[name-defined]
 
     def GenerateVideo(self, request: Any, context: grpc.ServicerContext) -> Any:
         host = self._ready_for(request, context)
-        if self.type not in ("ad", "svd"):
+        if self.type not in VIDEO_TYPES:
             _refuse(context, f"type {self.type} makes pictures; ask GenerateImage")
         for name in ("end_image", "audio"):
             if getattr(request, name):
-                _refuse(context, f"{name}: neither ad nor svd takes one")
+                _refuse(context, f"{name}: no type takes one")
         body: dict[str, Any] = {
             "positive": request.prompt,
             "negative": request.negative_prompt,

@@ -38,6 +38,7 @@ PIPELINES = {
     "WanImageToVideoPipeline": "wani2v",
     "ZImagePipeline": "zimage",
 }
+VIDEO_TYPES = ("ad", "svd", "wan", "wani2v", "hv15", "ltx2")
 # The same, by what LocalAI calls them where they start from a picture.
 PIPELINES |= {
     name.replace("Pipeline", f"{end}Pipeline"): PIPELINES[name]

@@ -22,6 +22,7 @@ from PIL import Image
 
 from shared.backends import BACKENDS
 from shared.launch.parser import parse_config
+from shared.models import MODELS
 from tests.httphost import FakeHost, config_of, picture
 from tests.test_host import DEMO_CHECKPOINT, ROOT, Launch, alive, children, free_port, until
 
@@ -111,6 +112,7 @@ def test_options_become_flags_that_the_host_parses(
 ) -> None:
     options = importlib.import_module("options")
     assert list(options.BACKENDS) == list(BACKENDS)
+    assert set(options.VIDEO_TYPES) == {name for name, spec in MODELS.items() if spec.output == "video"}
     messages, _ = proto
     model = yaml.safe_load((FOLDER / "model.yaml").read_text())
     (tmp_path / "sdxl").mkdir()
@@ -276,6 +278,26 @@ def test_a_running_host_is_asked_for_a_video(client: Client, tmp_path: Path) -> 
         assert code == CODE.INVALID_ARGUMENT and "makes videos" in told
     assert client.state() == -1
     assert client.fails("LoadModel", "ModelOptions", Options=[f"host_url:{host.url}"])[0] == CODE.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"), [("wan", False), ("wani2v", True), ("hv15", False), ("ltx2", True)]
+)
+def test_every_type_of_videos_makes_one(client: Client, tmp_path: Path, name: str, begins: bool) -> None:
+    fields: dict[str, Any] = {"prompt": "x", "num_frames": 9, "step": 3, "dst": str(tmp_path / "video.mp4")}
+    if begins:
+        fields["start_image"] = _PNG
+    with FakeHost(config_of(name, backend="xdit")) as host:
+        client.call("LoadModel", "ModelOptions", Options=[f"host_url:{host.url}"])
+        client.call("GenerateVideo", "GenerateVideoRequest", params={"fps": "12"}, **fields)
+        # What LocalAI has no field for goes in `params`; the checkpoint of this host has one transformer.
+        params = {"guidance_scale_2": "3.5"}
+        code, told = client.fails("GenerateVideo", "GenerateVideoRequest", params=params, **fields)
+        assert code == CODE.INVALID_ARGUMENT and f"type {name}" in told and "guidance_scale_2" in told
+        code, told = client.fails("GenerateImage", "GenerateImageRequest", dst=fields["dst"])
+        assert code == CODE.INVALID_ARGUMENT and "makes videos" in told
+    [seen] = host.seen
+    assert (seen.frames, seen.steps, seen.fps, seen.image is not None) == (9, 3, 12, begins)
 
 
 def test_a_gif_is_the_video_that_animatediff_starts_from(client: Client, tmp_path: Path) -> None:
