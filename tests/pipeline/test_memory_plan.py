@@ -19,6 +19,7 @@ from shared.launch.errors import UsageError
 from shared.launch.fit import LADDER, changed, worded
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
+from shared.parallel import sharded
 from shared.parallel.peak import PeakBytes
 from shared.pipeline.memory_plan import MemoryPlan
 from shared.pipeline.sharding import parameter_bytes
@@ -104,14 +105,24 @@ def test_gguf_and_adapters() -> None:
         assert found[model] == pytest.approx(kept, rel=0.02), model
 
 
-def kept_and_planned(backend: str, name: str, flags: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
-    config, world, host, latents = launch(backend, name, flags, {"shard_weights": True})
-    plan = plan_of(config, world.size)
-    engine = host.build_engine(config, world)
-    latents(engine)
-    kept = {model: sizes["kept"] for model, sizes in engine.parameters.items()}
-    engine.close()
-    return kept, plan.weights_of(config, world.size)[0]
+Sizes = dict[str, int]
+
+
+def kept_and_planned(
+    backend: str, name: str, flags: dict[str, Any], largest: int
+) -> tuple[Sizes, Sizes, int, int]:
+    """By model, of blocks above `largest` bytes in parts; and of the buffer that they are gathered in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded, "LARGEST", largest)
+        config, world, host, latents = launch(backend, name, flags, {"shard_weights": True})
+        planned, buffer, _ = plan_of(config, world.size).weights_of(config, world.size)
+        engine = host.build_engine(config, world)
+        latents(engine)
+        kept = {model: sizes["kept"] for model, sizes in engine.parameters.items()}
+        weights: Any = engine._weights
+        made = weights.buffer_bytes
+        engine.close()
+    return kept, planned, made, buffer
 
 
 @pytest.mark.parametrize(
@@ -126,10 +137,15 @@ def kept_and_planned(backend: str, name: str, flags: dict[str, Any]) -> tuple[di
 def test_sharded_on_two_ranks(
     pool: RankPool, backend: str, name: str, flags: dict[str, Any], within: float
 ) -> None:
-    for kept, planned in pool.run(kept_and_planned, 2, backend, name, flags):
-        assert kept.keys() == planned.keys()
-        for model, size in kept.items():
-            assert planned[model] == pytest.approx(size, rel=within), model
+    buffers = list[int]()
+    for largest in (sharded.LARGEST, 20_000):
+        for kept, planned, made, buffer in pool.run(kept_and_planned, 2, backend, name, flags, largest):
+            assert kept.keys() == planned.keys()
+            for model, size in kept.items():
+                assert planned[model] == pytest.approx(size, rel=within), model
+            assert buffer == pytest.approx(made, rel=0.03)
+        buffers.append(buffer)
+    assert buffers[1] < buffers[0]
 
 
 def measured(config: HostConfig) -> int:
