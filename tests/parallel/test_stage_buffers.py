@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from benchmarks.pipefusion import CALLS, drawn
 from shared.parallel.graphs import Graphs, signature
+from shared.parallel.xdit import stage_buffers
+from shared.parallel.xdit.cpu import load_xfuser
 from shared.parallel.xdit.degrees import Degrees
 from shared.pipeline.compile import blocks, graph_count
 from tests import tiny
@@ -92,3 +95,33 @@ def test_compiled_blocks_share_code_and_not_what_they_keep(pool: RankPool, name:
     for differences, graphs in pool.run(compiled, 2, name, timeout=240):
         assert differences == [0.0, 0.0], differences
         assert graphs >= 6  # of each of two sizes: whole pictures and both patches
+
+
+def kept(tokens: list[int]) -> list[list[int]]:
+    """Tokens of two Ulysses ranks that a layer has after a full step, and when each patch has come again."""
+    load_xfuser("cpu")
+    starts = [sum(tokens[:i]) for i in range(len(tokens) + 1)]
+    state = SimpleNamespace(
+        num_pipeline_patch=len(tokens),
+        patch_mode=False,
+        pp_patches_token_num=tokens,
+        pp_patches_token_start_idx_local=starts,
+    )
+    layer = SimpleNamespace(all_patches=torch.empty(2 * starts[-1]))
+    every = torch.arange(2 * starts[-1]).float().view(1, -1, 1)
+    seen = []
+    with mock.patch("xfuser.core.distributed.get_runtime_state", lambda: state):
+        stage_buffers._with_other_patches(every, layer, 1, 2)
+        seen.append(layer.all_patches.tolist())
+        state.patch_mode = True
+        for patch, length in enumerate(tokens):
+            state.pipeline_patch_idx = patch
+            new = torch.cat([half.narrow(1, starts[patch], length) for half in every.chunk(2, 1)], 1)
+            seen.append(stage_buffers._with_other_patches(new, layer, 1, 2).flatten().tolist())
+    return [sorted(int(token) for token in one) for one in seen]
+
+
+def test_no_token_is_lost_or_doubled_between_ulysses_ranks(pool: RankPool) -> None:
+    """xfuser keeps a full step's tokens rank by rank, and writes patches over them as if patch by patch."""
+    for found in pool.run(kept, 2, [3, 3, 2]):
+        assert found == [list(range(16))] * 4

@@ -125,11 +125,17 @@ def _with_other_patches(new: torch.Tensor, layer: Any, dim: int, ranks: int) -> 
     starts = [ranks * start for start in state.pp_patches_token_start_idx_local]
     whole = layer.all_patches.view(*new.shape[:dim], starts[-1], *new.shape[dim + 1 :])
     if not state.patch_mode:
-        whole.copy_(new)
+        whole.copy_(_patch_by_patch(new, dim, ranks, state.pp_patches_token_num) if ranks > 1 else new)
         return new
     patch = state.pipeline_patch_idx
     whole.narrow(dim, starts[patch], starts[patch + 1] - starts[patch]).copy_(new)
     return whole
+
+
+def _patch_by_patch(whole: torch.Tensor, dim: int, ranks: int, tokens: list[int]) -> torch.Tensor:
+    """What Ulysses' exchange gives rank by rank, in the order in which single patches of all ranks come."""
+    parts = [part.split(tokens, dim) for part in whole.chunk(ranks, dim)]
+    return torch.cat([part[patch] for patch in range(len(tokens)) for part in parts], dim)
 
 
 def place_of(state: Any) -> Hashable:
