@@ -15,7 +15,7 @@ from benchmarks.pipefusion import CALLS, drawn
 from shared.parallel.graphs import Graphs, signature
 from shared.parallel.xdit import stage_buffers
 from shared.parallel.xdit.cpu import load_xfuser
-from shared.parallel.xdit.degrees import Degrees
+from shared.parallel.xdit.degrees import Degrees, may_capture
 from shared.pipeline.compile import blocks, graph_count
 from tests import tiny
 from tests.pool import RankPool
@@ -125,3 +125,8 @@ def test_no_token_is_lost_or_doubled_between_ulysses_ranks(pool: RankPool) -> No
     """xfuser keeps a full step's tokens rank by rank, and writes patches over them as if patch by patch."""
     for found in pool.run(kept, 2, [3, 3, 2]):
         assert found == [list(range(16))] * 4
+
+
+def test_stages_are_captured_where_none_can_wait_in_a_circle() -> None:
+    assert [patches for patches in range(1, 9) if may_capture(2, patches)] == [1, 2, 3]
+    assert may_capture(4, 4) and not may_capture(4, 8)

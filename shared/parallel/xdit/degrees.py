@@ -165,3 +165,12 @@ def fitting_sizes(size: int, multiple: int) -> str:
     """The nearest sizes that are a multiple: "96 and 128"."""
     low = size // multiple * multiple
     return f"{low} and {low + multiple}" if low else str(multiple)
+
+
+def may_capture(stages: int, patches: int) -> bool:
+    """Whether PipeFusion's stages may be captured while patches are on their way.
+
+    A capture waits until what the rank has sent is received, which a stage prepares for one patch ahead. With
+    twice as many patches as stages all of them could wait in a circle, each for the next one.
+    """
+    return patches < 2 * stages

@@ -8,6 +8,7 @@ the request before, the rank that has the result, arguments they ignore, progres
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.degrees import (
     Degrees,
     fitting_sizes,
+    may_capture,
     patch_count,
     scheduler_problem,
     stages_problem,
@@ -34,6 +36,8 @@ from shared.parallel.xdit.groups import XfuserGroups
 from shared.parallel.xdit.sequence import blocks_of
 from shared.parallel.xdit.stage_buffers import StageBuffers, place_of
 from shared.parallel.xdit.stages import Snapshot, StepReporter, noise_of_whole_pictures
+
+log = logging.getLogger("host")
 
 UNSUPPORTED = (
     "sigmas", "timesteps", "true_cfg_scale", "guidance_rescale", "ip_adapter_image",
@@ -103,7 +107,11 @@ class XDiTPipeFusion(Method):
         self.attention = attention or attention_backend(groups.device, self.transformer.dtype, degrees)
         self._watch: StepReporter | None = None
         self._ending = self._rehearsing = False
-        self._graphs = Graphs(cuda_graph and groups.device.type == "cuda" and capturable(self.transformer))
+        captures = cuda_graph and groups.device.type == "cuda" and capturable(self.transformer)
+        if captures and not may_capture(degrees.pipefusion, self.patches):
+            log.info("PipeFusion is captured with fewer than %d patches only", 2 * degrees.pipefusion)
+            captures = False
+        self._graphs = Graphs(captures)
         self._freed: list[nn.Module] = []
         try:
             config = groups.engine_config(
