@@ -384,6 +384,10 @@ def test_multiprocessors_are_reserved_for_nccl_and_left_by_products(monkeypatch:
         assert torch._C._get_sm_carveout_experimental() == 4
         raise KeyError
     assert torch._C._get_sm_carveout_experimental() is None
+    for count, spares in ((132, True), (108, False)):
+        gpu = SimpleNamespace(multi_processor_count=count)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
+        assert groups._spares(torch.device("cuda"), 4) is spares
 
 
 def test_what_is_sent_in_8_bits_comes_back() -> None:

@@ -19,6 +19,9 @@ from shared.parallel.xdit.degrees import Degrees
 RESERVED = 4
 """Multiprocessors that are enough for NCCL on a slow link (24 GB/s through host memory on H200)."""
 
+FEW = 32
+"""A GPU must have so many times the multiprocessors that are reserved of it: it lacks them all the time."""
+
 
 class XfuserGroups:
     """The groups of one plan over all ranks of the default process group. One object at a time.
@@ -27,8 +30,8 @@ class XfuserGroups:
         degrees: how the ranks are divided; their product is the world size.
         device: this rank's.
         timeout: seconds that a collective waits for a rank.
-        reserved: multiprocessors that NCCL's collectives take, to be left to them; None: as NCCL chooses,
-            and they wait for each other with what is computed.
+        reserved: multiprocessors that NCCL's collectives take, to be left to them, on GPUs that have FEW
+            times as many; None: as NCCL chooses, and they wait for each other with what is computed.
 
     Raises:
         ValueError: the degrees do not fit the world size.
@@ -42,7 +45,7 @@ class XfuserGroups:
         reserved: int | None = None,
     ) -> None:
         self.degrees, self.device = degrees, device
-        self.reserved = reserved if device.type == "cuda" else None
+        self.reserved = reserved if device.type == "cuda" and _spares(device, reserved or 0) else None
         world = dist.get_world_size()
         if degrees.world != world:
             raise ValueError(f"degrees {degrees} need {degrees.world} ranks; the world size is {world}")
@@ -197,6 +200,11 @@ class XfuserGroups:
             setattr(coordinator, f"{name}_group", group)
             setattr(coordinator, f"{name}_world_size", dist.get_world_size(group))
             setattr(coordinator, f"{name}_rank", dist.get_rank(group))
+
+
+def _spares(device: torch.device, reserved: int) -> bool:
+    """Whether so many multiprocessors are few of a GPU's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count >= FEW * reserved
 
 
 @contextlib.contextmanager
