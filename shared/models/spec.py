@@ -331,7 +331,7 @@ NO_MOTION = {
     for flag in ("motion_module", "motion_adapter", "motion_adapter_lora")
 }
 NO_GGUF = "diffusers has no GGUF loader for this denoiser; types with one: {types}"
-NO_CONTROL = "diffusers has no ControlNet pipeline for it; types with one: {types}"
+NO_CONTROL = "this host has no ControlNet pipeline for it; types with one: {types}"
 NO_IP = "diffusers has no IP-Adapter for it; types with one: {types}"
 NO_EMBEDDINGS = (
     "textual inversion is for CLIP, and its prompts are not read by CLIP alone; types with it: {types}"
