@@ -160,7 +160,7 @@ def measured(config: HostConfig) -> int:
 FLAGS = ("width", "height", "variant", "quantize_to", "enable_vae_tiling", "enable_vae_slicing")
 
 
-LAUNCHES = [("sd1", 64, 0.9), ("sdxl", 256, 0.8), ("sd2", 384, 0.7)]
+LAUNCHES = [("sd1", 64, 0.9), ("sdxl", 256, 0.8), ("sd2", 384, 0.7), ("sd1", 256, 0.6), ("sd2", 192, 0.8)]
 
 
 @pytest.mark.parametrize(
