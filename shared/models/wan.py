@@ -69,7 +69,8 @@ A14B: MappingProxyType[str, Any] = MappingProxyType(
     }
 )
 TI2V: MappingProxyType[str, Any] = MappingProxyType(
-    {"width": 1280, "height": 704, "size_multiple": 32, "frames": 121, "fps": 24}
+    # Its timestep for each token makes six further maps in fp32, and what is made of them.
+    {"width": 1280, "height": 704, "size_multiple": 32, "frames": 121, "fps": 24, "step_maps": 34.0}
 )
 
 WAN = ModelSpec(

@@ -7,8 +7,10 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import transformers
@@ -24,7 +26,7 @@ from shared.parallel.peak import PeakBytes
 from shared.pipeline.memory_plan import MemoryPlan
 from shared.pipeline.sharding import parameter_bytes
 from shared.pipeline.unloaded import Stored, Unloaded
-from shared.pipeline.work import Work
+from shared.pipeline.work import FlashAttention, Work
 from shared.ranks.device import LIMIT
 from tests import tiny, tiny_extras, tiny_original, tiny_wan
 from tests.pool import RankPool
@@ -199,6 +201,32 @@ def test_weights_in_another_dtype_are_not_counted_as_work(dtype: torch.dtype) ->
         encoder = transformers.CLIPTextModel(config)
     work = Work(MODELS["sd1"], {"text_encoder": Unloaded([encoder]), "vae": Unloaded([vae])}, dtype)
     assert 0 < work.encode() < 4 << 20, "123 million parameters, 77 tokens"
+
+
+TI2V = {"in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "ffn_dim": 14336}
+
+
+@pytest.mark.parametrize(("settings", "pixels"), [({}, 8), (TI2V, 16)], ids=["14B", "TI2V-5B"])
+@pytest.mark.parametrize(("width", "height"), [(832, 480), (1280, 704)])
+def test_a_step_of_81_frames_is_near_what_its_operations_take(
+    settings: dict[str, Any], pixels: int, width: int, height: int
+) -> None:
+    """At full width, of two blocks: the others use the same memory."""
+    spec = MODELS["wan"].of_checkpoint({"expand_timesteps": bool(settings)})
+    with torch.device("meta"):
+        model = diffusers.WanTransformer3DModel(num_layers=2, **settings).to(torch.bfloat16)
+        vae = SimpleNamespace(config={"scale_factor_spatial": pixels})
+        rows, columns = height // pixels, width // pixels
+        latents = torch.zeros(1, settings.get("in_channels", 16), 21, rows, columns, dtype=torch.bfloat16)
+        timestep = torch.zeros(1, 21 * (rows // 2) * (columns // 2)) if settings else torch.zeros(1)
+        text = torch.zeros(1, 512, 4096, dtype=torch.bfloat16)
+    with torch.no_grad(), torch.device("meta"), FlashAttention(), PeakBytes() as peak:
+        model(latents, timestep, text)
+    models: Any = {
+        name: SimpleNamespace(modules=[one]) for name, one in (("transformer", model), ("vae", vae))
+    }
+    planned = Work(spec, models, torch.bfloat16).step(tiny.config("wan", width=width, height=height), 81)
+    assert peak.most <= planned <= 1.6 * peak.most
 
 
 def launch_of(config: HostConfig, said: str) -> HostConfig | None:
