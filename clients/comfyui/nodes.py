@@ -393,6 +393,7 @@ PLANS: dict[str, tuple[str, dict[str, tuple[list[str] | str, str]]]] = {
             ),
             "use_teacache": (SWITCH, "short for step_cache teacache (flux, kontext)"),
             "use_fbcache": (SWITCH, "short for step_cache fbcache"),
+            "no_cuda_graph": (SWITCH, "do not capture steps as CUDA graphs"),
         },
     ),
 }

@@ -41,6 +41,7 @@ FLAGS = frozenset(
         "attn_layer_num_for_pp",
         "use_parallel_vae",
         "exchange_dtype",
+        "no_cuda_graph",
         "step_cache",
         "use_teacache",
         "use_fbcache",

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ from shared.launch.logs import set_up_logging
 from shared.launch.parser import parse_config
 from shared.models import CacheSettings
 from shared.parallel.method import Plain
+from shared.parallel.xdit.degrees import Degrees
 from shared.pipeline.compile import graph_count
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import load_pipeline
@@ -547,6 +549,14 @@ def _(ground: Ground) -> None:
             config = replace(tiny.config("sd1"), backend=backend, no_cuda_graph=no_graph)
             attach(plain().pipe, config, world).close()
     assert captured == [True, True]
+    for name, method, degree in (("XDiT", "exact", "ulysses"), ("XDiTPipeFusion", "pipefusion", "pipefusion")):
+        ground.patch.setattr(f"shared.parallel.xdit.{method}.{name}", note)
+        degrees = Degrees(**{degree: 2})
+        for no_graph in (False, True):
+            config = replace(tiny.config("flux"), backend="xdit", no_cuda_graph=no_graph)
+            groups: Any = SimpleNamespace(degrees=degrees, device=torch.device("cuda"))
+            importlib.import_module("shared.backends.xdit").attach(plain("flux").pipe, config, world, groups)
+    assert captured == [True, True, True, False, True, False]
 
 
 def test_one_stage_on_a_gpu_takes_the_flags_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
