@@ -549,7 +549,10 @@ def _(ground: Ground) -> None:
             config = replace(tiny.config("sd1"), backend=backend, no_cuda_graph=no_graph)
             attach(plain().pipe, config, world).close()
     assert captured == [True, True]
-    for name, method, degree in (("XDiT", "exact", "ulysses"), ("XDiTPipeFusion", "pipefusion", "pipefusion")):
+    for name, method, degree in (
+        ("XDiT", "exact", "ulysses"),
+        ("XDiTPipeFusion", "pipefusion", "pipefusion"),
+    ):
         ground.patch.setattr(f"shared.parallel.xdit.{method}.{name}", note)
         degrees = Degrees(**{degree: 2})
         for no_graph in (False, True):
