@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from shared.parallel.asyncdiff.trace import candidates, contiguous_stride, is_dense
+from shared.parallel.asyncdiff.trace import candidates, contiguous_stride, is_dense, is_list
 from shared.parallel.exchange import Ranks, start_all_gather
 from shared.parallel.lanes import copy, side_by_side
 from shared.parallel.surgery import Closing, Forward, Surgery
@@ -342,7 +342,7 @@ def _inside(module: nn.Module, size: Callable[[torch.Tensor], int], least: float
 
 def _called(child: nn.Module) -> list[nn.Module]:
     """A child as it is called: the parts of a list, and a layer without its adapters'."""
-    parts = list(child) if isinstance(child, nn.ModuleList) else [child]
+    parts = list(child.children()) if is_list(child) else [child]
     return [getattr(part, "base_layer", part) for part in parts]
 
 

@@ -46,7 +46,8 @@ def test_denoiser(name: str) -> None:
     regions = list(blocks(denoiser))
     assert all(hasattr(m.forward, "_torchdynamo_orig_callable") for m in regions)
     inside = sum(p.numel() for m in regions for p in m.parameters())
-    assert inside > 0.5 * sum(p.numel() for p in denoiser.parameters())
+    share = 0.05 if name == "hv15" else 0.5  # its second text embedder has one width, also in a tiny model
+    assert inside > share * sum(p.numel() for p in denoiser.parameters())
     assert graph_count() == 0, "nothing is traced before the first call"
     assert np.abs(tiny.run(pipe, name) - plain(name)).max() < 1e-5
     count = graph_count()

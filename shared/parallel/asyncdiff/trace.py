@@ -118,7 +118,7 @@ def candidates(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
     """Containers and possible units below ``module``, as (qualified name, module, whether a container)."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        if isinstance(child, nn.ModuleList):
+        if is_list(child):
             yield from candidates(child, path + ".")
             continue
         if child._compiled_call_impl is not None:
@@ -130,6 +130,11 @@ def candidates(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
         yield path, child, container
         if container:
             yield from candidates(child, path + ".")
+
+
+def is_list(module: nn.Module) -> bool:
+    """Whether a module only holds others, which are called without it: a ModuleList, a ModuleDict."""
+    return type(module).forward is nn.Module.forward
 
 
 def sample_name(denoiser: nn.Module) -> str:
