@@ -31,7 +31,7 @@ def latents(vae: Any, frames: int, rows: int, columns: int) -> torch.Tensor:
 
 
 Size = tuple[int, int, bool]
-UNEVEN, EVEN, FEW, TILED = (5, 2, False), (16, 3, False), (1, 2, False), (5, 4, True)
+UNEVEN, EVEN, FEW, TILED = (5, 2, False), (16, 3, False), (1, 2, False), (5, 5, True)
 """Rows and columns of latents, and whether they are decoded in tiles."""
 
 
@@ -88,8 +88,8 @@ def test_rows_on_ranks_equal_the_whole(pool: RankPool, kind: str, ranks: int, si
         else:
             assert tiled or sum(seen) == rows
             assert max(seen) == -(-min(rows, 4 if tiled else rows) // ranks)
-        if rows == EVEN[0]:
-            assert max(rank[place][2] for rank in found) < 1.3 / ranks + 0.05
+        if rows == EVEN[0] and kind != "ltx2":  # a tiny one has fewer channels inside than in its answer
+            assert max(rank[place][2] for rank in found) < 1.3 * max(seen) / rows + 0.05
 
 
 def test_what_cannot_be_cut_is_refused() -> None:
