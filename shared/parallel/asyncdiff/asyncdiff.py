@@ -12,7 +12,7 @@ with the current one; the following step computes nothing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +21,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from shared.parallel.asyncdiff.partition import Partition, partition
-from shared.parallel.asyncdiff.stage import Answer, Run, Stage
+from shared.parallel.asyncdiff.stage import Answer, Run, Stage, Units
 from shared.parallel.asyncdiff.timing import UnitTimer
-from shared.parallel.asyncdiff.trace import Trace, candidates, parameter_names, trace
+from shared.parallel.asyncdiff.trace import Trace, trace
 from shared.parallel.chosen_steps import Pace
 from shared.parallel.exchange import Exchange, Ranks
 from shared.parallel.graphs import Graphs, signature
@@ -124,15 +124,11 @@ class AsyncDiff(Method):
         self.batches = not (measure_units or self.pace.measures)
         self._cuda_graph = cuda_graph
         self._stages: Latest[Stage] = Latest(max_shapes, lambda stage: stage.graphs.close())
-        self._names = parameter_names(found)
-        self._run: Run | UnitTimer | None = None
         self._first = 0
         """Place in the schedule of a generation's first step."""
         self.held.callback(self.reset)
         surgery = self.held.enter_context(Surgery())
-        surgery.override(found, self._forward)
-        for name, module, _ in candidates(found):
-            surgery.override(module, self._part(name))
+        self._units = Units(found, self._forward, surgery)
 
     @property
     def warm_up_calls(self) -> int:
@@ -186,26 +182,13 @@ class AsyncDiff(Method):
         }
         return plan | (self.partition.as_dict() if self.partition else {})
 
-    def _part(self, name: str) -> Callable[[Forward, tuple, dict], Any]:
-        def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
-            if self._run is None:
-                return original(*args, **kwargs)
-            return self._run.call(name, original, args, kwargs)
-
-        return answer
-
     def _forward(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         steps = self.check_begun()
-        kwargs = dict(zip(self._names, args, strict=False)) | kwargs
-        sample, t = kwargs[self._names[0]], kwargs["timestep"]
-        if not isinstance(t, torch.Tensor):
-            kwargs["timestep"] = t = torch.tensor(
-                t, dtype=torch.float64 if isinstance(t, float) else torch.int64, device=sample.device
-            )
-        stage = self._stage_for(original, kwargs, sample.device)
+        kwargs, device = self._units.named(args, kwargs)
+        stage = self._stage_for(original, kwargs, device)
         step, stage.calls = stage.calls, stage.calls + 1
         if step == 0:
-            stage.start = self._position(t)
+            stage.start = self._position(kwargs["timestep"])
         if step >= max(steps, len(self.pipeline.scheduler.timesteps)):
             raise RuntimeError(
                 f"the denoiser was called {step + 1} times since begin(steps={steps}); call begin before "
@@ -255,7 +238,7 @@ class AsyncDiff(Method):
     ) -> list[float]:
         """Mean over the group, so that all ranks cut alike. Weights may be elsewhere between calls."""
         timer = UnitTimer(traced, device)
-        mine = timer.seconds(lambda: self._under(timer, original, kwargs))
+        mine = timer.seconds(lambda: self._units.under(timer, original, kwargs))
         total = torch.tensor(mine, dtype=torch.float32, device=device)
         if self.ranks > 1:
             dist.all_reduce(total, group=self.group)
@@ -288,7 +271,7 @@ class AsyncDiff(Method):
             stage.kept[value].copy_(tensor)
 
         record = Run(stage.takes, keep, {}, {}, self.executions)
-        return self._under(record, original, kwargs)
+        return self._units.under(record, original, kwargs)
 
     def _hand_over(self, stage: Stage) -> None:
         """The leader's outputs of the exact step before, for the ranks that computed another branch in it."""
@@ -325,7 +308,7 @@ class AsyncDiff(Method):
 
         gives = {} if self.extra else stage.gives
         run = Run(gives, send, stage.answers, stage.units, self.executions, arrive)
-        leaves = tree_leaves(self._under(run, original, kwargs))
+        leaves = tree_leaves(self._units.under(run, original, kwargs))
         exchange.finish()
         for i, buffer in zip(stage.predicted, stage.now, strict=True):
             if self.stage == self.model_n - 1:
@@ -361,7 +344,7 @@ class AsyncDiff(Method):
 
         gives = {} if self.extra else stage.gives
         run = Run(gives, send, stage.answers, stage.units, self.executions)
-        leaves = tree_leaves(self._under(run, original, kwargs))
+        leaves = tree_leaves(self._units.under(run, original, kwargs))
         for tag, (source, i, buffer) in enumerate(predictions, len(values)):
             if source == self.rank:
                 buffer.copy_(leaves[stage.predicted[i]])
@@ -370,10 +353,3 @@ class AsyncDiff(Method):
                         exchange.send(buffer, rank, tag, buffer.stride())
         exchange.finish()
         return stage.result(stage.now)
-
-    def _under(self, run: Run | UnitTimer, original: Forward, kwargs: dict[str, Any]) -> Any:
-        self._run = run
-        try:
-            return original(**kwargs)
-        finally:
-            self._run = None

@@ -17,8 +17,8 @@ from torch import nn
 
 from shared.models import CacheSettings, Rule
 from shared.parallel.asyncdiff.partition import partition
-from shared.parallel.asyncdiff.stage import Run, Stage
-from shared.parallel.asyncdiff.trace import candidates, parameter_names, trace
+from shared.parallel.asyncdiff.stage import Run, Stage, Units
+from shared.parallel.asyncdiff.trace import trace
 from shared.parallel.graphs import Graphs, signature
 from shared.parallel.method import Method
 from shared.parallel.pipeline import Pipeline
@@ -66,13 +66,9 @@ class DeepCache(Method):
         self._stages: Latest[Stage] = Latest(max_shapes, lambda stage: stage.graphs.close())
         self._fresh: set[int] = set()
         """Of the stages, those whose buffers hold something of this generation."""
-        self._names = parameter_names(unet)
-        self._run: Run | None = None
         self.held.callback(self.reset)
         surgery = self.held.enter_context(Surgery())
-        surgery.override(unet, self._forward)
-        for name, module, _ in candidates(unet):
-            surgery.override(module, self._part(name))
+        self._units = Units(unet, self._forward, surgery)
 
     @property
     def warm_up_calls(self) -> int:
@@ -111,23 +107,10 @@ class DeepCache(Method):
         self._stages.clear()
         self._fresh.clear()
 
-    def _part(self, name: str) -> Callable[[Forward, tuple, dict], Any]:
-        def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
-            if self._run is None:
-                return original(*args, **kwargs)
-            return self._run.call(name, original, args, kwargs)
-
-        return answer
-
     def _forward(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         self.check_begun()
-        kwargs = dict(zip(self._names, args, strict=False)) | kwargs
-        sample, t = kwargs[self._names[0]], kwargs["timestep"]
-        if not isinstance(t, torch.Tensor):
-            kwargs["timestep"] = torch.tensor(
-                t, dtype=torch.float64 if isinstance(t, float) else torch.int64, device=sample.device
-            )
-        stage = self._stage_for(original, kwargs, sample.device)
+        kwargs, device = self._units.named(args, kwargs)
+        stage = self._stage_for(original, kwargs, device)
         step, self.calls = self.calls, self.calls + 1
         computes = self._rule.ahead(step) is not False or id(stage) not in self._fresh
         if computes:
@@ -155,18 +138,11 @@ class DeepCache(Method):
         def keep(value: int, tensor: torch.Tensor) -> None:
             stage.current[value].copy_(tensor)
 
-        return self._under(Run(stage.takes, keep, {}, {}, self.executions), original, kwargs)
+        return self._units.under(Run(stage.takes, keep, {}, {}, self.executions), original, kwargs)
 
     def _outer(self, stage: Stage, original: Forward, kwargs: dict[str, Any]) -> Any:
         run = Run({}, lambda value, tensor: None, stage.answers, stage.units, self.executions)
-        return self._under(run, original, kwargs)
-
-    def _under(self, run: Run, original: Forward, kwargs: dict[str, Any]) -> Any:
-        self._run = run
-        try:
-            return original(**kwargs)
-        finally:
-            self._run = None
+        return self._units.under(run, original, kwargs)
 
 
 def outermost(unet: nn.Module) -> Callable[[str], bool]:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from shared.parallel.asyncdiff.partition import Partition
-from shared.parallel.asyncdiff.trace import Call, Value
+from shared.parallel.asyncdiff.timing import UnitTimer
+from shared.parallel.asyncdiff.trace import Call, Value, candidates, parameter_names
 from shared.parallel.graphs import Graphs
-from shared.parallel.surgery import Forward
+from shared.parallel.surgery import Forward, Surgery
 
 Key = tuple[str, int]
 """Qualified name of a module and which of its calls in this forward."""
@@ -162,3 +164,48 @@ class Run:
             for leaf, value in self.wanted[key]:
                 self.take(value, leaves[leaf])
         return out
+
+
+class Units:
+    """A denoiser's modules, overridden: during a call each answers as that call's run says.
+
+    Args:
+        denoiser: has the modules.
+        forward: answers for the denoiser itself.
+        surgery: collects what is overridden.
+    """
+
+    def __init__(
+        self, denoiser: nn.Module, forward: Callable[[Forward, tuple, dict], Any], surgery: Surgery
+    ) -> None:
+        self._names = parameter_names(denoiser)
+        self._run: Run | UnitTimer | None = None
+        surgery.override(denoiser, forward)
+        for name, module, _ in candidates(denoiser):
+            surgery.override(module, self._answer(name))
+
+    def named(self, args: tuple, kwargs: dict) -> tuple[dict[str, Any], torch.device]:
+        """A call's arguments by name, the timestep as a tensor, which a graph can be replayed with; and the
+        device of the sample."""
+        kwargs = dict(zip(self._names, args, strict=False)) | kwargs
+        device, t = kwargs[self._names[0]].device, kwargs["timestep"]
+        if not isinstance(t, torch.Tensor):
+            dtype = torch.float64 if isinstance(t, float) else torch.int64
+            kwargs["timestep"] = torch.tensor(t, dtype=dtype, device=device)
+        return kwargs, device
+
+    def under(self, run: Run | UnitTimer, original: Forward, kwargs: dict[str, Any]) -> Any:
+        """Call the denoiser; its modules answer as `run` says."""
+        self._run = run
+        try:
+            return original(**kwargs)
+        finally:
+            self._run = None
+
+    def _answer(self, name: str) -> Callable[[Forward, tuple, dict], Any]:
+        def answer(original: Forward, args: tuple, kwargs: dict) -> Any:
+            if self._run is None:
+                return original(*args, **kwargs)
+            return self._run.call(name, original, args, kwargs)
+
+        return answer
