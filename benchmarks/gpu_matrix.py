@@ -41,6 +41,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from shared.launch.values import as_step_cache
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 6
 OFFLOADS = ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload")
@@ -61,6 +63,8 @@ PLANS: dict[str, dict[str, dict[str, Any]]] = {
         "cfg": {"use_cfg_parallel": True},
         "hybrid": {"use_cfg_parallel": True, "async_steps": 2},
         "balance": {"auto_balance": True},
+        "shard": {"shard_weights": True},
+        "deepcache": {"use_cfg_parallel": True, "step_cache": as_step_cache("deepcache:2")},
     },
     "distrifuser": {
         "rows": {"no_split_batch": True},
@@ -68,6 +72,7 @@ PLANS: dict[str, dict[str, dict[str, Any]]] = {
         "full_sync": {"no_split_batch": True, "sync_mode": "full_sync"},
         "tensor": {"parallelism": "tensor"},
         "naive": {"parallelism": "naive_patch"},
+        "shard": {"shard_weights": True},
     },
     "xdit": {
         "ulysses": {"ulysses_degree": 2},
@@ -75,9 +80,10 @@ PLANS: dict[str, dict[str, dict[str, Any]]] = {
         "pipefusion": {"pipefusion_parallel_degree": 2},
         "tensor": {"tensor_parallel_degree": 2},
         "parallel_vae": {"use_parallel_vae": True},
+        "shard": {"shard_weights": True},
     },
 }
-INEXACT = {"naive"}  # plans that never promise the plain picture
+INEXACT = {"naive", "deepcache"}  # plans that never promise the plain picture
 MEASURED = {"balance"}  # plans that cut by measured time, so two launches need not be alike
 AT_ONCE = 5  # cells that one pair of ranks does, one after the other
 LIMIT = 240.0  # seconds for them
