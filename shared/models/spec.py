@@ -98,6 +98,9 @@ class ModelSpec:
     # level (a transformer's width) at each of the latents (tokens). Counted at full size, without scores of
     # attention; and what DistriFusion keeps of other patches.
     step_maps: float = 17.0
+    # Where its models' feed-forward layers differ in width: the setting that has it, and the maps beside two
+    # of that width. Then `step_maps` is of attention, and the larger of the two counts.
+    wide_maps: tuple[str, float] | None = None
     stale_maps: float = 0.0
     text_tokens: int = 0  # beside the picture's in each block
     size_scale: int = 1  # output pixels per pixel of the size that the pipeline is given (x4 upscaler: 4)

@@ -69,12 +69,21 @@ A14B: MappingProxyType[str, Any] = MappingProxyType(
     }
 )
 TI2V: MappingProxyType[str, Any] = MappingProxyType(
-    # Its timestep for each token makes six further maps in fp32, and what is made of them.
-    {"width": 1280, "height": 704, "size_multiple": 32, "frames": 121, "fps": 24, "step_maps": 34.0}
+    {
+        "width": 1280,
+        "height": 704,
+        "size_multiple": 32,
+        "frames": 121,
+        "fps": 24,
+        # Its timestep for each token makes six further maps in fp32, and what is made of them.
+        "wide_maps": ("ffn_dim", 23.5),
+    }
 )
 
 WAN = ModelSpec(
     name="wan",
+    step_maps=11.5,
+    wide_maps=("ffn_dim", 4.5),
     title="Wan 2.1 and 2.2 text to video",
     pipeline="WanPipeline",
     denoiser="transformer",

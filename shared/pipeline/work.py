@@ -32,7 +32,12 @@ class Work:
 
     def step(self, config: HostConfig, frames: int | None) -> int:
         """Of a call of the denoiser, with what ControlNets add to it."""
-        return self._maps(config, self.spec.step_maps + self._residuals(), frames)
+        maps = self.spec.step_maps
+        if self.spec.wide_maps is not None and self.spec.tokens is not None:
+            width, beside = self.spec.wide_maps
+            settings: Any = self.models[self.spec.denoiser].modules[0].config
+            maps = max(maps, beside + 2 * settings[width] / self.spec.tokens.channels(settings))
+        return self._maps(config, maps + self._residuals(), frames)
 
     def stale(self, config: HostConfig, frames: int | None) -> int:
         """Of what DistriFusion keeps of other patches."""
