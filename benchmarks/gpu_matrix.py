@@ -120,6 +120,8 @@ def cells(ranks: int) -> list[str]:
                 if not flag or backend.refusal(MODELS[name], flag) is None:
                     found.append(f"{backend.name}:{name}:{feature}:")
             for plan, flags in PLANS[backend.name].items() if ranks > 1 else ():
+                if any(backend.refusal(MODELS[name], flag) for flag in flags):
+                    continue
                 config = HostConfig(
                     backend=backend.name, type=name, checkpoint=str(tiny.checkpoint(name)), **flags
                 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import functools
 import gc
 import itertools
 import multiprocessing
@@ -73,7 +74,28 @@ def _exit_with(parent: int) -> None:
     os._exit(1)
 
 
+def _as_strict_as_nccl() -> None:
+    """Collectives that refuse what NCCL refuses and gloo does not: tensors that are not contiguous."""
+    import torch
+    import torch.distributed as dist
+
+    def strict(collective: Any) -> Any:
+        @functools.wraps(collective)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for given in (*args, *kwargs.values()):
+                if isinstance(given, torch.Tensor) and not given.is_contiguous():
+                    raise ValueError(f"{collective.__name__}: NCCL takes only contiguous tensors")
+            return collective(*args, **kwargs)
+
+        return checked
+
+    for name in ("broadcast", "all_reduce", "all_gather_into_tensor", "all_gather_single", "all_to_all_single"):
+        if hasattr(dist, name):
+            setattr(dist, name, strict(getattr(dist, name)))
+
+
 def _serve(rank: int, pipe: Connection) -> None:
+    _as_strict_as_nccl()
     import torch
     import torch.distributed as dist
 

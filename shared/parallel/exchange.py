@@ -47,6 +47,12 @@ def start_all_gather(every: torch.Tensor, own: torch.Tensor, group: dist.Process
     return _all_gather(every, own, group=group, async_op=True)
 
 
+def broadcast(buffer: torch.Tensor, source: int, ranks: Ranks) -> None:
+    """Fill `buffer`, whose memory has no gaps in any order of its dimensions, with that of the rank `source`."""
+    flat = buffer.as_strided((buffer.numel(),), (1,))  # NCCL takes no other order
+    dist.broadcast(flat, ranks.to_global(source), group=ranks.group)
+
+
 class Exchange:
     """The transfers of one step, between pairs of ranks, each tensor on its own.
 

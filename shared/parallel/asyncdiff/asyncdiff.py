@@ -25,7 +25,7 @@ from shared.parallel.asyncdiff.stage import Answer, Run, Stage, Units
 from shared.parallel.asyncdiff.timing import UnitTimer
 from shared.parallel.asyncdiff.trace import Trace, trace
 from shared.parallel.chosen_steps import Pace
-from shared.parallel.exchange import Exchange, Ranks
+from shared.parallel.exchange import Exchange, Ranks, broadcast
 from shared.parallel.graphs import Graphs, signature
 from shared.parallel.method import Method
 from shared.parallel.pipeline import Pipeline, part_of
@@ -313,7 +313,7 @@ class AsyncDiff(Method):
         for i, buffer in zip(stage.predicted, stage.now, strict=True):
             if self.stage == self.model_n - 1:
                 buffer.copy_(leaves[i])
-            dist.broadcast(buffer, Ranks.of(self.group).to_global(self.model_n - 1), group=self.group)
+            broadcast(buffer, self.model_n - 1, Ranks.of(self.group))
         return stage.result(stage.now)
 
     def _takers(self, stage: Stage, value: int) -> list[int]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from shared.parallel.asyncdiff.partition import Partition
 from shared.parallel.asyncdiff.trace import contiguous_stride, is_dense
-from shared.parallel.exchange import Ranks
+from shared.parallel.exchange import Ranks, broadcast
 from shared.parallel.sharded import LEAST, Block, is_quantized, layers_of, move_rest, plain
 from shared.parallel.surgery import Closing, Forward, Surgery
 
@@ -154,8 +154,8 @@ class StageWeights(Closing):
             tensor.data = torch.empty_strided(
                 like.shape, like.stride(), dtype=tensor.dtype, device=self.device
             )
-        flat = tensor.data.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
-        dist.broadcast(flat, self.ranks.to_global(owner), group=self.ranks.group)
+        flat = tensor.data.as_strided((tensor.numel(),), (1,))
+        broadcast(flat.view(torch.uint8), owner, self.ranks)
 
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
