@@ -89,7 +89,8 @@ def _as_strict_as_nccl() -> None:
 
         return checked
 
-    for name in ("broadcast", "all_reduce", "all_gather_into_tensor", "all_gather_single", "all_to_all_single"):
+    names = "broadcast all_reduce all_gather_into_tensor all_gather_single all_to_all_single"
+    for name in names.split():
         if hasattr(dist, name):
             setattr(dist, name, strict(getattr(dist, name)))
 

@@ -48,7 +48,7 @@ def start_all_gather(every: torch.Tensor, own: torch.Tensor, group: dist.Process
 
 
 def broadcast(buffer: torch.Tensor, source: int, ranks: Ranks) -> None:
-    """Fill `buffer`, whose memory has no gaps in any order of its dimensions, with that of the rank `source`."""
+    """Fill `buffer`, whose memory has no gaps, with that of the rank `source`."""
     flat = buffer.as_strided((buffer.numel(),), (1,))  # NCCL takes no other order
     dist.broadcast(flat, ranks.to_global(source), group=ranks.group)
 
