@@ -125,8 +125,8 @@ class Bench(ABC):
             print("|---|---|---|---|---|---|", flush=True)
         with torch.inference_mode():
             for work in self.options.work:
-                name, size, steps = work.split(":")
-                self._work(name, int(size), int(steps))
+                name, size, steps, *systems = work.split(":", 3)
+                self._work(name, int(size), int(steps), *systems)
                 gc.collect()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -135,7 +135,7 @@ class Bench(ABC):
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _work(self, name: str, size: int, steps: int) -> None:
+    def _work(self, name: str, size: int, steps: int, own: str = "") -> None:
         dtype = DTYPES[self.options.dtype]
         source = models_2026 if name in models_2026.MAKERS else models
         kind = name.partition("-")[0]  # what follows is its size
@@ -159,7 +159,8 @@ class Bench(ABC):
             return output.images if hasattr(output, "images") else output.frames
 
         self._reference, self._base = None, 0.0
-        systems = self.options.systems.split(",")
+        first = "" if self.options.compile else own
+        systems = list(filter(None, (first or self.options.systems).split(",")))
         self._measure(pipe, label, generate, steps, systems, "")
         if self.options.compile:
             if self.options.channels_last:
@@ -167,6 +168,7 @@ class Bench(ABC):
             launch = HostConfig(backend="asyncdiff", type=kind, compile_unet=True)
             compile_pipeline(pipe, MODELS[kind], launch)
             wanted = systems if self.options.compile == "all" else self.options.compile.split(",")
+            wanted = own.split(",") if own else wanted
             wanted = [system for system in wanted if system != "eager"]
             self._measure(pipe, label, generate, steps, wanted, "compiled ")
             kinds = list(filter(None, self.options.quantize.split(",")))
@@ -254,8 +256,12 @@ class Bench(ABC):
 def parser(text: str | None, systems: Sequence[str], warm_up: int | None) -> argparse.ArgumentParser:
     """The flags that all of them take. A `warm_up` of None is a share of the steps."""
     made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("work", nargs="+", help="type:size:steps")
-    made.add_argument("--systems", default=",".join(systems))
+    made.add_argument("work", nargs="+", help="type:size:steps[:systems of its own]")
+    made.add_argument(
+        "--systems",
+        default=",".join(systems),
+        help="may be empty with --compile, whose first is then compared",
+    )
     made.add_argument(
         "--compile",
         nargs="?",

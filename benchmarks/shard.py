@@ -41,7 +41,7 @@ TRANSFORMERS = ("ring", "ulysses")
 class ShardBench(Bench):
     """Each method with whole weights and with sharded ones."""
 
-    def _work(self, name: str, size: int, steps: int) -> None:
+    def _work(self, name: str, size: int, steps: int, own: str = "") -> None:
         self.denoiser = MODELS[name].denoiser
         given = self.options.systems
         fits = [

@@ -158,9 +158,9 @@ class XDiTBench(Bench):
     latents: torch.Tensor
     steps, type = 0, ""
 
-    def _work(self, name: str, size: int, steps: int) -> None:
+    def _work(self, name: str, size: int, steps: int, own: str = "") -> None:
         self.steps, self.type = steps, name.partition("-")[0]
-        super()._work(name, size, steps)
+        super()._work(name, size, steps, own)
         self.held = None  # or it would keep this transformer in memory during the next work
 
     def attach(self, pipe: Any, system: str) -> list[Any]:
