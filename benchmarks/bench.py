@@ -170,7 +170,8 @@ class Bench(ABC):
             wanted = systems if self.options.compile == "all" else self.options.compile.split(",")
             wanted = own.split(",") if own else wanted
             wanted = [system for system in wanted if system != "eager"]
-            self._measure(pipe, label, generate, steps, wanted, "compiled ")
+            if not self.options.only_8_bits:
+                self._measure(pipe, label, generate, steps, wanted, "compiled ")
             kinds = list(filter(None, self.options.quantize.split(",")))
             for place, kind in enumerate(kinds):
                 with self._in_8_bits(pipe, name, *kind.split(":"), last=place == len(kinds) - 1):
@@ -274,6 +275,7 @@ def parser(text: str | None, systems: Sequence[str], warm_up: int | None) -> arg
         help="with --compile, then these again with large layers computing in 8 bits, but for those whose "
         "names match a pattern: float8,int8:*.norm*.linear",
     )
+    made.add_argument("--only-8-bits", action="store_true", help="with --quantize: compiled in 8 bits alone")
     made.add_argument("--channels-last", action="store_true", help="of the compiled denoiser")
     made.add_argument("--cudnn-measures", action="store_true", help="cuDNN's convolutions by measurement")
     made.add_argument("--decode", action="store_true", help="whole pictures, not latents")
