@@ -145,11 +145,15 @@ class RankPool:
 
     Args:
         timeout: seconds that one call may take before all ranks are killed.
+        method: how they are started, as in `multiprocessing`.
+        most_threads: a rank with more of them after a call is replaced; None: it may have any number.
     """
 
-    def __init__(self, timeout: float = 120.0) -> None:
-        self.timeout = timeout
-        self._context = multiprocessing.get_context("forkserver")
+    def __init__(
+        self, timeout: float = 120.0, method: str = "forkserver", most_threads: int | None = MOST_THREADS
+    ) -> None:
+        self.timeout, self.most_threads = timeout, most_threads
+        self._context: Any = multiprocessing.get_context(method)
         self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
         self._stores = tempfile.TemporaryDirectory(prefix="ranks-")
         self._numbers = itertools.count()
@@ -172,7 +176,7 @@ class RankPool:
         """
         limit = self.timeout if timeout is None else timeout
         for attempt in (1, 2):
-            self._start(world_size)
+            self.start(world_size)
             store = str(Path(self._stores.name) / str(next(self._numbers)))
             workers = self._workers[:world_size]
             for _, pipe in workers:
@@ -189,7 +193,8 @@ class RankPool:
                 self._kill()
             text = "\n".join(f"rank {rank}: {problem}" for rank, problem in sorted(problems.items()))
             raise RankError(f"{len(problems)} of {world_size} ranks failed\n{text}")
-        if any(len(os.listdir(f"/proc/{process.pid}/task")) > MOST_THREADS for process, _ in workers):
+        threads = max(len(os.listdir(f"/proc/{process.pid}/task")) for process, _ in workers)
+        if self.most_threads is not None and threads > self.most_threads:
             self._kill()
         return [results[rank] for rank in range(world_size)]
 
@@ -202,11 +207,12 @@ class RankPool:
         self._kill()
         self._stores.cleanup()
 
-    def _start(self, world_size: int) -> None:
+    def start(self, world_size: int) -> None:
+        """Have so many ranks; those that are missing are importing when this returns."""
         if len(self._workers) >= world_size:
             return
         os.environ["OMP_NUM_THREADS"] = "1"
-        if not self._workers:
+        if not self._workers and self._context.get_start_method() == "forkserver":
             self._context.set_forkserver_preload(list(PRELOAD))
         for rank in range(len(self._workers), world_size):
             here, there = self._context.Pipe()

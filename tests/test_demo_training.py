@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.quality import psnr
-from benchmarks.tradeoff import launched
 from benchmarks.tradeoff_launches import Launch
+from benchmarks.tradeoff_ranks import Part, launched
 from tests.pool import RankPool
 from tests.test_demo import DEMO
 
@@ -73,7 +73,7 @@ def test_a_step_of_the_student_is_the_schedulers() -> None:
 def test_steps_chosen_by_measurement_are_many_and_close_where_flow_is_predicted(pool: RankPool) -> None:
     kind, asked = CHECKPOINTS["transformer"], held_out_scenes(1)
     launch = Launch("asyncdiff", "--use_cfg_parallel --async_steps=auto")
-    found = pool.run(launched, 2, kind, launch, asked, "cpu")
+    found = pool.run(launched, 2, kind, launch, Part(asked, 0))
     made, [late] = next(one for one in found if one[0])
     assert late is not None and 6 <= late <= 16
     assert 40 < psnr(made, paint(load(kind), asked, steps=kind.steps, cfg=kind.cfg)) < 70
@@ -88,7 +88,7 @@ def test_a_step_cache_that_leaves_steps_out_still_obeys(
 ) -> None:
     kind, asked = CHECKPOINTS[name], held_out_scenes(4)
     launch = Launch(host, f"--step_cache={cache}", 1)
-    [(made, _)] = pool.run(launched, 1, kind, launch, asked, "cpu")
+    [(made, _)] = pool.run(launched, 1, kind, launch, Part(asked, 0))
     right, wrong = count_right(asked, [judge(picture) for picture in made])
     assert right >= 3, wrong
     [plain] = paint(load(kind), asked[:1], steps=kind.steps, cfg=kind.cfg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -12,22 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.tradeoff import (
-    CHECKPOINTS,
-    PLAIN,
-    Drawn,
-    Machine,
-    compared,
-    obeyed,
-    read,
-    row,
-    ssim,
-    table,
-)
+from benchmarks.quality import psnr
+from benchmarks.tradeoff import CHECKPOINTS, PLAIN, agreement, obeyed, parts, read, row, table
 from benchmarks.tradeoff_launches import LAUNCHES, Launch
+from benchmarks.tradeoff_ranks import Drawn, Machine, Part, compared, launched, ssim
 from shared.backends import BACKENDS
 from shared.launch.parser import parse_config
-from tests.test_demo import Scene, draw
+from tests.pool import RankPool
+from tests.test_demo import Scene, draw, held_out_scenes
 
 SCENES = [Scene("circle", "red", "blue", "large"), Scene("star", "white", "black", "small")]
 
@@ -45,10 +38,11 @@ def test_rows_say_equal_and_how_far_off() -> None:
     wanted = [draw(scene, seed) for seed, scene in enumerate(SCENES)]
     launch = Launch("xdit", "--ring_degree=2")
     start = "| xdit | `--ring_degree=2` | 2 | "
-    same = compared("unet", launch, 0, SCENES, wanted, [None, None], wanted)
+    part = Part(SCENES, 0)
+    same = compared("unet", launch, part, wanted, [None, None], wanted)
     assert row(same) == f"{start} | equal | equal | 1.0000 | 2 of 2 (100 ± 0 %) |"
     darker = [Image.fromarray(np.asarray(wanted[0]) // 2), wanted[1]]
-    found = compared("unet", launch, 0, SCENES, darker, [3, 4], wanted)
+    found = compared("unet", launch, part, darker, [3, 4], wanted)
     cells = [cell.strip() for cell in row(found).strip("|").split("|")]
     error = np.mean((np.asarray(wanted[0], float) - np.asarray(wanted[0]) // 2) ** 2)
     least = 10 * np.log10(255**2 / error)
@@ -67,6 +61,47 @@ def test_results_are_kept_and_rows_stand_in_the_order_of_the_launches(tmp_path: 
     lines = table("student", [*read(file), Drawn("unet", *first.key, 0, False)]).splitlines()[2:]
     assert [line.split("`")[1] for line in lines[1:]] == [first.flags, second.flags]
     assert lines[0].startswith(f"| {PLAIN} |") and all("1 of 1" in line for line in lines)
+
+
+def test_a_row_is_of_the_device_that_drew_more_and_both_are_compared_by_prompt() -> None:
+    launch, other = LAUNCHES["student"][:2]
+    cpu = [Drawn("student", *launch.key, k, True, 30.0 + k) for k in range(2)]
+    gpu = [Drawn("student", *launch.key, k, k != 1, 30.5 + k, device="cuda") for k in range(3)]
+    alone = [Drawn("student", *other.key, 0, True, device="cuda")]
+    drawn = [*cpu, *gpu, *alone]
+    assert "2 of 3" in table("student", drawn).splitlines()[2]
+    assert "2 of 2" in table("student", [*cpu, *gpu[:1]]).splitlines()[2]
+    found = "2 prompts, +0.50 dB, at most 0.50, 1 judged otherwise"
+    assert agreement("student", drawn) == [f"student, asyncdiff {launch.flags}: {found}"]
+
+
+def test_prompts_are_drawn_in_parts_each_with_its_own_seeds() -> None:
+    [whole] = parts(200, 128, "cuda", 64)
+    found = parts(64, 0, "cuda", 64)
+    assert [(part.first, len(part.scenes)) for part in found] == [(0, 8), (8, 24), (32, 32)]
+    assert [(part.first, len(part.scenes)) for part in parts(20, 3, "cpu", 1)] == [(3, 5), (8, 8), (16, 4)]
+    drawn = [scene for part in [*found, *parts(128, 64, "cuda", 64), whole] for scene in part.scenes]
+    assert drawn == held_out_scenes(200)
+
+
+@pytest.mark.parametrize("host", ["distrifuser", pytest.param("asyncdiff", marks=pytest.mark.slow)])
+def test_prompts_drawn_together_are_those_drawn_one_by_one(host: str, pool: RankPool) -> None:
+    scenes, launch = held_out_scenes(9)[6:], Launch(host, "--warm_up_steps=1")
+    alone, at_once = (
+        next(made for made, _ in pool.run(launched, 2, CHECKPOINTS["student"], launch, part) if made)
+        for part in (Part(scenes, 6), Part(scenes, 6, together=2))
+    )
+    assert len(at_once) == 3 and all(psnr([a], [b]) > 70 for a, b in zip(alone, at_once, strict=True))
+    assert psnr(at_once[:1], at_once[1:2]) < 25
+
+
+def test_ranks_of_their_own_interpreters_are_kept_whatever_their_threads() -> None:
+    pool = RankPool(method="spawn", most_threads=None)
+    try:
+        [first], [second] = pool.run(os.getpid, 1), pool.run(os.getpid, 1)
+    finally:
+        pool.close()
+    assert first == second != os.getpid()
 
 
 def test_no_more_ranks_work_than_there_are_cores() -> None:
