@@ -1,12 +1,14 @@
 """Time on two GPUs against how close the pictures are, of a family, as a picture: which setting to take.
 
-python benchmarks/pareto.py [unet | transformer] [--folder docs]
+python benchmarks/pareto.py [unet | transformer | student] [--folder docs]
 
 Both figures are rows of docs/MEASURED.md, dB those against plain diffusers. UNet: seconds of SDXL at 1024,
 30 steps, compiled, on two H100 (the steps chosen at run time: on two H200, whose other times are the same
 within 1 %), and the demo's UNet, 30 steps. Transformer: seconds of Stable Diffusion 3 at 1024, 28 steps, on
-two H100, and the demo's. A time that was not measured is drawn hollow: a shared step is taken to save what
-each of the eight of hybrid-12-8 does. Settings that no other one beats in both are joined.
+two H100, and the demo's. Student: seconds of SDXL at 1024, 4 steps without guidance, compiled, on two H200,
+and the demo's. A time that was not measured is drawn hollow: an asynchronous step is taken to save what each
+one of a measured setting does (the eight of hybrid-12-8, the three of AsyncDiff after one exact step of 4).
+Settings that no other one beats in both are joined.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 760, 420, 60, 50
 Setting = tuple[str, tuple[str, ...], str]
 """The table of the quality, its setting there, its preset."""
 SHARED = "`--use_cfg_parallel"
+TIMES = ("speed-few-steps", "speed-hybrid", "speed-chosen")
+"""Tables of seconds."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,13 @@ class Family:
     quality: str
     file: str
     settings: dict[str, Setting]
-    """By the system's name in the tables speed-hybrid and speed-chosen."""
-    shared: dict[str, str]
-    """Systems whose time was not measured, with their shared steps; empty: as in the table of the quality."""
+    """By the system's name in the tables of seconds."""
+    late: dict[str, str]
+    """Systems whose time was not measured, with their asynchronous steps; empty: those in `quality`."""
+    saved: tuple[str, str, int]
+    """What one of these steps saves: between these two systems, by so many asynchronous steps."""
+    names: dict[str, str]
+    """How systems are called in the picture, where otherwise."""
 
 
 FAMILIES = {
@@ -55,6 +63,8 @@ FAMILIES = {
             "compiled asyncdiff": ("quality", ("asyncdiff", "model_n 2, stride 1", "2", "3"), ""),
         },
         {},
+        ("compiled cfg", "compiled hybrid-12-8", 8),
+        {"compiled hybrid-demo": "hybrid-auto", "compiled hybrid-10-4": "hybrid-15-4"},
     ),
     "transformer": Family(
         "sd3 1024, 28 steps",
@@ -75,10 +85,31 @@ FAMILIES = {
             "asyncdiff": ("tradeoff-transformer", ("asyncdiff", "`--warm_up_steps=3`"), ""),
         },
         {"hybrid-auto": "", "hybrid-15-4": "4", "hybrid-10-15": "15"},
+        ("cfg", "hybrid-12-8", 8),
+        {},
+    ),
+    "student": Family(
+        "sdxl 1024, 4 steps",
+        "SDXL 1024, 4 steps, no guidance, two H200, compiled",
+        "demo's student",
+        "pareto-student.png",
+        {
+            "compiled graph": ("", (), ""),
+            # What a launch without flags does in 4 steps.
+            "compiled asyncdiff": ("tradeoff-student", ("asyncdiff", "`--warm_up_steps=1`"), ""),
+            "asyncdiff-2": ("tradeoff-student", ("asyncdiff", "`--warm_up_steps=2`"), ""),
+            "asyncdiff-3": ("tradeoff-student", ("asyncdiff", "`--warm_up_steps=3`"), ""),
+        },
+        {"asyncdiff-2": "2", "asyncdiff-3": "1"},
+        ("compiled graph", "compiled asyncdiff", 3),
+        {
+            "compiled graph": "one GPU",
+            "compiled asyncdiff": "AsyncDiff, 1 exact step",
+            "asyncdiff-2": "2 exact steps",
+            "asyncdiff-3": "3 exact steps",
+        },
     ),
 }
-
-NAMES = {"compiled hybrid-demo": "hybrid-auto", "compiled hybrid-10-4": "hybrid-15-4"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +132,7 @@ def rows(page: str, name: str) -> list[list[str]]:
 
 def points(page: str, family: Family) -> list[Point]:
     """The settings with both figures."""
-    timed = rows(page, "speed-hybrid") + rows(page, "speed-chosen")
+    timed = [cells for name in TIMES for cells in rows(page, name)]
     times = {cells[1]: float(cells[2]) for cells in timed if cells[0] == family.work}
     made = []
     for name, (table, setting, preset) in family.settings.items():
@@ -110,11 +141,11 @@ def points(page: str, family: Family) -> list[Point]:
             head, *body = rows(page, table)
             cells = next(cells for cells in body if tuple(cells[: len(setting)]) == setting)
             level = float(cells[head.index("PSNR dB")].split()[0])
-        estimated = name in family.shared and name not in times
+        estimated = name in family.late and name not in times
         if estimated:
-            late = float(family.shared[name] or cells[head.index("asynchronous")])
-            saved = (times["cfg"] - times["hybrid-12-8"]) / 8
-            times[name] = round(times["cfg"] - late * saved, 3)
+            late = float(family.late[name] or cells[head.index("asynchronous")])
+            exact, other, count = family.saved
+            times[name] = round(times[exact] - late * (times[exact] - times[other]) / count, 3)
         made.append(Point(name, times[name], level, preset, estimated))
     return made
 
@@ -132,7 +163,9 @@ def frontier(found: list[Point]) -> list[Point]:
 def draw(found: list[Point], family: Family) -> Image.Image:
     sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    first, last = min(p.seconds for p in found) - 0.03, max(p.seconds for p in found) + 0.06
+    first, last = min(p.seconds for p in found), max(p.seconds for p in found)
+    tick = 0.05 if last - first > 0.1 else 0.01  # seconds
+    first, last = first - 0.6 * tick, last + 1.2 * tick
     low = 10 * math.floor(min(p.decibels for p in found) / 10)
 
     def place(seconds: float, decibels: float) -> tuple[float, float]:
@@ -143,9 +176,9 @@ def draw(found: list[Point], family: Family) -> Image.Image:
         y = place(first, level)[1]
         pen.line([(LEFT, y), (WIDTH - 20, y)], fill=(225, 225, 225))
         pen.text((LEFT - 8, y), "equal" if level == TOP else str(level), fill="black", font=font, anchor="rm")
-    for tenth in range(math.ceil(first * 20), math.floor(last * 20) + 1):
-        x = place(tenth / 20, low)[0]
-        pen.text((x, HEIGHT - BOTTOM + 6), f"{tenth / 20:.2f} s", fill="black", font=font, anchor="ma")
+    for number in range(math.ceil(first / tick), math.floor(last / tick) + 1):
+        x = place(number * tick, low)[0]
+        pen.text((x, HEIGHT - BOTTOM + 6), f"{number * tick:.2f} s", fill="black", font=font, anchor="ma")
     pen.text((LEFT, 8), f"dB against plain diffusers ({family.quality})", fill="black", font=font)
     pen.text((WIDTH - 20, HEIGHT - 8), family.label, fill="black", font=font, anchor="rs")
     pen.line([place(p.seconds, p.decibels) for p in frontier(found)], fill=(40, 80, 220), width=2)
@@ -154,7 +187,8 @@ def draw(found: list[Point], family: Family) -> Image.Image:
         colour = (215, 30, 40) if p.preset else (120, 120, 120)
         inside = "white" if p.estimated else colour
         pen.ellipse((x - 5, y - 5, x + 5, y + 5), fill=inside, outline=colour, width=2)
-        name = NAMES.get(p.name, p.name.removeprefix("compiled ")) + (f" ({p.preset})" if p.preset else "")
+        name = family.names.get(p.name, p.name.removeprefix("compiled "))
+        name += f" ({p.preset})" if p.preset else ""
         pen.text((x + 9, y + 4), name, fill="black", font=font)
     return sheet
 

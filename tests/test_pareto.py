@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
+
+import pytest
 
 from benchmarks.pareto import FAMILIES, ROOT, Point, draw, frontier, points, rows
-from shared.backends.presets import asyncdiff
+from shared.backends.presets import Presets, asyncdiff, distrifuser, xdit
 from shared.models import MODELS
 
 
@@ -35,6 +38,60 @@ def test_a_time_that_was_not_measured_is_what_its_shared_steps_save() -> None:
     edge = frontier(list(found.values()))
     assert {p.preset for p in edge} >= {"fast", "balanced", "exact"}
     assert "asyncdiff" not in {p.name for p in edge}
+
+
+def test_asynchronous_steps_of_few_save_alike_and_every_family_has_its_picture() -> None:
+    page = (ROOT / "docs" / "MEASURED.md").read_text()
+    found = {p.name: p for p in points(page, FAMILIES["student"])}
+    three, two, one, none = (
+        found[name].seconds for name in ("compiled asyncdiff", "asyncdiff-2", "asyncdiff-3", "compiled graph")
+    )
+    assert found["compiled graph"].decibels == math.inf and not found["compiled asyncdiff"].estimated
+    assert abs(two - (none - (none - three) * 2 / 3)) < 0.001 < abs(one - two)
+    for family in FAMILIES.values():
+        assert f"]({family.file})" in page and (ROOT / "docs" / family.file).exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "presets"),
+    [
+        ("`asyncdiff_host.py`, 2 ranks", asyncdiff(MODELS["sdxl"], 2, ())),
+        ("the same, other numbers of ranks, or with flags of stages", asyncdiff(MODELS["sdxl"], 3, ())),
+        ("`distrifuser_host.py`", distrifuser(MODELS["sdxl"], 2, ())),
+        ("`xdit_host.py`", xdit(MODELS["sd3"], 2, (), True)),
+        (
+            "the same, with `--pipefusion_parallel_degree`",
+            xdit(MODELS["sd3"], 2, ("pipefusion_parallel_degree",), True),
+        ),
+    ],
+)
+def test_the_table_of_presets_is_what_they_set(host: str, presets: Presets) -> None:
+    line = next(
+        line
+        for line in (ROOT / "docs" / "USING.md").read_text().splitlines()
+        if line.startswith(f"| {host} |")
+    )
+    for name, cell in zip(("fast", "balanced", "exact"), line.split("|")[2:5], strict=True):
+        flags = [
+            f"--{flag}" + ("" if value is True else f"={value}") for flag, value in presets[name].items()
+        ]
+        assert re.findall(r"--[^ `]+", cell) == flags
+
+
+def test_presets_of_pipefusion_take_exact_steps_that_more_of_them_do_not_beat() -> None:
+    page = (ROOT / "docs" / "MEASURED.md").read_text()
+    presets = xdit(MODELS["sd3"], 2, ("pipefusion_parallel_degree",), True)
+    for patches in (2, 4):
+        start = f"`--pipefusion_parallel_degree=2 --num_pipeline_patch={patches} --warm_up_steps="
+        found = {
+            int(cells[1].removeprefix(start).rstrip("`")): tuple(map(float, cells[4].split(" ± ")))
+            for cells in rows(page, "tradeoff-transformer")
+            if cells[1].startswith(start)
+        }
+        best = max(level for level, _ in found.values())
+        for name in ("fast", "balanced"):
+            level, error = found[presets[name]["warm_up_steps"]]
+            assert level + error > best
 
 
 def test_the_settings_with_a_preset_are_what_it_sets() -> None:
