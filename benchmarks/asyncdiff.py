@@ -8,7 +8,8 @@ torchrun --nproc_per_node=2 benchmarks/asyncdiff.py sdxl:1024:30 --systems graph
 "auto" chooses its asynchronous steps by itself. "hybrid-12-8" divides the guidance branches, and after 12
 steps shares one of them for 8 (two ranks); "hybrid-auto" chooses those steps by itself, and "hybrid-demo"
 takes those that it chooses for 30 steps of the demo checkpoint, as random weights choose others.
-Behind "+" of graph and cfg is a step cache.
+Behind "+" of graph and cfg is a step cache, and behind all of that "-remade": the prompt's keys and
+values in each step.
 "pairs-12-8" puts them on halves of four or more ranks, asynchronous in 8 steps; "pairs": after --warm-up.
 Under one rank (plain python) only the plain systems run. Every system's time is the median of `--repeats`
 generations after one that warms it up; the error is ||a - b|| / ||b|| against plain eager.
@@ -30,6 +31,7 @@ from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.asyncdiff.deep_cache import DeepCache
 from shared.parallel.cfg_split import CfgSplit, HybridSplit
 from shared.parallel.chosen_steps import Pace
+from shared.parallel.kept_prompt import KeptPrompt
 from shared.parallel.pipeline import model_of, part_of
 
 SYSTEMS = ("eager", "graph", "asyncdiff", "balanced", "cfg")
@@ -53,16 +55,22 @@ class AsyncDiffBench(Bench):
     def attach(self, pipe: Any, system: str) -> list[Any]:
         if system == "eager":
             return []
+        system, remade, _ = system.partition("-remade")
         system, _, cache = system.partition("+")
+        unet = part_of(pipe, "unet")
+
+        def prompt() -> list[Any]:
+            return [] if remade or unet is None else [KeptPrompt(unet)]
+
         if system in ("graph", "cfg"):
-            denoiser = model_of(pipe, "transformer" if part_of(pipe, "unet") is None else "unet")
+            denoiser = model_of(pipe, "transformer" if unet is None else "unet")
             if cache:
                 alone: Any = DeepCache(pipe, denoiser, as_step_cache(cache))
             else:
                 alone = AsyncDiff(pipe, 1, warm_up_steps=1, group=self.own_group)
             if system == "graph":
-                return [alone]
-            return [alone, CfgSplit([denoiser], dist.group.WORLD, self.rank)]
+                return [alone, *prompt()]
+            return [alone, *prompt(), CfgSplit([denoiser], dist.group.WORLD, self.rank)]
         if system.startswith("hybrid-"):
             if system == "hybrid-demo":
                 pace: Pace = Demo(None, "auto")
@@ -75,15 +83,17 @@ class AsyncDiffBench(Bench):
             shared = stages.asynchronous
             return [
                 stages,
+                *prompt(),
                 HybridSplit([stages.denoiser], dist.group.WORLD, self.rank, shared, pace=pace),
             ]
         if system.startswith("pairs"):
             exact, steps = (*map(int, system.split("-")[1:]), self.options.warm_up, None)[:2]
             half, pair, branch = self.halves()
             stages = AsyncDiff(pipe, self.size // 2, warm_up_steps=exact, async_steps=steps, group=half)
-            return [stages, CfgSplit([stages.denoiser], pair, branch)]
+            return [stages, *prompt(), CfgSplit([stages.denoiser], pair, branch)]
         warm_up = "auto" if system == "auto" else self.options.warm_up
-        return [AsyncDiff(pipe, self.size, warm_up_steps=warm_up, measure_units=system == "balanced")]
+        stages = AsyncDiff(pipe, self.size, warm_up_steps=warm_up, measure_units=system == "balanced")
+        return [stages, *prompt()]
 
 
 if __name__ == "__main__":

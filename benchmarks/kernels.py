@@ -125,7 +125,22 @@ def table(kernels: list[Kernel], seconds: float, steps: int, gaps: bool = True) 
         lines.append(
             f"| {short} | {names[name]:.2f} | {count / steps:.1f} | {names[name] * 1e3 * steps / count:.1f} |"
         )
+    lines += ["", *_copies(kernels, steps)]
     return "\n".join(lines) + "\n"
+
+
+def _copies(kernels: list[Kernel], steps: int) -> list[str]:
+    """Copies by the kernels before and after them, which tell where they come from."""
+    ordered = sorted(kernels, key=lambda one: one.began)
+    around: defaultdict[tuple[str, ...], list[float]] = defaultdict(list)
+    for before, copy, after in zip(ordered, ordered[1:], ordered[2:], strict=False):
+        if class_of(copy.name) == "copies":
+            around[before.name, copy.name, after.name].append(copy.ended - copy.began)
+    lines = ["| copy | after | before | calls a step | us each |", "|---|---|---|---|---|"]
+    for (first, copied, then), took in sorted(around.items(), key=lambda item: -sum(item[1]))[:LONGEST]:
+        names = " | ".join(_short(name) for name in (copied, first, then))
+        lines.append(f"| {names} | {len(took) / steps:.1f} | {sum(took) / len(took):.1f} |")
+    return lines
 
 
 def _short(name: str, width: int = 60) -> str:

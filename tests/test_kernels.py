@@ -46,3 +46,16 @@ def test_the_table_says_what_the_exchange_and_the_gaps_cost() -> None:
     assert "| nothing runs | 3.00 | | |" in rows
     assert "| a step | 10.00 | 2 | |" in rows
     assert "| nvjet_tst | 6.00 | 1.0 | 6000.0 |" in rows
+
+
+def test_the_table_says_between_which_kernels_copies_are_made() -> None:
+    products, zeroed = "nvjet_tst", "Memset (Device)"
+    names = (products, zeroed, products, "Memcpy DtoD", "nccl", zeroed, products)
+    kernels = [Kernel(name, 10.0 * place, 10.0 * place + 2) for place, name in enumerate(names)]
+    rows = table(kernels, seconds=1e-4, steps=1).splitlines()
+    start = rows.index("| copy | after | before | calls a step | us each |")
+    assert sorted(rows[start + 2 : start + 5]) == [
+        "| Memcpy DtoD | nvjet_tst | nccl | 1.0 | 2.0 |",
+        "| Memset (Device) | nccl | nvjet_tst | 1.0 | 2.0 |",
+        "| Memset (Device) | nvjet_tst | nvjet_tst | 1.0 | 2.0 |",
+    ]

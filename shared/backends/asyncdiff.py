@@ -178,6 +178,7 @@ def attach(
     from shared.parallel.cfg_split import CfgSplit, HybridSplit
     from shared.parallel.chosen_steps import DRIFT, FLOW_DRIFT, Pace
     from shared.parallel.distrifusion.decoder import KINDS, PatchDecoder
+    from shared.parallel.kept_prompt import KeptPrompt
     from shared.parallel.method import CombinedMethod, Plain, control_nets
     from shared.parallel.pipeline import model_of
     from shared.ranks.device import measured_speeds
@@ -226,6 +227,11 @@ def attach(
     else:
         method = DeepCache(pipe, denoiser, config.cache, cuda_graph=captures, max_shapes=max_shapes)
     parts: list[Part] = [divided(net, kept_of[place]) for place, net in enumerate(nets, 1)]
+    # Sharded and offloaded weights are elsewhere until their block is called.
+    elsewhere = config.offloads or (config.shard_weights and world.size > 1)
+    attending = config.spec.attends_to_prompt and not elsewhere
+    prompts = [KeptPrompt(module) for module in (denoiser, *nets)] if attending else []
+    parts += prompts
     guided = (lambda: method.running.do_classifier_free_guidance) if nets else None
     if hybrid and isinstance(method, AsyncDiff):
         shared = method.asynchronous
@@ -242,6 +248,7 @@ def attach(
         "hybrid": hybrid,
         "control_nets": len(nets),
         "stage_weights": weights,
+        "kept_prompt": sum(part.layers for part in prompts),
     }
     combined = CombinedMethod(method, parts, note)
     combined.decoder = decoder

@@ -122,6 +122,7 @@ class ModelSpec:
     starts: tuple[Start, ...] = ()
     unpacked_layout: Layout = "nchw"  # of latents that are not packed
     pooled_embeds: bool = False
+    attends_to_prompt: bool = False  # whether it takes its prompt by cross-attention of UNets' blocks
     prompt_chunks: bool = False  # whether its denoiser accepts a prompt of any length, in CLIP's chunks
     text_only: tuple[str, ...] = ()  # those that are part of a processor of pictures, which is not needed
     sized_tokenizers: tuple[str, ...] = ()  # those that read `max_sequence_length` tokens
