@@ -263,6 +263,8 @@ def main() -> None:
         except (SystemExit, OSError) as error:
             print(f"| {options.backend}_host.py {name} | {ranks} | failed: {error} |", flush=True)
 
+    # Told to end, by a time limit too, it ends its hosts.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     cases = list(itertools.product(map(int, options.ranks.split(",")), features))
     with ThreadPoolExecutor(len(cases) if options.at_once else 1) as pool:
         list(pool.map(measure, cases))

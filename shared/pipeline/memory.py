@@ -15,6 +15,7 @@ from shared.launch.backend import Needs
 from shared.launch.errors import first_line
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
+from shared.parallel.lanes import move
 from shared.parallel.pipeline import Model, Pipeline
 from shared.parallel.sharded import WHOLE
 
@@ -90,7 +91,7 @@ def place(pipe: Pipeline, spec: ModelSpec, config: HostConfig, device: torch.dev
     else:
         for name, module in _models(pipe).items():
             if name not in (*needs.shards, *needs.stages):
-                module.to(device)
+                move(module, device)
 
 
 class KeptOffload(CpuOffload):

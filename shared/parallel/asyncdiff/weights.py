@@ -12,6 +12,7 @@ from torch import nn
 from shared.parallel.asyncdiff.partition import Partition
 from shared.parallel.asyncdiff.trace import contiguous_stride, is_dense
 from shared.parallel.exchange import Ranks, broadcast
+from shared.parallel.lanes import copy, side_by_side
 from shared.parallel.sharded import LEAST, Block, is_quantized, layers_of, move_rest, plain
 from shared.parallel.surgery import Closing, Forward, Surgery
 
@@ -98,18 +99,18 @@ class StageWeights(Closing):
             mine = owners.get(layer.name)
             # What several stages call, and what is no unit, is on every rank.
             layer.owner = next(iter(mine)) if mine and len(mine) == 1 else None
-            if layer.owner in (None, stage):
-                self._bring(layer)
+        self._bring([layer for layer in self._layers if layer.owner in (None, stage)])
+        for layer in self._layers:
             layer.host = [_empty_like(value) for value in layer.host]
         self._divide_common({call.name for call in plan.trace.calls})
 
     def close(self) -> None:
         """Give every rank the whole weights back. All ranks must call it, any number of times."""
         self._surgery.close()
-        for layer in self._layers:
-            if not self.stages:
-                self._bring(layer)
-            elif layer.block is not None:
+        if not self.stages:
+            self._bring(self._layers)
+        for layer in self._layers if self.stages else ():
+            if layer.block is not None:
                 layer.block.restore(self._buffer, self.ranks)
             elif layer.owner is not None:
                 for tensor, like in zip(layer.tensors, layer.host, strict=True):
@@ -144,9 +145,16 @@ class StageWeights(Closing):
         for block in blocks:
             block.divide(self._buffer, self.ranks)
 
-    def _bring(self, layer: _Layer) -> None:
-        for tensor, value in zip(layer.tensors, layer.host, strict=True):
-            tensor.data = torch.empty_like(_empty_like(value), device=self.device).copy_(value)
+    def _bring(self, layers: list[_Layer]) -> None:
+        pairs = [pair for layer in layers for pair in zip(layer.tensors, layer.host, strict=True)]
+        made = [torch.empty_like(_empty_like(value), device=self.device) for _, value in pairs]
+
+        def one(item: tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+            (tensor, value), into = item
+            copy(into, value)
+            tensor.data = into
+
+        side_by_side(one, zip(pairs, made, strict=True), self.device)
 
     def _fill(self, tensor: torch.Tensor, like: torch.Tensor, owner: int) -> None:
         """Take a tensor from its owner's first rank."""
