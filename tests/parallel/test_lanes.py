@@ -54,7 +54,8 @@ def test_a_target_with_gaps_is_refused() -> None:
 def test_a_moved_model_is_the_same() -> None:
     """As Module.to: tied weights stay tied, buffers come too, and layouts stay."""
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False), nn.BatchNorm2d(9))
-    model.append(nn.Conv2d(9, 4, 3).to(memory_format=torch.channels_last)).requires_grad_(False)
+    model.append(conv := nn.Conv2d(9, 4, 3)).requires_grad_(False)
+    conv.weight.data = conv.weight.data.to(memory_format=torch.channels_last)
     model[1].weight = model[0].weight
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     lanes.move(model, DEVICE)
