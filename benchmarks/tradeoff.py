@@ -45,8 +45,10 @@ from tests.tables import put  # noqa: E402
 HEAD = "| host | flags | ranks | asynchronous | PSNR dB | worst | SSIM | obeyed |\n|---|---|" + "---:|" * 6
 PART = 8
 """Prompts that a launch draws before the others draw theirs."""
-EDGES = {"cpu": range(0, 200, PART), "cuda": (0, PART, 32, 64, 128, 200)}
-"""Where parts begin and end. On GPUs starting a launch takes as long as drawing a few prompts."""
+EDGES = {"cpu": range(0, 200, PART), "cuda": (0, PART, 64, 128)}
+"""Where parts begin. On GPUs starting a launch takes as long as drawing many prompts together."""
+ALONE = {"cpu": EDGES["cpu"], "cuda": (0, PART, 32, 64, 96, 128, 160)}
+"""The same, of launches that draw one by one."""
 TOGETHER = {"cpu": 1, "cuda": 64}
 PLAIN = "plain diffusers"
 Made = tuple[list[Drawn], list[Image.Image]]
@@ -57,6 +59,21 @@ def parts(prompts: int, first: int, device: str, together: int) -> list[Part]:
     scenes = held_out_scenes(200)  # the first ones that demo/evaluate.py draws
     edges = [first, *(edge for edge in EDGES[device] if first < edge < prompts), prompts]
     return [Part(scenes[low:high], low, device, together) for low, high in pairwise(edges)]
+
+
+Job = tuple[str, Launch, Part]
+
+
+def plan(launches: list[tuple[str, Launch]], part: Part, known: set[tuple]) -> list[Job]:
+    """What is left to draw of a part, in the order in which it should be: one by one is in smaller parts."""
+    jobs: list[tuple[int, Job]] = []
+    for kind, launch in launches:
+        inside = [edge for edge in ALONE[part.device] if launch.alone and edge in part.numbers[1:]]
+        for turn, (low, high) in enumerate(pairwise([part.first, *inside, part.numbers.stop])):
+            left = [k for k in range(low, high) if (part.device, kind, launch.key, k) not in known]
+            if left:
+                jobs.append((turn, (kind, launch, part.only(range(left[0], left[-1] + 1)))))
+    return [job for _, job in sorted(jobs, key=lambda pair: pair[0])]
 
 
 def obeyed(right: list[bool]) -> str:
@@ -128,9 +145,8 @@ def read(path: Path | None) -> list[Drawn]:
 
 
 def weight(kind: str, launch: Launch) -> tuple[bool, bool, int, int]:
-    """What takes longer sorts higher: quantizing, then what draws prompts one by one."""
-    alone = any(word in launch.flags for word in ("auto", "fbcache", "pipefusion"))
-    return "quantize_to" in launch.flags, alone, CHECKPOINTS[kind].steps, launch.ranks
+    """What takes longer sorts higher."""
+    return launch.alone, "quantize_to" in launch.flags, CHECKPOINTS[kind].steps, launch.ranks
 
 
 def main() -> None:
@@ -144,6 +160,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=4, help="ranks at the same time (default 4)")
     parser.add_argument("--together", type=int, help="prompts of a call (default 1, on GPUs 64)")
     parser.add_argument("--results", type=Path, help="keep what is known of each picture in this file")
+    parser.add_argument("--tables", action="store_true", help="draw nothing: only what --results has")
     parser.add_argument("--agree", action="store_true", help="say how far GPUs' rows are from the CPU's")
     parser.add_argument(
         "--strip", type=Path, help="write pictures of some launches side by side into this folder"
@@ -179,8 +196,8 @@ def main() -> None:
             for k, (scene, picture) in pairs
         ], made
 
-    def draw(kind: str, launch: Launch, part: Part, plain: Future[Made]) -> Made:
-        wanted = plain.result()[1]
+    def draw(kind: str, launch: Launch, part: Part, plain: Future[Made], first: int) -> Made:
+        wanted = plain.result()[1][part.first - first :][: len(part.scenes)]
         with machine.pool(launch.ranks) as pool:
             found = pool.run(measured, launch.ranks, kind, CHECKPOINTS[kind], launch, part, wanted)
         return next(one for one in found if one[0])
@@ -191,23 +208,19 @@ def main() -> None:
     with ThreadPoolExecutor(options.cores) as jobs:
         waiting: dict[Future[Made], tuple[str, Launch, int]] = {}
         together = options.together or TOGETHER[options.device]
-        for part in parts(options.prompts, options.first, options.device, together):
-            first, numbers = part.first, range(part.first, part.first + len(part.scenes))
-            left = [
-                (kind, launch)
-                for kind, launch in launches
-                if any((options.device, kind, launch.key, k) not in known for k in numbers)
-            ]
+        asked = parts(options.prompts, options.first, options.device, together)
+        for part in asked if not options.tables else []:
+            todo = plan(launches, part, known)
             plains: dict[tuple[str, str | None], Future[Made]] = {}
-            for kind, launch in left:
+            for kind, launch, _ in todo:
                 if (kind, launch.scheduler) not in plains:
                     flags = f"--scheduler={launch.scheduler}" if launch.scheduler else ""
                     alone = Launch(PLAIN, flags, 1, not flags)
                     plains[kind, launch.scheduler] = jobs.submit(draw_plain, kind, alone, part)
-                    waiting[plains[kind, launch.scheduler]] = kind, alone, first
-            for kind, launch in left:
-                job = jobs.submit(draw, kind, launch, part, plains[kind, launch.scheduler])
-                waiting[job] = kind, launch, first
+                    waiting[plains[kind, launch.scheduler]] = kind, alone, part.first
+            for kind, launch, mine in todo:
+                job = jobs.submit(draw, kind, launch, mine, plains[kind, launch.scheduler], part.first)
+                waiting[job] = kind, launch, mine.first
         for job in as_completed(waiting):
             kind, launch, first = waiting[job]
             try:

@@ -23,6 +23,12 @@ class Launch:
         return next((flag[12:] for flag in self.flags.split() if flag.startswith("--scheduler=")), None)
 
     @property
+    def alone(self) -> bool:
+        """Whether it draws its prompts one by one: what it measures decides for all pictures of a call, or
+        its method takes one."""
+        return any(word in self.flags for word in ("auto", "fbcache", "pipefusion"))
+
+    @property
     def key(self) -> tuple[str, str, int]:
         return self.host, self.flags, self.ranks
 

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,7 +32,9 @@ from tests.pool import RankPool  # noqa: E402
 EQUAL = 100.0  # dB of pictures that are equal; one value that differs by one makes 95
 GPUS = 2
 """Of a launch on GPUs: its ranks are on the first ones, several launches share them."""
-LIMIT = {"cpu": 3600.0, "cuda": 400.0}  # seconds that a launch may take for its prompts
+CAPTURED = 32
+"""From so many prompts drawn one by one, capturing CUDA graphs is worth its seconds."""
+LIMIT = {"cpu": 3600.0, "cuda": 150.0}  # seconds that a launch may take for its prompts
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,14 @@ class Part:
     device: str = "cpu"
     together: int = 1
     """How many are drawn at the same time where that makes the same pictures."""
+
+    @property
+    def numbers(self) -> range:
+        return range(self.first, self.first + len(self.scenes))
+
+    def only(self, numbers: range) -> Part:
+        low, high = numbers.start - self.first, numbers.stop - self.first
+        return replace(self, scenes=self.scenes[low:high], first=numbers.start)
 
 
 def exact_sums(device: str) -> None:
@@ -132,7 +142,9 @@ def launched(kind: Checkpoint, launch: Launch, part: Part) -> tuple[list[Image.I
         torch.cuda.set_device(place)
     world = World(rank, size, rank, place, *make_groups(600, "nccl" if cuda else "gloo"))
     own = [f"--type={kind.type}", f"--checkpoint={kind.path}", "--variant=fp32", f"--device={part.device}"]
-    own += [f"--width={PIXELS}", f"--height={PIXELS}", *(["--no_cuda_graph"] if cuda else [])]
+    own += [f"--width={PIXELS}", f"--height={PIXELS}"]
+    if cuda and not (launch.alone and len(part.scenes) >= CAPTURED):
+        own.append("--no_cuda_graph")
     config = parse_config(BACKENDS[launch.host], BACKENDS, [*own, *launch.flags.split()])
     engine = importlib.import_module(f"shared.backends.{launch.host}").build_engine(config, world)
 

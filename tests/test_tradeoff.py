@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.quality import psnr
-from benchmarks.tradeoff import CHECKPOINTS, PLAIN, agreement, obeyed, parts, read, row, table
+from benchmarks.tradeoff import CHECKPOINTS, PLAIN, agreement, obeyed, parts, plan, read, row, table
 from benchmarks.tradeoff_launches import LAUNCHES, Launch
 from benchmarks.tradeoff_ranks import Drawn, Machine, Part, compared, launched, ssim
 from shared.backends import BACKENDS
@@ -78,10 +78,22 @@ def test_a_row_is_of_the_device_that_drew_more_and_both_are_compared_by_prompt()
 def test_prompts_are_drawn_in_parts_each_with_its_own_seeds() -> None:
     [whole] = parts(200, 128, "cuda", 64)
     found = parts(64, 0, "cuda", 64)
-    assert [(part.first, len(part.scenes)) for part in found] == [(0, 8), (8, 24), (32, 32)]
+    assert [(part.first, len(part.scenes)) for part in found] == [(0, 8), (8, 56)]
     assert [(part.first, len(part.scenes)) for part in parts(20, 3, "cpu", 1)] == [(3, 5), (8, 8), (16, 4)]
     drawn = [scene for part in [*found, *parts(128, 64, "cuda", 64), whole] for scene in part.scenes]
     assert drawn == held_out_scenes(200)
+
+
+def test_what_is_left_is_drawn_once_and_one_by_one_in_smaller_parts() -> None:
+    at_once, alone = LAUNCHES["student"][0], LAUNCHES["student"][-1]
+    assert alone.alone and not at_once.alone
+    part = parts(64, 0, "cuda", 64)[1]
+    known = {("cuda", "student", at_once.key, k) for k in range(40)}
+    known |= {("cuda", "student", alone.key, k) for k in range(8, 20)} | {("cpu", "student", alone.key, 63)}
+    left = plan([("student", at_once), ("student", alone)], part, known)
+    told = [(launch, mine.first, len(mine.scenes)) for _, launch, mine in left]
+    assert told == [(at_once, 40, 24), (alone, 20, 12), (alone, 32, 32)]
+    assert left[0][2].scenes == held_out_scenes(200)[40:64]
 
 
 @pytest.mark.parametrize("host", ["distrifuser", pytest.param("asyncdiff", marks=pytest.mark.slow)])
