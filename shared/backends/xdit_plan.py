@@ -69,7 +69,7 @@ def _refused(spec: ModelSpec, plan: TokenPlan) -> Iterator[tuple[str, str]]:
         yield "use_teacache", f"nobody has measured TeaCache's polynomial for it; types with it: {have}"
     if plan.stages is None:
         have = types(lambda other: other.stages)
-        yield "pipefusion_parallel_degree", f"{plan.no_stages}; types with them: {have}"
+        yield "pipefusion_parallel_degree", f"xfuser has no PipeFusion stages for it; types with them: {have}"
     elif plan.stages.equal:
         yield "attn_layer_num_for_pp", "its skip connections need equal stages"
 

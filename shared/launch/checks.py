@@ -242,9 +242,10 @@ def runs_whole(config: HostConfig, masked: bool) -> bool:
 def start_problem(config: HostConfig, kind: Kind) -> str | None:
     """Why a launch of a type that starts from pictures cannot do so, or only without a mask; None: it can."""
     spec, what = config.spec, "takes a mask" if kind == "inpaint" else "starts from a picture"
-    if (config.pipefusion_parallel_degree or 1) > 1:
-        return f"is not supported with PipeFusion: no pipeline of xfuser {what}; the other degrees support it"
     start = spec.start(kind, bool(config.control_net))
+    looks = start is not None and start.strength is None
+    if (config.pipefusion_parallel_degree or 1) > 1 and not looks:
+        return f"is not supported with PipeFusion: no pipeline of xfuser {what}; the other degrees support it"
     if start is None and config.control_net:
         return f"type {spec.name} with --control_net: this host has no pipeline that {what}"
     if start is not None and config.ip_adapter and not start.ip_adapter:

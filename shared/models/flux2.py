@@ -21,7 +21,7 @@ from shared.models.spec import (
     Start,
     refusals,
 )
-from shared.models.tokens import Beside, Site, TokenPlan
+from shared.models.tokens import Beside, Site, StagePlan, TokenPlan
 
 TOKENS = TokenPlan(
     name="Flux2Transformer2DModel",
@@ -44,7 +44,12 @@ TOKENS = TokenPlan(
         LeftOut("transformer_blocks", ("encoder_hidden_states", "hidden_states")),
         LeftOut("single_transformer_blocks"),
     ),
-    no_stages="xfuser's stages of it do not make the exact picture in their synchronous steps",
+    stages=StagePlan(
+        returns=("text", "picture"),
+        one_patch="with one patch, xfuser counts FLUX.2's text once for every rank that shares the sequence",
+        unpacked=frozenset({"Flux2KleinPipeline"}),
+        inputs=True,
+    ),
 )
 _ONE_BRANCH = replace(TOKENS, guidance="embedded")
 

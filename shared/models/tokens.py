@@ -81,6 +81,10 @@ class StagePlan:
     """Whether stages send text of `max_sequence_length` tokens, whatever length embeddings have."""
     kept_text: str | None = None
     """Where xfuser's stages keep each block's text of the first patch for the others; None: they do not."""
+    unpacked: frozenset[str] = frozenset()
+    """Pipelines that unpack their latents also where these are what they return."""
+    inputs: bool = False
+    """Whether xfuser's pipeline leaves out the second guidance branch and the pictures to look at."""
     unshared: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Settings of a checkpoint with which stages cannot share a sequence as well, and why."""
 
@@ -165,9 +169,7 @@ class TokenPlan:
     further: tuple[str, ...] = ()
     """Components that are transformers of this class too, each for a part of the schedule."""
     stages: StagePlan | None = None
-    """For PipeFusion; None: there are none of it."""
-    no_stages: str = "xfuser has no PipeFusion stages for it"
-    """Why not."""
+    """For PipeFusion; None: xfuser has none of it."""
     control_net: TokenPlan | None = None
     """The ControlNet's, whose residuals it adds."""
 

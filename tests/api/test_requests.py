@@ -476,6 +476,10 @@ def test_frames_are_as_many_as_pictures() -> None:
             *("image", "is not supported with --ip_adapter: FluxControlNetImg2ImgPipeline takes none"),
         ),
         ("flux", {"pipefusion_parallel_degree": 2}, {}, 422, "image", "is not supported with PipeFusion"),
+        (
+            *("flux2", {"pipefusion_parallel_degree": 2}, {"mask": drawn(8, 8)}, 422),
+            *("mask", "is not supported with PipeFusion"),
+        ),
         ("ad", {}, {"mask": drawn(8, 8)}, 422, "mask", "does not support mask"),
         ("chroma", {}, {"mask": drawn(8, 8)}, 422, "mask", "does not support mask"),
         *((name, {}, {}, 422, "image", "does not support image") for name in ("hy", "pixa", "pixs")),
@@ -487,6 +491,13 @@ def test_pictures_that_are_refused(
     given = fields if set(fields) == {"mask"} and status == 400 else {"image": drawn(64, 64)} | fields
     got, problems = refused(given, config_of(type, **flags))
     assert got == status and words in problems[field], problems
+
+
+def test_stages_look_at_pictures() -> None:
+    request = check_request(
+        {"seed": 1, "image": [drawn(64, 64)] * 2}, config_of("flux2", pipefusion_parallel_degree=2)
+    )
+    assert len(request.image or ()) == 2
 
 
 NETS = {"/models/canny": 1.0, "/models/depth": 0.5}

@@ -61,7 +61,7 @@ def compared(name: str, degrees: dict[str, int]) -> tuple[list[float], int]:
     return [float((a - b).abs().max()) for a, b in zip(plain, replayed, strict=True)], Replaying.replays
 
 
-@pytest.mark.parametrize("name", seldom(["flux", "sd3", "pixs", "pixa", "hy"], ("sd3",)))
+@pytest.mark.parametrize("name", seldom(["flux", "flux2", "sd3", "pixs", "pixa", "hy"], ("sd3",)))
 def test_replayed_stages_are_those_that_python_calls(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     for differences, replays in pool.run(compared, 2, name, {"pipefusion": 2}):
@@ -89,7 +89,7 @@ def compiled(name: str) -> tuple[list[float], int]:
     return found, graph_count() - before
 
 
-@pytest.mark.parametrize("name", seldom(["flux", "sd3", "pixs", "hy"], ("pixs",)))
+@pytest.mark.parametrize("name", seldom(["flux", "flux2", "sd3", "pixs", "hy"], ("pixs",)))
 def test_compiled_blocks_share_code_and_not_what_they_keep(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     for differences, graphs in pool.run(compiled, 2, name, timeout=240):

@@ -241,13 +241,17 @@ def check_model(pipeline: Pipeline, degrees: Degrees, cache: CacheSettings | Non
             )
     if degrees.tensor > 1 and not tokens.tensor:
         raise ValueError(f"tensor degree {degrees.tensor}: xDiT does not shard the layers of {tokens.name}")
-    settings = {**pipeline.config, **transformer.config}
-    one_branch = tokens.branches == 1 or any(settings.get(name) for name in tokens.one_branch)
-    if degrees.cfg == 2 and one_branch:
+    if degrees.cfg == 2 and branches_of(pipeline, tokens) == 1:
         raise ValueError(f"cfg degree 2: this {tokens.name} has only one guidance branch")
     if cache is not None and (problem := tokens.cache_problem(cache)):
         raise ValueError(f"{cache.cache} {problem}")
     return tokens
+
+
+def branches_of(pipeline: Pipeline, tokens: TokenPlan) -> int:
+    """Guidance branches of one step, as the checkpoint has them: 1 or 2."""
+    settings = {**pipeline.config, **model_of(pipeline, "transformer").config}
+    return 1 if any(settings.get(name) for name in tokens.one_branch) else tokens.branches
 
 
 def capturable(model: Any) -> bool:

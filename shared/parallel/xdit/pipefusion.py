@@ -21,7 +21,7 @@ from shared.parallel.distrifusion.decoder import PatchDecoder
 from shared.parallel.exchange import Ranks
 from shared.parallel.graphs import Graphs
 from shared.parallel.method import Method, Unwatched, Watch, control_nets
-from shared.parallel.pipeline import Model, Pipeline, model_of
+from shared.parallel.pipeline import Model, Pipeline, model_of, statistics_of_squares
 from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.degrees import (
     Degrees,
@@ -31,10 +31,11 @@ from shared.parallel.xdit.degrees import (
     scheduler_problem,
     stages_problem,
 )
-from shared.parallel.xdit.exact import attention_backend, capturable, check_model, plan
+from shared.parallel.xdit.exact import attention_backend, branches_of, capturable, check_model, plan
 from shared.parallel.xdit.groups import XfuserGroups
 from shared.parallel.xdit.sequence import blocks_of
 from shared.parallel.xdit.stage_buffers import StageBuffers, place_of
+from shared.parallel.xdit.stage_inputs import ADDED, StageInputs
 from shared.parallel.xdit.stages import Snapshot, StepReporter, noise_of_whole_pictures
 
 log = logging.getLogger("host")
@@ -96,6 +97,7 @@ class XDiTPipeFusion(Method):
         self.degrees, self.warm_up_steps = degrees, warm_up_steps
         self.patches = self._patches = patches or degrees.pipefusion
         self.transformer = model_of(pipeline, "transformer")
+        self._branches = branches_of(pipeline, self.tokens)
         self._stages: Model | None = None
         """xfuser's form of it, with the blocks of this rank."""
         self.cut = self._check(stages)
@@ -153,7 +155,9 @@ class XDiTPipeFusion(Method):
 
     def _install(self, config: Any, free: bool) -> None:
         import xfuser.core.cache_manager.cache_manager as caches
+        import xfuser.core.distributed.parallel_state as groups
         import xfuser.model_executor.layers.attention_processor as attentions
+        import xfuser.model_executor.models.transformers.transformer_flux2 as flux2
         import xfuser.model_executor.pipelines as pipelines
         from xfuser.model_executor.pipelines.register import xFuserPipelineWrapperRegister
 
@@ -166,10 +170,13 @@ class XDiTPipeFusion(Method):
         plain, sequence = attentions.USP, self.degrees.sequence
 
         def usp(*args: Any, attn_layer: Any = None, **kwargs: Any) -> Any:
-            # Without sequence parallelism SD3's layer has put keys and values into its cache already.
+            # Without sequence parallelism SD3's and FLUX.2's layers have filled their caches already.
             return plain(*args, attn_layer=attn_layer if sequence > 1 else None, **kwargs)
 
-        surgery.replace(attentions, "USP", usp)
+        for module in (attentions, flux2):
+            surgery.replace(module, "USP", usp)
+        # FLUX.2's layers keep text apart where they find it, which was not there when they were imported.
+        surgery.replace(flux2, "_SP", groups.get_sp_group())
         blocks = set(blocks_of(self.transformer, self.tokens))
         assert pipelines  # its import registers the pipelines
         wrapper = xFuserPipelineWrapperRegister.get_class(pipe)
@@ -185,7 +192,8 @@ class XDiTPipeFusion(Method):
         self._blocks = mine
         for block in mine:
             surgery.override(block, self._pass_through)
-        self._buffers = StageBuffers(self.transformer.dtype, self.groups.device, self._graphs.close)
+        channels = self.tokens.channels(self.transformer.config)
+        self._buffers = StageBuffers(self.transformer.dtype, self.groups.device, channels, self._graphs.close)
         self._buffers.install(self._stages, self.cut.kept_text, surgery)
         surgery.override(self._stages, self._counted)
         if free and self.groups.device.type == "cuda":
@@ -231,9 +239,7 @@ class XDiTPipeFusion(Method):
     def begin(self, steps: int, pictures: int = 1) -> None:
         """A new generation starts: xfuser's buffers of the last one are reset."""
         super().begin(steps, pictures)
-        from xfuser.core.distributed import get_runtime_state
-
-        state = get_runtime_state()
+        state = self._state()
         state.ready = False
         # xfuser lowers it for good where a request has fewer steps.
         exact = self.warm_up_calls // 2 if self._rehearsing else self.warm_up_steps or warm_up_of(steps)
@@ -253,21 +259,32 @@ class XDiTPipeFusion(Method):
         """
         wanted = arguments.get("output_type", "pil")
         arguments = self._supported(arguments) | {"output_type": "latent", "return_dict": True}
-        pipe = self.pipeline
+        pipe, inputs = self.pipeline, self._inputs(arguments) if self.cut.inputs else None
         on_step = (watch or Unwatched()).after_step
         reporter = self._watch = StepReporter(arguments["num_inference_steps"], on_step, self.groups.device)
         try:
             with Surgery() as during, noise_of_whole_pictures():
                 during.replace(pipe, "scheduler", self._scheduler(pipe.scheduler))
                 during.replace(pipe, "transformer", self._stages)
+                if inputs is not None:
+                    inputs.install(self._wrapped, self._state(), during)
+                    arguments = {name: value for name, value in arguments.items() if name not in ADDED}
                 output = self._wrapped(**arguments)
         finally:
             failed, self._watch = reporter.finish(), None
         if failed is not None:
             raise failed
-        latents = self._share(None if output is None else output.images)
+        latents = None if output is None else output.images
+        if latents is not None and inputs is not None:
+            latents = inputs.picture(latents)
+        latents = self._share(latents)
         on_step(latents, reporter.steps)
         return self._decoded(latents, arguments, wanted)
+
+    def _inputs(self, arguments: dict[str, Any]) -> StageInputs:
+        pair = Ranks.of(self.groups.branches) if self.degrees.cfg == 2 else None
+        shared = Ranks.of(self.groups.sequence)
+        return StageInputs(self.pipeline, arguments, self._branches == 2, pair, shared)
 
     def close(self) -> None:
         super().close()
@@ -284,6 +301,7 @@ class XDiTPipeFusion(Method):
             for name, parameter in inspect.signature(type(self._wrapped).__call__).parameters.items()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         } - set(UNSUPPORTED)
+        names = names | ADDED if self.cut.inputs else names
         empty = [name for name, value in arguments.items() if value is None or value == ""]
         if "negative_prompt" not in names and (arguments.get("true_cfg_scale") or 1.0) <= 1:
             # Without true guidance they have no effect, in diffusers either.
@@ -292,7 +310,8 @@ class XDiTPipeFusion(Method):
         lost = sorted(set(arguments) - names - set(empty))
         if lost:
             raise ValueError(f"PipeFusion does not support {', '.join(lost)}; the other degrees do")
-        if self.tokens.branches == 2 and arguments.get("guidance_scale", 2.0) <= 1:
+        alone = self._branches == 1 or self.cut.inputs
+        if not alone and arguments.get("guidance_scale", 2.0) <= 1:
             raise ValueError("PipeFusion needs guidance: cfg must be above 1; the other degrees support 1")
         if "set_timesteps" in vars(self.pipeline.scheduler):
             raise ValueError("PipeFusion does not support a part of a schedule; the other degrees do")
@@ -315,6 +334,11 @@ class XDiTPipeFusion(Method):
             supported["max_sequence_length"] = supported["prompt_embeds"].shape[1]
         return supported
 
+    def _state(self) -> Any:
+        from xfuser.core.distributed import get_runtime_state
+
+        return get_runtime_state()
+
     def _scheduler(self, scheduler: Any) -> Any:
         from xfuser.model_executor.schedulers.register import xFuserSchedulerWrappersRegister
 
@@ -323,10 +347,8 @@ class XDiTPipeFusion(Method):
         return xFuserSchedulerWrappersRegister.get_wrapper(scheduler)(scheduler)
 
     def _counted(self, original: Forward, args: tuple, kwargs: dict) -> Any:
-        from xfuser.core.distributed import get_runtime_state
-
         assert self._watch is not None
-        state = get_runtime_state()
+        state = self._state()
         self._watch.hold()
         # Asked once a call: a graph must not hold blocks that pass their input through.
         self._ending = self._watch.error is not None
@@ -346,7 +368,7 @@ class XDiTPipeFusion(Method):
             return original(*args, **kwargs)
         given: dict[Stream, Any] = dict(zip(("picture", "text"), args, strict=False))
         given |= {stream: kwargs[name] for stream, name in STREAMS.items() if name in kwargs}
-        answer = tuple(given[stream] for stream in self.cut.returns)
+        answer = tuple(given[stream] for stream in self.cut.returns if given.get(stream) is not None)
         return answer if len(answer) > 1 else answer[0]
 
     def _share(self, latents: torch.Tensor | None) -> torch.Tensor:
@@ -366,13 +388,21 @@ class XDiTPipeFusion(Method):
     def _decoded(self, latents: torch.Tensor, arguments: dict[str, Any], wanted: str) -> Any:
         from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-        if wanted == "latent":
-            return ImagePipelineOutput(images=latents)
         pipe, config = self.pipeline, self.pipeline.vae.config
-        if self.tokens.packed:
-            size = arguments["height"], arguments["width"]
-            latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
-        latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        if wanted == "latent" and type(pipe).__name__ not in self.cut.unpacked:
+            return ImagePipelineOutput(images=latents)
+        size = arguments["height"], arguments["width"]
+        if self.tokens.squares:
+            mean, deviation = (x.to(latents) for x in statistics_of_squares(pipe.vae))
+            sides = [side // (2 * pipe.vae_scale_factor) for side in size]
+            squares = (latents * deviation + mean).transpose(1, 2).unflatten(2, sides)
+            latents = pipe._unpatchify_latents(squares)
+            if wanted == "latent":
+                return ImagePipelineOutput(images=latents)
+        else:
+            if self.tokens.packed:
+                latents = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
+            latents = latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
         with torch.no_grad():
             decoded = pipe.vae.decode(latents.to(pipe.vae.dtype), return_dict=False)[0]
         pipe.maybe_free_model_hooks()

@@ -24,12 +24,15 @@ class StageBuffers:
 
     Args:
         dtype, device: of the computation.
+        channels: of a token.
         moved: called when memory that calls were captured with is given up.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, moved: Callable[[], None]) -> None:
+    def __init__(
+        self, dtype: torch.dtype, device: torch.device, channels: int, moved: Callable[[], None]
+    ) -> None:
         self._memory: dict[Hashable, torch.Tensor] = {}
-        self._dtype, self._device, self._moved = dtype, device, moved
+        self._dtype, self._device, self._channels, self._moved = dtype, device, channels, moved
         self._layers: list[Any] = []
         """xfuser's attention layers that see all patches."""
         self._sized: tuple[int, int] | None = None
@@ -81,9 +84,7 @@ class StageBuffers:
         self._sized = sized
         for layer in self._layers:
             # Where the layer finds it itself: compiled code of one block serves the others too.
-            layer.all_patches = self.place(
-                layer, (math.prod(sized) * 2 * layer.to_k.out_features,), self._dtype
-            )
+            layer.all_patches = self.place(layer, (math.prod(sized) * 2 * self._channels,), self._dtype)
 
     def place(self, owner: Hashable, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """The owner's memory as a tensor of this shape; what it held before is lost where it must grow."""
