@@ -58,7 +58,8 @@ def pipefused(
     """On each rank: how close it comes to the plain pipeline, by warm-up and call."""
     pipe: Any = engine(kind).pipe
     text, plain = repr(pipe.transformer), once(lambda: [drawn(pipe, **call) for call in calls])
-    found = []
+    ended = {"output_type": "latent", "steps": 2}
+    found, latents = [], drawn(pipe, **ended)
     for warm_up in warm_ups:
         options: Any = {"warm_up_steps": warm_up, "parallel_vae": warm_up > 1}
         with XDiTPipeFusion(pipe, Degrees(**degrees), **options) as parallel:
@@ -68,9 +69,8 @@ def pipefused(
                 made = drawn(lambda **arguments: parallel.run(arguments, Unwatched()), **call)
                 row.append(psnr(made, wanted))
             parallel.begin(2)
-            ended = {"output_type": "latent", "steps": 2}
             made = drawn(lambda **arguments: parallel.run(arguments, Unwatched()), **ended)
-            assert made.shape == drawn(pipe, **ended).shape
+            assert psnr(made, latents) >= EXACT or warm_up == 1
             if parallel.degrees.sequence > 1:
                 with pytest.raises(ValueError, match=r"image: .* must be a multiple of 2; got 25"):
                     parallel.run(tiny.call_args("flux2") | {"image": tiny.picture(80, 1)})
@@ -95,10 +95,10 @@ def test_pipefusion(pool: RankPool, kind: str) -> None:
         ("klein", {"pipefusion": 2, "ulysses": 2}),
         ("klein", {"pipefusion": 2, "cfg": 2}),
         ("dev", {"pipefusion": 2, "ring": 2}),
-        ("dev", {"pipefusion": 4}),
+        ("dev", {"pipefusion": 3}),
     ],
 )
-def test_pipefusion_on_four_ranks(pool: RankPool, kind: str, degrees: dict[str, int]) -> None:
+def test_pipefusion_on_more_ranks(pool: RankPool, kind: str, degrees: dict[str, int]) -> None:
     config_of(kind)
     # Two patches of two ranks each need 64 pixels, and two ranks an even number of the pictures' tokens.
     calls = [
@@ -106,8 +106,7 @@ def test_pipefusion_on_four_ranks(pool: RankPool, kind: str, degrees: dict[str, 
         for call in CALLS
     ]
     calls = [call | ({"height": 64} if call.get("height", 64) % 32 else {}) for call in calls]
-    for exact, stale in pool.run(pipefused, 4, kind, degrees, [99, 1], calls):
-        print(exact, stale)
+    for exact, stale in pool.run(pipefused, Degrees(**degrees).world, kind, degrees, [99, 1], calls):
         assert min(exact) >= EXACT, exact
         assert 40 <= min(stale) < EXACT + 30, stale
 

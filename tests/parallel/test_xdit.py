@@ -304,6 +304,9 @@ def test_hybrids_on_four_ranks(pool: RankPool, name: str) -> None:
 def test_pipefusion_hybrids_on_four_ranks(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     calls: list[Case] = [{"steps": 2, "height": 64, "width": 48, "prompt": "a"}]
+    calls += [
+        {"steps": 2, "height": 96, "prompt": "a"}
+    ]  # patches of unequal heights, where two ranks share one
     # xfuser would count FLUX's text once a rank.
     refused = {"height": 32} if name == "flux" else None
     for rank in pool.run(pipefused, 4, name, PIPEFUSION_HYBRIDS[name], [99], calls, refused):

@@ -36,7 +36,7 @@ from shared.parallel.xdit.groups import XfuserGroups
 from shared.parallel.xdit.sequence import blocks_of
 from shared.parallel.xdit.stage_buffers import StageBuffers, place_of
 from shared.parallel.xdit.stage_inputs import ADDED, StageInputs
-from shared.parallel.xdit.stages import Snapshot, StepReporter, noise_of_whole_pictures
+from shared.parallel.xdit.stages import Snapshot, StepReporter, deal_rows, noise_of_whole_pictures
 
 log = logging.getLogger("host")
 
@@ -196,6 +196,7 @@ class XDiTPipeFusion(Method):
         self._buffers = StageBuffers(self.transformer.dtype, self.groups.device, channels, self._graphs.close)
         self._buffers.install(self._stages, self.cut.kept_text, surgery)
         surgery.override(self._stages, self._counted)
+        surgery.replace(self._state(), "_calc_patches_metadata", self._patched)
         if free and self.groups.device.type == "cuda":
             self._freed = list(blocks - mine)
             for block in self._freed:
@@ -345,6 +346,11 @@ class XDiTPipeFusion(Method):
         if problem := scheduler_problem(self.tokens.flow, type(scheduler).__name__, scheduler.config):
             raise ValueError(problem)
         return xFuserSchedulerWrappersRegister.get_wrapper(scheduler)(scheduler)
+
+    def _patched(self) -> None:
+        state, sequence = self._state(), Ranks.of(self.groups.sequence)
+        type(state)._calc_patches_metadata(state)
+        deal_rows(state, sequence.size, sequence.rank)
 
     def _counted(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         assert self._watch is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -107,6 +108,29 @@ def noise_of_whole_pictures() -> Iterator[None]:
         for module in (ddpm, dpmsolver):
             during.replace(module, "randn_tensor", randn)
         yield
+
+
+def deal_rows(state: Any, ranks: int, rank: int) -> None:
+    """Give each rank of a sequence its part of every patch: xfuser's own parts differ where patches do.
+
+    Args:
+        state: xfuser's run-time state, which has a size.
+        ranks, rank: that share a patch, and this one's place among them.
+    """
+    size, side = state.input_config, state.backbone_patch_size
+    rows, columns = (pixels // state.vae_scale_factor // side for pixels in (size.height, size.width))
+    high = -(-rows // (state.parallel_config.pp_config.num_pipeline_patch * ranks))
+    own = [(min(high, (rows - first) // ranks), first) for first in range(0, rows, high * ranks)]
+    parts = [[first + rank * count, first + (rank + 1) * count] for count, first in own]
+    tokens = [[columns * start, columns * end] for start, end in parts]
+    counts = [end - start for start, end in tokens]
+    heights = [side * count for count, _ in own]
+    state.pp_patches_height = heights
+    state.pp_patches_start_idx_local = [0, *itertools.accumulate(heights)]
+    state.pp_patches_start_end_idx_global = [[side * start, side * end] for start, end in parts]
+    state.pp_patches_token_start_end_idx_global = tokens
+    state.pp_patches_token_num = counts
+    state.pp_patches_token_start_idx_local = [0, *itertools.accumulate(counts)]
 
 
 class Snapshot:
