@@ -14,8 +14,9 @@ from shared.parallel.xdit.pipefusion import XDiTPipeFusion
 from shared.pipeline.engine import PipelineEngine
 from tests import test_matrix, tiny, tiny_original
 from tests.parallel.test_xdit import EXACT, psnr
-from tests.pipeline.test_flux2 import config_of, engine
+from tests.pipeline.test_flux2 import KINDS, config_of, engine
 from tests.pool import RankPool, is_last, once
+from tests.seldom import seldom
 
 LOOKING = {"image": [tiny.picture(80, 1), tiny.picture(64, 2)], "height": 80, "width": 48}
 
@@ -80,7 +81,7 @@ def pipefused(
     return found
 
 
-@pytest.mark.parametrize("kind", ["klein", "dev", pytest.param("distilled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", seldom(KINDS, ("klein",)))
 def test_pipefusion(pool: RankPool, kind: str) -> None:
     config_of(kind)
     for exact, stale in pool.run(pipefused, 2, kind, {"pipefusion": 2}, [99, 1], CALLS):

@@ -93,7 +93,8 @@ class StageInputs:
 
     def _encoded(self, images: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and their places, as diffusers' pipeline makes them inside of its call."""
-        pipe, processor, made = self._pipe, self._pipe.image_processor, []
+        pipe: Any = self._pipe
+        processor, made = pipe.image_processor, []
         multiple = 2 * pipe.vae_scale_factor
         for image in images:
             processor.check_image_input(image)
