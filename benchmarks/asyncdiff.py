@@ -9,7 +9,7 @@ torchrun --nproc_per_node=2 benchmarks/asyncdiff.py sdxl:1024:30 --systems graph
 steps shares one of them for 8 (two ranks); "hybrid-auto" chooses those steps by itself, and "hybrid-demo"
 takes those that it chooses for 30 steps of the demo checkpoint, as random weights choose others.
 Behind "+" of graph and cfg is a step cache, and behind all of that "-remade": the prompt's keys and
-values in each step.
+values in each step, and self-attention's projections one by one.
 "pairs-12-8" puts them on halves of four or more ranks, asynchronous in 8 steps; "pairs": after --warm-up.
 Under one rank (plain python) only the plain systems run. Every system's time is the median of `--repeats`
 generations after one that warms it up; the error is ||a - b|| / ||b|| against plain eager.
@@ -31,6 +31,7 @@ from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.asyncdiff.deep_cache import DeepCache
 from shared.parallel.cfg_split import CfgSplit, HybridSplit
 from shared.parallel.chosen_steps import Pace
+from shared.parallel.joined import JoinedProjections
 from shared.parallel.kept_prompt import KeptPrompt
 from shared.parallel.pipeline import model_of, part_of
 
@@ -60,7 +61,7 @@ class AsyncDiffBench(Bench):
         unet = part_of(pipe, "unet")
 
         def prompt() -> list[Any]:
-            return [] if remade or unet is None else [KeptPrompt(unet)]
+            return [] if remade or unet is None else [KeptPrompt(unet), JoinedProjections(unet)]
 
         if system in ("graph", "cfg"):
             denoiser = model_of(pipe, "transformer" if unet is None else "unet")

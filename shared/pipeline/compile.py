@@ -17,6 +17,7 @@ from torch import nn
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline, part_of, parts_of
+from shared.pipeline.layouts import in_its_layout, keep_layouts
 
 log = logging.getLogger("host")
 
@@ -47,9 +48,11 @@ def compile_pipeline(
             given = replace(config, compile_mode=mode)
             log.info("%s: compile mode %s, as the host captures whole steps", spec.denoiser, mode)
         for name, denoiser in parts_of(pipe, spec.denoisers).items():
+            keep_layouts(denoiser)
             counts[name] = _compile(regions(denoiser) if whole_blocks else feed_forwards(denoiser), given)
         if (net := part_of(pipe, "controlnet")) is not None:
             done = set(denoiser.modules())  # of which some nets run layers too
+            keep_layouts(net)
             counts["controlnet"] = _compile([one for one in regions(net) if one not in done], given)
     if config.compile_vae:
         # The pipeline calls vae.decode and vae.encode, which call these two: the VAE's own forward is unused.
@@ -119,7 +122,10 @@ def _compile(modules: Any, config: HostConfig) -> int:
         arguments["options"] = config.compile_options
     count = 0
     for module in modules:
-        module.forward = torch.compile(module.forward, **arguments)
+        forward = module.forward
+        if isinstance(module, nn.GroupNorm):
+            forward = in_its_layout(forward)
+        module.forward = torch.compile(forward, **arguments)
         count += 1
     return count
 
