@@ -11,6 +11,9 @@ RANKS ?= 2
 TYPE ?= unet
 WORKERS ?= 2
 
+# Hundreds of processes import the project: each would compile it again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check matrix gpu-matrix format clean
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt

@@ -23,15 +23,25 @@ if TYPE_CHECKING:
 
 LONGEST = (
     "test_matrix.py",
-    "test_host.py",
     "parallel/test_xdit.py",
     "launch/test_flags.py",
-    "http/test_web.py",
-    "http/test_web_jobs.py",
+    "test_host.py",
     "parallel/test_distrifusion.py",
-    "clients/test_comfyui_samplers.py",
-    "ranks/test_state_dir.py",
+    "parallel/test_sharded.py",
+    "test_end_to_end.py",
+    "http/test_web.py",
+    "parallel/test_asyncdiff.py",
     "pipeline/test_lora.py",
+    "parallel/test_stage_buffers.py",
+    "pipeline/test_arguments.py",
+    "clients/test_comfyui_samplers.py",
+    "http/test_web_jobs.py",
+    "ranks/test_state_dir.py",
+    "test_demo_training.py",
+    "pipeline/test_adapters.py",
+    "parallel/test_caches.py",
+    "parallel/test_wan22.py",
+    "pipeline/test_batches.py",
 )
 """The files that take longest: run first, so that no worker is left with one of them at the end."""
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")

@@ -1,8 +1,8 @@
 """A pool of rank processes that stays up for a whole pytest session.
 
 ``pool.run(fn, world_size, *args)`` calls one importable function on every rank of a fresh gloo job and gives
-back what each rank returned. The processes are forked from a server that has imported torch and diffusers
-once, so a call costs milliseconds instead of an import. Each call starts from its rank's own random state.
+back what each rank returned. The processes are forked from a server that has imported tests/preload.py once,
+so a call costs milliseconds instead of an import. Each call starts from its rank's own random state.
 """
 
 from __future__ import annotations
@@ -23,23 +23,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
-PRELOAD = (
-    "torch",
-    "torch.distributed",
-    "torch._dynamo",
-    "torch.utils.flop_counter",
-    "diffusers",
-    "peft",
-    "shared.backends.asyncdiff",
-    "shared.pipeline.engine",
-    "shared.pipeline.loading",
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_upscale",
-    "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
-    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
-    "diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion",
-    "diffusers.pipelines.animatediff.pipeline_animatediff",
-)
 GRACE = 5.0
 """Seconds that the other ranks get to finish once one rank has failed."""
 MOST_THREADS = 24
@@ -213,7 +196,7 @@ class RankPool:
             return
         os.environ["OMP_NUM_THREADS"] = "1"
         if not self._workers and self._context.get_start_method() == "forkserver":
-            self._context.set_forkserver_preload(list(PRELOAD))
+            self._context.set_forkserver_preload(["tests.preload"])
         for rank in range(len(self._workers), world_size):
             here, there = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(rank, there), daemon=True)
