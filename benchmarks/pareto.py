@@ -55,12 +55,17 @@ FAMILIES = {
         "pareto.png",
         {
             "compiled cfg": ("", (), "exact"),
-            "compiled hybrid-demo": ("quality-hybrid", ("hybrid", "async_steps auto", "2", "auto"), "fast"),
-            # Where the four steps are does not change the time.
-            "compiled hybrid-10-4": ("quality-hybrid", ("hybrid", "async_steps 4", "2", "15"), "balanced"),
-            "compiled hybrid-12-8": ("quality-hybrid", ("hybrid", "async_steps 8", "2", "12"), ""),
-            "compiled hybrid-10-15": ("quality-hybrid", ("hybrid", "async_steps 15", "2", "10"), ""),
-            "compiled asyncdiff": ("quality", ("asyncdiff", "model_n 2, stride 1", "2", "3"), ""),
+            "compiled hybrid-demo": ("tradeoff-unet", ("asyncdiff", f"{SHARED} --async_steps=auto`"), "fast"),
+            **{
+                # Where the four steps are does not change the time.
+                f"compiled hybrid-{10 if n == 4 else w}-{n}": (
+                    "tradeoff-unet",
+                    ("asyncdiff", f"{SHARED} --warm_up_steps={w} --async_steps={n}`"),
+                    "balanced" if n == 4 else "",
+                )
+                for w, n in ((15, 4), (12, 8), (10, 15))
+            },
+            "compiled asyncdiff": ("tradeoff-unet", ("asyncdiff", "`--warm_up_steps=3`"), ""),
         },
         {},
         ("compiled cfg", "compiled hybrid-12-8", 8),

@@ -233,7 +233,7 @@ def main() -> None:
             drawn += new
             if options.results:
                 with options.results.open("a") as file:
-                    file.writelines(json.dumps(asdict(one)) + "\n" for one in new)
+                    file.write("".join(json.dumps(asdict(one)) + "\n" for one in new))
             if first == 0 and launch.pictured and options.strip:
                 pictured.setdefault(kind, {})[launch] = made
                 columns = {
