@@ -445,7 +445,7 @@ class HostConfig:
     def decode_from(self) -> int | None:
         """Pixels of a call of the VAE from which all ranks decode it in parts; None: never."""
         by_layer = self.enable_sequential_cpu_offload or self.enable_group_offload
-        if self.compile_vae or by_layer or not self.spec.shares_decoder:
+        if self.compile_vae or by_layer:
             return None
         return 0 if self.shard_weights or self.use_parallel_vae else DECODED_ALONE + 1
 

@@ -169,6 +169,7 @@ FAMILY = Family(
         ),
         ModelSpec(
             name="sdxl",
+            decodes_upcast=True,
             few_rows=("*.attn2.to_k", "*.attn2.to_v"),
             # 30 steps: 1.255 s; 4 and 8 steps without guidance: 0.123 and 0.250.
             step_cost=StepCost(0.020, 0.011, boundary=6_553_600, patches=419_430_400, exchanges=156),
@@ -210,6 +211,7 @@ FAMILY = Family(
         ),
         ModelSpec(
             name="sdup",
+            decodes_upcast=True,
             step_maps=26.0,
             prompt_chunks=True,
             title="Stable Diffusion x4 upscaler",
@@ -236,7 +238,6 @@ FAMILY = Family(
             step_maps=26.0,
             title="Stable Video Diffusion",
             pipeline="StableVideoDiffusionPipeline",
-            mixes_frames=True,
             denoiser="unet",
             output="video",
             width=1024,

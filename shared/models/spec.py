@@ -137,8 +137,8 @@ class ModelSpec:
     channels_setting: str | None = None  # what its VAE calls its latent channels, where that is not usual
     scale_setting: str | None = None  # and the pixels a side of one latent; None: by its levels, a video's 8
     statistics: Literal["config", "buffers"] = "config"  # where its VAE has those of its latents, if it does
+    decodes_upcast: bool = False  # whether its pipeline decodes in fp32 if its VAE overflows in fp16
     vae_kind: Literal["image", "video"] = "image"  # what its VAE takes; of a video's, a picture is one frame
-    mixes_frames: bool = False  # whether its VAE, though it takes pictures, decodes frames together
     scheduler_family: Literal["discrete", "video", "flow", "flow_flux", "flow_sigmas", "flow_video"] = (
         "discrete"
     )
@@ -225,13 +225,8 @@ class ModelSpec:
 
     @property
     def decodes_in_patches(self) -> bool:
-        """Whether ranks can share its VAE's decoder, and its weights."""
-        return self.shares_decoder and self.vae_kind == "image"
-
-    @property
-    def shares_decoder(self) -> bool:
-        """Whether ranks can share its VAE's decoder."""
-        return not self.mixes_frames
+        """Whether ranks can share its VAE's decoder in patches, and its weights."""
+        return self.vae_kind == "image"
 
     @property
     def packed(self) -> bool:

@@ -146,7 +146,7 @@ class MemoryPlan:
         step = self.work.step(config, frames) // needs.step_parts
         if needs.keeps_patches:
             step += self.work.stale(config, frames)
-        decode = self.work.decode(config, frames) // needs.decode_parts
+        decode = self.work.decode(config, frames, needs.decode_parts)
         # Larger ones are not kept (shared.parallel.graphs.Pool).
         captures = config.captures(self.device_type)
         graphs = min(step + encode, int(SHARE * self.least_free)) if captures else 0

@@ -59,7 +59,8 @@ def shard(
     in_one_dtype = None
     if vae is not None:
         if not isinstance(vae, KINDS):
-            raise LoadError(f"--shard_weights: needs a VAE of class AutoencoderKL; got {type(vae).__name__}")
+            kinds = " or ".join(cls.__name__ for cls in KINDS)
+            raise LoadError(f"--shard_weights: needs a VAE of class {kinds}; got {type(vae).__name__}")
         in_one_dtype = InOneDtype(vae)
         called["vae"] = [vae.encoder, vae.decoder]
     steps = (*config.spec.denoisers, "controlnet")

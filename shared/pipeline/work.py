@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
+from shared.parallel.exchange import Pretended
 from shared.parallel.peak import FlashAttention, PeakBytes
+from shared.parallel.video_decoder import can_share, shared_decoder
 from shared.pipeline.unloaded import Stored, Unloaded
 
 UNET_RESIDUALS = 6.0
@@ -17,7 +20,7 @@ UNET_RESIDUALS = 6.0
 
 
 class Work:
-    """Bytes beside the weights, of one picture or video on one rank that shares nothing.
+    """Bytes beside the weights, of one picture or video: of steps on one rank that shares nothing.
 
     Args:
         spec: of the launch.
@@ -88,7 +91,7 @@ class Work:
 
     @property
     def upcasts(self) -> bool:
-        """Whether the VAE computes in fp32, as it overflows in the launch's dtype."""
+        """Whether the VAE is one that overflows in the launch's dtype; sharded it has fp32."""
         settings: Any = self._vae.config
         return bool(getattr(settings, "force_upcast", False)) and self.dtype == torch.float16
 
@@ -114,8 +117,26 @@ class Work:
         usual = (self.spec.most_tokens or 512) if tokenizer in self.spec.sized_tokenizers else 77
         return self.spec.read_tokens.get(tokenizer, usual)
 
-    def decode(self, config: HostConfig, frames: int | None) -> int:
-        """Of decoding, in a call on meta."""
+    def latents(
+        self, config: HostConfig, frames: int | None, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """What the VAE gets in a call, of any content, and its further arguments."""
+        spec = self.spec
+        settings: Any = self._vae.config
+        channels = settings[spec.latent_setting]
+        side = [s * spec.size_scale // self._vae_scale() for s in (config.size[1], config.size[0])]
+        pictures = frames or spec.frames or 1
+        more: dict[str, Any] = {}
+        if spec.vae_kind == "video":
+            shape = (1, channels, self._latent_frames(frames), *side)
+        else:
+            shape = (pictures, channels, *side)
+            if spec.image == "needed" and spec.output == "video":
+                more["num_frames"] = pictures
+        return torch.empty(shape, dtype=dtype, device=device), more
+
+    def decode(self, config: HostConfig, frames: int | None, ranks: int = 1) -> int:
+        """Of decoding on one of the ranks that share it, in a call on meta."""
         spec = self.spec
         key = (
             config.size,
@@ -123,27 +144,27 @@ class Work:
             config.enable_vae_slicing,
             config.shard_weights,
             frames,
+            ranks,
         )
         if key in self._decodes:
             return self._decodes[key]
         vae: Any = self._vae
-        upcast = self.upcasts
+        upcast = self.upcasts and (spec.decodes_upcast or config.shard_weights)
         dtype = torch.float32 if upcast else self.dtype
-        side = [s * spec.size_scale // self._vae_scale() for s in (config.size[1], config.size[0])]
-        pictures = frames or spec.frames or 1
-        more: dict[str, Any] = {}
-        if spec.vae_kind == "video":
-            shape = (1, vae.config[spec.latent_setting], self._latent_frames(frames), *side)
-        else:
-            shape = (pictures, vae.config[spec.latent_setting], *side)
-            if spec.image == "needed" and spec.output == "video":
-                more["num_frames"] = pictures
         for flag, name in (("enable_vae_tiling", "tiling"), ("enable_vae_slicing", "slicing")):
             if hasattr(vae, f"disable_{name}"):
                 getattr(vae, f"{'enable' if getattr(config, flag) else 'disable'}_{name}")()
         vae.to(dtype)
-        with torch.no_grad(), torch.device("meta"), FlashAttention(), PeakBytes() as peak:
-            vae.decode(torch.empty(shape, dtype=dtype), return_dict=False, **more)
+        shared: AbstractContextManager[Any] = nullcontext()
+        if ranks > 1 and can_share(vae):
+            shared = shared_decoder(vae, Pretended(ranks))
+        with shared, torch.no_grad(), torch.device("meta"), FlashAttention(), PeakBytes() as peak:
+            latents, more = self.latents(config, frames, dtype, torch.device("meta"))
+            pixels = vae.decode(latents, return_dict=False, **more)[0]
+            if spec.output == "video" and spec.vae_kind == "image":
+                pixels = pixels.float()  # as pipelines do that decode in chunks of frames
+            # Every rank ends with all pixels, of which its pipeline makes numbers of 0 to 1.
+            (pixels * 0.5 + 0.5).clamp(0, 1)
         found = peak.most
         if upcast and not config.shard_weights:
             found += 2 * self.models["vae"].nbytes(Stored(self.dtype))

@@ -1,4 +1,4 @@
-"""shared.parallel.video_decoder on CPU ranks: the decoders of videos in rows equal the whole ones."""
+"""shared.parallel.video_decoder on CPU ranks: the shared decoders of videos equal the whole ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from shared.parallel.peak import PeakBytes
-from shared.parallel.video_decoder import VideoDecoder
+from shared.parallel.video_decoder import VideoDecoder, shared_decoder
 from tests import tiny, tiny_wan
 from tests.pool import RankPool
 from tests.seldom import seldom
@@ -90,6 +90,58 @@ def test_rows_on_ranks_equal_the_whole(pool: RankPool, kind: str, ranks: int, si
             assert max(seen) == -(-min(rows, 4 if tiled else rows) // ranks)
         if rows == EVEN[0] and kind != "ltx2":  # a tiny one has fewer channels inside than in its answer
             assert max(rank[place][2] for rank in found) < 1.3 * max(seen) / rows + 0.05
+
+
+Chunks = tuple[int, int, int]
+"""Frames, how many of them are decoded at a time, and rows of latents."""
+
+
+def in_chunks(name: str, chunks: list[Chunks]) -> list[tuple[float, float, list[tuple[int, int]]]]:
+    """On this rank: the largest difference of the pipeline's frames to those that it decodes alone, and to
+    those of chunks of one frame; by call of the decoder the pictures and rows that it was given."""
+    pipe = tiny.load(name)
+    seen: list[tuple[int, int]] = []
+    pipe.vae.decoder.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[::2]))
+    found = []
+    for frames, chunk, rows in chunks:
+        given = latents(pipe.vae, frames, rows, 3)
+        args = (given.movedim(1, 2), frames) if name == "svd" else (given,)
+        with torch.no_grad():
+            whole, apart = pipe.decode_latents(*args, chunk), pipe.decode_latents(*args, 1)
+            seen.clear()
+            with shared_decoder(pipe.vae, None):
+                shared = pipe.decode_latents(*args, chunk)
+            mine = list(seen)
+            assert torch.equal(pipe.decode_latents(*args, chunk), whole)
+        assert shared.shape == whole.shape and whole.abs().max() > 0.02
+        found.append((float((shared - whole).abs().max()), float((shared - apart).abs().max()), mine))
+    assert not any("forward" in module.__dict__ for module in pipe.vae.modules())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"), seldom([("ad", 2), ("ad", 3), ("svd", 2), ("svd", 3)], [("ad", 3), ("svd", 2)])
+)
+def test_frames_in_chunks_on_ranks_equal_the_whole(pool: RankPool, name: str, ranks: int) -> None:
+    chunks = [(8, 8, 5), (7, 3, 4), (3, 3, 1)]
+    tiny.checkpoint(name)
+    found = pool.run(in_chunks, ranks, name, chunks, timeout=300)
+    for place, (frames, chunk, rows) in enumerate(chunks):
+        pictures = [min(chunk, frames - start) for start in range(0, frames, chunk)]
+        close, apart, _ = (max(rank[place][kind] for rank in found) for kind in range(3))
+        assert close < 2e-5, (place, found)
+        # The frames of a chunk depend on each other in one of the two.
+        assert (apart > 1e-3) == (name == "svd" and chunk > 1), (place, apart)
+        for call, count in enumerate(pictures):
+            given = [rank[place][2][call] for rank in found]
+            divided = name == "ad" and -(-count // ranks) * ranks <= 1.25 * count
+            if divided:
+                assert sum(n for n, _ in given) == count and {r for _, r in given} == {rows}
+            else:
+                cut = rows >= ranks
+                assert {n for n, _ in given} == {count}
+                assert sum(r for _, r in given) == (rows if cut else ranks * rows)
+                assert max(r for _, r in given) == (-(-rows // ranks) if cut else rows)
 
 
 def test_what_cannot_be_cut_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 
 from shared.api.requests import GenerateRequest
@@ -23,6 +25,7 @@ from shared.launch.flags import HostConfig
 from shared.models import MODELS
 from shared.parallel import sharded
 from shared.parallel.peak import PeakBytes
+from shared.parallel.video_decoder import shared_decoder
 from shared.pipeline.memory_plan import MemoryPlan
 from shared.pipeline.sharding import parameter_bytes
 from shared.pipeline.unloaded import Stored, Unloaded
@@ -237,6 +240,64 @@ def test_a_step_of_81_frames_is_near_what_its_operations_take(
     }
     planned = Work(spec, models, torch.bfloat16).step(tiny.config("wan", width=width, height=height), 81)
     assert peak.most <= planned <= 1.05 * peak.most
+
+
+VIDEOS = ("ad", "svd", "wan", "ti2v", "wani2v", "hv15", "ltx2")
+
+
+def decoding(kind: str, side: int, frames: int, dtype: torch.dtype = torch.float32) -> int:
+    """On each rank: the most bytes from the call of the VAE, which ranks share, to the pipeline's pixels."""
+    path = tiny_wan.wan22(kind) if kind == "ti2v" else None
+    pipe = tiny.load(kind) if path is None else diffusers.WanPipeline.from_pretrained(path)
+    pipe.to(dtype)
+    peak, decode, finish = PeakBytes(), pipe.vae.decode, pipe.video_processor.postprocess_video
+
+    def begin(*args: Any, **kwargs: Any) -> Any:
+        with peak:
+            return decode(*args, **kwargs)
+
+    def end(*args: Any, **kwargs: Any) -> Any:
+        with peak:
+            return finish(*args, **kwargs)
+
+    pipe.vae.decode, pipe.video_processor.postprocess_video = begin, end
+    more = {"decode_chunk_size": frames} if kind in ("ad", "svd") else {}
+    asked = {"output_type": "pt", "num_frames": frames} | more
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    with shared_decoder(pipe.vae, None) if several else contextlib.nullcontext():
+        args = tiny.call_args("wan" if kind == "ti2v" else kind, steps=3, size=side) | asked
+        pipe(**args)
+    return peak.most
+
+
+@pytest.mark.parametrize("kind", seldom(VIDEOS, ("ad", "svd", "wan")))
+def test_shared_decoding_of_videos_takes_what_is_planned(pool: RankPool, kind: str) -> None:
+    if kind == "wani2v":
+        pytest.importorskip("ftfy")
+    name, files = kind, {}
+    if kind == "ti2v":
+        name, files = "wan", {"checkpoint": str(tiny_wan.wan22(kind))}
+    side, frames = (192, 9) if kind in ("ti2v", "ltx2") else (96, 5)
+    config = tiny.config(name, width=side, height=side, **files, **flags_of(name))
+    work = plan_of(config).work
+    for ranks in (1, 2, 3):
+        found = decoding(kind, side, frames)
+        if ranks > 1:
+            found = max(pool.run(decoding, ranks, kind, side, frames, timeout=300))
+        planned = work.decode(config, frames, ranks)
+        assert 0.95 * found <= planned <= 1.1 * found, (ranks, planned / found)
+    shared = replace(config, shard_weights=True)
+    assert plan_of(shared, ranks).need(shared, frames=frames).decode == planned
+
+
+@pytest.mark.parametrize("name", ["ad", "svd"])
+def test_frames_are_decoded_in_half_precision(name: str) -> None:
+    """Their VAEs are said to overflow in it, but their pipelines decode in it; Stable Video Diffusion's
+    encodes in fp32."""
+    config = tiny.config(name, width=96, height=96, variant="fp16", **flags_of(name))
+    work = plan_of(config).work
+    found = decoding(name, 96, 5, torch.float16)
+    assert work.upcasts and 0.95 * found <= work.decode(config, 5) <= 1.1 * found
 
 
 def launch_of(config: HostConfig, said: str) -> HostConfig | None:
