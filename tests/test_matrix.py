@@ -100,6 +100,15 @@ def body(name: str, flags: Flags) -> dict[str, Any]:
     return request
 
 
+def fitting(name: str, flags: Flags) -> Flags:
+    """With a ControlNet that was trained with masks where there is one and only such takes them."""
+    start = MODELS[name].start("inpaint", control=True)
+    if flags.get("start") != "mask" or not flags.get("control_net") or not (start and start.control_extra):
+        return flags
+    trained = tiny_extras.control_net(name, **{start.control_extra: 4})
+    return flags | {"control_net": {str(trained): 1.0}}
+
+
 def launch(
     backend: str, name: str, flags: Flags, parallel_flags: Flags
 ) -> tuple[Any, Any, Any, Callable[[Any], np.ndarray | None]]:
@@ -118,7 +127,7 @@ def launch(
     asked = parallel_flags.pop("ask", {})
     common: Flags = {"backend": backend, "type": name, "width": 64, "height": 64}
     common["checkpoint"] = parallel_flags.pop("checkpoint", str(tiny.checkpoint(name)))
-    launched = {flag: value for flag, value in flags.items() if flag != "start"}
+    launched = {flag: value for flag, value in fitting(name, flags).items() if flag != "start"}
     config = HostConfig(**common, **launched, **{"warm_up_steps": STEPS, **parallel_flags})
     check_config(config, BACKENDS[backend], size)
     request = check_request(body(name, flags) | asked, config)

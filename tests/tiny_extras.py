@@ -24,12 +24,13 @@ LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "v_proj")
 CONTROL_NETS = {
     "sd1": "ControlNetModel", "sd2": "ControlNetModel", "sdxl": "ControlNetModel", "ad": "ControlNetModel",
     "sd3": "SD3ControlNetModel", "flux": "FluxControlNetModel", "hy": "HunyuanDiT2DControlNetModel",
-    "zimage": "ZImageControlNetModel",
+    "zimage": "ZImageControlNetModel", "qwen": "QwenImageControlNetModel",
 }  # fmt: skip
 UNET_CONTROL: dict[str, Any] = {"conditioning_embedding_out_channels": (8, 16, 16, 16)}
 CONTROL_SIZES: dict[str, dict[str, Any]] = {
     "sd3": {"num_layers": 2, "num_extra_conditioning_channels": 0},
     "flux": {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16, "num_attention_heads": 4},
+    "qwen": {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4},
 }
 KOHYA_PREFIX = {"text_encoder": "lora_te", "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"}
 

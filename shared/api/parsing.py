@@ -265,7 +265,9 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
         problems.append(FieldProblem("image", f"type {spec.name} ({spec.title}) needs an input image"))
     if fault := _no_start(request, config):
         problems.append(fault)
-    if config.control_net and request.control_image is None:
+    painting = spec.start("inpaint", control=True) if request.mask is not None else None
+    sees_control = painting is None or painting.control_image is not None
+    if config.control_net and sees_control and request.control_image is None:
         problems.append(FieldProblem("control_image", "is needed: the host was started with --control_net"))
     allowed = IMAGE_FORMATS if spec.output == "image" else VIDEO_FORMATS
     wanted = request.output_format or accept

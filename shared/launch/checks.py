@@ -162,10 +162,10 @@ def _check_features(config: HostConfig, backend: Backend) -> None:
         raise UsageError(f"--shard_weights: not supported with --{other}: {why}")
     if config.shard_weights and config.refiner:
         raise UsageError("--refiner: not supported with --shard_weights, which shards one denoiser")
+    if config.control_net and spec.one_control_net and len(config.control_net) > 1:
+        given = len(config.control_net)
+        raise UsageError(f"--control_net: type {spec.name} takes one ControlNet; got {given}")
     if config.control_net and spec.control_net_shares:
-        if len(config.control_net) > 1:
-            given = len(config.control_net)
-            raise UsageError(f"--control_net: type {spec.name} takes one ControlNet; got {given}")
         shared = ("shard_weights", "enable_sequential_cpu_offload", "enable_group_offload")
         if moving := next((name for name in shared if getattr(config, name)), None):
             why = f"which runs layers of the denoiser in type {spec.name}, and weights come and go by layer"

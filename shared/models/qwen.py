@@ -8,11 +8,16 @@ from types import MappingProxyType
 from shared.models.caches import LeftOut
 from shared.models.files import FileKind
 from shared.models.spec import (
+    CONTROL,
     IMAGE,
     INPAINT,
     LORA,
+    NO_COMPEL,
+    NO_CONTROL,
+    NO_EMBEDDINGS,
+    NO_IP,
+    NO_MOTION,
     PARTIAL,
-    PROMPT_ONLY,
     PROMPTS,
     SIZE,
     Family,
@@ -22,24 +27,33 @@ from shared.models.spec import (
 )
 from shared.models.tokens import Site, TokenPlan
 
-TOKENS = TokenPlan(
-    name="QwenImageTransformer2DModel",
+_INPUTS, _POSITIONS = Site("img_in", "input"), Site("pos_embed", "output", 0, ("picture", "text"), each=True)
+
+CONTROL_NET = TokenPlan(
+    name="QwenImageControlNetModel",
     title="Qwen-Image",
     blocks=("transformer_blocks",),
     attention=("attn",),
-    picture=(Site("img_in", "input"),),
+    picture=(_INPUTS, Site("controlnet_x_embedder", "input")),
     text=(Site("txt_in", "input", of=("text",)),),
-    positions=(
-        Site("pos_embed", "output", dim=0, of=("picture", "text"), each=True),
-        Site("modulate_index", "blocks"),
-    ),
-    uncapturable=("zero_cond_t",),  # it makes modulate_index on the CPU in each call
-    counted=("pos_embed", "max_txt_seq_len"),
+    positions=(_POSITIONS,),
     joined=("text", "picture"),
+    output=None,
     guidance="calls",
     scale="true_cfg_scale",
     flow=True,
     packed=True,
+)
+
+TOKENS = replace(
+    CONTROL_NET,
+    name="QwenImageTransformer2DModel",
+    picture=(_INPUTS,),
+    positions=(_POSITIONS, Site("modulate_index", "blocks")),
+    uncapturable=("zero_cond_t",),  # it makes modulate_index on the CPU in each call
+    counted=("pos_embed", "max_txt_seq_len"),
+    output="proj_out",
+    control_net=CONTROL_NET,
     left_out=(LeftOut("transformer_blocks", ("encoder_hidden_states", "hidden_states")),),
 )
 
@@ -51,6 +65,16 @@ QWEN = ModelSpec(
     starts=(
         Start("QwenImageImg2ImgPipeline", "image", 0.6),
         Start("QwenImageInpaintPipeline", "inpaint", 0.6),
+        Start(
+            "QwenImageControlNetInpaintPipeline",
+            "inpaint",
+            None,
+            control=True,
+            image="control_image",
+            mask="control_mask",
+            control_image=None,
+            control_extra="extra_condition_channels",
+        ),
     ),
     denoiser="transformer",
     tokens=TOKENS,
@@ -76,10 +100,15 @@ QWEN = ModelSpec(
     single_file_encoders=MappingProxyType({"text_encoder": "text_encoders.qwen25_7b.transformer."}),
     single_file_settings="zero_cond_t",
     single_file_vae="wan",
+    control_net_class="QwenImageControlNetModel",
+    control_net_pipeline="QwenImageControlNetPipeline",
+    control_image_field="control_image",
+    one_control_net=True,
+    control_draws=True,
     # Without a negative prompt there would be no guidance; its authors' examples give one space.
     pipeline_defaults=MappingProxyType({"negative_prompt": " "}),
-    fields=PROMPTS | SIZE | PARTIAL | LORA | INPAINT | {"sigmas", "latent"},
-    refuses=refusals(PROMPT_ONLY),
+    fields=PROMPTS | CONTROL | SIZE | PARTIAL | LORA | INPAINT | {"sigmas", "latent"},
+    refuses=refusals(NO_MOTION, {"ip_adapter": NO_IP, "compel": NO_COMPEL, "embeddings_dir": NO_EMBEDDINGS}),
 )
 
 EDIT = replace(
@@ -100,6 +129,10 @@ EDIT = replace(
     image="needed",
     # Nothing bounds their number; each is 4096 tokens more.
     starts=(Start("QwenImageEditPlusPipeline", "image", None, most=8),),
+    tokens=replace(TOKENS, control_net=None),
+    control_net_class=None,
+    control_net_pipeline=None,
+    one_control_net=False,
     width=1024,
     height=1024,
     aspect_multiple=32,
@@ -111,12 +144,13 @@ EDIT = replace(
     whole_prompts=True,
     most_tokens=2048,
     # Its inpainting pipeline makes pictures of 1024 x 1024 pixels, whatever size is asked for.
-    fields=QWEN.fields - INPAINT | IMAGE,
+    fields=QWEN.fields - INPAINT - CONTROL | IMAGE,
     refuses=refusals(
         QWEN.refuses,
         {
+            "control_net": NO_CONTROL,
             "compile_text_encoder": "its text encoder looks at pictures, and reads their sizes from tensors, "
-            "which torch.compile cannot trace"
+            "which torch.compile cannot trace",
         },
     ),
 )

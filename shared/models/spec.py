@@ -42,9 +42,13 @@ class Start:
     image: str = "image"  # its argument for the picture
     frames: bool = False  # whether that is a list, the frames of a video
     sized: bool = True  # whether it takes a size; else the picture's is taken
-    control_image: str = "control_image"  # its argument for the control image
+    mask: str = "mask_image"  # its argument for the mask
+    # Its argument for the control image; None: its ControlNet sees the picture and the mask.
+    control_image: str | None = "control_image"
     # The setting of its ControlNet that is the denoiser's `in_channels` where it was not trained for it.
     control_inputs: str | None = None
+    # Or the one that is above 0 where it was, and then paints masks only.
+    control_extra: str | None = None
     most_pixels: int | None = None  # of a picture, which it makes smaller where it has more
     most: int = 1  # pictures that it takes beside each other, if they are no frames
     arguments: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))  # its further ones
@@ -148,7 +152,8 @@ class ModelSpec:
     refiner_start: float = 1.0  # the fraction of the schedule from which it runs, where a launch has one
     control_net_class: str | None = None
     control_net_pipeline: str | None = None
-    control_net_shares: bool = False  # whether it runs layers of the denoiser; there is only one then
+    control_net_shares: bool = False  # whether it runs layers of the denoiser
+    one_control_net: bool = False  # whether its pipeline takes no more than one
     control_image_field: str = "image"  # the ControlNet pipeline's argument for the control image
     ip_adapter_encoder: Literal["clip", "siglip"] | None = None
     ip_adapter_negative: bool = False  # whether its pipelines take a picture for the negative branch

@@ -103,6 +103,7 @@ FAMILY = Family(
             control_net_pipeline="ZImageControlNetPipeline",
             control_image_field="control_image",
             control_net_shares=True,
+            one_control_net=True,
             single_file_config="zimage",
             single_file_inputs=4,
             single_file_tokenizer="Qwen/Qwen3-4B",

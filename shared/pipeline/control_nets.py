@@ -170,15 +170,14 @@ def control_arguments(
         start: what kind of pipeline it is, if it starts from a picture.
     """
     count = len(launch)
-    wanted = [0.0] * count if not images else one_each(scales or list(launch.values()), count)
+    name = spec.control_image_field if start is None else start.control_image
+    seen = bool(images) or name is None
+    wanted = one_each(scales or list(launch.values()), count) if seen else [0.0] * count
     pictures: list[Any] = one_each(images or [Image.new("RGB", size)], count)
     if spec.output == "video":
         pictures = [[picture] * frames for picture in pictures]
-    name = spec.control_image_field if start is None else start.control_image
-    return {
-        name: pictures if count > 1 else pictures[0],
-        "controlnet_conditioning_scale": wanted if count > 1 else wanted[0],
-    }
+    shown = {} if name is None else {name: pictures if count > 1 else pictures[0]}
+    return shown | {"controlnet_conditioning_scale": wanted if count > 1 else wanted[0]}
 
 
 def _listed(value: Any) -> Any:

@@ -16,6 +16,7 @@ from PIL import Image
 from shared.api.faults import refused
 from shared.api.media import decode_image, decode_mask, decode_picture
 from shared.api.requests import GenerateRequest
+from shared.api.warned import warn
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, Start
 from shared.parallel.method import control_nets
@@ -35,8 +36,8 @@ def trained_to_fill(pipe: Pipeline, spec: ModelSpec) -> bool:
 def start_of(pipe: Pipeline, config: HostConfig, request: GenerateRequest) -> Start | None:
     """What the request starts from; None: from noise, by the loaded pipeline.
 
-    A checkpoint trained for inpainting paints the whole of a picture that comes without a mask, and of an
-    empty one where none comes.
+    A checkpoint or ControlNet trained for inpainting paints the whole of a picture that comes without a mask,
+    and of an empty one where none comes.
 
     Raises:
         RequestError: 422, a ControlNet that takes no mask.
@@ -44,6 +45,14 @@ def start_of(pipe: Pipeline, config: HostConfig, request: GenerateRequest) -> St
     spec, control = config.spec, bool(config.control_net)
     if trained_to_fill(pipe, spec):
         return spec.start("fill", control)
+    painting = spec.start("inpaint", control) if control else None
+    if painting is not None and painting.control_extra is not None:
+        if any(net.config[painting.control_extra] for net in control_nets(pipe)):
+            if request.control_image is not None:
+                warn("control_image: has no effect; this ControlNet was trained with masks and sees image")
+            return painting
+        if request.mask is not None:
+            raise refused("mask", "needs a ControlNet that was trained with masks; this one was not")
     if not request.starts(config) and not (spec.image == "begins" and request.image is not None):
         return None
     start = spec.start("image" if request.mask is None else "inpaint", control)
@@ -118,7 +127,7 @@ def start_arguments(start: Start, request: GenerateRequest) -> dict[str, Any]:
         arguments["strength"] = strength_of(start, request)
     if start.kind != "image":
         mask = Image.new("L", size, 255)
-        arguments["mask_image"] = mask if request.mask is None else decode_mask(request.mask, size)
+        arguments[start.mask] = mask if request.mask is None else decode_mask(request.mask, size)
     return arguments
 
 

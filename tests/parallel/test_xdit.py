@@ -564,6 +564,11 @@ PAIRS: list[tuple[str, tuple[str, ...], Case]] = [
     ("sd3", ("ip_adapter", "control_net"), {"ring_degree": 2}),
     ("pixs", ("quantize_to", "lora"), {"pipefusion_parallel_degree": 2, "warm_up_steps": 99}),
     ("zimage", ("control_net", "mask"), {"ulysses_degree": 2}),
+    ("qwen", ("control_net",), {"ring_degree": 2}),
+    ("qwen", ("control_net",), {"ulysses_degree": 2}),
+    ("qwen", ("control_net",), {"use_cfg_parallel": True}),
+    ("qwen", ("control_net", "mask"), {"ulysses_degree": 2}),
+    ("qwen", ("control_net", "mask"), {"ring_degree": 2}),
     ("flux", ("control_net", "quantize_to"), {"ulysses_degree": 2}),
     ("sd3", ("ip_adapter", "control_net"), {"ulysses_degree": 2}),
     ("hy", ("control_net", "lora"), {"ring_degree": 2}),
@@ -571,7 +576,7 @@ PAIRS: list[tuple[str, tuple[str, ...], Case]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "features", "plan"), seldom(PAIRS, PAIRS[:6]))
+@pytest.mark.parametrize(("name", "features", "plan"), seldom(PAIRS, PAIRS[:7]))
 def test_features_in_pairs(pool: RankPool, name: str, features: tuple[str, ...], plan: Case) -> None:
     flags: Case = {}
     for feature in features:
@@ -585,7 +590,8 @@ def feature_cell(name: str, flags: Case, plan: Case) -> dict[str, Any]:
     rank, size = dist.get_rank(), dist.get_world_size()
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
     world = World(rank, size, rank, torch.device("cpu"), *make_groups(60, "gloo"))
-    launched = {flag: value for flag, value in flags.items() if flag != "start"}
+    fitting = test_matrix.fitting(name, flags)
+    launched = {flag: value for flag, value in fitting.items() if flag != "start"}
     config = replace(tiny.config(name, width=80, height=48, **launched, **plan), backend="xdit")
     check_config(config, BACKENDS["xdit"], size)
     request = check_request(test_matrix.body(name, flags), config)

@@ -12,13 +12,19 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
+from shared.api.faults import RequestError
+from shared.api.media import decode_mask, decode_picture, encode_image
+from shared.api.parsing import check_request
+from shared.api.requests import GenerateRequest
+from shared.api.warned import collecting_warnings
 from shared.backends import BACKENDS
 from shared.launch.checks import check_config
 from shared.launch.errors import UsageError
 from shared.models import MODELS
 from shared.pipeline.control_nets import control_arguments
+from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import LoadError
 from tests import tiny, tiny_extras, tiny_original
 
@@ -134,17 +140,82 @@ def test_a_picture_and_a_scale_for_each(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nets", "flags", "words"),
+    ("name", "nets", "flags", "words"),
     [
-        (2, {}, "--control_net: type zimage takes one ControlNet; got 2"),
+        ("zimage", 2, {}, "--control_net: type zimage takes one ControlNet; got 2"),
+        ("qwen", 2, {}, "--control_net: type qwen takes one ControlNet; got 2"),
         (
+            "zimage",
             1,
             {"shard_weights": True},
             "--shard_weights: not supported with --control_net, which runs layers of",
         ),
     ],
 )
-def test_a_control_net_that_runs_layers_of_the_denoiser(nets: int, flags: dict[str, Any], words: str) -> None:
-    paths = {str(tiny_extras.control_net("zimage", seed)): 1.0 for seed in range(nets)}
+def test_control_nets_that_a_type_does_not_run(
+    name: str, nets: int, flags: dict[str, Any], words: str
+) -> None:
+    paths = {str(tiny_extras.control_net(name, seed)): 1.0 for seed in range(nets)}
     with pytest.raises(UsageError, match=words):
-        check_config(tiny.config("zimage", control_net=paths, **flags), BACKENDS["xdit"], 1)
+        check_config(tiny.config(name, control_net=paths, **flags), BACKENDS["xdit"], 1)
+
+
+QWEN: dict[str, Any] = {"seed": 3, "steps": 2, "width": 64, "height": 48, "positive": "a cat", "cfg": 3.0}
+
+
+def qwen(**more: Any) -> PipelineEngine:
+    flags: dict[str, Any] = {"control_net": {str(tiny_extras.control_net("qwen", **more)): 0.8}}
+    return PipelineEngine(tiny.host("qwen", **flags), tiny.config("qwen", **flags), tiny.world())
+
+
+def made_and_wanted(
+    on: PipelineEngine, request: GenerateRequest, pipe: Any, **pictures: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents of the engine, and of diffusers' pipeline called by hand."""
+    made = on.generate(request, lambda *_: None)
+    assert made is not None and made.latent is not None
+    torch.manual_seed(3)
+    wanted = pipe(
+        prompt="a cat",
+        negative_prompt=" ",
+        true_cfg_scale=3.0,
+        num_inference_steps=2,
+        width=64,
+        height=48,
+        controlnet_conditioning_scale=0.8,
+        generator=torch.Generator("cpu").manual_seed(3),
+        output_type="latent",
+        **pictures,
+    ).images
+    return load(made.latent)["latent"], wanted
+
+
+def test_qwens_control_net_sees_the_control_picture() -> None:
+    on, shown = qwen(), encode_image(tiny.picture(64, 1), "png")
+    body = QWEN | {"output_format": "latent", "control_image": shown}
+    request = check_request(body, on.config)
+    made, wanted = made_and_wanted(on, request, on.pipe, control_image=tiny.picture(64, 1))
+    assert torch.allclose(made, wanted, atol=1e-4)
+    other = on.generate(check_request(body | {"controlnet_scale": 0.1}, on.config), lambda *_: None)
+    assert other is not None and (load(other.latent or b"")["latent"] - made).abs().max() > 1e-3
+    masked = check_request(body | {"image": shown, "mask": shown}, on.config)
+    with pytest.raises(RequestError, match="mask: needs a ControlNet that was trained with masks"):
+        on.generate(masked, lambda *_: None)
+
+
+def test_qwens_control_net_that_was_trained_with_masks_sees_picture_and_mask() -> None:
+    on, size = qwen(extra_condition_channels=4), (64, 48)
+    shown, mask = (encode_image(tiny.picture(64, seed), "png") for seed in (1, 2))
+    body = QWEN | {"output_format": "latent", "image": shown, "mask": mask}
+    request = check_request(body, on.config)
+    pictures = {
+        "control_image": decode_picture(request.images[0], None, size),
+        "control_mask": decode_mask(request.mask or b"", size),
+    }
+    pipe = diffusers.QwenImageControlNetInpaintPipeline(**on.pipe.components)
+    made, wanted = made_and_wanted(on, request, pipe, **pictures)
+    assert torch.allclose(made, wanted, atol=1e-4)
+    with collecting_warnings() as warnings:
+        again = on.generate(check_request(body | {"control_image": mask}, on.config), lambda *_: None)
+    assert again is not None and torch.equal(load(again.latent or b"")["latent"], made)
+    assert warnings == ["control_image: has no effect; this ControlNet was trained with masks and sees image"]
