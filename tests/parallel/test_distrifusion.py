@@ -304,12 +304,17 @@ def on_the_demo() -> dict[str, list[float]]:
     """
     pipe = diffusers.DiffusionPipeline.from_pretrained(DEMO)
     pipe.set_progress_bar_config(disable=True)
-    path: list[torch.Tensor] = []
     far = torch.zeros(4)
 
-    def record(pipe: Any, step: int, t: Any, given: dict[str, torch.Tensor]) -> dict[str, Any]:
-        path.append(given["latents"])
-        return {}
+    def recorded() -> list[torch.Tensor]:
+        path: list[torch.Tensor] = []
+
+        def record(pipe: Any, step: int, t: Any, given: dict[str, torch.Tensor]) -> dict[str, Any]:
+            path.append(given["latents"])
+            return {}
+
+        paint(record)
+        return path
 
     def compare(pipe: Any, step: int, t: Any, given: dict[str, torch.Tensor]) -> dict[str, Any]:
         far.add_((given["latents"] - path[step]).square().mean((1, 2, 3)))
@@ -322,7 +327,7 @@ def on_the_demo() -> dict[str, list[float]]:
             output_type="latent", callback_on_step_end=at_end,
         )  # fmt: skip
 
-    paint(record)
+    path = once(recorded)
     found = {}
     for mode in ("corrected_async_gn", "stale_gn", "sync_gn"):
         with DistriFusion(pipe, sync_mode=mode, warm_up_steps=2, split_batch=False) as parallel:
