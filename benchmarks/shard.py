@@ -6,15 +6,18 @@ torchrun --nproc_per_node=2 benchmarks/shard.py flux:1024:14 --compile ring,ring
     --systems eager,patch,patch+shard,asyncdiff,asyncdiff+shard             (UNets)
 
 Systems that do not fit the type are left out. Latents out, without text encoders; the peak is that of a
-generation: denoiser, buffers, activations, VAE. "-eager" leaves the capture out. One rank has no other to
-share with. --tiny --device cpu --dtype fp32 shows that all of it runs.
+generation: denoiser, buffers, activations, VAE. "-eager" leaves the capture out, "-nccl" has collectives
+where a host would copy from the other ranks' memory. One rank has no other to share with. --tiny --device cpu
+--dtype fp32 shows that all of it runs.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -65,7 +68,12 @@ class ShardBench(Bench):
                 pipe, self.size, 1, self.options.warm_up, group=group, cuda_graph=graph, weights=kept
             )
             return [kept, made] if kept else [made]
-        held: list[Any] = [ShardedWeights({"denoiser": model}, group, self.device)] if sharded else []
+        held: list[Any] = []
+        if sharded:
+            with mock.patch.dict(os.environ, {"NCCL_P2P_DISABLE": "1"} if "nccl" in how else {}):
+                held.append(ShardedWeights({"denoiser": model}, group, self.device))
+            if self.rank == 0:
+                print(f"({system}: {'copied' if held[0].copied else 'gathered'})", flush=True)
         if method == "patch":
             return [
                 *held,

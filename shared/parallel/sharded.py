@@ -23,6 +23,7 @@ from torch import nn
 from shared.parallel.asyncdiff.trace import candidates, contiguous_stride, is_dense, is_list
 from shared.parallel.exchange import Ranks, start_all_gather
 from shared.parallel.lanes import copy, side_by_side
+from shared.parallel.peers import Fetched, seen_by_all
 from shared.parallel.surgery import Closing, Forward, Surgery
 
 ALIGNMENT = 64
@@ -85,8 +86,10 @@ class Block:
         last = self.pieces[-1]
         self.nbytes = _aligned(last.offset + last.nbytes, ranks * ALIGNMENT)
         """Of all parts together, each as long as the others."""
-        self.part: torch.Tensor
+        self.part: torch.Tensor | None = None
         """This rank's."""
+        self.parts: list[torch.Tensor] = []
+        """Of all ranks, where this one can read them."""
         self.waits = False
         """Whether this rank's part waits in host memory."""
         self.place = 0
@@ -95,7 +98,7 @@ class Block:
     @property
     def saved_bytes(self) -> int:
         """What this rank does not keep of the parameters."""
-        return sum(piece.nbytes for piece in self.pieces) - self.part.nbytes
+        return sum(piece.nbytes for piece in self.pieces) - (0 if self.part is None else self.part.nbytes)
 
     @property
     def end(self) -> int:
@@ -125,7 +128,8 @@ class Block:
     def divide(self, buffer: torch.Tensor, ranks: Ranks) -> None:
         """Keep this rank's part of the parameters, and make them views of a buffer."""
         length = self.nbytes // ranks.size
-        self.part = torch.empty(length, dtype=torch.uint8, device=buffer.device)
+        if self.part is None:
+            self.part = torch.empty(length, dtype=torch.uint8, device=buffer.device)
         for piece in self.pieces:
             piece.copy_to(self.part, ranks.rank * length)
         self.put(buffer)
@@ -133,15 +137,23 @@ class Block:
     def wait_in_host_memory(self) -> None:
         """Move this rank's part there, from where every gather takes it."""
         self.waits = True
+        assert self.part is not None  # which `divide` makes
         if self.part.device.type == "cuda":
             self.part = self.part.cpu().pin_memory()
 
-    def gather(self, buffer: torch.Tensor, ranks: Ranks) -> Any:
-        """Start to fill the buffer with the parts of all ranks; what this returns must be waited for."""
+    def gather(self, buffer: torch.Tensor, ranks: Ranks, beside: torch.cuda.Stream | None = None) -> Any:
+        """Start to fill the buffer with the parts of all ranks; what this returns must be waited for.
+
+        Args:
+            beside: where parts that this rank can read are copied.
+        """
         whole, own = buffer[self.place : self.end], self.part
+        assert own is not None
+        if self.parts and beside is not None:
+            return Fetched(whole, self.parts, ranks.rank, beside)
         if self.waits:
-            own = whole[ranks.rank * own.numel() :][: own.numel()]
-            own.copy_(self.part, non_blocking=True)
+            place = whole[ranks.rank * own.numel() :][: own.numel()]
+            own = place.copy_(own, non_blocking=True)
         return start_all_gather(whole, own, ranks.group)
 
     def restore(self, buffer: torch.Tensor, ranks: Ranks) -> None:
@@ -197,6 +209,12 @@ class ShardedWeights(Closing):
         every = [block for blocks in self.blocks.values() for block in blocks]
         largest = max((block.nbytes for block in every), default=0)
         self._buffer = torch.empty(2 * largest, dtype=torch.uint8, device=device)
+        # One memory for all parts that stay on the device, so that the other ranks are told of one.
+        stay = [block for name in self.blocks if name not in waiting for block in self.blocks[name]]
+        lengths = [block.nbytes // self.ranks.size for block in stay]
+        own = torch.empty(sum(lengths), dtype=torch.uint8, device=device)
+        for block, part in zip(stay, own.split(lengths), strict=True):
+            block.part = part
         side_by_side(lambda block: block.load(self._buffer, self.ranks), every, device)
         for block in every:
             for module in block.modules:
@@ -207,15 +225,25 @@ class ShardedWeights(Closing):
                 self._surgery.override(part, self._model(f"{name} {number}"))
             for block in self.blocks[name] if name in waiting else ():
                 block.wait_in_host_memory()
+        seen = seen_by_all(own, self.ranks) if stay else None
+        self._beside = None if seen is None else torch.cuda.Stream(device)
+        for block, *parts in zip(stay, *(memory.split(lengths) for memory in seen or ()), strict=True):
+            block.parts = parts
 
     def close(self) -> None:
         """Give every rank the whole weights back. All ranks must call it, any number of times."""
         self._surgery.close()
+        self._beside = None  # a collective waits for all ranks, which then read nothing of each other
         for blocks in self.blocks.values():
             for block in blocks:
                 block.restore(self._buffer, self.ranks)
         self.blocks, self._buffer = {}, torch.empty(0)
         self.held.close()
+
+    @property
+    def copied(self) -> bool:
+        """Whether blocks are copied from the other ranks' memory; else collectives bring them."""
+        return self._beside is not None
 
     @property
     def buffer_bytes(self) -> int:
@@ -294,7 +322,7 @@ class ShardedWeights(Closing):
             if other.overlaps(block):
                 self._arrived(other)
         self._holds = {other for other in self._holds if not other.overlaps(block)}
-        self._coming[block] = block.gather(self._buffer, self.ranks)
+        self._coming[block] = block.gather(self._buffer, self.ranks, self._beside)
 
 
 def blocks_of(

@@ -75,7 +75,8 @@ def shard(
         if name in models:
             log.info("%s: this rank keeps %.1f of %.1f MB", name, kept / 1e6, whole / 1e6)
     PHASES.begin("building")
-    log.info("blocks are gathered in a buffer of %.1f MB", weights.buffer_bytes / 1e6)
+    how = "copied from the other ranks' memory" if weights.copied else "gathered"
+    log.info("blocks are %s into a buffer of %.1f MB", how, weights.buffer_bytes / 1e6)
     return weights
 
 

@@ -16,6 +16,7 @@ from shared.models import MODELS
 from shared.parallel import sharded as sharding
 from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.asyncdiff.weights import StageWeights
+from shared.parallel.exchange import all_gather
 from shared.parallel.sharded import ShardedWeights, blocks_of
 from shared.pipeline.engine import PipelineEngine
 from tests import tiny, tiny_extras, tiny_original
@@ -323,6 +324,40 @@ def test_large_blocks_are_gathered_in_parts(pool: RankPool) -> None:
     assert sorted(runs[-1]) == sorted(
         f"blocks.{n}.{part}" for n in range(3) for part in ("first", "up", "down")
     )
+
+
+class CopiedAtOnce:
+    """As `Fetched`, without a stream."""
+
+    count = 0
+
+    def __init__(self, whole: torch.Tensor, parts: Any, first: int, stream: Any) -> None:
+        whole.copy_(torch.cat(parts))
+        CopiedAtOnce.count += 1
+
+    def wait(self) -> None:
+        pass
+
+
+def copied() -> int:
+    """On each rank: how many blocks were copied from memory that stands for that of all ranks."""
+    torch.manual_seed(0)
+    model, x, CopiedAtOnce.count = Large().eval().requires_grad_(False), torch.randn(3, 64), 0
+    wanted = model(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "seen_by_all", lambda own, ranks: [*all_gather(own[None], ranks.group)])
+        patch.setattr(sharding, "Fetched", CopiedAtOnce)
+        patch.setattr(torch.cuda, "Stream", lambda device: "beside")
+        with ShardedWeights({"large": model}, None, torch.device("cpu")) as weights:
+            assert weights.copied
+            assert torch.equal(model(x), wanted) and torch.equal(model(x), wanted)
+            count = CopiedAtOnce.count
+    assert torch.equal(model(x), wanted)
+    return count
+
+
+def test_blocks_are_copied_where_all_ranks_see_each_others_memory(pool: RankPool) -> None:
+    assert pool.run(copied, 3) == [2 * 3] * 3
 
 
 def test_what_reads_the_weights_inside_it_stays_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
