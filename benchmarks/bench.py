@@ -12,6 +12,7 @@ import statistics
 import time
 import traceback
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -21,12 +22,15 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import kernels, models, models_2026
+from shared.launch.backend import Needs
 from shared.launch.flags import HostConfig
-from shared.models import MODELS
+from shared.models import MODELS, ModelSpec
 from shared.parallel.surgery import Surgery
-from shared.pipeline import eight_bits
+from shared.pipeline import eight_bits, layer_choice
 from shared.pipeline.compile import compile_pipeline
 from shared.pipeline.steps import step_without_sync
+from shared.pipeline.unloaded import Unloaded
+from shared.pipeline.work import Work
 from tests import tiny
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -174,22 +178,28 @@ class Bench(ABC):
                 self._measure(pipe, label, generate, steps, wanted, "compiled ")
             kinds = list(filter(None, self.options.quantize.split(",")))
             for place, kind in enumerate(kinds):
-                with self._in_8_bits(pipe, name, *kind.split(":"), last=place == len(kinds) - 1):
+                with self._in_8_bits(pipe, name, size, *kind.split(":"), last=place == len(kinds) - 1):
                     self._measure(pipe, label, generate, steps, wanted, f"{kind} compiled ")
 
     @contextlib.contextmanager
-    def _in_8_bits(self, pipe: Any, name: str, kind: str, *exact: str, last: bool) -> Iterator[None]:
+    def _in_8_bits(
+        self, pipe: Any, name: str, size: int, kind: str, *exact: str, last: bool
+    ) -> Iterator[None]:
         """The denoiser's large layers computing in 8 bits, as --quantize_to has them; they are put back.
 
         Args:
-            exact: patterns of more layers that stay as they are.
+            exact: patterns of more layers that stay as they are; "measured": those that are slower in 8 bits.
         """
         if self.options.tiny:
             eight_bits.LEAST = 1
         spec = MODELS[name]
-        layers = eight_bits.computing_layers(
+        named = eight_bits.computing_layers(
             getattr(pipe, spec.denoiser), [*spec.kept, *spec.few_rows, *exact]
-        ).values()
+        )
+        if "measured" in exact:
+            stay = self._slower(pipe, spec, kind, size)
+            named = eight_bits.faster(named, spec.denoiser, stay)
+        layers = named.values()
         weights = [] if last else [layer.weight.cpu() for layer in layers]
         for layer in layers:
             eight_bits.quantize_layer(layer, kind)
@@ -199,6 +209,23 @@ class Bench(ABC):
         for layer, weight in zip(layers, weights, strict=False):
             layer.__class__ = torch.nn.Linear
             layer.weight = torch.nn.Parameter(weight.to(self.device), requires_grad=False)
+
+    def _slower(self, pipe: Any, spec: ModelSpec, kind: str, size: int) -> frozenset[str]:
+        """The layers that a host leaves in 16 bits, as rank 0 measures them for whole pictures."""
+        dtype = DTYPES[self.options.dtype]
+        models = {name: Unloaded([getattr(pipe, name)]) for name in (spec.denoiser, "vae")}
+        launch = HostConfig(type=spec.name, width=size, height=size, quantize_to=kind)
+        found = layer_choice.shapes(launch, Needs(), Work(spec, models, dtype))
+        began, times = time.monotonic(), layer_choice.Times()
+        if self.rank == 0:
+            times = layer_choice.measured(launch, dtype, self.device, Counter(found.values()))
+        given: list[Any] = [times]
+        if self.size > 1:
+            dist.broadcast_object_list(given, 0)
+        chosen = layer_choice.Chosen(found, given[0], dtype, time.monotonic() - began)
+        if self.rank == 0:
+            print(chosen.line(), chosen.told(), flush=True)
+        return chosen.in_16_bits
 
     def _measure(
         self, pipe: Any, label: str, generate: Any, steps: int, systems: Sequence[str], prefix: str
@@ -273,7 +300,7 @@ def parser(text: str | None, systems: Sequence[str], warm_up: int | None) -> arg
         "--quantize",
         default="",
         help="with --compile, then these again with large layers computing in 8 bits, but for those whose "
-        "names match a pattern: float8,int8:*.norm*.linear",
+        "names match a pattern, or that are measured to be slower: float8,int8:*.norm*.linear,int8:measured",
     )
     made.add_argument("--only-8-bits", action="store_true", help="with --quantize: compiled in 8 bits alone")
     made.add_argument("--channels-last", action="store_true", help="of the compiled denoiser")

@@ -4,9 +4,10 @@ python benchmarks/layers.py linear [--models sdxl,sd3,flux] [--kinds float8,int8
 python benchmarks/layers.py attention convolutions
 
 Microseconds a call. Shapes are those of a picture of 1024 x 1024 pixels, with both guidance branches on one
-GPU and with one of them. A linear layer is compiled behind something elementwise, into which quantizing its
-inputs is compiled, as in a block; behind "-tuned" torch.compile may make Triton kernels that scale results.
-Convolutions are channels last, by cuDNN's first choice and by its measured one. All calls are captured.
+GPU and with one of them. A linear layer is compiled between elementwise ones, into which quantizing its
+inputs and scaling its results are compiled, as in a block; behind "-tuned" torch.compile may make Triton
+kernels that scale results. Convolutions are channels last, by cuDNN's first choice and by its measured one.
+All calls are captured.
 --device cpu --tiny shows that it runs.
 """
 
@@ -15,10 +16,8 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from shared.pipeline import eight_bits
+from shared.pipeline.layer_timing import DEFAULT, LAYERS, Call, Shape, calls_of, layers_of, microseconds
 from shared.pipeline.loading import channels_last
-
-Call = Callable[[], torch.Tensor]
 
 LINEAR: dict[str, list[tuple[int, int, int]]] = {
     "sdxl": [
@@ -98,39 +96,6 @@ CONVOLUTIONS = [
     ("sdxl", 2560, 1280, 32, 3),
 ]
 """Inputs, outputs, height and width, kernel."""
-LAYERS = 4
-"""Layers of one shape that take turns, so that no weight stays in a cache as it would not in a model."""
-REPEATS = 10
-
-
-def microseconds(calls: Sequence[Call]) -> float:
-    """Of one call: the median over runs of all of them."""
-    if torch.cuda.is_available():
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            for call in (*calls, *calls):
-                call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in [*calls] * 5:
-                call()
-        times = []
-        for _ in range(REPEATS):
-            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            began.record()
-            graph.replay()
-            ended.record()
-            ended.synchronize()
-            times.append(began.elapsed_time(ended) * 1e3 / 5)
-        return statistics.median(times) / len(calls)
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        for call in calls:
-            call()
-        times.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times) / len(calls)
 
 
 def tried(calls: Sequence[Call]) -> str:
@@ -158,22 +123,16 @@ def linear(options: argparse.Namespace, device: torch.device) -> None:
         for shape in LINEAR[model][: 1 if options.tiny else None]:
             rows, inputs, outputs = (max(n // 16, 1) for n in shape) if options.tiny else shape
             x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
-            plain = [nn.Linear(inputs, outputs).to(device, torch.bfloat16) for _ in range(LAYERS)]
-            cells = [tried(_compiled(plain, x))]
+            plain = layers_of(Shape(rows, inputs, outputs), torch.bfloat16, device)
+            cells = [tried(calls_of(plain, x, DEFAULT))]
             for kind in kinds:
                 kind, _, tuned = kind.partition("-")
                 layers = copy.deepcopy(plain)
                 for layer in layers:
                     eight_bits.quantize_layer(layer, kind)
                 with inductor.patch(max_autotune_gemm=bool(tuned)):
-                    cells.append(tried(_compiled(layers, x)))
+                    cells.append(tried(calls_of(layers, x, DEFAULT)))
             row([model, rows, inputs, outputs, *cells])
-
-
-def _compiled(layers: list[nn.Linear], x: torch.Tensor) -> list[Call]:
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda layer, x: layer(F.silu(x)), fullgraph=True, dynamic=False)
-    return [partial(compiled, layer, x) for layer in layers]
 
 
 def attention(options: argparse.Namespace, device: torch.device) -> None:

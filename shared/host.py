@@ -182,6 +182,8 @@ def _load_and_loop(
     status.plan, status.embeddings = engine.plan | told(world.link), engine.embeddings
     if memory is not None:
         status.plan = status.plan | {"memory": memory.told()}
+        if memory.bits is not None:
+            status.plan = status.plan | {"eight_bits": memory.bits.told()}
     status.plan = status.plan | {"start": PHASES.told()}
     status.versions = versions()
     status.ready()

@@ -123,6 +123,7 @@ def needs(config: HostConfig, world_size: int) -> Needs:
         stages=staged,
         stage_count=stages(config, world_size),
         step_parts=2 if halves else 1,
+        row_parts=2 if halves else 1,
         decode_parts=config.decode_parts(world_size),
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from shared.backends import presets
 from shared.backends.xdit_cost import GAINS, Choice
-from shared.backends.xdit_plan import FLAGS, REFUSES, TYPES, check, link_choice, xdit_degrees
+from shared.backends.xdit_plan import FLAGS, REFUSES, TYPES, check, link_choice, tokens_of, xdit_degrees
 from shared.launch.backend import Backend, Needs
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
@@ -35,12 +35,15 @@ def needs(config: HostConfig, world_size: int) -> Needs:
     own = (*config.spec.denoisers, "controlnet") if pipefused else ()
     shards = tuple(name for name in config.shards(world_size) if name not in own)
     degrees = xdit_degrees(config, world_size)
+    branches = degrees.cfg if tokens_of(config).guidance == "batch" else 1
+    patches = (config.num_pipeline_patch or degrees.pipefusion) if pipefused else 1
     return Needs(
         pipefused,
         inside_blocks=pipefused and degrees.sequence > 1,  # xfuser's exchange is not traced
         divides_weights=divides,
         shards=shards,
         step_parts=degrees.sequence * (degrees.cfg if config.spec.guidance_branches > 1 else 1),
+        row_parts=degrees.sequence * branches * patches,
         decode_parts=config.decode_parts(degrees.world // degrees.data),
     )
 

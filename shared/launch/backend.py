@@ -25,6 +25,7 @@ class Needs:
     stages: tuple[str, ...] = ()  # the same, where each rank keeps a stage of them
     stage_count: int = 1  # how many of those there are
     step_parts: int = 1  # ranks that divide what a step needs while it runs
+    row_parts: int = 1  # calls of the denoiser, at once or one after the other, that divide a step's tokens
     decode_parts: int = 1  # ranks that divide what decoding needs
     keeps_patches: bool = False  # whether a rank keeps what the others' patches were in the step before
 

@@ -101,6 +101,8 @@ class HostConfig:
     """One launch. Field names are flag names (PROTOCOL: command line); None means "not given"."""
 
     backend: str = field(default="", metadata={})
+    in_16_bits: frozenset[str] = field(default=frozenset(), metadata={})
+    """No flag: layers that --quantize_to leaves as they are since 8 bits are slower here, by component."""
 
     type: str = _flag("", _MODEL, "model type", as_text)
     checkpoint: str = _flag("", _MODEL, "diffusers folder or single .safetensors file", as_text, path=True)

@@ -44,6 +44,11 @@ FAMILY = Family(
     rows=(
         ModelSpec(
             name="ltx2",
+            # The sound's tokens are as few as the prompt's.
+            prompt_rows=(
+                *("*.attn2.to_[kv]", "*.audio_attn*", "*.audio_ff.*", "*.audio_to_video_attn.to_[kv]"),
+                *("*.video_to_audio_attn.to_q", "*.video_to_audio_attn.to_out.*"),
+            ),
             title="LTX-2 text to video with sound",
             pipeline="LTX2Pipeline",
             denoiser="transformer",

@@ -75,6 +75,7 @@ FAMILY = Family(
     rows=(
         ModelSpec(
             name="ad",
+            prompt_rows=("*.attentions.*.attn2.to_[kv]",),  # a motion module's attention is over frames
             step_maps=26.0,
             prompt_chunks=True,
             attends_to_prompt=True,

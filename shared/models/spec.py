@@ -166,6 +166,11 @@ class ModelSpec:
     kept: tuple[str, ...] = ("conv_in", "conv_out", "time_*", "add_embedding*", "class_embedding*")
     # Large layers of its blocks that take the prompt's tokens only: with so few rows, 8 bits do not gain.
     few_rows: tuple[str, ...] = ()
+    # What else than the picture's places the layers of its blocks take, by patterns of their names: one row
+    # of a branch (time, modulation), the prompt's tokens, or those behind the picture's.
+    one_row: tuple[str, ...] = ("*norm*.linear", "*_mod.*", "*adaLN*", "*time_emb_proj")
+    prompt_rows: tuple[str, ...] = ("*context*", "*.add_*", "*.to_add_out", "*txt_*", "*.attn2.to_[kv]")
+    joined_rows: tuple[str, ...] = ("single_transformer_blocks.*",)
     own_names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """What its authors call the denoiser's layers, by parts of diffusers' names; LoRAs use both."""
     joined_names: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))

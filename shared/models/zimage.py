@@ -63,6 +63,7 @@ FAMILY = Family(
         ModelSpec(
             name="zimage",
             text_tokens=512,
+            joined_rows=("layers.*",),
             title="Z-Image",
             pipeline="ZImagePipeline",
             image="start",

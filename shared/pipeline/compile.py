@@ -42,11 +42,9 @@ def compile_pipeline(
     """
     counts: dict[str, int] = {}
     if config.compile_unet:
-        given = config
+        given = denoiser_settings(config)
         if config.compile_mode in WITHOUT_GRAPHS:
-            mode = WITHOUT_GRAPHS[config.compile_mode]
-            given = replace(config, compile_mode=mode)
-            log.info("%s: compile mode %s, as the host captures whole steps", spec.denoiser, mode)
+            log.info("%s: compile mode %s, as the host captures whole steps", spec.denoiser, given["mode"])
         for name, denoiser in parts_of(pipe, spec.denoisers).items():
             keep_layouts(denoiser)
             counts[name] = _compile(regions(denoiser) if whole_blocks else feed_forwards(denoiser), given)
@@ -56,11 +54,13 @@ def compile_pipeline(
             counts["controlnet"] = _compile([one for one in regions(net) if one not in done], given)
     if config.compile_vae:
         # The pipeline calls vae.decode and vae.encode, which call these two: the VAE's own forward is unused.
-        counts["vae"] = _compile([m for m in (pipe.vae.decoder, pipe.vae.encoder) if m is not None], config)
+        counts["vae"] = _compile(
+            [m for m in (pipe.vae.decoder, pipe.vae.encoder) if m is not None], settings(config)
+        )
     if config.compile_text_encoder:
         for name, encoder in parts_of(pipe, spec.text_encoders).items():
             _prime(encoder)
-            counts[name] = _compile([encoder], config)
+            counts[name] = _compile([encoder], settings(config))
     for name, count in counts.items():
         if not count:
             raise ValueError(f"{name} has no block to compile")
@@ -111,7 +111,8 @@ def _composite(modules: nn.ModuleList) -> bool:
     return len(modules) > 0 and all(any(m.children()) for m in modules)
 
 
-def _compile(modules: Any, config: HostConfig) -> int:
+def settings(config: HostConfig) -> dict[str, Any]:
+    """torch.compile's arguments by the flags."""
     # Shapes are fixed: blocks of all levels and batches share code, and one graph for all is slower.
     arguments: dict[str, Any] = {"fullgraph": not config.compile_fullgraph_off, "dynamic": False}
     if config.compile_backend:
@@ -120,6 +121,16 @@ def _compile(modules: Any, config: HostConfig) -> int:
         arguments["mode"] = config.compile_mode
     if config.compile_options:
         arguments["options"] = config.compile_options
+    return arguments
+
+
+def denoiser_settings(config: HostConfig) -> dict[str, Any]:
+    """The same for a denoiser, whose steps are captured as a whole."""
+    mode = WITHOUT_GRAPHS.get(config.compile_mode or "", config.compile_mode)
+    return settings(replace(config, compile_mode=mode))
+
+
+def _compile(modules: Any, arguments: dict[str, Any]) -> int:
     count = 0
     for module in modules:
         forward = module.forward

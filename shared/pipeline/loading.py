@@ -240,7 +240,9 @@ def _prepare(
         stays = torch.device("cpu") if config.offloads or needs.shards or needs.stages else device
         kept = KeptWeights(config, compute_dtype(config, device), device)
         whole = not needs.inside_blocks
-        quantize.quantize_pipeline(pipe, spec, config.quantize_to, device, kept, prefix, whole, stays)
+        quantize.quantize_pipeline(
+            pipe, spec, config.quantize_to, device, kept, prefix, whole, stays, config.in_16_bits
+        )
     memory.apply_xformers(pipe, config)
     if config.compile_unet and device.type == "cuda":
         # Compiled convolutions are fastest in this layout: 15 % of an SDXL step on an H200.

@@ -17,6 +17,7 @@ from shared.launch.fit import cheapest, singles, worded
 from shared.launch.flags import COMPUTED, HostConfig
 from shared.parallel.graphs import SHARE
 from shared.pipeline.eight_bits import for_device, obstacle, weight_only
+from shared.pipeline.layer_choice import Chosen, chosen
 from shared.pipeline.loading import compute_dtype
 from shared.pipeline.single_file import BROKEN
 from shared.pipeline.unloaded import Stored, unloaded_models
@@ -86,12 +87,14 @@ class MemoryPlan:
         self.models = unloaded_models(config, dtype, backend.needs(config, world_size).divides_weights)
         self._weights: dict[Any, tuple[dict[str, int], int, int]] = {}
         self.work = Work(config.spec, self.models, dtype)
+        self.bits: Chosen | None = None
+        """Which layers compute in 8 bits, where that is chosen."""
 
     def weights_of(self, config: HostConfig, world_size: int) -> tuple[dict[str, int], int, int]:
         """By model the bytes that a rank keeps; those of the gathering buffers or the moved part; loading."""
         needs = self.backend.needs(config, world_size)
         offloads = config.offloads or config.enable_model_cpu_offload
-        key = (config.quantize_to, needs, offloads and config, world_size)
+        key = (config.quantize_to, config.in_16_bits, needs, offloads and config, world_size)
         if key not in self._weights:
             self._weights[key] = self._find_weights(config, world_size)
         return self._weights[key]
@@ -107,6 +110,7 @@ class MemoryPlan:
             if denoises:
                 whole_blocks, compiled = not needs.inside_blocks, config.compile_unet
                 how = Stored(self.dtype, config.quantize_to, spec.kept, whole_blocks, spec.few_rows, compiled)
+                how = replace(how, component=name, in_16_bits=config.in_16_bits)
             elif name in spec.text_encoders:
                 how = Stored(self.dtype, weight_only(config.quantize_to))
             elif name == "vae" and name in needs.shards and self.work.upcasts:
@@ -266,6 +270,22 @@ class MemoryPlan:
             f"{gib(free)} GiB free; {self.advice()}"
         )
 
+    def choose_bits(self, channel: Channel) -> HostConfig:
+        """The launch with the layers that stay in 16 bits as they are faster so, where that fits in memory.
+
+        All ranks must call it.
+        """
+        config = self.config
+        self.bits = found = chosen(config, self.backend.needs(config, self.size), self.work, channel)
+        if found is None:
+            return config
+        faster = replace(config, in_16_bits=found.in_16_bits)
+        if found.in_16_bits and self.safe(faster) > self.least_free:
+            self.bits = replace(found, memory_asks=True)
+        else:
+            self.config = faster
+        return self.config
+
 
 def gib(size: int) -> str:
     """GiB, with three digits."""
@@ -294,8 +314,11 @@ def planned(config: HostConfig, backend: Backend, channel: Channel) -> tuple[Hos
     plan = plan_of(config, backend, world.size, world.device.type, dtype, free, binding)
     if plan is None:
         return config, None
-    config = alike(plan.fitted())
+    plan.config = alike(plan.fitted())
+    config = plan.choose_bits(channel)
     if world.rank == 0:
+        if plan.bits is not None:
+            log.info("%s", plan.bits.line())
         log.info("%s", plan.line())
         if plan.warning:
             log.warning("%s", plan.warning)

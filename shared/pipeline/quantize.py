@@ -14,7 +14,8 @@ import importlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +55,7 @@ def quantize_pipeline(
     prefix: str = "",
     whole_blocks: bool = True,
     stays: torch.device | None = None,
+    in_16_bits: Collection[str] = (),
 ) -> dict[str, tuple[int, int]]:
     """Quantize the weights of the denoiser and of the text encoders, in place.
 
@@ -69,6 +71,7 @@ def quantize_pipeline(
         prefix: of the components' names there.
         whole_blocks: whether the denoiser's blocks are compiled as a whole, where it is compiled.
         stays: where the models are left; the device by default.
+        in_16_bits: layers that stay as they are, by component and name (shared.pipeline.layer_choice).
 
     Returns:
         bytes before and after per component.
@@ -84,19 +87,19 @@ def quantize_pipeline(
         before, began = tensor_bytes(module), time.monotonic()
         denoises = name in spec.denoisers
         exact = list(spec.kept) if denoises else []
-        computing = dict[str, nn.Linear]()
-        if denoises and kind != eight_bits.weight_only(kind):
+        done, computing = str(eight_bits.weight_only(kind)), dict[str, nn.Linear]()
+        if denoises and kind != done:
             computing = eight_bits.computing_layers(module, [*exact, *spec.few_rows], whole_blocks)
             if not computing:
                 log.warning("%s: no layer is large enough to gain from computing in %s", name, kind)
         if computing:
             done = kind
-            count = _compute_in_8_bits(computing, kind, device, kept, prefix + name)
+            faster = eight_bits.faster(computing, prefix.rstrip(".") or name, in_16_bits)
+            count = _compute_in_8_bits(faster, kind, device, kept, prefix + name)
         else:
-            done = str(eight_bits.weight_only(kind))
             count = _keep_small(module, done, exact, device, kept, prefix + name)
-        if not count:
-            raise QuantizeError(f"--quantize_to={kind}: no layer of {name} could be quantized")
+            if not count:
+                raise QuantizeError(f"--quantize_to={kind}: no layer of {name} could be quantized")
         module.to(stays or device)
         module.requires_grad_(False)
         sizes[name] = (before, tensor_bytes(module))
@@ -118,8 +121,9 @@ def _compute_in_8_bits(
         data, scale = eight_bits.quantized(on_device(layer.weight.detach(), device), kind)
         return {"data": data, "scale": scale}
 
-    # Which layers they are depends on what is compiled.
-    found = _packed(layers, pack, device, kept, f"{name}, {len(layers)} layers")
+    # Which layers they are depends on what is compiled, and on what is faster.
+    which = f"{len(layers)} layers, {zlib.crc32(' '.join(layers).encode()):08x}"
+    found = _packed(layers, pack, device, kept, f"{name}, {which}")
     for key, layer in layers.items():
         eight_bits.put(layer, kind, found[f"{key}.weight.data"], found[f"{key}.weight.scale"])
     return len(layers)

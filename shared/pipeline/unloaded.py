@@ -14,7 +14,7 @@ from torch import nn
 
 from shared.launch.flags import HostConfig
 from shared.parallel.sharded import Block, blocks_of
-from shared.pipeline.eight_bits import computing_layers, weight_only
+from shared.pipeline.eight_bits import computing_layers, faster, weight_only
 from shared.pipeline.quantize import GROUP_SIZES
 from shared.pipeline.single_file import CONFIGS, _missing, _overrides, config_folder
 from shared.pipeline.weights_file import Header, read_header
@@ -32,6 +32,9 @@ class Stored:
     few_rows: tuple[str, ...] = ()
     """More layers that stay as they are where the kind computes in 8 bits."""
     compiled: bool = False
+    component: str = ""
+    in_16_bits: frozenset[str] = frozenset()
+    """Layers that stay as they are too, by component and name."""
 
 
 @dataclass
@@ -83,7 +86,7 @@ def stored(module: nn.Module, how: Stored) -> dict[int, int]:
     kind = weight_only(how.kind)
     stay = (*how.kept, *how.few_rows)
     if kind != how.kind and (computing := computing_layers(module, stay, how.whole_blocks)):
-        for layer in computing.values():
+        for layer in faster(computing, how.component, how.in_16_bits).values():
             sizes[id(layer.weight)] = layer.weight.numel() + 4 * layer.out_features
         return sizes
     for name, layer in module.named_modules() if kind else ():

@@ -46,19 +46,33 @@ class Work:
         """Of what DistriFusion keeps of other patches."""
         return self._maps(config, self.spec.stale_maps, frames)
 
-    def _maps(self, config: HostConfig, maps: float, frames: int | None) -> int:
+    def places(self, config: HostConfig, frames: int | None = None) -> int:
+        """Latents of a picture or video, of a UNet's; the picture's tokens, of a transformer's."""
         spec = self.spec
-        settings: Any = self.models[spec.denoiser].modules[0].config
         width, height = (side * spec.size_scale // self._vae_scale() for side in config.size)
         frames = self._latent_frames(frames)
         if spec.tokens is None:
-            channels, places = settings.block_out_channels[0], width * height * frames
+            return width * height * frames
+        patch = 2 if spec.packed else _side(self._settings[spec.tokens.side])
+        # A picture to look at is as many tokens as the one that is made.
+        return (width // patch) * (height // patch) * frames * (2 if spec.refers else 1)
+
+    def levels(self, denoiser: nn.Module) -> int:
+        """Of a UNet, each with half as many latents a side as the one before; 1 of a transformer."""
+        settings: Any = denoiser.config
+        return 1 if self.spec.tokens is not None else len(settings.block_out_channels)
+
+    @property
+    def _settings(self) -> Any:
+        """The denoiser's configuration."""
+        return self.models[self.spec.denoiser].modules[0].config
+
+    def _maps(self, config: HostConfig, maps: float, frames: int | None) -> int:
+        spec, places = self.spec, self.places(config, frames)
+        if spec.tokens is None:
+            channels = self._settings.block_out_channels[0]
         else:
-            patch = 2 if spec.packed else _side(settings[spec.tokens.side])
-            channels = spec.tokens.channels(settings)
-            places = (width // patch) * (height // patch) * frames
-            # A picture to look at is as many tokens as the one that is made.
-            places *= 2 if spec.refers else 1
+            channels = spec.tokens.channels(self._settings)
             places += spec.text_tokens
         branches = 2 if spec.tokens is None or spec.tokens.guidance == "batch" else 1
         return int(maps * channels * places * branches * self.dtype.itemsize)
