@@ -13,13 +13,19 @@ from typing import Any, Protocol
 from shared.launch.flags import HostConfig
 from shared.parallel.xdit.degrees import Degrees
 
-COMPILED, EAGER = 0.7, 0.5
-"""Share of a matrix product's speed that a step reaches (FLUX on an H200: 0.72 compiled, 0.54 not)."""
-RING_HIDES, OVERLAP_HIDES = 0.2, 0.45
-"""Share of a step's arithmetic during which ring's messages are under way: values leave before queries and
-keys are there; with overlap half of attention, and more beside it, runs meanwhile too. Ulysses waits for its
-exchanges."""
-OVERLAP_COSTS = 0.03
+# Fitted to the H200s of docs/MEASURED.md; tests/backends/test_xdit_cost.py shows how far they are off.
+PRODUCTS, ATTENTION = 0.87, 0.98
+"""Share of a large matrix product's speed that a step's linear layers and its attention reach."""
+COMPILED, EAGER = 34e3, 82e3
+"""Operations of that product which take as long as what is elementwise, for each channel of a token and
+block: bound by memory, and so less where it is compiled into a few passes."""
+SHARED = 1.05
+"""What ranks that share the tokens take in all, of what one takes: their products are smaller."""
+RING_HIDES, OVERLAP_HIDES = (0.33, 0.37), (0.49, 0.68)
+"""The most of a step's arithmetic during which ring's messages are under way, and the part of these messages
+that is: values leave before queries and keys are there; with overlap half of attention, and more beside it,
+runs meanwhile too. Ulysses waits for its exchanges."""
+OVERLAP_COSTS = 0.06
 """Of a step's arithmetic: two attentions in place of one, two products in place of one."""
 WORTH = 0.03
 """Share of a step's time that a plan must save to be taken in place of the usual one."""
@@ -55,15 +61,19 @@ class Step:
     """Guidance branches, 1 or 2."""
     itemsize: int = 2
     """Bytes of a number."""
-    efficiency: float = COMPILED
+    elementwise: float = COMPILED
     sent: float = 1.0
     """Bytes that are sent for each that attention exchanges: about 0.5 in 8 bits."""
 
     @property
-    def flops(self) -> float:
-        """Floating point operations."""
-        each = 24.0 * self.tokens * self.channels**2 + 4.0 * self.tokens**2 * self.channels
-        return self.branches * self.blocks * each
+    def products(self) -> float:
+        """Floating point operations of linear layers."""
+        return self.branches * self.blocks * 24.0 * self.tokens * self.channels**2
+
+    @property
+    def attention(self) -> float:
+        """Those of attention between tokens."""
+        return self.branches * self.blocks * 4.0 * self.tokens**2 * self.channels
 
     def received(self, degrees: Degrees) -> float:
         """Bytes that a rank receives: ring's keys and values; Ulysses' queries, keys, values, answers."""
@@ -79,8 +89,11 @@ class Step:
 
     def arithmetic(self, degrees: Degrees, link: Speeds) -> float:
         """Seconds in which a rank computes."""
-        shared = degrees.sequence * min(degrees.cfg, self.branches)
-        return self.flops / shared / (self.efficiency * link.flops)
+        numbers = self.branches * self.blocks * self.tokens * self.channels
+        matrices = self.products / PRODUCTS + self.attention / ATTENTION
+        alone = (matrices + self.elementwise * numbers) / link.flops
+        alone *= SHARED if degrees.sequence > 1 else 1.0
+        return alone / (degrees.sequence * min(degrees.cfg, self.branches))
 
     def exchange(self, degrees: Degrees, link: Speeds) -> float:
         """Seconds in which messages are under way."""
@@ -92,8 +105,9 @@ class Step:
         computed, sent = self.arithmetic(degrees, link), self.exchange(degrees, link)
         if degrees.ring == 1 or degrees.ulysses > 1:
             return computed + sent
-        hidden = (OVERLAP_HIDES if overlap else RING_HIDES) * computed
-        return computed * (1 + OVERLAP_COSTS * overlap) + max(sent - hidden, 0.0)
+        arithmetic, messages = OVERLAP_HIDES if overlap else RING_HIDES
+        hidden = min(arithmetic * computed, messages * sent)
+        return computed * (1 + OVERLAP_COSTS * overlap) + sent - hidden
 
 
 @dataclass(frozen=True)
@@ -135,8 +149,8 @@ def step_of(
     frames = ((spec.frames or 1) - 1) // spec.frames_factor + 1
     places = width * height * frames * (2 if spec.refers else 1) + spec.text_tokens
     branches = 1 if tokens.unguided else tokens.branches
-    efficiency = COMPILED if config.compile_unet else EAGER
-    return Step(blocks, channels, places, branches, itemsize, efficiency, sent)
+    elementwise = COMPILED if config.compile_unet else EAGER
+    return Step(blocks, channels, places, branches, itemsize, elementwise, sent)
 
 
 BLOCKS = ("num_layers", "num_single_layers", "n_layers")

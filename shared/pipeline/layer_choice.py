@@ -78,7 +78,7 @@ class Chosen:
         parts = [f"8 bits: {total - stay} of {total} layers"]
         why = "needs 8 bits by memory" if self.memory_asks else f"stays {NAMES[self.dtype]}"
         slower = list(self.slower.items())
-        parts += [f"{shape} {why}, {by:.2g} x slower" for shape, by in slower[:TOLD]]
+        parts += [f"{shape} of {shape.rows} rows {why}, {by:.2g} x slower" for shape, by in slower[:TOLD]]
         if len(slower) > TOLD:
             parts.append(f"{len(slower) - TOLD} more shapes too")
         if self._unmeasured:
