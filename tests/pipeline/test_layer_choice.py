@@ -237,8 +237,8 @@ def test_all_ranks_choose_alike(pool: RankPool, tmp_path: Path) -> None:
 
 PROMPT = {"flux": 32, "kontext": 32, "chroma": 32, "flux2": 64, "zimage": 64, "wan": 512}
 """Tokens that prompts of these tests have, where that is not the type's."""
-PADDED = {"zimage": 32}
-"""Tokens of which pictures are multiples, by padding."""
+PLACES = {"flux2": 16, "ltx2": 8, "zimage": 32}
+"""Tokens of pictures of these tests, whose VAEs have fewer levels than full-size ones, or that are padded."""
 
 
 @pytest.mark.parametrize("name", seldom(MODELS, ("flux", "sdxl", "zimage")))
@@ -247,6 +247,8 @@ def test_rows_are_those_that_layers_see(name: str, monkeypatch: pytest.MonkeyPat
     spec = MODELS[name]
     if spec.packages:
         pytest.importorskip(*spec.packages)
+    if name == "sdup":
+        pytest.skip("some of its blocks attend only to the prompt, in attn1 too")
     monkeypatch.setattr(eight_bits, "LEAST", 1)
     monkeypatch.setattr(eight_bits, "MULTIPLE", 1)
     pipe = tiny.load(name)
@@ -258,12 +260,11 @@ def test_rows_are_those_that_layers_see(name: str, monkeypatch: pytest.MonkeyPat
 
         layer.register_forward_pre_hook(note)
     alone = spec.tokens is not None and spec.tokens.unguided
-    tiny.run(pipe, name, **({"guidance_scale": 1.0} if alone else {}))
+    tiny.run(pipe, name, **({"guidance_scale": 1.0 + spec.cfg_offset} if alone else {}))
     side = tiny.PIXELS // spec.size_scale
     config = tiny.config(name, width=side, height=side, **flags_of(name))
     work = plan_of(config).work
-    places = work.places(config, 4 if spec.output == "video" else None)
-    places = -(-places // PADDED.get(name, 1)) * PADDED.get(name, 1)
+    places = PLACES.get(name) or work.places(config, tiny.call_args(name).get("num_frames", 4))
     levels, blind = work.levels(denoiser), replace(spec, one_row=(), prompt_rows=())
     wrong, counted = {}, 0
     for key, rows in seen.items():
@@ -274,7 +275,8 @@ def test_rows_are_those_that_layers_see(name: str, monkeypatch: pytest.MonkeyPat
                 wrong[key] = (rows, found)
         elif rows == {rows_of(key, blind, levels, places, 1, PROMPT.get(name))}:
             wrong[key] = (rows, "few")
-    assert counted and not wrong
+    assert counted
+    assert not wrong, sorted(wrong.items())[:3]
 
 
 def test_ranks_that_share_the_rows() -> None:
