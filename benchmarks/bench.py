@@ -215,7 +215,8 @@ class Bench(ABC):
         dtype = DTYPES[self.options.dtype]
         models = {name: Unloaded([getattr(pipe, name)]) for name in (spec.denoiser, "vae")}
         launch = HostConfig(type=spec.name, width=size, height=size, quantize_to=kind)
-        found = layer_choice.shapes(launch, Needs(), Work(spec, models, dtype))
+        parts = 2 if self.options.guidance == 1 else 1  # without guidance, half of the rows
+        found = layer_choice.shapes(launch, Needs(row_parts=parts), Work(spec, models, dtype))
         began, times = time.monotonic(), layer_choice.Times()
         if self.rank == 0:
             times = layer_choice.measured(launch, dtype, self.device, Counter(found.values()))

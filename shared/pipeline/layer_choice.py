@@ -221,7 +221,6 @@ def measured(config: HostConfig, dtype: torch.dtype, device: torch.device, layer
             log.warning("8 bits: layers %s of %d rows are not measured: %s", shape, shape.rows, why)
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    torch._dynamo.reset()
     return found
 
 

@@ -18,6 +18,7 @@ from shared.backends import BACKENDS
 from shared.launch.flags import COMPUTED, HostConfig
 from shared.models import MODELS
 from shared.pipeline import eight_bits, layer_choice, layer_timing, memory_plan, quantize
+from shared.pipeline.compile import graph_count
 from shared.pipeline.eight_bits import EightBitLinear, computing_layers
 from shared.pipeline.layer_choice import Chosen, rows_of
 from shared.pipeline.layer_timing import Shape
@@ -266,7 +267,7 @@ def test_rows_are_those_that_layers_see(name: str, monkeypatch: pytest.MonkeyPat
     work = plan_of(config).work
     places = PLACES.get(name) or work.places(config, tiny.call_args(name).get("num_frames", 4))
     levels, blind = work.levels(denoiser), replace(spec, one_row=(), prompt_rows=())
-    wrong, counted = {}, 0
+    wrong, counted = dict[str, Any](), 0
     for key, rows in seen.items():
         found = rows_of(key, spec, levels, places, 1, PROMPT.get(name))
         if found == rows_of(key, blind, levels, places, 1, PROMPT.get(name)):
@@ -300,6 +301,11 @@ def test_both_products_are_timed(kind: str) -> None:
     settings = {"backend": "eager", "fullgraph": True, "dynamic": False}
     sixteen, eight = layer_timing.both(Shape(32, 64, 48), kind, torch.bfloat16, CPU, settings)
     assert sixteen > 0 and eight > 0
+    count = graph_count()
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for rows in (33, 34, 35):
+            layer_timing.both(Shape(rows, 64, 48), kind, torch.bfloat16, CPU, settings)
+    assert graph_count() == count + 6, "each is compiled, by itself"
     assert len(layer_timing.layers_of(Shape(1, 64, 48), torch.bfloat16, CPU)) == layer_timing.LAYERS
 
 
