@@ -265,7 +265,7 @@ def test_rows_are_those_that_layers_see(name: str, monkeypatch: pytest.MonkeyPat
     side = tiny.PIXELS // spec.size_scale
     config = tiny.config(name, width=side, height=side, **flags_of(name))
     work = plan_of(config).work
-    places = PLACES.get(name) or work.places(config, tiny.call_args(name).get("num_frames", 4))
+    places = PLACES.get(name) or work.places(config, tiny.call_args(name).get("num_frames"))
     levels, blind = work.levels(denoiser), replace(spec, one_row=(), prompt_rows=())
     wrong, counted = dict[str, Any](), 0
     for key, rows in seen.items():
