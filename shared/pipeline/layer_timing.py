@@ -50,7 +50,7 @@ def microseconds(calls: Sequence[Call]) -> float:
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL has threads of its own
         for call in [*calls] * ROUNDS:
             call()
     times = []
