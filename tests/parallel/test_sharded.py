@@ -20,7 +20,7 @@ from shared.parallel.exchange import all_gather
 from shared.parallel.sharded import ShardedWeights, blocks_of
 from shared.pipeline.engine import PipelineEngine
 from tests import tiny, tiny_extras, tiny_original
-from tests.pool import RankPool
+from tests.pool import RankPool, is_last, once
 from tests.seldom import seldom
 from tests.test_matrix import EXACT_DB, SETTINGS, Flags, cells, flags_of, launch, psnr
 
@@ -171,7 +171,7 @@ def other_sizes() -> list[float]:
     """On each rank: how close exact pictures come, of sizes first asked for without the weights."""
     pipe = tiny.load("sdxl")
     sizes = [{"size": 64}, {"size": 96}, {"size": 64}]
-    plain = [tiny.run(pipe, "sdxl", **size) for size in sizes]
+    plain = once(lambda: [tiny.run(pipe, "sdxl", **size) for size in sizes])
     device, group = torch.device("cpu"), dist.new_group(backend="gloo")
     with StageWeights(pipe.unet, group, device) as weights:
         with AsyncDiff(pipe, 2, warm_up_steps=99, group=group, weights=weights) as parallel:
@@ -186,7 +186,7 @@ def other_sizes() -> list[float]:
             parallel.begin(4)
             assert np.isfinite(tiny.run(pipe, "sdxl", steps=4)).all()
             assert weights.stages == stages
-    assert np.array_equal(tiny.run(pipe, "sdxl", size=64), plain[0])
+    assert not is_last() or np.array_equal(tiny.run(pipe, "sdxl", size=64), plain[0])
     return found
 
 
