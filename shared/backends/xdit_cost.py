@@ -140,9 +140,9 @@ def step_of(
     side = 2 if spec.packed else settings.get(tokens.side, 1)
     side = side[-1] if isinstance(side, list) else side
     levels = len(vae.get("block_out_channels") or (0,) * 4)
-    pixels = 8 if spec.vae_kind == "video" else 2 ** (levels - 1)
-    if spec.scale_setting is not None:
-        pixels = vae.get(spec.scale_setting, pixels)
+    pixels = vae.get(spec.scale_setting or "")
+    if pixels is None:
+        pixels = spec.video_scale if spec.vae_kind == "video" else 2 ** (levels - 1)
     if not blocks or not channels or not isinstance(side, int) or not isinstance(pixels, int):
         return None
     width, height = (max(x // (side * pixels), 1) for x in config.size)

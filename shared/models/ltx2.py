@@ -83,6 +83,8 @@ FAMILY = Family(
             vae_kind="video",
             statistics="buffers",
             channels_setting="latent_channels",
+            scale_setting="spatial_compression_ratio",
+            video_scale=32,
             kept=(
                 "proj_in",
                 "proj_out",

@@ -139,7 +139,8 @@ class ModelSpec:
     """How many tokens of a tokenizer are read, where neither it nor an argument says it."""
     quoted_tokenizers: tuple[str, ...] = ()  # those that read only what is in quotes
     channels_setting: str | None = None  # what its VAE calls its latent channels, where that is not usual
-    scale_setting: str | None = None  # and the pixels a side of one latent; None: by its levels, a video's 8
+    scale_setting: str | None = None  # and the pixels a side of one latent, where it has such a setting
+    video_scale: int = 8  # these, of a video's VAE whose configuration does not say
     statistics: Literal["config", "buffers"] = "config"  # where its VAE has those of its latents, if it does
     decodes_upcast: bool = False  # whether its pipeline decodes in fp32 if its VAE overflows in fp16
     vae_kind: Literal["image", "video"] = "image"  # what its VAE takes; of a video's, a picture is one frame

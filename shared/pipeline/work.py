@@ -90,10 +90,10 @@ class Work:
 
     def _vae_scale(self) -> int:
         settings: Any = self._vae.config
-        if self.spec.scale_setting is not None:
-            return int(settings[self.spec.scale_setting])
+        if (told := settings.get(self.spec.scale_setting or "")) is not None:
+            return int(told)
         if self.spec.vae_kind == "video":
-            return 8
+            return self.spec.video_scale
         return 2 ** (len(settings.block_out_channels) - 1)
 
     def _latent_frames(self, frames: int | None) -> int:
