@@ -16,7 +16,8 @@ from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.cfg_split import CfgSplit, HybridSplit
 from shared.parallel.chosen_steps import Pace
 from shared.parallel.kept_prompt import KeptPrompt
-from tests import tiny
+from shared.pipeline.lora import loras_of
+from tests import tiny, tiny_extras
 from tests.parallel.test_asyncdiff import pipeline, psnr
 from tests.pool import RankPool
 from tests.seldom import seldom
@@ -125,3 +126,27 @@ def test_two_ranks_with_a_branch_each_make_what_they_made(pool: RankPool, system
     """In the hybrid a rank goes from one branch to the other, and its stages are cut by what is left."""
     for remade, kept in pool.run(_branches, 2, system):
         assert psnr(kept, remade) >= least
+
+
+def test_a_scale_that_changes_between_generations_is_in_them() -> None:
+    pipe = tiny.host("sd1", lora={str(tiny_extras.lora("sd1")): 1.0})
+    loras = loras_of(pipe, MODELS["sd1"])
+    (path,) = loras.loaded
+    with KeptPrompt(pipe.unet) as kept:
+        prompt = torch.randn(1, 4, pipe.unet.config.cross_attention_dim)  # kept from one to the other
+        x, t = torch.zeros(1, 4, 8, 8), torch.tensor(5)
+
+        def made(scale: float) -> torch.Tensor:
+            loras.set_scales({path: scale})
+            kept.begin(1)
+            with torch.no_grad():
+                return pipe.unet(x, t, prompt, return_dict=False)[0]
+
+        both = [made(scale) for scale in (1.0, 0.2)]
+    wanted = []
+    for scale in (1.0, 0.2):
+        loras.set_scales({path: scale})
+        with torch.no_grad():
+            wanted.append(pipe.unet(x, t, prompt, return_dict=False)[0])
+    assert not torch.equal(*wanted)
+    assert all(torch.equal(one, other) for one, other in zip(both, wanted, strict=True))
