@@ -285,7 +285,9 @@ def test_shared_decoding_of_videos_takes_what_is_planned(pool: RankPool, kind: s
         if ranks > 1:
             found = max(pool.run(decoding, ranks, kind, side, frames, timeout=300))
         planned = work.decode(config, frames, ranks)
-        assert 0.95 * found <= planned <= 1.1 * found, (ranks, planned / found)
+        # Inside a tiny LTX-2 there is less than in its pixels, of which gloo holds on to what it sent last.
+        least = 0.85 if kind == "ltx2" and ranks > 1 else 0.95
+        assert least * found <= planned <= 1.1 * found, (ranks, planned / found)
     shared = replace(config, shard_weights=True)
     assert plan_of(shared, ranks).need(shared, frames=frames).decode == planned
 
