@@ -39,7 +39,7 @@ def build_adapter(unet: Any) -> MotionAdapter:
         motion_layers_per_block=unet.config.layers_per_block,
         motion_num_attention_heads=2,
         motion_norm_num_groups=unet.config.norm_num_groups,
-        motion_max_seq_length=FRAMES,
+        motion_max_seq_length=16,  # what a host draws unless told, and at its start
     )
     for name, parameter in adapter.named_parameters():
         if "proj_out" in name:
