@@ -53,7 +53,6 @@ def serve(backend: Backend[World, Engine]) -> NoReturn:
     set_up_logging(config, rank)
     from shared.api.queue import JobQueue
     from shared.api.status import HostStatus
-    from shared.http.access import exposure_warnings
 
     # Workers are stopped by rank 0, which has until --stop_grace.
     grace = config.stop_grace + (WORKERS_GRACE if rank else 0)
@@ -61,6 +60,8 @@ def serve(backend: Backend[World, Engine]) -> NoReturn:
     status = HostStatus(config.backend, config.type, world_size)
     queue = JobQueue(config.max_queue, config.max_queue_per_client)
     if rank == 0:
+        from shared.http.access import exposure_warnings
+
         _start_server(config, backend, status, queue, lifeline)
         for line in [*exposure_warnings(config), *idle_flags(config, backend, world_size)]:
             log.warning("%s", line)
@@ -151,7 +152,11 @@ def _load_and_loop(
 
     with device_meanwhile(config.device):
         if backend.plans_memory:
+            from shared.pipeline.unused import import_libraries
+
+            import_libraries(config)
             import shared.pipeline.memory_plan as memory_plan
+    gc.freeze()
     gc.enable()
     PHASES.begin("ranks")
     status.at(15, "waiting for the other ranks")

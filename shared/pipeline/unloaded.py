@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from shared.launch.flags import HostConfig
-from shared.parallel.sharded import Block, blocks_of
+from shared.parallel.sharded import blocks_of
 from shared.pipeline.eight_bits import computing_layers, faster, weight_only
 from shared.pipeline.quantize import GROUP_SIZES
 from shared.pipeline.single_file import CONFIGS, _missing, _overrides, config_folder
@@ -45,35 +45,40 @@ class Unloaded:
     more: int = 0
     packed: int | None = None
     """Bytes of a GGUF file's tensors, in place of all parameters."""
+    _found: dict[Stored, tuple[list[int], list[int]]] = field(default_factory=dict, init=False, repr=False)
 
     def nbytes(self, how: Stored) -> int:
         """Of all parameters."""
         if self.packed is not None:
             return self.packed
-        return self.more + sum(sum(stored(module, how).values()) for module in self.modules)
+        return self.more + sum(self._sizes(how)[0])
 
     def share(self, ranks: int, how: Stored) -> float:
         """The part of the bytes that a rank keeps, where blocks are divided over so many ranks."""
-        whole, saved = 1, 0.0
-        for module in self.modules:
-            sizes = stored(module, how)
-            whole += sum(sizes.values())
-            for block in _blocks(module, ranks, how, sizes):
-                saved += sum(sizes[id(piece.tensor)] for piece in block.pieces) * (1 - 1 / ranks)
-        return 1 - saved / whole
+        wholes, blocks = self._sizes(how)
+        return 1 - sum(blocks) * (1 - 1 / ranks) / (1 + sum(wholes))
 
     def largest_block(self, how: Stored) -> int:
         """Bytes of the largest part that is gathered, or moved, as one."""
-        found = [0]
-        for module in self.modules:
-            sizes = stored(module, how)
-            found += [sum(sizes[id(p.tensor)] for p in b.pieces) for b in _blocks(module, 2, how, sizes)]
-        return max(found)
+        return max(self._sizes(how)[1], default=0)
+
+    def _sizes(self, how: Stored) -> tuple[list[int], list[int]]:
+        """Bytes of each module, and of each block; found once, as a plan asks for many launches."""
+        if how not in self._found:
+            wholes, blocks = list[int](), list[int]()
+            for module in self.modules:
+                sizes = stored(module, how)
+                wholes.append(sum(sizes.values()))
+                blocks += _block_sizes(module, how, sizes)
+            self._found[how] = wholes, blocks
+        return self._found[how]
 
 
-def _blocks(module: nn.Module, ranks: int, how: Stored, sizes: dict[int, int]) -> list[Block]:
+def _block_sizes(module: nn.Module, how: Stored, sizes: dict[int, int]) -> list[int]:
+    """By block, of any number of ranks: that changes only where a block's parts end."""
     splits = not (how.compiled and how.whole_blocks)
-    return blocks_of(module, ranks, lambda parameter: sizes[id(parameter)], splits)
+    blocks = blocks_of(module, 2, lambda parameter: sizes[id(parameter)], splits)
+    return [sum(sizes[id(piece.tensor)] for piece in block.pieces) for block in blocks]
 
 
 def stored(module: nn.Module, how: Stored) -> dict[int, int]:

@@ -26,6 +26,7 @@ from shared.models import MODELS
 from shared.parallel import sharded
 from shared.parallel.peak import PeakBytes
 from shared.parallel.video_decoder import shared_decoder
+from shared.pipeline import unloaded, work
 from shared.pipeline.memory_plan import MemoryPlan
 from shared.pipeline.sharding import parameter_bytes
 from shared.pipeline.unloaded import Stored, Unloaded
@@ -184,6 +185,41 @@ def test_what_is_advised_is_tried_and_fits(name: str, size: int, share: float) -
     advised = re.split(r", or (?:\d+ ranks)?", str(refused.value).partition("would fit with ")[2])
     tried = [made for said in advised if (made := launch_of(config, said)) is not None]
     assert tried and all(measured(made) <= plan.free[0] < whole for made in tried), advised
+
+
+def test_advice_looks_at_each_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Advice is thirty launches, most of which store a model as another does: of SDXL they took 15 s."""
+    divided: list[int] = []
+
+    def counted(model: torch.nn.Module, *more: Any) -> list[sharded.Block]:
+        divided.append(id(model))
+        return sharded.blocks_of(model, *more)
+
+    monkeypatch.setattr(unloaded, "blocks_of", counted)
+    plan = plan_of(tiny.config("sdxl", shard_weights=True), ranks=2, free=1 << 20)
+    plan.advice()
+    kinds = 6  # as it is, and the kinds of --quantize_to
+    assert max(map(divided.count, divided)) <= kinds, divided
+
+
+def test_tiles_of_one_shape_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large picture there are a hundred; the most that they need is the same."""
+    config = tiny.config("sd1", width=512, height=512, enable_vae_tiling=True)
+    plan = plan_of(config)
+    decoder: Any = plan.models["vae"].modules[0].decoder
+    calls: list[torch.Size] = []
+    decoder.register_forward_hook(lambda _, given, __: calls.append(given[0].shape))
+    found = plan.work.decode(config, None)
+    assert 1 < len(calls) == len(set(calls)), calls
+
+    def each(*_: Any) -> Any:
+        return lambda original, args, kwargs: original(*args, **kwargs)
+
+    monkeypatch.setattr(work, "_once_a_shape", each)
+    calls.clear()
+    again = Work(config.spec, plan.models, plan.dtype)
+    assert again.decode(config, None) == found
+    assert len(calls) > len(set(calls))
 
 
 @pytest.mark.slow

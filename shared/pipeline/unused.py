@@ -1,0 +1,76 @@
+"""What libraries import only for features that a launch does not use, left out of its start."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from shared.launch.flags import HostConfig
+from shared.parallel.surgery import Surgery
+
+
+def import_libraries(config: HostConfig) -> None:
+    """Import what every pipeline needs of diffusers and transformers, before anything else imports them.
+
+    Left out are torchao, where neither the launch nor its files are quantized, and scipy, which is for losses
+    of trainings and for a few schedulers, until one of those asks for it.
+    """
+    for name in ("scipy.integrate", "scipy.stats"):
+        _stand_in(name)
+    with Surgery() as surgery:
+        import diffusers.utils.import_utils
+        import transformers.utils
+
+        if not (config.quantize_to or config.fit or _stored_by_torchao(config)):
+            surgery.replace(diffusers.utils.import_utils, "_torchao_available", False)
+            surgery.replace(transformers.utils, "is_torchao_available", lambda *_: False)
+        # For the losses of trainings.
+        surgery.replace(transformers.utils, "is_scipy_available", lambda: False)
+        import diffusers.quantizers
+        import transformers.modeling_utils
+
+
+class _Later(ModuleType):
+    """A module that is imported when something of it is first asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__path__":  # tools look at every module
+            raise AttributeError(name)
+        parent, _, own = self.__name__.rpartition(".")
+        # With its kin, of which it may need parts.
+        for other, module in list(sys.modules.items()):
+            if isinstance(module, _Later) and other.startswith(f"{parent}."):
+                del sys.modules[other]
+        found = importlib.import_module(self.__name__)
+        setattr(sys.modules[parent], own, found)
+        return getattr(found, name)
+
+
+def _stand_in(name: str) -> bool:
+    """Put a stand-in in the place of a module inside a package, unless it is imported or not installed."""
+    if name in sys.modules or importlib.util.find_spec(name.partition(".")[0]) is None:
+        return False
+    if importlib.util.find_spec(name) is None:
+        return False
+    sys.modules[name] = _Later(name)
+    return True
+
+
+def _stored_by_torchao(config: HostConfig) -> bool:
+    """Whether a folder of the launch holds weights that diffusers reads with torchao."""
+    given = [
+        config.checkpoint,
+        config.vae,
+        config.refiner,
+        config.motion_adapter,
+        *(config.control_net or ()),
+    ]
+    for folder in (Path(place) for place in given if place):
+        for file in [*folder.glob("config.json"), *folder.glob("*/config.json")]:
+            if '"torchao"' in file.read_text(errors="replace"):
+                return True
+    return False

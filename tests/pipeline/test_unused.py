@@ -1,0 +1,83 @@
+"""What a start leaves out: modules that no launch needs come only where they are asked for."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared.launch.flags import HostConfig
+from shared.pipeline import unused
+from tests import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+LEFT_OUT = ("torchao", "scipy.stats._stats_py", "scipy.optimize", "scipy.integrate._bvp")
+
+LOADS = f"""
+import json, sys, torch
+from shared.backends import BACKENDS
+from shared.launch.parser import parse_config
+backend = BACKENDS["xdit"]
+config = parse_config(backend, BACKENDS, sys.argv[1:])
+from shared.pipeline.unused import import_libraries
+import_libraries(config)
+from shared.pipeline.loading import load_pipeline
+pipe = load_pipeline(config.spec, config, torch.device("cpu"), backend.needs(config, 1), quiet=True)
+found = [name for name in {LEFT_OUT!r} if name in sys.modules]
+from diffusers import FlowMatchEulerDiscreteScheduler as Euler
+Euler(use_beta_sigmas=True).set_timesteps(4, mu=1.0)
+print(json.dumps([found, "scipy.optimize" in sys.modules]))
+"""
+
+
+def loaded(*flags: str) -> tuple[list[str], bool]:
+    """Which of LEFT_OUT a process has imported once a pipeline is loaded; whether scipy came afterwards."""
+    launch = ["--type=flux", f"--checkpoint={tiny.checkpoint('flux')}", *flags]
+    ran = subprocess.run(
+        [sys.executable, "-c", LOADS, *launch], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found, scipy = json.loads(ran.stdout.splitlines()[-1])
+    return found, scipy
+
+
+def test_a_launch_imports_neither_torchao_nor_scipy() -> None:
+    """Of a launch that quantizes nothing; a scheduler's beta sigmas still find scipy."""
+    assert loaded() == ([], True)
+
+
+@pytest.mark.slow
+def test_a_launch_that_quantizes_imports_torchao() -> None:
+    """As its files may need it."""
+    assert "torchao" in loaded("--quantize_to=int8_weight")[0]
+
+
+def test_a_stand_in_becomes_the_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the first look inside, and then its kin too; tools that look at every module find nothing."""
+    (tmp_path / "odd_outer").mkdir()
+    (tmp_path / "odd_outer" / "__init__.py").touch()
+    (tmp_path / "odd_outer" / "inner.py").write_text("from odd_outer import other\nvalue = other.value + 1")
+    (tmp_path / "odd_outer" / "other.py").write_text("value = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("odd_outer.inner", "odd_outer.other")
+    assert all(unused._stand_in(name) for name in names)
+    made = sys.modules["odd_outer.inner"]
+    import odd_outer.inner
+
+    assert sys.modules["odd_outer.inner"] is made and not hasattr(made, "__file__")
+    assert made.value == 2
+    assert sys.modules["odd_outer.inner"] is odd_outer.inner is not made
+    assert odd_outer.inner.value == 2
+    for name in (*names, "odd_outer.missing", "odd_missing.inner"):
+        assert not unused._stand_in(name)
+
+
+def test_files_of_torchao_are_noticed(tmp_path: Path) -> None:
+    """Such a checkpoint needs it, though the launch asks for nothing; a single file has none."""
+    (tmp_path / "transformer").mkdir()
+    launch = HostConfig(type="flux", checkpoint=str(tmp_path), vae=str(tmp_path / "vae.safetensors"))
+    assert not unused._stored_by_torchao(launch)
+    settings = {"quantization_config": {"quant_method": "torchao"}}
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps(settings))
+    assert unused._stored_by_torchao(launch)
