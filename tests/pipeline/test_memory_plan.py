@@ -208,7 +208,7 @@ def test_tiles_of_one_shape_are_decoded_once(monkeypatch: pytest.MonkeyPatch) ->
     plan = plan_of(config)
     decoder: Any = plan.models["vae"].modules[0].decoder
     calls: list[torch.Size] = []
-    decoder.register_forward_hook(lambda _, given, __: calls.append(given[0].shape))
+    decoder.conv_in.register_forward_hook(lambda _, given, __: calls.append(given[0].shape))
     found = plan.work.decode(config, None)
     assert 1 < len(calls) == len(set(calls)), calls
 
