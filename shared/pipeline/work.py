@@ -205,14 +205,15 @@ class Work:
 
 def _once_a_shape() -> Callable[[Forward, tuple, dict], Any]:
     """Calls a decoder for the first tile of each shape: of a large picture there are a hundred."""
-    made: dict[torch.Size, torch.Tensor] = {}
+    made: dict[torch.Size, tuple[torch.Size, torch.dtype]] = {}
 
     def call(original: Forward, args: tuple, kwargs: dict) -> Any:
         shape = args[0].shape
         if shape in made:
-            return torch.empty_like(made[shape])
+            size, dtype = made[shape]
+            return torch.empty(size, dtype=dtype)
         out = original(*args, **kwargs)
-        made[shape] = torch.empty_like(out)
+        made[shape] = out.shape, out.dtype
         return out
 
     return call
