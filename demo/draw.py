@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -43,14 +43,12 @@ class Scene:
     colour: str
     background: str
     size: str | None = None
-    motion: str | None = None
-    """Of moving.MOTIONS; None for a picture."""
 
     @property
     def caption(self) -> str:
-        """For example "a small red circle on a blue background", or with "moving left" after it."""
-        size, motion = f"{self.size} " if self.size else "", f" {self.motion}" if self.motion else ""
-        return f"a {size}{self.colour} {self.shape} on a {self.background} background{motion}"
+        """For example "a small red circle on a blue background"."""
+        size = f"{self.size} " if self.size else ""
+        return f"a {size}{self.colour} {self.shape} on a {self.background} background"
 
     @property
     def held_out(self) -> bool:
@@ -71,13 +69,10 @@ class Judgement:
     colour: str | None = None
     background: str | None = None
     size: str | None = None
-    motion: str | None = None
-    box: tuple[int, int, int, int] | None = field(default=None, compare=False)
-    """Of the shape, in pixels of a 128-pixel picture: left, top, right, bottom."""
 
     def right(self, scene: Scene) -> dict[str, bool]:
-        """Which of the scene's attributes the picture has, of those that its caption names."""
-        names = ["shape", "colour", "background", *(n for n in ("size", "motion") if getattr(scene, n))]
+        """Which of the scene's attributes the picture has; `size` is only there when the caption names it."""
+        names = ["shape", "colour", "background"] + (["size"] if scene.size else [])
         return {name: getattr(self, name) == getattr(scene, name) for name in names}
 
 
@@ -130,8 +125,8 @@ def _outline(shape: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in (points - low) / (high - low) * 2 - 1]
 
 
-def fill(shape: str, side: int, centre: tuple[float, float], extent: float) -> Image.Image:
-    """The shape as an antialiased mask (mode L, `side` square); centre and extent are in its pixels."""
+def _fill(shape: str, side: int, centre: tuple[float, float], extent: float) -> Image.Image:
+    """An antialiased mask (mode L, `side` square); centre and extent are in its pixels."""
     scale = _SUPERSAMPLING
     canvas = Image.new("L", (side * scale, side * scale), 0)
     corners = [
@@ -153,7 +148,7 @@ def draw_mask(shape: str, size: str | None, rng: random.Random, pixels: int = PI
     unit = pixels / PIXELS
     extent = EXTENTS[size] * (1 + rng.uniform(-_EXTENT_JITTER, _EXTENT_JITTER)) * unit
     shift = (rng.uniform(-1, 1) * _POSITION_JITTER * unit, rng.uniform(-1, 1) * _POSITION_JITTER * unit)
-    return fill(shape, pixels, (pixels / 2 + shift[0], pixels / 2 + shift[1]), extent)
+    return _fill(shape, pixels, (pixels / 2 + shift[0], pixels / 2 + shift[1]), extent)
 
 
 def draw(scene: Scene, seed: int, pixels: int = PIXELS) -> Image.Image:
@@ -167,7 +162,7 @@ def draw(scene: Scene, seed: int, pixels: int = PIXELS) -> Image.Image:
 def _templates() -> np.ndarray:
     """The six shapes filling their bounding box, bool [6, side, side]."""
     side = _TEMPLATE_SIDE
-    return np.stack([np.asarray(fill(s, side, (side / 2, side / 2), side)) > 127 for s in SHAPES])
+    return np.stack([np.asarray(_fill(s, side, (side / 2, side / 2), side)) > 127 for s in SHAPES])
 
 
 def _nearest(pixels: np.ndarray) -> np.ndarray:
@@ -207,10 +202,9 @@ def judge(image: Image.Image) -> Judgement:
     if colour == background or not len(rows) or not len(columns):
         return Judgement(background=background)
     top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
-    found = (left, top, right, bottom)
     height, width = bottom - top, right - left
     if not 0.75 <= width / height <= 1.34:
-        return Judgement(colour=colour, background=background, box=found)
+        return Judgement(colour=colour, background=background)
     extent = max(width, height)
     size = "small" if extent < 58 else "large" if extent > 68 else None
     box = Image.fromarray((mask[top:bottom, left:right] * 255).astype(np.uint8))
@@ -219,4 +213,4 @@ def judge(image: Image.Image) -> Judgement:
     overlap = (templates & filled).sum((1, 2)) / (templates | filled).sum((1, 2))
     second, best = np.sort(overlap)[-2:]
     shape = SHAPES[int(overlap.argmax())] if best >= 0.8 and best - second >= 0.04 else None
-    return Judgement(shape, colour, background, size, box=found)
+    return Judgement(shape, colour, background, size)

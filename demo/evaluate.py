@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from checkpoints import CHECKPOINTS, Checkpoint
 from draw import Judgement, Scene, held_out_scenes, judge
-from moving import FRAMES
 from PIL import Image, ImageDraw
 
 STEPS, CFG = CHECKPOINTS["unet"].steps, CHECKPOINTS["unet"].cfg
@@ -40,23 +39,20 @@ def paint(
 ) -> list[Any]:
     """One picture per scene by plain diffusers; picture k has start noise of its own from seed + k.
 
-    Of a scene that moves, a list of its frames. With `output_type` "latent" its latents instead, [4, h, w].
+    With `output_type` "latent" its latents instead, [4, h, w].
     """
     pictures: list[Any] = []
     for first in range(0, len(scenes), batch):
         part = scenes[first : first + batch]
         generators = [torch.Generator("cpu").manual_seed(seed + first + k) for k in range(len(part))]
-        moves = any(scene.motion for scene in part)
-        made = pipe(
+        pictures += pipe(
             [scene.caption for scene in part],
             negative_prompt=[NEGATIVE] * len(part),
             num_inference_steps=steps,
             guidance_scale=cfg,
             generator=generators,
             output_type=output_type,
-            **({"num_frames": FRAMES} if moves else {}),
-        )
-        pictures += made.frames if moves else made.images
+        ).images
     return pictures
 
 

@@ -1,4 +1,4 @@
-"""The demo's training pictures and videos, put together on the training device."""
+"""The demo's training pictures, put together on the training device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from draw import COLOURS, SHAPES, SIZES, Scene, draw_mask, scenes
-from moving import FRAMES, MOTIONS, clips, draw_masks
 from torch import Tensor
 
 CAPTION_DROP = 0.1  # of all captions, for classifier-free guidance
@@ -90,62 +89,3 @@ class Latents:
         # Half of the captions do not name the size.
         caption = 1 + self.indices[chosen] + torch.randint_like(chosen, 2) * self.sizes
         return latents, caption * (torch.rand(count, device=chosen.device) >= CAPTION_DROP)
-
-
-class Clips:
-    """Draws training videos on the device; keeps them, with captions, in a trained autoencoder's latents."""
-
-    def __init__(self, device: torch.device, seed: int, pixels: int, masks_each: int) -> None:
-        rng = random.Random(seed)
-        self.scenes = clips(held_out=False)
-        self.device, self.masks_each = device, masks_each
-        masks = [
-            [np.asarray(mask) for mask in draw_masks(shape, motion, rng, pixels)]
-            for shape in SHAPES
-            for motion in MOTIONS
-            for _ in range(masks_each)
-        ]
-        self.masks = torch.from_numpy(np.array(masks)).to(device)  # uint8 [kinds * masks_each, frames, H, W]
-        self.palette = torch.tensor(list(COLOURS.values()), device=device).float() / 127.5 - 1
-        names = list(COLOURS)
-        rows = [
-            (
-                SHAPES.index(s.shape) * len(MOTIONS) + MOTIONS.index(s.motion or ""),
-                names.index(s.colour),
-                names.index(s.background),
-            )
-            for s in self.scenes
-        ]
-        self.rows = torch.tensor(rows, device=device)  # int64 [scenes, 3]: kind of mask, colour, background
-        self.captions = ["", *(s.caption for s in self.scenes)]
-
-    def images(self, index: Tensor) -> Tensor:
-        """A video of each scene, one after the other: float32 [scenes * frames, 3, H, W] from -1 to 1."""
-        kind, colour, background = self.rows[index].unbind(1)
-        masks = self.masks[kind * self.masks_each + torch.randint_like(kind, self.masks_each)]
-        weight = masks.flatten(0, 1).float().div_(255)[:, None]
-        front, back = (
-            self.palette[names].repeat_interleave(FRAMES, 0)[..., None, None]
-            for names in (colour, background)
-        )
-        return torch.lerp(back.expand(-1, -1, *weight.shape[2:]), front, weight)
-
-    @torch.no_grad()
-    def encode(self, vae: Any, count: int, batch: int = 64) -> None:
-        """Keeps the latents of `count` videos, the scenes in turn, scaled as the denoiser sees them."""
-        self.indices = torch.arange(count, device=self.device) % len(self.scenes)
-        means, stds = [], []
-        for index in self.indices.split(batch):
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                latents = vae.encode(self.images(index)).latent_dist
-            means.append(latents.mean.float().unflatten(0, (-1, FRAMES)).transpose(1, 2))
-            stds.append(latents.std.float().unflatten(0, (-1, FRAMES)).transpose(1, 2))
-        factor = vae.config.scaling_factor
-        self.means, self.stds = torch.cat(means) * factor, torch.cat(stds) * factor
-
-    def draw(self, count: int) -> tuple[Tensor, Tensor]:
-        """`count` random latents, float32 [count, 4, frames, h, w], and the indices of their captions."""
-        chosen = torch.randint(len(self.indices), (count,), device=self.device)
-        latents = torch.addcmul(self.means[chosen], self.stds[chosen], torch.randn_like(self.means[chosen]))
-        kept = torch.rand(count, device=self.device) >= CAPTION_DROP
-        return latents, (1 + self.indices[chosen]) * kept
