@@ -208,6 +208,8 @@ def bodies(name: str, flags: dict[str, Any], starts: bool) -> dict[str, dict[str
         late = {"image": picture(5, 64)}
         for field, kind in FROM_PICTURE.items():
             start = spec.start(kind, control)
+            if start is not None and start.control_extra is not None:
+                continue  # for ControlNets that paint masks and nothing else
             if start is not None and (start.ip_adapter or not adapter):
                 asked[field] = first | late | ({"mask": picture(6, 64)} if field == "mask" else {})
                 if start.strength is not None:

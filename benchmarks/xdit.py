@@ -39,7 +39,7 @@ from shared.parallel.method import Unwatched
 from shared.parallel.rounding import BITS
 from shared.parallel.surgery import Closing
 from shared.parallel.xdit.degrees import Degrees
-from shared.parallel.xdit.exact import XDiT, attention_backend
+from shared.parallel.xdit.exact import XDiT, attention_backend, capturable
 from shared.parallel.xdit.groups import RESERVED, XfuserGroups
 from shared.parallel.xdit.pipefusion import XDiTPipeFusion
 from shared.parallel.xdit.stages import Snapshot
@@ -173,7 +173,7 @@ class XDiTBench(Bench):
         if system == "eager":
             return []
         if system == "graph":
-            return [Captured(pipe, ["transformer"])]
+            return [Captured(pipe, ["transformer"], enabled=capturable(pipe.transformer))]
         if system == "native":
             return [Native(pipe, self.size)]
         if system.startswith("xfuser-"):

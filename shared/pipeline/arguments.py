@@ -153,12 +153,17 @@ def _pictures(data: Any, percent: float | None) -> list[Any]:
     return [decode_image(one, percent) for one in listed(data)]
 
 
-def _video_arguments(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) -> dict[str, Any]:
+def most_frames(pipe: Pipeline, spec: ModelSpec) -> int | None:
+    """The frames that a loaded motion module makes at most; None without one."""
     component, setting = spec.frames_limit or (None, "")
-    if component is not None and (owner := part_of(pipe, component)) is not None:
-        most = owner.config[setting]
-        if (request.frames or 0) > most:
-            raise refused("frames", f"this motion module makes at most {most}; got {request.frames}")
+    owner = None if component is None else part_of(pipe, component)
+    return None if owner is None else int(owner.config[setting])
+
+
+def _video_arguments(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) -> dict[str, Any]:
+    most = most_frames(pipe, spec)
+    if most is not None and (request.frames or 0) > most:
+        raise refused("frames", f"this motion module makes at most {most}; got {request.frames}")
     arguments: dict[str, Any] = {"num_frames": request.frames}
     if request.decode_chunk_size is not None:
         arguments["decode_chunk_size"] = request.decode_chunk_size

@@ -29,7 +29,7 @@ from shared.parallel.graphs import Captured
 from shared.parallel.method import Method, Plain
 from shared.parallel.pipeline import Pipeline, part_of
 from shared.parallel.sharded import ShardedWeights
-from shared.pipeline.arguments import call_arguments
+from shared.pipeline.arguments import call_arguments, most_frames
 from shared.pipeline.batches import Batches, most_together, several
 from shared.pipeline.embeddings import embeddings_of
 from shared.pipeline.from_picture import PicturePipelines, late_start, start_of
@@ -328,7 +328,8 @@ class PipelineEngine:
         methods = [self.parallel, *([] if self._refiner is None else [self._refiner.method])]
         for method in methods:
             method.rehearse(True)
-        warm_up(self, self.config, self.parallel.warm_up_calls, self._encoders.captures, refined, size)
+        calls, most = self.parallel.warm_up_calls, most_frames(self.pipe, self.spec)
+        warm_up(self, self.config, calls, self._encoders.captures, refined, size, most)
         for method in methods:
             method.rehearse(False)
         self.pipe.set_progress_bar_config(**shown)

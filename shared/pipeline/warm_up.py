@@ -24,6 +24,7 @@ def warm_up(
     twice: bool,
     refined: int = 0,
     size: tuple[int, int] | None = None,
+    most_frames: int | None = None,
 ) -> None:
     """Generate up to step `steps`; with decoding, where the VAE is compiled.
 
@@ -32,6 +33,7 @@ def warm_up(
         twice: also generate with another prompt: text encoders are captured at their second call, and the
             same prompt is not encoded again.
         refined: also steps of the refiner, at least so many.
+        most_frames: that the model makes, where this is known.
     """
     whole = config.compile_vae
     image = encode_image(Image.new("RGB", (64, 64)), "png")
@@ -44,6 +46,8 @@ def warm_up(
     if size is not None:
         inputs["width"], inputs["height"] = size
     request = GenerateRequest.model_construct(**inputs).filled(config)
+    if most_frames is not None and request.frames is not None:
+        request = request.model_copy(update={"frames": min(request.frames, most_frames)})
 
     def run(words: str | None, last: int | None) -> None:
         """A generation up to step `last`; None: to its end."""

@@ -418,6 +418,15 @@ def test_captured_encoders_are_ready_and_forgotten_in_time(
     assert not PipelineEngine(tiny.load("sd1"), compiled, tiny.world())._encoders.captures
 
 
+def test_a_motion_module_of_few_frames_is_warmed_up_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = PipelineEngine(tiny.load("ad"), tiny.config("ad", width=64, height=64), tiny.world())
+    on.pipe.motion_adapter.register_to_config(motion_max_seq_length=4)
+    frames: list[int | None] = []
+    monkeypatch.setattr(on, "generate", lambda request, on_step: frames.append(request.frames))
+    on.warm_up()
+    assert set(frames) == {4}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_pictures_are_rounded_as_diffusers_does(dtype: torch.dtype) -> None:
     halves = (torch.arange(0, 256) + 0.5) / 255
