@@ -21,6 +21,7 @@ from shared.api.replies import Reply
 from shared.launch.flags import HostConfig
 from shared.models import MODELS, SCHEDULERS, schedulers_for
 from shared.parallel.graphs import Graphs
+from shared.parallel.pipeline import part_of
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.pictures import to_picture
 from shared.pipeline.schedulers import scheduler_for_request
@@ -420,7 +421,8 @@ def test_captured_encoders_are_ready_and_forgotten_in_time(
 
 def test_a_motion_module_of_few_frames_is_warmed_up_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
     on = PipelineEngine(tiny.load("ad"), tiny.config("ad", width=64, height=64), tiny.world())
-    on.pipe.motion_adapter.register_to_config(motion_max_seq_length=4)
+    adapter: Any = part_of(on.pipe, "motion_adapter")
+    adapter.register_to_config(motion_max_seq_length=4)
     frames: list[int | None] = []
     monkeypatch.setattr(on, "generate", lambda request, on_step: frames.append(request.frames))
     on.warm_up()
