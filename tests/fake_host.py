@@ -74,7 +74,7 @@ class FakeEngine:
                 raise RuntimeError("out of ideas")
             if self.crowded and order.get("no_room") == self.world.rank:
                 raise torch.OutOfMemoryError("no room")
-            if mine and order["do"] == "fill" and self.done.count("freed") < order["until"]:
+            if mine and order["do"] == "fill" and self.freed < order["until"]:
                 raise torch.OutOfMemoryError(
                     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has more."
                 )
@@ -145,9 +145,14 @@ class FakeEngine:
         """Takes a LoRA off again."""
         self.remove_lora(operation.path)
 
-    def free_memory(self) -> None:
-        """Notes it."""
-        self.done.append("freed")
+    @property
+    def freed(self) -> int:
+        """How often memory was freed."""
+        return sum(one.startswith("freed") for one in self.done)
+
+    def free_memory(self, request: GenerateRequest | None) -> None:
+        """Notes it, and for what."""
+        self.done.append("freed" if request is None else f"freed for {request.seed}")
 
     def close(self) -> None:
         """Nothing to undo."""

@@ -6,9 +6,10 @@ Without CUDA the function is simply called: one code path for all devices.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +125,20 @@ def _in_use(device: torch.device) -> int:
     return total - free
 
 
+_eager = 0
+
+
+@contextlib.contextmanager
+def uncaptured() -> Iterator[None]:
+    """Meanwhile every call runs eagerly, in memory that others take after it; what was captured stays."""
+    global _eager
+    _eager += 1
+    try:
+        yield
+    finally:
+        _eager -= 1
+
+
 class Graphs:
     """Captured calls by kind and signature.
 
@@ -145,7 +160,7 @@ class Graphs:
         """``fn(**kwargs)``, replayed where it can be; tensors in the result belong to the caller."""
         leaves, spec = tree_flatten(kwargs)
         device = next((x.device for x in leaves if isinstance(x, torch.Tensor) and x.is_cuda), None)
-        if not self.enabled or device is None:
+        if not self.enabled or _eager or device is None:
             return fn(**kwargs)
         key = (kind, signature(kwargs))
         seen = self._seen.get(key)

@@ -25,7 +25,7 @@ from shared.launch.errors import LoadError, UsageError
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, Start
 from shared.parallel.asyncdiff.weights import StageWeights
-from shared.parallel.graphs import Captured
+from shared.parallel.graphs import Captured, uncaptured
 from shared.parallel.method import Method, Plain
 from shared.parallel.pipeline import Pipeline, part_of
 from shared.parallel.sharded import ShardedWeights
@@ -125,6 +125,8 @@ class PipelineEngine:
         captures = captures and self.spec.encoders_capturable and not config.enable_model_cpu_offload
         self._encoders = Captured(pipe, self.spec.text_encoders, captures)
         self._adapter_state: Any = None
+        self._eager: set[tuple[int | None, ...]] = set()
+        """Shapes of requests that have no room beside captured steps."""
         self._previewer: Previewer | None = None
         refiner = part_of(pipe, "refiner")
         self._refiner = None if refiner is None else Refiner(refiner, pipe, self.spec, make_parallel)
@@ -165,6 +167,14 @@ class PipelineEngine:
 
     def generate_all(
         self, request: GenerateRequest, on_step: OnStep, pictures: int, together: bool = True
+    ) -> list[Reply]:
+        if shape_of(request) in self._eager:
+            with uncaptured():
+                return self._generate_all(request, on_step, pictures, together)
+        return self._generate_all(request, on_step, pictures, together)
+
+    def _generate_all(
+        self, request: GenerateRequest, on_step: OnStep, pictures: int, together: bool
     ) -> list[Reply]:
         request = self._embeddings.of(self._loras.of(request))
         turns = min(self._decoders(request), pictures)
@@ -369,8 +379,15 @@ class PipelineEngine:
         if isinstance(operation, AddLora):
             self.remove_lora(operation.path)
 
-    def free_memory(self) -> None:
-        """Drop captured steps, buffers of other sizes and cached embeddings, on all ranks alike."""
+    def free_memory(self, request: GenerateRequest | None) -> None:
+        """Drop captured steps, buffers of other sizes and cached embeddings, on all ranks alike.
+
+        Args:
+            request: had no room and comes again: requests of its size are no longer captured, because what a
+                graph holds is not there for decoding.
+        """
+        if request is not None:
+            self._eager.add(shape_of(request))
         self._prompts.forget()
         self._encoders.reset()
         self.parallel.reset()
@@ -398,6 +415,11 @@ class PipelineEngine:
             self._weights.close()
         for weights in self._stage_weights:
             weights.close()
+
+
+def shape_of(request: GenerateRequest) -> tuple[int | None, ...]:
+    """What of a request its memory depends on."""
+    return request.width, request.height, request.frames
 
 
 CONTENT_FIELDS = frozenset(

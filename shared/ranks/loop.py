@@ -118,8 +118,12 @@ class Engine(Protocol):
         """Undo an operation that succeeded on this rank and failed on another."""
         ...
 
-    def free_memory(self) -> None:
-        """Drop what can be made again: captured steps, buffers, cached embeddings."""
+    def free_memory(self, request: GenerateRequest | None) -> None:
+        """Drop what can be made again: captured steps, buffers, cached embeddings.
+
+        Args:
+            request: comes again, and is to need less; None: none does.
+        """
         ...
 
     def close(self) -> None:
@@ -318,11 +322,16 @@ class RankLoop:
             if isinstance(job, GenerationJob):
                 job.together = False
             return True
-        self.engine.free_memory()
+        again = message.job_id != self._freed_for
+        self.engine.free_memory(message.request if again and isinstance(message, Generate) else None)
         give_back_memory()
-        if message.job_id == self._freed_for:
+        if not again:
             return False
-        log.warning("request %s: out of memory; captured steps and caches are dropped", message.job_id)
+        log.warning(
+            "request %s: out of memory; captured steps and caches are dropped, and no steps of this size are "
+            "captured any more",
+            message.job_id,
+        )
         self._freed_for = message.job_id
         return True
 

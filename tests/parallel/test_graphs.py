@@ -46,6 +46,26 @@ def test_without_cuda_every_call_goes_through() -> None:
     graphs.close()
 
 
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_calls_are_not_captured_where_they_are_to_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(*args: Any) -> Any:
+        raise AssertionError("captured")
+
+    monkeypatch.setattr(module, "pool_of", captured)
+    graphs, x = Graphs(), torch.ones(2).as_subclass(OnGpu)
+    with module.uncaptured():
+        for _ in range(3):
+            assert graphs.run("double", lambda x: 2 * x, x=x).sum() == 4
+    graphs.run("double", lambda x: 2 * x, x=x)
+    with pytest.raises(AssertionError, match="captured"):
+        graphs.run("double", lambda x: 2 * x, x=x)
+
+
 class Device:
     """Memory as a pool of graphs takes it: what only one needs while it runs is shared by all."""
 

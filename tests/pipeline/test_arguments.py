@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -417,6 +419,30 @@ def test_captured_encoders_are_ready_and_forgotten_in_time(
     assert "forward" not in on.pipe.text_encoder.__dict__
     compiled = replace(config, compile_text_encoder=True)
     assert not PipelineEngine(tiny.load("sd1"), compiled, tiny.world())._encoders.captures
+
+
+def test_a_size_without_room_beside_captured_steps_is_no_longer_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entered: list[int] = []
+
+    @contextlib.contextmanager
+    def eagerly() -> Iterator[None]:
+        entered.append(1)
+        yield
+
+    monkeypatch.setattr("shared.pipeline.engine.uncaptured", eagerly)
+    config = tiny.config("sd1", width=64, height=64)
+    on = PipelineEngine(tiny.load("sd1"), config, tiny.world())
+    large, small = (check_request({"width": w, "steps": 1, "seed": 1}, config) for w in (96, 64))
+    for request in (large, small):
+        on.generate(request, lambda *_: None)
+    assert not entered
+    on.free_memory(None)
+    on.free_memory(large)
+    for request in (large, small, large):
+        on.generate(request, lambda *_: None)
+    assert len(entered) == 2
 
 
 def test_a_motion_module_of_few_frames_is_warmed_up_with_them(monkeypatch: pytest.MonkeyPatch) -> None:

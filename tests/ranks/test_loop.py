@@ -192,7 +192,7 @@ def test_out_of_memory_on_one_rank_is_tried_once_more_then_507(pool: RankPool) -
     said = "rank 0: CUDA out of memory. Tried to allocate 2.00 GiB"
     assert second["error"] == (507, f"out of memory ({said}): a smaller picture needs less")
     assert third["error"] is None
-    assert all(r["done"] == ["freed", "4", "5", "freed", "freed", "8"] for r in ranks)
+    assert all(r["done"] == ["freed for 4", "4", "5", "freed for 6", "freed", "8"] for r in ranks)
     assert all(r["broken"] is None for r in ranks)
 
 
