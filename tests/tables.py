@@ -84,7 +84,6 @@ HEADS |= {"zimage": 30, "wan": 40, "wani2v": 40, "hv15": 16, "ltx2": 32, "hy": 1
 def plan(backend: str, name: str, ranks: int) -> str:
     """How a host divides a type over so many ranks where no flag says so."""
     from shared.backends.asyncdiff import stages
-    from shared.backends.distrifuser import needs
     from shared.launch.errors import UsageError
     from shared.launch.flags import HostConfig
     from shared.models import MODELS
@@ -96,7 +95,7 @@ def plan(backend: str, name: str, ranks: int) -> str:
         assert tokens is not None
         return str(choose_degrees(ranks, {}, 1 if tokens.unguided else tokens.branches, HEADS[name]))
     if backend == "distrifuser":
-        assert needs(config, ranks).keeps_patches
+        assert config.parallelism == "patch"
         halved = ranks % 2 == 0 and not config.no_split_batch
         return f"cfg 2 x patches {ranks // 2}" if halved else f"patches {ranks}"
     try:

@@ -85,7 +85,7 @@ def needs(config: HostConfig, world_size: int) -> Needs:
         step_parts=1 if divides else world_size,
         row_parts=1 if divides else world_size,
         decode_parts=1 if config.compile_vae else world_size,
-        keeps_patches=config.parallelism == "patch" and world_size > 1,
+        keeps_patches=config.parallelism == "patch" and _has_patches(config, world_size),
     )
 
 

@@ -49,7 +49,14 @@ def test_every_type_of_a_backend_is_a_model() -> None:
         ("asyncdiff", 2, {"compile_vae": True}, replace(APART, stage_count=2)),
         ("asyncdiff", 2, {"use_cfg_parallel": True}, replace(APART, step_parts=2, decode_parts=2)),
         ("distrifuser", 1, {}, Needs()),
-        ("distrifuser", 2, {}, replace(APART, step_parts=2, decode_parts=2, keeps_patches=True)),
+        # A guidance branch on each, of whole pictures.
+        ("distrifuser", 2, {}, replace(APART, step_parts=2, decode_parts=2)),
+        (
+            "distrifuser",
+            2,
+            {"no_split_batch": True},
+            replace(APART, step_parts=2, decode_parts=2, keeps_patches=True),
+        ),
         (
             "distrifuser",
             2,
