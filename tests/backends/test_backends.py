@@ -22,6 +22,7 @@ from shared.pipeline.loading import load_pipeline
 from tests import tiny, tiny_extras
 
 APART = Needs(in_parts=True)
+HALVES: dict[str, Any] = {"step_parts": 2, "row_parts": 2}
 
 
 def test_every_flag_of_a_method_is_named_by_a_backend() -> None:
@@ -47,15 +48,15 @@ def test_every_type_of_a_backend_is_a_model() -> None:
         ("asyncdiff", 2, {}, replace(APART, stage_count=2, decode_parts=2)),
         ("asyncdiff", 2, {"width": 256, "height": 128}, replace(APART, stage_count=2)),
         ("asyncdiff", 2, {"compile_vae": True}, replace(APART, stage_count=2)),
-        ("asyncdiff", 2, {"use_cfg_parallel": True}, replace(APART, step_parts=2, decode_parts=2)),
+        ("asyncdiff", 2, {"use_cfg_parallel": True}, replace(APART, **HALVES, decode_parts=2)),
         ("distrifuser", 1, {}, Needs()),
         # A guidance branch on each, of whole pictures.
-        ("distrifuser", 2, {}, replace(APART, step_parts=2, decode_parts=2)),
+        ("distrifuser", 2, {}, replace(APART, **HALVES, decode_parts=2)),
         (
             "distrifuser",
             2,
             {"no_split_batch": True},
-            replace(APART, step_parts=2, decode_parts=2, keeps_patches=True),
+            replace(APART, **HALVES, decode_parts=2, keeps_patches=True),
         ),
         (
             "distrifuser",
@@ -63,13 +64,13 @@ def test_every_type_of_a_backend_is_a_model() -> None:
             {"parallelism": "tensor"},
             Needs(in_parts=True, decode_parts=2, divides_weights="--parallelism=tensor"),
         ),
-        ("xdit", 2, {}, Needs(step_parts=2)),
+        ("xdit", 2, {}, Needs(**HALVES)),
         ("xdit", 2, {"tensor_parallel_degree": 2}, Needs(divides_weights="--tensor_parallel_degree")),
         (
             "xdit",
             2,
             {"pipefusion_parallel_degree": 2},
-            Needs(in_parts=True, divides_weights="--pipefusion_parallel_degree"),
+            Needs(in_parts=True, divides_weights="--pipefusion_parallel_degree", row_parts=2),
         ),
         (
             "xdit",
@@ -80,9 +81,10 @@ def test_every_type_of_a_backend_is_a_model() -> None:
                 inside_blocks=True,
                 divides_weights="--pipefusion_parallel_degree",
                 step_parts=2,
+                row_parts=4,
             ),
         ),
-        ("xdit", 2, {"pipefusion_parallel_degree": 1, "tensor_parallel_degree": 1}, Needs(step_parts=2)),
+        ("xdit", 2, {"pipefusion_parallel_degree": 1, "tensor_parallel_degree": 1}, Needs(**HALVES)),
     ],
 )
 def test_what_a_backend_needs(backend: str, world: int, flags: dict[str, Any], needs: Needs) -> None:
