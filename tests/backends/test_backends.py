@@ -64,7 +64,7 @@ def test_every_type_of_a_backend_is_a_model() -> None:
             {"parallelism": "tensor"},
             Needs(in_parts=True, decode_parts=2, divides_weights="--parallelism=tensor"),
         ),
-        ("xdit", 2, {}, Needs(**HALVES)),
+        ("xdit", 2, {}, Needs(step_parts=2)),
         ("xdit", 2, {"tensor_parallel_degree": 2}, Needs(divides_weights="--tensor_parallel_degree")),
         (
             "xdit",
@@ -84,7 +84,7 @@ def test_every_type_of_a_backend_is_a_model() -> None:
                 row_parts=4,
             ),
         ),
-        ("xdit", 2, {"pipefusion_parallel_degree": 1, "tensor_parallel_degree": 1}, Needs(**HALVES)),
+        ("xdit", 2, {"pipefusion_parallel_degree": 1, "tensor_parallel_degree": 1}, Needs(step_parts=2)),
     ],
 )
 def test_what_a_backend_needs(backend: str, world: int, flags: dict[str, Any], needs: Needs) -> None:
