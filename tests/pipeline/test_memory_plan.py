@@ -196,7 +196,8 @@ def test_advice_looks_at_each_model_once(monkeypatch: pytest.MonkeyPatch) -> Non
         return sharded.blocks_of(model, *more)
 
     monkeypatch.setattr(unloaded, "blocks_of", counted)
-    plan = plan_of(tiny.config("sdxl", shard_weights=True), ranks=2, free=1 << 20)
+    config = tiny.config("sdxl", width=64, height=64, shard_weights=True)
+    plan = plan_of(config, ranks=2, free=1 << 20)
     plan.advice()
     kinds = 6  # as it is, and the kinds of --quantize_to
     assert max(map(divided.count, divided)) <= kinds, divided
