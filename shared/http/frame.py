@@ -166,7 +166,9 @@ def _log_outcome(response: Response, makes_pictures: bool) -> None:
         message = fields["error"] = cut(asker.error)
         text += f" error={message!r}"
     level = logging.DEBUG
-    if response.status_code >= 500:
+    if response.status_code == 503 and not makes_pictures:
+        pass  # probes of a host that loads come every second
+    elif response.status_code >= 500:
         level = logging.WARNING
     elif makes_pictures or response.status_code >= 400:
         level = logging.INFO

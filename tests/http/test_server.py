@@ -308,6 +308,16 @@ def test_503_while_loading_and_when_broken() -> None:
         assert (health.status_code, health.json()["state"]) == (503, "broken")
 
 
+def test_probes_of_a_host_that_loads_leave_no_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "host")
+    with FakeHost(state="loading") as host:
+        assert host.get("/ready").status_code == 503
+        assert host.generate({}).status_code == 503
+        wait_for(lambda: bool(caplog.records))
+    lines = [r.message for r in caplog.records if r.message.startswith("id=")]
+    assert len(lines) == 1 and "POST /generate" in lines[0], lines
+
+
 def test_every_get_but_the_models_own_is_answered_while_loading() -> None:
     with FakeHost(state="loading") as host:
         gets = [rule.rule for rule in host.app.url_map.iter_rules() if "GET" in (rule.methods or ())]
