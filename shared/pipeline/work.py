@@ -40,7 +40,7 @@ class Work:
         maps = self.spec.step_maps
         if self.spec.wide_maps is not None and self.spec.tokens is not None:
             width, beside = self.spec.wide_maps
-            settings: Any = self.models[self.spec.denoiser].modules[0].config
+            settings = self._settings
             maps = max(maps, beside + 2 * settings[width] / self.spec.tokens.channels(settings))
         return self._maps(config, maps + self._residuals(), frames)
 

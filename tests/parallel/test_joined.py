@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from shared.parallel.joined import JoinedProjections
 from shared.pipeline.sharding import parameter_bytes
 from tests import tiny, tiny_extras
 from tests.parallel.test_asyncdiff import pipeline, psnr
+from tests.parallel.test_kept_prompt import counting
 from tests.seldom import seldom
 
 
@@ -27,14 +27,7 @@ def test_three_products_become_one(name: str, monkeypatch: pytest.MonkeyPatch) -
     layers = [layer for one in self_attentions(pipe) for layer in (one.to_q, one.to_k, one.to_v)]
     before = [layer.weight.clone() for layer in layers]
     taken, text, keys = parameter_bytes(pipe), repr(pipe.unet), list(pipe.unet.state_dict())
-    calls: Counter[int] = Counter()
-    inner = torch.nn.Linear.forward
-
-    def forward(self: torch.nn.Linear, input: torch.Tensor) -> torch.Tensor:
-        calls[id(self)] += 1
-        return inner(self, input)
-
-    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    calls = counting(monkeypatch)
     with JoinedProjections(pipe.unet) as joined:
         assert joined.layers == len(layers) > 0
         assert psnr(tiny.run(pipe, name), plain) >= 100

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,9 +25,8 @@ STEPS = 4
 TYPES = [name for name, spec in MODELS.items() if spec.attends_to_prompt]
 
 
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
-    """How often each linear layer is called."""
+def counting(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How often each linear layer is called from now on, by its id."""
     calls: Counter[int] = Counter()
     inner = torch.nn.Linear.forward
 
@@ -37,7 +35,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[int]]:
         return inner(self, input)
 
     monkeypatch.setattr(torch.nn.Linear, "forward", forward)
-    yield calls
+    return calls
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
+    """How often each linear layer is called."""
+    return counting(monkeypatch)
 
 
 def drawn(name: str, *parts: Any, **changes: Any) -> np.ndarray:
