@@ -14,6 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 LONGEST = 10
 MOST = 4
 """Kernels that are named for each class."""
+PAIRS = 5
+"""Pairs of kernels that are named for the time in which nothing runs between them."""
 WIDTH = 100
 """Characters of a kernel's name that are printed."""
 
@@ -50,6 +52,17 @@ class Kernel:
     name: str
     began: float
     ended: float
+    launch: int = 0
+    """What launched it: one number for all of a replayed graph; 0 where it is not known."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Microseconds in which nothing runs, and the kernels at its two ends."""
+
+    took: float
+    before: Kernel
+    after: Kernel
 
 
 def class_of(name: str) -> str:
@@ -70,6 +83,18 @@ def busy(kernels: Iterable[Kernel]) -> float:
     return total
 
 
+def gaps_between(kernels: Iterable[Kernel]) -> list[Gap]:
+    """When nothing runs between the first kernel and the last, in that order."""
+    found: list[Gap] = []
+    last: Kernel | None = None
+    for kernel in sorted(kernels, key=lambda one: one.began):
+        if last is not None and kernel.began > last.ended:
+            found.append(Gap(kernel.began - last.ended, last, kernel))
+        if last is None or kernel.ended > last.ended:
+            last = kernel
+    return found
+
+
 def recorded(run: Callable[[], object], device: torch.device) -> list[Kernel]:
     """The kernels of one run, those of replayed CUDA graphs too."""
     on_gpu = device.type == "cuda"
@@ -82,7 +107,7 @@ def recorded(run: Callable[[], object], device: torch.device) -> list[Kernel]:
         begun = [(event.name, event.time_range.start, event.self_cpu_time_total) for event in events]
         return [Kernel(name, start, start + own) for name, start, own in begun]
     return [
-        Kernel(event.name, event.time_range.start, event.time_range.end)
+        Kernel(event.name, event.time_range.start, event.time_range.end, event.id)
         for event in events
         # NCCL's ranges look like kernels, and contain the kernels.
         if event.device_type == DeviceType.CUDA
@@ -126,6 +151,8 @@ def table(kernels: list[Kernel], seconds: float, steps: int, gaps: bool = True) 
             f"| {short} | {names[name]:.2f} | {count / steps:.1f} | {names[name] * 1e3 * steps / count:.1f} |"
         )
     lines += ["", *_copies(kernels, steps)]
+    if gaps:
+        lines += ["", *_idle(kernels, steps)]
     return "\n".join(lines) + "\n"
 
 
@@ -140,6 +167,44 @@ def _copies(kernels: list[Kernel], steps: int) -> list[str]:
     for (first, copied, then), took in sorted(around.items(), key=lambda item: -sum(item[1]))[:LONGEST]:
         names = " | ".join(_short(name) for name in (copied, first, then))
         lines.append(f"| {names} | {len(took) / steps:.1f} | {sum(took) / len(took):.1f} |")
+    return lines
+
+
+def _idle(kernels: list[Kernel], steps: int) -> list[str]:
+    """Where nothing runs: within replayed graphs or around them, and between which kernels."""
+    of_launch = Counter(kernel.launch for kernel in kernels if kernel.launch)
+    graphs = sum(count > 1 for count in of_launch.values())
+
+    def place(gap: Gap) -> str:
+        if gap.before.launch and gap.before.launch == gap.after.launch:
+            return "within a graph"
+        ends = ("a graph" if of_launch[end.launch] > 1 else "a kernel" for end in (gap.before, gap.after))
+        return "from {} to {}".format(*ends)
+
+    found = gaps_between(kernels)
+    places: defaultdict[str, list[float]] = defaultdict(list)
+    pairs: defaultdict[str, list[float]] = defaultdict(list)
+    for gap in found:
+        where = place(gap)
+        places[where].append(gap.took)
+        pairs[f"{_short(gap.before.name)} -> {_short(gap.after.name)} ({where})"].append(gap.took)
+    span = max(one.ended for one in kernels) - min(one.began for one in kernels)
+    lines = [
+        f"While profiled a step takes {span / 1e3 / steps:.2f} ms, with {graphs / steps:.1f} graphs and "
+        f"{(len(of_launch) - graphs) / steps:.1f} kernels launched one by one. Nothing runs:",
+        "",
+        "| where | ms a step | times a step | us each |",
+        "|---|---|---|---|",
+    ]
+    most = sorted(pairs, key=lambda pair: -sum(pairs[pair]))[:PAIRS]
+    for label, took in [
+        ("anywhere", [gap.took for gap in found]),
+        *sorted(places.items(), key=lambda item: -sum(item[1])),
+        *((pair, pairs[pair]) for pair in most),
+    ]:
+        whole, times = sum(took), len(took)
+        each = whole / times if times else 0.0
+        lines.append(f"| {label} | {whole / 1e3 / steps:.3f} | {times / steps:.1f} | {each:.1f} |")
     return lines
 
 

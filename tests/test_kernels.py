@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.kernels import Kernel, busy, class_of, table
+from benchmarks.kernels import Gap, Kernel, busy, class_of, gaps_between, table
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,41 @@ def test_a_kernel_is_told_by_its_name(name: str, expected: str) -> None:
 
 def test_time_of_kernels_side_by_side_counts_once() -> None:
     assert busy([Kernel("a", 0, 10), Kernel("b", 5, 12), Kernel("c", 6, 8), Kernel("d", 20, 21)]) == 13
+
+
+def test_nothing_runs_only_after_the_kernel_that_ends_last() -> None:
+    first, inner, last = Kernel("a", 0, 10), Kernel("b", 2, 4), Kernel("c", 13, 14)
+    assert gaps_between([last, inner, first]) == [Gap(3, first, last)]
+    assert gaps_between([]) == []
+
+
+def test_the_table_says_where_nothing_runs() -> None:
+    # Each step: a graph of three kernels, 1 us apart; 5 us later a kernel, 7 us later another.
+    kernels = []
+    for step in (0, 1):
+        at, graph = 30.0 * step, 100 + step
+        kernels += [Kernel("nvjet_tst", at + 2 * place, at + 2 * place + 1, graph) for place in (0, 1)]
+        kernels += [Kernel("nccl", at + 4, at + 5, graph)]
+        kernels += [Kernel("void guidance", at + 10, at + 11, 200 + step)]
+        kernels += [Kernel("void at::native::euler", at + 18, at + 20, 300 + step)]
+    rows = table(kernels, seconds=1e-4, steps=2).splitlines()
+    start = rows.index("| where | ms a step | times a step | us each |")
+    assert rows[start - 2].startswith(
+        "While profiled a step takes 0.03 ms, with 1.0 graphs and 2.0 kernels launched one by one."
+    )
+    # 2 x (1 + 1 + 5 + 7) and once 10 from the last kernel to the next graph.
+    assert rows[start + 2 : start + 12] == [
+        "| anywhere | 0.019 | 4.5 | 4.2 |",
+        "| from a kernel to a kernel | 0.007 | 1.0 | 7.0 |",
+        "| from a graph to a kernel | 0.005 | 1.0 | 5.0 |",
+        "| from a kernel to a graph | 0.005 | 0.5 | 10.0 |",
+        "| within a graph | 0.002 | 2.0 | 1.0 |",
+        "| guidance -> euler (from a kernel to a kernel) | 0.007 | 1.0 | 7.0 |",
+        "| nccl -> guidance (from a graph to a kernel) | 0.005 | 1.0 | 5.0 |",
+        "| euler -> nvjet_tst (from a kernel to a graph) | 0.005 | 0.5 | 10.0 |",
+        "| nvjet_tst -> nvjet_tst (within a graph) | 0.001 | 1.0 | 1.0 |",
+        "| nvjet_tst -> nccl (within a graph) | 0.001 | 1.0 | 1.0 |",
+    ]
 
 
 def test_the_table_says_what_the_exchange_and_the_gaps_cost() -> None:
