@@ -25,6 +25,8 @@ CHUNK = 16 << 20
 def side_by_side(act: Callable[[Item], None], items: Iterable[Item], device: torch.device) -> None:
     """Call `act` with each item; with a GPU, in several threads, which are done when this returns.
 
+    Threads are in inference mode where the caller is, as what they write to may be made in it.
+
     Raises:
         the first error of a call; the others have ended then.
     """
@@ -36,10 +38,11 @@ def side_by_side(act: Callable[[Item], None], items: Iterable[Item], device: tor
         return
     current = torch.cuda.current_stream(device)
     streams = [torch.cuda.Stream(device) for _ in range(threads)]
+    inference = torch.is_inference_mode_enabled()
 
     def lane(stream: torch.cuda.Stream, mine: list[Item]) -> None:
         stream.wait_stream(current)
-        with torch.no_grad(), torch.cuda.stream(stream):
+        with torch.inference_mode(inference), torch.no_grad(), torch.cuda.stream(stream):
             for item in mine:
                 act(item)
         stream.synchronize()

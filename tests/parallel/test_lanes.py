@@ -1,5 +1,9 @@
 """Copies between host memory and a GPU: what arrives is what was sent, whatever the shapes and strides."""
 
+import contextlib
+import threading
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -63,3 +67,24 @@ def test_a_moved_model_is_the_same() -> None:
     for name, tensor in model.state_dict().items():
         assert tensor.device == DEVICE and tensor.stride() == expected[name].stride()
         assert torch.equal(tensor.cpu(), expected[name])
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_threads_are_in_the_callers_mode(inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor made in inference mode may be written to only in it, and the mode is each thread's own."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock())
+        monkeypatch.setattr(torch.cuda, "Stream", mock.Mock())
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(lanes.os, "cpu_count", lambda: 8)
+    names: set[str] = set()
+
+    def fill(into: torch.Tensor) -> None:
+        into.copy_(torch.ones(3))
+        names.add(threading.current_thread().name)
+
+    with torch.inference_mode(inference):
+        made = [torch.zeros(3) for _ in range(12)]
+        lanes.side_by_side(fill, made, torch.device("cuda", 0))
+    assert threading.current_thread().name not in names
+    assert all(tensor.sum() == 3 for tensor in made)
