@@ -27,7 +27,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python demo/ask.py $(TYPE) --ranks $(RANKS) --prompt "$(PROMPT)" --out demo.png
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=10
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -15,26 +15,35 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.pool import RankPool
-from tests.tables import RESULTS, results
-from tests.test_host import DEMO_CHECKPOINT, DEMO_STEPS, Launch
+from tests.tables import RESULTS, ROOT, results
 
 if TYPE_CHECKING:
+    # Imported by whom they serve: the process that starts the workers needs no torch.
     from tests.comfy_stub import ComfyUI
+    from tests.test_host import Launch
 
+WITH_DEMO_HOST = (
+    "test_end_to_end.py",
+    "http/test_web.py",
+    "clients/test_comfyui_samplers.py",
+    "http/test_hires.py",
+    "http/test_a1111_img2img.py",
+    "clients/test_localai.py",
+    "test_readme_commands.py",
+)
+"""The files whose tests share `demo_host`: one worker runs them all, so that one host is started."""
 LONGEST = (
+    *WITH_DEMO_HOST,
     "test_matrix.py",
     "parallel/test_xdit.py",
     "launch/test_flags.py",
     "test_host.py",
     "parallel/test_distrifusion.py",
     "parallel/test_sharded.py",
-    "test_end_to_end.py",
-    "http/test_web.py",
     "parallel/test_asyncdiff.py",
     "pipeline/test_lora.py",
     "parallel/test_stage_buffers.py",
     "pipeline/test_arguments.py",
-    "clients/test_comfyui_samplers.py",
     "http/test_web_jobs.py",
     "ranks/test_state_dir.py",
     "test_demo_training.py",
@@ -44,12 +53,32 @@ LONGEST = (
     "pipeline/test_batches.py",
 )
 """The files that take longest: run first, so that no worker is left with one of them at the end."""
+TESTS = Path(__file__).parent
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+HELD = pytest.StashKey[contextlib.ExitStack]()
+"""The lock under which a worker's test runs."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+    shared = {TESTS / name for name in WITH_DEMO_HOST}
+    for item in items:
+        if "demo_host" in getattr(item, "fixturenames", ()) and item.path not in shared:
+            raise pytest.UsageError(f"{item.nodeid} takes demo_host: WITH_DEMO_HOST must name its file")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Of `--dist loadfile`: files that share the demo host are as one file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "with demo_host" if file.removeprefix("tests/") in WITH_DEMO_HOST else file
+
+    return Files(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @contextlib.contextmanager
@@ -59,20 +88,33 @@ def locked(path: Path, how: int) -> Iterator[None]:
         yield
 
 
+def is_alone(item: pytest.Item | None) -> bool:
+    return item is not None and item.get_closest_marker("alone") is not None
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Several workers: a test marked `alone` runs while the others wait between two tests."""
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
+    """Several workers: a test marked `alone` runs while the others wait between two tests.
+
+    Of such tests in a row only the first waits for what the others run.
+    """
     if WORKER is None:
         return (yield)
     assert item.config.cache is not None
-    folder = item.config.cache.mkdir("alone")
-    alone = item.get_closest_marker("alone") is not None
-    with contextlib.ExitStack() as queued:
-        # Who waits for the others to end lets none of them begin.
-        queued.enter_context(locked(folder / "queue", fcntl.LOCK_EX))
-        with locked(folder / "running", fcntl.LOCK_EX if alone else fcntl.LOCK_SH):
-            queued.close()
-            return (yield)
+    folder, stash = item.config.cache.mkdir("alone"), item.config.stash
+    if HELD not in stash:
+        stash[HELD] = contextlib.ExitStack()
+        how = fcntl.LOCK_EX if is_alone(item) else fcntl.LOCK_SH
+        with locked(folder / "queue", fcntl.LOCK_EX):  # who waits for the others to end lets none begin
+            stash[HELD].enter_context(locked(folder / "running", how))
+    try:
+        return (yield)
+    finally:
+        if not (is_alone(item) and is_alone(nextitem)):
+            stash[HELD].close()
+            del stash[HELD]
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +142,8 @@ def demo_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
 
     Shared by all tests that leave it as it was; a test that ends a host starts its own.
     """
+    from tests.test_host import DEMO_CHECKPOINT, DEMO_STEPS, Launch
+
     flags = [f"--checkpoint={DEMO_CHECKPOINT}", "--variant=fp32", "--width=128", "--height=128"]
     folder = tmp_path_factory.mktemp("demo_host")
     launch = Launch(
@@ -118,7 +162,7 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyUI]:
 
     models = tmp_path_factory.mktemp("models")
     (models / "diffusers").mkdir()
-    (models / "diffusers" / "demo").symlink_to(DEMO_CHECKPOINT)
+    (models / "diffusers" / "demo").symlink_to(ROOT / "demo" / "checkpoint")
     folders = {
         "diffusers": ["sdxl", "sd15", "svd", "x4-upscaler"],
         "animatediff_models": ["animatediff-motion-adapter"],

@@ -95,15 +95,22 @@ def late():
     assert set(texts('"""--a"""\ndef f():\n    """--b"""\n    return f"--{f}", "c"')) == {"--", "c"}
 
 
-@pytest.mark.parametrize("room", NO_TORCH)
-def test_torch_waits_until_it_is_needed(room: str) -> None:
-    names = [
-        ".".join(path.relative_to(ROOT).with_suffix("").parts) for path, own in FILES.items() if own == room
-    ]
+def imported_without_torch(names: list[str]) -> None:
     code = f"import sys, importlib\nfor name in {names}: importlib.import_module(name)\n"
     code += "sys.exit(', '.join({'torch', 'diffusers', 'transformers'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("room", NO_TORCH)
+def test_torch_waits_until_it_is_needed(room: str) -> None:
+    imported_without_torch(
+        [".".join(path.relative_to(ROOT).with_suffix("").parts) for path, own in FILES.items() if own == room]
+    )
+
+
+def test_the_process_that_starts_the_workers_imports_no_torch() -> None:
+    imported_without_torch(["tests.conftest"])
 
 
 @pytest.mark.parametrize(
