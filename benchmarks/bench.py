@@ -28,6 +28,7 @@ from shared.models import MODELS, ModelSpec
 from shared.parallel.surgery import Surgery
 from shared.pipeline import eight_bits, layer_choice
 from shared.pipeline.compile import compile_pipeline
+from shared.pipeline.hooks import KnownHooks
 from shared.pipeline.steps import step_without_sync
 from shared.pipeline.unloaded import Unloaded
 from shared.pipeline.work import Work
@@ -63,11 +64,19 @@ def measure(run: Any, device: torch.device, repeats: int) -> tuple[float, float,
     return statistics.median(seconds for seconds, _ in runs), peak, runs[-1][1]
 
 
-def without_sync(scheduler: Any) -> Surgery:
-    """The pipeline's scheduler as a host runs it."""
-    surgery = Surgery()
-    surgery.replace(scheduler, "step", step_without_sync(scheduler))
-    return surgery
+SEARCHING = "-searching"
+"""Behind a system: diffusers searches its models for hooks in each generation."""
+
+
+def as_hosted(pipe: Any, hooks: KnownHooks | None) -> contextlib.ExitStack:
+    """What a host changes around a generation until it is closed: the scheduler's steps do not wait for the
+    GPU, and models are searched for hooks once."""
+    held = contextlib.ExitStack()
+    surgery = held.enter_context(Surgery())
+    surgery.replace(pipe.scheduler, "step", step_without_sync(pipe.scheduler))
+    if hooks is not None:
+        held.enter_context(hooks.known())
+    return held
 
 
 class Bench(ABC):
@@ -99,6 +108,7 @@ class Bench(ABC):
         groups = [dist.new_group([r]) for r in range(self.size)] if self.size > 1 else [None]
         self.own_group = groups[self.rank]
         self.rows: list[list[str]] = []
+        self._hooks = KnownHooks()
         self._reference: torch.Tensor | None = None
         self._base = 0.0
 
@@ -232,7 +242,7 @@ class Bench(ABC):
         self, pipe: Any, label: str, generate: Any, steps: int, systems: Sequence[str], prefix: str
     ) -> None:
         for system in systems:
-            if self.size == 1 and system not in self.alone:
+            if self.size == 1 and system.removesuffix(SEARCHING) not in self.alone:
                 continue
             began = time.perf_counter()
             held: list[Any] = []
@@ -244,9 +254,10 @@ class Bench(ABC):
                 return generate()
 
             try:
-                held += self.attach(pipe, system)
-                if system not in self.foreign:
-                    held.append(without_sync(pipe.scheduler))
+                attached = system.removesuffix(SEARCHING)
+                held += self.attach(pipe, attached)
+                if attached not in self.foreign:
+                    held.append(as_hosted(pipe, self._hooks if attached == system else None))
                 seconds, peak, made = measure(generation, self.device, self.options.repeats)
                 if self.rank == 0:
                     print(
@@ -289,7 +300,8 @@ def parser(text: str | None, systems: Sequence[str], warm_up: int | None) -> arg
     made.add_argument(
         "--systems",
         default=",".join(systems),
-        help="may be empty with --compile, whose first is then compared",
+        help="may be empty with --compile, whose first is then compared; one with '-searching' behind it "
+        "searches the models for hooks in each generation, as plain diffusers does",
     )
     made.add_argument(
         "--compile",

@@ -33,6 +33,7 @@ from shared.pipeline.arguments import call_arguments, most_frames
 from shared.pipeline.batches import Batches, most_together, several
 from shared.pipeline.embeddings import embeddings_of
 from shared.pipeline.from_picture import PicturePipelines, late_start, start_of
+from shared.pipeline.hooks import KnownHooks
 from shared.pipeline.latents import enlarged
 from shared.pipeline.lora import LoraSet, loras_of
 from shared.pipeline.lora_by_name import RunningLoras
@@ -119,6 +120,7 @@ class PipelineEngine:
             raise
         except ValueError as error:
             raise LoadError(str(error)) from error
+        self._hooks = KnownHooks()
         self._prompts = EncodedPrompts()
         self._embeddings = embeddings_of(pipe)
         captures = config.captures(world.device.type) and not config.compile_text_encoder
@@ -208,7 +210,7 @@ class PipelineEngine:
             self._previewer.begin(request)
         try:
             start = start_of(self.pipe, self.config, request)
-            with self._pipelines.of(start, request) as running:
+            with self._pipelines.of(start, request) as running, self._hooks.known():
                 output = self._call(running, start, request, watch, decodes, pictures)
         except RequestError:
             raise
