@@ -8,6 +8,9 @@ PIPEFUSION = "--pipefusion_parallel_degree=2"
 SHARED = "--use_cfg_parallel"
 PATCHES = "--no_split_batch"  # both guidance branches on each rank, else two ranks take one each
 
+GPUS = 2
+"""That the ranks of a launch on GPUs see; several launches share them."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -28,9 +31,21 @@ class Launch:
         its method takes one."""
         return any(word in self.flags for word in ("auto", "fbcache", "pipefusion"))
 
+    def device(self, asked: str) -> str:
+        """Where it draws in a run with this --device."""
+        return "cpu" if self.alone or self.ranks > GPUS else asked
+
     @property
     def key(self) -> tuple[str, str, int]:
         return self.host, self.flags, self.ranks
+
+
+def shares(cores: int, devices: set[str]) -> dict[str, int]:
+    """How many ranks draw at the same time, by device: on GPUs pairs of them, a third of both."""
+    if len(devices) == 1:
+        return dict.fromkeys(devices, cores)
+    pairs = max(1, cores // 3 // GPUS)
+    return {"cpu": cores - pairs * GPUS, "cuda": pairs * GPUS}
 
 
 def quantized(host: str) -> list[Launch]:
@@ -97,3 +112,33 @@ LAUNCHES: dict[str, list[Launch]] = {
         *(Launch(host, "--warm_up_steps=auto") for host in ("asyncdiff", "distrifuser")),
     ],
 }  # fmt: skip
+
+WANTED: dict[str, tuple[str, ...]] = {
+    "unet": (
+        "--use_cfg_parallel",
+        *(f"{SHARED} --warm_up_steps={w} --async_steps={n}" for w, n in ((10, 15), (12, 8), (15, 4))),
+        f"{SHARED} --async_steps=auto",
+        *(f"--warm_up_steps={w}" for w in (3, 10, "auto")),
+        *(f"{PATCHES} --warm_up_steps={w}" for w in (3, 10, "auto")),
+        *(f"--quantize_to={bits}" for bits in ("float8_weight", "int8_weight", "int4")),
+        "--step_cache=deepcache:3",
+    ),
+    "transformer": (
+        "--ulysses_degree=2",
+        "--ring_degree=2",
+        "--use_cfg_parallel",
+        "--ring_degree=2 --exchange_dtype=int8",
+        *(f"{PIPEFUSION} --num_pipeline_patch={n} --warm_up_steps={w}" for n in (2, 4) for w in (1, 3)),
+        *(f"--warm_up_steps={w}" for w in (3, 10)),
+        *(f"{SHARED} --warm_up_steps={w} --async_steps={n}" for w, n in ((10, 15), (12, 8), (15, 4))),
+        f"{SHARED} --async_steps=auto",
+        *(f"--quantize_to={bits}" for bits in ("float8_weight", "int8_weight", "int4")),
+        *(f"--step_cache={cache}" for cache in ("fbcache:0.12", "taylorseer:3")),
+    ),
+    "student": (
+        *(f"--warm_up_steps={w}" for w in (1, 2, 3, "auto")),
+        *(f"--quantize_to={bits}" for bits in ("float8_weight", "int8_weight", "int4")),
+    ),
+}
+"""Flags of the launches that draw more prompts first: what --preset sets, the points of benchmarks/pareto.py,
+and one of each method."""

@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,15 +26,11 @@ from draw import PIXELS, Scene, judge  # noqa: E402
 from evaluate import load, paint  # noqa: E402
 
 from benchmarks.quality import psnr  # noqa: E402
-from benchmarks.tradeoff_launches import Launch  # noqa: E402
+from benchmarks.tradeoff_launches import GPUS, Launch  # noqa: E402
 from shared.backends import BACKENDS  # noqa: E402
 from tests.pool import RankPool  # noqa: E402
 
 EQUAL = 100.0  # dB of pictures that are equal; one value that differs by one makes 95
-GPUS = 2
-"""Of a launch on GPUs: its ranks are on the first ones, several launches share them."""
-CAPTURED = 32
-"""From so many prompts drawn one by one, capturing CUDA graphs is worth its seconds."""
 LIMIT = {"cpu": 3600.0, "cuda": 150.0}  # seconds that a launch may take for its prompts
 
 
@@ -142,9 +139,7 @@ def launched(kind: Checkpoint, launch: Launch, part: Part) -> tuple[list[Image.I
         torch.cuda.set_device(place)
     world = World(rank, size, rank, place, *make_groups(600, "nccl" if cuda else "gloo"))
     own = [f"--type={kind.type}", f"--checkpoint={kind.path}", "--variant=fp32", f"--device={part.device}"]
-    own += [f"--width={PIXELS}", f"--height={PIXELS}"]
-    if cuda and not (launch.alone and len(part.scenes) >= CAPTURED):
-        own.append("--no_cuda_graph")
+    own += [f"--width={PIXELS}", f"--height={PIXELS}", *(["--no_cuda_graph"] if cuda else [])]
     config = parse_config(BACKENDS[launch.host], BACKENDS, [*own, *launch.flags.split()])
     engine = importlib.import_module(f"shared.backends.{launch.host}").build_engine(config, world)
 
@@ -219,35 +214,60 @@ def ssim(a: Image.Image, b: Image.Image) -> float:
     return float((top / ((mean_x**2 + mean_y**2 + small) * (var_x + var_y + contrast))).mean())
 
 
+_starting = threading.Lock()
+"""Held while the environment is that of ranks which start."""
+
+
 @dataclass
 class Machine:
-    """Pools of ranks, of which so many ranks work at the same time."""
+    """Pools of ranks, of which so many ranks work at the same time; who asks first has them first."""
 
     cores: int
     device: str = "cpu"
+    gpus: int = 0
     turn: threading.Condition = field(default_factory=threading.Condition)
     idle: list[RankPool] = field(default_factory=list)
+    waiting: deque[object] = field(default_factory=deque)
+    made: int = 0
 
     def _new(self) -> RankPool:
-        if self.device == "cpu":
-            return RankPool(timeout=LIMIT["cpu"])
-        # A process whose parent has used CUDA cannot, and CUDA and NCCL keep threads of their own.
-        pool = RankPool(timeout=LIMIT["cuda"], method="spawn", most_threads=None)
-        pool.start(GPUS)
+        """On CPUs its ranks see no GPU, else the next two."""
+        with _starting:
+            if self.device == "cuda":
+                first = GPUS * (self.made % (self.gpus // GPUS))
+                # A process whose parent has used CUDA cannot, and CUDA and NCCL keep threads of their own.
+                pool = RankPool(timeout=LIMIT["cuda"], method="spawn", most_threads=None)
+                ranks, seen = GPUS, f"{first},{first + 1}"
+            else:
+                pool, ranks, seen = RankPool(timeout=LIMIT["cpu"]), 1, ""
+            self.made += 1
+            with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=seen):
+                pool.start(ranks)
         return pool
 
     @contextlib.contextmanager
     def pool(self, ranks: int) -> Iterator[RankPool]:
+        """A pool for so many ranks, which is closed where its work fails."""
         if self.device == "cuda":
             ranks = max(ranks, GPUS)  # so that the pools stay as many, each with its ranks
+        mine = object()
         with self.turn:
-            self.turn.wait_for(lambda: self.cores >= ranks)
+            self.waiting.append(mine)
+            self.turn.wait_for(lambda: self.waiting[0] is mine and self.cores >= ranks)
+            self.waiting.popleft()
             self.cores -= ranks
-            pool = self.idle.pop() if self.idle else self._new()
+            pool = self.idle.pop() if self.idle else None
+            self.turn.notify_all()
         try:
+            pool = pool or self._new()
             yield pool
+        except BaseException:
+            if pool is not None:
+                pool.close()
+            pool = None
+            raise
         finally:
             with self.turn:
                 self.cores += ranks
-                self.idle.append(pool)
+                self.idle += [] if pool is None else [pool]
                 self.turn.notify_all()

@@ -13,9 +13,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.pareto import FAMILIES
 from benchmarks.quality import psnr
-from benchmarks.tradeoff import CHECKPOINTS, PLAIN, agreement, obeyed, parts, plan, read, row, table
-from benchmarks.tradeoff_launches import LAUNCHES, Launch
+from benchmarks.tradeoff import (
+    CHECKPOINTS,
+    PLAIN,
+    agreement,
+    in_order,
+    main,
+    obeyed,
+    parts,
+    plan,
+    read,
+    row,
+    table,
+)
+from benchmarks.tradeoff_launches import LAUNCHES, WANTED, Launch, shares
 from benchmarks.tradeoff_ranks import Drawn, Machine, Part, compared, launched, ssim
 from shared.backends import BACKENDS
 from shared.launch.parser import parse_config
@@ -79,21 +92,66 @@ def test_prompts_are_drawn_in_parts_each_with_its_own_seeds() -> None:
     [whole] = parts(200, 128, "cuda", 64)
     found = parts(64, 0, "cuda", 64)
     assert [(part.first, len(part.scenes)) for part in found] == [(0, 8), (8, 56)]
-    assert [(part.first, len(part.scenes)) for part in parts(20, 3, "cpu", 1)] == [(3, 5), (8, 8), (16, 4)]
+    assert [(part.first, len(part.scenes)) for part in parts(20, 3, "cpu", 1)] == [(3, 5), (8, 12)]
     drawn = [scene for part in [*found, *parts(128, 64, "cuda", 64), whole] for scene in part.scenes]
     assert drawn == held_out_scenes(200)
 
 
-def test_what_is_left_is_drawn_once_and_one_by_one_in_smaller_parts() -> None:
-    at_once, alone = LAUNCHES["student"][0], LAUNCHES["student"][-1]
-    assert alone.alone and not at_once.alone
+def test_what_is_left_is_drawn_once() -> None:
+    first, second, third = LAUNCHES["student"][:3]
     part = parts(64, 0, "cuda", 64)[1]
-    known = {("cuda", "student", at_once.key, k) for k in range(40)}
-    known |= {("cuda", "student", alone.key, k) for k in range(8, 20)} | {("cpu", "student", alone.key, 63)}
-    left = plan([("student", at_once), ("student", alone)], part, known)
+    known = {("cuda", "student", first.key, k) for k in range(40)}
+    known |= {("cuda", "student", second.key, k) for k in range(8, 64)} | {("cpu", "student", third.key, 63)}
+    left = plan([("student", one) for one in (first, second, third)], part, known)
     told = [(launch, mine.first, len(mine.scenes)) for _, launch, mine in left]
-    assert told == [(at_once, 40, 24), (alone, 20, 12), (alone, 32, 32)]
+    assert told == [(first, 40, 24), (third, 8, 56)]
     assert left[0][2].scenes == held_out_scenes(200)[40:64]
+
+
+def test_what_draws_one_by_one_or_on_more_ranks_than_gpus_is_drawn_on_cpus() -> None:
+    flags = {"--warm_up_steps=3": "cuda", "--warm_up_steps=auto": "cpu", "--step_cache=fbcache:0.12": "cpu"}
+    assert {flag: Launch("xdit", flag).device("cuda") for flag in flags} == flags
+    assert Launch("xdit", "--warm_up_steps=3", 4).device("cuda") == "cpu"
+    assert {one.device("cpu") for kind in LAUNCHES.values() for one in kind} == {"cpu"}
+    assert shares(32, {"cpu"}) == {"cpu": 32} and shares(4, {"cpu", "cuda"}) == {"cpu": 2, "cuda": 2}
+    assert shares(32, {"cpu", "cuda"}) == {"cpu": 22, "cuda": 10}
+
+
+def test_all_draw_their_first_prompts_and_then_what_is_wanted_most_comes_first() -> None:
+    kinds = [("student", one) for one in LAUNCHES["student"]]
+    asked = parts(64, 0, "cpu", 1)
+    turns = in_order(kinds, asked, set())
+    wanted = {one.key for _, one in kinds if one.flags in WANTED["student"]}
+    assert 0 < len(wanted) < len(kinds)
+    drawn = [(part.first, {launch.key for _, launch, _ in todo}) for part, todo in turns]
+    others = {one.key for _, one in kinds} - wanted
+    later = (8, 24, 40, 56)
+    assert drawn == [(0, wanted | others), *((k, some) for some in (wanted, others) for k in later)]
+    known = {("cpu", "student", one.key, k) for _, one in kinds for k in range(8)}
+    assert in_order(kinds, asked, known)[0] == (asked[0], [])
+
+
+@pytest.mark.parametrize("kind", LAUNCHES)
+def test_what_is_wanted_most_are_launches_and_has_the_points_of_the_pictures(kind: str) -> None:
+    flags = {one.flags for one in LAUNCHES[kind]}
+    settings = [named for table, named, _ in FAMILIES[kind].settings.values() if table]
+    assert {named[1].strip("`") for named in settings} <= set(WANTED[kind]) < flags
+
+
+def test_after_the_minutes_nothing_is_begun_and_what_is_left_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results.jsonl"
+    only = ["student", "--only", "warm_up_steps=auto", "--prompts", "9", "--results", str(results)]
+    with (
+        mock.patch("sys.argv", ["tradeoff.py", *only, "--minutes", "0"]),
+        mock.patch.object(RankPool, "start"),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    assert not ended.value.code and not results.exists()
+    # Of two hosts and of plain diffusers, each in two parts.
+    assert "6 parts are left after 0 minutes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("host", ["distrifuser", pytest.param("asyncdiff", marks=pytest.mark.slow)])
@@ -116,6 +174,24 @@ def test_ranks_of_their_own_interpreters_are_kept_whatever_their_threads() -> No
     assert first == second != os.getpid()
 
 
+def test_pairs_of_ranks_see_the_gpus_in_turn_and_others_none() -> None:
+    seen: list[tuple[int, str]] = []
+
+    def start(self: RankPool, ranks: int) -> None:
+        seen.append((ranks, os.environ["CUDA_VISIBLE_DEVICES"]))
+
+    with mock.patch.object(RankPool, "start", start):
+        for machine in (Machine(6, "cuda", gpus=4), Machine(3)):
+            with machine.pool(1), machine.pool(1), machine.pool(1):
+                assert not machine.cores and not machine.idle
+            assert len(machine.idle) == 3
+            with pytest.raises(RuntimeError), machine.pool(1):
+                raise RuntimeError("this work failed")
+            assert len(machine.idle) == 2
+    assert seen == [(2, "0,1"), (2, "2,3"), (2, "0,1"), *[(1, "")] * 3]
+
+
+@mock.patch.object(RankPool, "start", lambda self, ranks: None)
 def test_no_more_ranks_work_than_there_are_cores() -> None:
     machine, events = Machine(3), []
 
