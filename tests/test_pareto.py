@@ -67,16 +67,34 @@ def test_asynchronous_steps_of_few_save_alike_and_every_family_has_its_picture()
     ],
 )
 def test_the_table_of_presets_is_what_they_set(host: str, presets: Presets) -> None:
-    line = next(
-        line
-        for line in (ROOT / "docs" / "USING.md").read_text().splitlines()
-        if line.startswith(f"| {host} |")
-    )
-    for name, cell in zip(("fast", "balanced", "exact"), line.split("|")[2:5], strict=True):
-        flags = [
-            f"--{flag}" + ("" if value is True else f"={value}") for flag, value in presets[name].items()
-        ]
-        assert re.findall(r"--[^ `]+", cell) == flags
+    page = (ROOT / "docs" / "USING.md").read_text()
+    assert told(page, host) == flags_of(presets)
+
+
+@pytest.mark.parametrize(
+    ("host", "presets"),
+    [
+        ("`asyncdiff_host.py`", asyncdiff(MODELS["sdxl"], 2, ())),
+        ("`distrifuser_host.py`", distrifuser(MODELS["sdxl"], 2, ())),
+        ("`xdit_host.py`", xdit(MODELS["sd3"], 2, (), True)),
+    ],
+)
+def test_the_readme_says_what_they_set_on_two_ranks(host: str, presets: Presets) -> None:
+    assert told((ROOT / "README.md").read_text(), host) == flags_of(presets)
+
+
+def told(page: str, host: str) -> list[list[str]]:
+    """The flags in the row of a host, in a document's table of presets."""
+    lines = page.split("| host | fast | balanced | exact |")[1].splitlines()
+    row = next(line for line in lines if line.startswith(f"| {host} |"))
+    return [re.findall(r"--[^ `]+", cell) for cell in row.split("|")[2:5]]
+
+
+def flags_of(presets: Presets) -> list[list[str]]:
+    return [
+        [f"--{flag}" + ("" if value is True else f"={value}") for flag, value in presets[name].items()]
+        for name in ("fast", "balanced", "exact")
+    ]
 
 
 def test_presets_of_pipefusion_take_exact_steps_that_more_of_them_do_not_beat() -> None:
