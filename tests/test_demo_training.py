@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +40,34 @@ def test_the_new_checkpoints_obey_held_out_prompts(kind: str, steps: int) -> Non
     pictures = paint(pipe, asked, steps=steps, cfg=CHECKPOINTS[kind].cfg)
     right, wrong = count_right(asked, [judge(picture) for picture in pictures])
     assert right >= 5, wrong
+
+
+class AcceptedError(Exception):
+    """A command's flags have been parsed."""
+
+
+MADE_BY = re.findall(r"`python demo/(\w+\.py[^`]*)`", (DEMO.parent / "docs" / "MEASURED.md").read_text())
+
+
+@pytest.mark.parametrize("command", MADE_BY)
+def test_the_commands_that_made_and_judged_the_checkpoints_are_accepted(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, *flags = shlex.split(command)
+    module = importlib.import_module(Path(script).stem)
+
+    def stop(*_: object) -> None:
+        raise AcceptedError
+
+    monkeypatch.setattr(module, "load" if script == "evaluate.py" else "prepare", stop)
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(AcceptedError):
+        module.main()
+
+
+def test_every_checkpoint_has_the_command_that_made_it() -> None:
+    made = {flags[flags.index("--out") + 1] for flags in map(shlex.split, MADE_BY) if "--out" in flags}
+    assert {f"demo/{kind.folder}" for kind in CHECKPOINTS.values()} <= made
 
 
 def test_few_zeros_in_training_are_the_many_of_the_pipeline() -> None:
