@@ -237,6 +237,36 @@ def test_ranks_decide_together(pool: RankPool) -> None:
     assert pool.run(agreed, 2, 0.6) == [False] * 2
 
 
+def of_replicas(name: str, case: Case) -> list[Any]:
+    """On each rank of two replicas with a picture each, by threshold: how close it is to what one rank makes
+    of that seed, how many calls both left out, and one rank.
+    """
+    pipe, found = pipeline(name), []
+    call = {"steps": 8, "seed": 1 + dist.get_rank() // (dist.get_world_size() // 2)}
+    for threshold in (0.05, 0.1, 0.2, 0.4):
+        settings = CacheSettings("fbcache", threshold=threshold)
+        with Alone(pipe, settings) as cache:
+            wanted, left_out = picture(pipe, name, cache, **call), cache.left_out
+        with XDiT(pipe, Degrees(**case), cache=settings) as parallel:
+            made = picture(pipe, name, parallel, **call)
+            assert parallel.cache is not None
+            found.append((psnr(made, wanted), parallel.cache.left_out, left_out))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [(2, {"data": 2}), pytest.param(4, {"data": 2, "ring": 2}, marks=pytest.mark.slow)],
+)
+def test_each_replica_decides_for_its_own_picture(pool: RankPool, ranks: int, case: Case) -> None:
+    tiny.checkpoint("flux")
+    found = pool.run(of_replicas, ranks, "flux", case)
+    assert all(same >= EXACT and left == alone for rank in found for same, left, alone in rank), found
+    counts = [[left for _, left, _ in rank] for rank in found]
+    assert counts[0] == counts[ranks // 2 - 1] and counts[ranks // 2] == counts[-1]
+    assert counts[0] != counts[-1], "both pictures change alike: nothing is shown"
+
+
 def test_calibration_tells_ratios_that_can_be_given(pool: RankPool) -> None:
     tiny.checkpoint("sd3")
     for notes in pool.run(calibrated, 2, "sd3"):
