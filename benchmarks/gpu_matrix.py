@@ -54,6 +54,7 @@ FEATURES = {
     "ip_adapter": "ip_adapter",
     "int8": "quantize_to",
     "float8": "quantize_to",
+    "int4": "quantize_to",
     "adapters together": "lora",
     "lora added and removed": "lora",
     **{flag: flag for flag in OFFLOADS},
@@ -144,10 +145,9 @@ def flags_of(backend: str, name: str, feature: str) -> dict[str, Any]:
 
     if feature in OFFLOADS:
         return {feature: True}
-    if feature in ("int8", "float8"):
-        return {
-            "quantize_to": f"{feature}_weight"
-        }  # no layer of a tiny checkpoint gains from computing in it
+    if FEATURES.get(feature) == "quantize_to":
+        # No layer of a tiny checkpoint gains from computing in 8 bits.
+        return {"quantize_to": feature if feature == "int4" else f"{feature}_weight"}
     makers: dict[str, Any] = {
         "lora": tiny_extras.lora,
         "control_net": tiny_extras.control_net,
@@ -312,7 +312,7 @@ def try_cell(cell: str, world: Any) -> Result:
             result.faults.append(what)
 
     value = least(exact, plain)
-    note("exact", value, plan in INEXACT or value >= (30 if feature in ("int8", "float8") else 45))
+    note("exact", value, plan in INEXACT or value >= (30 if FEATURES.get(feature) == "quantize_to" else 45))
     value = least(stale, eager)
     note("graphs", value, plan in MEASURED or value >= 40)
     value = decibels(stale[-1], stale[0])
