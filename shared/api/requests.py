@@ -39,6 +39,7 @@ from shared.api.codecs import (
 )
 from shared.api.warned import warn
 from shared.launch.flags import HostConfig
+from shared.models import ModelSpec
 
 IMAGE_FORMATS = ("png", "jpeg", "webp", "latent")
 VIDEO_FORMATS = ("png", "mp4", "gif", "webp", "latent")
@@ -244,11 +245,38 @@ class GenerateRequest(BaseModel):
         filled["width"], filled["height"] = size = size_of(self, config)
         if self.starts(config) and not config.spec.aspect_multiple:
             warn_of_rounding((self.width, self.height), self._own_size(), size, config)
+        if config.spec.begins and self.image is not None:
+            self._warn_of_shape(size, config)
+        self._warn_of_no_guidance(config.spec)
         return self.model_copy(update=own | filled)
 
     def starts(self, config: HostConfig) -> bool:
         """Whether what is made starts from the request's picture, or is an edit of it."""
         return self.image is not None and (config.spec.image == "start" or config.spec.refers)
+
+    def _warn_of_no_guidance(self, spec: ModelSpec) -> None:
+        """Warn of fields that count in guidance only, where there is none."""
+        cfg = spec.cfg if self.cfg is None else self.cfg
+        repelled = cfg < 1 and spec.tokens is not None and spec.tokens.guider is not None
+        if spec.guidance_branches == 1 or cfg > 1 or repelled:
+            return
+        for name in ("negative", "negative_embeds", "guidance_scale_2", "guidance_rescale"):
+            if getattr(self, name) is not None:
+                warn(f"{name}: has no effect, as there is no guidance with cfg {cfg:g}; give one above 1")
+
+    def _warn_of_shape(self, made: tuple[int, int], config: HostConfig) -> None:
+        """Warn where the picture that a video begins with is stretched, or cropped, to the video's shape."""
+        spec, own = config.spec, self._own_size()
+        change = own[0] * made[1] / (own[1] * made[0])
+        chosen = spec.aspect_multiple and self.width is None and self.height is None
+        if chosen or 1 / SAME_SHAPE <= change <= SAME_SHAPE:
+            return
+        done = "cropped" if spec.sized_by_picture else "stretched"
+        left_out = ", or neither" if spec.aspect_multiple else ""
+        warn(
+            "image: {}x{} pixels are {} to the shape of {}x{}; give width and height of the picture's shape"
+            "{}".format(*own, done, *made, left_out)
+        )
 
     @property
     def images(self) -> list[bytes]:
@@ -264,20 +292,23 @@ class GenerateRequest(BaseModel):
         return max(1, round(width * scale)), max(1, round(height * scale))
 
 
+SAME_SHAPE = 1.05  # as much as rounding to multiples of 16 changes the shape of 480p
+
+
 def size_of(request: GenerateRequest, config: HostConfig) -> tuple[int, int]:
     """(width, height) of what is made, in pixels: as asked, else the picture's own, else the launch's.
 
     A picture's own sides are rounded down to the type's multiple. Some types keep only its aspect.
     """
-    if not request.starts(config):
-        width, height = config.size
-    elif request.width and request.height:
+    if request.width and request.height:
         width, height = request.width, request.height
-    elif config.spec.aspect_multiple:
+    elif request.image is not None and config.spec.aspect_multiple:
         width, height = with_aspect(request._own_size(-1), config)
-    else:
+    elif request.starts(config):
         multiple = config.spec.size_multiple
         width, height = (max(16, side // multiple * multiple) for side in request._own_size())
+    else:
+        width, height = config.size
     return request.width or width, request.height or height
 
 

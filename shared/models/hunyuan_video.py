@@ -44,6 +44,7 @@ FROM_PICTURE: MappingProxyType[str, Any] = MappingProxyType(
         "pipeline": "HunyuanVideo15ImageToVideoPipeline",
         "image": "needed",
         "sized_by_picture": True,
+        "aspect_multiple": 16,
         "fields": _FIELDS | IMAGE,
     }
 )

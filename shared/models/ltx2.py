@@ -69,6 +69,7 @@ FAMILY = Family(
                 }
             ),
             size_multiple=32,
+            aspect_multiple=32,
             factor_setting="vae_spatial_compression_ratio",
             frames=121,
             frames_factor=8,

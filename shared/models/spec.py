@@ -95,8 +95,9 @@ class ModelSpec:
     control_draws: bool = False  # whether control pictures are encoded with noise of the global state
     factor_setting: str = "vae_scale_factor"  # the pipeline's attribute: pixels a side of one latent
     area_field: str | None = None  # of the pipeline, if it takes width and height only as an aspect
-    # Where no size is asked for beside a picture to look at, the sides are multiples of this, with the last
-    # picture's aspect and the launch's area; 0: the size is the picture's own.
+    # Where no size is asked for beside a picture to look at, or to begin with, the sides are multiples of
+    # this, with the last picture's aspect and the launch's area; 0: the size is the picture's own, or that of
+    # the launch.
     aspect_multiple: int = 0
     # What a call of its denoiser needs while it runs, in maps: one number for each channel of its first
     # level (a transformer's width) at each of the latents (tokens). Counted at full size, without scores of
@@ -277,6 +278,11 @@ class ModelSpec:
     def refers(self) -> bool:
         """Whether it was trained to look at pictures beside its prompt."""
         return any(start.refers for start in self.starts)
+
+    @property
+    def begins(self) -> bool:
+        """Whether a picture is what its videos begin with."""
+        return self.output == "video" and self.image in ("needed", "begins")
 
     @property
     def index_classes(self) -> frozenset[str]:

@@ -123,6 +123,7 @@ FAMILY = Family(
             title="Wan 2.1 and 2.2 picture to video",
             pipeline="WanImageToVideoPipeline",
             image="needed",
+            aspect_multiple=16,
             # Its transformer takes the last 512 tokens for the prompt's and those before for the picture's,
             # so prompts of its default length, 512, are the only right ones.
             fields=WAN.fields | IMAGE,
@@ -132,7 +133,11 @@ FAMILY = Family(
                     "transformer_2": A14B | {"cfg": 3.5, "fields": A14B["fields"] | IMAGE},
                     # Its checkpoint is the one that type wan loads.
                     "expand_timesteps": TI2V
-                    | {"other_classes": frozenset({"WanPipeline"}), "puts_frames_back": True},
+                    | {
+                        "other_classes": frozenset({"WanPipeline"}),
+                        "puts_frames_back": True,
+                        "aspect_multiple": 32,
+                    },
                 }
             ),
         ),

@@ -31,7 +31,10 @@ KOHYA = re.compile(r"lora_(?P<part>unet|transformer|te\d?|text_encoder(?:_\d)?)[
 COMFY = re.compile(r"(?:text_encoders\.)?(?P<part>[a-z0-9_]+)\.(?:transformer\.)?(?P<rest>.+)$")
 NUMBERED_ENCODERS = ("clip_l", "clip_g", "t5xxl")
 """kohya's lora_te1, lora_te2 and lora_te3, in types that have them."""
-CONVERSION_ERRORS = (ValueError, KeyError, IndexError, AttributeError, RuntimeError, TypeError)
+CONVERSION_ERRORS = (
+    AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+"""Of diffusers' conversions, which expect the sizes of the released models."""
 
 Layers = Mapping[str, Mapping[str, nn.Module]]
 Matched = dict[str, dict[str, Update]]

@@ -420,6 +420,14 @@ def drawn(width: int, height: int) -> str:
         ("sd1", {"image": drawn(70, 48), "width": 128}, (128, 48), None),
         ("sd1", {"image": drawn(5, 300)}, (16, 296), "5x300 pixels are made 16x296"),
         ("svd", {"image": drawn(70, 41)}, (1024, 576), None),
+        ("svd", {"image": drawn(41, 70)}, (1024, 576), "41x70 pixels are stretched to the shape of 1024x576"),
+        # Videos have as many pixels as the launch's size, in the shape of the picture that they begin with.
+        ("wani2v", {"image": drawn(41, 70)}, (480, 832), None),
+        ("wani2v", {"image": drawn(90, 90)}, (624, 624), None),
+        ("wani2v", {"image": drawn(90, 90), "width": 96, "height": 48}, (96, 48), "stretched to the shape"),
+        ("wani2v", {"image": drawn(90, 44), "width": 96, "height": 48}, (96, 48), None),
+        ("ltx2", {"image": drawn(41, 70)}, (480, 832), None),
+        ("ltx2", {}, (768, 512), None),
     ],
 )
 def test_the_size_is_the_picture_s_own(
@@ -429,6 +437,28 @@ def test_the_size_is_the_picture_s_own(
         request = parse(fields, config_of(type))
     assert (request.width, request.height) == size
     assert (warned in told[0]) if warned else not told
+
+
+@pytest.mark.parametrize(
+    ("type", "fields", "warned"),
+    [
+        ("zimage", {"negative": "b"}, ["negative"]),  # its default is 1
+        ("zimage", {"negative": "b", "cfg": 4.0}, []),
+        ("zimage", {"negative": ""}, []),
+        ("qwen", {"negative": "b"}, []),
+        ("qwen", {"negative": "b", "cfg": 1.0}, ["negative"]),
+        ("sd1", {"negative": "b", "cfg": 0.5, "guidance_rescale": 0.7}, ["negative", "guidance_rescale"]),
+        ("hv15", {"negative": "b", "cfg": 0.5}, []),  # its guider goes away from the prompt there
+        ("hv15", {"negative": "b", "cfg": 1.0}, ["negative"]),
+        ("flux", {"negative": "b", "true_cfg_scale": 2.0, "cfg": 1.0}, []),
+    ],
+)
+def test_what_needs_guidance_is_told_where_there_is_none(
+    type: str, fields: dict[str, Any], warned: list[str]
+) -> None:
+    with collecting_warnings() as told:
+        parse({"positive": "a"} | fields, config_of(type))
+    assert [line.partition(":")[0] for line in told] == warned
 
 
 def test_a_picture_that_lies_on_its_side_is_turned() -> None:

@@ -518,6 +518,14 @@ def test_sizes_of_the_type(tabs: Any) -> None:
         expect(page.locator("#size")).to_have_value("768 1344")
 
 
+def test_a_video_has_the_shape_of_the_picture_that_it_begins_with(tabs: Any) -> None:
+    with FakeHost(config_of("wani2v", backend="xdit", width=64, height=64)) as host:
+        page = tabs(host.url)
+        bring(page, "drop", "[data-drop=image]", "wide.png", png((256, 64)))
+        expect(page.locator("#width")).to_have_value("128")
+        expect(page.locator("#height")).to_have_value("32")
+
+
 def test_sizes_are_the_ones_that_sdxl_was_trained_with_and_never_more_pixels() -> None:
     wide = [(1152, 896), (1216, 832), (1344, 768)]
     assert set(sizes(1024, 1024, 8)) == {(1024, 1024), *wide, *((h, w) for w, h in wide)}

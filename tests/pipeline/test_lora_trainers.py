@@ -83,6 +83,18 @@ def test_means_what_diffusers_format_means(name: str, trainer: str, tmp_path: Pa
     assert np.abs(pictures[0] - plain(name)).max() > 0.01
 
 
+def test_a_width_that_diffusers_conversion_does_not_expect_is_told(tmp_path: Path) -> None:
+    """It knows where to cut joined layers by the width of the released model, and asserts it."""
+    pipe = tiny.load("kontext")
+    theirs, _ = published(pipe.transformer, TRAINERS["kontext"]["kohya"])
+    joined = {key: value for key, value in theirs.items() if "qkv" in key}
+    found, left = match_layers(pipe, MODELS["kontext"], theirs)
+    assert len(left) == len({key.partition(".")[0] for key in theirs}) - sum(map(len, found.values()))
+    save_file(joined, tmp_path / "joined.safetensors")
+    with pytest.raises(LoraError, match="fits no layer of type kontext: 'lora_unet_double_blocks_0_"):
+        loras_of(pipe, MODELS["kontext"]).add(str(tmp_path / "joined.safetensors"))
+
+
 def test_of_another_type_is_refused(tmp_path: Path) -> None:
     theirs, _ = published(pipe_of("flux2").transformer, TRAINERS["flux2"]["kohya"])
     save_file(theirs, tmp_path / "other.safetensors")

@@ -41,7 +41,8 @@ def loaded(launch: HostConfig) -> Any:
 
 def body(name: str, **fields: Any) -> dict[str, Any]:
     image = encode_image(PICTURE, "png")
-    return {"positive": "a cat", "steps": 2, "seed": 1, "frames": FRAMES[name], "image": image} | fields
+    asked = {"positive": "a cat", "steps": 2, "seed": 1, "frames": FRAMES[name], "image": image}
+    return asked | {"width": 64, "height": 96} | fields
 
 
 def made(engine: PipelineEngine, name: str, **fields: Any) -> Reply | None:

@@ -11,7 +11,7 @@ export function sizeField() {
   });
   document.addEventListener("picture", ({ detail: { name, pictures, byHand } }) => {
     if (name !== "image") return;
-    if (byHand && (launch.edits || !launch.needs.includes("image"))) {
+    if (byHand) {
       if (pictures.length) follow(pictures[0]);
       else setSize(launch.defaults.width, launch.defaults.height);
     }
