@@ -87,11 +87,11 @@ def test_a_width_that_diffusers_conversion_does_not_expect_is_told(tmp_path: Pat
     """It knows where to cut joined layers by the width of the released model, and asserts it."""
     pipe = tiny.load("kontext")
     theirs, _ = published(pipe.transformer, TRAINERS["kontext"]["kohya"])
-    joined = {key: value for key, value in theirs.items() if "qkv" in key}
+    joined = {key: value for key, value in theirs.items() if "_linear1." in key}
     found, left = match_layers(pipe, MODELS["kontext"], theirs)
-    assert len(left) == len({key.partition(".")[0] for key in theirs}) - sum(map(len, found.values()))
+    assert set(left) == {key.partition(".")[0] for key in joined} and len(found["transformer"]) == 36
     save_file(joined, tmp_path / "joined.safetensors")
-    with pytest.raises(LoraError, match="fits no layer of type kontext: 'lora_unet_double_blocks_0_"):
+    with pytest.raises(LoraError, match="fits no layer of type kontext: 'lora_unet_single_blocks_0_linear1'"):
         loras_of(pipe, MODELS["kontext"]).add(str(tmp_path / "joined.safetensors"))
 
 
