@@ -31,7 +31,7 @@ from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.asyncdiff.deep_cache import DeepCache
 from shared.parallel.cfg_split import CfgSplit, HybridSplit
 from shared.parallel.chosen_steps import Pace
-from shared.parallel.joined import JoinedProjections
+from shared.parallel.joined import JoinedProjections, of_unet
 from shared.parallel.kept_prompt import KeptPrompt
 from shared.parallel.pipeline import model_of, part_of
 
@@ -59,12 +59,15 @@ class AsyncDiffBench(Bench):
         system, remade, _ = system.partition("-remade")
         system, _, cache = system.partition("+")
         unet = part_of(pipe, "unet")
+        denoiser = model_of(pipe, "transformer" if unet is None else "unet")
 
         def prompt() -> list[Any]:
-            return [] if remade or unet is None else [KeptPrompt(unet), JoinedProjections(unet)]
+            if remade:
+                return []
+            kept = [] if unet is None else [KeptPrompt(unet)]
+            return [*kept, JoinedProjections(of_unet(denoiser))]
 
         if system in ("graph", "cfg"):
-            denoiser = model_of(pipe, "transformer" if unet is None else "unet")
             if cache:
                 alone: Any = DeepCache(pipe, denoiser, as_step_cache(cache))
             else:

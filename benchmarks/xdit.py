@@ -10,11 +10,13 @@ Latents out. Behind "+" is a step cache as --step_cache takes it. Random weights
 ones do, so "+mask" computes a fixed share of the steps (20 of 50); a threshold that no step passes shows what
 measuring costs. "graph" is one GPU with the transformer captured as a CUDA graph; "-eager" behind one of our
 own systems leaves the capture out, "-vae" shares the decoding as well (with --decode), "-overlap" is what is
-chosen for slow links ("-all": with all multiprocessors for products), "-int8" what is sent; "cfg*ulysses"
-is a product of degrees. "xfuser-..." is xfuser's own pipeline class, called as its examples do, and for the
-types of 2025 and 2026 xfuser's transformer class in diffusers' pipeline, as in its runners;
-xfuser-pipefusion fails in xfuser 0.7.0 itself for sd3. The seconds in brackets are from the plain pipeline to
-the end of the system: surgery, compilation, all repeats.
+chosen for slow links ("-all": with all multiprocessors for products), "-int8" what is sent; "-separate", of
+graph too, is queries, keys and values by three products, "-together" by one also under ring, which leaves
+values apart; "cfg*ulysses" is a product of degrees.
+"xfuser-..." is xfuser's own pipeline class, called as its examples do, and for the types of 2025 and 2026
+xfuser's transformer class in diffusers' pipeline, as in its runners; xfuser-pipefusion fails in xfuser 0.7.0
+itself for sd3. The seconds in brackets are from the plain pipeline to the end of the system: surgery,
+compilation, all repeats.
 --tiny --device cpu --dtype fp32 shows that all of it runs.
 """
 
@@ -35,6 +37,7 @@ from benchmarks.bench import Bench, parser
 from shared.launch.values import as_step_cache
 from shared.models import CacheSettings
 from shared.parallel.graphs import Captured
+from shared.parallel.joined import JoinedProjections, of_transformer
 from shared.parallel.method import Unwatched
 from shared.parallel.rounding import BITS
 from shared.parallel.surgery import Closing
@@ -155,6 +158,7 @@ class XDiTBench(Bench):
         "xfuser-cfg",
         "xfuser-pipefusion",
     )
+    alone = ("eager", "graph", "graph-separate")
     held: Any = None
     latents: torch.Tensor
     steps, type = 0, ""
@@ -172,8 +176,10 @@ class XDiTBench(Bench):
     def _attach(self, pipe: Any, system: str) -> list[Any]:
         if system == "eager":
             return []
-        if system == "graph":
-            return [Captured(pipe, ["transformer"], enabled=capturable(pipe.transformer))]
+        if system in ("graph", "graph-separate"):
+            captured = Captured(pipe, ["transformer"], enabled=capturable(pipe.transformer))
+            joins = [] if system != "graph" else [JoinedProjections(of_transformer(pipe.transformer))]
+            return [captured, *joins]
         if system == "native":
             return [Native(pipe, self.size)]
         if system.startswith("xfuser-"):
@@ -193,6 +199,7 @@ class XDiTBench(Bench):
             return [groups, fused]
         options: Any = {"overlap": "overlap" in how, "bits": next((b for b in BITS if b in how), None)}
         options["parallel_vae"] = "vae" in how
+        options["join"] = None if "separate" in how else "all" if "together" in how else "early"
         if cache:
             options["cache"] = fixed(self.steps) if cache == "mask" else as_step_cache(cache)
         capture = graph and self.device.type == "cuda"

@@ -179,7 +179,7 @@ def attach(
     from shared.parallel.cfg_split import CfgSplit, HybridSplit
     from shared.parallel.chosen_steps import DRIFT, FLOW_DRIFT, Pace
     from shared.parallel.distrifusion.decoder import KINDS, PatchDecoder
-    from shared.parallel.joined import JoinedProjections
+    from shared.parallel.joined import JoinedProjections, of_unet
     from shared.parallel.kept_prompt import KeptPrompt
     from shared.parallel.method import CombinedMethod, Plain, control_nets
     from shared.parallel.pipeline import model_of
@@ -235,8 +235,8 @@ def attach(
     prompts = [KeptPrompt(module) for module in (denoiser, *nets)] if attending else []
     parts += prompts
     # On CPUs weights may be pages of a file that all ranks share, and one product is no faster than three.
-    joins = attending and world.device.type == "cuda"
-    joined = [JoinedProjections(module) for module in (denoiser, *nets)] if joins else []
+    joins = not elsewhere and world.device.type == "cuda"
+    joined = [JoinedProjections(of_unet(module)) for module in (denoiser, *nets)] if joins else []
     parts += joined
     guided = (lambda: method.running.do_classifier_free_guidance) if nets else None
     if hybrid and isinstance(method, AsyncDiff):

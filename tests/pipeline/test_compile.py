@@ -11,10 +11,12 @@ import pytest
 import torch
 from diffusers import Transformer2DModel
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from shared.launch.errors import UsageError
 from shared.models import MODELS
-from shared.pipeline.compile import blocks, compile_pipeline, graph_count
+from shared.pipeline import eight_bits
+from shared.pipeline.compile import blocks, compile_pipeline, graph_count, once
 from tests import tiny, tiny_extras
 from tests.seldom import seldom
 
@@ -168,3 +170,25 @@ def test_another_size_is_another_graph_not_eager() -> None:
 def test_broken_backend_is_an_error_not_eager() -> None:
     with pytest.raises(UsageError, match="nosuch"):
         tiny.run(compiled("pixa", compile_unet=True, compile_backend="nosuch"), "pixa")
+
+
+def test_8_bits_are_made_once_of_one_input() -> None:
+    layers = [nn.Linear(32, 16, dtype=torch.bfloat16) for _ in range(3)]
+    for layer in layers:
+        eight_bits.quantize_layer(layer, "float8")
+    x = torch.randn(20, 32, dtype=torch.bfloat16)
+
+    def largest(graph: torch.fx.Graph) -> int:
+        return sum(node.target is torch.ops.aten.amax.default for node in graph.nodes)
+
+    with torch.no_grad():
+        traced = make_fx(lambda x: [layer(x) for layer in layers])(x)
+        assert largest(traced.graph) == 3
+        once()(traced.graph)
+        assert largest(traced.graph) == 1
+        assert all(map(torch.equal, traced(x), [layer(x) for layer in layers]))
+
+
+def test_graphs_of_a_launch_compute_nothing_twice() -> None:
+    compiled("flux", compile_unet=True)
+    assert torch._inductor.config.joint_custom_post_pass.uuid() == once().uuid()

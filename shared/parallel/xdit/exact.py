@@ -9,7 +9,7 @@ meaning and every rank ends with the picture. PipeFusion is in shared.parallel.x
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from shared.models import CacheSettings, TokenPlan, token_plan
 from shared.parallel.cfg_split import CallsSplit, CfgSplit
 from shared.parallel.exchange import Ranks
 from shared.parallel.graphs import Graphs
+from shared.parallel.joined import JoinedProjections, of_transformer
 from shared.parallel.method import Method, Watch, control_nets
 from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
 from shared.parallel.rounding import DIFFERENCES, Bits
@@ -28,6 +29,8 @@ from shared.parallel.xdit.caches import StepCache
 from shared.parallel.xdit.degrees import Degrees
 from shared.parallel.xdit.groups import XfuserGroups
 from shared.parallel.xdit.sequence import SequenceParallel, SharedBy
+
+Join = Literal["all", "early"]
 
 
 class XDiT(Method):
@@ -51,6 +54,8 @@ class XDiT(Method):
         overlap: compute more while messages are on their way, in more and smaller parts: for slow links.
         bits: send what attention exchanges as int8 or float8: an approximation. Not with Ulysses and ring
             together.
+        join: queries, keys and values of self-attention are one product, "all" or, with ring, without the
+            values, which leave "early"; None: each is one. Weights must then stay where they are.
 
     Raises:
         ValueError: a model without a token plan, or degrees or a cache that it does not support.
@@ -69,6 +74,7 @@ class XDiT(Method):
         cuda_graph: bool = True,
         overlap: bool = False,
         bits: Bits | None = None,
+        join: Join | None = None,
     ) -> None:
         self.tokens = check_model(pipeline, degrees, cache)
         if bits == DIFFERENCES:
@@ -90,6 +96,7 @@ class XDiT(Method):
         self.cache: StepCache | None = None
         self._calls: list[CallsSplit] = []
         self._split: CfgSplit | None = None
+        self._joins, self.joined = join, 0
         self.batches = cache is None or not cache.measures
         try:
             self._install(cache)
@@ -110,9 +117,14 @@ class XDiT(Method):
             held.enter_context(FeedForwardParallel(models, self.tokens, groups.tensor))
         if cache is not None:
             self.cache = held.enter_context(StepCache(transformers, self.tokens, cache, self._deciding()))
+        by: SharedBy = "ulysses" if degrees.ring == 1 else "ring" if degrees.ulysses == 1 else "both"
+        if self._joins is not None:
+            early = self._joins == "early" and degrees.sequence > 1 and by == "ring"
+            apart = ("to_v",) if early else ()
+            attentions = [one for model in models for one in of_transformer(model)]
+            self.joined = held.enter_context(JoinedProjections(attentions, apart)).layers
         surgery = held.enter_context(Surgery())
         if degrees.sequence > 1:
-            by: SharedBy = "ulysses" if degrees.ring == 1 else "ring" if degrees.ulysses == 1 else "both"
             for model in models:
                 SequenceParallel(model, groups.sequence, self.attention, surgery, by, self.overlap, self.bits)
         if groups.reserved:
@@ -162,6 +174,7 @@ class XDiT(Method):
             "parallel_vae": self.decoder is not None,
             "decode_from": self.decoder and self.decoder.least,
             "cuda_graph": self._graphs.enabled,
+            "joined": self.joined,
         }
 
     @property
