@@ -29,7 +29,7 @@ from shared.parallel.surgery import Surgery
 from shared.pipeline import eight_bits, layer_choice
 from shared.pipeline.compile import compile_pipeline
 from shared.pipeline.hooks import KnownHooks
-from shared.pipeline.steps import step_without_sync
+from shared.pipeline.steps import step_without_sync, without_overrides
 from shared.pipeline.unloaded import Unloaded
 from shared.pipeline.work import Work
 from tests import tiny
@@ -74,6 +74,7 @@ def as_hosted(pipe: Any, hooks: KnownHooks | None) -> contextlib.ExitStack:
     held = contextlib.ExitStack()
     surgery = held.enter_context(Surgery())
     surgery.replace(pipe.scheduler, "step", step_without_sync(pipe.scheduler))
+    surgery.add(pipe.scheduler, "__deepcopy__", functools.partial(without_overrides, pipe.scheduler))
     if hooks is not None:
         held.enter_context(hooks.known())
     return held

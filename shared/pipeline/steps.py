@@ -73,7 +73,7 @@ def _is_one_of(timestep: Any, timesteps: torch.Tensor) -> bool:
     )
 
 
-def _without_overrides(scheduler: Any, memo: dict[int, Any]) -> Any:
+def without_overrides(scheduler: Any, memo: dict[int, Any]) -> Any:
     """A copy of a scheduler (LTX-2 steps its sound with one) that does not step the scheduler itself."""
     cls: Any = type(scheduler)
     made = memo[id(scheduler)] = cls.__new__(cls)
@@ -175,7 +175,7 @@ class StepWatch:
             return result
 
         self._surgery.replace(scheduler, "step", step)
-        self._surgery.add(scheduler, "__deepcopy__", functools.partial(_without_overrides, scheduler))
+        self._surgery.add(scheduler, "__deepcopy__", functools.partial(without_overrides, scheduler))
         return self
 
     def __exit__(self, *error: object) -> None:
