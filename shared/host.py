@@ -24,7 +24,7 @@ from shared.launch.flags import HostConfig
 from shared.launch.logs import adopt_libraries, guard_streams, set_up_logging, world_from_environment
 from shared.launch.parser import EXIT_USAGE, exit_usage, parse_or_exit, usage_line
 from shared.launch.phases import PHASES
-from shared.pipeline.kept import keep_compiled
+from shared.pipeline.kept import keep_bytecode, keep_compiled
 from shared.ranks.lifeline import EXIT_FAILED, Lifeline
 from shared.ranks.liveness import dead_ranks, died
 
@@ -51,6 +51,7 @@ def serve(backend: Backend[World, Engine]) -> NoReturn:
     config = parse_or_exit(backend, BACKENDS)
     rank, world_size = world_from_environment()
     set_up_logging(config, rank)
+    keep_bytecode(config)
     from shared.api.queue import JobQueue
     from shared.api.status import HostStatus
 

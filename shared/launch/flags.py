@@ -404,8 +404,8 @@ class HostConfig:
     cache_dir: str | None = _flag(
         None,
         _HOST,
-        "folder for what a second start need not make again: compiled code, quantized and converted weights, "
-        "hashes of files (default: multigpu_diffusion in the user's cache folder)",
+        "folder for what a second start need not make again: bytecode, compiled code, quantized and "
+        "converted weights, hashes of files (default: multigpu_diffusion in the user's cache folder)",
         as_text,
         path=True,
     )
