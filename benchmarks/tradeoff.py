@@ -235,7 +235,7 @@ def main() -> None:
     scenes = held_out_scenes(200)
     with contextlib.ExitStack() as held:
         waiting: dict[Future[Made], tuple[str, Launch, int]] = {}
-        for device, count in cores.items() if not options.tables else ():
+        for device, count in ({} if options.tables else cores).items():
             jobs = held.enter_context(ThreadPoolExecutor(count))
             mine = [pair for pair in launches if at[pair] == device]
             together = options.together or TOGETHER[device]
