@@ -44,11 +44,11 @@ def pixels(image: torch.Tensor) -> np.ndarray:
 
 def test_a_picture_with_progress_is_the_hosts_own(comfy: ComfyUI, demo_host: Launch) -> None:
     comfy.progress.clear()
-    image, latent = sampler(comfy, demo_host, steps=30, negative="yellow")
+    image, latent = sampler(comfy, demo_host, steps=12, negative="yellow")
     assert image.shape == (1, 128, 128, 3) and latent["samples"].shape == (1, 4, 16, 16)
     assert comfy.progress == sorted(comfy.progress) and comfy.progress[-1] == 100
     assert any(0 < percent < 100 for percent in comfy.progress)
-    body = {"positive": "a red circle on a blue background", "negative": "yellow", "steps": 30, "seed": 7}
+    body = {"positive": "a red circle on a blue background", "negative": "yellow", "steps": 12, "seed": 7}
     answer = requests.post(
         f"{demo_host.url}/generate", json=body | {"cfg": 4.0, "return_latent": True}, timeout=60
     ).json()
