@@ -99,7 +99,7 @@ def call_arguments(
         arguments |= _video_arguments(pipe, spec, request)
         if start is not None and start.frames:
             del arguments["num_frames"]  # there are as many as pictures
-    arguments |= _schedule_arguments(request, pipe.scheduler.config.num_train_timesteps)
+    arguments |= _schedule_arguments(request, spec, pipe.scheduler.config.num_train_timesteps)
     if (eta := getattr(pipe.scheduler, "eta", None)) is not None:
         arguments["eta"] = eta
     if request.latent is not None:
@@ -178,7 +178,7 @@ def _video_arguments(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) 
     return arguments
 
 
-def _schedule_arguments(request: GenerateRequest, trained: int) -> dict[str, Any]:
+def _schedule_arguments(request: GenerateRequest, spec: ModelSpec, trained: int) -> dict[str, Any]:
     """The request's sigmas or timesteps; the model was trained on `trained` timesteps."""
     for name, most in (("sigmas", math.inf), ("timesteps", trained - 1)):
         data = getattr(request, name)
@@ -193,6 +193,9 @@ def _schedule_arguments(request: GenerateRequest, trained: int) -> dict[str, Any
             within = "0 and up" if most == math.inf else f"0 to {most}"
             shown = ", ".join(f"{value:g}" for value in values[:8])
             raise refused(name, f"must decrease and lie within {within}; got {shown}")
+        if len(values) < spec.least_steps:
+            least = f"must be at least {spec.least_steps} numbers for type {spec.name}"
+            raise refused(name, f"{least}, one per step; got {len(values)}")
         return {name: values, "num_inference_steps": len(values)}
     return {}
 

@@ -259,6 +259,7 @@ EULER = {"scheduler": "euler"}
         ("sd1", EULER | {"sigmas": packed(torch.tensor([1.0, NAN]), "sigmas")}, "sigmas", "finite"),
         ("sd1", EULER | {"sigmas": packed(torch.tensor([1.0, 5.0]), "sigmas")}, "sigmas", "must decrease"),
         ("sd3", {"sigmas": packed(torch.zeros(2), "sigmas")}, "sigmas", "must decrease"),
+        ("qwen", {"sigmas": packed(torch.ones(1), "sigmas")}, "sigmas", "must be at least 2 numbers"),
         ("sd1", {"timesteps": packed(torch.tensor([5000, 1]), "timesteps")}, "timesteps", "0 to 999"),
         ("sd1", {"positive_embeds": packed(torch.zeros(1, 77, 5), "embeds")}, "positive_embeds", "wide"),
         ("sd1", {"clip_skip": 5}, "clip_skip", "at most"),
