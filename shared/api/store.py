@@ -66,6 +66,7 @@ class JobRecord:
     accepted: float = field(default_factory=time.time)
     pending: bool = False  # stored, but the queue may still refuse it
     kept: bool = False  # whether it goes on without a client that waits for it
+    awaited: bool = False  # whether a client waits for it now, whose request is logged and counted
     job: GenerationJob | None = None  # until it is over
     attempts: int = 0
     began: float | None = None  # when it last went to the ranks

@@ -18,7 +18,7 @@ from flask import request as http
 from PIL import Image
 
 from shared.api.a1111_samplers import AUTOMATIC, SCHEDULES, samplers_for, taken_variant
-from shared.api.faults import all_faults
+from shared.api.faults import RequestError, all_faults
 from shared.api.jobs import Order, Preview
 from shared.api.media import encode_image
 from shared.api.metadata import png_info
@@ -28,6 +28,7 @@ from shared.api.requests import GenerateRequest
 from shared.api.retouch import Retouched
 from shared.api.warned import merged, with_warnings
 from shared.http import a1111_hires as hires
+from shared.http.a1111_options import check_settings
 from shared.http.a1111_request import OURS, check_model, translate
 from shared.http.connections import MAX_BODY
 from shared.http.dispatch import ApiError, Dispatcher
@@ -107,8 +108,10 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
     @app.serve("POST", "/sdapi/v1/options", Route("A1111: takes the launch's own checkpoint"))
     def a1111_set_options() -> Response:
         check_json_type()
-        wanted = json_body().get("sd_model_checkpoint")
-        check_model(wanted, name)
+        settings = json_body()
+        check_model(settings.get("sd_model_checkpoint"), name)
+        if problems := check_settings(settings, config):
+            raise RequestError(422, problems)
         return jsonify(None)
 
     skip = {"skip_current_image": "true: without the picture so far"}

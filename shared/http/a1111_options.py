@@ -186,6 +186,16 @@ def check_options(asked: dict[str, Any], config: HostConfig, with_image: bool) -
     return Options({}, problems)
 
 
+def check_settings(settings: dict[str, Any], config: HostConfig) -> list[FieldProblem]:
+    """The faults of settings for all later requests: those that change pictures, and which a host has not."""
+    vae = (config.vae, Path(config.vae).name) if config.vae else ()
+    problems = list(_refused(settings, OVERRIDES | {"sd_vae": vae}, ""))
+    if not is_nothing(layers := settings.get("CLIP_stop_at_last_layers"), (1,)):
+        text = f"must be 1 for all requests, got {shown(layers)}; one asks for more in its override_settings"
+        problems.append(FieldProblem("CLIP_stop_at_last_layers", text))
+    return problems
+
+
 def _controls(units: list[dict[str, Any]], field: str, config: HostConfig, with_image: bool) -> Options:
     """ControlNet's units -> our fields: each acts on the ControlNet that it names, else on the next free one.
 

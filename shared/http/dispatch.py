@@ -22,12 +22,12 @@ from shared.api.revival import launch_of, revived
 from shared.api.status import HostStatus
 from shared.api.store import PROMPT_SHOWN, JobRecord, JobStore
 from shared.api.stored import StoredError
-from shared.api.warned import collecting_warnings, merged
+from shared.api.warned import collecting_warnings, merged, warn
 from shared.http.finish import Finisher
 from shared.http.metrics import Metrics
 from shared.http.wsgi import PARSING
 from shared.launch.flags import HostConfig
-from shared.launch.wording import MAX_TEXT, cut
+from shared.launch.wording import MAX_TEXT, cut, shown
 
 DISCONNECT_POLL = 0.1  # seconds between two checks of whether the client is still connected
 PARSED_AT_ONCE = 2  # a body, its text and its pictures may take some hundred MB while they are checked
@@ -76,6 +76,8 @@ class Caller:
     job: Job | None = None  # what it waits for
     warnings: list[str] = field(default_factory=list)  # of all of its pictures
     error: str = ""  # the message that it is answered with, if that is an error
+    strange: str = ""  # what the client gave that cannot be an id
+    leaves: bool = False  # whether its job is not over with the answer: it is counted when it is
 
 
 Asked = TypeVar("Asked", bound=Order)
@@ -129,7 +131,7 @@ class Dispatcher:
             ApiError: with the status of PROTOCOL's error table.
         """
         with self._slot():
-            asked, record = self._accept(caller, parse)
+            asked, record = self._accept(caller, parse, awaited=True)
             return asked, self.wait(caller, record)
 
     def accept(self, caller: Caller, parse: Callable[[], Asked]) -> tuple[Asked, JobRecord]:
@@ -142,11 +144,11 @@ class Dispatcher:
             ApiError: 409 where the id belongs to another request, else as `run`.
         """
         with self._slot():
-            asked, record = self._accept(caller, parse)
-            record.kept = True
+            asked, record = self._accept(caller, parse, awaited=False)
+            record.kept = caller.leaves = True
             return asked, record
 
-    def _accept(self, caller: Caller, parse: Callable[[], Asked]) -> tuple[Asked, JobRecord]:
+    def _accept(self, caller: Caller, parse: Callable[[], Asked], awaited: bool) -> tuple[Asked, JobRecord]:
         known = self.store.get(caller.id)
         if known is None:
             self.check_ready()
@@ -158,6 +160,11 @@ class Dispatcher:
             return digest, parse()
 
         with collecting_warnings() as warnings:
+            if caller.strange:
+                warn(
+                    f"X-Request-Id: must be 8 to 64 letters, digits, _ and -, got {shown(caller.strange)}; "
+                    f"asked again with it, this is another request; its own is {caller.id}"
+                )
             digest, asked = self._parsed(read)
         if known is None:
             request, config = asked.request, self.config
@@ -174,6 +181,7 @@ class Dispatcher:
                 scheduler=config.scheduler,
                 warnings=warnings,
                 kept=caller.named,
+                awaited=awaited,
             )
             if (known := self._begin(record, asked)) is None:
                 return asked, record
@@ -222,9 +230,10 @@ class Dispatcher:
         """
         job = record.job
         if job is not None:
-            caller.job = job
+            caller.job, record.awaited = job, True
             while not job.settled.wait(DISCONNECT_POLL):
                 if caller.gone() and record.kept:
+                    record.awaited, caller.leaves = False, True
                     raise ApiError(499, "the client is gone; its job goes on")
                 if caller.gone() and not job.cancelled:
                     self.queue.drop(job)

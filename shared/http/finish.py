@@ -8,19 +8,23 @@ from __future__ import annotations
 import errno
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from shared.api.hashes import FileHashes
-from shared.api.jobs import GenerationJob, HostEndedError, JobError, Order
+from shared.api.jobs import GenerationJob, HostEndedError, Job, JobError, Order
 from shared.api.media import side_by_side
 from shared.api.metadata import infotext, made_by
 from shared.api.pace import Pace
 from shared.api.replies import Reply
+from shared.api.requests import GenerateRequest
 from shared.api.store import JobRecord, JobStore
 from shared.api.warned import merged
 from shared.http.connections import NO_ROOM
 from shared.http.metrics import Metrics
 from shared.launch.flags import HostConfig
+from shared.launch.wording import cut
 
 log = logging.getLogger("host")
 
@@ -77,6 +81,18 @@ class Finisher:
             side_by_side(encode, [reply for reply in job.made if not reply.infotext])
 
     def _settle(self, record: JobRecord, job: GenerationJob, began: float) -> None:
+        self._store(record, job, began)
+        if not record.awaited and record.finished is not None:
+            status = 200 if job.error is None else job.error.status
+            error = "" if job.error is None else job.error.reason
+            warnings = merged(*(reply.warnings for reply in job.made))
+            self.metrics.answered(status)
+            level = logging.WARNING if status >= 500 else logging.INFO
+            log_outcome(
+                level, record.id, status, time.time() - record.accepted, record.route, job, warnings, error
+            )
+
+    def _store(self, record: JobRecord, job: GenerationJob, began: float) -> None:
         if isinstance(job.error, HostEndedError):
             self.store.interrupt(record, job.error)
             return
@@ -86,6 +102,38 @@ class Finisher:
                 self.metrics.made(reply, time.monotonic() - began)
                 reply.warnings = merged(record.warnings, reply.warnings)
         self.store.finish(record, job.error, job.made)
+
+
+def log_outcome(
+    level: int,
+    id: str,
+    status: int,
+    seconds: float,
+    route: str,
+    job: Job | None,
+    warnings: Sequence[str],
+    error: str,
+) -> None:
+    """One line of what came of a request, with the size, steps and seed of pictures that were asked for.
+
+    Args:
+        status: of HTTP.
+        seconds: since it came.
+        route: its method and path.
+        error: the reason, empty where it succeeded.
+    """
+    fields: dict[str, Any] = {"id": id, "status": status, "seconds": round(seconds, 3), "route": route}
+    if isinstance(job, GenerationJob):
+        made: Reply | GenerateRequest = job.made[0] if job.done and job.error is None else job.request
+        fields |= {"size": f"{made.width}x{made.height}", "steps": made.steps, "seed": made.seed}
+    text = " ".join(f"{k}={v}" for k, v in fields.items())
+    if warnings:
+        fields["warnings"] = list(warnings)
+        text += f" warnings={'; '.join(warnings)!r}"
+    if error:
+        message = fields["error"] = cut(error)
+        text += f" error={message!r}"
+    log.log(level, "%s", text, extra={"fields": fields})
 
 
 def failure(error: Exception, id: str) -> JobError:

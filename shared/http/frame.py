@@ -7,7 +7,6 @@ import logging
 import re
 import secrets
 import time
-from typing import Any
 from urllib.parse import quote
 
 from flask import Response, g, jsonify
@@ -17,21 +16,17 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.http import HTTP_STATUS_CODES
 
 from shared.api.faults import RequestError
-from shared.api.jobs import GenerationJob
-from shared.api.replies import ErrorAnswer, Reply
-from shared.api.requests import GenerateRequest
+from shared.api.replies import ErrorAnswer
 from shared.api.warned import header_text
 from shared.http import a1111 as a1111_api
 from shared.http import openai as openai_api
 from shared.http.access import AccessRules, is_preflight
 from shared.http.dispatch import ApiError, Dispatcher
-from shared.http.finish import failure
+from shared.http.finish import failure, log_outcome
 from shared.http.incoming import caller, enter
 from shared.http.proxies import Proxies
 from shared.http.routes import App
 from shared.launch.wording import cut, shown
-
-log = logging.getLogger("host")
 
 REQUEST_ID = re.compile(r"[0-9A-Za-z_-]{8,64}")  # what a client may call its request
 MAX_ROUTE = 200  # characters of a path in the log
@@ -50,6 +45,7 @@ def add_frame(app: App, dispatcher: Dispatcher) -> None:
         given = http.headers.get("X-Request-Id", "")
         named = REQUEST_ID.fullmatch(given) is not None
         enter(given if named else secrets.token_hex(8), named, proxies)
+        caller().strange = "" if named else given
         g.began = time.monotonic()
         if foreign := access.refusal(http.headers.get("Host", ""), http.headers.get("Origin")):
             raise ApiError(403, foreign)
@@ -73,7 +69,7 @@ def add_frame(app: App, dispatcher: Dispatcher) -> None:
         if warnings := caller().warnings:
             response.headers["X-Warnings"] = header_text(warnings)
         makes_pictures = http.endpoint in app.routes and app.routes[http.endpoint].makes_pictures
-        if makes_pictures and http.method == "POST":
+        if makes_pictures and http.method == "POST" and not caller().leaves:
             dispatcher.metrics.answered(response.status_code)
         _log_outcome(response, makes_pictures)
         return response
@@ -146,25 +142,8 @@ def _reason(status: int) -> str:
 
 
 def _log_outcome(response: Response, makes_pictures: bool) -> None:
-    """One line a request; requests that reached the queue tell their size, steps and seed."""
+    """One line a request."""
     asker = caller()
-    fields: dict[str, Any] = {
-        "id": asker.id,
-        "status": response.status_code,
-        "seconds": round(time.monotonic() - g.began, 3),
-        "route": cut(f"{http.method} {quote(http.path)}", MAX_ROUTE),
-    }
-    job = asker.job
-    if isinstance(job, GenerationJob):
-        made: Reply | GenerateRequest = job.made[0] if job.done and job.error is None else job.request
-        fields |= {"size": f"{made.width}x{made.height}", "steps": made.steps, "seed": made.seed}
-    text = " ".join(f"{k}={v}" for k, v in fields.items())
-    if asker.warnings:
-        fields["warnings"] = asker.warnings
-        text += f" warnings={'; '.join(asker.warnings)!r}"
-    if asker.error:
-        message = fields["error"] = cut(asker.error)
-        text += f" error={message!r}"
     level = logging.DEBUG
     if response.status_code == 503 and not makes_pictures:
         pass  # probes of a host that loads come every second
@@ -172,4 +151,5 @@ def _log_outcome(response: Response, makes_pictures: bool) -> None:
         level = logging.WARNING
     elif makes_pictures or response.status_code >= 400:
         level = logging.INFO
-    log.log(level, "%s", text, extra={"fields": fields})
+    seconds, route = time.monotonic() - g.began, cut(f"{http.method} {quote(http.path)}", MAX_ROUTE)
+    log_outcome(level, asker.id, response.status_code, seconds, route, asker.job, asker.warnings, asker.error)

@@ -173,7 +173,7 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
             raise ApiError(409, f"the job {id} is {record.state}, not done")
         files = [(file, reply) for reply in dispatcher.replies(record) for file in reply.output]
         if n >= len(files):
-            raise ApiError(404, f"the job {id} made {len(files)} files; n must be below that, got {n}")
+            raise ApiError(404, f"n must be below {len(files)}, the files that the job {id} made; got {n}")
         file, reply = files[n]
         response = Response(file, mimetype=MIME_TYPES.get(reply.format, "application/octet-stream"))
         response.headers["X-Seed"] = str(reply.seed)
@@ -220,7 +220,7 @@ def _number(name: str, least: float, most: float, default: float) -> float:
     if not least <= value <= most or (whole and not value.is_integer()):
         kind = "a whole number" if whole else "a number"
         raise RequestError(
-            400, [FieldProblem(name, f"must be {kind}, {least:g} to {most:g}; got {shown(text)}")]
+            400, [FieldProblem(name, f"must be {kind}, {least:.0f} to {most:.0f}; got {shown(text)}")]
         )
     return value
 

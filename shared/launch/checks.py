@@ -10,9 +10,9 @@ from typing import Any
 
 from shared.launch.backend import Backend
 from shared.launch.errors import UsageError
-from shared.launch.flags import HostConfig
+from shared.launch.flags import HostConfig, index_of
 from shared.launch.wording import shown
-from shared.models import FEATURES, SCHEDULERS, ModelSpec, schedulers_for
+from shared.models import FEATURES, MODELS, OTHER_PIPELINES, SCHEDULERS, ModelSpec, schedulers_for
 from shared.models.spec import Kind
 
 
@@ -23,7 +23,7 @@ def check_type(name: str, backend: Backend, backends: Mapping[str, Backend]) -> 
         given = repr(name) if name else "nothing"
         raise UsageError(
             f"--type: {backend.script} serves {', '.join(backend.types)}; got {given}"
-            + (f" ({scripts} serves it)" if scripts else "")
+            + (f" ({scripts} {'serve' if ' and ' in scripts else 'serves'} it)" if scripts else "")
         )
 
 
@@ -70,6 +70,34 @@ _FILES = ("gguf_model",)
 _SAFETENSORS = ("lora", "motion_adapter_lora", "control_net")
 
 
+def folder_problem(spec: ModelSpec, folder: str, index: dict[str, Any]) -> str | None:
+    """Why a folder with this model_index.json is no checkpoint of the type; None where it is one.
+
+    One of another type loads in part and fails later, or not at all.
+    """
+    given, name = f"--checkpoint {folder!r}", index.get("_class_name")
+    if what := OTHER_PIPELINES.get(str(name)):
+        return f"{given} is {what} ({name}), not of type {spec.name}"
+    for key, what in spec.other_settings.items():
+        if index.get(key) and index[key] != [None, None]:
+            return f"{given} is {what}"
+    if index.get("requires_aesthetics_score"):
+        return f"{given} is the SDXL refiner: give it as --refiner"
+    owners = [s for s in MODELS.values() if name in s.index_classes]
+    kin = [s for s in owners if s.single_file_config == spec.single_file_config and s.output == "image"]
+    # Some were trained to look at pictures, which others know nothing of.
+    alike = bool(kin and spec.single_file_config) and len({s.refers for s in (spec, *owners)}) == 1
+    if owners and name not in spec.index_classes and not alike:
+        types = " or ".join(s.name for s in owners)
+        return f"{given} is a {name}, so its type is {types}; got --type={spec.name}"
+    present = {key for key, value in index.items() if isinstance(value, list) and value and value[0]}
+    encoders = {key for key in present if key.startswith("text_encoder")}
+    wrong = [spec.denoiser] if spec.denoiser not in present else sorted(encoders - set(spec.text_encoders))
+    if wrong:
+        return f"{given} is not of type {spec.name} ({wrong[0]}); it has {', '.join(sorted(present))}"
+    return None
+
+
 def _check_paths(config: HostConfig) -> None:
     for f in fields(HostConfig):
         value = getattr(config, f.name)
@@ -93,6 +121,10 @@ def _check_paths(config: HostConfig) -> None:
         raise UsageError(
             f"--checkpoint: no model_index.json in {config.checkpoint!r}; not a diffusers folder"
         )
+    index = index_of(config.checkpoint) if checkpoint.is_dir() else None
+    named = isinstance(index, dict) and "_class_name" in index  # the loader says what is wrong with others
+    if named and (problem := folder_problem(config.spec, config.checkpoint, index)):
+        raise UsageError(problem)
     if config.refiner and Path(config.refiner).is_dir():
         if not (Path(config.refiner) / "model_index.json").is_file():
             raise UsageError(f"--refiner: no model_index.json in {config.refiner!r}; not a diffusers folder")

@@ -37,7 +37,7 @@ DECODED_ALONE = 1024 * 1024
 
 
 @lru_cache(64)
-def _index_of(checkpoint: str) -> Any:
+def index_of(checkpoint: str) -> Any:
     """model_index.json of a folder, or of the one of its name beside a single file."""
     folder = Path(checkpoint)
     folder = folder.with_suffix("") if folder.is_file() else folder
@@ -465,7 +465,7 @@ class HostConfig:
     def spec(self) -> ModelSpec:
         """The type, as the checkpoint has it."""
         spec = MODELS[self.type]
-        index = _index_of(self.checkpoint) if spec.variants else None
+        index = index_of(self.checkpoint) if spec.variants else None
         return spec.of_checkpoint(index) if isinstance(index, dict) else spec
 
     def changed(self, *flags: str) -> list[str]:

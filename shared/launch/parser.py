@@ -120,7 +120,7 @@ def _api_key(parsed: dict[str, Any]) -> str | None:
     try:
         key = Path(file).read_text().strip()
     except (OSError, UnicodeError) as error:
-        raise UsageError(f"--api_key_file: cannot read {file!r}: {error}") from None
+        raise UsageError(f"--api_key_file: cannot read {file!r}: {_problem(error)}") from None
     if not key:
         raise UsageError(f"--api_key_file: must contain the key; {file!r} is empty")
     return key
@@ -197,10 +197,11 @@ _UNREADABLE = (OSError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 def _problem(error: Exception) -> str:
-    """The error of a YAML file in one line, with its line number."""
+    """The error of a file in one line, of YAML with its line number."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    lines = str(getattr(error, "problem", None) or error).splitlines()
+    told = getattr(error, "problem", None) or getattr(error, "strerror", None) or error
+    lines = str(told).splitlines()
     mark = getattr(error, "problem_mark", None)
     return (f"line {mark.line + 1}: " if mark else "") + (lines[0] if lines else type(error).__name__)
 

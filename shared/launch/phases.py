@@ -20,7 +20,10 @@ class Phases:
         """Of each phase that has ended, in the order in which they began."""
         self._name, self._began = "flags", time.time()
         own = psutil.Process().create_time()
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        restarted = (
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        )  # torchrun has run since long ago
+        if "TORCHELASTIC_RUN_ID" in os.environ and not restarted:
             with contextlib.suppress(psutil.Error):
                 self.seconds["torchrun"] = own - psutil.Process(os.getppid()).create_time()
         self.seconds["python"] = self._began - own

@@ -7,6 +7,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
+import diffusers
 import safetensors.torch
 import torch
 
@@ -15,7 +16,7 @@ from shared.api.faults import refused
 from shared.api.media import decode_image
 from shared.api.requests import GenerateRequest
 from shared.launch.flags import HostConfig
-from shared.models import ModelSpec, Start
+from shared.models import SCHEDULERS, ModelSpec, Start
 from shared.parallel.pipeline import Pipeline, model_of, part_of, pixels_of
 from shared.pipeline.adapters import ip_arguments
 from shared.pipeline.control_nets import control_arguments
@@ -99,7 +100,7 @@ def call_arguments(
         arguments |= _video_arguments(pipe, spec, request)
         if start is not None and start.frames:
             del arguments["num_frames"]  # there are as many as pictures
-    arguments |= _schedule_arguments(request, spec, pipe.scheduler.config.num_train_timesteps)
+    arguments |= _schedule_arguments(request, pipe.scheduler, spec)
     if (eta := getattr(pipe.scheduler, "eta", None)) is not None:
         arguments["eta"] = eta
     if request.latent is not None:
@@ -178,9 +179,9 @@ def _video_arguments(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) 
     return arguments
 
 
-def _schedule_arguments(request: GenerateRequest, spec: ModelSpec, trained: int) -> dict[str, Any]:
-    """The request's sigmas or timesteps; the model was trained on `trained` timesteps."""
-    for name, most in (("sigmas", math.inf), ("timesteps", trained - 1)):
+def _schedule_arguments(request: GenerateRequest, scheduler: Any, spec: ModelSpec) -> dict[str, Any]:
+    """The request's sigmas or timesteps, if the scheduler takes them."""
+    for name, most in (("sigmas", math.inf), ("timesteps", scheduler.config.num_train_timesteps - 1)):
         data = getattr(request, name)
         if data is None:
             continue
@@ -196,8 +197,20 @@ def _schedule_arguments(request: GenerateRequest, spec: ModelSpec, trained: int)
         if len(values) < spec.least_steps:
             least = f"must be at least {spec.least_steps} numbers for type {spec.name}"
             raise refused(name, f"{least}, one per step; got {len(values)}")
+        if not _takes(type(scheduler), name):
+            able = [
+                short
+                for short, entry in SCHEDULERS.items()
+                if spec.scheduler_family in entry.families and _takes(getattr(diffusers, entry.cls), name)
+            ]
+            own = f"{type(scheduler).__name__} takes none; scheduler may be {', '.join(able)}"
+            raise refused(name, own)
         return {name: values, "num_inference_steps": len(values)}
     return {}
+
+
+def _takes(scheduler: type, name: str) -> bool:
+    return name in inspect.signature(scheduler.set_timesteps).parameters  # type: ignore[attr-defined]
 
 
 def _latents(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest, device: torch.device) -> torch.Tensor:

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 from shared.launch.backend import Needs
+from shared.launch.checks import folder_problem
 from shared.launch.errors import LoadError, UsageError, first_line
 from shared.launch.flags import HostConfig
 from shared.launch.logs import shows_progress
 from shared.launch.phases import PHASES
-from shared.models import MODELS, OTHER_PIPELINES, ModelSpec
+from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline, part_of, parts_of
 from shared.pipeline import adapters, control_nets, eight_bits, memory, quantize
 from shared.pipeline.compile import compile_pipeline
@@ -321,7 +322,8 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
         check_kind(header, spec)
         inputs = input_channels(header, spec)
     else:
-        _check_index(spec, index, folder)
+        if problem := folder_problem(spec, str(folder), index):
+            raise LoadError(problem)
         inputs = _input_channels(folder / spec.denoiser)
         _check_inputs(spec, folder, inputs)
         _check_scales(folder)
@@ -505,30 +507,3 @@ def _check_scales(folder: Path) -> None:
                 f"--checkpoint {str(folder)!r}: {file.name} of {file.parent.name} has scaled weights (key "
                 f"{scales[0]!r}), which are supported only in a single file"
             )
-
-
-def _check_index(spec: ModelSpec, index: dict[str, Any], folder: Path) -> None:
-    """A checkpoint of another type loads in part and fails later, or not at all: refuse it here."""
-    name = index.get("_class_name")
-    if what := OTHER_PIPELINES.get(str(name)):
-        raise LoadError(f"--checkpoint {str(folder)!r} is {what} ({name}), not of type {spec.name}")
-    for key, what in spec.other_settings.items():
-        if index.get(key) and index[key] != [None, None]:
-            raise LoadError(f"--checkpoint {str(folder)!r} is {what}")
-    if index.get("requires_aesthetics_score"):
-        raise LoadError(f"--checkpoint {str(folder)!r} is the SDXL refiner: give it as --refiner")
-    owners = [s for s in MODELS.values() if name in s.index_classes]
-    kin = [s for s in owners if s.single_file_config == spec.single_file_config and s.output == "image"]
-    # Some were trained to look at pictures, which others know nothing of.
-    alike = bool(kin and spec.single_file_config) and len({s.refers for s in (spec, *owners)}) == 1
-    if owners and name not in spec.index_classes and not alike:
-        raise LoadError(
-            f"--checkpoint {str(folder)!r} is a {name}, so its type is "
-            f"{' or '.join(s.name for s in owners)}; got --type={spec.name}"
-        )
-    present = {key for key, value in index.items() if isinstance(value, list) and value and value[0]}
-    encoders = {key for key in present if key.startswith("text_encoder")}
-    wrong = [spec.denoiser] if spec.denoiser not in present else sorted(encoders - set(spec.text_encoders))
-    if wrong:
-        has = ", ".join(sorted(present))
-        raise LoadError(f"--checkpoint {str(folder)!r} is not of type {spec.name} ({wrong[0]}); it has {has}")

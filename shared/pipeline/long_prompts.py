@@ -6,7 +6,7 @@ What the other encoders truncate is reported, never truncated silently.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from shared.models import MODELS, Chat, ModelSpec
 from shared.parallel.pipeline import Pipeline, part_of, parts_of
 from shared.pipeline.embeddings import embeddings_of
 
+CHUNK = 77  # tokens, with those at the ends
 SHOWN = 160  # characters of the truncated part
 
 
@@ -111,6 +112,25 @@ def is_long(pipe: Pipeline, spec: ModelSpec, text: str | None) -> bool:
     return bool(text) and any(len(tokens_of(pipe, text or "", t)) > t.model_max_length for t in tokenizers)
 
 
+def needs_chunks(pipe: Pipeline, spec: ModelSpec, values: Mapping[str, Any]) -> bool:
+    """Whether embeddings of one side have a length that `encode_prompt` does not give the other one's prompt.
+
+    Args:
+        values: its arguments by name. Beside positive ones it cuts the negative prompt to their length.
+    """
+    given = {s: values.get(f"{s}prompt_embeds") for s in ("", "negative_")}
+    if not values.get("do_classifier_free_guidance", True) or sum(e is None for e in given.values()) != 1:
+        return False
+    if (positive := given[""]) is None:
+        return given["negative_"].shape[1] != CHUNK  # type: ignore[union-attr]
+    text = values.get("negative_prompt")
+    if text is None and pipe.config.get("force_zeros_for_empty_prompt", False):
+        return False
+    tokenizers = parts_of(pipe, spec.tokenizers).values()
+    longest = max(len(tokens_of(pipe, text or "", tokenizer)) for tokenizer in tokenizers)
+    return positive.shape[1] > CHUNK or longest > positive.shape[1]
+
+
 def chunks_of(text: str, notation: str | None) -> list[Chunk]:
     """A prompt's parts; without a notation all of it has weight 1."""
     return parse(text) if notation == "a1111" else [[(text, 1.0)]]
@@ -129,7 +149,7 @@ def encode_chunks(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], notat
     texts = [values.get(f"{side}prompt") or "" for side in sides]
     tokenizers = parts_of(pipe, spec.tokenizers).values()
     tokenized = [[_token_chunks(pipe, t, chunks_of(text, notation)) for t in tokenizers] for text in texts]
-    least = [-(-tensor.shape[1] // 77) for tensor in given.values()]
+    least = [-(-tensor.shape[1] // CHUNK) for tensor in given.values()]
     length = max(*least, *(len(chunks) for side in tokenized for chunks in side), 1)
     for side, encoders in zip(sides, tokenized, strict=True):
         # As diffusers does, skipped layers are only those of the positive prompt.
@@ -139,10 +159,10 @@ def encode_chunks(pipe: Pipeline, spec: ModelSpec, values: dict[str, Any], notat
         if spec.pooled_embeds:
             values[f"{side}pooled_prompt_embeds"] = pooled
     for side, tensor in given.items():
-        if tensor.shape[1] != length * 77:
+        if tensor.shape[1] != length * CHUNK:
             name = "negative_embeds" if side else "positive_embeds"
             raise ValueError(
-                f"{name}: must hold {length * 77} tokens to match this prompt, got {tensor.shape[1]}"
+                f"{name}: must hold {length * CHUNK} tokens to match this prompt, got {tensor.shape[1]}"
             )
 
 

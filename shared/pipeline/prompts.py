@@ -15,7 +15,7 @@ from PIL import Image
 from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline, model_of
 from shared.parallel.surgery import Surgery
-from shared.pipeline.long_prompts import fit, is_long, named_arguments, read_all, take_notation
+from shared.pipeline.long_prompts import fit, is_long, named_arguments, needs_chunks, read_all, take_notation
 
 KEPT_PROMPTS = 8
 COMPEL_LENGTH, COMPEL_MARKS, COMPEL_DEPTH = 4000, 200, 16  # what compel reads in a second or two
@@ -60,7 +60,10 @@ class EncodedPrompts:
                 values = named_arguments(encode, args, kwargs)
                 sides = [values.get("prompt"), values.get("negative_prompt")]
                 weighed = notation is not None and take_notation(values, spec.prompt_chunks)
-                if weighed or (spec.prompt_chunks and any(is_long(pipe, spec, text) for text in sides)):
+                chunked = spec.prompt_chunks and (
+                    any(is_long(pipe, spec, text) for text in sides) or needs_chunks(pipe, spec, values)
+                )
+                if weighed or chunked:
                     call, before, args, kwargs = read_all, (encode, pipe, spec.name, notation), (), values
                 else:
                     if not spec.prompt_chunks:
@@ -143,6 +146,11 @@ def prompt_arguments(
     arguments |= _side(pipe, spec, "", positive or "", positive_embeds)
     said = None if spec.negative_embeds_only else negative
     arguments |= _side(pipe, spec, "negative_", said, negative_embeds)
+    lengths = [a.shape[1] for s in ("", "negative_") if (a := arguments.get(f"{s}prompt_embeds")) is not None]
+    if spec.prompt_chunks and len(set(lengths)) > 1:
+        raise PromptError(
+            "negative_embeds: must have as many tokens as positive_embeds, {}; got {}".format(*lengths)
+        )
     return arguments
 
 

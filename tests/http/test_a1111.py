@@ -189,7 +189,8 @@ def test_lists(host: FakeHost) -> None:
     assert [s["label"] for s in get(host, "schedulers")] == ["Automatic", *SCHEDULES]
     assert get(host, "sd-vae") == []
     assert get(host, "options")["sd_model_checkpoint"] == "demo"
-    assert post(host, "options", {"sd_model_checkpoint": "demo", "other": 1}).json() is None
+    unchanged = {"sd_model_checkpoint": "demo", "other": 1, "CLIP_stop_at_last_layers": 1, "sd_vae": "None"}
+    assert post(host, "options", unchanged).json() is None
     for title in ("demo.safetensors", "demo [1f3a]", "demo.safetensors [1f3a]"):
         assert post(host, "options", {"sd_model_checkpoint": title}).status_code == 200
         made = post(host, "txt2img", {"override_settings": {"sd_model_checkpoint": title}})
@@ -268,6 +269,16 @@ def test_the_refiner_of_the_launch() -> None:
         more = {"enable_hr": True, "hr_scale": 2, "denoising_strength": 0.7, "width": 64, "height": 64}
         assert post(host, "txt2img", {"prompt": "a cat", **more}).status_code == 200
         assert [request.refiner_start for request in host.seen[-2:]] == [1.0, 0.8]
+
+
+def test_settings_for_all_requests_that_would_change_pictures_are_refused(host: FakeHost) -> None:
+    settings = {"CLIP_stop_at_last_layers": 2, "sd_vae": "other.pt", "eta_noise_seed_delta": 31337}
+    answer = post(host, "options", settings)
+    assert answer.status_code == 422
+    for name, value in settings.items():
+        assert f"{name}: " in answer.json()["detail"] and str(value) in answer.json()["detail"]
+    for alone in settings:
+        assert post(host, "options", {alone: settings[alone]}).status_code == 422
 
 
 def test_options_that_mean_nothing_pass(host: FakeHost) -> None:

@@ -262,3 +262,61 @@ def test_without_a_folder_jobs_end_with_the_host(host: FakeHost) -> None:
     host.queue.close(JobError(500, "the host is ending: rank 1 died"))
     found = job(host, "to-be-lost")
     assert found["state"] == "failed" and found["message"] == "the host is ending: rank 1 died"
+
+
+def test_a_job_that_nobody_waits_for_is_logged_and_counted_when_it_is_over(
+    host: FakeHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = {"steps": 2, "seed": 7, "width": 64, "height": 64}
+    with caplog.at_level("INFO", logger="host"):
+        for prompt, status in (("warned", 200), ("fail", 500), ("hold", 499)):
+            id = host.generate(body | {"positive": prompt}, headers=ASYNC).json()["id"]
+            if prompt == "hold":
+                host.post(f"/cancel?id={id}")
+            assert job(host, id)["status"] == status
+            wait_for(lambda id=id: sum(f"id={id}" in r.getMessage() for r in caplog.records) == 2)
+            accepted, over = [r for r in caplog.records if f"id={id}" in r.getMessage()]
+            assert "status=202" in accepted.getMessage()
+            fields = vars(over)["fields"]
+            assert fields["status"] == status and fields["route"] == "POST /generate"
+            assert (fields["size"], fields["steps"], fields["seed"]) == ("64x64", 2, 7)
+            assert over.levelname == ("WARNING" if status == 500 else "INFO")
+            assert ("warnings" in fields, "error" in fields) == (status == 200, status != 200)
+    text = host.get("/metrics").text
+    outcomes = {"ok": 1, "failed": 1, "cancelled": 1, "bad_request": 0}
+    for outcome, count in outcomes.items():
+        assert f'diffusion_requests_total{{outcome="{outcome}"}} {count}.0' in text, outcome
+
+
+def test_a_client_that_waits_again_is_told_and_nothing_is_told_twice(
+    host: FakeHost, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="host"):
+        leave(host, "X-Request-Id: left-and-back\r\n")
+        wait_for(lambda: any("status=499" in r.getMessage() for r in caplog.records))
+        asked = {"positive": "hold", "steps": 2}
+        again = threading.Thread(
+            target=host.generate, args=[asked], kwargs={"headers": id_header("left-and-back")}
+        )
+        again.start()
+        time.sleep(0.3)
+        host.go_on.set()
+        again.join(20)
+        wait_for(lambda: any("status=200" in r.getMessage() for r in caplog.records))
+    lines = [r.getMessage() for r in caplog.records if "id=left-and-back" in r.getMessage()]
+    assert [line.split()[1] for line in lines] == ["status=499", "status=200"]
+    assert 'outcome="cancelled"} 0.0' in host.get("/metrics").text
+
+
+def test_an_id_that_cannot_be_one_is_told(host: FakeHost) -> None:
+    answer = host.generate({"steps": 1}, headers=id_header("req 1"))
+    [warning] = answer.json()["warnings"]
+    assert warning.startswith("X-Request-Id: must be 8 to 64 letters, digits, _ and -, got 'req 1'")
+    assert answer.headers["X-Request-Id"] in warning and answer.headers["X-Warnings"] == warning
+    assert "warnings" not in host.generate({"steps": 1}, headers=id_header("request-1")).json()
+
+
+@pytest.mark.parametrize(("query", "bound"), [("n=-1", "0 to 1048576"), ("n=2000000", "0 to 1048576")])
+def test_the_bounds_of_a_query_are_whole_numbers(host: FakeHost, query: str, bound: str) -> None:
+    id = host.generate({}, headers=ASYNC).json()["id"]
+    assert f"must be a whole number, {bound}; got" in host.get(f"/jobs/{id}/output?{query}").json()["message"]

@@ -237,7 +237,7 @@ def test_every_default_is_the_dataclass_default(folder: Path, backend: str, name
         ("--chekpoint=x", "did you mean --checkpoint"),
         ("stray", "'stray' is not a flag"),
         ("--vae", "--vae"),
-        ("--config=/nothing.yaml", "--config: cannot read '/nothing.yaml'"),
+        ("--config=/nothing.yaml", "--config: cannot read '/nothing.yaml': No such file or directory"),
         ("--config=", "--config: cannot read ''"),
     ],
 )
@@ -248,7 +248,9 @@ def test_a_wrong_value_names_flag_value_and_choices(folder: Path, flag: str, wor
 def test_type_and_checkpoint(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"--type: asyncdiff_host\.py serves ad, sd1.*; got nothing"):
         asyncdiff([])
-    assert "xdit_host.py serves it" in refused(folder, type="flux")
+    assert "(xdit_host.py serves it)" in refused(folder, type="flux")
+    with pytest.raises(UsageError, match=r"asyncdiff_host\.py and xdit_host\.py serve it"):
+        parse_config(BACKENDS["distrifuser"], BACKENDS, ["--type=sd3"])
     with pytest.raises(UsageError, match="--checkpoint: must be a diffusers folder"):
         asyncdiff(["--type=sd1"])
     for given, words in (
@@ -258,6 +260,13 @@ def test_type_and_checkpoint(folder: Path) -> None:
     ):
         with pytest.raises(UsageError, match=words):
             asyncdiff(["--type=sd1", f"--checkpoint={given}"])
+    other = folder / "of another type"
+    other.mkdir()
+    other.joinpath("model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(
+        UsageError, match="of another type' is a StableDiffusionXLPipeline, so its type is sdxl"
+    ):
+        asyncdiff(["--type=sd1", f"--checkpoint={other}"])
     with pytest.raises(UsageError, match="loads from a diffusers folder only"):
         asyncdiff(["--type=svd", f"--checkpoint={folder / 'file.safetensors'}"])
     single = asyncdiff(["--type=sd1", f"--checkpoint={folder / 'file.safetensors'}"])

@@ -30,3 +30,7 @@ def test_under_torchrun_its_own_start_counts(monkeypatch: pytest.MonkeyPatch) ->
     assert "torchrun" not in Phases().seconds
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert next(iter(Phases().seconds)) == "torchrun"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert "torchrun" in Phases().seconds
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # it has run for long then
+    assert "torchrun" not in Phases().seconds

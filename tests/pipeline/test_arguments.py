@@ -246,6 +246,12 @@ def test_the_upscalers_noise_level() -> None:
         latents("sdup", noise_level=351)
 
 
+def embeds(tokens: int) -> bytes:
+    """Embeddings of noise, for sd1."""
+    noise = torch.randn(1, tokens, 32, generator=torch.Generator().manual_seed(1))
+    return packed(noise, "embeds")
+
+
 NAN = float("nan")
 EULER = {"scheduler": "euler"}
 
@@ -266,6 +272,15 @@ EULER = {"scheduler": "euler"}
         ("sd1", {"lora_scales": {"x": 1.0}}, "lora_scales", "is not loaded"),
         ("sd1", {"scheduler": {"scheduler": "ddim", "bogus": 1}}, "scheduler", "no setting 'bogus'"),
         ("sd1", {"scheduler": {"scheduler": "unipc", "solver_p": "x"}}, "scheduler", "must be left out"),
+        ("sd1", {"sigmas": packed(torch.tensor([5.0, 1.0]), "sigmas")}, "sigmas",
+         r"PNDMScheduler takes none; scheduler may be .*\beuler\b"),
+        ("sd1", {"timesteps": packed(torch.tensor([900, 1]), "timesteps")}, "timesteps",
+         r"PNDMScheduler takes none; scheduler may be .*\bdpmpp_2m\b"),
+        ("sd1", {"negative_embeds": embeds(10)}, "negative_embeds", "must hold 77 tokens .*, got 10"),
+        ("sd1", {"positive_embeds": embeds(10), "negative": "more than so many tokens"},
+         "positive_embeds", "must hold 77 tokens .*, got 10"),
+        ("sd1", {"positive_embeds": embeds(154), "negative_embeds": embeds(77)},
+         "negative_embeds", "must have as many tokens as positive_embeds, 154; got 77"),
         ("pixa", {"negative_embeds": packed(torch.zeros(1, 8, 32), "embeds")}, "negative_embeds", "together"),
     ],
 )  # fmt: skip
@@ -274,6 +289,21 @@ def test_a_fault_that_the_ranks_find_names_its_field(name: str, fields: dict, fi
         latents(name, **{"steps": 2} | fields)
     assert refused.value.status == 422
     assert [problem.field for problem in refused.value.problems] == [field]
+
+
+@pytest.mark.parametrize("side", ["positive", "negative"])
+def test_long_embeddings_beside_a_prompt(side: str) -> None:
+    """The prompt of the other side is read in as many chunks, those behind its end empty."""
+    pipe, other = engine("sd1").pipe, "negative" if side == "positive" else "positive"
+    short, empty = (
+        pipe.encode_prompt(text, "cpu", 1, do_classifier_free_guidance=False)[0] for text in ("a dog", "")
+    )
+    given = {f"{side}_embeds": embeds(154)}
+    both = given | {f"{other}_embeds": packed(torch.cat([short, empty], 1), "embeds")}
+    fields: dict[str, Any] = {"steps": 2, "positive": None}
+    made = latents("sd1", **fields | given | {other: "a dog"})
+    assert distance(made, latents("sd1", **fields, **both)) < 1e-6
+    assert latents("sd1", **fields, positive_embeds=embeds(154), cfg=1.0).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(2, 64), (1, 65), (1, 1, 64)])
