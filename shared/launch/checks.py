@@ -122,8 +122,8 @@ def _check_paths(config: HostConfig) -> None:
             f"--checkpoint: no model_index.json in {config.checkpoint!r}; not a diffusers folder"
         )
     index = index_of(config.checkpoint) if checkpoint.is_dir() else None
-    named = isinstance(index, dict) and "_class_name" in index  # the loader says what is wrong with others
-    if named and (problem := folder_problem(config.spec, config.checkpoint, index)):
+    known = index if isinstance(index, dict) and "_class_name" in index else None  # the loader refuses others
+    if known and (problem := folder_problem(config.spec, config.checkpoint, known)):
         raise UsageError(problem)
     if config.refiner and Path(config.refiner).is_dir():
         if not (Path(config.refiner) / "model_index.json").is_file():

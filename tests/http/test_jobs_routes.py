@@ -275,8 +275,10 @@ def test_a_job_that_nobody_waits_for_is_logged_and_counted_when_it_is_over(
                 host.post(f"/cancel?id={id}")
             assert job(host, id)["status"] == status
             wait_for(lambda id=id: sum(f"id={id}" in r.getMessage() for r in caplog.records) == 2)
-            accepted, over = [r for r in caplog.records if f"id={id}" in r.getMessage()]
-            assert "status=202" in accepted.getMessage()
+            lines = [r for r in caplog.records if f"id={id}" in r.getMessage()]
+            [over] = [
+                r for r in lines if "status=202" not in r.getMessage()
+            ]  # a fast one ends before the 202
             fields = vars(over)["fields"]
             assert fields["status"] == status and fields["route"] == "POST /generate"
             assert (fields["size"], fields["steps"], fields["seed"]) == ("64x64", 2, 7)
