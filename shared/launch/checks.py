@@ -116,6 +116,9 @@ def _check_paths(config: HostConfig) -> None:
                 raise UsageError(f"--{f.name}: must be a file; got the folder {path!r}")
             if f.name in _SAFETENSORS and os.path.isfile(path) and not path.endswith(".safetensors"):
                 raise UsageError(f"--{f.name}: a file must be .safetensors (no pickles); got {path!r}")
+            if f.name == "control_net" and os.path.isdir(path) and not Path(path, "config.json").is_file():
+                text = "must be a diffusers folder with a config.json, or a .safetensors file"
+                raise UsageError(f"--control_net: {text}; got {path!r}")
     checkpoint = Path(config.checkpoint)
     if checkpoint.is_dir() and not (checkpoint / "model_index.json").is_file():
         raise UsageError(
@@ -125,6 +128,8 @@ def _check_paths(config: HostConfig) -> None:
     known = index if isinstance(index, dict) and "_class_name" in index else None  # the loader refuses others
     if known and (problem := folder_problem(config.spec, config.checkpoint, known)):
         raise UsageError(problem)
+    if known:
+        _check_parts(config, known)
     if config.refiner and Path(config.refiner).is_dir():
         if not (Path(config.refiner) / "model_index.json").is_file():
             raise UsageError(f"--refiner: no model_index.json in {config.refiner!r}; not a diffusers folder")
@@ -144,6 +149,25 @@ def _check_paths(config: HostConfig) -> None:
                 f"--checkpoint: type {config.type} loads from a diffusers folder only; "
                 f"got the file {config.checkpoint!r}"
             )
+
+
+def _check_parts(config: HostConfig, index: dict[str, Any]) -> None:
+    """Refuse a folder that lacks a model which its model_index.json names, unless a flag replaces it."""
+    replaced = {"vae": config.vae, config.spec.denoiser: config.gguf_model}
+    for part in (config.spec.denoiser, *config.spec.text_encoders, "vae"):
+        given = index.get(part)
+        if not (isinstance(given, list) and given and given[0]) or replaced.get(part):
+            continue
+        folder = Path(config.checkpoint) / part
+        weights = [file for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
+        for there, what in (
+            (folder, ""),
+            (folder / "config.json", "/config.json"),
+            (weights, "/*.safetensors"),
+        ):
+            if not (there.exists() if isinstance(there, Path) else there):
+                named = f"{config.checkpoint!r} has no {part}{what}"
+                raise UsageError(f"--checkpoint: {named}, which its model_index.json names")
 
 
 _UNTRACEABLE = "it moves each layer when it is called, which torch.compile cannot trace"

@@ -186,22 +186,24 @@ def _adapters(
         if type(denoiser.modules[0]).__name__ == "UNet2DConditionModel":
             denoiser.modules.append(model)
     elif motion and motion.endswith(".safetensors"):
-        found["motion_adapter"] = Unloaded(more=_numbers(motion) * dtype.itemsize)
-        denoiser.more += _numbers(motion) * dtype.itemsize
+        flag = "motion_adapter" if config.motion_adapter else "motion_module"
+        found["motion_adapter"] = Unloaded(more=_numbers(motion, flag) * dtype.itemsize)
+        denoiser.more += _numbers(motion, flag) * dtype.itemsize
     for number, path in enumerate(config.control_net or ()):
         settings = Path(path) / "config.json"
         if settings.is_file():
             model = _on_meta("diffusers", _read(settings)["_class_name"], Path(path), {})
             net = Unloaded([model] if model is not None else [])
         else:
-            net = Unloaded(more=_numbers(path) * dtype.itemsize)
+            net = Unloaded(more=_numbers(path, "control_net") * dtype.itemsize)
         found[f"controlnet_{number}" if number else "controlnet"] = net
     fused = bool(config.quantize_to or config.compile_unet or config.compile_text_encoder or divided)
     fused = fused and not config.gguf_model
-    files = [] if fused else [*(config.lora or {}), *(config.motion_adapter_lora or {})]
-    for path in [*files, *(config.ip_adapter or {})]:
-        if Path(path).is_file() and path.endswith(".safetensors"):
-            denoiser.more += _numbers(path) * dtype.itemsize
+    flags = ("ip_adapter",) if fused else ("lora", "motion_adapter_lora", "ip_adapter")
+    for flag in flags:
+        for path in getattr(config, flag) or ():
+            if Path(path).is_file() and path.endswith(".safetensors"):
+                denoiser.more += _numbers(path, flag) * dtype.itemsize
     for path in config.ip_adapter or ():
         encoder = Path(path).parent / "image_encoder"
         kind = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
@@ -240,9 +242,9 @@ def _read(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _numbers(path: str) -> int:
-    """How many numbers a `.safetensors` file holds."""
-    header: Header = read_header(Path(path))
+def _numbers(path: str, flag: str) -> int:
+    """How many numbers the `.safetensors` file of a flag holds."""
+    header: Header = read_header(Path(path), f"--{flag}")
     return sum(prod(shape) for name, shape in header.shapes.items() if not name.endswith("pos_encoder.pe"))
 
 

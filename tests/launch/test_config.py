@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import resource
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 
 from shared.backends import BACKENDS
 from shared.launch.errors import UsageError
-from shared.launch.flags import HostConfig
+from shared.launch.flags import HostConfig, index_of
 from shared.launch.logs import shows_progress
 from shared.launch.parser import build_parser, parse_config
 from shared.models import FEATURES, MODELS, CacheSettings, schedulers_for
@@ -27,6 +29,7 @@ def folder(tmp_path: Path) -> Path:
     checkpoint = tmp_path / "model"
     checkpoint.mkdir()
     (checkpoint / "model_index.json").write_text("{}")
+    (checkpoint / "config.json").write_text("{}")
     (tmp_path / "key").write_text("secret")
     for name in ("file.safetensors", "file.gguf", "other.safetensors", "file.ckpt"):
         (tmp_path / name).touch()
@@ -267,6 +270,25 @@ def test_type_and_checkpoint(folder: Path) -> None:
         UsageError, match="of another type' is a StableDiffusionXLPipeline, so its type is sdxl"
     ):
         asyncdiff(["--type=sd1", f"--checkpoint={other}"])
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    index |= {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": [None, None]}
+    other.joinpath("model_index.json").write_text(json.dumps(index))
+    index_of.cache_clear()
+    for part in ("unet", "vae"):
+        for lacks in ("", "/config.json", "/*.safetensors"):
+            words = re.escape(f"of another type' has no {part}{lacks}, which its model_index.json names")
+            with pytest.raises(UsageError, match=words):
+                asyncdiff(["--type=sd1", f"--checkpoint={other}"])
+            match lacks:
+                case "":
+                    (other / part).mkdir()
+                case "/config.json":
+                    (other / part / "config.json").write_text("{}")
+                case _:
+                    (other / part / "diffusion_pytorch_model.fp16.safetensors").touch()
+    assert asyncdiff(["--type=sd1", f"--checkpoint={other}"]).model_id == "of another type"
+    (other / "unet" / "config.json").unlink()
+    asyncdiff(["--type=sd1", f"--checkpoint={other}", f"--gguf_model={folder / 'file.gguf'}"])
     with pytest.raises(UsageError, match="loads from a diffusers folder only"):
         asyncdiff(["--type=svd", f"--checkpoint={folder / 'file.safetensors'}"])
     single = asyncdiff(["--type=sd1", f"--checkpoint={folder / 'file.safetensors'}"])
@@ -315,6 +337,7 @@ def test_type_and_checkpoint(folder: Path) -> None:
         (["--control_net={f}/file.ckpt"], "--control_net: a file must be .safetensors"),
         (["--refiner={f}/file.ckpt"], "--refiner: a single file must be .safetensors or .sft (no pickles)"),
         (["--refiner={f}"], "--refiner: no model_index.json in"),
+        (["--control_net={f}"], "--control_net: must be a diffusers folder with a config.json, or a"),
         (
             ["--type=sdxl", "--refiner={f}/other.safetensors", "--shard_weights"],
             "--refiner: not supported with --shard_weights",

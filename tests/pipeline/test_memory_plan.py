@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +31,7 @@ from shared.pipeline import unloaded, work
 from shared.pipeline.memory_plan import MemoryPlan
 from shared.pipeline.sharding import parameter_bytes
 from shared.pipeline.unloaded import Stored, Unloaded
+from shared.pipeline.weights_file import SingleFileError
 from shared.pipeline.work import FlashAttention, Work
 from shared.ranks.device import LIMIT
 from tests import tiny, tiny_extras, tiny_original, tiny_wan
@@ -397,3 +399,11 @@ def test_a_host_that_does_not_fit_ends_with_2_before_any_weight_is_read() -> Non
     last = ended.stderr.strip().splitlines()[-1]
     assert re.search(r"error: --checkpoint: each rank needs 0\.\d+ GiB .* got 0\.01 GiB free; ", last), last
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("flag", ["lora", "ip_adapter", "control_net"])
+def test_a_file_that_cannot_be_read_is_told_by_its_flag(tmp_path: Path, flag: str) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    config = tiny.config("sd1", **{flag: {str(tmp_path / "broken.safetensors"): 1.0}})
+    with pytest.raises(SingleFileError, match=f"^--{flag} .*broken.safetensors' cannot be read"):
+        plan_of(config)
