@@ -270,7 +270,10 @@ def test_type_and_checkpoint(folder: Path) -> None:
         UsageError, match="of another type' is a StableDiffusionXLPipeline, so its type is sdxl"
     ):
         asyncdiff(["--type=sd1", f"--checkpoint={other}"])
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    index: dict[str, Any] = {
+        "_class_name": "StableDiffusionPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+    }
     index |= {"vae": ["diffusers", "AutoencoderKL"], "text_encoder": [None, None]}
     other.joinpath("model_index.json").write_text(json.dumps(index))
     index_of.cache_clear()
