@@ -180,7 +180,9 @@ def once() -> Any:
 
     class Once(CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
-            graph.owning_module.graph = fx_graph_cse(graph)
+            module = graph.owning_module
+            assert module is not None  # inductor's graphs have one
+            module.graph = fx_graph_cse(graph)
 
         def uuid(self) -> Any:
             return get_hash_for_files((__file__,))
