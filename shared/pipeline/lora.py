@@ -47,6 +47,8 @@ class LoraSet:
     unread: str | None = None  # why a DoRA, which needs the layers' own weights, cannot be added
     loaded: dict[str, Loaded] = field(default_factory=dict)
     _count: int = 0
+    _in_place: dict[str, float] | None = None
+    """The scales that the layers have, by adapter; None where that is not known."""
 
     def add(self, path: str, scale: float = 1.0) -> Loaded:
         """Load a LoRA and make it active with the others.
@@ -124,6 +126,8 @@ class LoraSet:
         wanted = {entry.path: entry.scale for entry in self.loaded.values()}
         wanted |= {self.name_of(name): scale for name, scale in scales.items()}
         by_adapter = {self.loaded[path].adapter: scale for path, scale in wanted.items()}
+        if by_adapter == self._in_place:
+            return  # without a search of all modules in every request
         for module in self._models():
             for _, layer in lora_layers(module):
                 names = ordered(layer, list(by_adapter))
@@ -131,6 +135,7 @@ class LoraSet:
                 for name in names:
                     layer.set_scale(name, by_adapter[name])
                 layer.requires_grad_(False)
+        self._in_place = by_adapter
 
     def name_of(self, name: str) -> str:
         """The path of the loaded LoRA that `name` means. Raises LoraError."""
@@ -153,6 +158,7 @@ class LoraSet:
         self.frozen = why
 
     def _take_off(self, adapter: str) -> None:
+        self._in_place = None
         for module in self._models():
             for _, layer in lora_layers(module):
                 if adapter in layer.lora_A:

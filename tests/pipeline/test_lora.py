@@ -22,11 +22,13 @@ from shared.api.warned import collecting_warnings
 from shared.launch.backend import Needs
 from shared.launch.errors import UsageError
 from shared.models import MODELS
+from shared.pipeline import lora as lora_module
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import LoadError, check_environment, load_pipeline
 from shared.pipeline.lora import LoraSet, loras_of
 from shared.pipeline.lora_by_name import NAMED_LORAS
 from shared.pipeline.lora_file import LoraError, read_lora
+from shared.pipeline.lora_layers import inject, lora_layers
 from shared.pipeline.lora_names import match_layers
 from tests import test_matrix, tiny, tiny_extras, tiny_lycoris
 from tests.pool import RankPool
@@ -104,6 +106,44 @@ def test_several_at_their_scales_and_fused(loras: LoraSet) -> None:
     for act in (lambda: fused.add(first), lambda: fused.remove(first), lambda: fused.set_scales({first: 1})):
         with pytest.raises(LoraError, match="fused into the weights because of a test"):
             act()
+
+
+def test_layers_are_searched_only_where_scales_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    searches = []
+
+    def searched(module: torch.nn.Module) -> Any:
+        searches.append(module)
+        return lora_layers(module)
+
+    monkeypatch.setattr(lora_module, "lora_layers", searched)
+
+    def changed(act: Callable[[], object]) -> bool:
+        searches.clear()
+        act()
+        return bool(searches)
+
+    pipe = tiny.load("sd1")
+    loras, plain_picture = loras_of(pipe, MODELS["sd1"]), plain("sd1")
+    first, second = (str(tiny_extras.lora("sd1", seed=seed)) for seed in (0, 1))
+    loras.set_scales({})
+    assert not changed(lambda: loras.set_scales({}))
+    assert changed(lambda: loras.add(first, 0.7)) and not changed(lambda: loras.set_scales({}))
+    one = tiny.run(pipe, "sd1")
+    assert changed(lambda: loras.set_scales({first: 0.0}))
+    assert not changed(lambda: loras.set_scales({first: 0.0}))
+    assert np.array_equal(tiny.run(pipe, "sd1"), plain_picture)
+    assert changed(lambda: loras.set_scales({}))
+    assert np.array_equal(tiny.run(pipe, "sd1"), one)
+
+    def fails(*args: Any) -> None:
+        inject(*args)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(lora_module, "inject", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loras.add(second, 1.0)
+    assert changed(lambda: loras.set_scales({})), "another LoRA was put on and taken off"
+    assert np.array_equal(tiny.run(pipe, "sd1"), one)
 
 
 @pytest.mark.parametrize("name", PIPELINE_LOADERS)
