@@ -102,15 +102,15 @@ class Launch:
             start_new_session=True,
         )
 
-    def ready(self) -> Launch:
+    def ready(self, seconds: float = 90) -> Launch:
         def initialized() -> bool:
             assert self.process.poll() is None, self.log.read_text()
             try:
                 return requests.get(f"{self.url}/initialize", timeout=5).status_code == 200
-            except requests.ConnectionError:
+            except (requests.ConnectionError, requests.Timeout):
                 return False
 
-        until(initialized, 90)
+        until(initialized, seconds)
         return self
 
     def post(self, timeout: float = 60.0, **order: Any) -> requests.Response:
