@@ -201,6 +201,7 @@ def _load(spec: ModelSpec, config: HostConfig, device: torch.device, needs: Need
     if config.ip_adapter:
         adapters.load_ip_adapters(pipe, spec, config.ip_adapter, dtype)
     memory.apply_vae_flags(pipe, config)
+    memory.decode_in_bands(getattr(pipe, "vae", None), config)
     _prepare(pipe, spec, config, device, needs)
     if config.refiner:
         pipe.refiner = _load_refiner(pipe, spec, config, device, needs)

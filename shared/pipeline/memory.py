@@ -1,4 +1,4 @@
-"""Memory: VAE tiling and slicing, CPU offload, xformers."""
+"""Memory: VAE tiling and slicing, decoding in bands, CPU offload, xformers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from shared.launch.backend import Needs
 from shared.launch.errors import first_line
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec
+from shared.parallel.distrifusion.bands import in_bands
+from shared.parallel.distrifusion.decoder import KINDS
 from shared.parallel.lanes import move
 from shared.parallel.pipeline import Model, Pipeline
 from shared.parallel.sharded import WHOLE
+from shared.parallel.surgery import Surgery
 
 log = logging.getLogger("host")
 
@@ -53,6 +56,17 @@ def apply_vae_flags(pipe: Pipeline, config: HostConfig) -> None:
                 getattr(pipe.vae, method)()
             except (AttributeError, NotImplementedError):
                 raise MemoryFlagError(f"--{flag}: {type(pipe.vae).__name__} has no {method}") from None
+
+
+def decode_in_bands(vae: Any, config: HostConfig) -> Surgery:
+    """Large maps of a VAE's decoder in bands, of the kinds that have one; what is returned takes it back.
+
+    Not with --compile_vae: compiled, a decoder keeps fewer maps, and would be other code for each size.
+    """
+    surgery = Surgery()
+    if isinstance(vae, KINDS) and not config.compile_vae:
+        in_bands(vae.decoder, surgery)
+    return surgery
 
 
 def apply_xformers(pipe: Pipeline, config: HostConfig) -> None:

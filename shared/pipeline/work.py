@@ -15,6 +15,7 @@ from shared.parallel.exchange import Pretended
 from shared.parallel.peak import FlashAttention, PeakBytes
 from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.video_decoder import can_share, shared_decoder
+from shared.pipeline.memory import decode_in_bands
 from shared.pipeline.unloaded import Stored, Unloaded
 
 UNET_RESIDUALS = 6.0
@@ -158,6 +159,7 @@ class Work:
             config.size,
             config.enable_vae_tiling,
             config.enable_vae_slicing,
+            config.compile_vae,
             config.shard_weights,
             frames,
             ranks,
@@ -172,10 +174,12 @@ class Work:
                 getattr(vae, f"{'enable' if getattr(config, flag) else 'disable'}_{name}")()
         vae.to(dtype)
         shares = ranks > 1 and can_share(vae)
+        bands = decode_in_bands(vae, config)
         shared: AbstractContextManager[Any] = nullcontext()
         if shares:
             shared = shared_decoder(vae, Pretended(ranks))
         with (
+            bands,
             shared,
             Surgery() as surgery,
             torch.no_grad(),

@@ -25,6 +25,7 @@ from shared.launch.fit import LADDER, changed, worded
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
 from shared.parallel import sharded
+from shared.parallel.distrifusion import bands
 from shared.parallel.peak import PeakBytes
 from shared.parallel.video_decoder import shared_decoder
 from shared.pipeline import unloaded, work
@@ -329,6 +330,36 @@ def test_shared_decoding_of_videos_takes_what_is_planned(pool: RankPool, kind: s
         assert least * found <= planned <= 1.1 * found, (ranks, planned / found)
     shared = replace(config, shard_weights=True)
     assert plan_of(shared, ranks).need(shared, frames=frames).decode == planned
+
+
+def picture_in_bands(large: int) -> tuple[int, int]:
+    """On each rank: the most bytes of decoding a picture whose maps above `large` bytes are in bands of as
+    many, and what is planned for it."""
+    config = tiny.config("sdxl", width=256, height=256)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bands, "LARGE", large)
+        patch.setattr(bands, "BAND", large)
+        work = plan_of(config).work
+        planned = work.decode(config, None, ranks)
+        vae = tiny.host("sdxl").vae
+        latents, _ = work.latents(config, None, torch.float32, torch.device("cpu"))
+        shared = shared_decoder(vae, None) if ranks > 1 else contextlib.nullcontext()
+        with torch.inference_mode(), shared, PeakBytes() as peak:
+            pixels = vae.decode(latents.normal_(), return_dict=False)[0]
+            (pixels * 0.5 + 0.5).clamp(0, 1)
+    return peak.most, planned
+
+
+def test_decoding_in_bands_takes_what_is_planned(pool: RankPool) -> None:
+    for ranks in (1, 2, 3):
+        planned = list[int]()
+        for large in (1 << 17, 1 << 40):
+            found = pool.run(picture_in_bands, ranks, large) if ranks > 1 else [picture_in_bands(large)]
+            most = max(rank[0] for rank in found)
+            planned.append(found[0][1])
+            assert 0.95 * most <= planned[-1] <= 1.1 * most, (ranks, large, planned[-1] / most)
+        assert planned[0] < 0.75 * planned[1], ranks
 
 
 @pytest.mark.parametrize("name", ["ad", "svd"])

@@ -8,7 +8,7 @@ al., "DistriFusion", arXiv 2402.19481, sections 4.1 to 4.3.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,7 +111,7 @@ class PatchLayers:
                 known.value.copy_(known.make(states))
 
     def _convolution(self, name: str, module: nn.Module) -> Answer:
-        inner = [m for m in module.modules() if isinstance(m, nn.Conv2d) and any(_pad(m))]
+        inner = padded_inside(module)
         base, very_first = inner[0], name == "conv_in"
         for conv in inner:
             if conv.padding_mode != "zeros":
@@ -134,11 +134,7 @@ class PatchLayers:
                 run.extended, strip = None, _zeros_outside(run, x, pad, after)
             else:
                 strip = _with_rows(run, x, pad, after)
-            # The convolutions do not pad along the cut: their input already holds those rows.
-            with Surgery() as surgery:
-                for conv in inner:
-                    rows, columns = _pad(conv)
-                    surgery.replace(conv, "padding", (0, columns) if axis == 0 else (rows, 0))
+            with unpadded(inner, axis):
                 return original(strip, *args[1:], **kwargs)
 
         return answer
@@ -168,7 +164,7 @@ class PatchLayers:
             if module.weight is None or module.weight.device == args[0].device:
                 return normalise(run, args[0], module.weight, module.bias)
             # Offloaded weights are here only while the original forward runs.
-            with _GroupNormMode(lambda x, weight, bias: normalise(run, x, weight, bias)):
+            with GroupNormMode(lambda x, weight, bias: normalise(run, x, weight, bias)):
                 return original(*args, **kwargs)
 
         return answer
@@ -218,7 +214,25 @@ class PatchLayers:
 
 
 _current: PatchRun | None = None
-"""The current run, for the operators below: a compiled layer is the same code for every layer like it."""
+"""The current run, for bands and for the operators below: compiled layers that are alike are the same code."""
+
+
+def exchange_now() -> PatchExchange | None:
+    """Of the patches that are computed now; None outside of them, and where nothing is exchanged."""
+    return None if _current is None else _current.exchange
+
+
+@contextlib.contextmanager
+def exchanging_nothing() -> Iterator[None]:
+    """Calls of layers inside are on what already has all that they need."""
+    run, exchange = _current, exchange_now()
+    if run is not None:
+        run.exchange = None
+    try:
+        yield
+    finally:
+        if run is not None:
+            run.exchange = exchange
 
 
 def _exchange_of_run() -> PatchExchange:
@@ -351,8 +365,23 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         elif isinstance(getattr(module, "base_layer", module), nn.Conv2d):
             # A LoRA layer with its convolutions inside counts as one.
             inside |= {id(m) for m in module.modules()}
-            if any(isinstance(m, nn.Conv2d) and any(_pad(m)) for m in module.modules()):
+            if padded_inside(module):
                 yield name, module
+
+
+def padded_inside(layer: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions of a layer that pad: itself, or with a LoRA those inside it."""
+    return [m for m in layer.modules() if isinstance(m, nn.Conv2d) and any(_pad(m))]
+
+
+@contextlib.contextmanager
+def unpadded(convs: Sequence[nn.Conv2d], axis: int) -> Iterator[None]:
+    """Convolutions that do not pad along an axis of [height, width]: their input already holds those rows."""
+    with Surgery() as surgery:
+        for conv in convs:
+            rows, columns = _pad(conv)
+            surgery.replace(conv, "padding", (0, columns) if axis == 0 else (rows, 0))
+        yield
 
 
 def _pad(conv: nn.Conv2d) -> tuple[int, ...]:
@@ -370,7 +399,7 @@ def _strip(run: PatchRun, before: int, after: int) -> torch.Tensor:
     return F.pad(part, padding if run.dim == 2 else padding[2:])
 
 
-class _GroupNormMode(TorchFunctionMode):
+class GroupNormMode(TorchFunctionMode):
     """Answers the one call of F.group_norm inside: the weights are then where their hooks put them."""
 
     def __init__(self, answer: Callable[[torch.Tensor, Any, Any], torch.Tensor]) -> None:
