@@ -1,8 +1,9 @@
-"""Decoding of videos on one GPU and shared by all: seconds, memory beside what the plan counts, difference.
+"""Decoding on one GPU and shared by all: seconds, memory beside what the plan counts, difference.
 
-torchrun --nproc_per_node=2 benchmarks/decoding.py [svd ad wan hv15 ltx2] [--repeats 2] [--tiny --device cpu]
+torchrun --nproc_per_node=2 benchmarks/decoding.py [sdxl svd ad wan hv15 ltx2] [--repeats 2]
+    [--tiny --device cpu]    [--side 3840]    of square pictures and frames    [--bands no]    every map whole
 
-VAEs of full size with random weights in bf16 decode random latents of their type's usual video, in fp32 where
+VAEs of full size with random weights in bf16 decode random latents of their type's usual size, in fp32 where
 the host does. Memory: the most that a rank takes beside weights and latents; on CPUs it is not measured.
 """
 
@@ -31,7 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.models import on, vae
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
+from shared.parallel.distrifusion import bands
 from shared.parallel.video_decoder import shared_decoder
+from shared.pipeline.memory import decode_in_bands
 from shared.pipeline.unloaded import Unloaded
 from shared.pipeline.work import Work
 
@@ -44,6 +47,7 @@ VAES: dict[str, Callable[[], Any]] = {
         layers_per_block=2,
     ),
     "ad": vae,
+    "sdxl": vae,
     "wan": AutoencoderKLWan,
     "hv15": AutoencoderKLHunyuanVideo15,
     "ltx2": AutoencoderKLLTX2Video,
@@ -80,22 +84,22 @@ def row(name: str, options: argparse.Namespace, device: torch.device) -> str:
         model = tiny.load(name).vae.to(device, dtype)
     else:
         model = on(device, dtype, VAES[name])
-    side = 64 if options.tiny else None
-    frames = spec.frames_factor * 2 + 1 if options.tiny else spec.frames
-    assert frames is not None
+    side = options.side or (64 if options.tiny else None)
+    frames = spec.frames_factor * 2 + 1 if options.tiny and spec.frames else spec.frames
     config = HostConfig(backend="asyncdiff", type=name, checkpoint="", width=side, height=side)
     work = Work(spec, {"vae": Unloaded([copy.deepcopy(model).to("meta")])}, dtype)
     planned = [work.decode(config, frames, count) for count in (1, ranks)]
     torch.manual_seed(0)  # alike on all ranks
     latents, more = work.latents(config, frames, dtype, device)
     decode = partial(model.decode, latents.normal_(), return_dict=False, **more)
-    with torch.no_grad():
+    with torch.no_grad(), decode_in_bands(model, config):
         alone, first, most = measured(lambda: decode()[0], options.repeats)
         with shared_decoder(model, None):
             together, second, less = measured(lambda: decode()[0], options.repeats)
     apart = float((alone.float() - together.float()).abs().max())
     sizes = " | ".join(f"{x / 2**30:.2f}" for x in (most, planned[0], less, planned[1]))
     width, height = config.size
+    frames = frames or 1
     return (
         f"| {name} | {width}x{height}, {frames} frames | {first:.3f} | {second:.3f} | {first / second:.2f} | "
         f"{sizes} | {apart:.2g} |"
@@ -107,9 +111,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("types", nargs="*", default=list(VAES))
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--side", type=int, help="pixels; default: the type's usual size")
+    parser.add_argument("--bands", choices=("yes", "no"), default="yes", help="of rows, of large maps")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="use the tests' small checkpoints")
     options = parser.parse_args()
+    if options.bands == "no":
+        bands.LARGE = sys.maxsize
     dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
     rank = dist.get_rank()
     device = torch.device("cuda", rank) if options.device == "cuda" else torch.device("cpu")
@@ -117,7 +125,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     if rank == 0:
         print(
-            "| type | video | s alone | shared | gain | GiB alone | planned | GiB shared | planned | apart |"
+            "| type | size | s alone | shared | gain | GiB alone | planned | GiB shared | planned | apart |"
         )
         print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in options.types:

@@ -41,13 +41,17 @@ def in_bands(decoder: nn.Module, surgery: Surgery) -> None:
     either side that a convolution needs. Moments of group norm are of the whole. Smaller maps are computed as
     ever, and all where autograd is on.
 
-    It must be done before weights are sharded and before patches: both call what is overridden here.
+    It must be done before weights are sharded and before patches: both call what is overridden here. What is
+    in bands already stays so.
 
     Args:
         decoder: of AutoencoderKL or FLUX.2's; or Stable Video Diffusion's, of which what joins frames is not
             in bands. Of another kind it stays as it is.
         surgery: takes the overrides, and gives them back.
     """
+    if hasattr(decoder, "in_bands"):
+        return
+    surgery.add(decoder, "in_bands", True)
     for module in decoder.modules():
         if isinstance(module, ResnetBlock2D) and _is_plain_resnet(module):
             surgery.override(module, partial(_resnet, module))

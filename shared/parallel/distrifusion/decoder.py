@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderKLTemporalDecoder
 
+from shared.parallel.distrifusion.bands import in_bands
 from shared.parallel.distrifusion.layers import PatchLayers, PatchRun
 from shared.parallel.distrifusion.patch_exchange import PatchExchange
 from shared.parallel.distrifusion.patched import cuts, gather
@@ -49,6 +50,7 @@ class PatchDecoder(Part):
             raise ValueError(f"decoding in patches supports {kinds}; got {type(vae).__name__}")
         self.ranks, self._apart = Ranks.of(group), isinstance(vae, APART)
         surgery = self.held.enter_context(Surgery())
+        in_bands(vae.decoder, surgery)
         self._layers = PatchLayers(vae.decoder, surgery)
         surgery.override(vae.decoder, self._forward)
 

@@ -214,7 +214,7 @@ class PatchLayers:
 
 
 _current: PatchRun | None = None
-"""The current run, for bands and for the operators below: compiled layers that are alike are the same code."""
+"""The current run, for bands and the operators below: compiled layers that are alike are the same code."""
 
 
 def exchange_now() -> PatchExchange | None:
