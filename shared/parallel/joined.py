@@ -30,7 +30,7 @@ class Joined:
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         biases = [layer.bias for layer in layers if layer.bias is not None]
         first = layers[0]
-        self._multiply = first.multiply if isinstance(first, Multiplying) else F.linear
+        self._multiply: Forward = first.multiply if isinstance(first, Multiplying) else F.linear
         self._sizes = [layer.out_features for layer in layers]
         # As they are: a parameter takes no tensor of the other kind.
         with torch.inference_mode(first.weight.is_inference()):
@@ -38,7 +38,8 @@ class Joined:
             self.bias = torch.cat([bias.data for bias in biases]) if biases else None
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self._multiply(x, self.weight, self.bias).split(self._sizes, -1)
+        whole: torch.Tensor = self._multiply(x, self.weight, self.bias)
+        return whole.split(self._sizes, -1)
 
 
 def _joined(weights: Sequence[torch.Tensor], sizes: list[int]) -> torch.Tensor:
@@ -46,19 +47,19 @@ def _joined(weights: Sequence[torch.Tensor], sizes: list[int]) -> torch.Tensor:
 
     Those of 8 bits consist of tensors that have a row for each output.
     """
-    first = weights[0]
+    first: Any = weights[0]
     if type(first) is nn.Parameter:
         whole = torch.cat([weight.data for weight in weights])
         for weight, part in zip(weights, whole.split(sizes), strict=True):
             weight.data = part
         return whole
-    names, settings = first.__tensor_flatten__()  # type: ignore[attr-defined]
+    names, settings = first.__tensor_flatten__()
     inner = {name: torch.cat([getattr(weight, name) for weight in weights]) for name in names}
     for name, rows in inner.items():
         for weight, part in zip(weights, rows.split(sizes), strict=True):
             setattr(weight, name, part)
     shape = torch.Size((sum(sizes), first.shape[1]))
-    made: torch.Tensor = type(first).__tensor_unflatten__(inner, settings, shape, (shape[1], 1))  # type: ignore[attr-defined]
+    made: torch.Tensor = type(first).__tensor_unflatten__(inner, settings, shape, (shape[1], 1))
     return made
 
 

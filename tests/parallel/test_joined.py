@@ -54,9 +54,9 @@ def test_transformers_project_once(name: str, monkeypatch: pytest.MonkeyPatch) -
     attentions = of_transformer(pipe.transformer)
     layers = [getattr(one, part) for one in attentions for part in ("to_q", "to_k", "to_v")]
     assert layers
+    calls = counting(monkeypatch)
     with join(pipe) as joined:
         assert joined.layers >= len(layers)
-        calls = counting(monkeypatch)
         assert psnr(tiny.run(pipe, name), plain) >= 80
         assert not any(calls[id(layer)] for layer in layers) and calls
 
