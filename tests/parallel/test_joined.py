@@ -28,7 +28,8 @@ def join(pipe: Any, **options: Any) -> JoinedProjections:
 @pytest.mark.parametrize("name", seldom(("sd1", "sdxl", "ad"), ("sdxl",)))
 def test_three_products_become_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, plain = pipeline(name), tiny.run(pipeline(name), name)
-    layers = [layer for one in of_unet(pipe.unet) for layer in (one.to_q, one.to_k, one.to_v)]
+    attentions: list[Any] = of_unet(pipe.unet)
+    layers = [layer for one in attentions for layer in (one.to_q, one.to_k, one.to_v)]
     before = [layer.weight.clone() for layer in layers]
     taken, text, keys = parameter_bytes(pipe), repr(pipe.unet), list(pipe.unet.state_dict())
     calls = counting(monkeypatch)
@@ -124,7 +125,7 @@ class Attending(nn.Module):
 
 
 def test_layers_of_other_inputs_compute_for_themselves() -> None:
-    attention = Attending()
+    attention: Any = Attending()
     inputs = torch.randn(3, 4, 8)
     layers = [attention.to_q, attention.to_k, attention.to_v]
     plain = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
