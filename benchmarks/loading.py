@@ -94,7 +94,8 @@ def rank(backend_name: str, steps: int, flags: list[str]) -> None:
         began = time.monotonic()
         engine.warm_up()
         tell("drawn", time.monotonic() - began)
-    engine.close()
+    tell("end")
+    engine.close()  # which gives every rank its whole weights back
 
 
 def measure(options: argparse.Namespace, ranks: int) -> None:
@@ -113,10 +114,11 @@ def measure(options: argparse.Namespace, ranks: int) -> None:
             sampler.pids.append(told["pid"])
             if len(sampler.pids) == ranks:
                 sampler.start()
+        if told["event"] == "end":
+            sampler.stop()
         seconds[told["event"]] = max(told["seconds"], seconds.get(told["event"], 0.0))
     if process.wait():
         raise SystemExit(f"the ranks ended with {process.returncode}")
-    sampler.stop()
     own, files = sampler.peak
     row = [" ".join(options.flags) or "-", options.stored, ranks, f"{seconds['loaded']:.1f}"]
     row += [f"{seconds.get('drawn', 0):.1f}", own // MIB, files // MIB, sampler.peak_sum // MIB]
