@@ -81,22 +81,32 @@ def _opened(told: Sequence[Any], own: torch.Tensor, rank: int) -> list[torch.Ten
 
 
 class Fetched:
-    """Copies on a stream of their own that were started; `wait` makes the current stream wait for them.
+    """Copies on streams of their own that were started; `wait` makes the current stream wait for them.
 
     Args:
         whole: filled with `parts`, one behind the other.
-        first: whose turn is first, so that not all ranks read from one.
+        own: which part is this rank's; the next one's turn is first, so that not all ranks read from one.
+        streams: for the own part, which the memory of this GPU brings, and for those that a link brings: two
+            limits that need not be waited for one after the other.
     """
 
     def __init__(
-        self, whole: torch.Tensor, parts: Sequence[torch.Tensor], first: int, stream: torch.cuda.Stream
+        self,
+        whole: torch.Tensor,
+        parts: Sequence[torch.Tensor],
+        own: int,
+        streams: Sequence[torch.cuda.Stream],
     ) -> None:
-        length = parts[0].numel()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for number in (*range(first, len(parts)), *range(first)):
-                whole[number * length :][:length].copy_(parts[number], non_blocking=True)
-        self._done = stream.record_event()
+        length, others = parts[0].numel(), (*range(own + 1, len(parts)), *range(own))
+        current = torch.cuda.current_stream()
+        for stream, numbers in zip(streams, ((own,), others), strict=True):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for number in numbers:
+                    whole[number * length :][:length].copy_(parts[number], non_blocking=True)
+        self._done = [stream.record_event() for stream in streams]
 
     def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._done)
+        current = torch.cuda.current_stream()
+        for event in self._done:
+            current.wait_event(event)

@@ -141,15 +141,15 @@ class Block:
         if self.part.device.type == "cuda":
             self.part = self.part.cpu().pin_memory()
 
-    def gather(self, buffer: torch.Tensor, ranks: Ranks, beside: torch.cuda.Stream | None = None) -> Any:
+    def gather(self, buffer: torch.Tensor, ranks: Ranks, beside: Sequence[torch.cuda.Stream] = ()) -> Any:
         """Start to fill the buffer with the parts of all ranks; what this returns must be waited for.
 
         Args:
-            beside: where parts that this rank can read are copied.
+            beside: on which parts that this rank can read are copied, as `Fetched` takes them.
         """
         whole, own = buffer[self.place : self.end], self.part
         assert own is not None
-        if self.parts and beside is not None:
+        if self.parts and beside:
             return Fetched(whole, self.parts, ranks.rank, beside)
         if self.waits:
             place = whole[ranks.rank * own.numel() :][: own.numel()]
@@ -226,14 +226,14 @@ class ShardedWeights(Closing):
             for block in self.blocks[name] if name in waiting else ():
                 block.wait_in_host_memory()
         seen = seen_by_all(own, self.ranks) if stay else None
-        self._beside = None if seen is None else torch.cuda.Stream(device)
+        self._beside = () if seen is None else (torch.cuda.Stream(device), torch.cuda.Stream(device))
         for block, *parts in zip(stay, *(memory.split(lengths) for memory in seen or ()), strict=True):
             block.parts = parts
 
     def close(self) -> None:
         """Give every rank the whole weights back. All ranks must call it, any number of times."""
         self._surgery.close()
-        self._beside = None  # a collective waits for all ranks, which then read nothing of each other
+        self._beside = ()  # a collective waits for all ranks, which then read nothing of each other
         for blocks in self.blocks.values():
             for block in blocks:
                 block.restore(self._buffer, self.ranks)
@@ -243,7 +243,7 @@ class ShardedWeights(Closing):
     @property
     def copied(self) -> bool:
         """Whether blocks are copied from the other ranks' memory; else collectives bring them."""
-        return self._beside is not None
+        return bool(self._beside)
 
     @property
     def buffer_bytes(self) -> int:
