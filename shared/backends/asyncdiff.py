@@ -232,7 +232,7 @@ def attach(
     # Sharded and offloaded weights are elsewhere until their block is called.
     elsewhere = config.offloads or (config.shard_weights and world.size > 1)
     attending = config.spec.attends_to_prompt and not elsewhere
-    prompts = [KeptPrompt(module, captures) for module in (denoiser, *nets)] if attending else []
+    prompts = [KeptPrompt(module) for module in (denoiser, *nets)] if attending else []
     parts += prompts
     # On CPUs weights may be pages of a file that all ranks share, and one product is no faster than three.
     joins = not elsewhere and world.device.type == "cuda"

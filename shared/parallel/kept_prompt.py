@@ -15,7 +15,6 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from shared.parallel.asyncdiff.trace import parameter_names
-from shared.parallel.graphs import Graphs
 from shared.parallel.method import Part
 from shared.parallel.shapes import Latest
 from shared.parallel.surgery import Forward, Surgery
@@ -34,12 +33,10 @@ class KeptPrompt(Part):
 
     Args:
         denoiser: a UNet or ControlNet of diffusers.
-        cuda_graph: capture and replay the layers' calls on CUDA, 140 for SDXL.
     """
 
-    def __init__(self, denoiser: nn.Module, cuda_graph: bool = True) -> None:
+    def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
-        self._graphs = Graphs(cuda_graph)
         self._names = parameter_names(denoiser)
         self._kept: Latest[tuple[torch.Tensor, torch.Tensor]] = Latest(BRANCHES)
         """By where a prompt's embeddings lie: these, so that nothing else comes to lie there, and what is
@@ -63,11 +60,10 @@ class KeptPrompt(Part):
 
     def begin(self, steps: int, pictures: int = 1) -> None:
         super().begin(steps, pictures)
-        self._kept.clear()  # adapters may have other scales
+        self.reset()  # adapters may have other scales
 
     def reset(self) -> None:
         self._kept.clear()
-        self._graphs.close()
 
     def _forward(self, original: Forward, args: tuple, kwargs: dict) -> Any:
         kwargs = dict(zip(self._names, args, strict=False)) | kwargs
@@ -75,12 +71,9 @@ class KeptPrompt(Part):
         place = _place(prompt)
         kept = self._kept.get(place)
         if kept is None:
-            made = self._graphs.run("kept prompt", self._made, prompt=prompt)
+            made = torch.cat([layer(prompt) for layer in self._layers], -1)
             kept = self._kept.put(place, (prompt, made))
         return original(**(kwargs | {PROMPT: kept[1]}))
-
-    def _made(self, prompt: torch.Tensor) -> torch.Tensor:
-        return torch.cat([layer(prompt) for layer in self._layers], -1)
 
 
 def attending(denoiser: nn.Module) -> list[BasicTransformerBlock]:

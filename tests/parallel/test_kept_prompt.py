@@ -11,11 +11,9 @@ import torch
 import torch.distributed as dist
 
 from shared.models import MODELS
-from shared.parallel import kept_prompt
 from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.cfg_split import CfgSplit, HybridSplit
 from shared.parallel.chosen_steps import Pace
-from shared.parallel.graphs import Graphs
 from shared.parallel.kept_prompt import KeptPrompt
 from shared.pipeline.lora import loras_of
 from tests import tiny, tiny_extras
@@ -86,32 +84,6 @@ def test_a_prompt_that_changes_within_a_generation_is_made_again() -> None:
                 assert torch.equal(made(first), wanted[0])
                 assert torch.equal(made(second), wanted[1])
             assert torch.equal(made(first.add_(1)), wanted[2])
-
-
-def test_what_is_made_of_a_prompt_can_be_captured_until_adapters_change(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls: list[Any] = []
-
-    class Recorded(Graphs):
-        def run(self, kind: Any, fn: Any, **kwargs: Any) -> Any:
-            calls.append((kind, self.enabled, kwargs.keys()))
-            return fn(**kwargs)
-
-        def close(self) -> None:
-            calls.append("close")
-
-    monkeypatch.setattr(kept_prompt, "Graphs", Recorded)
-    pipe = pipeline("sd1")
-    wanted = drawn("sd1")
-    once = ("kept prompt", False, {"prompt": None}.keys())
-    with KeptPrompt(pipe.unet, cuda_graph=False) as kept:
-        for _ in range(2):
-            assert np.array_equal(drawn("sd1", kept), wanted)
-        assert calls == [once, once], "once a generation"
-        kept.reset()
-        assert calls[2:] == ["close"]
-    assert calls[2:] == ["close", "close"]
 
 
 def test_a_unet_that_uses_its_prompt_in_another_way_is_left_as_it_is() -> None:
