@@ -11,8 +11,7 @@ ones do, so "+mask" computes a fixed share of the steps (20 of 50); a threshold 
 measuring costs. "graph" is one GPU with the transformer captured as a CUDA graph; "-eager" behind one of our
 own systems leaves the capture out, "-vae" shares the decoding as well (with --decode), "-overlap" is what is
 chosen for slow links ("-all": with all multiprocessors for products), "-int8" what is sent; "-separate", of
-graph too, is queries, keys and values by three products, "-together" by one also under ring, which leaves
-values apart; "cfg*ulysses" is a product of degrees.
+graph too, is queries, keys and values by three products; "cfg*ulysses" is a product of degrees.
 "xfuser-..." is xfuser's own pipeline class, called as its examples do, and for the types of 2025 and 2026
 xfuser's transformer class in diffusers' pipeline, as in its runners; xfuser-pipefusion fails in xfuser 0.7.0
 itself for sd3. The seconds in brackets are from the plain pipeline to the end of the system: surgery,
@@ -199,7 +198,7 @@ class XDiTBench(Bench):
             return [groups, fused]
         options: Any = {"overlap": "overlap" in how, "bits": next((b for b in BITS if b in how), None)}
         options["parallel_vae"] = "vae" in how
-        options["join"] = None if "separate" in how else "all" if "together" in how else "early"
+        options["join"] = "separate" not in how
         if cache:
             options["cache"] = fixed(self.steps) if cache == "mask" else as_step_cache(cache)
         capture = graph and self.device.type == "cuda"

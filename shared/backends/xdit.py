@@ -139,7 +139,7 @@ def _exact(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroup
         overlap=found is not None and found.overlap,
         bits=bits_named(config.exchange_dtype),
         # On CPUs weights may be pages of a file that all ranks share, and one product is no faster.
-        join="early" if world.device.type == "cuda" and not elsewhere else None,
+        join=world.device.type == "cuda" and not elsewhere,
     )
 
 

@@ -122,7 +122,7 @@ def exact(name: str, cases: list[Case], sizes: list[Case]) -> list[list[float]]:
     return found
 
 
-CASES_2: list[Case] = [{"ulysses": 2, "join": "all"}, {"ring": 2, "join": "early"}]
+CASES_2: list[Case] = [{"ulysses": 2, "join": True}, {"ring": 2, "join": True}]
 # 104 x 72 pixels make 13 x 9 latents, which no model takes; 80 x 48 make 5 x 3 tokens: one is left over.
 SIZES = [{}, {"height": 80, "width": 48, "steps": 3}]
 SIZES_OF = {"ltx2": [{"height": 96, "width": 96, "frames": 0}], "hv15": SIZES[1:], "wan": SIZES[1:]}
@@ -344,7 +344,7 @@ def compiled(name: str, degrees: dict[str, int], **options: Any) -> dict[str, An
     seldom(itertools.product(("flux", "sd3"), ("ulysses", "ring")), [("flux", "ring"), ("sd3", "ulysses")]),
 )
 def test_compiled_blocks_are_compiled_under_the_surgery(pool: RankPool, name: str, method: str) -> None:
-    for rank in pool.run(compiled, 2, name, {method: 2}, join="early"):
+    for rank in pool.run(compiled, 2, name, {method: 2}, join=True):
         assert rank["joined"] > 0 and rank["psnr"] >= EXACT
         # Blocks of one kind share a graph.
         assert 1 <= rank["graphs"] < rank["blocks"], rank

@@ -9,7 +9,7 @@ meaning and every rank ends with the picture. PipeFusion is in shared.parallel.x
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,8 +29,6 @@ from shared.parallel.xdit.caches import StepCache
 from shared.parallel.xdit.degrees import Degrees
 from shared.parallel.xdit.groups import XfuserGroups
 from shared.parallel.xdit.sequence import SequenceParallel, SharedBy
-
-Join = Literal["all", "early"]
 
 
 class XDiT(Method):
@@ -54,8 +52,8 @@ class XDiT(Method):
         overlap: compute more while messages are on their way, in more and smaller parts: for slow links.
         bits: send what attention exchanges as int8 or float8: an approximation. Not with Ulysses and ring
             together.
-        join: queries, keys and values of self-attention are one product, "all" or, with ring, without the
-            values, which leave "early"; None: each is one. Weights must then stay where they are.
+        join: queries, keys and values of self-attention are one product; with ring without the values, which
+            leave early. Weights must then stay where they are.
 
     Raises:
         ValueError: a model without a token plan, or degrees or a cache that it does not support.
@@ -74,7 +72,7 @@ class XDiT(Method):
         cuda_graph: bool = True,
         overlap: bool = False,
         bits: Bits | None = None,
-        join: Join | None = None,
+        join: bool = False,
     ) -> None:
         self.tokens = check_model(pipeline, degrees, cache)
         if bits == DIFFERENCES:
@@ -118,9 +116,8 @@ class XDiT(Method):
         if cache is not None:
             self.cache = held.enter_context(StepCache(transformers, self.tokens, cache, self._deciding()))
         by: SharedBy = "ulysses" if degrees.ring == 1 else "ring" if degrees.ulysses == 1 else "both"
-        if self._joins is not None:
-            early = self._joins == "early" and degrees.sequence > 1 and by == "ring"
-            apart = ("to_v",) if early else ()
+        if self._joins:
+            apart = ("to_v",) if degrees.sequence > 1 and by == "ring" else ()
             attentions = [one for model in models for one in of_transformer(model)]
             self.joined = held.enter_context(JoinedProjections(attentions, apart)).layers
         surgery = held.enter_context(Surgery())
