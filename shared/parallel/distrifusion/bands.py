@@ -135,9 +135,11 @@ def _normed(
         edges = rows[0], rows[1]
         mean, variance = whole_moments(own, known, moving=False)
 
+    def apply(band: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
+        return apply_moments(band, mean, variance, weight, bias, norm.eps)
+
     def prepare(band: torch.Tensor) -> torch.Tensor:
-        # Weights that come for each call are there while the norm's own forward runs.
-        with GroupNormMode(lambda x, *weights: apply_moments(x, mean, variance, *weights, norm.eps)):
+        with GroupNormMode(apply):  # weights that come for each call are there while the norm's forward runs
             band = norm(band)
         made: torch.Tensor = activation(band)
         return made
