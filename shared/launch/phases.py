@@ -20,10 +20,9 @@ class Phases:
         """Of each phase that has ended, in the order in which they began."""
         self._name, self._began = "flags", time.time()
         own = psutil.Process().create_time()
-        restarted = (
-            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        )  # torchrun has run since long ago
-        if "TORCHELASTIC_RUN_ID" in os.environ and not restarted:
+        # A torchrun that starts a host again has run since long ago.
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if "TORCHELASTIC_RUN_ID" in os.environ and not again:
             with contextlib.suppress(psutil.Error):
                 self.seconds["torchrun"] = own - psutil.Process(os.getppid()).create_time()
         self.seconds["python"] = self._began - own

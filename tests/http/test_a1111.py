@@ -378,7 +378,7 @@ def test_disabled_networks_are_taken_out_of_the_prompt_and_not_used(host: FakeHo
 
 
 def test_denoising_strength_is_how_much_of_img2img_is_run() -> None:
-    image = base64.b64encode(picture()).decode()
+    image = base64.b64encode(picture(size=(16, 9))).decode()
     body: dict[str, Any] = {"init_images": [image]}
     sd1 = MODELS["sd1"]
     able = replace(sd1, fields=sd1.fields | IMAGE)

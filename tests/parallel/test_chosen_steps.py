@@ -118,7 +118,11 @@ def test_all_ranks_decide_alike_by_the_one_that_changes_most(pool: RankPool, ran
     assert pool.run(decided, ranks) == [["...SSSSS", "........"]] * ranks
 
 
-KINDS = {"hybrid": ("sd1", "sdxl", "sd3", "svd"), "asyncdiff": ("sd1", "sd3"), "distrifusion": ("sd1",)}
+KINDS = {
+    "hybrid": ("sd1", "sd2", "sdxl", "sd3", "svd", "ad"),
+    "asyncdiff": ("sd1", "sd3"),
+    "distrifusion": ("sd1",),
+}
 
 
 def automatic(kind: str, name: str, limit: float) -> Method:
