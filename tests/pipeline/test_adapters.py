@@ -91,8 +91,8 @@ def test_ip_adapter(name: str) -> None:
     assert apart(made(image), plain(name)) > 0.02
     assert apart(made(image), made(other)) > 1e-3
     assert apart(made(image), made(image, 0.2)) > 1e-3
-    assert apart(made(None), plain(name)) < 1e-6, "a request without ip_image is the plain picture"
-    assert apart(made(image, 0.0), plain(name)) < 1e-6
+    assert apart(made(None), plain(name)) < 1e-5, "a request without ip_image is the plain picture"
+    assert apart(made(image, 0.0), plain(name)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl"])
@@ -270,7 +270,7 @@ def test_several_ip_pictures(name: str, adapters: int, tmp_path: Path) -> None:
     pipe.set_ip_adapter_scale([0.7, 0.4] if adapters == 2 else 0.7)
     assert np.array_equal(both, tiny.run(pipe, name, ip_adapter_image=pictures))
     assert apart(both, made([one])) > 1e-3 and apart(both, made([two])) > 1e-3
-    assert apart(made([]), plain(name)) < 1e-6
+    assert apart(made([]), plain(name)) < 1e-5
     if adapters == 2:
         assert np.array_equal(made([one]), made([one, one]))
         assert np.array_equal(made([one, two], 0.3), made([one, two], 0.3, 0.3))
