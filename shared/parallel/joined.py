@@ -18,6 +18,8 @@ from shared.parallel.surgery import Forward, Surgery
 
 PROJECTIONS = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
 """What attention calls its layers of one input, in the order in which it calls them."""
+VALUES_FIRST = {"LTX2PerturbedAttnProcessor": ("to_v", "to_q", "to_k")}
+"""That order of the first ones, by the class of a processor that has another."""
 
 
 class Joined:
@@ -105,7 +107,8 @@ class JoinedProjections(Part):
         self.layers = 0
         """How many layers have become parts of others."""
         for attention in attentions:
-            for names in PROJECTIONS:
+            own = VALUES_FIRST.get(type(getattr(attention, "processor", None)).__name__, PROJECTIONS[0])
+            for names in (own, *PROJECTIONS[1:]):
                 found = [getattr(attention, name, None) for name in names if name not in apart]
                 layers = [_base(layer) for layer in found]
                 if _joinable(layers):
