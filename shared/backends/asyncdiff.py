@@ -229,13 +229,10 @@ def attach(
     else:
         method = DeepCache(pipe, denoiser, config.cache, cuda_graph=captures, max_shapes=max_shapes)
     parts: list[Part] = [divided(net, kept_of[place]) for place, net in enumerate(nets, 1)]
-    # Sharded and offloaded weights are elsewhere until their block is called.
-    elsewhere = config.offloads or (config.shard_weights and world.size > 1)
-    attending = config.spec.attends_to_prompt and not elsewhere
+    attending = config.spec.attends_to_prompt and config.keeps_weights(world.size)
     prompts = [KeptPrompt(module) for module in (denoiser, *nets)] if attending else []
     parts += prompts
-    # On CPUs weights may be pages of a file that all ranks share, and one product is no faster than three.
-    joins = not elsewhere and world.device.type == "cuda"
+    joins = config.joins(world.device.type, world.size)
     joined = [JoinedProjections(of_unet(module)) for module in (denoiser, *nets)] if joins else []
     parts += joined
     guided = (lambda: method.running.do_classifier_free_guidance) if nets else None

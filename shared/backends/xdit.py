@@ -127,7 +127,6 @@ def _exact(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroup
     from shared.parallel.xdit.exact import XDiT
 
     found = _choice(config, world)
-    elsewhere = config.offloads or (config.shard_weights and world.size > 1)
     return XDiT(
         pipe,
         groups.degrees,
@@ -138,8 +137,7 @@ def _exact(pipe: Pipeline, config: HostConfig, world: World, groups: XfuserGroup
         cuda_graph=config.captures(world.device.type),
         overlap=found is not None and found.overlap,
         bits=bits_named(config.exchange_dtype),
-        # On CPUs weights may be pages of a file that all ranks share, and one product is no faster.
-        join=world.device.type == "cuda" and not elsewhere,
+        join=config.joins(world.device.type, world.size),
     )
 
 

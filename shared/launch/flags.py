@@ -505,6 +505,15 @@ class HostConfig:
         """Whether steps are captured as CUDA graphs, which hold on to addresses that offloading changes."""
         return device_type == "cuda" and not self.no_cuda_graph and not self.offloads
 
+    def keeps_weights(self, ranks: int) -> bool:
+        """Whether weights stay whole and in place; sharded and offloaded ones come when a block is called."""
+        return not self.offloads and not (self.shard_weights and ranks > 1)
+
+    def joins(self, device_type: str, ranks: int) -> bool:
+        """Whether layers of one input are one product: on CPUs weights may be pages of a file that all ranks
+        share, and one product is no faster than three."""
+        return device_type == "cuda" and self.keeps_weights(ranks)
+
     @property
     def size(self) -> tuple[int, int]:
         """Default (width, height) of a picture, pixels."""
