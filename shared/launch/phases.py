@@ -18,7 +18,7 @@ class Phases:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         """Of each phase that has ended, in the order in which they began."""
-        self._name, self._began = "flags", time.time()
+        self.name, self._began = "flags", time.time()
         own = psutil.Process().create_time()
         # A torchrun that starts a host again has run since long ago.
         again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
@@ -30,12 +30,12 @@ class Phases:
     def begin(self, name: str) -> None:
         """The phase before this one is over. One that begins again is continued."""
         now = time.time()
-        self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now - self._began
-        self._name, self._began = name, now
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + now - self._began
+        self.name, self._began = name, now
 
     def told(self) -> dict[str, float]:
         """Seconds by phase, up to now."""
-        self.begin(self._name)
+        self.begin(self.name)
         return {name: round(seconds, 1) for name, seconds in self.seconds.items()}
 
     def line(self) -> str:
