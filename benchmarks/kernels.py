@@ -29,6 +29,8 @@ COMPILED: tuple[tuple[str, str], ...] = (
     ("elementwise, compiled", r""),
 )
 """Of the kernels that the compiler made: the first whose pattern is found in the name, whatever its case."""
+ENGINES = "Memcpy (PtoP|DtoD|HtoD|DtoH)"
+"""Names of copies that need no multiprocessors, or may not."""
 BETWEEN = "between ranks (NCCL)"
 CLASSES: tuple[tuple[str, str], ...] = (
     (BETWEEN, r"nccl|c10d::|gloo"),
@@ -152,7 +154,10 @@ def table(kernels: list[Kernel], seconds: float, steps: int, gaps: bool = True) 
         )
     lines += ["", *_copies(kernels, steps)]
     if gaps:
-        lines += ["", *_idle(kernels, steps)]
+        lines += ["", *_idle(kernels, steps, "Nothing runs")]
+        computing = [kernel for kernel in kernels if not re.match(ENGINES, kernel.name)]
+        if 0 < len(computing) < len(kernels):
+            lines += ["", *_idle(computing, steps, "Nothing but copies by copy engines runs")]
     return "\n".join(lines) + "\n"
 
 
@@ -170,8 +175,8 @@ def _copies(kernels: list[Kernel], steps: int) -> list[str]:
     return lines
 
 
-def _idle(kernels: list[Kernel], steps: int) -> list[str]:
-    """Where nothing runs: within replayed graphs or around them, and between which kernels."""
+def _idle(kernels: list[Kernel], steps: int, what: str) -> list[str]:
+    """Where none of these runs: within replayed graphs or around them, and between which of them."""
     of_launch = Counter(kernel.launch for kernel in kernels if kernel.launch)
     graphs = sum(count > 1 for count in of_launch.values())
 
@@ -191,7 +196,7 @@ def _idle(kernels: list[Kernel], steps: int) -> list[str]:
     span = max(one.ended for one in kernels) - min(one.began for one in kernels)
     lines = [
         f"While profiled a step takes {span / 1e3 / steps:.2f} ms, with {graphs / steps:.1f} graphs and "
-        f"{(len(of_launch) - graphs) / steps:.1f} kernels launched one by one. Nothing runs:",
+        f"{(len(of_launch) - graphs) / steps:.1f} kernels launched one by one. {what}:",
         "",
         "| where | ms a step | times a step | us each |",
         "|---|---|---|---|",

@@ -94,3 +94,12 @@ def test_the_table_says_between_which_kernels_copies_are_made() -> None:
         "| Memset (Device) | nccl | nvjet_tst | 1.0 | 2.0 |",
         "| Memset (Device) | nvjet_tst | nvjet_tst | 1.0 | 2.0 |",
     ]
+
+
+def test_the_table_says_where_the_copy_engines_alone_run() -> None:
+    peers = "Memcpy PtoP (Device -> Device)"
+    kernels = [Kernel("nvjet_tst", 0, 5, 1), Kernel(peers, 1, 8, 1), Kernel("nccl", 9, 10, 1)]
+    text = table(kernels, seconds=1e-5, steps=1)
+    alone = text.partition("Nothing but copies by copy engines runs:")[2].splitlines()
+    assert "| nvjet_tst -> nccl (within a graph) | 0.004 | 1.0 | 4.0 |" in alone
+    assert "Nothing but copies" not in table([kernels[0], kernels[2]], seconds=1e-5, steps=1)

@@ -86,6 +86,7 @@ class Fetched:
     Args:
         whole: filled with `parts`, one behind the other.
         own: which part is this rank's; the next one's turn is first, so that not all ranks read from one.
+        cut: which bytes of the own part are needed, by begin and end.
         streams: for the own part, which the memory of this GPU brings, and for those that a link brings: two
             limits that need not be waited for one after the other.
     """
@@ -95,16 +96,23 @@ class Fetched:
         whole: torch.Tensor,
         parts: Sequence[torch.Tensor],
         own: int,
+        cut: Sequence[tuple[int, int]],
         streams: Sequence[torch.cuda.Stream],
     ) -> None:
         length, others = parts[0].numel(), (*range(own + 1, len(parts)), *range(own))
+        places = whole.split(length)
+        near = [(places[own][slice(*bytes_)], parts[own][slice(*bytes_)]) for bytes_ in cut]
+        far = [(places[number], parts[number]) for number in others]
         current = torch.cuda.current_stream()
-        for stream, numbers in zip(streams, ((own,), others), strict=True):
+        self._done = []
+        for stream, copies in zip(streams, (near, far), strict=True):
+            if not copies:
+                continue
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
-                for number in numbers:
-                    whole[number * length :][:length].copy_(parts[number], non_blocking=True)
-        self._done = [stream.record_event() for stream in streams]
+                for place, part in copies:
+                    place.copy_(part, non_blocking=True)
+            self._done.append(stream.record_event())
 
     def wait(self) -> None:
         current = torch.cuda.current_stream()

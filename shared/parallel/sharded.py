@@ -1,19 +1,19 @@
 """Sharded weights: each rank keeps a part of every block, and a block is whole only while it runs.
 
 The blocks of a model share one buffer, in which each has its place, round and round in the order of calls;
-its parameters are views of it for good. While a block runs, those that follow are gathered into what is free
-of it. A parameter therefore never changes its identity, its shape or its address, so that LoRA, quantized
-layers, compiled code and captured graphs work as they are; what FSDP2 puts in its place (another class of
-module, DTensors that come and go) breaks each of these.
+its parameters are views of it for good, or of this rank's part where all of one is there. While a block runs,
+those that follow are gathered into what is free of it. A parameter therefore never changes its identity, its
+shape or its address, so that LoRA, quantized layers, compiled code and captured graphs work as they are; what
+FSDP2 puts in its place (another class of module, DTensors that come and go) breaks each of these.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -61,13 +61,17 @@ class Piece:
         """
         dense = self.tensor if tuple(self.tensor.stride()) == self.stride else self.tensor.contiguous()
         flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
-        first, last = max(self.offset, begin), min(self.offset + self.nbytes, begin + part.numel())
+        first, last = self.common(begin, begin + part.numel())
         if first < last:
             copy(part[first - begin : last - begin], flat[first - self.offset : last - self.offset])
 
-    def inside(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The tensor that lies at this place of a buffer of bytes."""
-        flat = buffer[self.offset : self.offset + self.nbytes].view(self.tensor.dtype)
+    def common(self, begin: int, end: int) -> tuple[int, int]:
+        """Where the bytes of it that are also between two places of the block begin and end."""
+        return max(self.offset, begin), min(self.offset + self.nbytes, end)
+
+    def inside(self, buffer: torch.Tensor, begin: int = 0) -> torch.Tensor:
+        """The tensor that lies at this place of a buffer of bytes, which begins at `begin` of the block."""
+        flat = buffer[self.offset - begin :][: self.nbytes].view(self.tensor.dtype)
         return flat.as_strided(self.shape, self.stride)
 
 
@@ -81,13 +85,17 @@ class Block:
     """
 
     def __init__(self, modules: Sequence[nn.Module], parameters: Sequence[str], ranks: int) -> None:
-        self.modules, self.parameters = tuple(modules), tuple(parameters)
+        self.modules, self.parameters, self._ranks = tuple(modules), tuple(parameters), ranks
         self.pieces = self._find()
         last = self.pieces[-1]
         self.nbytes = _aligned(last.offset + last.nbytes, ranks * ALIGNMENT)
         """Of all parts together, each as long as the others."""
         self.part: torch.Tensor | None = None
         """This rank's."""
+        self.begin = 0
+        """Where that is within the block."""
+        self.cut: list[tuple[int, int]] = []
+        """What of it belongs to parameters that are not wholly in it: where it begins and ends within it."""
         self.parts: list[torch.Tensor] = []
         """Of all ranks, where this one can read them."""
         self.waits = False
@@ -121,25 +129,35 @@ class Block:
             module.to(device)
 
     def put(self, buffer: torch.Tensor) -> None:
-        """Make the parameters views of the block's place in a buffer."""
+        """Make the parameters views of this rank's part, or else of the block's place in a buffer."""
+        assert self.part is not None  # which `divide` makes
+        begin, end, self.cut = self.begin, self.begin + self.part.numel(), []
         for piece in self.pieces:
-            piece.tensor.data = piece.inside(buffer[self.place : self.end])
+            first, last = piece.common(begin, end)
+            if last - first == piece.nbytes and not self.waits:
+                piece.tensor.data = piece.inside(self.part, begin)
+            else:
+                piece.tensor.data = piece.inside(buffer[self.place : self.end])
+                if first < last:
+                    self.cut.append((first - begin, last - begin))
 
     def divide(self, buffer: torch.Tensor, ranks: Ranks) -> None:
-        """Keep this rank's part of the parameters, and make them views of a buffer."""
+        """Keep this rank's part of the parameters, and make them views of it and of a buffer."""
         length = self.nbytes // ranks.size
+        self.begin = ranks.rank * length
         if self.part is None:
             self.part = torch.empty(length, dtype=torch.uint8, device=buffer.device)
         for piece in self.pieces:
-            piece.copy_to(self.part, ranks.rank * length)
+            piece.copy_to(self.part, self.begin)
         self.put(buffer)
 
-    def wait_in_host_memory(self) -> None:
-        """Move this rank's part there, from where every gather takes it."""
+    def wait_in_host_memory(self, buffer: torch.Tensor) -> None:
+        """Move this rank's part there, from where every gather takes it into the buffer."""
         self.waits = True
-        assert self.part is not None  # which `divide` makes
+        assert self.part is not None
         if self.part.device.type == "cuda":
             self.part = self.part.cpu().pin_memory()
+        self.put(buffer)
 
     def gather(self, buffer: torch.Tensor, ranks: Ranks, beside: Sequence[torch.cuda.Stream] = ()) -> Any:
         """Start to fill the buffer with the parts of all ranks; what this returns must be waited for.
@@ -150,7 +168,7 @@ class Block:
         whole, own = buffer[self.place : self.end], self.part
         assert own is not None
         if self.parts and beside:
-            return Fetched(whole, self.parts, ranks.rank, beside)
+            return Fetched(whole, self.parts, ranks.rank, self.cut, beside)
         if self.waits:
             place = whole[ranks.rank * own.numel() :][: own.numel()]
             own = place.copy_(own, non_blocking=True)
@@ -160,15 +178,22 @@ class Block:
         """Give the parameters memory of their own, with what all ranks keep."""
         self.gather(buffer, ranks).wait()
         own = buffer[self.place : self.end].clone()
-        self.place = 0
-        self.put(own)
+        for piece in self.pieces:
+            piece.tensor.data = piece.inside(own)
 
     def _find(self) -> list[Piece]:
+        """Each rank's part whole tensors as far as that goes: the largest first, to whom has least."""
+        shares: list[list[torch.Tensor]] = [[] for _ in range(self._ranks)]
+        lengths = [0] * self._ranks
+        parameters = map(self.modules[0].get_parameter, self.parameters)
+        for tensor in sorted((t for p in parameters for t in plain(p)), key=_bytes, reverse=True):
+            least = lengths.index(min(lengths))
+            shares[least].append(tensor)
+            lengths[least] += _aligned(_bytes(tensor), ALIGNMENT)
         pieces, end = [], 0
-        for name in self.parameters:
-            for tensor in plain(self.modules[0].get_parameter(name)):
-                pieces.append(Piece.of(tensor, end))
-                end += _aligned(pieces[-1].nbytes, ALIGNMENT)
+        for tensor in itertools.chain(*shares):
+            pieces.append(Piece.of(tensor, end))
+            end += _aligned(pieces[-1].nbytes, ALIGNMENT)
         return pieces
 
 
@@ -224,7 +249,7 @@ class ShardedWeights(Closing):
             for number, part in enumerate((called or {}).get(name, [model])):
                 self._surgery.override(part, self._model(f"{name} {number}"))
             for block in self.blocks[name] if name in waiting else ():
-                block.wait_in_host_memory()
+                block.wait_in_host_memory(self._buffer)
         seen = seen_by_all(own, self.ranks) if stay else None
         self._beside = () if seen is None else (torch.cuda.Stream(device), torch.cuda.Stream(device))
         for block, *parts in zip(stay, *(memory.split(lengths) for memory in seen or ()), strict=True):
@@ -280,7 +305,7 @@ class ShardedWeights(Closing):
     def _lay_out(self, order: Sequence[Block]) -> None:
         """Each after the one before it, or at an end of the buffer, where the next one has room beside it."""
         size, begin, end = self._buffer.nbytes, 0, 0
-        for block, following in zip_longest(order, order[1:]):
+        for block, following in itertools.zip_longest(order, order[1:]):
             need, room = block.nbytes, following.nbytes if following is not None else 0
             block.place = next(
                 place

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from shared.models import MODELS
 from shared.parallel import sharded as sharding
 from shared.parallel.asyncdiff import AsyncDiff
 from shared.parallel.asyncdiff.weights import StageWeights
-from shared.parallel.exchange import all_gather
+from shared.parallel.exchange import Ranks, all_gather
 from shared.parallel.sharded import ShardedWeights, blocks_of
 from shared.pipeline.engine import PipelineEngine
 from tests import tiny, tiny_extras, tiny_original
@@ -229,7 +230,8 @@ def in_any_order() -> None:
         assert torch.equal(model(x, orders[0]), wanted[0])
         assert addresses == {name: p.data_ptr() for name, p in model.named_parameters()}
         whole = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        assert len(whole) == 1 + 5, "the buffer, the norm, the shared weight and the biases beside it"
+        # The buffer, the norm, the shared weight, the biases beside it; the last rank has the other biases.
+        assert len(whole) == 1 + 5 + dist.get_rank()
         assert weights.saved_bytes("two") == 3 * (64 * 64 + 64) * 4 // 2
         with pytest.raises(TypeError):
             model(None, orders[0])  # a call that fails with a block on its way
@@ -255,6 +257,32 @@ def test_encoders_are_gathered_layer_by_layer(name: str) -> None:
         within = {id(inner) for one in lists for part in one for inner in part.modules()}
         outer = [one for one in lists if id(one) not in within and any(one[0].children())]
         assert outer and len(blocks_of(encoder, 2)) >= sum(map(len, outer))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_a_rank_fetches_what_it_lacks_and_copies_what_is_cut(ranks: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64), nn.Linear(64, 64)).requires_grad_(False)
+    wanted = [p.clone() for p in layer.parameters()]
+    blocks = [
+        sharding.Block([copy.deepcopy(layer)], [n for n, _ in layer.named_parameters()], ranks)
+        for _ in range(ranks)
+    ]
+    for rank, block in enumerate(blocks):
+        block.divide(torch.zeros(block.nbytes, dtype=torch.uint8), Ranks(None, rank, ranks))
+    parts: list[Any] = [block.part for block in blocks]
+    copied = 0
+    for rank, block in enumerate(blocks):
+        buffer = torch.full((block.nbytes,), 255, dtype=torch.uint8)
+        block.put(buffer)
+        for number, part in enumerate(parts):
+            place = buffer.split(len(part))[number]
+            for begin, end in block.cut if number == rank else [(0, len(part))]:
+                place[begin:end] = part[begin:end]
+                copied += (end - begin) * (number == rank)
+        assert all(map(torch.equal, block.modules[0].parameters(), wanted))
+    smallest, largest = 64 * 64 * 4, 64 * 256 * 4  # of two ranks each has one of the largest whole
+    assert copied == {2: smallest, 3: 2 * largest, 4: 2 * largest}[ranks]
 
 
 class Block(nn.Module):
@@ -331,8 +359,10 @@ class CopiedAtOnce:
 
     count = 0
 
-    def __init__(self, whole: torch.Tensor, parts: Any, first: int, stream: Any) -> None:
-        whole.copy_(torch.cat(parts))
+    def __init__(self, whole: torch.Tensor, parts: Any, own: int, cut: Any, streams: Any) -> None:
+        for number, place in enumerate(whole.fill_(255).split(len(parts[0]))):
+            for begin, end in cut if number == own else [(0, len(place))]:
+                place[begin:end] = parts[number][begin:end]
         CopiedAtOnce.count += 1
 
     def wait(self) -> None:
