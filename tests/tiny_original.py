@@ -311,7 +311,8 @@ OWN_NAMES = ("chroma", "flux", "kontext", "qwen", "qwenedit")  # in diffusers' n
 def gguf(name: str, form: str = "original") -> Path:
     """The denoiser as GGUF: matrices of suitable width in Q8_0, the rest in F32.
 
-    `form`: original or diffusers, the naming of the keys; published is original without a prefix, with
+    `form`: original or diffusers, the naming of the keys; prefixed is original with the prefix of ComfyUI's
+    checkpoints; published is original without a prefix, with
     what has no rows of 256 reshaped to such, and vectors in BF16.
     """
     import gguf as gguf_format
@@ -321,7 +322,7 @@ def gguf(name: str, form: str = "original") -> Path:
         model = getattr(pipe, "unet", None) or pipe.transformer
         original = ORIGINAL.get(name, unet)
         found = model.state_dict() if form == "diffusers" or name in OWN_NAMES else original(model)
-        if form == "original" and name not in (*ORIGINAL, *OWN_NAMES):
+        if form == "prefixed" or (form == "original" and name not in (*ORIGINAL, *OWN_NAMES)):
             found = prefixed("model.diffusion_model.", found)
         writer = gguf_format.GGUFWriter(path, "test")
         for key, value in found.items():

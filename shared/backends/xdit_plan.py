@@ -11,6 +11,7 @@ from typing import Any
 
 from shared.backends.xdit_cost import SCALE_BYTES, Choice, Speeds, choose, step_of
 from shared.launch.errors import UsageError
+from shared.launch.file_header import config_folder
 from shared.launch.flags import HostConfig
 from shared.models import MODELS, ModelSpec, StagePlan, TokenPlan, scheduler_named
 from shared.parallel.xdit.degrees import (
@@ -22,8 +23,6 @@ from shared.parallel.xdit.degrees import (
     scheduler_problem,
     stages_problem,
 )
-
-SINGLE_FILE_CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 
 DEGREES = {
     "data": "data_parallel_degree",
@@ -121,7 +120,7 @@ def link_choice(config: HostConfig, world_size: int, link: Speeds, device_type: 
     if config.exchange_dtype in ("int8", "float8") and settings.get(tokens.heads):
         channels = max(tokens.head_channels(settings), 1)
         sent = (channels + SCALE_BYTES) / channels / itemsize
-    step = step_of(config, settings, _read(_folder(config) / "vae" / "config.json"), itemsize, sent)
+    step = step_of(config, settings, _read(_folder(config, "vae") / "config.json"), itemsize, sent)
     if step is None:
         return None
     free = not config.ulysses_degree and not config.ring_degree
@@ -142,19 +141,15 @@ def _cut_of(config: HostConfig) -> StagePlan:
     return cut
 
 
-def _folder(config: HostConfig) -> Path:
-    """Where the checkpoint's configurations are, as shared.pipeline.loading looks for them."""
+def _folder(config: HostConfig, name: str) -> Path:
+    """Where the configuration of this component is, as shared.pipeline.loading looks for it."""
     checkpoint = Path(config.checkpoint)
-    if not checkpoint.is_file():
-        return checkpoint
-    beside = checkpoint.with_suffix("")
-    if (beside / "model_index.json").is_file():
-        return beside
-    return SINGLE_FILE_CONFIGS / (config.spec.single_file_config or "")
+    place = config_folder(config.spec, checkpoint, name) if checkpoint.is_file() else checkpoint
+    return place / name
 
 
 def _denoiser(config: HostConfig) -> dict[str, Any]:
-    return _read(_folder(config) / config.spec.denoiser / "config.json")
+    return _read(_folder(config, config.spec.denoiser) / "config.json")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -173,7 +168,7 @@ def _number(settings: dict[str, Any], name: str) -> int | None:
 
 def _scheduler(config: HostConfig) -> tuple[str, dict[str, Any]]:
     """Class and settings of the launch's scheduler: the checkpoint's, changed by the flag."""
-    settings = _read(_folder(config) / "scheduler" / "scheduler_config.json")
+    settings = _read(_folder(config, "scheduler") / "scheduler_config.json")
     if config.scheduler is None:
         return str(settings.get("_class_name", "")), settings
     given = dict(config.scheduler) if isinstance(config.scheduler, dict) else {"scheduler": config.scheduler}

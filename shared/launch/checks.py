@@ -10,7 +10,8 @@ from typing import Any
 
 from shared.launch.backend import Backend
 from shared.launch.errors import UsageError
-from shared.launch.flags import HostConfig, index_of
+from shared.launch.file_header import index_of
+from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 from shared.models import FEATURES, MODELS, OTHER_PIPELINES, SCHEDULERS, ModelSpec, schedulers_for
 from shared.models.spec import Kind

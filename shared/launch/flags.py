@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from shared.launch.file_header import index_of
 from shared.launch.values import (
     as_count_or_auto,
     as_counts,
@@ -34,17 +33,6 @@ from shared.models import MODELS, Cache, CacheSettings, ModelSpec
 
 DECODED_ALONE = 1024 * 1024
 """Pixels up to which a rank decodes by itself where nothing else is asked for."""
-
-
-@lru_cache(64)
-def index_of(checkpoint: str) -> Any:
-    """model_index.json of a folder, or of the one of its name beside a single file."""
-    folder = Path(checkpoint)
-    folder = folder.with_suffix("") if folder.is_file() else folder
-    try:
-        return json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError):
-        return None  # which the checks and the loader report
 
 
 def _flag(

@@ -25,7 +25,7 @@ from shared.models import (
     zimage,
 )
 from shared.models.caches import CACHES, Cache, CacheSettings, LeftOut, Modulated, Rule
-from shared.models.files import INPUTS, PARTS, VAE_PREFIXES, FileKind
+from shared.models.files import INPUTS, PARTS, VAE_PREFIXES, FileForm, FileKind, FilePart
 from shared.models.schedulers import (
     EDM_CLASSES,
     ONE_NOISE,
@@ -58,7 +58,9 @@ __all__ = [
     "CacheSettings",
     "Chat",
     "Family",
+    "FileForm",
     "FileKind",
+    "FilePart",
     "LeftOut",
     "ModelSpec",
     "Modulated",
@@ -81,9 +83,9 @@ __all__ = [
 FAMILIES: tuple[Family, ...] = (
     sd.FAMILY,
     chroma.FAMILY,
+    flux2.FAMILY,  # whose files have FLUX's marks too
     flux.FAMILY,
     kontext.FAMILY,  # behind flux, whose plan its transformer has
-    flux2.FAMILY,
     qwen.FAMILY,  # whose files have SD3's marks too
     sd3.FAMILY,
     hunyuan.FAMILY,

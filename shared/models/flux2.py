@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from shared.models.caches import LeftOut
-from shared.models.files import FileKind
+from shared.models.files import FileForm, FileKind
 from shared.models.spec import (
     INPAINT,
     LORA,
@@ -74,9 +74,20 @@ DEV: MappingProxyType[str, Any] = MappingProxyType(
         "starts": (Start("Flux2Pipeline", "image", None, most=_MOST_PICTURES),),
         "text_only": ("tokenizer",),
         "chat": Chat(MappingProxyType({"add_generation_prompt": False}), "system_message"),
+        "single_file_tokenizer": "mistralai/Mistral-Small-3.1-24B-Instruct-2503",
         "fields": _FIELDS - {"negative", "mask"},
     }
 )
+
+
+def _klein(size: str, inputs: tuple[int, ...], config: str) -> tuple[FileForm, FileForm]:
+    """Klein and what it was distilled from, which have the same tensors."""
+    base = MappingProxyType({"is_distilled": False})
+    return (
+        FileForm(f"FLUX.2 klein base {size}", inputs, config, ("flux2",), words=("base",), index=base),
+        FileForm(f"FLUX.2 klein {size}", inputs, config, ("flux2",)),
+    )
+
 
 FAMILY = Family(
     rows=(
@@ -113,11 +124,25 @@ FAMILY = Family(
                 "*_stream_modulation*",
             ),
             scheduler_family="flow_sigmas",
+            single_file_config="flux2",
+            single_file_vae="beside",
+            single_file_tokenizer="Qwen/Qwen3-4B",
             negative_embeds_only=True,
             fields=_FIELDS,
             variants=MappingProxyType({"is_distilled": DISTILLED, "Flux2Pipeline": DEV}),
             refuses=refusals(PROMPT_ONLY),
         ),
     ),
-    files=(FileKind("FLUX.2", "flux2", ("double_stream_modulation_img.", "single_stream_modulation.")),),
+    files=(
+        FileKind(
+            "FLUX.2",
+            "flux2",
+            ("double_stream_modulation_img.", "single_stream_modulation."),
+            forms=(
+                FileForm("FLUX.2 dev", (6144, 128), "flux2/dev", ("flux2",)),
+                *_klein("4B", (3072, 128), "flux2/klein_4b"),
+                *_klein("9B", (4096, 128), "flux2/klein_9b"),
+            ),
+        ),
+    ),
 )

@@ -119,6 +119,11 @@ FAMILY = Family(
             refuses=refusals(PROMPT_ONLY, {"gguf_model": NO_GGUF}),
         ),
     ),
-    files=(FileKind("HunyuanVideo 1.5", marks=("byt5_in.", "vision_in."),
-                    hint="type hv15 loads from a diffusers folder"),),
-)  # fmt: skip
+    files=(
+        FileKind(
+            "HunyuanVideo 1.5",
+            marks=("byt5_in.", "vision_in."),
+            hint="diffusers converts no single files of it; type hv15 loads it from a diffusers folder",
+        ),
+    ),
+)

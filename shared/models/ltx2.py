@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from shared.models.caches import LeftOut
-from shared.models.files import FileKind
+from shared.models.files import FileForm, FileKind, FilePart
 from shared.models.spec import (
     IMAGE,
     LORA,
@@ -38,6 +38,54 @@ TOKENS = TokenPlan(
     ),
     flow=True,
     left_out=(LeftOut("transformer_blocks", ("hidden_states", "audio_hidden_states")),),
+)
+
+# The connectors' names begin as the denoiser's do, in files with its prefix and without.
+PARTS = MappingProxyType(
+    {
+        "audio_vae": FilePart(
+            ("audio_vae.",),
+            MappingProxyType(
+                {
+                    "audio_vae.": "",
+                    "per_channel_statistics.mean-of-means": "latents_mean",
+                    "per_channel_statistics.std-of-means": "latents_std",
+                }
+            ),
+        ),
+        "vocoder": FilePart(
+            ("vocoder.",),
+            MappingProxyType(
+                {
+                    "vocoder.": "",
+                    "ups.": "upsamplers.",
+                    "resblocks.": "resnets.",
+                    "conv_pre.": "conv_in.",
+                    "conv_post.": "conv_out.",
+                }
+            ),
+        ),
+        "connectors": FilePart(
+            (
+                "text_embedding_projection.",
+                *(
+                    f"{prefix}{kind}_embeddings_connector."
+                    for prefix in ("model.diffusion_model.", "")
+                    for kind in ("video", "audio")
+                ),
+            ),
+            MappingProxyType(
+                {
+                    "model.diffusion_model.": "",
+                    "embeddings_connector.": "connector.",
+                    "transformer_1d_blocks.": "transformer_blocks.",
+                    "text_embedding_projection.aggregate_embed.": "text_proj_in.",
+                    "q_norm.": "norm_q.",
+                    "k_norm.": "norm_k.",
+                }
+            ),
+        ),
+    }
 )
 
 FAMILY = Family(
@@ -112,6 +160,9 @@ FAMILY = Family(
                 }
             ),
             scheduler_family="flow_sigmas",
+            single_file_config="ltx2",
+            single_file_tokenizer="google/gemma-3-12b-it",
+            single_file_parts=PARTS,
             fields=PROMPTS | SIZE | LORA | IMAGE | {"sigmas", "latent", "frames", "fps"},
             image="begins",
             starts=(Start("LTX2ImageToVideoPipeline", "image", None, begins=True),),
@@ -123,9 +174,19 @@ FAMILY = Family(
     ),
     files=(
         FileKind(
+            "LTX-2.3 or newer",
+            parts=(".attn1.to_gate_logits.",),
+            hint="diffusers converts no single files of it; type ltx2 loads it from a diffusers folder",
+        ),
+        FileKind(
             "LTX-2",
-            marks=("audio_patchify_proj.", "audio_adaln_single."),
-            hint="type ltx2 loads from a diffusers folder",
+            "ltx2",
+            ("audio_patchify_proj.", "audio_adaln_single.", "audio_proj_in.", "audio_time_embed."),
+            forms=(
+                # It takes the steps as they are given.
+                FileForm("LTX-2 distilled", (4096, 128), "ltx2/distilled", ("ltx2",), words=("distilled",)),
+                FileForm("LTX-2", (4096, 128), "ltx2", ("ltx2",)),
+            ),
         ),
     ),
     other_pipelines=MappingProxyType({"LTXPipeline": "LTX-Video, which has no sound"}),

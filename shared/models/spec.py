@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from shared.models.costs import StepCost
-from shared.models.files import FileKind
+from shared.models.files import FileKind, FilePart
 from shared.models.tokens import TokenPlan
 
 
@@ -183,13 +183,14 @@ class ModelSpec:
     single_file_config: str | None = None  # folder under configs/, to load a single file offline
     # Prefix of the tensors' names of each text encoder in single files.
     single_file_encoders: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    # Further components that single files may hold.
+    single_file_parts: Mapping[str, FilePart] = field(default_factory=lambda: MappingProxyType({}))
     # Settings of the denoiser that differ between single files of the type and show in their tensors.
     single_file_settings: Literal["input_channels", "guidance_embeds", "mmdit_blocks", "zero_cond_t"] = (
         "input_channels"
     )
-    single_file_vae: Literal["own", "wan"] = (
-        "own"  # whose layout the VAE has there, diffusers' class's or Wan's
-    )
+    # Whose layout the VAE has there, diffusers' class's or Wan's; or that it is not read from there.
+    single_file_vae: Literal["own", "wan", "beside"] = "own"
     # What single files of the type predict, where neither a key nor a shape says it.
     single_file_predicts: Literal["one_kind", "noise_or_velocity"] = "one_kind"
     # Entries of model_index.json that make the checkpoint another model, and which.

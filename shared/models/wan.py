@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from shared.models.caches import LeftOut
-from shared.models.files import FileKind
+from shared.models.files import FileForm, FileKind
 from shared.models.spec import (
     IMAGE,
     LORA,
@@ -109,9 +109,29 @@ WAN = ModelSpec(
     kept=("proj_out", "patch_embedding", "condition_embedder*"),
     scheduler_family="flow_video",
     fields=_FIELDS,
+    single_file_config="wan",
+    single_file_vae="wan",
+    single_file_tokenizer="google/umt5-xxl",
+    single_file_encoders=MappingProxyType({"text_encoder": "text_encoders.umt5xxl.transformer."}),
     lora_parts=MappingProxyType({"high": "transformer", "low": "transformer_2"}),
     variants=MappingProxyType({"transformer_2": A14B, "expand_timesteps": TI2V}),
     refuses=refusals(PROMPT_ONLY),
+)
+
+_PAIR = ("high", "low")  # noise, in the names of A14B's two files
+_SEES = ("img_emb.", "condition_embedder.image_embedder.")  # CLIP's picture
+_LAST = ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed")
+_T2V, _I2V = ("wan",), ("wani2v",)
+_14B, _14B_PICTURE, _5B = (5120, 16, 1, 2, 2), (5120, 36, 1, 2, 2), (3072, 48, 1, 2, 2)
+
+FORMS = (
+    FileForm("Wan 2.1 T2V 1.3B", (1536, 16, 1, 2, 2), "wan/t2v_1_3b", _T2V),
+    FileForm("Wan 2.2 T2V A14B", _14B, "wan/t2v_a14b", _T2V, words=_PAIR, second="transformer_2", pair=_PAIR),
+    FileForm("Wan 2.1 T2V 14B", _14B, "wan/t2v_14b", _T2V),
+    FileForm("Wan 2.1 FLF2V 14B", _14B_PICTURE, has=_LAST, hint="no type takes its last frame"),
+    FileForm("Wan 2.1 I2V 14B", _14B_PICTURE, "wan/i2v_14b", _I2V, has=_SEES),
+    FileForm("Wan 2.2 I2V A14B", _14B_PICTURE, "wan/i2v_a14b", _I2V, second="transformer_2", pair=_PAIR),
+    FileForm("Wan 2.2 TI2V 5B", _5B, "wan/ti2v_5b", _T2V + _I2V),
 )
 
 FAMILY = Family(
@@ -142,5 +162,15 @@ FAMILY = Family(
             ),
         ),
     ),
-    files=(FileKind("Wan", "wan", ("blocks.0.self_attn.norm_q.",)),),
+    files=(
+        FileKind(
+            "a Wan with inputs of its own (VACE, Animate, S2V, Fun)",
+            marks=(
+                *("vace_blocks.", "vace_patch_embedding.", "face_adapter.", "motion_encoder.", "ref_conv."),
+                *("casual_audio_encoder.", "control_adapter.", "fps_embedding."),
+            ),
+            hint="no type loads it",
+        ),
+        FileKind("Wan", "wan", ("blocks.0.self_attn.norm_q.", "blocks.0.attn1.norm_q."), forms=FORMS),
+    ),
 )

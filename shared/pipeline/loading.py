@@ -19,9 +19,19 @@ from typing import Any
 
 import torch
 
+from shared.launch import file_header
 from shared.launch.backend import Needs
 from shared.launch.checks import folder_problem
 from shared.launch.errors import LoadError, UsageError, first_line
+from shared.launch.file_header import (
+    SingleFileError,
+    check_kind,
+    config_folder,
+    input_channels,
+    other_inputs,
+    read_header,
+    read_index,
+)
 from shared.launch.flags import HostConfig
 from shared.launch.logs import shows_progress
 from shared.launch.phases import PHASES
@@ -36,26 +46,11 @@ from shared.pipeline.lora_file import LoraError, check_lora
 from shared.pipeline.processors import picture_processor
 from shared.pipeline.refiner import load_refiner
 from shared.pipeline.schedulers import SchedulerError, make_scheduler, set_scheduler
-from shared.pipeline.single_file import (
-    BROKEN,
-    CONFIGS,
-    config_folder,
-    load_single_file,
-    model_from_folder,
-    pick_variant,
-    wan_vae,
-)
+from shared.pipeline.single_file import BROKEN, load_single_file, model_from_folder, pick_variant
+from shared.pipeline.single_file_models import wan_vae
 from shared.pipeline.single_file_schedule import schedule_of
 from shared.pipeline.store import KeptWeights
-from shared.pipeline.weights_file import (
-    SingleFileError,
-    check_kind,
-    input_channels,
-    other_inputs,
-    read_header,
-    read_weights,
-    scale_names,
-)
+from shared.pipeline.weights_file import read_weights, scale_names
 from shared.ranks.device import memory_report
 from shared.ranks.groups import World
 
@@ -156,7 +151,7 @@ def _check_scheduler(config: HostConfig) -> None:
     try:
         if checkpoint.is_file():
             folder = config_folder(config.spec, checkpoint, "scheduler")
-            shipped = CONFIGS in folder.parents
+            shipped = file_header.CONFIGS in folder.parents
             settings = schedule_of(read_header(checkpoint), config.spec, folder, shipped)
         else:
             settings = json.loads((checkpoint / "scheduler" / "scheduler_config.json").read_text())
@@ -316,19 +311,28 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
     cls = getattr(diffusers, (config.control_net and spec.control_net_pipeline) or spec.pipeline)
     checkpoint = Path(config.checkpoint)
     single = checkpoint.is_file()
-    folder = _configuration(spec, checkpoint) if single else checkpoint
-    index = _read_index(folder)
+    if single and spec.single_file_config is None:
+        raise LoadError(
+            f"type {spec.name} loads from a diffusers folder only; got the file {config.checkpoint!r}"
+        )
     header = read_header(checkpoint) if single else None
     if header is not None:
         check_kind(header, spec)
+
+    def configured(name: str) -> Path:
+        """The folder in which `name` configures this component."""
+        return checkpoint if header is None else config_folder(spec, checkpoint, name)
+
+    index = _index_of(checkpoint)
+    if header is not None:
         inputs = input_channels(header, spec)
     else:
-        if problem := folder_problem(spec, str(folder), index):
+        if problem := folder_problem(spec, str(checkpoint), index):
             raise LoadError(problem)
-        inputs = _input_channels(folder / spec.denoiser)
-        _check_inputs(spec, folder, inputs)
-        _check_scales(folder)
-    if inputs is not None and inputs == _fill_channels(spec, folder):
+        inputs = _input_channels(checkpoint / spec.denoiser)
+        _check_inputs(spec, checkpoint, inputs)
+        _check_scales(checkpoint)
+    if inputs is not None and inputs == _fill_channels(spec, configured("vae")):
         start = spec.start("fill", bool(config.control_net))
         if start is None:
             raise LoadError(
@@ -340,14 +344,16 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
         cls = getattr(diffusers, start.pipeline)
     parts: dict[str, Any] = {}
     if config.vae:
-        parts["vae"] = load_vae(config.vae, spec, index, folder, dtype)
+        parts["vae"] = load_vae(config.vae, spec, index, configured("vae"), dtype)
     if config.control_net:
         parts["controlnet"] = control_nets.load_control_nets(
-            spec, config.control_net, dtype, folder / spec.denoiser
+            spec, config.control_net, dtype, configured(spec.denoiser) / spec.denoiser
         )
     if config.gguf_model:
         denoiser_class = getattr(diffusers, index[spec.denoiser][1])
-        parts[spec.denoiser] = quantize.load_gguf(config.gguf_model, spec, denoiser_class, folder, dtype)
+        parts[spec.denoiser] = quantize.load_gguf(
+            config.gguf_model, spec, denoiser_class, configured(spec.denoiser), dtype
+        )
     motion = config.motion_adapter or config.motion_module
     takes_motion = "motion_adapter" in inspect.signature(cls.__init__).parameters
     if takes_motion and motion:
@@ -359,7 +365,7 @@ def _load_components(spec: ModelSpec, config: HostConfig, dtype: torch.dtype) ->
         )
     name = spec.picture_processor
     if name and header is None and index.get(name):
-        parts[name] = load_processor(folder / name, index[name][1])
+        parts[name] = load_processor(checkpoint / name, index[name][1])
     log.info("loading %s from %s", cls.__name__, config.checkpoint)
     if header is not None:
         return load_single_file(cls, spec, header, index, parts, dtype, partial(once_a_machine, config))
@@ -445,23 +451,12 @@ def load_vae(path: str, spec: ModelSpec, index: dict[str, Any], config: Path, dt
     return vae
 
 
-def _configuration(spec: ModelSpec, file: Path) -> Path:
-    """The folder whose model_index.json a single file has: one of its name beside it, else its type's."""
-    beside = file.with_suffix("")
-    if (beside / "model_index.json").is_file():
-        return beside
-    if spec.single_file_config is None:
-        raise LoadError(f"type {spec.name} loads from a diffusers folder only; got the file {str(file)!r}")
-    return CONFIGS / spec.single_file_config
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError) as error:
-        raise LoadError(f"--checkpoint {str(folder)!r}: no model_index.json: {first_line(error)}") from None
+def _index_of(checkpoint: Path) -> dict[str, Any]:
+    index = read_index(str(checkpoint))
+    if index is None:
+        raise LoadError(f"--checkpoint {str(checkpoint)!r}: no model_index.json that can be read")
     if not isinstance(index, dict):
-        raise LoadError(f"--checkpoint {str(folder)!r}: model_index.json must hold an object")
+        raise LoadError(f"--checkpoint {str(checkpoint)!r}: model_index.json must hold an object")
     return index
 
 

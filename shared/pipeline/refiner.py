@@ -17,7 +17,9 @@ from diffusers.image_processor import VaeImageProcessor
 
 from shared.api.faults import refused
 from shared.api.requests import GenerateRequest
+from shared.launch import file_header
 from shared.launch.errors import LoadError, first_line
+from shared.launch.file_header import SingleFileError, read_header
 from shared.models import ModelSpec
 from shared.parallel.method import Method
 from shared.parallel.pipeline import Pipeline, model_of, part_of
@@ -27,9 +29,8 @@ from shared.pipeline.long_prompts import encode_chunks
 from shared.pipeline.pictures import noting_broken_pixels
 from shared.pipeline.prompts import EncodedPrompts
 from shared.pipeline.schedulers import scheduler_for_request
-from shared.pipeline.single_file import BROKEN, CONFIGS, load_denoiser, model_from_folder
+from shared.pipeline.single_file import BROKEN, load_denoiser, model_from_folder
 from shared.pipeline.steps import StepWatch
-from shared.pipeline.weights_file import SingleFileError, read_header
 
 SHARED = ("vae", "text_encoder_2", "tokenizer_2")
 TAKEN = (
@@ -54,7 +55,7 @@ def load_refiner(path: str, base: Pipeline, spec: ModelSpec, dtype: torch.dtype)
     place, said = Path(path), f"--refiner {path!r}"
     folder = place.with_suffix("") if place.is_file() else place
     if place.is_file() and not (folder / "model_index.json").is_file():
-        folder = CONFIGS / (spec.refiner_config or "")
+        folder = file_header.CONFIGS / (spec.refiner_config or "")
     try:
         index = json.loads((folder / "model_index.json").read_text())
         settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())

@@ -16,23 +16,25 @@ import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import safe_open
 
-from shared.models import VAE_PREFIXES, ModelSpec
-from shared.pipeline.processors import picture_processor
-from shared.pipeline.single_file_schedule import has_guidance, schedule_of
-from shared.pipeline.weights_file import (
-    DENOISER,
+from shared.launch import file_header
+from shared.launch.file_header import (
     PREFIXES,
-    ZERO_COND_T,
     Header,
     SingleFileError,
+    config_folder,
     input_channels,
     other_inputs,
-    read_weights,
+    read_header,
+    second_file,
 )
+from shared.models import VAE_PREFIXES, ModelSpec
+from shared.pipeline.processors import picture_processor
+from shared.pipeline.single_file_models import class_of, denoiser_of, further_part, language_model, wan_vae
+from shared.pipeline.single_file_schedule import has_guidance, schedule_of
+from shared.pipeline.weights_file import ZERO_COND_T, read_weights
 
 log = logging.getLogger("host")
 
-CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 PLAYGROUND_SCALING = 0.5  # of its VAE
 CLIP_FLAT = ("cond_stage_model.transformer.embeddings.", "cond_stage_model.transformer.encoder.",
              "cond_stage_model.transformer.final_layer_norm.")  # fmt: skip
@@ -70,42 +72,46 @@ def load_single_file(
     Raises:
         SingleFileError: a broken file, one for another model, one that lacks components.
     """
-    import diffusers
-    import transformers
     from diffusers import pipelines
     from diffusers.loaders.single_file import load_single_file_sub_model
 
     file = header.file
     _check_shape(spec, header)
-    listed = {k: v for k, v in index.items() if isinstance(v, list) and v[0] and k != "safety_checker"}
+    listed = listed_parts(index)
     listed.pop(spec.picture_processor or "", None)
     found = dict(parts)
-    missing = _missing(spec, header, listed, found)
-    if spec.denoiser in parts:
-        missing.pop(spec.denoiser, None)
+    missing = missing_parts(spec, header, listed, found)
     if missing:
+        wanted = [f"keys {keys}*" for keys in missing.values() if keys]
+        other = second_file(header)
+        if other is not None and set(missing) & set(spec.denoisers):
+            wanted.append(f"the file {other.name!r} beside it")
+        wanted_as = f" ({', '.join(wanted)})" if wanted else ""
         raise SingleFileError(
-            f"--checkpoint {str(file)!r} has no {' and no '.join(missing)} "
-            f"(keys {', '.join(missing.values())}*); put what is missing beside it, as in a diffusers "
-            f"folder: config.json and weights in {str(file.with_suffix('') / next(iter(missing)))!r}"
+            f"--checkpoint {str(file)!r} has no {' and no '.join(missing)}{wanted_as}; put what is missing "
+            f"beside it, as in a diffusers folder: config.json and weights in "
+            f"{str(file.with_suffix('') / next(iter(missing)))!r}"
         )
-    names = _grouped(spec, {name: name for name in header.shapes})
+    names = _grouped(spec, header, {name: name for name in header.shapes})
 
     @functools.cache
     def weights() -> dict[str, dict[str, torch.Tensor]]:
-        return _grouped(spec, read_weights(file, dtype))
+        return _grouped(spec, header, read_weights(file, dtype))
 
     def own(name: str, library: str, class_name: str, folder: Path) -> Any:
         """A model of the file's own tensors."""
+        cls = class_of(library, class_name)
         if name == spec.denoiser:
-            return _denoiser(getattr(diffusers, class_name), header, weights()[name], spec, folder, dtype)
-        if name != "vae" and not class_name.startswith(("CLIP", "T5")):
+            return denoiser_of(cls, spec, file, weights()[name], folder, dtype, overrides(spec, header))
+        if name in spec.single_file_parts:
+            return further_part(cls, spec.single_file_parts[name], weights()[name], folder / name, dtype)
+        if name in spec.single_file_encoders and not class_name.startswith(("CLIP", "T5")):
             prefix = spec.single_file_encoders[name]
-            return _language_model(class_name, weights()[name], prefix, folder / name, dtype)
+            return language_model(class_name, weights()[name], prefix, folder / name, dtype)
         if name == "vae" and spec.single_file_vae == "wan":
-            return wan_vae(getattr(diffusers, class_name), weights()[name], folder / name, dtype)
+            return wan_vae(cls, weights()[name], folder / name, dtype)
         # diffusers selects each text encoder's tensors from all of them.
-        parts = [name] if name == "vae" else spec.single_file_encoders
+        parts = spec.single_file_encoders if name in spec.single_file_encoders else [name]
         tensors = {k: t for part in parts for k, t in weights().get(part, {}).items()}
         return load_single_file_sub_model(
             library, class_name, name, tensors, pipelines, hasattr(pipelines, library),
@@ -116,19 +122,22 @@ def load_single_file(
         if name in found:
             continue
         folder = config_folder(spec, file, name)
+        cls_of = class_of(library, class_name)
         try:
             if name.startswith("tokenizer"):
-                found[name] = _tokenizer(class_name, name, folder, file, spec.single_file_tokenizer)
+                reader = "AutoTokenizer" if name in spec.text_only else class_name
+                found[name] = _tokenizer(reader, name, folder, file, spec.single_file_tokenizer)
             elif name == "scheduler":
-                settings = schedule_of(header, spec, folder, folder == _shipped(spec))
-                found[name] = getattr(diffusers, settings["_class_name"]).from_config(settings)
+                settings = schedule_of(header, spec, folder, file_header.CONFIGS in folder.parents)
+                found[name] = class_of("diffusers", settings["_class_name"]).from_config(settings)
             elif name in names:
-                cls_of = getattr({"transformers": transformers}.get(library, diffusers), class_name)
                 files = (file, tuple(names[name].values()), tuple((folder / name).glob("*.json")))
                 make = functools.partial(own, name, library, class_name, folder)
                 found[name] = keep(name, cls_of, files, dtype, make)
+            elif name in spec.denoisers and not has_weights(file.with_suffix("") / name):
+                found[name] = _second(cls_of, spec, header, folder, name, dtype, keep)
             elif (folder / name).is_dir():
-                found[name] = _from_folder(library, class_name, folder / name, dtype)
+                found[name] = _from_folder(cls_of, folder / name, dtype)
         except SingleFileError:
             raise
         except BROKEN as error:
@@ -144,137 +153,113 @@ def load_single_file(
     _set_latents(header, found["vae"])
     accepted, optional = cls._get_signature_keys(cls)
     given = {name: found.get(name) for name in accepted}
+    given |= {name: index[name] for name in optional if name in index}
     if "requires_safety_checker" in optional:
         given["requires_safety_checker"] = False
     return cls(**given)
 
 
+def _second(
+    cls: Any, spec: ModelSpec, header: Header, folder: Path, name: str, dtype: torch.dtype, keep: Keep
+) -> Any:
+    """The second denoiser of a checkpoint of two, from the single file that has it."""
+    file = second_file(header)
+    assert file is not None  # else it would be missing
+    second = read_header(file)
+    if second.inputs != header.inputs:
+        raise SingleFileError(
+            f"--checkpoint {str(header.file)!r}: its first weight has the shape {list(header.inputs or ())}, "
+            f"that of {file.name!r}, the second transformer, {list(second.inputs or ())}"
+        )
+    names = _grouped(spec, second, {key: key for key in second.shapes})[spec.denoiser]
+
+    def make() -> Any:
+        tensors = _grouped(spec, second, read_weights(file, dtype))[spec.denoiser]
+        # Both have the same configuration.
+        return denoiser_of(cls, spec, file, tensors, folder, dtype, overrides(spec, second), name)
+
+    return keep(name, cls, (file, tuple(names), tuple((folder / name).glob("*.json"))), dtype, make)
+
+
 def load_denoiser(header: Header, cls: Any, spec: ModelSpec, folder: Path, dtype: torch.dtype) -> Any:
     """The denoiser of a refiner's single file. Raises SingleFileError."""
-    weights = _grouped(spec, read_weights(header.file, dtype, "--refiner"))
-    model = _denoiser(cls, header, weights[spec.denoiser], spec, folder, dtype)
+    tensors = _grouped(spec, header, read_weights(header.file, dtype, "--refiner"))[spec.denoiser]
+    model = denoiser_of(cls, spec, header.file, tensors, folder, dtype, overrides(spec, header))
     _check_complete(header.file, spec, {spec.denoiser: model}, "--refiner")
     return model
 
 
-def config_folder(spec: ModelSpec, file: Path, name: str) -> Path:
-    """The folder that configures this component: the one beside the file, else the type's."""
-    beside = file.with_suffix("")
-    configured = any((beside / name).glob("*config.json"))
-    return beside if configured else _shipped(spec)
+def listed_parts(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The components that model_index.json lists: library and class."""
+    return {k: tuple(v) for k, v in index.items() if isinstance(v, list) and v[0] and k != "safety_checker"}
 
 
-def _shipped(spec: ModelSpec) -> Path:
-    return CONFIGS / (spec.single_file_config or "")
+def has_weights(folder: Path) -> bool:
+    """Whether a component has weights in this folder, as diffusers lays them out."""
+    return any(file.suffix in WEIGHTS for file in folder.glob("*"))
 
 
-def _missing(
-    spec: ModelSpec, header: Header, listed: dict[str, Any], found: dict[str, Any]
+def missing_parts(
+    spec: ModelSpec, header: Header, listed: Mapping[str, tuple[str, str]], found: dict[str, Any]
 ) -> dict[str, str]:
-    """The components that are neither in the file nor beside it, with the keys that they would have."""
-    beside = header.file.with_suffix("")
-    encoders = spec.single_file_encoders
-    prefixes = {name: (prefix,) for name, prefix in encoders.items()} | {"vae": VAE_PREFIXES}
+    """The models that are neither in the file nor beside it, with the beginning of the keys they would have.
+
+    Args:
+        found: components that come from elsewhere; those that the type runs without are put there.
+    """
+    prefixes = _prefixes(spec)
     missing = {}
-    for name, wanted in prefixes.items():
-        there = header.has(*wanted) or name in found or any((beside / name).glob("*.safetensors"))
-        if there or name not in listed:
+    for name, (library, class_name) in listed.items():
+        if name == spec.denoiser or name in found or not _is_model(class_of(library, class_name)):
+            continue
+        wanted = prefixes.get(name, ())
+        other = second_file(header) if name in spec.denoisers else None
+        there = (wanted and header.has(*wanted)) or (other is not None and other.is_file())
+        if there or has_weights(header.file.with_suffix("") / name):
             continue
         if name in spec.optional_parts:
             found |= dict.fromkeys(spec.optional_parts)
             log.info("%s has no %s; the type runs without it", header.file, name)
         else:
-            missing[name] = wanted[0]
+            missing[name] = wanted[0] if wanted else ""
     return missing
 
 
-def _grouped(spec: ModelSpec, tensors: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
-    """The tensors, or what is known of them, by component; "marks" belong to none."""
-    encoders = spec.single_file_encoders
+def _prefixes(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """What shows that a component is in a file: its tensors' names begin with one of these."""
+    encoders = {name: (prefix,) for name, prefix in spec.single_file_encoders.items()}
+    parts = {name: part.prefixes[:1] for name, part in spec.single_file_parts.items()}
+    own = {} if spec.single_file_vae == "beside" else {"vae": VAE_PREFIXES}
+    return encoders | parts | own
+
+
+def _is_model(cls: Any) -> bool:
+    return torch.nn.Module in getattr(cls, "__mro__", ())
+
+
+def _grouped(spec: ModelSpec, header: Header, tensors: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
+    """The tensors, or what is known of them, by component; "marks" are of none, or of one beside the file."""
+    owners = {prefix: name for name, prefix in spec.single_file_encoders.items()}
+    owners |= {prefix: name for name, part in spec.single_file_parts.items() for prefix in part.prefixes}
+    owners |= dict.fromkeys(VAE_PREFIXES, "vae")
+    here = {name for name, wanted in _prefixes(spec).items() if header.has(*wanted)}
     groups: dict[str, dict[str, Value]] = {spec.denoiser: {}, "marks": {}}
     for name, tensor in tensors.items():
-        owner = next((part for part, prefix in encoders.items() if name.startswith(prefix)), None)
-        owner = owner or ("vae" if name.startswith(VAE_PREFIXES) else None)
+        owner = next((part for prefix, part in owners.items() if name.startswith(prefix)), None)
         if owner is None:
-            mark = ("." not in name and name != "pos_embed") or name.startswith(
-                ("model_ema.", "conditioner.", "cond_stage_model.")
-            )
+            # Transformers have tensors without a dot in their names.
+            mark = spec.denoiser == "unet" and "." not in name
+            mark = mark or name.startswith(("model_ema.", "conditioner.", "cond_stage_model."))
             owner = "marks" if mark else spec.denoiser
+        elif owner not in here:
+            owner = "marks"
         elif "clip" not in name and name.startswith(CLIP_FLAT):
             name = name.replace(".transformer.", ".transformer.text_model.", 1)
         groups.setdefault(owner, {})[name] = tensor
     return groups
 
 
-def _denoiser(
-    cls: Any,
-    header: Header,
-    tensors: dict[str, torch.Tensor],
-    spec: ModelSpec,
-    folder: Path,
-    dtype: torch.dtype,
-) -> Any:
-    """The denoiser, in its authors' names or diffusers', with the usual prefix or without one."""
-    overrides = _overrides(spec, header)
-    own = _in_own_naming(cls, spec, header.file, tensors, folder, dtype, overrides)
-    if own is not None:
-        return own
-    prefixed = {DENOISER + name.removeprefix(DENOISER): tensor for name, tensor in tensors.items()}
-    return cls.from_single_file(
-        prefixed, config=str(folder), subfolder=spec.denoiser, dtype=dtype, local_files_only=True, **overrides
-    )
-
-
-def _language_model(
-    class_name: str, tensors: dict[str, torch.Tensor], prefix: str, folder: Path, dtype: torch.dtype
-) -> Any:
-    """A text encoder that diffusers does not read from single files; `folder` configures it."""
-    import transformers
-    from accelerate import init_empty_weights
-
-    cls = getattr(transformers, class_name)
-    with init_empty_weights(include_buffers=False):
-        model = cls(cls.config_class.from_pretrained(folder))
-    known, named = model.state_dict(), {}
-    for name, tensor in tensors.items():
-        own = name.removeprefix(prefix)
-        inner = own.removeprefix("model.")
-        # With eyes, what reads text has a name of its own, and so has what sees.
-        for given in (own, inner, f"model.language_model.{inner}", f"model.{own}"):
-            if given in known:
-                named[given] = tensor.to(dtype)
-                break
-    head = "lm_head.weight"
-    if head in known and head not in named:  # words are not written here
-        model.lm_head = torch.nn.Identity()
-    # Of a whole language model the last layer, and what ComfyUI notes, may be no part of it.
-    model.load_state_dict(named, assign=True, strict=head not in known)
-    return model.eval()
-
-
-def wan_vae(cls: Any, tensors: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype) -> Any:
-    """A VAE of a class that diffusers does not read from single files, from Wan's layout or diffusers' own.
-
-    Raises:
-        ValueError: tensors that are not this VAE's.
-    """
-    from accelerate import init_empty_weights
-    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
-    with init_empty_weights(include_buffers=False):
-        model = cls.from_config(cls.load_config(folder, local_files_only=True))
-    known = set(model.state_dict())
-    prefix = next((p for p in VAE_PREFIXES if any(name.startswith(p) for name in tensors)), "")
-    named = {name.removeprefix(prefix): tensor.to(dtype) for name, tensor in tensors.items()}
-    if not known <= named.keys():
-        named = convert_wan_vae_to_diffusers(named)
-    if lacking := sorted(known - named.keys()):
-        raise ValueError(f"it lacks {len(lacking)} tensors, such as {lacking[0]!r}")
-    model.load_state_dict({name: named[name] for name in known}, assign=True)
-    return model.eval()
-
-
-def _overrides(spec: ModelSpec, header: Header) -> dict[str, Any]:
+def overrides(spec: ModelSpec, header: Header) -> dict[str, Any]:
     """Settings of the denoiser that are read from its tensors."""
     match spec.single_file_settings:
         case "guidance_embeds":
@@ -333,12 +318,8 @@ def _check_shape(spec: ModelSpec, header: Header) -> None:
         raise SingleFileError(f"--checkpoint {str(header.file)!r} {other_inputs(spec, given, expected)}")
 
 
-def _from_folder(library: str, class_name: str, folder: Path, dtype: torch.dtype) -> Any:
-    import diffusers
-    import transformers
-
-    cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
-    if issubclass(cls, torch.nn.Module):
+def _from_folder(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    if _is_model(cls):
         return model_from_folder(cls, folder, dtype)
     return cls.from_pretrained(folder, local_files_only=True) if any(folder.glob("*.json")) else None
 
@@ -411,38 +392,9 @@ def clip_tokenizer(pad_token: str) -> Any:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
-    lines = gzip.decompress((CONFIGS / "clip_merges.txt.gz").read_bytes()).decode().splitlines()
+    lines = gzip.decompress((file_header.CONFIGS / "clip_merges.txt.gz").read_bytes()).decode().splitlines()
     merges = [tuple(line.split()) for line in lines]
     tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad_token, model_max_length=77)
-
-
-def _in_own_naming(
-    cls: Any,
-    spec: ModelSpec,
-    file: Path,
-    tensors: dict[str, torch.Tensor],
-    folder: Path,
-    dtype: torch.dtype,
-    overrides: dict[str, Any],
-) -> Any:
-    """The denoiser, where the file names its tensors as diffusers does; else None."""
-    from accelerate import init_empty_weights
-
-    config = cls.load_config(folder, subfolder=spec.denoiser, local_files_only=True)
-    with init_empty_weights():
-        model = cls.from_config({**config, **overrides})
-    needed = set(model.state_dict())
-    for prefix in PREFIXES:
-        if needed <= {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}:
-            state = {name: tensors[prefix + name].to(dtype) for name in needed}
-            try:
-                model.load_state_dict(state, assign=True)
-            except RuntimeError as error:
-                raise SingleFileError(
-                    f"--checkpoint {str(file)!r}: {str(error).splitlines()[-1].strip()}"
-                ) from None
-            return model.eval()
-    return None

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from shared.launch.file_header import DENOISER, PREFIXES, Header
 from shared.models import ModelSpec
-from shared.pipeline.weights_file import DENOISER, PREFIXES, Header
 
 log = logging.getLogger("host")
 

@@ -22,6 +22,7 @@ from safetensors.torch import _TYPES
 
 from shared.api.hashes import cache_folder
 from shared.launch.errors import first_line
+from shared.launch.file_header import files_beside
 from shared.launch.flags import HostConfig
 from shared.pipeline.kept import trim
 
@@ -225,7 +226,7 @@ def _states(config: HostConfig) -> list[tuple[str, int, int]]:
     """Of every file that the weights are made of."""
     given = list[Path]()
     if Path(config.checkpoint).is_file():
-        given.append(Path(config.checkpoint).with_suffix(""))  # what it lacks lies there
+        given += files_beside(Path(config.checkpoint))  # what it lacks lies there
     for _, value, about in _related(config):
         if about.get("path") and value:
             given += map(Path, value if isinstance(value, dict | tuple) else [value])

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared.launch import file_header
+from shared.launch.file_header import Header, config_folder, read_header, read_index
 from shared.launch.flags import HostConfig
 from shared.parallel.sharded import blocks_of
 from shared.pipeline.eight_bits import computing_layers, faster, weight_only
 from shared.pipeline.quantize import GROUP_SIZES
-from shared.pipeline.single_file import CONFIGS, _missing, _overrides, config_folder
-from shared.pipeline.weights_file import Header, read_header
+from shared.pipeline.single_file import listed_parts, missing_parts, overrides
+from shared.pipeline.single_file_models import class_of
 
 
 @dataclass(frozen=True)
@@ -133,20 +135,16 @@ def unloaded_models(
     """
     spec, checkpoint = config.spec, Path(config.checkpoint)
     header = read_header(checkpoint) if checkpoint.is_file() else None
-    beside = checkpoint.with_suffix("") if header else checkpoint
-    shipped = CONFIGS / (spec.single_file_config or "")
-    folder = beside if (beside / "model_index.json").is_file() else shipped
-    index = _read(folder / "model_index.json")
-    listed = {k: v for k, v in index.items() if isinstance(v, list) and v[0] and k != "safety_checker"}
+    listed = listed_parts(read_index(config.checkpoint) or {})
     absent: dict[str, Any] = {}
     if header is not None:
-        _missing(spec, header, listed, absent)
+        missing_parts(spec, header, listed, absent)
     found: dict[str, Unloaded] = {}
     for name, (library, class_name) in listed.items():
         if name in absent:
             continue
-        place = config_folder(spec, checkpoint, name) if header is not None else folder
-        own = _overrides(spec, header) if header is not None and name == spec.denoiser else {}
+        place = config_folder(spec, checkpoint, name) if header is not None else checkpoint
+        own = overrides(spec, header) if header is not None and name in spec.denoisers else {}
         place /= name
         if name == "vae" and config.vae and Path(config.vae).is_dir():
             inside = Path(config.vae) / "vae"
@@ -154,7 +152,7 @@ def unloaded_models(
         model = _on_meta(library, class_name, place, own)
         if model is not None:
             found[name] = Unloaded([model])
-        if model is not None and header is not None and name in spec.single_file_encoders:
+        if model is not None and header is not None and class_name.startswith("T5"):
             # Loaded from tensors, T5 holds its embedding twice.
             each = [p.numel() for _, p in model.named_parameters(remove_duplicate=False)]
             twice = sum(each) - sum(p.numel() for p in model.parameters())
@@ -165,7 +163,7 @@ def unloaded_models(
         place = Path(config.refiner)
         configured = place.with_suffix("") if place.is_file() else place
         if not (configured / "model_index.json").is_file():
-            configured = CONFIGS / (spec.refiner_config or "")
+            configured = file_header.CONFIGS / (spec.refiner_config or "")
         class_name = _read(configured / "model_index.json")[spec.denoiser][1]
         model = _on_meta("diffusers", class_name, configured / spec.denoiser, {})
         found["refiner"] = Unloaded([model] if model is not None else [])
@@ -218,12 +216,7 @@ def _on_meta(library: str, class_name: str, folder: Path, own: dict[str, Any]) -
     Args:
         library: diffusers, transformers, or the folder of diffusers' pipelines that has the class.
     """
-    import diffusers
-    import transformers
-
-    home = {"diffusers": diffusers, "transformers": transformers}.get(library)
-    home = home or getattr(diffusers.pipelines, library, None)
-    cls: Any = getattr(home, class_name, None)
+    cls = class_of(library, class_name)
     if nn.Module not in getattr(cls, "__mro__", ()):
         return None
     model: nn.Module

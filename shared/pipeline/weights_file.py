@@ -1,25 +1,19 @@
-"""The header of a model's `.safetensors` file, and its tensors with their scales applied.
-
-Names and shapes come from the file's header, so that another kind of file is refused before weights are read.
-"""
+"""The tensors of a single `.safetensors` file, with their scales applied."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from shared.models import FILE_KINDS, INPUTS, MODELS, FileKind, ModelSpec
+from shared.launch.file_header import SingleFileError
 
 log = logging.getLogger("host")
 
-DENOISER = "model.diffusion_model."
-PREFIXES = (DENOISER, "unet.", "transformer.", "")  # that the denoiser's names have in single files
 ZERO_COND_T = "__index_timestep_zero__"  # a tensor that marks Qwen-Image-Edit-2511
 SCALES = (".scale_weight", ".weight_scale", ".weight_scale_inv")
 UNUSED = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")  # of computing in 8 bits, and marks
@@ -33,36 +27,6 @@ FORMATS = (
 PACKED = (".weight_scale_2", ".absmax", ".quant_map", ".nested_absmax", ".zero_point", ".weight_zero_point",
           ".qweight", ".qzeros", ".wscales", ".scale_shift_zero")  # fmt: skip
 BLOCK = 128  # of block scales whose last block is not full
-
-
-class SingleFileError(ValueError):
-    """A single file that cannot be loaded; the message says why."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """Names and shapes of a file's tensors, and its metadata."""
-
-    file: Path
-    shapes: dict[str, tuple[int, ...]]
-    metadata: dict[str, str]
-
-    def has(self, *prefixes: str) -> bool:
-        return any(name.startswith(prefixes) for name in self.shapes)
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """The shape of a tensor of the denoiser, with any prefix."""
-        return next((self.shapes[p + name] for p in PREFIXES if p + name in self.shapes), None)
-
-
-def read_header(file: Path, flag: str = "--checkpoint") -> Header:
-    """The header of a `.safetensors` file. Raises SingleFileError."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-            return Header(file, shapes, opened.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise SingleFileError(f"{flag} {str(file)!r} cannot be read: {error}") from None
 
 
 def read_weights(file: Path, dtype: torch.dtype, flag: str = "--checkpoint") -> dict[str, torch.Tensor]:
@@ -147,74 +111,3 @@ def scaled(name: str, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor
         if blocks > 1:
             factor = factor.repeat_interleave(width, axis).narrow(axis, 0, size)
     return weight.float() * factor
-
-
-def family(header: Header) -> FileKind | None:
-    """The first of `models.FILE_KINDS` that the file's tensors fit."""
-    names = header.shapes
-    for kind in FILE_KINDS:
-        marks = tuple(prefix + mark for mark in kind.marks for prefix in PREFIXES)
-        if (
-            (marks and header.has(*marks))
-            or any(part in name for part in kind.parts for name in names)
-            or (kind.only and names and all(name.startswith(kind.only) for name in names))
-        ):
-            return kind
-    projection = header.shape("input_blocks.1.1.proj_in.weight")
-    projection = projection or header.shape("down_blocks.0.attentions.0.proj_in.weight")
-    if projection is None:
-        return None
-    wanted = "sd2" if len(projection) == 2 else "sd1"  # a linear layer there, a convolution here
-    return next(kind for kind in FILE_KINDS if kind.name == wanted)
-
-
-def check_kind(header: Header, spec: ModelSpec) -> None:
-    """Refuse a file that is not a checkpoint of this type, and say what it is.
-
-    Raises:
-        SingleFileError: the file is something else; the message says what, and which type or flag loads it.
-    """
-    said = f"--checkpoint {str(header.file)!r}"
-    if header.has("model_ema.") and not header.has(DENOISER):
-        raise SingleFileError(
-            f"{said} holds only averaged weights (EMA, keys model_ema.*), which cannot be loaded"
-        )
-    kind = family(header)
-    if kind is None:
-        first = ", ".join(repr(name) for name in sorted(header.shapes)[:3]) or "none"
-        raise SingleFileError(f"{said} is not a supported model; its tensors are {first} ...")
-    if kind.name == "sdxl" and _is_refiner(header):
-        kind = next(k for k in FILE_KINDS if "refiner" in k.title)
-    if kind.name != spec.single_file_config:
-        types = [s.name for s in MODELS.values() if kind.name and s.single_file_config == kind.name]
-        hint = f"--type={' or '.join(types)} loads it" if types else kind.hint
-        raise SingleFileError(f"{said} is {kind.title}, not of type {spec.name}: {hint}")
-
-
-def _is_refiner(header: Header) -> bool:
-    """Its time embedding is 384 x 4 wide; the base model's is 320 x 4."""
-    time = header.shape("time_embed.0.weight") or header.shape("time_embedding.linear_1.weight")
-    return time == (1536, 384)
-
-
-def input_channels(header: Header, spec: ModelSpec) -> int | None:
-    """How many channels the denoiser takes."""
-    shapes = (header.shape(name) for name in INPUTS[spec.denoiser])
-    inputs = next((shape[1] for shape in shapes if shape is not None and len(shape) > 1), None)
-    return None if inputs is None else inputs // spec.single_file_inputs
-
-
-def other_inputs(spec: ModelSpec, given: int, expected: int) -> str:
-    """What a denoiser with another number of input channels is."""
-    words = {
-        "unet": {2: "InstructPix2Pix"}, "transformer": {2: "FLUX.1 Canny or Depth"},
-    }[spec.denoiser]  # fmt: skip
-    kinds = {expected * times: word for times, word in words.items()}
-    if spec.denoiser == "unet":
-        kinds |= {
-            expected + 5: "an inpainting model",
-            expected + 1: "a depth model",
-            expected + 3: "an upscaler",
-        }
-    what = kinds.get(given, "another model")
-    return f"is {what}: its denoiser takes {given} channels, that of type {spec.name} takes {expected}"

@@ -14,7 +14,8 @@ import pytest
 
 from shared.backends import BACKENDS
 from shared.launch.errors import UsageError
-from shared.launch.flags import HostConfig, index_of
+from shared.launch.file_header import index_of
+from shared.launch.flags import HostConfig
 from shared.launch.logs import shows_progress
 from shared.launch.parser import build_parser, parse_config
 from shared.models import FEATURES, MODELS, CacheSettings, schedulers_for

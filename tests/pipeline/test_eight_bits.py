@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import nn
 
 from shared.backends import BACKENDS
+from shared.launch.file_header import CONFIGS
 from shared.launch.flags import COMPUTED
 from shared.models import MODELS
 from shared.pipeline import eight_bits, memory_plan, quantize
 from shared.pipeline.eight_bits import EightBitLinear, computing_layers
 from shared.pipeline.sharding import parameter_bytes
-from shared.pipeline.single_file import CONFIGS
 from shared.pipeline.unloaded import Stored, stored
 from shared.ranks.channel import Channel
 from shared.ranks.groups import World, make_groups

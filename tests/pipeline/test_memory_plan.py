@@ -21,6 +21,7 @@ import transformers
 from shared.api.requests import GenerateRequest
 from shared.backends import BACKENDS
 from shared.launch.errors import UsageError
+from shared.launch.file_header import SingleFileError
 from shared.launch.fit import LADDER, changed, worded
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
@@ -32,7 +33,6 @@ from shared.pipeline import unloaded, work
 from shared.pipeline.memory_plan import MemoryPlan
 from shared.pipeline.sharding import parameter_bytes
 from shared.pipeline.unloaded import Stored, Unloaded
-from shared.pipeline.weights_file import SingleFileError
 from shared.pipeline.work import FlashAttention, Work
 from shared.ranks.device import LIMIT
 from tests import tiny, tiny_extras, tiny_original, tiny_wan

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from shared.launch.backend import Needs
 from shared.launch.errors import UsageError
+from shared.launch.file_header import CONFIGS
 from shared.models import MODELS
 from shared.pipeline.loading import LoadError, load_pipeline
-from shared.pipeline.single_file import CONFIGS, clip_tokenizer
+from shared.pipeline.single_file import clip_tokenizer
 from tests import tiny, tiny_extras, tiny_original, tiny_qwen
 
 NAME = "diffusion_pytorch_model.safetensors"
@@ -159,8 +160,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The tiny checkpoints' configurations in the place of the shipped ones; an empty folder for files."""
     for name in ("sd1", "sd2", "sdxl", "sd3", "flux"):
         shutil.copytree(tiny_original.single_file(name).with_suffix(""), tmp_path / "configs" / name)
-    for module in ("shared.pipeline.single_file", "shared.pipeline.loading"):
-        monkeypatch.setattr(f"{module}.CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr("shared.launch.file_header.CONFIGS", tmp_path / "configs")
     (tmp_path / "files").mkdir()
     return tmp_path / "files"
 
