@@ -109,7 +109,7 @@ def check_kind(header: Header, spec: ModelSpec) -> None:
     types = [s.name for s in MODELS.values() if kind.name and s.single_file_config == kind.name]
     beside = _beside(header.file)
     form = form_of(header)
-    if form is not None and not (beside / "model_index.json").is_file():
+    if form is not None:
         title, types, hint = form.title, list(form.types), form.hint
     else:
         title, hint = kind.title, kind.hint
@@ -124,7 +124,8 @@ def check_kind(header: Header, spec: ModelSpec) -> None:
             f"{said} is {kind.title}, but of no known form: its first weight has the shape {given} "
             f"({known}); put its model_index.json and {spec.denoiser}/config.json in {str(beside)!r}"
         )
-    if form is not None and form.second and _word(form.pair[1]).search(header.file.stem):
+    two = form is not None and (read_index(str(header.file)) or {}).get(form.second)
+    if form is not None and two and _word(form.pair[1]).search(header.file.stem):
         first, second = form.pair
         raise SingleFileError(
             f"{said} is the second of the two transformers of {form.title}, by the word {second!r} in its "

@@ -22,6 +22,7 @@ from shared.launch.file_header import (
     Header,
     SingleFileError,
     config_folder,
+    form_of,
     input_channels,
     other_inputs,
     read_header,
@@ -76,6 +77,8 @@ def load_single_file(
     from diffusers.loaders.single_file import load_single_file_sub_model
 
     file = header.file
+    if form := form_of(header):
+        log.info("%s: recognised %s", file.name, form.title)
     _check_shape(spec, header)
     listed = listed_parts(index)
     listed.pop(spec.picture_processor or "", None)

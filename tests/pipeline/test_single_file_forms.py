@@ -46,6 +46,12 @@ PUBLISHED: dict[str, tuple[str, str, str, int]] = {
 }
 TWO = {"wan/t2v_a14b": "Wan2_2-T2V-A14B_LOW", "wan/i2v_a14b": "i2v_LowNoise"}
 """The name of the second denoiser's file."""
+RECOGNISED = {
+    "flux2/klein_9b": "FLUX.2 klein base 9B",
+    "wan/t2v_14b": "Wan 2.1 T2V 14B",
+    "wan/t2v_a14b": "Wan 2.2 T2V A14B",
+}
+"""Of those with the tensors of another."""
 LEFT_OUT = {"flux2": "vae and no text_encoder", "wan": "vae and no text_encoder", "ltx2": "connectors and no"}
 
 
@@ -85,7 +91,9 @@ def assert_same(made: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("config", PUBLISHED)
-def test_a_published_file_is_recognised(config: str, tmp_path: Path) -> None:
+def test_a_published_file_is_recognised(
+    config: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """By its header; diffusers' converter gives exactly the tensors of the shipped configuration."""
     name, stem, title, count = PUBLISHED[config]
     file = tiny_single.published(name, config, tmp_path / f"{stem}.safetensors")
@@ -102,8 +110,10 @@ def test_a_published_file_is_recognised(config: str, tmp_path: Path) -> None:
         title, 40 if config in TWO else MODELS[name].steps
     )
     lacks = LEFT_OUT[name.removesuffix("i2v")]
+    caplog.set_level("INFO", "host")
     with pytest.raises(LoadError, match=f"has no {lacks}.* in '{file.with_suffix('')}/"):
         loaded(name, file)
+    assert f"{file.name}: recognised {RECOGNISED.get(config, '')}" in caplog.text
     settings = json.loads((CONFIGS / config / "transformer" / "config.json").read_text())
     with torch.device("meta"):
         model = getattr(diffusers, settings["_class_name"]).from_config(settings)
@@ -328,8 +338,9 @@ def test_a_refusal_says_what_a_file_is_before_weights_are_read(
             f"shared.pipeline.{module}.read_weights", lambda *_: pytest.fail("weights were read")
         )
     name, stem, tensors, says = REFUSED[what]
+    file = tiny_single.save(tensors, tmp_path / f"{stem}.safetensors")
     with pytest.raises((LoadError, UsageError), match=says) as caught:
-        loaded(name, tiny_single.save(tensors, tmp_path / f"{stem}.safetensors"))
+        loaded(name, file)
     assert "\n" not in str(caught.value)
 
 
