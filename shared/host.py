@@ -146,7 +146,7 @@ def _load_and_loop(
     PHASES.begin("imports")
     gc.disable()  # a sixth of their time: all of it stays
     from shared.ranks.channel import Channel
-    from shared.ranks.device import freeze_heap, rank_device_info
+    from shared.ranks.device import freeze_heap, put_off_full_collections, rank_device_info
     from shared.ranks.groups import init_world
     from shared.ranks.link import measured_link, told
     from shared.ranks.loop import RankLoop, no_advice
@@ -157,8 +157,11 @@ def _load_and_loop(
 
             import_libraries(config)
             import shared.pipeline.memory_plan as memory_plan
-    gc.freeze()
+    put_off_full_collections()
     gc.enable()
+    compilers = threading.Thread(target=import_compilers, name="compilers", daemon=True)
+    if config.compiles:  # while other ranks, disks and GPUs are waited for
+        compilers.start()
     PHASES.begin("ranks")
     status.at(15, "waiting for the other ranks")
     world = init_world(config.device, config.collective_timeout, lifeline.watch, lifeline.when_stopped)
@@ -177,6 +180,8 @@ def _load_and_loop(
     PHASES.begin("building")
     engine = backend.build_engine(config, world)
     adopt_libraries()
+    if config.compiles:
+        compilers.join()
     PHASES.begin("warm-up")
     warm_up(engine, config, status)
     on_server = world.rank == 0
@@ -232,6 +237,15 @@ def device_meanwhile(device: str) -> Iterator[None]:
     yield
     if device != "cpu":
         thread.join()
+
+
+def import_compilers() -> None:
+    """Import what the first compiled region needs, and hash torch's files as its cache does."""
+    import torch._inductor.compile_fx
+    import torch._inductor.runtime.triton_heuristics  # noqa: F401
+    from torch._inductor.codecache import torch_key
+
+    torch_key()
 
 
 def warm_up(engine: Engine, config: HostConfig, status: HostStatus) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +19,8 @@ def import_libraries(config: HostConfig) -> None:
     """Import what every pipeline needs of diffusers and transformers, before anything else imports them.
 
     Left out are torchao, where neither the launch nor its files are quantized, and scipy, which is for losses
-    of trainings and for a few schedulers, until one of those asks for it.
+    of trainings and for a few schedulers, until one of those asks for it; and transformers' second reading of
+    the files of all its models.
     """
     for name in ("scipy.integrate", "scipy.stats"):
         _stand_in(name)
@@ -30,8 +33,25 @@ def import_libraries(config: HostConfig) -> None:
             surgery.replace(transformers.utils, "is_torchao_available", lambda *_: False)
         # For the losses of trainings.
         surgery.replace(transformers.utils, "is_scipy_available", lambda: False)
+        define = transformers.utils.import_utils.define_import_structure
+        surgery.replace(transformers.utils.import_utils, "define_import_structure", partial(_defined, define))
         import diffusers.quantizers
         import transformers.modeling_utils
+
+
+def _defined(define: Callable[..., dict[Any, dict[str, Any]]], path: Any, prefix: str | None = None) -> Any:
+    """transformers' list of its modules by what they need, made from their text: not twice of all its models.
+
+    It has made the list of `transformers` by now, with `models.` before each name.
+    """
+    models = Path(sys.modules["transformers"].__file__ or "").parent / "models"
+    if prefix is not None or Path(path) != models / "__init__.py":
+        return define(path, prefix)
+    dot = "models."
+    return {
+        needs: {name.removeprefix(dot): found for name, found in modules.items() if name.startswith(dot)}
+        for needs, modules in define(models, prefix="models").items()
+    }
 
 
 class _Later(ModuleType):

@@ -4,8 +4,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
+from transformers.utils import import_utils
 
 from shared.launch.flags import HostConfig
 from shared.pipeline import unused
@@ -71,6 +74,30 @@ def test_a_stand_in_becomes_the_module(tmp_path: Path, monkeypatch: pytest.Monke
     assert odd_outer.inner.value == 2
     for name in (*names, "odd_outer.missing", "odd_missing.inner"):
         assert not unused._stand_in(name)
+
+
+def test_transformers_models_are_listed_as_transformers_lists_them() -> None:
+    """From its other list, without reading a file; other folders are read."""
+    models = Path(transformers.__file__).parent / "models"
+    define = import_utils.define_import_structure
+    read: list[str] = []
+
+    def seen(path: Path | str, prefix: str | None = None) -> Any:
+        read.append(str(path))
+        return define(path, prefix=prefix)
+
+    for file in (models / "__init__.py", models / "t5" / "__init__.py"):
+        found = unused._defined(seen, str(file))
+        whole = define.__wrapped__(str(file))
+        assert {needs: kind for needs, kind in found.items() if kind} == whole
+    assert read == [str(models), str(models / "t5" / "__init__.py")]
+
+
+def test_compilers_are_imported_before_the_first_region() -> None:
+    code = "import sys, torch, shared.host; shared.host.import_compilers(); print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    needed = {"torch._inductor.lowering", "torch._inductor.select_algorithm", "torch._functorch.aot_autograd"}
+    assert needed <= set(ran.stdout.split())
 
 
 def test_files_of_torchao_are_noticed(tmp_path: Path) -> None:

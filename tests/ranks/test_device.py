@@ -9,7 +9,14 @@ import weakref
 import pytest
 import torch
 
-from shared.ranks.device import begin_request, freeze_heap, memory_report, out_of_memory, request_peak
+from shared.ranks.device import (
+    begin_request,
+    freeze_heap,
+    memory_report,
+    out_of_memory,
+    put_off_full_collections,
+    request_peak,
+)
 
 
 def test_memory_in_use_is_what_the_process_holds() -> None:
@@ -59,4 +66,25 @@ def test_a_frozen_heap_still_gives_back_what_dies() -> None:
         freeze_heap()
         assert alive() is None
     finally:
+        gc.unfreeze()
+
+
+def test_while_loading_only_young_garbage_is_collected() -> None:
+    """Until the heap is frozen; full collections come as usual afterwards."""
+    usual = gc.get_threshold()
+    generations: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        generations.append(info["generation"])
+
+    gc.callbacks.append(note)
+    try:
+        put_off_full_collections()
+        kept = [[number] for number in range(usual[0] * usual[1] * (usual[2] + 5) * 2)]
+        assert set(generations) == {0, 1} and kept
+        freeze_heap()
+        assert gc.get_threshold() == usual and generations[-1] == 2
+    finally:
+        gc.callbacks.remove(note)
+        gc.set_threshold(*usual)
         gc.unfreeze()
