@@ -78,7 +78,10 @@ def _as_strict_as_nccl() -> None:
             setattr(dist, name, strict(getattr(dist, name)))
 
 
-def _serve(rank: int, pipe: Connection) -> None:
+def _serve(rank: int, pipe: Connection, folder: str) -> None:
+    """Answer jobs until the pool ends; what this rank leaves among temporary files is in `folder`."""
+    os.environ.setdefault("TINY_CACHE", tempfile.gettempdir())  # checkpoints are every process's
+    tempfile.tempdir = folder
     _as_strict_as_nccl()
     import torch
     import torch.distributed as dist
@@ -199,7 +202,7 @@ class RankPool:
             self._context.set_forkserver_preload(["tests.preload"])
         for rank in range(len(self._workers), world_size):
             here, there = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(rank, there), daemon=True)
+            process = self._context.Process(target=_serve, args=(rank, there, self._stores.name), daemon=True)
             process.start()
             there.close()
             self._workers.append((process, here))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 
@@ -38,6 +39,20 @@ def leaves_threads() -> int:
     for _ in range(MOST_THREADS):
         threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
     return os.getpid()
+
+
+def leaves_a_folder() -> str:
+    return tempfile.mkdtemp(prefix="kept-")
+
+
+def test_what_ranks_leave_among_temporary_files_goes_with_the_pool() -> None:
+    pool = RankPool()
+    try:
+        left = pool.run(leaves_a_folder, 2)
+        assert all(map(os.path.isdir, left))
+    finally:
+        pool.close()
+    assert not any(map(os.path.exists, left))
 
 
 def test_world_sizes_change_and_processes_stay(pool: RankPool) -> None:

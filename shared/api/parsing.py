@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic import ValidationError as PydanticError
-from pydantic_core import from_json
 
 from shared.api.a1111_prompts import NotationError, parse
 from shared.api.codecs import ANIMATIONS, MAX_SIDE, listed, picture_size
@@ -20,6 +19,7 @@ from shared.api.requests import (
     VIDEO_FORMATS,
     GenerateRequest,
     Scale,
+    json_value,
     size_of,
 )
 from shared.launch.checks import runs_whole, scheduler_problem, start_problem
@@ -48,7 +48,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise RequestError(400, [FieldProblem("", f"the body holds more than {MAX_VALUES} values")])
     try:
-        data = from_json(body, allow_inf_nan=False)
+        data = json_value(body)
     except ValueError as error:
         raise RequestError(400, [FieldProblem("", f"the body is not valid JSON: {error}")]) from None
     if not isinstance(data, dict):

@@ -52,11 +52,27 @@ MIME_TYPES = {
 }
 
 
+def json_value(text: bytes | str) -> Any:
+    """What a JSON text says. JSON has one type of number, so 4.0 is 4. Raises ValueError."""
+    return _as_whole(from_json(text, allow_inf_nan=False))
+
+
+def _as_whole(value: Any) -> Any:
+    match value:
+        case float():
+            return int(value) if value.is_integer() and abs(value) < 2**64 else value
+        case list():
+            return [_as_whole(item) for item in value]
+        case dict():
+            return {name: _as_whole(item) for name, item in value.items()}
+    return value
+
+
 def _check_scheduler(value: Any) -> Any:
     """A name or an object; like the flag, the object may come as JSON text."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
-            value = from_json(value)
+            value = json_value(value)
         except ValueError as error:
             raise problem(f"is not valid JSON: {error}") from None
     name = value.get("scheduler") if isinstance(value, dict) else value

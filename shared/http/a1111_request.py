@@ -29,7 +29,6 @@ OURS = {
     "width": "width",
     "height": "height",
 }
-_WHOLE = frozenset({"steps", "seed", "width", "height"})
 _TITLE = re.compile(
     r"(\.safetensors|\.sft|\.ckpt)?( \[[0-9a-f]+\])?$"
 )  # what A1111 writes behind a model's name
@@ -82,9 +81,7 @@ def translate(
     overrides = asked.get("override_settings")
     overrides = overrides if isinstance(overrides, dict) else {}
     check_model(overrides.get("sd_model_checkpoint"), config.model_id)
-    data = {
-        ours: _number(theirs, asked[theirs]) for theirs, ours in OURS.items() if asked.get(theirs) is not None
-    }
+    data = {ours: asked[theirs] for theirs, ours in OURS.items() if asked.get(theirs) is not None}
     problems += _notation(data, bool(asked.get("disable_extra_networks")))
     if spec.output == "video":
         data["output_format"] = "gif"
@@ -95,7 +92,7 @@ def translate(
             data.pop(side, None)
         elif type(value := data.get(side)) is int and spec.size_multiple <= value <= MAX_SIDE:
             data[side] = rounded(value, spec.size_multiple)
-    skip = _number("steps", overrides.get("CLIP_stop_at_last_layers", asked.get("clip_skip")))
+    skip = overrides.get("CLIP_stop_at_last_layers", asked.get("clip_skip"))
     if isinstance(skip, int) and skip > 1 and "clip_skip" in spec.fields:
         data["clip_skip"] = skip - 1  # theirs counts the last layer as 1
     scheduler, problem = scheduler_for(asked, samplers)
@@ -107,7 +104,7 @@ def translate(
     options = check_options(asked, config, with_image)
     data |= options.data
     problems += options.problems
-    counts = [_number("steps", asked.get(key) or 1) for key in ("batch_size", "n_iter")]
+    counts = [asked.get(key) or 1 for key in ("batch_size", "n_iter")]
     pictures = 1
     for key, count in zip(("batch_size", "n_iter"), counts, strict=True):
         if not isinstance(count, int) or not 1 <= count <= MAX_PICTURES:
@@ -137,13 +134,6 @@ def translate(
         data["control_image"] = images if len(images) > 1 else images[0]
     data["pictures"] = pictures
     return Translated(data, retouched)
-
-
-def _number(key: str, value: Any) -> Any:
-    """A number as the field takes it: clients send 20.0 for a whole number."""
-    if key in _WHOLE and isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
 
 
 def _notation(data: dict[str, Any], without_loras: bool) -> list[FieldProblem]:

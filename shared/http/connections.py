@@ -70,6 +70,9 @@ class _Parser(HTTPRequestParser):
             self.refuse(code, f"{self.error.reason}: {self.error.body}")
         elif self.body_rcv is None:
             pass
+        elif self.chunked and "CONTENT_LENGTH" in self.headers and in_headers:
+            # Whoever stands between could take one of them for where the next request begins (RFC 9112, 6.3).
+            self.refuse(400, "give Content-Length or Transfer-Encoding, not both")
         elif in_headers:
             self._most = self.channel.server.bound(self.command, self.path, self.headers)
             if self.content_length > self._most or (self.chunked and not self._most):

@@ -14,7 +14,7 @@ from typing import Any
 
 from flask import Response, jsonify
 from flask import request as http
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import PydanticCustomError
 
 from shared.api.codecs import check_image
 from shared.api.faults import FieldProblem, RequestError
@@ -22,6 +22,7 @@ from shared.api.jobs import Order
 from shared.api.media import encode_image, has_alpha, open_image
 from shared.api.parsing import check_request
 from shared.api.replies import File
+from shared.api.requests import json_value
 from shared.api.retouch import transparent_mask
 from shared.api.warned import merged, warn, with_warnings
 from shared.http.dispatch import ApiError, Dispatcher
@@ -135,7 +136,7 @@ def form_body() -> dict[str, Any]:
             data[name] = text
             continue
         try:
-            data[name] = from_json(text)
+            data[name] = json_value(text)
         except ValueError:
             data[name] = text
     found: dict[str, list[str]] = {}

@@ -160,15 +160,16 @@ def _check_parts(config: HostConfig, index: dict[str, Any]) -> None:
         if not (isinstance(given, list) and given and given[0]) or replaced.get(part):
             continue
         folder = Path(config.checkpoint) / part
-        weights = [file for file in folder.glob("*") if file.suffix in (".safetensors", ".bin")]
-        for there, what in (
-            (folder, ""),
-            (folder / "config.json", "/config.json"),
-            (weights, "/*.safetensors"),
-        ):
-            if not (there.exists() if isinstance(there, Path) else there):
-                named = f"{config.checkpoint!r} has no {part}{what}"
-                raise UsageError(f"--checkpoint: {named}, which its model_index.json names")
+        if not folder.exists():
+            missing = ""
+        elif not (folder / "config.json").exists():
+            missing = "/config.json"
+        elif not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+            missing = "/*.safetensors"
+        else:
+            continue
+        named = f"{config.checkpoint!r} has no {part}{missing}"
+        raise UsageError(f"--checkpoint: {named}, which its model_index.json names")
 
 
 _UNTRACEABLE = "it moves each layer when it is called, which torch.compile cannot trace"

@@ -71,6 +71,17 @@ def test_any_json_value_is_parsed_or_refused(value: Any) -> None:
         assert error.status in (400, 422) and error.problems and str(error)
 
 
+def test_a_whole_number_may_be_written_as_any_number_of_json() -> None:
+    given = b'{"steps": 4.0, "seed": 1e3, "width": 128.0, "cfg": 3.0, "scheduler": {"scheduler": "dpmpp_2m", '
+    read = parse_request(given + b'"solver_order": 2.0}}', CONFIG)
+    assert (read.steps, read.seed, read.width, read.cfg) == (4, 1000, 128, 3.0)
+    assert read.scheduler == {"scheduler": "dpmpp_2m", "solver_order": 2}
+    assert all(type(value) is int for value in (read.steps, read.seed, read.scheduler["solver_order"]))
+    for wrong in (4.5, True, "4", 1e300, [4]):
+        status, problems = refused({"steps": wrong})
+        assert status == 400 and list(problems) == ["steps"] and str(wrong) in problems["steps"]
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_are_parsed_or_refused(body: bytes) -> None:
     try:

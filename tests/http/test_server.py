@@ -452,6 +452,11 @@ def test_413_at_once_for_a_client_that_asks_first(host: FakeHost) -> None:
         (b"POST /generate HTTP/1.1\r\nContent-Length: -5\r\n\r\n", 400),
         (b"POST /generate HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         (b"POST /generate HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 400),
+        (
+            b"POST /generate HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 7\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+            400,
+        ),
         (b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", 431),
         (b"get /health HTTP/1.1\r\n\r\n", 400),
         (b"GET /\xff HTTP/1.1\r\nConnection: close\r\n\r\n", 400),
