@@ -8,12 +8,15 @@ import io
 import math
 import struct
 import zlib
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from shared.api.warned import warn
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_SIDE = 8192  # pixels
 MAX_FRAMES = 1024  # of one video
@@ -24,6 +27,7 @@ MAX_VIDEO_PIXELS = 2 * MAX_IMAGE_PIXELS  # of all frames of an animation, or all
 MAX_ASPECT = 64  # longer ones take much memory where they are resized by their shorter side
 ANIMATIONS = "animations"  # context of a validation: a GIF or an animated picture is a list of pictures
 IMAGE_INPUTS = ("PNG", "JPEG", "WEBP", "BMP")
+TRANSPARENT = "is transparent in part, which is left out: the colours beneath it are seen"
 LEFT_OUT = "(left out)"  # in place of pictures and tensors in the body that a picture's metadata holds
 TENSOR_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32")
 
@@ -58,8 +62,11 @@ _BROKEN_PICTURE = (
 )
 
 
-def check_image(value: Any, name: str = "image") -> bytes:
-    """Base64 or bytes of a picture -> its bytes, fully decoded once; warns of an animation, by `name`."""
+def check_image(value: Any, name: str = "image", opaque: bool = False) -> bytes:
+    """Base64 or bytes of a picture -> its bytes, fully decoded once.
+
+    Warns of an animation, by `name`, and of transparency, where its colours are used as if it were `opaque`.
+    """
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(value, list):
@@ -77,6 +84,8 @@ def check_image(value: Any, name: str = "image") -> bytes:
                 image.load()
                 if image.format != "MPO" and (count := getattr(image, "n_frames", 1)) > 1:
                     warn(f"{name}: is an animation of {count} frames, of which only the first is used")
+                if opaque and has_alpha(image):
+                    warn(f"{name}: {TRANSPARENT}")
     except UnidentifiedImageError:
         raise problem("is not a picture; allowed: PNG, JPEG, WebP, BMP") from None
     except (Image.DecompressionBombError, *_BROKEN_PICTURE) as error:
@@ -89,7 +98,7 @@ def check_image(value: Any, name: str = "image") -> bytes:
 def _check_list(values: list[Any], name: str) -> list[bytes]:
     pixels, found = 0, []
     for value in values:
-        found.append(check_image(value, name))
+        found.append(check_image(value, name, opaque=True))
         pixels += math.prod(picture_size(found[-1]))
         if pixels > MAX_VIDEO_PIXELS:
             text = (
@@ -101,19 +110,22 @@ def _check_list(values: list[Any], name: str) -> list[bytes]:
 
 def check_picture(value: Any, info: ValidationInfo) -> bytes:
     """`check_image` of a field."""
-    return check_image(value, str(info.field_name))
+    name = str(info.field_name)
+    return check_image(value, name, opaque=name != "mask")
 
 
 def check_pictures(value: Any, info: ValidationInfo) -> bytes | list[bytes]:
     """`check_image` of one picture, or of each of a list; with the context ANIMATIONS of each of a video."""
     if not isinstance(value, list):
-        return (info.context == ANIMATIONS and _frames_of(value)) or check_picture(value, info)
+        return (info.context == ANIMATIONS and _frames_of(value, str(info.field_name))) or check_picture(
+            value, info
+        )
     if not 1 <= len(value) <= MAX_FRAMES:
         raise problem(f"must hold 1 to {MAX_FRAMES} pictures, got {len(value)}")
     return _check_list(value, str(info.field_name))
 
 
-def _frames_of(value: Any) -> bytes | list[bytes] | None:
+def _frames_of(value: Any, name: str) -> bytes | list[bytes] | None:
     """The frames of a GIF, of an animated WebP or PNG, each as PNG; None where `value` is none of them."""
     from PIL import Image, ImageSequence
 
@@ -131,6 +143,8 @@ def _frames_of(value: Any) -> bytes | list[bytes] | None:
                     f"has {count} frames of {size}; at most {MAX_FRAMES}, of {MAX_VIDEO_PIXELS} pixels"
                 )
             for frame in () if too_large else ImageSequence.Iterator(image):
+                if has_alpha(frame):
+                    warn(f"{name}: {TRANSPARENT}")
                 out = io.BytesIO()
                 frame.convert("RGB").save(out, "PNG", compress_level=1)
                 frames.append(out.getvalue())
@@ -139,6 +153,11 @@ def _frames_of(value: Any) -> bytes | list[bytes] | None:
     if too_large:
         raise problem(too_large)
     return frames if len(frames) > 1 else frames[0]
+
+
+def has_alpha(image: Image.Image) -> bool:
+    """Whether some of a picture is transparent."""
+    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
 
 
 def picture_size(data: bytes) -> tuple[int, int]:
@@ -188,6 +207,13 @@ def tensor_of(*names: str, optional: tuple[str, ...] = (), most: float = math.in
         return data
 
     return check
+
+
+def numbers_in(data: bytes, name: str) -> int:
+    """How many numbers a tensor of a safetensors file holds, which was checked before."""
+    import safetensors
+
+    return math.prod(dict(safetensors.deserialize(data))[name]["shape"])
 
 
 def _base64_schema(description: str, **more: str) -> WithJsonSchema:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from shared.api.codecs import has_alpha
 from shared.api.embedded import Metadata
 
 try:
@@ -59,17 +60,21 @@ def decode_picture(data: bytes, percent: float | None, size: tuple[int, int]) ->
     return _sized(decode_image(data, percent), size)
 
 
-def has_alpha(image: Image.Image) -> bool:
-    """Whether some of a picture is transparent."""
-    return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+def decode_mask(data: bytes, size: tuple[int, int] | None = None) -> Image.Image:
+    """Encoded mask -> grey, of `size` where given; white is painted anew.
 
-
-def decode_mask(data: bytes, size: tuple[int, int]) -> Image.Image:
-    """Encoded mask -> grey of `size`; white is painted anew. Its alpha, unless that is opaque everywhere."""
+    Its alpha, unless that is opaque everywhere.
+    """
     image = open_image(data)
     if has_alpha(image):
         image = image.convert("RGBA").getchannel("A")
-    return _sized(image.convert("L"), size)
+    image = image.convert("L")
+    return image if size is None else _sized(image, size)
+
+
+def paints_nothing(mask: bytes) -> bool:
+    """Whether an encoded mask is nowhere white: pipelines take it as black and white."""
+    return not (np.asarray(decode_mask(mask)) >= 128).any()
 
 
 def _sized(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -182,9 +182,9 @@ def _bad_values(request: GenerateRequest, config: HostConfig) -> list[FieldProbl
         ):
             if given:
                 add(name, f"give image or {name}, not both", "image")
-    if request.starts(config) and max(size := size_of(request, config)) > MAX_SIDE:
+    if max(size := size_of(request, config)) > MAX_SIDE:
         text = "makes {}x{} pixels, more than {} a side; give width and height".format(*size, MAX_SIDE)
-        add("image", text, "width", "height")
+        add("control_image" if request.image is None else "image", text, "width", "height")
     if end is not None and start >= end:
         add("denoising_end", f"must be above denoising_start {start:g}, got {end:g}", "denoising_start")
     elif start >= 1:

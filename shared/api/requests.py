@@ -5,7 +5,6 @@ Imports no torch: images stay encoded bytes and tensors stay safetensors bytes u
 
 from __future__ import annotations
 
-import math
 import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -34,8 +33,22 @@ from shared.api.codecs import (
     Pictures,
     Sigmas,
     Timesteps,
+    listed,
+    numbers_in,
     picture_size,
     problem,
+)
+from shared.api.media import paints_nothing
+from shared.api.sizes import (
+    Size,
+    own_size,
+    same_shape,
+    scaled_size,
+    warn_of_aspect,
+    warn_of_mask,
+    warn_of_own_size,
+    warn_of_shapes,
+    with_aspect,
 )
 from shared.api.warned import warn
 from shared.launch.flags import HostConfig
@@ -252,18 +265,18 @@ class GenerateRequest(BaseModel):
             "refiner_start": self._refined_from(config),
             "output_format": self.output_format or output_format or "png",
         }
-        if config.spec.unguided and self.cfg is not None and self.cfg != config.spec.cfg:
+        if config.spec.unguided:
             own["cfg"] = config.spec.cfg
-            warn(f"cfg: {self.cfg:g} has no effect: this checkpoint is distilled and takes no guidance")
+            warn_of_distilled(self.cfg, config.spec.cfg)
         filled = {n: v for n, v in launch_defaults(config).items() if getattr(self, n) is None}
         if isinstance(self.image, list) and config.spec.output == "video":
             filled["frames"] = len(self.image)
         filled["width"], filled["height"] = size = size_of(self, config)
         if self.starts(config) and not config.spec.aspect_multiple:
-            warn_of_rounding((self.width, self.height), self._own_size(), size, config)
-        if config.spec.begins and self.image is not None:
-            self._warn_of_shape(size, config)
+            warn_of_own_size((self.width, self.height), self._sizes("image")[0], size, config)
+        self._warn_of_shapes(size, config)
         self._warn_of_no_guidance(config.spec)
+        self._warn_of_no_effect()
         return self.model_copy(update=own | filled)
 
     def starts(self, config: HostConfig) -> bool:
@@ -280,19 +293,40 @@ class GenerateRequest(BaseModel):
             if getattr(self, name) is not None:
                 warn(f"{name}: has no effect, as there is no guidance with cfg {cfg:g}; give one above 1")
 
-    def _warn_of_shape(self, made: tuple[int, int], config: HostConfig) -> None:
-        """Warn where the picture that a video begins with is stretched, or cropped, to the video's shape."""
-        spec, own = config.spec, self._own_size()
-        change = own[0] * made[1] / (own[1] * made[0])
-        chosen = spec.aspect_multiple and self.width is None and self.height is None
-        if chosen or 1 / SAME_SHAPE <= change <= SAME_SHAPE:
-            return
-        done = "cropped" if spec.sized_by_picture else "stretched"
-        left_out = ", or neither" if spec.aspect_multiple else ""
-        warn(
-            "image: {}x{} pixels are {} to the shape of {}x{}; give width and height of the picture's shape"
-            "{}".format(*own, done, *made, left_out)
-        )
+    def _warn_of_no_effect(self) -> None:
+        """Warn of fields that count only beside others, or that others replace."""
+        if self.ip_adapter_scale is not None and self.ip_image is None:
+            warn("ip_adapter_scale: has no effect without ip_image")
+        for name in ("sigmas", "timesteps"):
+            data = getattr(self, name)
+            if data is not None and self.steps not in (None, count := numbers_in(data, name)):
+                text = f"{name} has {count} numbers, one for each step"
+                warn(f"steps: has no effect, as {text}; got {self.steps}")
+        if self.latent is not None and (self.pictures or 1) > 1 and not self.add_noise:
+            text = "so only a scheduler that draws noise makes them differ"
+            warn(f"pictures: all begin with the same latent, {text}")
+
+    def _warn_of_shapes(self, made: Size, config: HostConfig) -> None:
+        """Warn of pictures that are stretched, or cropped, to the shape of what is made."""
+        spec, sizes = config.spec, self._sizes("image")
+        asked = self.width is not None or self.height is not None
+        if spec.begins and self.image is not None:
+            done = "cropped" if spec.sized_by_picture else "stretched"
+            hint = f"{OWN_SHAPE}{', or neither' if spec.aspect_multiple else ''}"
+            if asked or not spec.aspect_multiple:
+                warn_of_shapes("image", sizes, made, done, hint)
+        elif self.starts(config) and (self.mask is not None or not spec.refers):
+            hint = f"{OWN_SHAPE}, or neither" if asked else ""
+            warn_of_shapes("image", sizes, made if asked else sizes[0], hint=hint)
+        elif self.starts(config) and (aspects := spec.starts[0].aspects) is not None:
+            warn_of_aspect(sizes[0], aspects, config)
+        if self.mask is not None:
+            warn_of_mask(picture_size(self.mask), picture_size(self.images[0]))
+            if paints_nothing(self.mask):
+                warn("mask: is nowhere white, so nothing is painted anew")
+        if config.control_net:
+            hint = f"{OWN_SHAPE}, or neither" if self.image is None else ""
+            warn_of_shapes("control_image", self._sizes("control_image"), made, hint=hint)
 
     @property
     def images(self) -> list[bytes]:
@@ -301,50 +335,39 @@ class GenerateRequest(BaseModel):
             return []
         return self.image if isinstance(self.image, list) else [self.image]
 
-    def _own_size(self, place: int = 0) -> tuple[int, int]:
-        """(width, height) of one of the request's pictures after `image_scale`, in pixels."""
-        width, height = picture_size(self.images[place])
-        scale = (self.image_scale or 100) / 100
-        return max(1, round(width * scale)), max(1, round(height * scale))
+    def _sizes(self, name: str) -> list[Size]:
+        """(width, height) in pixels of a field's pictures after its `..._scale`."""
+        percent = getattr(self, f"{name}_scale")
+        return [scaled_size(one, percent) for one in listed(getattr(self, name))]
 
 
-SAME_SHAPE = 1.05  # as much as rounding to multiples of 16 changes the shape of 480p
+OWN_SHAPE = "; give width and height of the picture's shape"
 
 
-def size_of(request: GenerateRequest, config: HostConfig) -> tuple[int, int]:
-    """(width, height) of what is made, in pixels: as asked, else the picture's own, else the launch's.
+def warn_of_distilled(cfg: float | None, usual: float) -> None:
+    """Warn of a scale of guidance for a checkpoint that has none."""
+    if cfg is not None and cfg != usual:
+        warn(f"cfg: {cfg:g} has no effect: this checkpoint is distilled and takes no guidance")
 
-    A picture's own sides are rounded down to the type's multiple. Some types keep only its aspect.
+
+def size_of(request: GenerateRequest, config: HostConfig) -> Size:
+    """(width, height) of what is made, in pixels: as asked, else a picture's own, else the launch's.
+
+    A picture's own sides are rounded down to the type's multiple. Some types keep only its aspect, which is
+    also what a control picture gives where there is no other.
     """
+    width, height = config.size
     if request.width and request.height:
-        width, height = request.width, request.height
-    elif request.image is not None and config.spec.aspect_multiple:
-        width, height = with_aspect(request._own_size(-1), config)
+        return request.width, request.height
+    if request.image is not None and config.spec.aspect_multiple:
+        width, height = with_aspect(request._sizes("image")[-1], config)
     elif request.starts(config):
-        multiple = config.spec.size_multiple
-        width, height = (max(16, side // multiple * multiple) for side in request._own_size())
-    else:
-        width, height = config.size
+        width, height = own_size(request._sizes("image")[0], config)
+    elif config.control_net and request.control_image is not None and request.latent is None:
+        shape = request._sizes("control_image")[0]
+        if not same_shape(shape, config.size):  # others are warm, captured and compiled
+            width, height = with_aspect(shape, config)
     return request.width or width, request.height or height
-
-
-def with_aspect(of: tuple[int, int], config: HostConfig) -> tuple[int, int]:
-    """(width, height) of the launch's area with the aspect of a picture, in the type's `aspect_multiple`."""
-    multiple, ratio = config.spec.aspect_multiple, of[0] / of[1]
-    width = math.sqrt(config.size[0] * config.size[1] * ratio)  # as diffusers computes it
-    sides = [max(multiple, round(side / multiple) * multiple) for side in (width, width / ratio)]
-    return sides[0], sides[1]
-
-
-def warn_of_rounding(
-    asked: tuple[Any, Any], own: tuple[int, int], made: tuple[int, int], config: HostConfig
-) -> None:
-    """Warn where a side that was not asked for is not the picture's own; all widths and heights in pixels."""
-    if any(given is None and side != now for given, side, now in zip(asked, own, made, strict=True)):
-        warn(
-            "image: {}x{} pixels are made {}x{}, as the sides of a picture of type {} are multiples of "
-            "{}".format(*own, *made, config.type, config.spec.size_multiple)
-        )
 
 
 def launch_defaults(config: HostConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageFilter, ImageOps
 
-from shared.api.media import has_alpha
+from shared.api.codecs import has_alpha
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
 Size = tuple[int, int]  # width, height

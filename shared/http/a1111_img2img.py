@@ -8,10 +8,9 @@ from typing import Any
 from PIL import Image
 from pydantic_core import PydanticCustomError
 
-from shared.api.codecs import MAX_SIDE, check_image, picture_size
+from shared.api.codecs import MAX_SIDE, check_image, has_alpha, picture_size
 from shared.api.faults import FieldProblem
-from shared.api.media import encode_image, has_alpha, open_image
-from shared.api.requests import warn_of_rounding, with_aspect
+from shared.api.media import encode_image, open_image
 from shared.api.retouch import (
     JUST_RESIZE,
     Masking,
@@ -22,6 +21,7 @@ from shared.api.retouch import (
     masked,
     resized,
 )
+from shared.api.sizes import own_size, warn_of_own_size, with_aspect
 from shared.api.warned import warn
 from shared.http.a1111_options import is_nothing
 from shared.launch.checks import runs_whole
@@ -196,15 +196,14 @@ def _size(
     data: dict[str, Any], image: Image.Image, settings: _Settings, with_mask: bool, config: HostConfig
 ) -> tuple[Any, Any]:
     """Width and height of what is painted: as asked, else the picture's own; of a part the launch's."""
-    multiple, own = config.spec.size_multiple, image.size
+    own = image.size
     seen = config.spec.aspect_multiple > 0
     only_masked = with_mask and settings.masking.only_masked
     of_launch = only_masked or (config.spec.image == "needed" and not seen)
-    sides = with_aspect(own, config) if seen else config.size if of_launch else own
-    width, height = (max(side // multiple * multiple, 16) for side in sides)
+    width, height = with_aspect(own, config) if seen else config.size if of_launch else own_size(own, config)
     made = data.get("width", width), data.get("height", height)
     if not (of_launch or seen):
-        warn_of_rounding((data.get("width"), data.get("height")), own, made, config)
+        warn_of_own_size((data.get("width"), data.get("height")), own, made, config)
     return made
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from shared.api.faults import FieldProblem
 from shared.api.retouch import CROP, FILL, JUST_RESIZE
+from shared.api.warned import warn
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 
@@ -79,6 +80,24 @@ OVERRIDES: dict[str, tuple[Any, ...]] = {
     "sdxl_crop_top": (),
     "sdxl_crop_left": (),
 }
+# Options of A1111's schema that are read elsewhere, or that mean nothing to a host.
+_OTHERS = {
+    "prompt", "negative_prompt", "steps", "cfg_scale", "seed", "width", "height", "subseed",
+    "sampler_name", "sampler_index", "scheduler", "eta", "batch_size", "n_iter", "clip_skip",
+    "refiner_checkpoint", "refiner_switch_at", "disable_extra_networks", "override_settings",
+    "override_settings_restore_afterwards", "alwayson_scripts", "script_args", "comments",
+    "force_task_id", "do_not_save_samples", "do_not_save_grid", "denoising_strength", "enable_hr",
+    "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y",
+    "hr_checkpoint_name", "hr_additional_modules", "hr_sampler_name", "hr_scheduler", "hr_prompt",
+    "hr_negative_prompt", "hr_cfg", "init_images", "resize_mode", "mask", "mask_blur", "mask_blur_x",
+    "mask_blur_y", "mask_round", "inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding",
+    "inpainting_mask_invert",
+}  # fmt: skip
+# Options that have a meaning only with this value: all pictures are sent, and none is kept.
+_FIXED = {"send_images": True, "save_images": False, "include_init_images": False}
+_OTHER_OVERRIDES = {
+    "sd_model_checkpoint", "sd_vae", "CLIP_stop_at_last_layers", "enable_pnginfo", "samples_format",
+}  # fmt: skip
 # A ControlNet unit's fields; the preprocessor's own do nothing without one.
 _UNIT: dict[str, tuple[Any, ...]] = {
     "module": (),
@@ -98,6 +117,7 @@ RESIZE_MODES: dict[Any, int] = {
     "Just Resize": JUST_RESIZE, "Crop and Resize": CROP, "Resize and Fill": FILL,
 }  # fmt: skip
 _CONTROL_NET = "controlnet"
+MOST_NAMED = 10  # options in one warning
 _HASH = re.compile(r"\s*\[[^\]]*\]$")  # "name [a1b2c3d4]"
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 _NOTHING = ("none", "automatic")
@@ -122,6 +142,21 @@ class Options:
 def is_nothing(value: Any, more: tuple[Any, ...] = ()) -> bool:
     """Whether an option's value asks for nothing; `more` values do so for this option."""
     return not value or value in more or (isinstance(value, str) and value.lower() in _NOTHING)
+
+
+def warn_of_unread(asked: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Warn of what a request of A1111's says and nothing here reads."""
+    for name, only in _FIXED.items():
+        if asked.get(name, only) not in (only, None):
+            warn(f"{name}: has no effect; pictures come in the answer, and nowhere else")
+    known = {*OPTIONS, *OF_IMAGES, *_OTHERS, *_FIXED}
+    unread = [shown(name) for name in asked if name not in known]
+    unread += [
+        f"override_settings.{name}" for name in overrides if name not in {*OVERRIDES, *_OTHER_OVERRIDES}
+    ]
+    if unread:
+        more = f" and {len(unread) - MOST_NAMED} more" if len(unread) > MOST_NAMED else ""
+        warn(f"options that nothing here reads were left out: {', '.join(unread[:MOST_NAMED])}{more}")
 
 
 def _refused(values: dict[str, Any], table: dict[str, tuple[Any, ...]], where: str) -> Iterator[FieldProblem]:
@@ -190,6 +225,9 @@ def check_settings(settings: dict[str, Any], config: HostConfig) -> list[FieldPr
     """The faults of settings for all later requests: those that change pictures, and which a host has not."""
     vae = (config.vae, Path(config.vae).name) if config.vae else ()
     problems = list(_refused(settings, OVERRIDES | {"sd_vae": vae}, ""))
+    if not is_nothing(format := settings.get("samples_format"), ("png",)):
+        text = f"must be png for all requests, got {shown(format)}; one asks for it in its override_settings"
+        problems.append(FieldProblem("samples_format", text))
     if not is_nothing(layers := settings.get("CLIP_stop_at_last_layers"), (1,)):
         text = f"must be 1 for all requests, got {shown(layers)}; one asks for more in its override_settings"
         problems.append(FieldProblem("CLIP_stop_at_last_layers", text))

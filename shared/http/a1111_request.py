@@ -15,7 +15,7 @@ from shared.api.retouch import Retouched
 from shared.api.warned import warn
 from shared.http import a1111_img2img as img2img
 from shared.http.a1111_hires import rounded
-from shared.http.a1111_options import check_options
+from shared.http.a1111_options import check_options, warn_of_unread
 from shared.http.dispatch import ApiError
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
@@ -29,6 +29,9 @@ OURS = {
     "width": "width",
     "height": "height",
 }
+FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
+VIDEO_FORMATS = {"gif": "gif", "webp": "webp"}
+MAX_SKIP = 12  # of /generate's clip_skip
 _TITLE = re.compile(
     r"(\.safetensors|\.sft|\.ckpt)?( \[[0-9a-f]+\])?$"
 )  # what A1111 writes behind a model's name
@@ -83,8 +86,6 @@ def translate(
     check_model(overrides.get("sd_model_checkpoint"), config.model_id)
     data = {ours: asked[theirs] for theirs, ours in OURS.items() if asked.get(theirs) is not None}
     problems += _notation(data, bool(asked.get("disable_extra_networks")))
-    if spec.output == "video":
-        data["output_format"] = "gif"
     if overrides.get("enable_pnginfo") is False:
         data["metadata"] = False
     for side in ("width", "height"):
@@ -92,9 +93,9 @@ def translate(
             data.pop(side, None)
         elif type(value := data.get(side)) is int and spec.size_multiple <= value <= MAX_SIDE:
             data[side] = rounded(value, spec.size_multiple)
-    skip = overrides.get("CLIP_stop_at_last_layers", asked.get("clip_skip"))
-    if isinstance(skip, int) and skip > 1 and "clip_skip" in spec.fields:
-        data["clip_skip"] = skip - 1  # theirs counts the last layer as 1
+    warn_of_unread(asked, overrides)
+    data |= _skipped(asked, overrides, config, problems)
+    data |= _format(overrides, config, problems)
     scheduler, problem = scheduler_for(asked, samplers)
     if scheduler:
         data["scheduler"] = scheduler
@@ -134,6 +135,38 @@ def translate(
         data["control_image"] = images if len(images) > 1 else images[0]
     data["pictures"] = pictures
     return Translated(data, retouched)
+
+
+def _skipped(
+    asked: dict[str, Any], overrides: dict[str, Any], config: HostConfig, problems: list[FieldProblem]
+) -> dict[str, Any]:
+    """CLIP's skipped layers; theirs counts the last layer as 1."""
+    name = "clip_skip" if overrides.get("CLIP_stop_at_last_layers") is None else "CLIP_stop_at_last_layers"
+    skip = {**asked, **overrides}.get(name)
+    if skip is None:
+        return {}
+    if type(skip) is not int or not 0 <= skip <= MAX_SKIP + 1:
+        problems.append(
+            FieldProblem(name, f"must be a whole number from 1 to {MAX_SKIP + 1}, got {shown(skip)}")
+        )
+    elif skip > 1 and "clip_skip" in config.spec.fields:
+        return {"clip_skip": skip - 1}
+    elif skip > 1:
+        warn(f"{name}: has no effect on type {config.type} ({config.spec.title})")
+    return {}
+
+
+def _format(overrides: dict[str, Any], config: HostConfig, problems: list[FieldProblem]) -> dict[str, Any]:
+    """The format of the answer's pictures; videos are GIFs where they ask for none."""
+    wanted = overrides.get("samples_format")
+    formats = VIDEO_FORMATS if config.spec.output == "video" else FORMATS
+    if wanted is None or (wanted == "png" and config.spec.output == "video"):
+        return {"output_format": "gif"} if config.spec.output == "video" else {}
+    if not isinstance(wanted, str) or wanted not in formats:
+        text = f"must be one of {', '.join(formats)}; got {shown(wanted)}"
+        problems.append(FieldProblem("override_settings.samples_format", text))
+        return {}
+    return {"output_format": formats[wanted]}
 
 
 def _notation(data: dict[str, Any], without_loras: bool) -> list[FieldProblem]:

@@ -1,7 +1,7 @@
 """OpenAI's image API, for the openai SDK, Open WebUI, InvokeAI and others that use it.
 
 Fields of POST /generate may stand beside OpenAI's own (the SDK's `extra_body`), which decide where both say
-the same. Fields of OpenAI's that have no meaning here (quality, style, user, ...) are accepted unread.
+the same. Fields of OpenAI's that have no meaning here (quality, style, ...) are accepted, with a warning.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from flask import Response, jsonify
 from flask import request as http
 from pydantic_core import PydanticCustomError
 
-from shared.api.codecs import check_image
+from shared.api.codecs import check_image, has_alpha
 from shared.api.faults import FieldProblem, RequestError
 from shared.api.jobs import Order
-from shared.api.media import encode_image, has_alpha, open_image
+from shared.api.media import encode_image, open_image
 from shared.api.parsing import check_request
 from shared.api.replies import File
 from shared.api.requests import json_value
@@ -33,9 +33,14 @@ from shared.launch.wording import shown
 
 MAX_PICTURES = 10  # of one request, as in OpenAI's API
 PREFIX = "/v1/"
-_MEANINGLESS = frozenset(
-    {"model", "quality", "style", "user", "moderation", "output_compression", "input_fidelity"}
-)
+# OpenAI's fields that have no meaning here, and the values that ask for nothing.
+_MEANINGLESS: dict[str, tuple[object, ...]] = {
+    "quality": ("auto", "standard", "medium"),
+    "style": (),
+    "output_compression": (100,),
+    "input_fidelity": ("low",),
+}
+_UNREAD = frozenset({"model", "user", "moderation"})  # for OpenAI's own models and accounts
 _OURS = {"prompt": "positive", "negative_prompt": "negative"}
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {
     "width": "size",
@@ -202,7 +207,11 @@ def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
         RequestError: 400 with the faults of OpenAI's own fields.
     """
     problems: list[FieldProblem] = []
-    ours = {k: v for k, v in data.items() if k not in _MEANINGLESS and v is not None}
+    ours = {k: v for k, v in data.items() if k not in (*_MEANINGLESS, *_UNREAD) and v is not None}
+    warn_of_model(data, config)
+    for name, nothing in _MEANINGLESS.items():
+        if (value := data.get(name)) is not None and value not in nothing:
+            warn(f"{name}: has no effect on this host; got {shown(value)}")
     for theirs, name in _OURS.items():
         if theirs in ours:
             ours[name] = ours.pop(theirs)
@@ -230,6 +239,12 @@ def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
         _add_own_faults(problems, ours, config)
         raise RequestError(400, problems)
     return ours
+
+
+def warn_of_model(data: dict[str, Any], config: HostConfig) -> None:
+    """Warn where a client names another model than the one here."""
+    if (wanted := data.get("model")) not in (None, "", config.model_id):
+        warn(f"model: the only one here is {config.model_id!r}, which is used; got {shown(wanted)}")
 
 
 def pop_size(ours: dict[str, Any], problems: list[FieldProblem]) -> None:

@@ -110,6 +110,7 @@ FAMILY = Family(
             steps=50,
             cfg=4.0,
             size_multiple=16,
+            edit_pixels=1024 * 1024,
             text_encoders=("text_encoder",),
             tokenizers=("tokenizer",),
             sized_tokenizers=("tokenizer",),

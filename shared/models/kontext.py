@@ -18,7 +18,7 @@ FAMILY = Family(
             title="FLUX.1 Kontext",
             pipeline="FluxKontextPipeline",
             starts=(
-                Start("FluxKontextPipeline", "image", None),
+                Start("FluxKontextPipeline", "image", None, aspects=(672 / 1568, 1568 / 672)),
                 # Else it would make a picture of one of Kontext's own sizes, whatever was asked for.
                 Start(
                     "FluxKontextInpaintPipeline",
@@ -29,6 +29,7 @@ FAMILY = Family(
             ),
             tokens=replace(flux.TOKENS, stages=None, control_net=None),
             area_field="max_area",
+            edit_pixels=1024 * 1024,
             scheduler_family="flow_sigmas",
             cfg=2.5,
             fields=_FLUX.fields - {"control_image", "control_image_scale", "controlnet_scale"},

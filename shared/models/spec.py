@@ -50,6 +50,8 @@ class Start:
     # Or the one that is above 0 where it was, and then paints masks only.
     control_extra: str | None = None
     most_pixels: int | None = None  # of a picture, which it makes smaller where it has more
+    # How many times as wide as high pictures to look at may be, from and to; others are stretched to that.
+    aspects: tuple[float, float] | None = None
     most: int = 1  # pictures that it takes beside each other, if they are no frames
     arguments: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))  # its further ones
 
@@ -99,6 +101,7 @@ class ModelSpec:
     # this, with the last picture's aspect and the launch's area; 0: the size is the picture's own, or that of
     # the launch.
     aspect_multiple: int = 0
+    edit_pixels: int = 0  # of an edit at most, where no size is asked for; 0: the picture's own
     # What a call of its denoiser needs while it runs, in maps: one number for each channel of its first
     # level (a transformer's width) at each of the latents (tokens). Counted at full size, without scores of
     # attention; and what DistriFusion keeps of other patches.

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from shared.api.sizes import warn_of_shapes
 from shared.launch.errors import first_line
 from shared.models import ModelSpec
 from shared.parallel.pipeline import Pipeline, model_of, part_of
@@ -133,6 +134,7 @@ def ip_arguments(
         scales: instead of the launch's: one for all adapters, or one for each.
     """
     count = len(launch)
+    _warn_of_shapes(pipe, images)
     _set_scales(pipe, one_each(scales or list(launch.values()), count) if images else [0.0] * count)
     black = Image.new("RGB", (224, 224))
     if count > 1:
@@ -145,6 +147,14 @@ def ip_arguments(
     if len(images) > 1:
         return {"ip_adapter_image": [list(images)]}
     return {"ip_adapter_image": images[0] if images else black}
+
+
+def _warn_of_shapes(pipe: Pipeline, images: Sequence[Image.Image]) -> None:
+    """Warn of pictures of which the image encoder, which sees a square, sees a part, or another shape."""
+    side = part_of(pipe, "image_encoder").config.image_size
+    cropped = getattr(part_of(pipe, "feature_extractor"), "do_center_crop", None)
+    sizes = [image.size for image in images]
+    warn_of_shapes("ip_image", sizes, (side, side), "cropped" if cropped else "stretched")
 
 
 def one_each(given: Sequence[Any], count: int) -> list[Any]:

@@ -14,7 +14,7 @@ import torch
 from shared.api.codecs import listed
 from shared.api.faults import refused
 from shared.api.media import decode_image
-from shared.api.requests import GenerateRequest
+from shared.api.requests import GenerateRequest, warn_of_distilled
 from shared.launch.flags import HostConfig
 from shared.models import SCHEDULERS, ModelSpec, Start
 from shared.parallel.pipeline import Pipeline, model_of, part_of, pixels_of
@@ -59,6 +59,9 @@ def call_arguments(
         guider = part_of(pipe, spec.tokens.guider).new(guidance_scale=request.cfg)
         pipe.register_modules(**{spec.tokens.guider: guider})
     else:
+        embedded = spec.tokens is not None and spec.tokens.guidance == "embedded"
+        if embedded and not model_of(pipe, spec.denoiser).config.get("guidance_embeds", True):
+            warn_of_distilled(request.cfg, spec.cfg)
         arguments[spec.cfg_field] = max((request.cfg or 0.0) + spec.cfg_offset, 0.0)
         if (request.cfg or 0.0) <= 1:
             arguments |= spec.without_guidance

@@ -38,13 +38,11 @@ def warm_up(
     whole = config.compile_vae
     image = encode_image(Image.new("RGB", (64, 64)), "png")
     inputs: dict[str, Any] = {"seed": 0, "output_format": "png" if whole else "latent"}
+    inputs["width"], inputs["height"] = size or config.size
     if config.spec.image == "needed":
-        width, height = config.size
-        inputs |= {"image": image, "width": width, "height": height}
+        inputs["image"] = image
     if config.control_net:
         inputs["control_image"] = image
-    if size is not None:
-        inputs["width"], inputs["height"] = size
     request = GenerateRequest.model_construct(**inputs).filled(config)
     if most_frames is not None and request.frames is not None:
         request = request.model_copy(update={"frames": min(request.frames, most_frames)})

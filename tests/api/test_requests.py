@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 
 from shared.api.codecs import picture_size
 from shared.api.faults import RequestError
-from shared.api.media import decode_image
+from shared.api.media import decode_image, encode_image
 from shared.api.parsing import STRENGTH, check_request, parse_request
 from shared.api.replies import Reply
 from shared.api.requests import COMMON_FIELDS, GenerateRequest
@@ -295,7 +295,8 @@ def test_of_an_animation_the_first_picture_counts_and_that_is_said() -> None:
     with collecting_warnings() as warnings:
         check_request(body, config_of("sd1", control_net={"/a": 1.0, "/b": 1.0}))
     text = "is an animation of 3 frames, of which only the first is used"
-    assert warnings == [f"{name}: {text}" for name in ("image", "mask", "control_image")]
+    assert warnings[:3] == [f"{name}: {text}" for name in ("image", "mask", "control_image")]
+    assert warnings[3:] == ["mask: is nowhere white, so nothing is painted anew"]  # its first picture
     with collecting_warnings() as warnings:
         check_request({"image": moving}, config_of("ad"))
     assert warnings == []
@@ -420,15 +421,40 @@ def drawn(width: int, height: int) -> str:
     return b64(picture(size=(width, height)))
 
 
+def white(width: int, height: int) -> str:
+    return b64(encode_image(Image.new("L", (width, height), 255), "png"))
+
+
 @pytest.mark.parametrize(
     ("type", "fields", "size", "warned"),
     [
         ("sd1", {"image": drawn(70, 41)}, (64, 40), "70x41 pixels are made 64x40"),
         ("flux", {"image": drawn(72, 104)}, (64, 96), "multiples of 16"),
         ("sd1", {"image": drawn(128, 80), "image_scale": 50}, (64, 40), None),
-        ("sd1", {"image": drawn(72, 40), "mask": drawn(8, 8)}, (72, 40), None),
-        ("sd1", {"image": drawn(70, 41), "width": 128, "height": 96}, (128, 96), None),
-        ("sd1", {"image": drawn(70, 48), "width": 128}, (128, 48), None),
+        ("sd1", {"image": drawn(72, 40), "mask": white(36, 20)}, (72, 40), None),
+        ("sd1", {"image": drawn(72, 40), "mask": drawn(72, 40)}, (72, 40), "mask: is nowhere white"),
+        (
+            "sd1",
+            {"image": drawn(72, 40), "mask": white(36, 22)},
+            (72, 40),
+            "mask: 36x22 pixels are stretched to the shape of image, 72x40",
+        ),
+        ("sd1", {"image": drawn(70, 41), "width": 128, "height": 72}, (128, 72), None),
+        ("sd1", {"image": drawn(70, 41), "width": 128, "height": 96}, (128, 96), "stretched to the shape"),
+        ("sd1", {"image": drawn(70, 48), "width": 128}, (128, 48), "70x48 pixels are stretched"),
+        (
+            "ad",
+            {"image": [drawn(64, 64), drawn(64, 48)]},
+            (64, 64),
+            "64x48 pixels are stretched to the shape",
+        ),
+        # An edit is no larger than its model makes pictures, as diffusers' Flux2KleinPipeline has it.
+        ("kontext", {"image": drawn(400, 300)}, (400, 288), "are made 400x288"),
+        ("kontext", {"image": drawn(4032, 3024)}, (1168, 880), "at most 1024 x 1024 pixels where no size"),
+        ("flux2", {"image": drawn(4032, 3024)}, (1168, 880), "4032x3024 pixels are made 1168x880"),
+        ("flux2", {"image": [drawn(640, 480), drawn(90, 400)]}, (640, 480), None),
+        ("kontext", {"image": drawn(4032, 3024), "width": 1536, "height": 512}, (1536, 512), None),
+        ("kontext", {"image": drawn(1024, 256)}, (1024, 256), "1024x256 pixels are stretched: type kontext"),
         ("sd1", {"image": drawn(5, 300)}, (16, 296), "5x300 pixels are made 16x296"),
         ("svd", {"image": drawn(70, 41)}, (1024, 576), None),
         ("svd", {"image": drawn(41, 70)}, (1024, 576), "41x70 pixels are stretched to the shape of 1024x576"),
@@ -447,7 +473,94 @@ def test_the_size_is_the_picture_s_own(
     with collecting_warnings() as told:
         request = parse(fields, config_of(type))
     assert (request.width, request.height) == size
-    assert (warned in told[0]) if warned else not told
+    assert (warned in told[0] and len(told) == 1) if warned else not told
+
+
+@pytest.mark.parametrize(
+    ("type", "launch", "fields", "size", "warned"),
+    [
+        # The launch's area in the shape of the control picture, unless a size is asked for.
+        ("sd1", (512, 512), {"control_image": drawn(300, 600)}, (360, 728), None),
+        ("sd1", (512, 512), {"control_image": drawn(515, 500)}, (512, 512), None),
+        ("sdxl", (1024, 512), {"control_image": [drawn(90, 90), drawn(90, 45)]}, (728, 728), "90x45 pixels"),
+        ("flux", (1024, 1024), {"control_image": drawn(2000, 1000)}, (1456, 720), None),
+        (
+            "sd1",
+            (512, 512),
+            {"control_image": drawn(300, 600), "width": 512, "height": 512},
+            (512, 512),
+            "control_image: 300x600 pixels are stretched to the shape of 512x512; give width and height of",
+        ),
+        (
+            "sd1",
+            (512, 512),
+            {"control_image": drawn(64, 32), "image": drawn(64, 64)},
+            (64, 64),
+            "control_image: 64x32 pixels are stretched to the shape of 64x64",
+        ),
+    ],
+)
+def test_a_control_picture_gives_its_shape(
+    type: str, launch: tuple[int, int], fields: dict[str, Any], size: tuple[int, int], warned: str | None
+) -> None:
+    config = config_of(type, width=launch[0], height=launch[1], control_net={"/a": 1.0, "/b": 1.0})
+    with collecting_warnings() as told:
+        request = parse(fields, config)
+    assert (request.width, request.height) == size
+    assert (warned in told[0] and len(told) == 1) if warned else not told
+
+
+def test_a_latent_s_size_is_the_launch_s_whatever_the_control_picture_s_shape() -> None:
+    config = config_of(control_net={"/a": 1.0})
+    request = parse({"control_image": drawn(300, 600), "latent": tensor(latent=[[1.0]])}, config)
+    assert (request.width, request.height) == (512, 512)
+
+
+def test_kontext_s_aspects_are_those_of_its_authors_sizes() -> None:
+    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+    aspects = MODELS["kontext"].starts[0].aspects
+    assert aspects is not None
+    found = [width / height for width, height in PREFERRED_KONTEXT_RESOLUTIONS]
+    assert (min(found), max(found)) == pytest.approx(aspects, rel=0.03)  # tests/tiny.py makes them small
+
+
+@pytest.mark.parametrize(
+    ("image", "options"),
+    [
+        (Image.new("RGBA", (8, 8), (1, 2, 3, 100)), {}),
+        (Image.new("LA", (8, 8), (1, 100)), {}),
+        (Image.new("RGB", (8, 8), "red").quantize(4), {"transparency": 0}),
+    ],
+)
+def test_transparency_is_left_out_and_that_is_said(image: Image.Image, options: dict[str, Any]) -> None:
+    out = io.BytesIO()
+    image.save(out, "PNG", **options)
+    body = {name: b64(out.getvalue()) for name in ("image", "ip_image", "control_image")}
+    with collecting_warnings() as told:
+        check_request(
+            body | {"mask": white(8, 8)}, config_of(control_net={"/a": 1.0}, ip_adapter={"/b": 1.0})
+        )
+    text = "is transparent in part, which is left out: the colours beneath it are seen"
+    assert [line for line in told if "transparent" in line] == [f"{name}: {text}" for name in body]
+
+
+@pytest.mark.parametrize(
+    ("fields", "warned"),
+    [
+        ({"ip_adapter_scale": 0.5}, "ip_adapter_scale: has no effect without ip_image"),
+        ({"ip_adapter_scale": 0.5, "ip_image": drawn(8, 8)}, None),
+        ({"sigmas": tensor(sigmas=[9, 4, 1]), "steps": 30}, "steps: has no effect, as sigmas has 3 numbers"),
+        ({"sigmas": tensor(sigmas=[9, 4, 1]), "steps": 3}, None),
+        ({"timesteps": tensor(timesteps=[9, 4])}, None),
+        ({"latent": tensor(latent=[1]), "pictures": 2}, "pictures: all begin with the same latent"),
+        ({"latent": tensor(latent=[1]), "pictures": 2, "add_noise": True, "strength": 0.5}, None),
+    ],
+)
+def test_a_field_that_another_makes_idle_is_told(fields: dict[str, Any], warned: str | None) -> None:
+    with collecting_warnings() as told:
+        parse(fields, config_of("sd1", ip_adapter={"/a": 1.0}))
+    assert (told[0].startswith(warned) and len(told) == 1) if warned else not told
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,58 @@ def post(host: FakeHost, name: str, body: Any, **options: Any) -> requests.Respo
     return host.post(f"/sdapi/v1/{name}", json=body, **options)
 
 
+def test_what_nothing_reads_is_told(host: FakeHost) -> None:
+    given = {
+        "prompt": "x",
+        "cfg": 3,
+        "override_settings": {"CLIP_stop_at_last_layers": 1, "jpeg_quality": 50},
+    }
+    told = "options that nothing here reads were left out: 'cfg', override_settings.jpeg_quality"
+    assert post(host, "txt2img", given).json()["warnings"] == [told]
+    many = {f"k{n}": n for n in range(200)}
+    [told] = post(host, "txt2img", {"prompt": "x"} | many).json()["warnings"]
+    assert told.endswith("'k9' and 190 more")
+
+
+@pytest.mark.parametrize(
+    ("type", "given", "words"),
+    [
+        ("sd1", {"clip_skip": "two"}, "clip_skip: must be a whole number from 1 to 13, got 'two'"),
+        ("sd1", {"clip_skip": 14}, "clip_skip: must be a whole number from 1 to 13, got 14"),
+        ("sd1", {"override_settings": {"samples_format": "avif"}}, "samples_format: must be one of png, jpg"),
+        ("ad", {"override_settings": {"samples_format": "jpg"}}, "samples_format: must be one of gif, webp"),
+    ],
+)
+def test_options_of_a_wrong_value_are_refused(type: str, given: dict[str, Any], words: str) -> None:
+    with FakeHost(config_of(type)) as host:
+        answer = post(host, "txt2img", {"prompt": "x"} | given)
+        assert answer.status_code == 422 and words in answer.json()["detail"]
+
+
+def test_a_clip_skip_without_clip_is_told() -> None:
+    with FakeHost(config_of("flux", backend="xdit")) as host:
+        answer = post(host, "txt2img", {"prompt": "x", "clip_skip": 2}).json()
+        assert answer["warnings"] == ["clip_skip: has no effect on type flux (FLUX.1)"]
+        assert "warnings" not in post(host, "txt2img", {"prompt": "x", "clip_skip": 1}).json()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "made"), [("jpg", "jpeg"), ("webp", "webp"), ("png", "png"), (None, "png")]
+)
+def test_the_format_of_the_samples(host: FakeHost, wanted: str | None, made: str) -> None:
+    asked = {"prompt": "x", "override_settings": {"samples_format": wanted}}
+    [image] = post(host, "txt2img", asked).json()["images"]
+    assert Image.open(io.BytesIO(base64.b64decode(image))).format == made.upper()
+    assert post(host, "options", {"samples_format": "jpg"}).status_code == 422
+
+
 def test_txt2img_as_sillytavern_sends_it(host: FakeHost) -> None:
     answer = post(host, "txt2img", SILLY_TAVERN).json()
-    assert set(answer) == {"images", "parameters", "info"}
+    assert set(answer) == {"images", "parameters", "info", "warnings"}
+    assert answer["warnings"] == [
+        "save_images: has no effect; pictures come in the answer, and nowhere else",
+        "options that nothing here reads were left out: 'url', 'auth'",
+    ]
     assert [base64.b64decode(image) for image in answer["images"]] == [picture()]
     assert answer["parameters"] == SILLY_TAVERN
     info = json.loads(answer["info"])

@@ -190,12 +190,12 @@ def test_resize_modes(host: FakeHost, mode: int, expected: Any) -> None:
 
 @pytest.mark.parametrize("more", [{}, {"resize_mode": 1}, {"mask": (0, 0, 9, 9), "inpaint_full_res": False}])
 def test_a_size_that_is_rounded_is_said(host: FakeHost, more: Json) -> None:
-    more = more | ({"mask": base64_of(spot(more["mask"], (70, 66)))} if "mask" in more else {})
-    answer = post(host, init_images=[base64_of(halves((70, 66)))], **more)
-    text = "image: 70x66 pixels are made 64x64, as the sides of a picture of type sd1 are multiples of 8"
+    more = more | ({"mask": base64_of(spot(more["mask"], (67, 66)))} if "mask" in more else {})
+    answer = post(host, init_images=[base64_of(halves((67, 66)))], **more)
+    text = "image: 67x66 pixels are made 64x64, as the sides of a picture of type sd1 are multiples of 8"
     assert answer["warnings"] == [text]
     assert "warnings" not in post(
-        host, init_images=[base64_of(halves((70, 66)))], width=64, height=64, **more
+        host, init_images=[base64_of(halves((67, 66)))], width=64, height=64, **more
     )
     assert [(seen.width, seen.height) for seen in host.seen] == [(64, 64)] * 2
 

@@ -33,6 +33,18 @@ def test_generate_with_the_sdk(host: FakeHost) -> None:
     assert base64.b64decode(answer.data[0].b64_json or "") == picture()
     [seen] = host.seen
     assert (seen.positive, seen.width, seen.height, seen.output_format) == ("a red circle", 64, 32, "png")
+    assert answer.model_dump()["warnings"] == [
+        "model: the only one here is 'demo', which is used; got 'dall-e-3'",
+        "quality: has no effect on this host; got 'hd'",
+        "style: has no effect on this host; got 'vivid'",
+    ]
+
+
+def test_openai_s_own_defaults_are_no_news(host: FakeHost) -> None:
+    answer = client(host).images.generate(
+        prompt="x", model="demo", quality="auto", output_compression=100, moderation="low"
+    )
+    assert "warnings" not in answer.model_dump()
 
 
 def test_own_fields_through_extra_body_and_several_pictures(host: FakeHost) -> None:
@@ -141,7 +153,8 @@ def test_an_opaque_mask_would_paint_nothing(host: FakeHost) -> None:
 def test_a_transparent_picture_without_a_mask_is_painted_whole_and_that_is_said(host: FakeHost) -> None:
     answer = client(host).images.edit(image=rgba((64, 64), (0, 0, 9, 9)), prompt="a hat")
     told = "image: what is transparent in it counts only in a mask; the whole picture is painted"
-    assert answer.model_dump()["warnings"] == [told] and host.seen[0].mask is None
+    left_out = "image: is transparent in part, which is left out: the colours beneath it are seen"
+    assert answer.model_dump()["warnings"] == [told, left_out] and host.seen[0].mask is None
 
 
 @pytest.mark.parametrize("name", ["image", "image[]"])

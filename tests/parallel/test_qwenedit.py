@@ -18,7 +18,7 @@ from safetensors.torch import load
 from shared.api.faults import RequestError
 from shared.api.media import encode_image
 from shared.api.parsing import check_request
-from shared.api.requests import with_aspect
+from shared.api.sizes import with_aspect
 from shared.backends import BACKENDS
 from shared.launch.checks import check_config
 from shared.launch.errors import LoadError

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from shared.api.warned import collecting_warnings
 from shared.models import MODELS
 from shared.pipeline.adapters import (
     AdapterError,
@@ -276,3 +277,18 @@ def test_several_ip_pictures(name: str, adapters: int, tmp_path: Path) -> None:
         assert np.array_equal(made([one, two], 0.3), made([one, two], 0.3, 0.3))
         assert apart(made([one, two], 0.3, 0.9), made([one, two], 0.3)) > 1e-3
         assert apart(both, made([two, one])) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "done"), [("sd1", "cropped"), ("sd3", "stretched")])
+def test_a_picture_that_the_image_encoder_does_not_see_as_it_is(name: str, done: str) -> None:
+    launch = {str(tiny_extras.ip_adapter(name)): 0.7}
+    pipe, wide = tiny.host(name, ip_adapter=launch), tiny.picture(64).resize((128, 64))
+    with collecting_warnings() as told:
+        seen = ip_arguments(pipe, MODELS[name], launch, [wide])["ip_adapter_image"]
+    assert told == [f"ip_image: 128x64 pixels are {done} to the shape of 32x32"]
+    pixels = pipe.feature_extractor(seen, return_tensors="pt").pixel_values
+    middle = pipe.feature_extractor(wide.crop((32, 0, 96, 64)), return_tensors="pt").pixel_values
+    assert torch.allclose(pixels, middle, atol=0.05) is (done == "cropped")
+    with collecting_warnings() as told:
+        ip_arguments(pipe, MODELS[name], launch, [tiny.picture(64)])
+    assert not told

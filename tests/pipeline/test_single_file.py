@@ -15,10 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from shared.api.parsing import check_request
+from shared.api.warned import collecting_warnings
 from shared.launch.backend import Needs
 from shared.launch.errors import UsageError
 from shared.launch.file_header import CONFIGS
 from shared.models import MODELS
+from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import LoadError, load_pipeline
 from shared.pipeline.single_file import clip_tokenizer
 from tests import tiny, tiny_extras, tiny_original, tiny_qwen
@@ -365,6 +368,15 @@ def test_schnell(shipped: Path) -> None:
     right.transformer.load_state_dict(state)
     right.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
     assert np.abs(tiny.run(made, "flux") - tiny.run(right, "flux")).max() < 1e-5
+    config = tiny.config("flux", width=64, height=64)
+    on = PipelineEngine(made, config, tiny.world())
+    for cfg, told in (
+        (7.0, ["cfg: 7 has no effect: this checkpoint is distilled and takes no guidance"]),
+        (None, []),
+    ):
+        with collecting_warnings() as warnings:
+            on.generate(check_request({"positive": "a", "steps": 1, "cfg": cfg}, config), lambda *_: None)
+        assert warnings == told
 
 
 def test_sd35(shipped: Path) -> None:
