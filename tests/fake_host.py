@@ -1,8 +1,8 @@
 """A host whose engine draws nothing: it obeys orders in the prompt, so that failures can be had on demand.
 
 `positive` is JSON: {"sleep": seconds a step, "rank": who, "step": when, "do": what} with what = raise
-(between collectives), raise_in_step (while the others are in one), hang, exit, bad_request, or fill: out of
-memory, {"until": count} times.
+(between collectives), raise_in_step (while the others are in one), hang, exit, bad_request, fill: out of
+memory, {"until": count} times, or fill_in_step (while the others are in a collective).
 Under torchrun it is a whole host (shared.host.serve) without weights.
 """
 
@@ -63,6 +63,10 @@ class FakeEngine:
             mine = order.get("rank") == self.world.rank and order.get("step") == step
             if mine and order["do"] == "raise_in_step":
                 raise RuntimeError("broken inside a step")
+            if mine and order["do"] == "fill_in_step":
+                raise torch.OutOfMemoryError(
+                    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has more."
+                )
             if mine and order["do"] == "hang":
                 time.sleep(3600)
             if mine and order["do"] == "exit":

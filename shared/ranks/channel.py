@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import time
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ log = logging.getLogger("host")
 
 FRAME = 4096  # bytes that a message travels in when they suffice, so that it takes one collective
 LENGTH = 8  # bytes at its start that hold its length
+WORKS_SECONDS = 60.0  # that a failed request's collectives may still take on the other ranks
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,15 @@ class Channel:
             return True
         ones = torch.ones(1, device=self.world.device)
         try:
-            dist.all_reduce(ones, group=self.world.compute)
+            work = dist.all_reduce(ones, group=self.world.compute, async_op=True)
+            # Behind a collective that another rank never joined, NCCL would end the process before long.
+            end = time.monotonic() + WORKS_SECONDS
+            while not work.is_completed():
+                if time.monotonic() > end:
+                    log.error("the compute group no longer works: ranks wait for one that failed")
+                    return False
+                time.sleep(0.005)
+            work.wait()
         except RuntimeError as error:
             log.error("the compute group no longer works: %s", first_line(error))
             return False

@@ -308,7 +308,7 @@ class RankLoop:
         if job is not None and not again:
             if verdict is Verdict.FINISHED:
                 self._deliver(job, message, outcomes)
-            elif not broken:
+            elif not broken or _had_no_room(outcomes):
                 job.finish(self._job_error(verdict, outcomes, message))
         if broken:
             reasons = "; ".join(f"rank {o.rank}: {o.error}" for o in outcomes if o.error)
@@ -370,7 +370,7 @@ class RankLoop:
             return JobError(failed[0].status, failed[0].error, failed[0].problems)
         if _had_no_room(outcomes):
             # torch's second sentence says how much was asked for, the others what is where.
-            said = [f"rank {o.rank}: {'. '.join(o.error.split('. ')[:2])}" for o in failed]
+            said = [f"rank {o.rank}: {'. '.join(o.error.split('. ')[:2])}" for o in failed if o.out_of_memory]
             return JobError(507, f"out of memory ({'; '.join(said)}): {self._advice(message)}")
         return JobError(500, "; ".join(f"rank {o.rank}: {o.error}" for o in hosts_fault))
 
@@ -393,6 +393,8 @@ def _number(reply: Reply, message: Generate) -> int:
 
 
 def _had_no_room(outcomes: list[Outcome]) -> bool:
-    """Whether memory was full on some ranks, and nothing else went wrong."""
+    """Whether memory was full on some ranks, and nothing else went wrong but what broke by that."""
     failed = [outcome for outcome in outcomes if outcome.error]
-    return bool(failed) and all(outcome.out_of_memory for outcome in failed)
+    full = [outcome for outcome in failed if outcome.out_of_memory]
+    # A rank that runs out of memory within a step leaves the others alone in a collective, which then fails.
+    return bool(full) and (full == failed or not all(outcome.in_sync for outcome in outcomes))

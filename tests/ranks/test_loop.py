@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -19,6 +20,7 @@ from shared.api.operations import AddLora, RemoveLora
 from shared.api.queue import JobQueue
 from shared.api.requests import GenerateRequest
 from shared.api.status import HostStatus
+from shared.ranks import channel as channels
 from shared.ranks.channel import FRAME, LENGTH, Channel
 from shared.ranks.groups import World, make_groups
 from shared.ranks.loop import RankLoop, no_advice
@@ -244,6 +246,31 @@ def test_an_error_inside_a_collective_breaks_the_job_in_time(pool: RankPool) -> 
     ranks = pool.run(serve_jobs, 2, [{"do": "raise_in_step", "rank": 1, "step": 2}], collective_timeout=2.0)
     assert time.monotonic() - began < 15
     assert ranks[0]["broken"] and ranks[1]["broken"]
+
+
+def test_out_of_memory_inside_a_collective_is_507_though_the_ranks_break(pool: RankPool) -> None:
+    order = {"do": "fill_in_step", "rank": 1, "step": 2}
+    ranks = pool.run(serve_jobs, 2, [order], collective_timeout=2.0)
+    said = "rank 1: CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert ranks[0]["jobs"][0]["error"] == (507, f"out of memory ({said}): a smaller picture needs less")
+    assert ranks[0]["broken"] and ranks[1]["broken"]
+
+
+def left_alone() -> tuple[bool, float]:
+    """On each rank: whether the compute group works, where one rank never comes, and after how long."""
+    channel, began = Channel(world_of_pool(4.0)), time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(channels, "WORKS_SECONDS", 1.0)
+        works = dist.get_rank() == 1 or channel.compute_works()
+    took = time.monotonic() - began
+    dist.barrier()
+    return works, took
+
+
+def test_a_compute_group_in_which_one_is_waited_for_does_not_work(pool: RankPool) -> None:
+    """Told before the group's own time is over, at which NCCL would end the process."""
+    (works, took), _ = pool.run(left_alone, 2)
+    assert not works and took < 3
 
 
 def votes() -> list[int]:
