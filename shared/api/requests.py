@@ -5,6 +5,7 @@ Imports no torch: images stay encoded bytes and tensors stay safetensors bytes u
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -295,6 +296,11 @@ class GenerateRequest(BaseModel):
 
     def _warn_of_no_effect(self) -> None:
         """Warn of fields that count only beside others, or that others replace."""
+        for name in ("positive", "negative"):
+            for network in dict.fromkeys(_NETWORK.findall(getattr(self, name) or "")):
+                warn(f"{name}: {network} is read as words; lora_scales names LoRAs")
+        if self.prompt_syntax is not None and _COMPOSED.search(self.positive or ""):
+            warn("positive: AND is read as a word; the prompts at its two sides are not joined as by A1111")
         if self.ip_adapter_scale is not None and self.ip_image is None:
             warn("ip_adapter_scale: has no effect without ip_image")
         for name in ("sigmas", "timesteps"):
@@ -341,6 +347,8 @@ class GenerateRequest(BaseModel):
         return [scaled_size(one, percent) for one in listed(getattr(self, name))]
 
 
+_NETWORK = re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,100}>")
+_COMPOSED = re.compile(r"\bAND\b")
 OWN_SHAPE = "; give width and height of the picture's shape"
 
 

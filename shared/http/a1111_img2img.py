@@ -21,7 +21,7 @@ from shared.api.retouch import (
     masked,
     resized,
 )
-from shared.api.sizes import own_size, warn_of_own_size, with_aspect
+from shared.api.sizes import own_size, warn_of_mask, warn_of_own_size, with_aspect
 from shared.api.warned import warn
 from shared.http.a1111_options import is_nothing
 from shared.launch.checks import runs_whole
@@ -167,6 +167,8 @@ def _started(
         white = None if is_nothing(mask) else mask_of(open_image(check_image(mask, "mask")))
     except PydanticCustomError:
         return fields, None, []
+    if white is not None:
+        warn_of_mask(white.size, image.size)
     size = _size(data, image, settings, white is not None, config)
     if not all(_is_side(side) for side in size):
         return fields, None, []

@@ -89,7 +89,7 @@ _OTHERS = {
     "force_task_id", "do_not_save_samples", "do_not_save_grid", "denoising_strength", "enable_hr",
     "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y",
     "hr_checkpoint_name", "hr_additional_modules", "hr_sampler_name", "hr_scheduler", "hr_prompt",
-    "hr_negative_prompt", "hr_cfg", "init_images", "resize_mode", "mask", "mask_blur", "mask_blur_x",
+    "hr_negative_prompt", "hr_cfg", "resize_mode", "mask", "mask_blur", "mask_blur_x",
     "mask_blur_y", "mask_round", "inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding",
     "inpainting_mask_invert",
 }  # fmt: skip
@@ -144,12 +144,12 @@ def is_nothing(value: Any, more: tuple[Any, ...] = ()) -> bool:
     return not value or value in more or (isinstance(value, str) and value.lower() in _NOTHING)
 
 
-def warn_of_unread(asked: dict[str, Any], overrides: dict[str, Any]) -> None:
+def warn_of_unread(asked: dict[str, Any], overrides: dict[str, Any], with_image: bool) -> None:
     """Warn of what a request of A1111's says and nothing here reads."""
     for name, only in _FIXED.items():
         if asked.get(name, only) not in (only, None):
             warn(f"{name}: has no effect; pictures come in the answer, and nowhere else")
-    known = {*OPTIONS, *OF_IMAGES, *_OTHERS, *_FIXED}
+    known = {*OPTIONS, *OF_IMAGES, *_OTHERS, *_FIXED, *(("init_images",) if with_image else ())}
     unread = [shown(name) for name in asked if name not in known]
     unread += [
         f"override_settings.{name}" for name in overrides if name not in {*OVERRIDES, *_OTHER_OVERRIDES}

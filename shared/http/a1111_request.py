@@ -93,7 +93,9 @@ def translate(
             data.pop(side, None)
         elif type(value := data.get(side)) is int and spec.size_multiple <= value <= MAX_SIDE:
             data[side] = rounded(value, spec.size_multiple)
-    warn_of_unread(asked, overrides)
+            if data[side] != value:
+                warn(f"{side}: {value} is made {data[side]}, a multiple of {spec.size_multiple}")
+    warn_of_unread(asked, overrides, with_image)
     data |= _skipped(asked, overrides, config, problems)
     data |= _format(overrides, config, problems)
     scheduler, problem = scheduler_for(asked, samplers)
@@ -105,10 +107,10 @@ def translate(
     options = check_options(asked, config, with_image)
     data |= options.data
     problems += options.problems
-    counts = [asked.get(key) or 1 for key in ("batch_size", "n_iter")]
+    counts = [1 if asked.get(key) is None else asked[key] for key in ("batch_size", "n_iter")]
     pictures = 1
     for key, count in zip(("batch_size", "n_iter"), counts, strict=True):
-        if not isinstance(count, int) or not 1 <= count <= MAX_PICTURES:
+        if type(count) is not int or not 1 <= count <= MAX_PICTURES:
             problems.append(FieldProblem(key, f"must be 1 to {MAX_PICTURES}, got {shown(count)}"))
         else:
             pictures *= count

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flask import Response, jsonify
@@ -212,10 +212,8 @@ def translate(data: dict[str, Any], config: HostConfig) -> dict[str, Any]:
     for name, nothing in _MEANINGLESS.items():
         if (value := data.get(name)) is not None and value not in nothing:
             warn(f"{name}: has no effect on this host; got {shown(value)}")
-    for theirs, name in _OURS.items():
-        if theirs in ours:
-            ours[name] = ours.pop(theirs)
-    count = ours.pop("n", ours.pop("pictures", 1))
+    rename(ours, _OURS | {"n": "pictures"})
+    count = ours.pop("pictures", 1)
     if type(count) is not int or not 1 <= count <= MAX_PICTURES:
         problems.append(FieldProblem("n", f"must be 1 to {MAX_PICTURES}, got {shown(count)}"))
     else:
@@ -247,6 +245,16 @@ def warn_of_model(data: dict[str, Any], config: HostConfig) -> None:
         warn(f"model: the only one here is {config.model_id!r}, which is used; got {shown(wanted)}")
 
 
+def rename(ours: dict[str, Any], names: Mapping[str, str]) -> None:
+    """OpenAI's fields -> ours, in place; ours have no effect where both are given, with a warning."""
+    for theirs, name in names.items():
+        if theirs in ours:
+            value = ours.pop(theirs)
+            if ours.get(name, value) != value:
+                warn(f"{name}: has no effect, as {theirs} is given too")
+            ours[name] = value
+
+
 def pop_size(ours: dict[str, Any], problems: list[FieldProblem]) -> None:
     """OpenAI's `size` -> width and height in pixels; its fault goes to `problems`."""
     size = ours.pop("size", "auto")
@@ -254,7 +262,11 @@ def pop_size(ours: dict[str, Any], problems: list[FieldProblem]) -> None:
         return
     match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size) if isinstance(size, str) else None
     if match:
-        ours["width"], ours["height"] = int(match[1]), int(match[2])
+        asked = {"width": int(match[1]), "height": int(match[2])}
+        for name, value in asked.items():
+            if ours.get(name, value) != value:
+                warn(f"{name}: has no effect, as size is given too")
+        ours |= asked
     else:
         problems.append(FieldProblem("size", f'must be "auto" or such as "1024x1024", got {shown(size)}'))
 

@@ -23,7 +23,7 @@ from shared.api.warned import warn
 from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.generate import raw_response
 from shared.http.incoming import caller, check_json_type, json_body
-from shared.http.openai import form_body, pop_size, warn_of_model
+from shared.http.openai import form_body, pop_size, rename, warn_of_model
 from shared.http.routes import App, Route, picture_route
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
@@ -194,9 +194,7 @@ def translate(data: dict[str, Any], config: HostConfig, problems: list[FieldProb
     spec = config.spec
     ours = {k: v for k, v in data.items() if k not in _MEANINGLESS and v is not None}
     warn_of_model(data, config)
-    for theirs, name in _OURS.items():
-        if theirs in ours:
-            ours[name] = ours.pop(theirs)
+    rename(ours, _OURS)
     if "positive" not in spec.fields:
         ours.pop("positive", None)  # OpenAI's API always asks for a prompt; a type without one ignores it
     if isinstance(reference := ours.get("image"), dict):

@@ -767,3 +767,17 @@ def test_an_animation_has_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
             continue
         with pytest.raises(RequestError, match="image: has 4 frames of 24x16; at most 1024, of 1152 pixels"):
             check_request(body, config_of("ad"))
+
+
+def test_what_other_clients_would_read_in_a_prompt_is_told() -> None:
+    prompts = {"positive": "a cat <lora:fur:0.7> AND a dog <lora:fur:0.7>", "negative": "<lyco:x:1>"}
+    with collecting_warnings() as told:
+        check_request(prompts | {"prompt_syntax": "a1111"}, config_of("sd1"))
+    assert told == [
+        "positive: <lora:fur:0.7> is read as words; lora_scales names LoRAs",
+        "negative: <lyco:x:1> is read as words; lora_scales names LoRAs",
+        "positive: AND is read as a word; the prompts at its two sides are not joined as by A1111",
+    ]
+    with collecting_warnings() as told:
+        check_request({"positive": "a cat AND a dog <3"}, config_of("sd1"))
+    assert told == []

@@ -116,6 +116,7 @@ def test_txt2img_as_sillytavern_sends_it(host: FakeHost) -> None:
     answer = post(host, "txt2img", SILLY_TAVERN).json()
     assert set(answer) == {"images", "parameters", "info", "warnings"}
     assert answer["warnings"] == [
+        "width: 516 is made 512, a multiple of 8",
         "save_images: has no effect; pictures come in the answer, and nowhere else",
         "options that nothing here reads were left out: 'url', 'auth'",
     ]
@@ -507,3 +508,15 @@ def test_the_key_as_bearer_or_as_password() -> None:
         assert requests.get(url, auth=("me", "secret"), timeout=5).status_code == 200
         assert requests.get(url, headers={"Authorization": "Bearer secret"}, timeout=5).status_code == 200
         assert requests.get(f"{host.url}/progress", auth=("me", "secret"), timeout=5).status_code == 401
+
+
+def test_no_pictures_are_refused_not_made_one(host: FakeHost) -> None:
+    for key, value in (("batch_size", 0), ("n_iter", True), ("n_iter", 0)):
+        answer = post(host, "txt2img", {"prompt": "x", key: value})
+        assert answer.status_code == 422 and key in answer.text, answer.text
+    assert not host.seen
+
+
+def test_a_picture_to_start_from_is_not_read_by_txt2img(host: FakeHost) -> None:
+    answer = post(host, "txt2img", {"prompt": "x", "init_images": ["eA=="], "width": 64, "height": 64}).json()
+    assert answer["warnings"] == ["options that nothing here reads were left out: 'init_images'"]

@@ -297,3 +297,15 @@ def test_a_client_that_leaves_stops_all_of_its_pictures(host: FakeHost) -> None:
         requests.post(f"{host.url}/v1/images/generations", json=body, timeout=0.3)
     wait_for(lambda: host.queue.running is None and len(host.queue) == 0)
     assert len(host.seen) == 1
+
+
+def test_a_field_given_by_both_names_is_told(host: FakeHost) -> None:
+    body = {"prompt": "a cat", "positive": "a dog", "n": 1, "pictures": 2, "size": "64x32", "width": 128}
+    answer = client(host).images.generate(prompt="a cat", n=1, size="64x32", extra_body=body)
+    assert {
+        "positive: has no effect, as prompt is given too",
+        "pictures: has no effect, as n is given too",
+        "width: has no effect, as size is given too",
+    } <= set(answer.model_dump()["warnings"])
+    [seen] = host.seen
+    assert (seen.positive, seen.width, seen.height) == ("a cat", 64, 32)
