@@ -126,6 +126,13 @@ def test_only_the_masked_part_is_painted_and_pasted_back(host: FakeHost) -> None
     assert told["Masked content"] == "fill" and "Mask blur" not in told
 
 
+def test_a_mask_of_another_shape_is_told(host: FakeHost) -> None:
+    asked: Json = {"init_images": [base64_of(halves((64, 64)))], "inpaint_full_res": False}
+    told = "mask: 64x32 pixels are stretched to the shape of image, 64x64; give a mask of the picture's size"
+    assert post(host, mask=base64_of(spot((0, 0, 9, 9), (64, 32))), **asked)["warnings"] == [told]
+    assert "warnings" not in post(host, mask=base64_of(spot((0, 0, 9, 9), (128, 128))), **asked)
+
+
 def test_the_whole_picture_is_painted_around_the_mask(host: FakeHost) -> None:
     mask = spot((40, 20, 60, 40))
     more = {"inpaint_full_res": False, "inpainting_fill": 1, "mask_blur": 3, "inpainting_mask_invert": 1}
