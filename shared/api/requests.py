@@ -57,6 +57,7 @@ from shared.models import ModelSpec
 
 IMAGE_FORMATS = ("png", "jpeg", "webp", "latent")
 VIDEO_FORMATS = ("png", "mp4", "gif", "webp", "latent")
+MAX_SKIP = 12  # layers of CLIP
 MIME_TYPES = {
     "png": "image/png",
     "jpeg": "image/jpeg",
@@ -192,7 +193,7 @@ class GenerateRequest(BaseModel):
         | None,
         Notes("Pictures", common=True),
     ] = None
-    clip_skip: Annotated[Annotated[int, Field(ge=0, le=12)] | None, Notes("CLIP layers to skip")] = None
+    clip_skip: Annotated[Annotated[int, Field(ge=0, le=MAX_SKIP)] | None, Notes("CLIP layers to skip")] = None
     width: Annotated[Side | None, Notes("Width", unit="pixels")] = None
     height: Annotated[Side | None, Notes("Height", unit="pixels")] = None
     strength: Annotated[

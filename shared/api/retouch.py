@@ -12,9 +12,9 @@ from typing import Any
 from PIL import Image, ImageFilter, ImageOps
 
 from shared.api.codecs import has_alpha
+from shared.api.sizes import Size
 
 Box = tuple[int, int, int, int]  # left, upper, right, lower, in pixels
-Size = tuple[int, int]  # width, height
 
 LANCZOS = Image.Resampling.LANCZOS
 JUST_RESIZE, CROP, FILL = 0, 1, 2  # A1111's resize modes

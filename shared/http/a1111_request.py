@@ -10,7 +10,7 @@ from shared.api.a1111_prompts import NotationError, take_networks
 from shared.api.a1111_samplers import scheduler_for
 from shared.api.codecs import MAX_SIDE
 from shared.api.faults import FieldProblem, RequestError
-from shared.api.requests import MAX_PICTURES
+from shared.api.requests import MAX_PICTURES, MAX_SKIP
 from shared.api.retouch import Retouched
 from shared.api.warned import warn
 from shared.http import a1111_img2img as img2img
@@ -29,9 +29,8 @@ OURS = {
     "width": "width",
     "height": "height",
 }
-FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
-VIDEO_FORMATS = {"gif": "gif", "webp": "webp"}
-MAX_SKIP = 12  # of /generate's clip_skip
+_FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
+_VIDEO_FORMATS = {"gif": "gif", "webp": "webp"}
 _TITLE = re.compile(
     r"(\.safetensors|\.sft|\.ckpt)?( \[[0-9a-f]+\])?$"
 )  # what A1111 writes behind a model's name
@@ -161,7 +160,7 @@ def _skipped(
 def _format(overrides: dict[str, Any], config: HostConfig, problems: list[FieldProblem]) -> dict[str, Any]:
     """The format of the answer's pictures; videos are GIFs where they ask for none."""
     wanted = overrides.get("samples_format")
-    formats = VIDEO_FORMATS if config.spec.output == "video" else FORMATS
+    formats = _VIDEO_FORMATS if config.spec.output == "video" else _FORMATS
     if wanted is None or (wanted == "png" and config.spec.output == "video"):
         return {"output_format": "gif"} if config.spec.output == "video" else {}
     if not isinstance(wanted, str) or wanted not in formats:

@@ -249,10 +249,14 @@ def rename(ours: dict[str, Any], names: Mapping[str, str]) -> None:
     """OpenAI's fields -> ours, in place; ours have no effect where both are given, with a warning."""
     for theirs, name in names.items():
         if theirs in ours:
-            value = ours.pop(theirs)
-            if ours.get(name, value) != value:
-                warn(f"{name}: has no effect, as {theirs} is given too")
-            ours[name] = value
+            _take(ours, name, ours.pop(theirs), theirs)
+
+
+def _take(ours: dict[str, Any], name: str, value: Any, theirs: str) -> None:
+    """Put a value of a field of OpenAI's in the place of one of ours, which has no effect then."""
+    if ours.get(name, value) != value:
+        warn(f"{name}: has no effect, as {theirs} is given too")
+    ours[name] = value
 
 
 def pop_size(ours: dict[str, Any], problems: list[FieldProblem]) -> None:
@@ -262,11 +266,8 @@ def pop_size(ours: dict[str, Any], problems: list[FieldProblem]) -> None:
         return
     match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size) if isinstance(size, str) else None
     if match:
-        asked = {"width": int(match[1]), "height": int(match[2])}
-        for name, value in asked.items():
-            if ours.get(name, value) != value:
-                warn(f"{name}: has no effect, as size is given too")
-        ours |= asked
+        for name, side in zip(("width", "height"), match.groups(), strict=True):
+            _take(ours, name, int(side), "size")
     else:
         problems.append(FieldProblem("size", f'must be "auto" or such as "1024x1024", got {shown(size)}'))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from shared.launch.backend import Backend
 from shared.launch.errors import UsageError
-from shared.launch.file_header import index_of
+from shared.launch.file_header import has_weights, index_of
 from shared.launch.flags import HostConfig
 from shared.launch.wording import shown
 from shared.models import FEATURES, MODELS, OTHER_PIPELINES, SCHEDULERS, ModelSpec, schedulers_for
@@ -164,7 +164,7 @@ def _check_parts(config: HostConfig, index: dict[str, Any]) -> None:
             missing = ""
         elif not (folder / "config.json").exists():
             missing = "/config.json"
-        elif not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir()):
+        elif not has_weights(folder):
             missing = "/*.safetensors"
         else:
             continue

@@ -16,6 +16,7 @@ from shared.models import FILE_KINDS, INPUTS, MODELS, FileForm, FileKind, ModelS
 CONFIGS = Path(__file__).parents[1] / "models" / "configs"
 DENOISER = "model.diffusion_model."
 PREFIXES = (DENOISER, "unet.", "transformer.", "")  # that the denoiser's names have in single files
+WEIGHTS = (".safetensors", ".bin")
 
 
 class SingleFileError(ValueError):
@@ -147,6 +148,11 @@ def second_file(header: Header) -> Path | None:
 
     name = _word(first).sub(other, header.file.name)
     return None if name == header.file.name else header.file.with_name(name)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a component has weights in this folder, as diffusers lays them out."""
+    return any(file.suffix in WEIGHTS for file in folder.glob("*"))
 
 
 def files_beside(file: Path) -> list[Path]:

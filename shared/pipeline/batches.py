@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from shared.api.requests import GenerateRequest
+from shared.api.sizes import Size
 from shared.launch.flags import HostConfig
 from shared.models import ONE_NOISE
 from shared.parallel.method import Method
@@ -27,7 +28,6 @@ from shared.ranks.messages import StoppedError, Verdict
 log = logging.getLogger("host")
 
 Result = TypeVar("Result")
-Size = tuple[int, int]
 USED = 0.8  # of the memory that is free
 
 

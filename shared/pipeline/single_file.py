@@ -19,10 +19,12 @@ from safetensors import safe_open
 from shared.launch import file_header
 from shared.launch.file_header import (
     PREFIXES,
+    WEIGHTS,
     Header,
     SingleFileError,
     config_folder,
     form_of,
+    has_weights,
     input_channels,
     other_inputs,
     read_header,
@@ -40,7 +42,6 @@ PLAYGROUND_SCALING = 0.5  # of its VAE
 CLIP_FLAT = ("cond_stage_model.transformer.embeddings.", "cond_stage_model.transformer.encoder.",
              "cond_stage_model.transformer.final_layer_norm.")  # fmt: skip
 PROCESSOR = ("transformers", "Qwen2VLProcessor")  # where the shipped model_index.json is another type's
-WEIGHTS = (".safetensors", ".bin")
 BROKEN = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError, ImportError,
     SingleFileComponentError,
@@ -195,11 +196,6 @@ def load_denoiser(header: Header, cls: Any, spec: ModelSpec, folder: Path, dtype
 def listed_parts(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """The components that model_index.json lists: library and class."""
     return {k: tuple(v) for k, v in index.items() if isinstance(v, list) and v[0] and k != "safety_checker"}
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a component has weights in this folder, as diffusers lays them out."""
-    return any(file.suffix in WEIGHTS for file in folder.glob("*"))
 
 
 def missing_parts(
