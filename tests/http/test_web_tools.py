@@ -57,17 +57,17 @@ def file(name: str, data: bytes) -> Any:
 
 
 def bring(page: Page, event: str, to: str, name: str, data: bytes) -> None:
-    """Drop or paste a file on an element."""
-    page.evaluate(
-        """([event, to, name, base64]) => {
+    """Drop or paste a file on an element, once the page has made it."""
+    page.locator(to).evaluate(
+        """(element, [event, name, base64]) => {
             const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
             const files = new DataTransfer();
             files.items.add(new File([bytes], name, { type: "image/png" }));
             const options = { bubbles: true, cancelable: true, dataTransfer: files, clipboardData: files };
             const kind = event === "paste" ? ClipboardEvent : DragEvent;
-            document.querySelector(to).dispatchEvent(new kind(event, options));
+            element.dispatchEvent(new kind(event, options));
         }""",
-        [event, to, name, base64.b64encode(data).decode()],
+        [event, name, base64.b64encode(data).decode()],
     )
 
 
