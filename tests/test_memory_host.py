@@ -11,17 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
+from safetensors.torch import load_file
 
+from shared.backends import BACKENDS
+from shared.models import MODELS
 from shared.ranks.device import LIMIT
 from tests import tiny
+from tests.parallel.test_sharded import MOST
 from tests.pipeline.test_memory_plan import plan_of
 from tests.test_end_to_end import drawn, picture, plain, post
-from tests.test_host import DEMO_CHECKPOINT, DEMO_STEPS, Launch, children
+from tests.test_host import DEMO_CHECKPOINT, DEMO_STEPS, ROOT, Launch, children
 from tests.test_matrix import EXACT_DB, psnr
 
 __all__ = ["plain"]
 pytestmark = pytest.mark.slow
-FLAGS = (f"--checkpoint={DEMO_CHECKPOINT}", "--variant=fp32", "--device=cpu", "--width=128", "--height=128")
+SMALL = ("--variant=fp32", "--device=cpu", "--width=128", "--height=128")
+FLAGS = (f"--checkpoint={DEMO_CHECKPOINT}", *SMALL)
 ROOM = 32 << 20
 """Bytes of addresses that a rank gets beyond those that it has: enough for 128x128, not for 1024x1024."""
 
@@ -54,6 +59,34 @@ def test_health_tells_what_each_rank_keeps_and_its_last_peak(host: Launch) -> No
         assert 0.4 * whole < kept <= 0.55 * whole, rank["parameters"]
         assert 0 < rank["memory_request_peak_mib"] < 8192
     assert told["plan"]["memory"]["total"] > 0
+
+
+def bytes_in_fp32(component: Path) -> int:
+    """Of the parameters that its file of weights holds."""
+    tensors = load_file(component / "diffusion_pytorch_model.safetensors")
+    tensors.pop("pos_embed.pos_embed", None)  # a buffer
+    return 4 * sum(tensor.numel() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_of_four_ranks_keeps_its_part_of_every_model(tmp_path: Path, backend: str) -> None:
+    name, folder = ("sd3", ROOT / "demo" / "transformer") if backend == "xdit" else ("sd1", DEMO_CHECKPOINT)
+    flags = (f"--type={name}", f"--checkpoint={folder}", *SMALL, "--shard_weights")
+    host = Launch(tmp_path, 4, *flags, script=f"{backend}_host.py")
+    denoiser = MODELS[name].denoiser
+    try:
+        told = health(host.ready(300))
+    finally:
+        host.end()
+    assert len(told["ranks"]) == 4
+    for rank in told["ranks"]:
+        assert {denoiser, "vae", *MODELS[name].text_encoders} - {"text_encoder_3"} == set(rank["parameters"])
+        for model, bytes_ in rank["parameters"].items():
+            assert 0 < bytes_["kept"] <= MOST[4] * bytes_["whole"], (model, rank["parameters"])
+    of_denoiser = [rank["parameters"][denoiser] for rank in told["ranks"]]
+    whole = bytes_in_fp32(folder / denoiser)
+    assert {bytes_["whole"] for bytes_ in of_denoiser} == {whole}
+    assert sum(bytes_["kept"] for bytes_ in of_denoiser) >= whole
 
 
 def test_a_picture_without_room_gets_advice_and_the_host_goes_on(tmp_path: Path) -> None:
