@@ -287,6 +287,8 @@ class GenerateRequest(BaseModel):
 
     def _warn_of_no_guidance(self, spec: ModelSpec) -> None:
         """Warn of fields that count in guidance only, where there is none."""
+        if 0 < (true := self.true_cfg_scale or 0.0) < 1:
+            warn(f"true_cfg_scale: {true:g} is the same as 1, no true guidance: only above 1 there is one")
         cfg = spec.cfg if self.cfg is None else self.cfg
         repelled = cfg < 1 and spec.tokens is not None and spec.tokens.guider is not None
         if spec.guidance_branches == 1 or cfg > 1 or repelled:

@@ -15,6 +15,7 @@ from shared.api.codecs import listed
 from shared.api.faults import refused
 from shared.api.media import decode_image
 from shared.api.requests import GenerateRequest, warn_of_distilled
+from shared.api.warned import warn
 from shared.launch.flags import HostConfig
 from shared.models import SCHEDULERS, ModelSpec, Start
 from shared.parallel.pipeline import Pipeline, model_of, part_of, pixels_of
@@ -55,16 +56,7 @@ def call_arguments(
         "num_inference_steps": request.steps,
         "generator": torch.Generator("cpu").manual_seed(seed),
     }
-    if spec.tokens is not None and spec.tokens.guider is not None:
-        guider = part_of(pipe, spec.tokens.guider).new(guidance_scale=request.cfg)
-        pipe.register_modules(**{spec.tokens.guider: guider})
-    else:
-        embedded = spec.tokens is not None and spec.tokens.guidance == "embedded"
-        if embedded and not model_of(pipe, spec.denoiser).config.get("guidance_embeds", True):
-            warn_of_distilled(request.cfg, spec.cfg)
-        arguments[spec.cfg_field] = max((request.cfg or 0.0) + spec.cfg_offset, 0.0)
-        if (request.cfg or 0.0) <= 1:
-            arguments |= spec.without_guidance
+    arguments |= _guidance_arguments(pipe, spec, request)
     arguments |= prompt_arguments(
         pipe,
         spec,
@@ -130,6 +122,29 @@ def call_arguments(
                 cls = type(pipe).__name__
                 raise refused(field, f"is not supported from a picture: {cls} does not take it")
     return arguments
+
+
+def _guidance_arguments(pipe: Pipeline, spec: ModelSpec, request: GenerateRequest) -> dict[str, Any]:
+    """The scale of guidance; warns of one that does not count as it is given."""
+    cfg, settings = request.cfg or 0.0, model_of(pipe, spec.denoiser).config
+    if spec.tokens is not None and spec.tokens.guider is not None:
+        guider = part_of(pipe, spec.tokens.guider).new(guidance_scale=request.cfg)
+        pipe.register_modules(**{spec.tokens.guider: guider})
+        return {}
+    if spec.guidance_branches == 1:
+        if not settings.get("guidance_embeds", True):
+            warn_of_distilled(request.cfg, spec.cfg)
+    elif 0 < cfg < 1 and settings.get("time_cond_proj_dim") is None:  # else the UNet takes it as an input
+        warn(f"cfg: {cfg:g} is the same as 1, no guidance: type {spec.name} is guided only above 1")
+    off = spec.without_guidance if cfg <= 1 else {}
+    return {spec.cfg_field: max(cfg + spec.cfg_offset, 0.0), **off}
+
+
+def warn_of_unheard(request: GenerateRequest) -> None:
+    """Warn of a negative prompt for a UNet that takes the scale of guidance as an input (LCM)."""
+    for name in ("negative", "negative_embeds"):
+        if getattr(request, name) is not None:
+            warn(f"{name}: has no effect: this checkpoint takes the scale of guidance as an input")
 
 
 def _check_takes(pipe: Pipeline, name: str) -> None:

@@ -29,7 +29,7 @@ from shared.parallel.graphs import Captured, uncaptured
 from shared.parallel.method import Method, Plain
 from shared.parallel.pipeline import Pipeline, part_of
 from shared.parallel.sharded import ShardedWeights
-from shared.pipeline.arguments import call_arguments, most_frames
+from shared.pipeline.arguments import call_arguments, most_frames, warn_of_unheard
 from shared.pipeline.batches import Batches, most_together, several
 from shared.pipeline.embeddings import embeddings_of
 from shared.pipeline.from_picture import PicturePipelines, late_start, start_of
@@ -299,6 +299,8 @@ class PipelineEngine:
                 made = self.parallel.run(arguments, watch)
             for note in self.parallel.notes:
                 warn(note)
+            if (request.cfg or 0) > 1 and not getattr(running, "do_classifier_free_guidance", True):
+                warn_of_unheard(request)
             if refiner is None:
                 return made
             if not watch.step and (request.image or request.latent) is not None:

@@ -575,6 +575,8 @@ def test_a_field_that_another_makes_idle_is_told(fields: dict[str, Any], warned:
         ("hv15", {"negative": "b", "cfg": 0.5}, []),  # its guider goes away from the prompt there
         ("hv15", {"negative": "b", "cfg": 1.0}, ["negative"]),
         ("flux", {"negative": "b", "true_cfg_scale": 2.0, "cfg": 1.0}, []),
+        ("flux", {"true_cfg_scale": 0.5}, ["true_cfg_scale"]),
+        ("flux", {"true_cfg_scale": 1.0}, []),
     ],
 )
 def test_what_needs_guidance_is_told_where_there_is_none(

@@ -20,6 +20,7 @@ from shared.api.faults import RequestError
 from shared.api.media import encode_image
 from shared.api.parsing import check_request
 from shared.api.replies import Reply
+from shared.api.warned import collecting_warnings
 from shared.launch.flags import HostConfig
 from shared.models import MODELS, SCHEDULERS, schedulers_for
 from shared.parallel.graphs import Graphs
@@ -205,6 +206,45 @@ def test_guidance_of_one_is_none(ours: float, diffusers: float) -> None:
         .images
     )
     assert distance(made, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdup", "wan", "qwen", "zimage"])
+def test_guidance_below_one_is_none_and_told(name: str) -> None:
+    with collecting_warnings() as told:
+        below = latents(name, steps=2, cfg=0.5)
+    assert told == [f"cfg: 0.5 is the same as 1, no guidance: type {name} is guided only above 1"]
+    with collecting_warnings() as told:
+        assert distance(below, latents(name, steps=2, cfg=1.0)) == 0
+        latents(name, steps=2, cfg=0.0)
+    assert not told
+
+
+@pytest.mark.parametrize("name", ["flux", "hv15"])
+def test_guidance_below_one_counts_where_it_is_an_input_or_a_guider_goes_away(name: str) -> None:
+    with collecting_warnings() as told:
+        below = latents(name, steps=2, cfg=0.5)
+    assert not told and distance(below, latents(name, steps=2, cfg=1.0)) > 1e-4
+
+
+def test_a_unet_that_takes_the_scale_of_guidance_as_an_input() -> None:
+    """LCM's: scales below 1 count, and a negative prompt does not, which is told."""
+    pipe = tiny.load("sd1")
+    pipe.unet = diffusers.UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=8)
+    on = PipelineEngine(pipe, tiny.config("sd1", width=64, height=64), tiny.world())
+    made = []
+    for fields, warned in (
+        ({"cfg": 0.5}, []),
+        ({"cfg": 1.0}, []),
+        ({"cfg": 3.0}, []),
+        ({"cfg": 3.0, "negative": "blur"}, ["negative"]),
+    ):
+        body = {"positive": "a cat", "seed": 3, "steps": 1, "output_format": "latent"} | fields
+        with collecting_warnings() as told:
+            reply = on.generate(check_request(body, on.config), lambda *_: None)
+        assert reply is not None and reply.latent is not None
+        made.append(safetensors.torch.load(reply.latent)["latent"])
+        assert [line.partition(":")[0] for line in told] == warned
+    assert distance(made[0], made[1]) > 1e-6 and distance(made[3], made[2]) == 0
 
 
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
