@@ -85,6 +85,15 @@ def check_request(data: dict[str, Any], config: HostConfig, accept: str | None =
     return request.filled(config, accept)
 
 
+def faults_of_form(values: dict[str, Any]) -> list[FieldProblem]:
+    """What is wrong with values of GenerateRequest's fields, each on its own."""
+    try:
+        GenerateRequest.model_validate(values)
+    except PydanticError as error:
+        return _problems_of(error)
+    return []
+
+
 def _unknown(data: dict[str, Any], model: type[BaseModel]) -> list[FieldProblem]:
     """A fault for each name that the model has not; pydantic would take seconds to say so of 100,000."""
     unknown = [FieldProblem(name, "unknown field") for name in data if name not in model.model_fields]

@@ -26,9 +26,9 @@ from shared.api.parsing import check_request
 from shared.api.replies import Reply
 from shared.api.requests import GenerateRequest
 from shared.api.retouch import Retouched
-from shared.api.warned import merged, with_warnings
+from shared.api.warned import collecting_warnings, merged, with_warnings
 from shared.http import a1111_hires as hires
-from shared.http.a1111_options import check_settings
+from shared.http.a1111_options import check_settings, warn_of_unset
 from shared.http.a1111_request import OURS, check_model, translate
 from shared.http.connections import MAX_BODY
 from shared.http.dispatch import ApiError, Dispatcher
@@ -112,6 +112,9 @@ def add_routes(app: App, dispatcher: Dispatcher) -> None:
         check_model(settings.get("sd_model_checkpoint"), name)
         if problems := check_settings(settings, config):
             raise RequestError(422, problems)
+        with collecting_warnings() as warnings:
+            warn_of_unset(settings)
+        caller().warnings = warnings
         return jsonify(None)
 
     skip = {"skip_current_image": "true: without the picture so far"}
@@ -218,8 +221,10 @@ def _answer(dispatcher: Dispatcher, samplers: dict[str, str], with_image: bool) 
             return check_request(made.data | more, config)
 
         options = json_body()
-        if with_image or not hires.is_asked(options):
+        if with_image:
             return _Asked(check(options, {}), None, retouched, options)
+        if not hires.is_asked(options):
+            return _Asked(hires.one_pass(options, check), None, retouched, options)
         return _Asked(*hires.two_passes(options, config, check), retouched, options)
 
     asked, replies = dispatcher.run(caller(), parse)

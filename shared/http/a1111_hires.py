@@ -16,6 +16,7 @@ from shared.api.codecs import MAX_SIDE
 from shared.api.faults import FieldProblem, RequestError
 from shared.api.jobs import SecondPass
 from shared.api.media import encode_image
+from shared.api.parsing import faults_of_form
 from shared.api.requests import GenerateRequest
 from shared.http.a1111_img2img import is_img2img
 from shared.http.a1111_options import is_nothing
@@ -50,6 +51,16 @@ _NOT_SERVED: dict[str, tuple[Any, ...]] = {
     "hr_checkpoint_name": ("Use same checkpoint",),
     "hr_additional_modules": (["Use same choices"],),
 }
+# Options of the second pass that are read as our fields are, and those that are names.
+_STRENGTH = "denoising_strength"
+_FORMS = {
+    _STRENGTH: "strength",
+    "hr_second_pass_steps": "steps",
+    "hr_cfg": "cfg",
+    "hr_prompt": "positive",
+    "hr_negative_prompt": "negative",
+}
+_NAMES = ("hr_upscaler", "hr_sampler_name", "hr_scheduler", "hr_checkpoint_name")
 _SAME = ("Use same sampler", "Use same scheduler")
 # Checked in the place of what the first pass will make.
 _LATENT = safetensors.numpy.save({"latent": np.zeros(1, np.float32)})
@@ -74,6 +85,31 @@ def served_pixels(spec: ModelSpec) -> list[str]:
 def is_asked(asked: dict[str, Any]) -> bool:
     """Whether a request of txt2img is for the hires fix."""
     return not is_nothing(asked.get("enable_hr"))
+
+
+def one_pass(asked: dict[str, Any], check: Check) -> GenerateRequest:
+    """A request without `enable_hr`, checked: what it says of a second pass does nothing, but can be read.
+
+    Raises:
+        RequestError: with the faults of both passes, in A1111's words.
+    """
+    idle = {name: value for name, value in asked.items() if name.startswith("hr_") and not is_nothing(value)}
+    faults = list(_wrong_numbers(idle))
+    named = {name: idle[name] for name in _NAMES if not isinstance(idle.get(name, ""), str)}
+    faults += [FieldProblem(name, f"must be text, got {shown(value)}") for name, value in named.items()]
+    statuses: set[int] = {422} if faults else set()
+    for name, ours in _FORMS.items():
+        value = (asked if name == _STRENGTH else idle).get(name)
+        if value is not None and (wrong := faults_of_form({ours: value})):
+            faults.append(FieldProblem(name, wrong[0].problem))
+            statuses.add(400)
+    try:
+        made = check(asked, {})
+    except RequestError as error:
+        raise RequestError(min({*statuses, error.status}), faults + error.problems) from None
+    if faults:
+        raise RequestError(min(statuses), faults)
+    return made
 
 
 def two_passes(asked: dict[str, Any], config: HostConfig, check: Check) -> tuple[GenerateRequest, SecondPass]:
@@ -140,6 +176,10 @@ def _faults(asked: dict[str, Any], config: HostConfig) -> Iterator[FieldProblem]
         if not is_nothing(value := asked.get(name), (*nothing, checkpoint)):
             text = f"is not supported: this host has only the checkpoint {checkpoint!r}; got {shown(value)}"
             yield FieldProblem(name, text)
+    yield from _wrong_numbers(asked)
+
+
+def _wrong_numbers(asked: dict[str, Any]) -> Iterator[FieldProblem]:
     scale = asked.get("hr_scale")
     if scale is not None and not (_is_number(scale) and 0 < scale <= MAX_SIDE):
         yield FieldProblem("hr_scale", f"must be a number above 0 and at most {MAX_SIDE}, got {shown(scale)}")

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from shared.api.codecs import MAX_SIDE, check_image, has_alpha, picture_size
 from shared.api.faults import FieldProblem
 from shared.api.media import encode_image, open_image
+from shared.api.parsing import faults_of_form
 from shared.api.retouch import (
     JUST_RESIZE,
     Masking,
@@ -128,8 +129,7 @@ def start(
     fields, retouched, problems = _started(asked, data, config, controlled)
     if "strength" in fields and runs_whole(config, "mask" in fields):
         del fields["strength"]
-        if asked.get("denoising_strength") is not None:
-            warn(_IGNORED.format(config.type, config.spec.title))
+        problems = [*problems, *_idle_strength(asked, config.spec)]
     return fields, retouched, problems
 
 
@@ -153,11 +153,10 @@ def _started(
     if len(images) > 1:  # to look at, each in its own size
         return {"image": images, "strength": _strength(asked)}, None, settings.problems
     fields = {"image": images[0]} | ({"control_image": images[0]} if controlled else {})
-    strength = asked.get("denoising_strength")
     if is_img2img(spec):
         fields["strength"] = _strength(asked)
-    elif strength is not None:
-        warn(_IGNORED.format(spec.name, spec.title))
+    else:
+        settings.problems += _idle_strength(asked, spec)
     if not is_nothing(mask):
         fields["mask"] = mask
     if settings.problems:
@@ -233,6 +232,15 @@ def fit_control_image(given: Any, mode: int, data: dict[str, Any], config: HostC
 
 def _strength(asked: dict[str, Any]) -> Any:
     return STRENGTH if asked.get("denoising_strength") is None else asked["denoising_strength"]
+
+
+def _idle_strength(asked: dict[str, Any], spec: ModelSpec) -> list[FieldProblem]:
+    """Warn of a strength that the type does not take; its fault, where it is none."""
+    if (given := asked.get("denoising_strength")) is None:
+        return []
+    warn(_IGNORED.format(spec.name, spec.title))
+    faults = faults_of_form({"strength": given})
+    return [FieldProblem("denoising_strength", fault.problem) for fault in faults]
 
 
 def _is_side(side: Any) -> bool:

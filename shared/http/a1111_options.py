@@ -86,12 +86,17 @@ _OTHERS = {
     "sampler_name", "sampler_index", "scheduler", "eta", "batch_size", "n_iter", "clip_skip",
     "refiner_checkpoint", "refiner_switch_at", "disable_extra_networks", "override_settings",
     "override_settings_restore_afterwards", "alwayson_scripts", "script_args", "comments",
-    "force_task_id", "do_not_save_samples", "do_not_save_grid", "denoising_strength", "enable_hr",
-    "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y",
+    "force_task_id", "do_not_save_samples", "do_not_save_grid", "denoising_strength",
+}  # fmt: skip
+_OF_TXT2IMG = {
+    "enable_hr", "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y",
     "hr_checkpoint_name", "hr_additional_modules", "hr_sampler_name", "hr_scheduler", "hr_prompt",
-    "hr_negative_prompt", "hr_cfg", "resize_mode", "mask", "mask_blur", "mask_blur_x",
-    "mask_blur_y", "mask_round", "inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding",
-    "inpainting_mask_invert",
+    "hr_negative_prompt", "hr_cfg",
+}  # fmt: skip
+_OF_IMG2IMG = {
+    "init_images", "resize_mode", "mask", "mask_blur", "mask_blur_x", "mask_blur_y", "mask_round",
+    "inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding", "inpainting_mask_invert",
+    *OF_IMAGES,
 }  # fmt: skip
 # Options that have a meaning only with this value: all pictures are sent, and none is kept.
 _FIXED = {"send_images": True, "save_images": False, "include_init_images": False}
@@ -149,14 +154,24 @@ def warn_of_unread(asked: dict[str, Any], overrides: dict[str, Any], with_image:
     for name, only in _FIXED.items():
         if asked.get(name, only) not in (only, None):
             warn(f"{name}: has no effect; pictures come in the answer, and nowhere else")
-    known = {*OPTIONS, *OF_IMAGES, *_OTHERS, *_FIXED, *(("init_images",) if with_image else ())}
+    known = {*OPTIONS, *_OTHERS, *_FIXED, *(_OF_IMG2IMG if with_image else _OF_TXT2IMG)}
     unread = [shown(name) for name in asked if name not in known]
     unread += [
         f"override_settings.{name}" for name in overrides if name not in {*OVERRIDES, *_OTHER_OVERRIDES}
     ]
-    if unread:
-        more = f" and {len(unread) - MOST_NAMED} more" if len(unread) > MOST_NAMED else ""
-        warn(f"options that nothing here reads were left out: {', '.join(unread[:MOST_NAMED])}{more}")
+    _warn_of_left_out("options", unread)
+
+
+def warn_of_unset(settings: dict[str, Any]) -> None:
+    """Warn of settings for all later requests that nothing here reads."""
+    known = {*OVERRIDES, *_OTHER_OVERRIDES, "sd_checkpoint_hash"}  # the last one is told beside the others
+    _warn_of_left_out("settings", [shown(name) for name in settings if name not in known])
+
+
+def _warn_of_left_out(what: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        warn(f"{what} that nothing here reads were left out: {', '.join(names[:MOST_NAMED])}{more}")
 
 
 def _refused(values: dict[str, Any], table: dict[str, tuple[Any, ...]], where: str) -> Iterator[FieldProblem]:
@@ -228,6 +243,9 @@ def check_settings(settings: dict[str, Any], config: HostConfig) -> list[FieldPr
     if not is_nothing(format := settings.get("samples_format"), ("png",)):
         text = f"must be png for all requests, got {shown(format)}; one asks for it in its override_settings"
         problems.append(FieldProblem("samples_format", text))
+    if settings.get("enable_pnginfo") not in (True, None):
+        text = f"must be true for all requests, got {shown(settings['enable_pnginfo'])}"
+        problems.append(FieldProblem("enable_pnginfo", f"{text}; one sets it in its override_settings"))
     if not is_nothing(layers := settings.get("CLIP_stop_at_last_layers"), (1,)):
         text = f"must be 1 for all requests, got {shown(layers)}; one asks for more in its override_settings"
         problems.append(FieldProblem("CLIP_stop_at_last_layers", text))

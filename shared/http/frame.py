@@ -149,7 +149,7 @@ def _log_outcome(response: Response, makes_pictures: bool) -> None:
         pass  # probes of a host that loads come every second
     elif response.status_code >= 500:
         level = logging.WARNING
-    elif makes_pictures or response.status_code >= 400:
+    elif makes_pictures or response.status_code >= 400 or asker.warnings:
         level = logging.INFO
     seconds, route = time.monotonic() - g.began, cut(f"{http.method} {quote(http.path)}", MAX_ROUTE)
     log_outcome(level, asker.id, response.status_code, seconds, route, asker.job, asker.warnings, asker.error)

@@ -331,6 +331,17 @@ def test_settings_for_all_requests_that_would_change_pictures_are_refused(host: 
         assert post(host, "options", {alone: settings[alone]}).status_code == 422
 
 
+def test_settings_for_all_requests_that_nothing_reads_are_told(host: FakeHost) -> None:
+    own = get(host, "options")
+    answer = post(host, "options", own | {"enable_pnginfo": True, "eta_noise_seed_delta": 0})
+    assert answer.json() is None and "X-Warnings" not in answer.headers
+    answer = post(host, "options", own | {"jpeg_quality": 50, "live_previews_enable": False})
+    told = "settings that nothing here reads were left out: 'jpeg_quality', 'live_previews_enable'"
+    assert answer.json() is None and answer.headers["X-Warnings"] == told
+    answer = post(host, "options", {"enable_pnginfo": False})
+    assert answer.status_code == 422 and "enable_pnginfo: must be true for all requests" in answer.text
+
+
 def test_options_that_mean_nothing_pass(host: FakeHost) -> None:
     scripts = {
         "ADetailer": {"args": [False, {"ad_model": "f.pt"}]},
@@ -448,6 +459,8 @@ def test_denoising_strength_is_how_much_of_img2img_is_run() -> None:
             answer = post(host, "img2img", body | {"denoising_strength": 0.3}).json()
             [told] = answer["warnings"]
             assert told.startswith(f"denoising_strength: type {name} (") and host.seen[-1].strength is None
+            answer = post(host, "img2img", body | {"denoising_strength": 7})
+            assert answer.status_code == 422 and "denoising_strength: must be at most 1, got 7" in answer.text
             assert "warnings" not in post(host, "img2img", body).json()
 
 

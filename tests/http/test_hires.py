@@ -336,9 +336,44 @@ def test_faults_of_both_passes_are_told_once_each() -> None:
 
 def test_nothing_of_the_second_pass_counts_without_enable_hr() -> None:
     with FakeHost() as host:
-        body = {"enable_hr": False, "hr_upscaler": "x", "hr_scale": -1, "hr_prompt": "y", "hr_cfg": 1000}
-        assert host.post("/sdapi/v1/txt2img", json=body).status_code == 200
+        body = {
+            "enable_hr": False, "hr_upscaler": "R-ESRGAN 4x+", "hr_scale": 2.0, "hr_prompt": "y",
+            "hr_cfg": 1.0, "hr_second_pass_steps": 0, "hr_resize_x": 0, "hr_resize_y": 0,
+            "hr_sampler_name": None, "hr_checkpoint_name": None, "hr_negative_prompt": "",
+            "denoising_strength": 0,
+        }  # fmt: skip
+        answer = host.post("/sdapi/v1/txt2img", json=body)
+        assert answer.status_code == 200 and "warnings" not in answer.json()
     assert [(seen.output_format, seen.strength) for seen in host.seen] == [("png", None)]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        ({"denoising_strength": "abc"}, 400, "denoising_strength: must be a valid number, got 'abc'"),
+        ({"denoising_strength": 7}, 400, "denoising_strength: must be at most 1, got 7"),
+        ({"denoising_strength": -1}, 400, "denoising_strength: must be at least 0, got -1"),
+        ({"hr_scale": -1}, 422, "hr_scale: must be a number above 0 and at most 8192, got -1"),
+        ({"hr_scale": "abc"}, 422, "hr_scale: must be a number above 0 and at most 8192, got 'abc'"),
+        ({"hr_resize_x": -8}, 422, "hr_resize_x: must be a whole number from 0 to 8192, got -8"),
+        ({"hr_resize_y": 0.5}, 422, "hr_resize_y: must be a whole number from 0 to 8192, got 0.5"),
+        ({"hr_second_pass_steps": -3}, 400, "hr_second_pass_steps: must be at least 1, got -3"),
+        ({"hr_second_pass_steps": 9999}, 400, "hr_second_pass_steps: must be at most 1000, got 9999"),
+        ({"hr_cfg": 1000}, 400, "hr_cfg: must be at most 100, got 1000"),
+        ({"hr_prompt": 5}, 400, "hr_prompt: must be a valid string, got 5"),
+        ({"hr_negative_prompt": ["x"]}, 400, "hr_negative_prompt: must be a valid string, got ['x']"),
+        ({"hr_upscaler": 5}, 422, "hr_upscaler: must be text, got 5"),
+        ({"hr_sampler_name": {"a": 1}}, 422, "hr_sampler_name: must be text, got"),
+        ({"hr_scale": -1, "hr_cfg": -1, "steps": 0}, 400, "steps: must be at least 1, got 0"),
+    ],
+)
+def test_nonsense_for_the_second_pass_is_refused_without_it(options: Json, status: int, words: str) -> None:
+    with FakeHost() as host:
+        answer = host.post("/sdapi/v1/txt2img", json={"prompt": "x", **options})
+        assert answer.status_code == status and words in answer.json()["detail"], answer.text
+        told = [fault.split(": ")[0] for fault in answer.json()["detail"].split("; ")]
+        assert sorted(told) == sorted(options)
+    assert not host.seen
 
 
 def test_types_without_latents_to_start_from_refuse_it() -> None:
