@@ -22,7 +22,7 @@ from shared.api.requests import (
     json_value,
     size_of,
 )
-from shared.launch.checks import runs_whole, scheduler_problem, start_problem
+from shared.launch.checks import runs_whole, scheduler_problem, start_problem, too_long
 from shared.launch.flags import HostConfig
 from shared.launch.wording import MAX_VALUE, cut, shown
 from shared.models.spec import Kind
@@ -305,6 +305,7 @@ def _not_served(request: GenerateRequest, config: HostConfig, accept: str | None
         problems.append(FieldProblem("steps", text))
     if fault := _too_much(request, config):
         problems.append(fault)
+    problems += _too_long(request, config)
     if request.scheduler is not None and (problem := scheduler_problem(spec, request.scheduler)):
         problems.append(FieldProblem("scheduler", problem))
     return problems
@@ -338,6 +339,17 @@ def _too_much(request: GenerateRequest, config: HostConfig) -> FieldProblem | No
     name = next((n for n in names if getattr(request, n)), "steps")
     given = f"{width} x {height} pixels x {frames} frames x {steps} steps = {work}"
     return FieldProblem(name, f"{given} exceeds this launch's --max_pixel_steps={config.max_pixel_steps}")
+
+
+def _too_long(request: GenerateRequest, config: HostConfig) -> list[FieldProblem]:
+    """The faults of sides that the checkpoint has no positions for: given ones, or a picture's."""
+    picture = "control_image" if request.image is None else "image"
+    faults: dict[str, str] = {}
+    for name, side in zip(("width", "height"), size_of(request, config), strict=True):
+        if problem := too_long(config, side):
+            given = getattr(request, name) is not None
+            faults[name if given else picture] = problem if given else f"makes a {name} that {problem}"
+    return [FieldProblem(name, text) for name, text in faults.items()]
 
 
 class LoraChange(BaseModel):

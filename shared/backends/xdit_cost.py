@@ -139,12 +139,9 @@ def step_of(
     blocks, channels = sum(int(settings.get(name) or 0) for name in BLOCKS), tokens.channels(settings)
     side = 2 if spec.packed else settings.get(tokens.side, 1)
     side = side[-1] if isinstance(side, list) else side
-    levels = len(vae.get("block_out_channels") or (0,) * 4)
-    pixels = vae.get(spec.scale_setting or "")
-    if pixels is None:
-        pixels = spec.video_scale if spec.vae_kind == "video" else 2 ** (levels - 1)
-    if not blocks or not channels or not isinstance(side, int) or not isinstance(pixels, int):
+    if not blocks or not channels or not isinstance(side, int):
         return None
+    pixels = spec.latent_pixels(vae)
     width, height = (max(x // (side * pixels), 1) for x in config.size)
     frames = ((spec.frames or 1) - 1) // spec.frames_factor + 1
     places = width * height * frames * (2 if spec.refers else 1) + spec.text_tokens

@@ -22,7 +22,7 @@ from PIL import Image
 from pydantic import BaseModel, Field
 from werkzeug.exceptions import NotFound
 
-from shared.api.codecs import MAX_FRAMES, MAX_INPUTS
+from shared.api.codecs import MAX_FRAMES, MAX_INPUTS, MAX_SIDE
 from shared.api.jobs import GenerationJob, Preview
 from shared.api.media import encode_image
 from shared.api.queue import JobQueue
@@ -176,7 +176,7 @@ def offer(config: HostConfig) -> dict[str, Any]:
         "title": spec.title,
         "output": spec.output,
         "fields": {
-            name: _field(name, spec, choices.get(name)) | _most(name, config)
+            name: _field(name, spec, choices.get(name)) | _most(name, config) | _longest(name, config)
             for name in FIELD_NOTES
             if name in fields
         },
@@ -219,6 +219,13 @@ def _most(name: str, config: HostConfig) -> dict[str, int]:
         "ip_image": MAX_INPUTS if together else adapters,
     }.get(name, 1)
     return {"most": most} if most > 1 else {}
+
+
+def _longest(name: str, config: HostConfig) -> dict[str, int]:
+    """`maximum` of a side that the checkpoint has positions for."""
+    if name not in ("width", "height") or config.position_table is None:
+        return {}
+    return {"maximum": min(math.prod(config.position_table), MAX_SIDE)}
 
 
 _SHAPES = ((1, 1), (4, 3), (3, 2), (16, 9))

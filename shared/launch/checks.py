@@ -256,6 +256,19 @@ def _check_size(config: HostConfig) -> None:
                 f"--{name}: must be a multiple of {multiple} for type {config.type}; got {value} "
                 f"(nearest: {max(low, multiple)} and {low + multiple})"
             )
+        if problem := too_long(config, value):
+            raise UsageError(f"--{name}: {problem}")
+
+
+def too_long(config: HostConfig, side: int) -> str | None:
+    """Why the checkpoint has no positions for a side of so many pixels, or None."""
+    tokens, pixels = config.position_table or (side, 1)
+    if side <= tokens * pixels:
+        return None
+    return (
+        f"must be at most {tokens * pixels} for this checkpoint, which has positions for {tokens} x {tokens} "
+        f"tokens of {pixels} x {pixels} pixels; got {side}"
+    )
 
 
 def _check_sizes(config: HostConfig, backend: Backend, world_size: int) -> None:

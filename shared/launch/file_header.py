@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -202,6 +203,41 @@ def read_index(checkpoint: str) -> Any:
         return json.loads((folder / "model_index.json").read_text())
     except (OSError, ValueError):
         return None
+
+
+@lru_cache(64)
+def position_table(
+    type_name: str, checkpoint: str, control_nets: tuple[str, ...] = ()
+) -> tuple[int, int] | None:
+    """Tokens a side that a checkpoint and its ControlNets have positions for, and pixels a side of a token.
+
+    None where they have them for any size, or a configuration cannot be read; the loader reports that.
+    """
+    spec, file = MODELS[type_name], Path(checkpoint)
+    plan = spec.tokens
+    if plan is None or plan.table is None:
+        return None
+    try:
+        header = read_header(file) if file.is_file() else None
+        folders = [
+            (file if header is None else config_folder(spec, file, name)) / name
+            for name in (spec.denoiser, "vae")
+        ]
+        own, vae = (json.loads((folder / "config.json").read_text()) for folder in folders)
+        sides = [own[plan.table] if header is None else table_in(header) or own[plan.table]]
+        for net in map(Path, control_nets):
+            settings = json.loads(((net if net.is_dir() else net.parent) / "config.json").read_text())
+            if settings.get("pos_embed_type", "sincos") is not None:
+                sides.append(settings.get(plan.table) or sides[0])
+        return min(sides), own[plan.side] * spec.latent_pixels(vae)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def table_in(header: Header) -> int | None:
+    """Tokens a side that the denoiser of a single file has positions for, if it has a table of them."""
+    positions = header.shape("pos_embed")
+    return None if positions is None else math.isqrt(positions[1])
 
 
 def input_channels(header: Header, spec: ModelSpec) -> int | None:

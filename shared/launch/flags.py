@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from shared.launch.file_header import index_of
+from shared.launch.file_header import index_of, position_table
 from shared.launch.values import (
     as_count_or_auto,
     as_counts,
@@ -501,6 +501,11 @@ class HostConfig:
         """Whether layers of one input are one product: on CPUs weights may be pages of a file that all ranks
         share, and one product is no faster than three."""
         return device_type == "cuda" and self.keeps_weights(ranks)
+
+    @property
+    def position_table(self) -> tuple[int, int] | None:
+        """Tokens a side that the checkpoint has positions for, and pixels a side of one; None: any size."""
+        return position_table(self.type, self.checkpoint, tuple(self.control_net or ()))
 
     @property
     def size(self) -> tuple[int, int]:

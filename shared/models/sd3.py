@@ -35,6 +35,7 @@ CONTROL_NET = TokenPlan(
     # ControlNets of Stable Diffusion 3.5 large get the transformer's tokens, and no text.
     picture=(Site("pos_embed", "output", optional=True), Site("pos_embed_input", "output")),
     text=(Site("context_embedder", "input", of=("text",), optional=True),),
+    table="pos_embed_max_size",
     joined=("picture", "text"),
     output=None,
     flow=True,

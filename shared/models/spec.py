@@ -239,6 +239,14 @@ class ModelSpec:
         """What its VAE's configuration calls the number of latent channels."""
         return self.channels_setting or ("latent_channels" if self.vae_kind == "image" else "z_dim")
 
+    def latent_pixels(self, vae: Mapping[str, Any]) -> int:
+        """Pixels a side of one latent, by the VAE's configuration."""
+        if (told := vae.get(self.scale_setting or "")) is not None:
+            return int(told)
+        if self.vae_kind == "video":
+            return self.video_scale
+        return 2 ** (len(vae.get("block_out_channels") or (0,) * 4) - 1)
+
     @property
     def decodes_in_patches(self) -> bool:
         """Whether ranks can share its VAE's decoder in patches, and its weights."""

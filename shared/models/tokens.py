@@ -119,6 +119,8 @@ class TokenPlan:
     """What it calls the channels of a token; None: they are heads x attention_head_dim."""
     side: str = "patch_size"
     """What it calls the latents of a token, a side; packed latents are 2 a side."""
+    table: str | None = None
+    """What it calls the tokens a side that it has positions for; None: it computes them for any size."""
     unguided: bool = False
     """Whether its most used checkpoints work without guidance, so that no rank is given to it unasked."""
     capturable: bool = True

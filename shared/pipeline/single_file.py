@@ -6,7 +6,6 @@ import functools
 import gzip
 import json
 import logging
-import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from shared.launch.file_header import (
     other_inputs,
     read_header,
     second_file,
+    table_in,
 )
 from shared.models import VAE_PREFIXES, ModelSpec
 from shared.pipeline.processors import picture_processor
@@ -299,8 +299,8 @@ def _mmdit_settings(header: Header) -> dict[str, Any]:
     if normed:
         settings |= {"attention_head_dim": normed[0], "num_attention_heads": width // normed[0]}
         settings["caption_projection_dim"] = width
-    if positions := header.shape("pos_embed"):
-        settings["pos_embed_max_size"] = math.isqrt(positions[1])
+    if (side := table_in(header)) is not None:
+        settings["pos_embed_max_size"] = side
     return settings
 
 

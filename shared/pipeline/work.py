@@ -93,11 +93,7 @@ class Work:
 
     def _vae_scale(self) -> int:
         settings: Any = self._vae.config
-        if (told := settings.get(self.spec.scale_setting or "")) is not None:
-            return int(told)
-        if self.spec.vae_kind == "video":
-            return self.spec.video_scale
-        return 2 ** (len(settings.block_out_channels) - 1)
+        return self.spec.latent_pixels(settings)
 
     def _latent_frames(self, frames: int | None) -> int:
         return ((frames or self.spec.frames or 1) - 1) // self.spec.frames_factor + 1

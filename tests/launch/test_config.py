@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 import subprocess
@@ -10,11 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from shared.backends import BACKENDS
 from shared.launch.errors import UsageError
-from shared.launch.file_header import index_of
+from shared.launch.file_header import index_of, position_table
 from shared.launch.flags import HostConfig
 from shared.launch.logs import shows_progress
 from shared.launch.parser import build_parser, parse_config
@@ -360,6 +363,44 @@ def test_type_and_checkpoint(folder: Path) -> None:
 )
 def test_impossible_combinations(folder: Path, flags: list[str], words: str) -> None:
     assert words in refused(folder, *(flag.format(f=folder) for flag in flags))
+
+
+def sides(folder: Path, tokens: int) -> None:
+    """Put configurations into a folder: so many tokens a side have positions, each of 16 x 16 pixels."""
+    for name, settings in (
+        ("transformer", {"pos_embed_max_size": tokens, "patch_size": 2}),
+        ("vae", {"block_out_channels": [1, 1, 1, 1]}),
+    ):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(settings))
+
+
+def test_a_size_that_the_checkpoint_has_no_positions_for(folder: Path) -> None:
+    sides(folder / "model", 32)
+    text = "must be at most 512 for this checkpoint, which has positions for 32 x 32 tokens of 16 x 16 pixels"
+    assert parse(folder, "--width=512", "--height=512", type="sd3").size == (512, 512)
+    assert refused(folder, "--width=512", "--height=528", type="sd3") == f"--height: {text}; got 528"
+    assert refused(folder, type="sd3") == f"--width: {text}; got 1024"
+    size = ("--width=512", "--height=512")
+    assert (
+        refused(folder, *size, "--sizes=512x640", type="sd3") == f"--sizes: 512x640: height {text}; got 640"
+    )
+    net = folder / "net"
+    net.mkdir()
+    settings = {"_class_name": "SD3ControlNetModel", "pos_embed_max_size": 24}
+    for more, most in (({}, 384), ({"pos_embed_type": None}, 512)):
+        (net / "config.json").write_text(json.dumps(settings | more))
+        position_table.cache_clear()
+        config = parse(folder, "--width=256", "--height=256", f"--control_net={net}", type="sd3")
+        assert math.prod(config.position_table or ()) == most
+
+
+def test_a_size_that_a_single_file_has_no_positions_for(tmp_path: Path) -> None:
+    file = tmp_path / "sd3.safetensors"
+    table = {"model.diffusion_model.pos_embed": np.zeros((1, 36 * 36, 4), np.float32)}
+    safetensors.numpy.save_file(table, file)
+    with pytest.raises(UsageError, match=r"--width: must be at most 576 for this checkpoint, .*; got 1024"):
+        parse(tmp_path, f"--checkpoint={file}", type="sd3")
 
 
 REFUSALS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -21,6 +22,7 @@ from shared.api.media import encode_image
 from shared.api.parsing import check_request
 from shared.api.replies import Reply
 from shared.api.warned import collecting_warnings
+from shared.http.pages import offer
 from shared.launch.flags import HostConfig
 from shared.models import MODELS, SCHEDULERS, schedulers_for
 from shared.parallel.graphs import Graphs
@@ -245,6 +247,27 @@ def test_a_unet_that_takes_the_scale_of_guidance_as_an_input() -> None:
         made.append(safetensors.torch.load(reply.latent)["latent"])
         assert [line.partition(":")[0] for line in told] == warned
     assert distance(made[0], made[1]) > 1e-6 and distance(made[3], made[2]) == 0
+
+
+def test_sides_beyond_the_checkpoints_positions_are_refused() -> None:
+    """Up to what diffusers draws; it refuses more in its own words, in the first step."""
+    on = engine("sd3")
+    longest = math.prod(on.config.position_table or ())
+    assert longest == 512 and latents("sd3", steps=1, width=512).shape[-1] == 64
+    with pytest.raises(ValueError, match="cannot be greater than `pos_embed_max_size`"):
+        on.pipe("a cat", width=528, height=64, num_inference_steps=1)
+    assert {offer(on.config)["fields"][name]["maximum"] for name in ("width", "height")} == {longest}
+    text = "must be at most 512 for this checkpoint, which has positions for 32 x 32 tokens of 16 x 16 pixels"
+    large = encode_image(tiny.picture(600), "png")
+    for fields, told in (
+        ({"width": 528}, f"width: {text}; got 528"),
+        ({"height": 1024}, f"height: {text}; got 1024"),
+        ({"image": large, "strength": 0.5}, f"image: makes a height that {text}; got 592"),
+        ({"image": large, "strength": 0.5, "width": 64, "height": 64}, None),
+    ):
+        with pytest.raises(RequestError) if told else contextlib.nullcontext() as caught:
+            check_request({"positive": "a cat"} | fields, on.config)
+        assert not told or (caught.value.status == 422 and told in str(caught.value))
 
 
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
