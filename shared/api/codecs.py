@@ -69,6 +69,8 @@ def check_image(value: Any, name: str = "image", opaque: bool = False) -> bytes:
     """
     from PIL import Image, UnidentifiedImageError
 
+    from shared.api.colours import colour_problem
+
     if isinstance(value, list):
         raise problem(f"must be one picture, got a list of {len(value)}")
     data = value if isinstance(value, bytes) else decode_base64(value)
@@ -86,6 +88,8 @@ def check_image(value: Any, name: str = "image", opaque: bool = False) -> bytes:
                     warn(f"{name}: is an animation of {count} frames, of which only the first is used")
                 if opaque and has_alpha(image):
                     warn(f"{name}: {TRANSPARENT}")
+                if colours := colour_problem(image):
+                    warn(f"{name}: {colours}")
     except UnidentifiedImageError:
         raise problem("is not a picture; allowed: PNG, JPEG, WebP, BMP") from None
     except (Image.DecompressionBombError, *_BROKEN_PICTURE) as error:
@@ -129,6 +133,8 @@ def _frames_of(value: Any, name: str) -> bytes | list[bytes] | None:
     """The frames of a GIF, of an animated WebP or PNG, each as PNG; None where `value` is none of them."""
     from PIL import Image, ImageSequence
 
+    from shared.api.colours import colour_problem, in_srgb
+
     data = value if isinstance(value, bytes) else decode_base64(value)
     frames: list[bytes] = []
     too_large = ""
@@ -145,8 +151,10 @@ def _frames_of(value: Any, name: str) -> bytes | list[bytes] | None:
             for frame in () if too_large else ImageSequence.Iterator(image):
                 if has_alpha(frame):
                     warn(f"{name}: {TRANSPARENT}")
+                if colours := colour_problem(frame):
+                    warn(f"{name}: {colours}")
                 out = io.BytesIO()
-                frame.convert("RGB").save(out, "PNG", compress_level=1)
+                in_srgb(frame).convert("RGB").save(out, "PNG", compress_level=1)
                 frames.append(out.getvalue())
     except (Image.DecompressionBombError, *_BROKEN_PICTURE):
         return None  # `check_image` says so

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from shared.api.codecs import has_alpha
+from shared.api.colours import in_srgb
 from shared.api.embedded import Metadata
 
 try:
@@ -42,8 +43,11 @@ class Sound:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Encoded picture -> upright by its EXIF tag, with 8 bits a channel, in its own mode."""
-    return _eight_bits(_upright(Image.open(io.BytesIO(data))))
+    """Encoded picture -> upright by its EXIF tag, with 8 bits a channel, its colours in sRGB by its profile.
+
+    It keeps its mode, unless its colours are others.
+    """
+    return in_srgb(_eight_bits(_upright(Image.open(io.BytesIO(data)))))
 
 
 def decode_image(data: bytes, percent: float | None = None) -> Image.Image:
@@ -92,7 +96,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits (a depth map), which Pillow would cut off at 255."""
     if not image.mode.startswith("I"):
         return image
-    return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    made = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    made.info = image.info
+    return made
 
 
 def encode(
