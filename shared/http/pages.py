@@ -33,7 +33,7 @@ from shared.http.dispatch import ApiError, Dispatcher
 from shared.http.negotiate import RAW_FORMATS
 from shared.http.routes import Answer, App, Route, stream
 from shared.http.wsgi import MAX_WATCHERS
-from shared.launch.checks import start_problem
+from shared.launch.checks import start_problem, too_long
 from shared.launch.flags import HostConfig
 from shared.models import ModelSpec, Start, schedulers_for
 from shared.models.spec import Kind
@@ -170,6 +170,7 @@ def offer(config: HostConfig) -> dict[str, Any]:
     schedulers = schedulers_for(spec)
     formats = [f for f in RAW_FORMATS[spec.output] if f != "latent"]
     choices = {"scheduler": schedulers, "output_format": formats}
+    found = sizes(*config.size, spec.size_multiple) if "width" in fields else []
     return {
         "backend": config.backend,
         "type": spec.name,
@@ -185,7 +186,7 @@ def offer(config: HostConfig) -> dict[str, Any]:
         "defaults": {name: value for name, value in defaults.items() if name in fields and value is not None},
         "strengths": strengths,
         "size_multiple": spec.size_multiple,
-        "sizes": sizes(*config.size, spec.size_multiple) if "width" in fields else [],
+        "sizes": [size for size in found if not any(too_long(config, side) for side in size)],
         "schedulers": schedulers,
         "formats": formats,
     }
