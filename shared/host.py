@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -151,7 +151,7 @@ def _load_and_loop(
     from shared.ranks.link import measured_link, told
     from shared.ranks.loop import RankLoop, no_advice
 
-    with device_meanwhile(config.device):
+    with meanwhile(bring_up_gpu, config.device != "cpu"):
         if backend.plans_memory:
             from shared.pipeline.unused import import_libraries
 
@@ -159,29 +159,25 @@ def _load_and_loop(
             import shared.pipeline.memory_plan as memory_plan
     put_off_full_collections()
     gc.enable()
-    compilers = threading.Thread(target=import_compilers, name="compilers", daemon=True)
-    if config.compiles:  # while other ranks, disks and GPUs are waited for
-        compilers.start()
-    PHASES.begin("ranks")
-    status.at(15, "waiting for the other ranks")
-    world = init_world(config.device, config.collective_timeout, lifeline.watch, lifeline.when_stopped)
-    limit_threads(world.device.type)
-    PHASES.begin("link")
-    status.at(18, "measuring the link between the ranks")
-    world = replace(world, link=measured_link(world.device, world.compute, world.voting))
-    if world.link is not None and world.rank == 0:
-        log.info("link between the ranks: %s", world.link)
-    config = backend.choose(config, world)
-    status.at(20, "loading the model")
-    channel, memory = Channel(world), None
-    if backend.plans_memory:
-        PHASES.begin("memory plan")
-        config, memory = memory_plan.planned(config, backend, channel)
-    PHASES.begin("building")
-    engine = backend.build_engine(config, world)
-    adopt_libraries()
-    if config.compiles:
-        compilers.join()
+    with meanwhile(import_compilers, config.compiles):  # while ranks, disks and GPUs are waited for
+        PHASES.begin("ranks")
+        status.at(15, "waiting for the other ranks")
+        world = init_world(config.device, config.collective_timeout, lifeline.watch, lifeline.when_stopped)
+        limit_threads(world.device.type)
+        PHASES.begin("link")
+        status.at(18, "measuring the link between the ranks")
+        world = replace(world, link=measured_link(world.device, world.compute, world.voting))
+        if world.link is not None and world.rank == 0:
+            log.info("link between the ranks: %s", world.link)
+        config = backend.choose(config, world)
+        status.at(20, "loading the model")
+        channel, memory = Channel(world), None
+        if backend.plans_memory:
+            PHASES.begin("memory plan")
+            config, memory = memory_plan.planned(config, backend, channel)
+        PHASES.begin("building")
+        engine = backend.build_engine(config, world)
+        adopt_libraries()
     PHASES.begin("warm-up")
     warm_up(engine, config, status)
     on_server = world.rank == 0
@@ -220,23 +216,24 @@ def _load_and_loop(
 
 
 @contextlib.contextmanager
-def device_meanwhile(device: str) -> Iterator[None]:
-    """Bring this rank's GPU up, where it will compute on one, while what is inside of the block runs."""
+def meanwhile(work: Callable[[], None], needed: bool) -> Iterator[None]:
+    """Do some work in a thread, if it is needed, while what is inside of the block runs."""
+    thread = threading.Thread(target=work, name=work.__name__, daemon=True)
+    if needed:
+        thread.start()
+    yield
+    if needed:
+        thread.join()
+
+
+def bring_up_gpu() -> None:
+    """Bring this rank's GPU up, if every rank of this machine has one."""
     import torch
 
     local, ranks = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-
-    def up() -> None:
-        with contextlib.suppress(RuntimeError):  # joining the other ranks says it
-            if torch.cuda.device_count() >= max(ranks, 1):
-                torch.zeros(1, device=f"cuda:{local}")
-
-    thread = threading.Thread(target=up, name="device")
-    if device != "cpu":
-        thread.start()
-    yield
-    if device != "cpu":
-        thread.join()
+    with contextlib.suppress(RuntimeError):  # joining the other ranks says it
+        if torch.cuda.device_count() >= max(ranks, 1):
+            torch.zeros(1, device=f"cuda:{local}")
 
 
 def import_compilers() -> None:

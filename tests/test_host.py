@@ -23,7 +23,7 @@ import pytest
 import requests
 
 from shared.api.status import HostStatus
-from shared.host import warm_up
+from shared.host import meanwhile, warm_up
 from shared.launch.errors import LoadError
 from tests import tiny
 from tests.fake_host import FakeEngine
@@ -53,6 +53,22 @@ def free_port() -> int:
 def children(pid: int) -> list[int]:
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
     return [int(p) for p in listed.split()]
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_work_is_done_while_the_block_runs_and_over_after_it(needed: bool) -> None:
+    begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        assert may_end.wait(30)
+        time.sleep(0.1)
+        ended.set()
+
+    with meanwhile(work, needed):
+        assert begun.wait(30 if needed else 0.2) == needed and not ended.is_set()
+        may_end.set()
+    assert ended.is_set() == needed
 
 
 def alive(pid: int) -> bool:
