@@ -6,13 +6,12 @@ import base64
 import binascii
 import io
 import math
-import struct
-import zlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, ValidationInfo, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from shared.api.faults import BROKEN_PICTURE
 from shared.api.warned import warn
 
 if TYPE_CHECKING:
@@ -55,13 +54,6 @@ def decode_base64(value: Any) -> bytes:
     return data
 
 
-# What Pillow's decoders raise on damaged files, DecompressionBombError aside.
-_BROKEN_PICTURE = (
-    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
-    *(struct.error, zlib.error),
-)
-
-
 def check_image(value: Any, name: str = "image", opaque: bool = False) -> bytes:
     """Base64 or bytes of a picture -> its bytes, fully decoded once.
 
@@ -92,7 +84,7 @@ def check_image(value: Any, name: str = "image", opaque: bool = False) -> bytes:
                     warn(f"{name}: {colours}")
     except UnidentifiedImageError:
         raise problem("is not a picture; allowed: PNG, JPEG, WebP, BMP") from None
-    except (Image.DecompressionBombError, *_BROKEN_PICTURE) as error:
+    except (Image.DecompressionBombError, *BROKEN_PICTURE) as error:
         raise problem(f"is a broken picture ({error})") from None
     if too_large:
         raise problem(too_large)
@@ -156,7 +148,7 @@ def _frames_of(value: Any, name: str) -> bytes | list[bytes] | None:
                 out = io.BytesIO()
                 in_srgb(frame).convert("RGB").save(out, "PNG", compress_level=1)
                 frames.append(out.getvalue())
-    except (Image.DecompressionBombError, *_BROKEN_PICTURE):
+    except (Image.DecompressionBombError, *BROKEN_PICTURE):
         return None  # `check_image` says so
     if too_large:
         raise problem(too_large)
@@ -179,7 +171,7 @@ def picture_size(data: bytes) -> tuple[int, int]:
         width, height = image.size
         try:
             turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        except _BROKEN_PICTURE:
+        except BROKEN_PICTURE:
             turned = False  # its EXIF data cannot be read
         return (height, width) if turned else (width, height)
 

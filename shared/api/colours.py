@@ -7,8 +7,9 @@ import io
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
+from shared.api.faults import BROKEN_PICTURE
+
 ROUNDING = 2  # of 255: by as much do conversions between two profiles of sRGB change colours
-_BROKEN = (ImageCms.PyCMSError, OSError, ValueError, TypeError, SyntaxError, KeyError)
 _MODES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # by the profile's colour space
 _INTEROPERABILITY, _ADOBE_RGB = 1, "R03"  # EXIF's tag, and what cameras write there
 
@@ -44,7 +45,7 @@ def colour_problem(image: Image.Image) -> str | None:
         return None
     try:
         said = image.getexif().get_ifd(ExifTags.IFD.Interop).get(_INTEROPERABILITY)
-    except _BROKEN:
+    except BROKEN_PICTURE:
         return None  # its EXIF data cannot be read
     if said == _ADOBE_RGB:
         return f"its EXIF data says Adobe RGB, but it has no profile; {seen}"
@@ -65,7 +66,7 @@ def _transform(image: Image.Image) -> tuple[str, ImageCms.ImageCmsTransform]:
         return mode, ImageCms.buildTransform(profile, srgb, mode, "RGB", *how)
     except ProfileError:
         raise
-    except _BROKEN as error:
+    except (ImageCms.PyCMSError, *BROKEN_PICTURE) as error:
         raise ProfileError(str(error)) from None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,6 +27,11 @@ class FieldProblem:
         return {"field": self.field, "problem": self.problem}
 
 
+# What Pillow's decoders raise on damaged files, DecompressionBombError aside.
+BROKEN_PICTURE = (
+    *(OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError),
+    *(struct.error, zlib.error),
+)
 MAX_FAULTS = 20  # reported of one request
 
 

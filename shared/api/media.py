@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 import tempfile
 import wave
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from PIL import Image, ImageOps
 from shared.api.codecs import has_alpha
 from shared.api.colours import in_srgb
 from shared.api.embedded import Metadata
+from shared.api.faults import BROKEN_PICTURE
 
 try:
     import imagecodecs
@@ -76,9 +76,9 @@ def decode_mask(data: bytes, size: tuple[int, int] | None = None) -> Image.Image
     return image if size is None else _sized(image, size)
 
 
-def paints_nothing(mask: bytes) -> bool:
-    """Whether an encoded mask is nowhere white: pipelines take it as black and white."""
-    return not (np.asarray(decode_mask(mask)) >= 128).any()
+def paints_nothing(mask: Image.Image) -> bool:
+    """Whether a grey mask is nowhere white: pipelines take it as black and white."""
+    return not (np.asarray(mask) >= 128).any()
 
 
 def _sized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -88,7 +88,7 @@ def _sized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except (SyntaxError, struct.error, ValueError, TypeError, KeyError, OSError):
+    except BROKEN_PICTURE:
         return image  # its EXIF data cannot be read
 
 

@@ -39,7 +39,6 @@ from shared.api.codecs import (
     picture_size,
     problem,
 )
-from shared.api.media import paints_nothing
 from shared.api.sizes import (
     Size,
     own_size,
@@ -331,8 +330,6 @@ class GenerateRequest(BaseModel):
             warn_of_aspect(sizes[0], aspects, config)
         if self.mask is not None:
             warn_of_mask(picture_size(self.mask), picture_size(self.images[0]))
-            if paints_nothing(self.mask):
-                warn("mask: is nowhere white, so nothing is painted anew")
         if config.control_net:
             hint = f"{OWN_SHAPE}, or neither" if self.image is None else ""
             warn_of_shapes("control_image", self._sizes("control_image"), made, hint=hint)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from shared.api.faults import refused
-from shared.api.media import decode_image, decode_mask, decode_picture
+from shared.api.media import decode_image, decode_mask, decode_picture, paints_nothing
 from shared.api.requests import GenerateRequest
 from shared.api.warned import warn
 from shared.launch.flags import HostConfig
@@ -126,8 +126,10 @@ def start_arguments(start: Start, request: GenerateRequest) -> dict[str, Any]:
     if start.strength is not None:
         arguments["strength"] = strength_of(start, request)
     if start.kind != "image":
-        mask = Image.new("L", size, 255)
-        arguments[start.mask] = mask if request.mask is None else decode_mask(request.mask, size)
+        mask = Image.new("L", size, 255) if request.mask is None else decode_mask(request.mask, size)
+        if paints_nothing(mask):
+            warn("mask: is nowhere white, so nothing is painted anew")
+        arguments[start.mask] = mask
     return arguments
 
 

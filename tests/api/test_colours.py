@@ -99,8 +99,11 @@ def from_lab(light: float, a: float, b: float) -> np.ndarray:
 
 def file(image: Image.Image, format: str, profile: bytes | None, **more: Any) -> bytes:
     out = io.BytesIO()
-    lossless = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(format, {})
-    image.save(out, format, icc_profile=profile, **lossless, **more)
+    exact: dict[str, dict[str, Any]] = {
+        "JPEG": {"quality": 100, "subsampling": 0},
+        "WEBP": {"lossless": True},
+    }
+    image.save(out, format, icc_profile=profile, **exact.get(format, {}), **more)
     return out.getvalue()
 
 

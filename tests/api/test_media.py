@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from shared.api import media
+from shared.api.codecs import check_image
 from shared.api.media import Z_RLE, decode_image, decode_mask, encode, encode_image, encode_video
 
 
@@ -30,7 +31,7 @@ def test_grey_of_16_bits_keeps_its_shades() -> None:
     "exif", [b"Exif\0\0rubbish", b"Exif\0\0MM\0*\0\0\0\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"]
 )
 def test_exif_that_cannot_be_read_is_passed_over(exif: bytes) -> None:
-    assert decode_image(png(Image.new("RGB", (4, 6), "red"), exif=exif)).size == (4, 6)
+    assert decode_image(check_image(png(Image.new("RGB", (4, 6), "red"), exif=exif))).size == (4, 6)
 
 
 def test_exif_turns_a_picture_upright() -> None:

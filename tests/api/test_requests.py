@@ -296,7 +296,7 @@ def test_of_an_animation_the_first_picture_counts_and_that_is_said() -> None:
         check_request(body, config_of("sd1", control_net={"/a": 1.0, "/b": 1.0}))
     text = "is an animation of 3 frames, of which only the first is used"
     assert warnings[:3] == [f"{name}: {text}" for name in ("image", "mask", "control_image")]
-    assert warnings[3:] == ["mask: is nowhere white, so nothing is painted anew"]  # its first picture
+    assert len(warnings) == 3
     with collecting_warnings() as warnings:
         check_request({"image": moving}, config_of("ad"))
     assert warnings == []
@@ -432,7 +432,6 @@ def white(width: int, height: int) -> str:
         ("flux", {"image": drawn(72, 104)}, (64, 96), "multiples of 16"),
         ("sd1", {"image": drawn(128, 80), "image_scale": 50}, (64, 40), None),
         ("sd1", {"image": drawn(72, 40), "mask": white(36, 20)}, (72, 40), None),
-        ("sd1", {"image": drawn(72, 40), "mask": drawn(72, 40)}, (72, 40), "mask: is nowhere white"),
         (
             "sd1",
             {"image": drawn(72, 40), "mask": white(36, 22)},

@@ -19,6 +19,7 @@ from shared.api.faults import RequestError
 from shared.api.media import encode_image
 from shared.api.parsing import check_request
 from shared.api.replies import Reply
+from shared.api.warned import collecting_warnings
 from shared.backends import BACKENDS
 from shared.models import MODELS, Start
 from shared.parallel.asyncdiff import AsyncDiff
@@ -271,6 +272,18 @@ def test_a_mask_changes_only_the_inside() -> None:
     soft = np.asarray(reply(engine("sd1"), mask=png(mask()), **fields).pictures[0]).astype(int)
     edge = (np.asarray(mask()) > 0) & (np.asarray(mask()) < 64)
     assert 0 < np.abs(soft[edge] - own[edge]).mean() < np.abs(soft[inside] - own[inside]).mean()
+
+
+def test_a_mask_that_is_nowhere_white_is_told() -> None:
+    fields: dict[str, Any] = {"image": png(picture()), "seed": 4, "steps": 1}
+    for grey, warned in ((0, ["mask: is nowhere white, so nothing is painted anew"]), (127, None), (128, [])):
+        with collecting_warnings() as told:
+            request = check_request(
+                {"positive": "a cat", "mask": png(Image.new("L", SIZE, grey)), **fields}, engine("sd1").config
+            )
+            assert not told  # the server's thread does not decode it again
+            engine("sd1").generate(request, lambda step, steps: None)
+        assert bool(told) == (grey < 128) and (warned is None or told == warned)
 
 
 def test_the_latent_of_an_inpainted_picture_is_the_blended_one() -> None:
