@@ -249,16 +249,7 @@ def input_channels(header: Header, spec: ModelSpec) -> int | None:
 
 def other_inputs(spec: ModelSpec, given: int, expected: int) -> str:
     """What a denoiser with another number of input channels is."""
-    kinds = {}
-    if spec.denoiser == "unet":
-        kinds = {
-            expected * 2: "InstructPix2Pix",
-            expected + 5: "an inpainting model",
-            expected + 1: "a depth model",
-            expected + 3: "an upscaler",
-        }
-    elif spec.single_file_settings == "guidance_embeds":
-        kinds = {expected * 2: "FLUX.1 Canny or Depth"}
+    kinds = {times * expected + more: what for (times, more), what in spec.other_inputs.items()}
     what = kinds.get(given, "another model")
     return f"is {what}: its denoiser takes {given} channels, that of type {spec.name} takes {expected}"
 

@@ -123,6 +123,7 @@ FAMILY = Family(
             ip_adapter_negative=True,
             single_file_config="flux",
             single_file_settings="guidance_embeds",
+            other_inputs=MappingProxyType({(2, 0): "FLUX.1 Canny or Depth"}),
             single_file_encoders=MappingProxyType(
                 {
                     "text_encoder": "text_encoders.clip_l.transformer.",

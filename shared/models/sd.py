@@ -42,6 +42,15 @@ FILES = (
     FileKind("Stable Diffusion 1", "sd1", ("cond_stage_model.transformer.",)),
 )  # fmt: skip
 
+OTHER_INPUTS = MappingProxyType(
+    {
+        (2, 0): "InstructPix2Pix",
+        (1, 5): "an inpainting model",
+        (1, 1): "a depth model",
+        (1, 3): "an upscaler",
+    }
+)
+
 AD_STARTS = (
     Start("AnimateDiffVideoToVideoPipeline", "image", 0.8, image="video", frames=True),
     Start(
@@ -102,6 +111,7 @@ FAMILY = Family(
             control_image_field="conditioning_frames",
             ip_adapter_encoder="clip",
             single_file_config="sd1",
+            other_inputs=OTHER_INPUTS,
             single_file_encoders=MappingProxyType({"text_encoder": "cond_stage_model.transformer."}),
             refuses=refusals({"gguf_model": NO_GGUF}),
         ),
@@ -133,6 +143,7 @@ FAMILY = Family(
             control_net_pipeline="StableDiffusionControlNetPipeline",
             ip_adapter_encoder="clip",
             single_file_config="sd1",
+            other_inputs=OTHER_INPUTS,
             single_file_encoders=MappingProxyType({"text_encoder": "cond_stage_model.transformer."}),
             refuses=refusals(NO_MOTION),
         ),
@@ -164,6 +175,7 @@ FAMILY = Family(
             control_net_pipeline="StableDiffusionControlNetPipeline",
             ip_adapter_encoder="clip",
             single_file_config="sd2",
+            other_inputs=OTHER_INPUTS,
             single_file_predicts="noise_or_velocity",
             single_file_encoders=MappingProxyType({"text_encoder": "cond_stage_model.model."}),
             refuses=refusals(NO_MOTION),
@@ -202,6 +214,7 @@ FAMILY = Family(
             control_net_pipeline="StableDiffusionXLControlNetPipeline",
             ip_adapter_encoder="clip",
             single_file_config="sdxl",
+            other_inputs=OTHER_INPUTS,
             single_file_encoders=MappingProxyType(
                 {
                     "text_encoder": "conditioner.embedders.0.transformer.",

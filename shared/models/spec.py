@@ -192,6 +192,8 @@ class ModelSpec:
     single_file_settings: Literal["input_channels", "guidance_embeds", "mmdit_blocks", "zero_cond_t"] = (
         "input_channels"
     )
+    # What denoisers with other input channels are: (times the type's, and so many more) -> the model.
+    other_inputs: Mapping[tuple[int, int], str] = field(default_factory=lambda: MappingProxyType({}))
     # Whose layout the VAE has there, diffusers' class's or Wan's; or that it is not read from there.
     single_file_vae: Literal["own", "wan", "beside"] = "own"
     # What single files of the type predict, where neither a key nor a shape says it.

@@ -30,6 +30,7 @@ from shared.parallel.lanes import copy, on_device, side_by_side
 from shared.parallel.pipeline import Pipeline, parts_of
 from shared.parallel.sharded import plain
 from shared.pipeline import eight_bits
+from shared.pipeline.single_file_models import as_converted
 from shared.pipeline.store import KeptWeights
 from shared.pipeline.weights_file import ZERO_COND_T
 
@@ -250,12 +251,8 @@ def load_gguf(path: str, spec: ModelSpec, cls: Any, config: Path, dtype: torch.d
         del tensors[name]
     further = {"zero_cond_t": True} if any(name.endswith(ZERO_COND_T) for name in marks) else {}
     try:
-        # The converter of UNets wants the prefix, and not all those of transformers take it.
-        tensors = {name.removeprefix(DENOISER): tensor for name, tensor in tensors.items()}
-        if spec.denoiser == "unet" and any(name.startswith("input_blocks.") for name in tensors):
-            tensors = {DENOISER + name: tensor for name, tensor in tensors.items()}
         model = cls.from_single_file(
-            tensors,
+            as_converted(tensors, spec),
             config=str(config),
             subfolder=spec.denoiser,
             quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),

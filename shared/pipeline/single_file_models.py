@@ -49,12 +49,9 @@ def denoiser_of(
     own = _in_own_naming(cls, config, file, tensors, dtype)
     if own is not None:
         return own
-    bare = {name.removeprefix(DENOISER): tensor for name, tensor in tensors.items()}
-    # The converter of UNets wants the prefix, and not all those of transformers take it.
-    named = {DENOISER + name: t for name, t in bare.items()} if spec.denoiser == "unet" else bare
     exact = cls._keep_in_fp32_modules
     model = cls.from_single_file(
-        named,
+        as_converted(tensors, spec),
         config=str(folder),
         subfolder=subfolder,
         dtype=None if exact else dtype,
@@ -65,6 +62,17 @@ def denoiser_of(
         if not parameter.is_meta:  # which is reported as missing
             parameter.data = parameter.data.to(_dtype_of(cls, name, dtype))
     return model
+
+
+def as_converted(tensors: Tensors, spec: ModelSpec) -> Tensors:
+    """A denoiser's tensors as diffusers' converters want them; they may have the usual prefix or not.
+
+    The converter of UNets wants it, and not all those of transformers take it; nor do diffusers' own names.
+    """
+    bare = {name.removeprefix(DENOISER): tensor for name, tensor in tensors.items()}
+    if spec.denoiser == "unet" and any(name.startswith("input_blocks.") for name in bare):
+        return {DENOISER + name: tensor for name, tensor in bare.items()}
+    return bare
 
 
 def _in_own_naming(cls: Any, config: dict[str, Any], file: Path, tensors: Tensors, dtype: torch.dtype) -> Any:

@@ -19,11 +19,12 @@ from shared.api.parsing import check_request
 from shared.api.warned import collecting_warnings
 from shared.launch.backend import Needs
 from shared.launch.errors import UsageError
-from shared.launch.file_header import CONFIGS
+from shared.launch.file_header import CONFIGS, DENOISER
 from shared.models import MODELS
 from shared.pipeline.engine import PipelineEngine
 from shared.pipeline.loading import LoadError, load_pipeline
 from shared.pipeline.single_file import clip_tokenizer
+from shared.pipeline.single_file_models import as_converted
 from tests import tiny, tiny_extras, tiny_original, tiny_qwen
 
 NAME = "diffusion_pytorch_model.safetensors"
@@ -377,6 +378,18 @@ def test_schnell(shipped: Path) -> None:
         with collecting_warnings() as warnings:
             on.generate(check_request({"positive": "a", "steps": 1, "cfg": cfg}, config), lambda *_: None)
         assert warnings == told
+
+
+def test_the_names_that_converters_want() -> None:
+    """With the usual prefix for UNets in their authors' names, whatever the file has; else without it."""
+    one = torch.zeros(1)
+    for type, name, prefix in (
+        ("sd1", "input_blocks.0.0.weight", DENOISER),
+        ("sd1", "conv_in.weight", ""),
+        ("flux", "double_blocks.0.img_attn.norm.query_norm.scale", ""),
+    ):
+        for given in (name, DENOISER + name):
+            assert set(as_converted({given: one}, MODELS[type])) == {prefix + name}
 
 
 def test_sd35(shipped: Path) -> None:
