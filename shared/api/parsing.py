@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -63,7 +65,8 @@ def check_request(data: dict[str, Any], config: HostConfig, accept: str | None =
     A fault in one field hides none in another: with status 400 come the 422 faults of the other fields too.
     """
     bad: list[FieldProblem] = []
-    bad += _unknown(data, GenerateRequest)
+    taken = config.spec.fields | COMMON_FIELDS
+    bad += _unknown(data, GenerateRequest, taken)
     data = {k: v for k, v in data.items() if k in GenerateRequest.model_fields}
     context = ANIMATIONS if config.spec.output == "video" and config.spec.image == "start" else None
     try:
@@ -75,7 +78,6 @@ def check_request(data: dict[str, Any], config: HostConfig, accept: str | None =
         request = GenerateRequest.model_validate(sound, context=context)
     else:
         faulty = set()
-    taken = config.spec.fields | COMMON_FIELDS
     bad += [p for p in _bad_values(request, config) if p.field in taken and not p.needs & faulty]
     unserved = [p for p in _not_served(request, config, accept) if p.field not in faulty]
     if bad:
@@ -94,12 +96,14 @@ def faults_of_form(values: dict[str, Any]) -> list[FieldProblem]:
     return []
 
 
-def _unknown(data: dict[str, Any], model: type[BaseModel]) -> list[FieldProblem]:
+def _unknown(data: dict[str, Any], model: type[BaseModel], allowed: Iterable[str]) -> list[FieldProblem]:
     """A fault for each name that the model has not; pydantic would take seconds to say so of 100,000."""
     unknown = [FieldProblem(name, "unknown field") for name in data if name not in model.model_fields]
     if unknown:  # reported once
-        text = f"unknown field; allowed: {', '.join(sorted(model.model_fields))}"
-        unknown[0] = FieldProblem(unknown[0].field, text)
+        name = unknown[0].field
+        near = difflib.get_close_matches(cut(name, MAX_VALUE), allowed, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        unknown[0] = FieldProblem(name, f"unknown field; {hint}allowed: {', '.join(sorted(allowed))}")
     return unknown
 
 
@@ -380,7 +384,7 @@ class LoraAnswer(BaseModel):
 def parse_lora_change(body: bytes) -> LoraChange:
     """Parse the body of POST and DELETE /lora. Raises RequestError 400."""
     data = parse_object(body)
-    faults = _unknown(data, LoraChange)
+    faults = _unknown(data, LoraChange, LoraChange.model_fields)
     try:
         change = LoraChange.model_validate({k: v for k, v in data.items() if k in LoraChange.model_fields})
     except PydanticError as error:

@@ -252,6 +252,14 @@ def test_400(data: dict[str, Any], field: str, words: str) -> None:
     assert status == 400 and words in problems[field], problems
 
 
+def test_what_is_allowed_is_what_this_launch_takes() -> None:
+    status, problems = refused({"negativ": "blur", "width": 63}, config_of("wan", backend="xdit"))
+    assert status == 400 and problems["width"] == "must be a multiple of 16 for wan, got 63"
+    hint, allowed = problems["negativ"].split(" allowed: ")
+    assert hint == "unknown field; did you mean negative?"
+    assert "frames" in allowed.split(", ") and not {"clip_skip", "ip_image"} & set(allowed.split(", "))
+
+
 def test_a_picture_with_too_many_pixels() -> None:
     import io
 

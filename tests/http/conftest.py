@@ -20,6 +20,13 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+# Before, what a test drops or types is lost. Other files of the host have no #main.
+BUILT = """() => {
+    const is = (id) => document.getElementById(id);
+    return !is("main") || is("fields").children.length || !is("unlock").hidden;
+}"""
+
+
 @pytest.fixture
 def tabs(browser: Browser) -> Iterator[Any]:
     """Opens tabs, each of a user of its own; no script of the page may fail in any of them."""
@@ -32,6 +39,7 @@ def tabs(browser: Browser) -> Iterator[Any]:
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda m: faults.append(m.text) if "Content Security" in m.text else None)
         page.goto(url)
+        page.wait_for_function(BUILT)
         return page
 
     yield open_tab
