@@ -128,9 +128,7 @@ Scales = Annotated[
     ),
 ]
 # The multiple is the type's; 8 is what all types have in common.
-Side = Annotated[
-    int, Field(ge=16, le=MAX_SIDE, description="pixels", json_schema_extra={"multipleOf": 8})
-]
+Side = Annotated[int, Field(ge=16, le=MAX_SIDE, description="pixels", json_schema_extra={"multipleOf": 8})]
 
 
 @dataclass(frozen=True)
