@@ -10,6 +10,7 @@ from shared.api.a1111_prompts import NotationError, take_networks
 from shared.api.a1111_samplers import scheduler_for
 from shared.api.codecs import MAX_SIDE
 from shared.api.faults import FieldProblem, RequestError
+from shared.api.parsing import faults_of_form
 from shared.api.requests import MAX_PICTURES, MAX_SKIP
 from shared.api.retouch import Retouched
 from shared.api.warned import warn
@@ -29,6 +30,8 @@ OURS = {
     "width": "width",
     "height": "height",
 }
+# Options that may do nothing, but must make sense, and our fields that are read as they are; 0 is nothing.
+_IDLE = {"subseed": "seed", "refiner_switch_at": "refiner_start"}
 _FORMATS = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
 _VIDEO_FORMATS = {"gif": "gif", "webp": "webp"}
 _TITLE = re.compile(
@@ -102,6 +105,9 @@ def translate(
         data["scheduler"] = scheduler
     if problem:
         problems.append(problem)
+    for theirs, ours in _IDLE.items():
+        faults = faults_of_form({ours: asked.get(theirs) or None})
+        problems += [FieldProblem(theirs, fault.problem) for fault in faults]
     data |= _refined(asked, config)
     options = check_options(asked, config, with_image)
     data |= options.data

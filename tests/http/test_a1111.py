@@ -84,6 +84,13 @@ def test_what_nothing_reads_is_told(host: FakeHost) -> None:
     ("type", "given", "words"),
     [
         ("sd1", {"clip_skip": "two"}, "clip_skip: must be a whole number from 1 to 13, got 'two'"),
+        ("sd1", {"subseed": "abc"}, "subseed: must be a valid integer, got 'abc'"),
+        ("sd1", {"refiner_switch_at": 7}, "refiner_switch_at: must be at most 1, got 7"),
+        (
+            "sdxl",
+            {"refiner_switch_at": "x", "refiner_checkpoint": "None"},
+            "refiner_switch_at: must be a valid",
+        ),
         ("sd1", {"clip_skip": 14}, "clip_skip: must be a whole number from 1 to 13, got 14"),
         ("sd1", {"override_settings": {"samples_format": "avif"}}, "samples_format: must be one of png, jpg"),
         ("ad", {"override_settings": {"samples_format": "jpg"}}, "samples_format: must be one of gif, webp"),
