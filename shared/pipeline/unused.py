@@ -5,26 +5,28 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from shared.launch.flags import HostConfig
-from shared.parallel.surgery import Surgery
+from shared.parallel.surgery import Closing, Surgery
 
 
 def import_libraries(config: HostConfig) -> None:
     """Import what every pipeline needs of diffusers and transformers, before anything else imports them.
 
     Left out are torchao, where neither the launch nor its files are quantized, and scipy, which is for losses
-    of trainings and for a few schedulers, until one of those asks for it; and transformers' second reading of
-    the files of all its models.
+    of trainings and for a few schedulers, until one of those asks for it; and most of what transformers does
+    to list what its models export.
     """
     for name in ("scipy.integrate", "scipy.stats"):
         _stand_in(name)
-    with Surgery() as surgery:
+    with Surgery() as surgery, _After("transformers.utils.import_utils", partial(_read_less, surgery)):
         import diffusers.utils.import_utils
         import transformers.utils
 
@@ -37,6 +39,16 @@ def import_libraries(config: HostConfig) -> None:
         surgery.replace(transformers.utils.import_utils, "define_import_structure", partial(_defined, define))
         import diffusers.quantizers
         import transformers.modeling_utils
+
+
+def _read_less(surgery: Surgery, import_utils: ModuleType) -> None:
+    """transformers looks at each line of each of its files for the last that begins with `__all__`."""
+    surgery.replace(import_utils, "fetch__all__", partial(_exported, import_utils.fetch__all__))
+
+
+def _exported(fetch: Callable[[str], list[str]], text: str) -> list[str]:
+    """What transformers finds in a file's text to be exported, of which it gets the end that says it."""
+    return fetch(text[text.rfind("\n__all__") + 1 :])
 
 
 def _defined(define: Callable[..., dict[Any, dict[str, Any]]], path: Any, prefix: str | None = None) -> Any:
@@ -52,6 +64,36 @@ def _defined(define: Callable[..., dict[Any, dict[str, Any]]], path: Any, prefix
         needs: {name.removeprefix(dot): found for name, found in modules.items() if name.startswith(dot)}
         for needs, modules in define(models, prefix="models").items()
     }
+
+
+class _After(MetaPathFinder, Closing):
+    """Calls `act` with a module once its code has run, if that is within the `with` block around it."""
+
+    def __init__(self, name: str, act: Callable[[ModuleType], None]) -> None:
+        self._name, self._act = name, act
+        sys.meta_path.insert(0, self)
+
+    def close(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        self.close()
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def run_and_act(module: ModuleType) -> None:
+            run(module)
+            self._act(module)
+
+        spec.loader.exec_module = run_and_act  # type: ignore[method-assign]
+        return spec
 
 
 class _Later(ModuleType):

@@ -23,8 +23,12 @@ from shared.backends import BACKENDS
 from shared.launch.parser import parse_config
 backend = BACKENDS["xdit"]
 config = parse_config(backend, BACKENDS, sys.argv[1:])
-from shared.pipeline.unused import import_libraries
-import_libraries(config)
+from shared.pipeline import unused
+texts, exported = [], unused._exported
+unused._exported = lambda fetch, text: texts.append(text) or exported(fetch, text)
+unused.import_libraries(config)
+from transformers.utils import import_utils
+assert len(texts) > 1000 and import_utils.fetch__all__.__module__ == import_utils.__name__
 from shared.pipeline.loading import load_pipeline
 pipe = load_pipeline(config.spec, config, torch.device("cpu"), backend.needs(config, 1), quiet=True)
 found = [name for name in {LEFT_OUT!r} if name in sys.modules]
@@ -91,6 +95,15 @@ def test_transformers_models_are_listed_as_transformers_lists_them() -> None:
         whole = define.__wrapped__(str(file))
         assert {needs: kind for needs, kind in found.items() if kind} == whole
     assert read == [str(models), str(models / "t5" / "__init__.py")]
+
+
+def test_what_transformers_exports_is_found_in_the_end_of_a_file() -> None:
+    fetch, models = import_utils.fetch__all__, Path(transformers.__file__).parent / "models"
+    texts = [file.read_text() for file in models.glob("[a-c]*/*.py")]
+    odd = ["", "no", "__all__ = ['a']", "x\n__all__ = ['a']\n__all__ = ['b', 'c']", " __all__ = ['a']"]
+    found = [unused._exported(fetch, text) for text in (*texts, *odd)]
+    assert found == [fetch(text) for text in (*texts, *odd)]
+    assert sum(map(bool, found)) > 100 and found[-3:] == [["a"], ["b", "c"], []]
 
 
 def test_compilers_are_imported_before_the_first_region() -> None:
