@@ -68,6 +68,8 @@ class Sampler(threading.Thread):
 
 def rank(backend_name: str, steps: int, flags: list[str]) -> None:
     """What one rank does: load, tell, draw, tell."""
+    import torch.distributed as dist
+
     from shared.backends import BACKENDS
     from shared.launch.parser import parse_or_exit
     from shared.ranks.groups import init_world
@@ -83,6 +85,7 @@ def rank(backend_name: str, steps: int, flags: list[str]) -> None:
 
     def tell(event: str, seconds: float = 0.0) -> None:
         print(json.dumps({"event": event, "pid": os.getpid(), "seconds": seconds}), flush=True)
+        dist.barrier(world.control)  # no rank goes on before all are sampled
         time.sleep(1.0)  # for the samples of this state
 
     tell("begin")

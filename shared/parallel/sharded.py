@@ -250,6 +250,8 @@ class ShardedWeights(Closing):
                 self._surgery.override(part, self._model(f"{name} {number}"))
             for block in self.blocks[name] if name in waiting else ():
                 block.wait_in_host_memory(self._buffer)
+            if device.type == "cpu":
+                leave_files(model, self.blocks[name])
         seen = seen_by_all(own, self.ranks) if stay else None
         self._beside = () if seen is None else (torch.cuda.Stream(device), torch.cuda.Stream(device))
         for block, *parts in zip(stay, *(memory.split(lengths) for memory in seen or ()), strict=True):
@@ -413,6 +415,15 @@ def move_rest(model: nn.Module, moved: Sequence[nn.Module], device: torch.device
     for module in model.modules():
         if id(module) not in done:
             module._apply(lambda tensor: tensor.to(device), recurse=False)
+
+
+def leave_files(model: nn.Module, blocks: Sequence[Block]) -> None:
+    """Give what stays whole memory of its own: one norm of a mapped file would keep all its pages there."""
+    divided = {id(piece.tensor) for block in blocks for piece in block.pieces}
+    for parameter in model.parameters():
+        for tensor in plain(parameter):
+            if id(tensor) not in divided:
+                tensor.data = tensor.data.clone()
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from shared.backends import BACKENDS
@@ -247,6 +249,24 @@ def in_any_order() -> None:
 
 def test_blocks_in_any_order(pool: RankPool) -> None:
     pool.run(in_any_order, 2)
+
+
+def of_a_mapped_file(file: str) -> list[bool]:
+    """On each rank: whether a file's pages are mapped while its model is whole, and then sharded."""
+    model = Two().eval().requires_grad_(False)
+    model.load_state_dict(load_file(file), assign=True)
+    order, mapped = (0, 1, 2), [file in Path("/proc/self/maps").read_text()]
+    wanted = model(torch.ones(1, 64), order)
+    with ShardedWeights({"two": model}, dist.new_group(backend="gloo"), torch.device("cpu")):
+        mapped.append(file in Path("/proc/self/maps").read_text())
+        assert torch.equal(model(torch.ones(1, 64), order), wanted)
+    return mapped
+
+
+def test_sharded_weights_keep_no_file_mapped(pool: RankPool, tmp_path: Path) -> None:
+    """Though norms stay whole: the pages of a file would be as much memory again."""
+    save_file(Two().state_dict(), tmp_path / "two.safetensors")
+    assert pool.run(of_a_mapped_file, 2, str(tmp_path / "two.safetensors")) == [[True, False]] * 2
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "qwen", "ltx2"])
