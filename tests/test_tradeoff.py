@@ -29,12 +29,13 @@ from benchmarks.tradeoff import (
     table,
 )
 from benchmarks.tradeoff_launches import LAUNCHES, WANTED, Launch, shares
-from benchmarks.tradeoff_ranks import Drawn, Machine, Part, compared, launched, ssim
+from benchmarks.tradeoff_ranks import PIXELS, Drawn, Machine, Part, compared, launched, ssim
 from shared.backends import BACKENDS
 from shared.launch.parser import parse_config
 from tests.pool import RankPool
 from tests.test_demo import Scene, draw, held_out_scenes
 
+SIDES = [f"--width={PIXELS}", f"--height={PIXELS}"]
 SCENES = [Scene("circle", "red", "blue", "large"), Scene("star", "white", "black", "small")]
 
 
@@ -42,7 +43,7 @@ SCENES = [Scene("circle", "red", "blue", "large"), Scene("star", "white", "black
 def test_every_launch_is_one_that_a_host_takes(kind: str) -> None:
     made = CHECKPOINTS[kind]
     for launch in LAUNCHES[kind]:
-        argv = [f"--type={made.type}", f"--checkpoint={made.path}", *launch.flags.split()]
+        argv = [f"--type={made.type}", f"--checkpoint={made.path}", *SIDES, *launch.flags.split()]
         with mock.patch.dict("os.environ", {"WORLD_SIZE": str(launch.ranks)}):
             parse_config(BACKENDS[launch.host], BACKENDS, argv)
 

@@ -223,7 +223,7 @@ def test_a_model_is_loaded_draws_cancels_and_is_freed(
         return client.fails("GenerateImage", "GenerateImageRequest", **asked | changes)
 
     code, told = fails(width=20)
-    assert code == CODE.INVALID_ARGUMENT and "width: must be a multiple of 8, got 20" in told
+    assert code == CODE.INVALID_ARGUMENT and "width: must be a multiple of 8 for sd1, got 20" in told
     assert fails(ModelIdentity="other")[0] == CODE.NOT_FOUND
     assert fails(src=str(tmp_path / "none.png"))[0] == CODE.INVALID_ARGUMENT
     # The picture that it made, drawn on and read back: a body that gives the same pixels, with `src` again.

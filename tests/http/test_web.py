@@ -435,7 +435,7 @@ def test_errors_in_words_beside_their_fields_on_a_phone_by_keyboard(host: FakeHo
     )
     fill(page, width=100, steps=0, positive="fail")
     page.locator("#generate").press("Enter")
-    expect(page.locator("#width-problem")).to_have_text("must be a multiple of 8, got 100")
+    expect(page.locator("#width-problem")).to_have_text("must be a multiple of 8 for sd1, got 100")
     expect(page.locator("#steps-problem")).to_have_text("must be at least 1, got 0")
     expect(page.locator("#steps")).to_have_attribute("aria-invalid", "true")
     expect(page.locator("#error")).to_contain_text("marked fields")
