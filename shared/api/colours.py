@@ -64,9 +64,7 @@ def _transform(image: Image.Image) -> tuple[str, ImageCms.ImageCmsTransform]:
         how = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
         srgb = ImageCms.createProfile("sRGB")
         return mode, ImageCms.buildTransform(profile, srgb, mode, "RGB", *how)
-    except ProfileError:
-        raise
-    except (ImageCms.PyCMSError, *BROKEN_PICTURE) as error:
+    except (ImageCms.PyCMSError, *BROKEN_PICTURE) as error:  # also the one above, in the same words
         raise ProfileError(str(error)) from None
 
 
