@@ -13,12 +13,17 @@ diffusers, conversion_mapping, models, xdit, *_ = map(
         "transformers.conversion_mapping",
         "shared.models",
         "shared.parallel.xdit.cpu",
+        "functorch.compile",  # of the first graph that is compiled, with all of networkx
+        "optimum.quanto",
         "peft",
+        "pytest",
         "torch._dynamo",
+        "torch.utils.cpp_extension",
         "torch.utils.flop_counter",
         "shared.backends.asyncdiff",
         "shared.pipeline.engine",
         "shared.pipeline.loading",
+        "tests.tiny",
     ),
 )
 xdit.load_xfuser("cpu")

@@ -36,6 +36,7 @@ from PIL import Image
 from shared.backends import BACKENDS
 from shared.launch.flags import HostConfig
 from shared.models import MODELS
+from shared.pipeline import engine
 from shared.pipeline.loading import load_pipeline
 from shared.pipeline.processors import picture_processor
 from shared.ranks.groups import World
@@ -57,6 +58,8 @@ for pipeline in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
     )
 # Of the tokens of a picture, which are many and masked where there is none; attention over 729 takes long.
 diffusers.HunyuanVideo15Pipeline.vision_num_semantic_tokens = property(lambda self: 16, lambda *_: None)
+# Each change of a LoRA looks through all that was imported for garbage: a second, of each rank.
+engine.freeze_heap = lambda: None
 ASCII = [chr(code) for code in range(33, 127)]
 PIXELS = 64
 
