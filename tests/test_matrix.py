@@ -25,6 +25,7 @@ from shared.backends import BACKENDS
 from shared.models import FEATURES, MODELS
 from tests import tiny, tiny_extras, tiny_lycoris
 from tests.pool import RankPool
+from tests.seldom import seldom
 from tests.tables import FROM_PICTURE
 
 STEPS = 3
@@ -198,11 +199,24 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 # Types whose compiled cells run in every test run, and not in `make matrix` alone: tracing takes long.
 COMPILED = {"asyncdiff": ("sd1", "sdxl"), "distrifuser": (), "xdit": ()}
-# Types whose model is another type's with other weights: their features run in `make matrix` alone.
-ALIKE = {"asyncdiff": ("sd2",), "distrifuser": ("sd2",), "xdit": ("kontext", "pixa", "qwenedit", "wani2v")}
-
-# Types whose methods parallel/test_xdit.py compares in every test run. FLUX runs with everything here.
-COMPARED = ("hv15", "ltx2", "qwen", "sd3", "wan")
+# The cells that run in every test run. launch/test_flags.py shows what each flag changes, and test_xdit.py,
+# test_distrifusion.py and test_asyncdiff.py in parallel/ compare the types that are not named here.
+OFTEN = {
+    "asyncdiff": {
+        ("ad", "motion_adapter_lora"),
+        ("sd1", "nothing"),
+        ("sd1", "compel"),
+        ("sd1", "embeddings_dir"),
+        ("sd1", "mask"),
+        ("sdup", "everything"),
+    },
+    "distrifuser": {("sdxl", "refiner"), ("sdxl", "everything")},
+    "xdit": {
+        ("flux2", "nothing"),
+        ("qwen", "image"),
+    },
+}
+OFTEN_PAIRS = {("distrifuser", "sd2", "control_net", "ip_adapter")}
 
 
 def supports(backend: str, name: str, *features: str) -> bool:
@@ -217,47 +231,14 @@ def supports(backend: str, name: str, *features: str) -> bool:
     return all(s is not None and ("ip_adapter" not in flags or s.ip_adapter) for s in starts)
 
 
-def often(backend: str) -> set[tuple[str, str]]:
-    """The cells of a host that run in every test run, and not in `make matrix` alone.
-
-    Each feature alone on one type of one host, another from feature to feature, with what that type makes
-    without; everything together on each type, on one host of those that have it, but for those of `COMPARED`.
-    """
-    found: set[tuple[str, str]] = set()
-    for number, feature in enumerate(f for f in (*FEATURES, *FROM_PICTURE) if f in SETTINGS):
-        able = {
-            host: [
-                n
-                for n in spec.types
-                if n not in ALIKE[host]
-                and supports(host, n, feature)
-                and (feature != "compile_unet" or n in COMPILED[host])
-            ]
-            for host, spec in BACKENDS.items()
-        }
-        hosts = [host for host in able if able[host]]
-        if hosts[number % len(hosts)] == backend:
-            name = able[backend][number % len(able[backend])]
-            found |= {(name, feature), (name, "nothing")}
-    for number, name in enumerate(MODELS):
-        if backend == "xdit" and name in COMPARED:
-            continue
-        hosts = [host for host, spec in BACKENDS.items() if name in spec.types and name not in ALIKE[host]]
-        if hosts and hosts[number % len(hosts)] == backend:
-            found.add((name, "everything"))
-    return found
-
-
 def cells(backend: str) -> list[Any]:
     """(type, feature) of every yes that has a setting above, and nothing and everything of each type."""
-    chosen = often(backend)
-    found: list[Any] = []
+    found = []
     for name in BACKENDS[backend].types:
         features = [f for f in (*FEATURES, *FROM_PICTURE) if f in SETTINGS and supports(backend, name, f)]
-        for feature in ("nothing", *features, "everything"):
-            marks = [] if (name, feature) in chosen else [pytest.mark.slow]
-            found.append(pytest.param(name, feature, marks=marks))
-    return found
+        found += [(name, feature) for feature in ("nothing", *features, "everything")]
+    assert OFTEN[backend] <= set(found)
+    return seldom(found, OFTEN[backend])
 
 
 def flags_of(backend: str, name: str, feature: str) -> Flags:
@@ -332,22 +313,16 @@ def check_cell(
 
 
 def pairs() -> list[Any]:
-    """(backend, type, feature, feature) of all pairs that a type may combine.
-
-    Every sixth pair runs in every test run, on a type of a host that changes from pair to pair; all of them
-    on all in `make matrix`.
-    """
-    found: list[Any] = []
-    for number, (a, b) in enumerate(itertools.combinations(PAIRED, 2)):
-        for place, (backend, spec) in enumerate(BACKENDS.items()):
-            able = [name for name in spec.types if supports(backend, name, a, b)]
-            chosen = able[number // 6 % len(able)] if able else None
-            for name in able:
-                turn = 0 if "compile_unet" in (a, b) else number // 6 % len(BACKENDS)
-                slow = name != chosen or place != turn or number % 6 != 1
-                marks = [pytest.mark.slow] if slow else []
-                found.append(pytest.param(backend, name, a, b, marks=marks))
-    return found
+    """(backend, type, feature, feature) of all pairs that a type may combine."""
+    found = [
+        (backend, name, a, b)
+        for a, b in itertools.combinations(PAIRED, 2)
+        for backend, spec in BACKENDS.items()
+        for name in spec.types
+        if supports(backend, name, a, b)
+    ]
+    assert set(found) >= OFTEN_PAIRS
+    return seldom(found, OFTEN_PAIRS)
 
 
 @pytest.mark.parametrize(("backend", "name", "a", "b"), pairs())
@@ -365,7 +340,7 @@ def test_the_setting_of_every_feature_of_a_request_is_known() -> None:
 @pytest.mark.parametrize(
     ("size", "flags"),
     [
-        (2, {"use_cfg_parallel": True}),
+        pytest.param(2, {"use_cfg_parallel": True}, marks=pytest.mark.slow),
         (2, {"use_cfg_parallel": True, "async_steps": 2}),
         pytest.param(4, {"use_cfg_parallel": True}, marks=pytest.mark.slow),
         pytest.param(3, {"stride": 2, "auto_balance": True}, marks=pytest.mark.slow),
@@ -391,7 +366,7 @@ def test_asyncdiff_plans(pool: RankPool, size: int, flags: Flags) -> None:
         ("asyncdiff", "sd1", {"use_cfg_parallel": True}, {"guidance_rescale": 0.7}),
         pytest.param("asyncdiff", "sdxl", {}, {"guidance_rescale": 0.7}, marks=pytest.mark.slow),
         ("asyncdiff", "sdup", {"use_cfg_parallel": True, "async_steps": 1}, {"noise_level": 60}),
-        ("distrifuser", "sdxl", {}, {"guidance_rescale": 0.7}),
+        pytest.param("distrifuser", "sdxl", {}, {"guidance_rescale": 0.7}, marks=pytest.mark.slow),
     ],
 )
 def test_fields_on_two_ranks(pool: RankPool, backend: str, name: str, flags: Flags, field: Flags) -> None:
@@ -446,8 +421,8 @@ def test_several_pictures_and_lycoris(
 @pytest.mark.parametrize(
     ("backend", "size", "flags"),
     [
-        ("asyncdiff", 3, {"stride": 2, "time_shift": True}),
-        ("asyncdiff", 2, {"use_cfg_parallel": True, "async_steps": 1}),
+        pytest.param("asyncdiff", 3, {"stride": 2, "time_shift": True}, marks=[pytest.mark.slow]),
+        pytest.param("asyncdiff", 2, {"use_cfg_parallel": True, "async_steps": 1}, marks=[pytest.mark.slow]),
         ("distrifuser", 2, {"no_split_batch": True, "split_scheme": "col"}),
         pytest.param("distrifuser", 2, {"parallelism": "tensor"}, marks=[pytest.mark.slow]),
     ],

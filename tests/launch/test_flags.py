@@ -53,6 +53,7 @@ from shared.ranks.groups import World, init_world, make_groups
 from tests import tiny, tiny_extras, tiny_original
 from tests.httphost import FakeHost, asyncdiff, config_of, wait_for
 from tests.pool import RankPool
+from tests.seldom import seldom
 from tests.test_host import until
 from tests.test_matrix import body, psnr
 
@@ -825,7 +826,11 @@ def _(ground: Ground) -> None:
     assert (config.type, config.port, config.width) == ("sd1", 7777, 96)
 
 
-@pytest.mark.parametrize("flag", sorted(EFFECTS))
+# Of these the tests of parallel/ and test_matrix.py show more, on hosts with these flags.
+SHOWN_ELSEWHERE = {"pipefusion_parallel_degree", "shard_weights", "split_scheme", "ulysses_degree"}
+
+
+@pytest.mark.parametrize("flag", seldom(sorted(EFFECTS), set(EFFECTS) - SHOWN_ELSEWHERE))
 def test_the_flag_has_its_effect(
     flag: str,
     pool: RankPool,
