@@ -216,7 +216,7 @@ def exact_and_steady(name: str, plans: tuple[tuple[int, int], ...]) -> dict[Any,
     ("name", "world_size"),
     seldom(
         itertools.product(sorted(FLOORS), sorted(PLANS)),
-        {("sd1", 2), ("sd1", 4), ("sd3", 2), ("svd", 2)},
+        {("sd1", 2), ("sd3", 2), ("svd", 2)},
     ),
 )
 def test_exact_at_full_warm_up_and_on_schedule_in_steady_state(
@@ -370,13 +370,12 @@ def dressed() -> dict[str, tuple[float, float, bool]]:
     found = {}
 
     def check(key: str, pipe: Any) -> None:
-        plain, text = tiny.run(pipe, "sd1", steps=4), repr(pipe.unet)
-        with AsyncDiff(pipe, 2, 1, 1000) as parallel:
-            parallel.begin(4)
-            exact = psnr(tiny.run(pipe, "sd1", steps=4), plain)
-        with AsyncDiff(pipe, 2, 1, 2) as parallel:
-            parallel.begin(4)
-            steady = psnr(tiny.run(pipe, "sd1", steps=4), plain)
+        plain, text, made = tiny.run(pipe, "sd1", steps=4), repr(pipe.unet), []
+        with AsyncDiff(pipe, 2, 1) as parallel:
+            for parallel.pace.warm_up_steps in (1000, 2):
+                parallel.begin(4)
+                made.append(psnr(tiny.run(pipe, "sd1", steps=4), plain))
+        exact, steady = made
         found[key] = exact, steady, repr(pipe.unet) == text
 
     pipe = tiny.load("sd1")

@@ -338,6 +338,7 @@ def on_the_demo() -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.slow
 def test_corrected_moments_lead_less_astray_than_stale_ones(pool: RankPool) -> None:
     corrected, stale, waited = pool.run(on_the_demo, 2)[0].values()
     assert all(a < b for a, b in zip(corrected, stale, strict=True)), (corrected, stale)
@@ -346,9 +347,9 @@ def test_corrected_moments_lead_less_astray_than_stale_ones(pool: RankPool) -> N
 
 def shapes() -> dict[str, Any]:
     name, pipe = "sd1", pipeline("sd1")
-    requests: list[dict[str, Any]] = [
-        {}, {"height": 88, "width": 40}, {"guidance_scale": 1.0, "seed": 3}, {"height": 32, "width": 48}, {},
-    ]  # fmt: skip
+    changes: tuple[dict[str, Any], ...]
+    changes = {}, {"height": 88, "width": 40}, {"guidance_scale": 1.0}, {"height": 32, "width": 48}, {}
+    requests = [{"steps": 2} | change for change in changes]
     plain = once(lambda: [picture(pipe, name, **request) for request in requests])
     found: dict[str, Any] = {}
     with DistriFusion(pipe, max_shapes=1, **WARM) as parallel:
@@ -399,30 +400,31 @@ def dressed(name: str) -> dict[str, Any]:
     }  # fmt: skip
     found: dict[str, Any] = {}
 
+    def scaled(parallel: DistriFusion | None, scales: tuple[float, ...] = (1.0, 0.3)) -> list[np.ndarray]:
+        made = []
+        for scale in scales:
+            pipe.set_ip_adapter_scale(scale)
+            pipe.set_adapters("one", scale)
+            made.append(picture(pipe, name, parallel, **extra))
+        return made
+
+    plain = once(lambda: scaled(None))
+    assert psnr(*plain) < EXACT - 20
+
     def check(key: str, **settings: Any) -> None:
         text = repr(pipe.unet), repr(pipe.controlnet)
         with DistriFusion(pipe, **settings) as parallel:
-            made = []
-            for scale in (1.0, 0.3):
-                pipe.set_ip_adapter_scale(scale)
-                pipe.set_adapters("one", scale)
-                made.append(picture(pipe, name, parallel, **extra))
-        plain = []
-        for scale in (1.0, 0.3):
-            pipe.set_ip_adapter_scale(scale)
-            pipe.set_adapters("one", scale)
-            plain.append(picture(pipe, name, **extra))
-        assert psnr(*plain) < EXACT - 20
+            made = scaled(parallel)
         found[key] = [psnr(a, b) for a, b in zip(made, plain, strict=True)], (
             repr(pipe.unet), repr(pipe.controlnet)
         ) == text  # fmt: skip
 
     check("all", **WARM | WHOLE)
-    check("all, branches", **WARM)
     check("all, steady", warm_up_steps=1, **WHOLE)
     with pytest.raises(ValueError, match="LoRA; fuse it first"):
         DistriFusion(pipe, "tensor", split_batch=False)
     assert not any("forward" in m.__dict__ for m in pipe.unet.modules())
+    assert not is_last() or np.array_equal(scaled(None, (0.3,))[0], plain[1])
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     with DistriFusion(pipe, "tensor", split_batch=False) as parallel:
@@ -476,7 +478,7 @@ def fewer_bytes(name: str) -> dict[str, Any]:
     for key, more in cases.items():
         with DistriFusion(pipe, warm_up_steps=1, **WHOLE, **more) as parallel:
             for _ in range(2):  # the second generation begins with what the first has left behind
-                made = picture(pipe, name, parallel, steps=4)
+                made = picture(pipe, name, parallel, steps=3)
             found[key] = made, parallel.plan["buffers_bytes"]
     whole, size = found.pop("")
     return {key: (psnr(made, whole), held / size) for key, (made, held) in found.items()}
@@ -538,7 +540,7 @@ def compiled(split_batch: bool, mode: str) -> dict[str, Any]:
 PLANS = [(False, "corrected_async_gn"), (True, "corrected_async_gn"), (False, "full_sync")]
 
 
-@pytest.mark.parametrize(("split_batch", "mode"), seldom(PLANS, PLANS[1:2]))
+@pytest.mark.parametrize(("split_batch", "mode"), seldom(PLANS, []))  # in every run, the operators below
 def test_compiled_blocks_exchange_too(pool: RankPool, split_batch: bool, mode: str) -> None:
     tiny.checkpoint("sd1")
     for rank in pool.run(compiled, 2, split_batch, mode):

@@ -126,6 +126,7 @@ def sharded(name: str, kind: str) -> tuple[float | None, dict[str, dict[str, int
     return (None if whole is None or parts is None else float((whole - parts).abs().max())), kept
 
 
+@pytest.mark.slow  # sharded without compiling: test_single_file_forms.py
 def test_both_transformers_are_sharded_and_compiled(pool: RankPool) -> None:
     tiny_wan.wan22("a14b_i2v")
     ranks = pool.run(sharded, 2, "wani2v", "a14b_i2v", timeout=240)
