@@ -193,7 +193,7 @@ def test_a_model_is_loaded_draws_cancels_and_is_freed(
     client: Client, demo_host: Launch, tmp_path: Path
 ) -> None:
     options = client.load(
-        "ranks:2", "variant:fp32", "width:128", "height:128", "warm_up_steps:6", CFGScale=4.0
+        "ranks:2", "variant:fp32", "width:128", "height:128", "warm_up_steps:4", CFGScale=4.0
     )
     assert client.call("LoadModel", "ModelOptions", **options).success
     assert client.state() == 2
@@ -206,12 +206,12 @@ def test_a_model_is_loaded_draws_cancels_and_is_freed(
         "positive_prompt": "a red circle",
         "negative_prompt": "blue",
         "seed": 7,
-        "step": 6,
+        "step": 4,
         "dst": str(dst),
     }
     asked |= {"width": 128, "height": 128}
     assert client.call("GenerateImage", "GenerateImageRequest", **asked).success
-    body = {"positive": "a red circle", "negative": "blue", "seed": 7, "steps": 6, "cfg": 4.0}
+    body = {"positive": "a red circle", "negative": "blue", "seed": 7, "steps": 4, "cfg": 4.0}
     answer = requests.post(f"{demo_host.url}/generate", json=body, timeout=60).json()
     assert dst.read_bytes() == base64.b64decode(answer["output"])
     client.call(

@@ -219,7 +219,7 @@ def both_ways(backend: str, name: str, flags: Json, at_once: int) -> tuple[list[
     [
         pytest.param("asyncdiff", "sd1", {}, 1, marks=pytest.mark.slow),
         pytest.param("asyncdiff", "sdxl", {}, 1, marks=pytest.mark.slow),
-        ("asyncdiff", "sd3", {}, 1),
+        pytest.param("asyncdiff", "sd3", {}, 1, marks=pytest.mark.slow),
         ("xdit", "flux", {"data_parallel_degree": 2}, 2),
     ],
 )

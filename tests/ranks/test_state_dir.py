@@ -48,6 +48,7 @@ def back(host: Host, old: list[int]) -> None:
     assert serves and not host.ended(), host.log.read_text()
 
 
+@pytest.mark.slow  # with an engine that draws nothing: test_host.py
 def test_a_killed_rank_loses_no_job_and_changes_no_picture(tmp_path: Path) -> None:
     host = Host(tmp_path, True, f"--state_dir={tmp_path / 'state'}")
     try:
