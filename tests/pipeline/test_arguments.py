@@ -82,7 +82,8 @@ def distance(made: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "scheduler", seldom(EVERY, ("ddim", "euler_a", "pndm", "lms", "heun", "k_dpmpp_2m_sde", "unipc", "lcm"))
+    "scheduler",
+    seldom(EVERY, ("ddim", "euler_a", "pndm", "heun", "unipc")),  # of each kind one
 )
 def test_two_parts_make_the_whole_with_every_scheduler(scheduler: str) -> None:
     whole = latents("sd1", scheduler=scheduler)

@@ -308,7 +308,7 @@ def test_xdit_equals_one_rank(pool: RankPool, name: str, kind: str, features: An
     ("backend", "name", "kind", "plan"),
     [
         pytest.param("asyncdiff", "sdxl", "int8", {}, marks=pytest.mark.slow),
-        ("distrifuser", "sd1", "float8", {"no_split_batch": True}),
+        pytest.param("distrifuser", "sd1", "float8", {"no_split_batch": True}, marks=pytest.mark.slow),
         ("xdit", "flux", "int8", {}),
     ],
 )

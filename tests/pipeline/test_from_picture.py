@@ -160,14 +160,16 @@ def starts(kind: str) -> list[tuple[str, Start]]:
     return [(n, s) for n, s in found if s.kind == kind and not s.control and not s.begins]
 
 
+# A UNet and its frames, latents in squares and as they are, pictures to look at.
+OFTEN = ("sd1", "ad", "flux", "sd3", "qwenedit", "kontext")
 CELLS = [
     pytest.param(
         name,
         start,
         strength,
         id=f"{name}-{start.kind}-{strength}",
-        # One strength of each in every test run, another from type to type.
-        marks=[] if start.refers or place == number % 3 else [pytest.mark.slow],
+        # One strength of some types in every test run, another from type to type.
+        marks=[] if name in OFTEN and (start.refers or place == number % 3) else [pytest.mark.slow],
     )
     for kind in ("image", "inpaint")
     for number, (name, start) in enumerate(starts(kind))
@@ -205,9 +207,9 @@ def controlled() -> list[Any]:
     """Every pipeline whose ControlNet sees a control image, those that take an IP-Adapter with one too."""
     every = [(n, s) for n, spec in MODELS.items() for s in spec.starts if s.control and s.kind != "fill"]
     found = [(n, s) for n, s in every if s.control_image is not None]
-    slow = ("sd1", "sd2", "ad")  # alike
+    often = ("sdxl", "flux", "zimage")
     return [
-        pytest.param(n, s, id=f"{n}-{s.kind}", marks=[pytest.mark.slow] if n in slow else [])
+        pytest.param(n, s, id=f"{n}-{s.kind}", marks=[] if n in often else [pytest.mark.slow])
         for n, s in found
     ]
 

@@ -210,6 +210,7 @@ def test_progress_bars_only_where_asked(capsys: pytest.CaptureFixture[str]) -> N
         assert ("it/s" in capsys.readouterr().err) is not quiet
 
 
+@pytest.mark.slow
 def test_everything_at_once() -> None:
     """LoRA, ControlNet, IP-Adapter, VAE, scheduler, quantization and tiling on one pipeline."""
     from shared.pipeline.adapters import ip_arguments

@@ -208,7 +208,7 @@ def test_advice_looks_at_each_model_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_tiles_of_one_shape_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large picture there are a hundred; the most that they need is the same."""
-    config = tiny.config("sd1", width=512, height=512, enable_vae_tiling=True)
+    config = tiny.config("sd1", width=256, height=256, enable_vae_tiling=True)
     plan = plan_of(config)
     decoder: Any = plan.models["vae"].modules[0].decoder
     calls: list[torch.Size] = []
@@ -310,7 +310,7 @@ def decoding(kind: str, side: int, frames: int, dtype: torch.dtype = torch.float
     return peak.most
 
 
-@pytest.mark.parametrize("kind", seldom(VIDEOS, ("ad", "svd", "wan")))
+@pytest.mark.parametrize("kind", seldom(VIDEOS, ("wan",)))
 def test_shared_decoding_of_videos_takes_what_is_planned(pool: RankPool, kind: str) -> None:
     if kind == "wani2v":
         pytest.importorskip("ftfy")
@@ -352,7 +352,7 @@ def picture_in_bands(large: int) -> tuple[int, int]:
 
 
 def test_decoding_in_bands_takes_what_is_planned(pool: RankPool) -> None:
-    for ranks in (1, 2, 3):
+    for ranks in (1, 3):
         planned = list[int]()
         for large in (1 << 17, 1 << 40):
             for _ in range(3):  # gloo holds on to what it sends while another rank is late
@@ -365,7 +365,7 @@ def test_decoding_in_bands_takes_what_is_planned(pool: RankPool) -> None:
         assert planned[0] < 0.75 * planned[1], ranks
 
 
-@pytest.mark.parametrize("name", ["ad", "svd"])
+@pytest.mark.parametrize("name", seldom(["ad", "svd"], ["ad"]))
 def test_frames_are_decoded_in_half_precision(name: str) -> None:
     """Their VAEs are said to overflow in it, but their pipelines decode in it; Stable Video Diffusion's
     encodes in fp32."""
