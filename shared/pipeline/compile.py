@@ -68,7 +68,7 @@ def compile_pipeline(
     if counts:
         _raise_limits()
         _overlap_collectives()
-        _compute_once()
+        _pass_over_graphs()
     return counts
 
 
@@ -166,25 +166,9 @@ def _overlap_collectives() -> None:
     inductor.reorder_for_compute_comm_overlap_passes = ["sink_waits", "raise_comms"]
 
 
-def _compute_once() -> None:
-    """Layers of one input each make 8 bits of it, in Python and in what is traced: one of them is enough."""
+def _pass_over_graphs() -> None:
     import torch._inductor.config as inductor
 
-    inductor.joint_custom_post_pass = once()
+    from shared.pipeline.graph_pass import graph_pass
 
-
-def once() -> Any:
-    """inductor's pass by which a graph computes only once what it has twice. torch does so in training."""
-    from torch._functorch.compile_utils import fx_graph_cse
-    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-
-    class Once(CustomGraphPass):
-        def __call__(self, graph: torch.fx.Graph) -> None:
-            module = graph.owning_module
-            assert module is not None  # inductor's graphs have one
-            module.graph = fx_graph_cse(graph)
-
-        def uuid(self) -> Any:
-            return get_hash_for_files((__file__,))
-
-    return Once()
+    inductor.joint_custom_post_pass = graph_pass()

@@ -12,12 +12,15 @@ import torch
 from diffusers import Transformer2DModel
 from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
 
 from shared.launch.errors import UsageError
 from shared.models import MODELS
 from shared.pipeline import eight_bits
-from shared.pipeline.compile import blocks, compile_pipeline, graph_count, once
+from shared.pipeline.compile import blocks, compile_pipeline, graph_count
+from shared.pipeline.graph_pass import graph_pass
 from tests import tiny, tiny_extras
 from tests.seldom import seldom
 
@@ -185,12 +188,40 @@ def test_8_bits_are_made_once_of_one_input() -> None:
     with torch.no_grad():
         traced = make_fx(lambda x: [layer(x) for layer in layers])(x)
         assert largest(traced.graph) == 3
-        once()(traced.graph)
+        graph_pass()(traced.graph)
         assert largest(traced.graph) == 1
         assert all(map(torch.equal, traced(x), [layer(x) for layer in layers]))
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 3, 4, 2), (2, 6, 3, 4, 2)])
+def test_complex_products_are_written_in_real_numbers(shape: tuple[int, ...]) -> None:
+    pairs, angles = torch.randn(shape), torch.rand(6, 1, 4)
+    by = torch.polar(torch.ones_like(angles), angles)
+
+    def rotate(pairs: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_real(torch.view_as_complex(pairs) * by).flatten(3)
+
+    traced = make_fx(rotate, tracing_mode="fake")(pairs, by)
+    graph_pass()(traced.graph)
+    assert torch.ops.aten.view_as_complex.default not in {node.target for node in traced.graph.nodes}
+    torch.testing.assert_close(traced(pairs, by), rotate(pairs, by))
+
+
+def test_gelu_has_no_tanh() -> None:
+    x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+
+    def gelu(x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x, approximate="tanh")
+
+    decompositions = select_decomp_table()
+    traced = make_fx(gelu, decompositions, tracing_mode="fake")(x)
+    assert torch.ops.aten.tanh.default in {node.target for node in traced.graph.nodes}
+    graph_pass()(traced.graph)
+    assert torch.ops.aten.tanh.default not in {node.target for node in traced.graph.nodes}
+    torch.testing.assert_close(traced(x), gelu(x), rtol=1e-12, atol=1e-15)
 
 
 def test_graphs_of_a_launch_compute_nothing_twice() -> None:
     compiled("flux", compile_unet=True)
     passed = torch._inductor.config.joint_custom_post_pass
-    assert isinstance(passed, CustomGraphPass) and passed.uuid() == once().uuid()
+    assert isinstance(passed, CustomGraphPass) and passed.uuid() == graph_pass().uuid()
