@@ -31,6 +31,9 @@ MULTIPLE = 16
 """Of inputs and outputs, without which cuBLAS has no product of such matrices."""
 ROWS = 32
 """Rows that an int8 product is filled up to: cuBLAS has none of 16 or fewer."""
+FEW = 128
+"""Rows of a float8 product below which its bias is added apart: where there are four times as many inputs as
+outputs, cuBLAS has none with a bias of up to 77 rows."""
 
 TINY = 1e-12
 """What the largest value of a row counts at least; a row of zeros, as of padding, would become NaN."""
@@ -88,11 +91,13 @@ class EightBitLinear(Multiplying):
         return self.multiply(input, self.weight, self.bias)
 
     def multiply(self, input: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        rows = input.numel() // input.shape[-1]
         if weight.qdata.dtype != torch.int8:
             # Float8 products by row have results in bf16 only.
             bias = None if bias is None else bias.to(torch.bfloat16)
-            return F.linear(input.to(torch.bfloat16), weight, bias).to(input.dtype)
-        rows = input.numel() // input.shape[-1]
+            if bias is None or rows >= FEW:
+                return F.linear(input.to(torch.bfloat16), weight, bias).to(input.dtype)
+            return (F.linear(input.to(torch.bfloat16), weight) + bias).to(input.dtype)
         if rows >= ROWS:
             return F.linear(input, weight, bias)
         filled = F.pad(input.reshape(rows, -1), (0, 0, 0, ROWS - rows))

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shared.backends import BACKENDS
 from shared.launch.file_header import CONFIGS
@@ -85,6 +86,29 @@ def test_a_rank_with_some_of_the_rows_computes_the_same(kind: str) -> None:
     for rows in (1, 15, 16, 17, 33):  # cuBLAS has int8 products of 17 rows and more
         assert torch.equal(made(x[:, :rows]), whole[:, :rows])
     assert torch.equal(made(x[0, 0]), whole[0, 0])
+
+
+class Products(TorchDispatchMode):
+    """Notes (rows, whether it adds a bias) of each float8 product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[int, bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._scaled_mm.default:
+            given = dict(zip([x.name for x in func._schema.arguments], args, strict=False)) | (kwargs or {})
+            self.made.append((len(given["self"]), given.get("bias") is not None))
+        return func(*args, **(kwargs or {}))
+
+
+def test_few_rows_of_float8_get_their_bias_apart() -> None:
+    _, made = layer_of("float8", torch.bfloat16)
+    x = torch.randn(200, 64, dtype=torch.bfloat16)
+    with Products() as products:
+        whole, few = made(x), made(x[:77])
+    assert products.made == [(200, True), (77, False)]  # cuBLAS may have none of 77 rows with a bias
+    torch.testing.assert_close(few, whole[:77], rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("kind", COMPUTED)
