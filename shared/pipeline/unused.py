@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -20,13 +21,16 @@ from shared.parallel.surgery import Closing, Surgery
 def import_libraries(config: HostConfig) -> None:
     """Import what every pipeline needs of diffusers and transformers, before anything else imports them.
 
-    Left out are torchao, where neither the launch nor its files are quantized, and scipy, which is for losses
-    of trainings and for a few schedulers, until one of those asks for it; and most of what transformers does
-    to list what its models export.
+    Left out are torchao, where neither the launch nor its files are quantized; scipy, which is for losses of
+    trainings and for a few schedulers, until one of those asks for it; scikit-learn, which is for guesses of
+    language models; and most of what transformers does to list what its models export. The list of all
+    installed packages, which both libraries read, is read once.
     """
     for name in ("scipy.integrate", "scipy.stats"):
         _stand_in(name)
     with Surgery() as surgery, _After("transformers.utils.import_utils", partial(_read_less, surgery)):
+        listed = cache(importlib.metadata.packages_distributions)
+        surgery.replace(importlib.metadata, "packages_distributions", listed)
         import diffusers.utils.import_utils
         import transformers.utils
 
@@ -35,9 +39,11 @@ def import_libraries(config: HostConfig) -> None:
             surgery.replace(transformers.utils, "is_torchao_available", lambda *_: False)
         # For the losses of trainings.
         surgery.replace(transformers.utils, "is_scipy_available", lambda: False)
+        surgery.replace(transformers.utils, "is_sklearn_available", lambda: False)
         define = transformers.utils.import_utils.define_import_structure
         surgery.replace(transformers.utils.import_utils, "define_import_structure", partial(_defined, define))
         import diffusers.quantizers
+        import transformers.generation.candidate_generator  # by PEFT, else
         import transformers.modeling_utils
 
 

@@ -23,11 +23,15 @@ from shared.backends import BACKENDS
 from shared.launch.parser import parse_config
 backend = BACKENDS["xdit"]
 config = parse_config(backend, BACKENDS, sys.argv[1:])
+import importlib.metadata
 from shared.pipeline import unused
+lists, listed = [], importlib.metadata.packages_distributions
+importlib.metadata.packages_distributions = lambda: lists.append(1) or listed()
 texts, exported = [], unused._exported
 unused._exported = lambda fetch, text: texts.append(text) or exported(fetch, text)
 unused.import_libraries(config)
 from transformers.utils import import_utils
+assert len(lists) == 1, "of all installed packages"
 assert len(texts) > 1000 and import_utils.fetch__all__.__module__ == import_utils.__name__
 from shared.pipeline.loading import load_pipeline
 pipe = load_pipeline(config.spec, config, torch.device("cpu"), backend.needs(config, 1), quiet=True)
