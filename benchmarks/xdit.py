@@ -10,12 +10,12 @@ Latents out. Behind "+" is a step cache as --step_cache takes it. Random weights
 ones do, so "+mask" computes a fixed share of the steps (20 of 50); a threshold that no step passes shows what
 measuring costs. "graph" is one GPU with the transformer captured as a CUDA graph; "-eager" behind one of our
 own systems leaves the capture out, "-vae" shares the decoding as well (with --decode), "-overlap" is what is
-chosen for slow links ("-all": with all multiprocessors for products), "-int8" what is sent; "-separate", of
-graph too, is queries, keys and values by three products; "cfg*ulysses" is a product of degrees.
-"xfuser-..." is xfuser's own pipeline class, called as its examples do, and for the types of 2025 and 2026
-xfuser's transformer class in diffusers' pipeline, as in its runners; xfuser-pipefusion fails in xfuser 0.7.0
-itself for sd3. The seconds in brackets are from the plain pipeline to the end of the system: surgery,
-compilation, all repeats.
+chosen for slow links ("-all": with all multiprocessors for products), "-int8" what is sent, "-nccl" that NCCL
+sends what copy engines could; "-separate", of graph too, is queries, keys and values by three products;
+"cfg*ulysses" is a product of degrees. "xfuser-..." is xfuser's own pipeline class, called as its examples do,
+and for the types of 2025 and 2026 xfuser's transformer class in diffusers' pipeline, as in its runners;
+xfuser-pipefusion fails in xfuser 0.7.0 itself for sd3. The seconds in brackets are from the plain pipeline to
+the end of the system: surgery, compilation, all repeats.
 --tiny --device cpu --dtype fp32 shows that all of it runs.
 """
 
@@ -199,6 +199,7 @@ class XDiTBench(Bench):
         options: Any = {"overlap": "overlap" in how, "bits": next((b for b in BITS if b in how), None)}
         options["parallel_vae"] = "vae" in how
         options["join"] = "separate" not in how
+        options["copies"] = "nccl" not in how
         if cache:
             options["cache"] = fixed(self.steps) if cache == "mask" else as_step_cache(cache)
         capture = graph and self.device.type == "cuda"

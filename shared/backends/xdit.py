@@ -45,6 +45,7 @@ def needs(config: HostConfig, world_size: int) -> Needs:
         step_parts=degrees.sequence * (degrees.cfg if config.spec.guidance_branches > 1 else 1),
         row_parts=degrees.sequence * branches * patches,
         decode_parts=config.decode_parts(degrees.world // degrees.data),
+        copies=degrees.ring > 1 and degrees.ulysses == 1 and not pipefused,
     )
 
 

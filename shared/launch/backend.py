@@ -28,6 +28,7 @@ class Needs:
     row_parts: int = 1  # calls of the denoiser, at once or one after the other, that divide a step's tokens
     decode_parts: int = 1  # ranks that divide what decoding needs
     keeps_patches: bool = False  # whether a rank keeps what the others' patches were in the step before
+    copies: bool = False  # whether keys and values lie in memory from which the other ranks' GPUs copy them
 
 
 def _no_idle_flags(config: HostConfig, world_size: int) -> list[str]:

@@ -150,6 +150,8 @@ class MemoryPlan:
         step = self.work.step(config, frames) // needs.step_parts
         if needs.keeps_patches:
             step += self.work.stale(config, frames)
+        if needs.copies and self.device_type == "cuda":
+            step += self.work.copied(config, frames) // needs.step_parts
         decode = self.work.decode(config, frames, needs.decode_parts)
         # Larger ones are not kept (shared.parallel.graphs.Pool).
         captures = config.captures(self.device_type)

@@ -49,6 +49,10 @@ class Work:
         """Of what DistriFusion keeps of other patches."""
         return self._maps(config, self.spec.stale_maps, frames)
 
+    def copied(self, config: HostConfig, frames: int | None) -> int:
+        """Of the keys and values of a layer, each twice (shared.parallel.peers)."""
+        return self._maps(config, 4.0, frames)
+
     def places(self, config: HostConfig, frames: int | None = None) -> int:
         """Latents of a picture or video, of a UNet's; the picture's tokens, of a transformer's."""
         spec = self.spec

@@ -65,6 +65,8 @@ def test_every_type_of_a_backend_is_a_model() -> None:
             Needs(in_parts=True, decode_parts=2, divides_weights="--parallelism=tensor"),
         ),
         ("xdit", 2, {}, Needs(step_parts=2)),
+        ("xdit", 2, {"ring_degree": 2}, Needs(step_parts=2, row_parts=2, copies=True)),
+        ("xdit", 4, {"ring_degree": 2, "ulysses_degree": 2}, Needs(step_parts=4, row_parts=4)),
         ("xdit", 2, {"tensor_parallel_degree": 2}, Needs(divides_weights="--tensor_parallel_degree")),
         (
             "xdit",

@@ -90,6 +90,18 @@ def test_parts_in_host_memory_are_not_counted() -> None:
     assert changed(moved, {"enable_group_offload": True}, plan.backend, 2, "cuda") is None
 
 
+def test_keys_and_values_that_other_gpus_copy_are_counted() -> None:
+    plan = plan_of(tiny.config("flux", ring_degree=2), 2, device="cuda")
+    ring, both = plan.config, replace(plan.config, ring_degree=None, ulysses_degree=2)
+    settings: Any = plan.models["transformer"].modules[0].config
+    channels = settings.num_attention_heads * settings.attention_head_dim
+    tokens = (ring.size[0] // 16) * (ring.size[1] // 16) + MODELS["flux"].text_tokens
+    one = channels * tokens // 2 * 4  # bytes of a rank's keys in fp32
+    assert plan.need(ring).step - plan.need(both).step == 4 * one
+    on_cpu = plan_of(ring, 2)
+    assert on_cpu.need(ring).step == on_cpu.need(both).step
+
+
 def test_both_transformers_are_quantized() -> None:
     flags = {"checkpoint": str(tiny_wan.wan22("a14b")), "quantize_to": "int8"}
     plan = plan_of(tiny.config("wan", **flags))

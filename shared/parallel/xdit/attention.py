@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as functional
 from torch.nn import functional as F
 
+from shared.parallel.peers import PeerGather, peer_gather
 from shared.parallel.rounding import Bits, packed, unpacked
 
 # torch 2.13 gave it this name and warns at the one that older releases know.
@@ -135,7 +136,9 @@ class Gathering:
     ) -> None:
         self.tokens, self._bits, self._dtype = tensors[0].shape[1], bits, tensors[0].dtype
         self._parts = dist.get_world_size(group), tensors[0].shape[0]
-        self._pending = _all_gather([packed(x, bits) if bits else x.contiguous() for x in tensors], group)
+        sent = [packed(x, bits) if bits else x.contiguous() for x in tensors]
+        near = PeerGather.of(group) is not None
+        self._pending = peer_gather(sent, group.group_name) if near else _all_gather(sent, group)
         if tensors[0].device.type == "cpu":
             # Two collectives of one gloo group at a time may hang or spoil the heap (torch 2.13).
             self._pending = [functional.wait_tensor(x) for x in self._pending]
@@ -174,13 +177,15 @@ def ring(
         mask: as torch's attention takes it; its keys are the gathered ones, rank by rank, then the common.
         group: the ranks that share the sequence.
         backend: name of xfuser's attention backend; torch's is taken with a mask.
-        overlap: keys in PARTS messages, each of as many heads, if there is no mask.
+        overlap: keys in PARTS messages, each of as many heads, if there is no mask; not by copy engines.
         bits: keys, and values that are not on their way yet, are sent in 8 bits.
 
     Returns:
         [batch, heads, the query's tokens, channels].
     """
-    parts = PARTS if overlap and mask is None and key.shape[1] % PARTS == 0 else 1
+    # Copy engines let everything else run meanwhile, and hold two messages.
+    halves = overlap and mask is None and key.shape[1] % PARTS == 0 and PeerGather.of(group) is None
+    parts = PARTS if halves else 1
     sent = [k.transpose(1, 2) for k in key.chunk(parts, 1)]
     staying = [x.transpose(1, 2) for x in values if isinstance(x, torch.Tensor)]
     gathering = Gathering([sent[0], *staying], group, bits)

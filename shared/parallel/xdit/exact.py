@@ -20,6 +20,7 @@ from shared.parallel.exchange import Ranks
 from shared.parallel.graphs import Graphs
 from shared.parallel.joined import JoinedProjections, of_transformer
 from shared.parallel.method import Method, Watch, control_nets
+from shared.parallel.peers import PeerGather
 from shared.parallel.pipeline import Pipeline, model_of, part_of, parts_of
 from shared.parallel.rounding import DIFFERENCES, Bits
 from shared.parallel.surgery import Forward, Surgery
@@ -54,6 +55,7 @@ class XDiT(Method):
             together.
         join: queries, keys and values of self-attention are one product; with ring without the values, which
             leave early. Weights must then stay where they are.
+        copies: ring's keys and values are copied by copy engines where GPUs read each other's memory.
 
     Raises:
         ValueError: a model without a token plan, or degrees or a cache that it does not support.
@@ -73,6 +75,7 @@ class XDiT(Method):
         overlap: bool = False,
         bits: Bits | None = None,
         join: bool = False,
+        copies: bool = True,
     ) -> None:
         self.tokens = check_model(pipeline, degrees, cache)
         if bits == DIFFERENCES:
@@ -95,6 +98,8 @@ class XDiT(Method):
         self._calls: list[CallsSplit] = []
         self._split: CfgSplit | None = None
         self._joins, self.joined = join, 0
+        self._copies = copies
+        self._gather: PeerGather | None = None
         self.batches = cache is None or not cache.measures
         try:
             self._install(cache)
@@ -120,11 +125,16 @@ class XDiT(Method):
             apart = ("to_v",) if degrees.sequence > 1 and by == "ring" else ()
             attentions = [one for model in models for one in of_transformer(model)]
             self.joined = held.enter_context(JoinedProjections(attentions, apart)).layers
+        if self._copies and degrees.ring > 1 and degrees.ulysses == 1:
+            self._gather = PeerGather.between(groups.sequence, groups.device)
+        if self._gather is not None:
+            held.callback(self._gather.close)
+            self.overlap = False
         surgery = held.enter_context(Surgery())
         if degrees.sequence > 1:
             for model in models:
                 SequenceParallel(model, groups.sequence, self.attention, surgery, by, self.overlap, self.bits)
-        if groups.reserved:
+        if groups.reserved and self._gather is None:
             for model in models:
                 surgery.override(model, self._leaving)
         if self._graphs.enabled:
@@ -166,6 +176,7 @@ class XDiT(Method):
             "method": "xdit",
             "exact": self.cache is None and not (self.bits and self.degrees.sequence > 1),
             "overlap": self.overlap,
+            "copy_engines": self._gather is not None,
             "exchange": self.bits,
             "cache": self.cache and self.cache.settings.as_dict(),
             "parallel_vae": self.decoder is not None,
@@ -187,6 +198,8 @@ class XDiT(Method):
 
     def begin(self, steps: int, pictures: int = 1) -> None:
         super().begin(steps, pictures)
+        if self._gather is not None:
+            self._gather.begin()
         for part in (self.cache, self._split, *self._calls):
             if part is not None:
                 part.begin(steps, pictures)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from shared.models import Padding, Section, Site, Stream, TokenPlan, token_plan
 from shared.parallel.divided import DividedProducts
 from shared.parallel.exchange import Ranks, all_gather
+from shared.parallel.peers import PeerGather
 from shared.parallel.rounding import Bits
 from shared.parallel.surgery import Forward, Surgery
 from shared.parallel.xdit.attention import Gathering, joined, ring, token_major, ulysses, usp, usp_operator
@@ -120,7 +121,8 @@ class SequenceParallel:
             beside = self.plan.beside
             for block in model.get_submodule(part).children():
                 early, shared = by == "ring" and part not in self.plan.fused, self._shared
-                here = overlap and beside is not None and beside.blocks == part
+                apart = overlap or PeerGather.of(group) is not None
+                here = apart and beside is not None and beside.blocks == part
                 if here and beside is not None and self._divided.divide(block, beside, surgery):
                     shared = self._noted
                 self._divide_block(block, surgery, shared, early)
