@@ -270,7 +270,9 @@ def _(tensors: list[torch.Tensor], group: str) -> list[torch.Tensor]:
 
 def _near(ranks: Ranks, device: torch.device) -> bool:
     """Whether all ranks are on GPUs of one machine that can read each other's memory."""
-    mine = device.type == "cuda" and torch.version.hip is None and os.environ.get(NO_PEERS, "0") == "0"
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    mine = os.environ.get(NO_PEERS, "0") == "0"
     told: list[Any] = [None] * ranks.size
     dist.all_gather_object(told, (_machine(), device.index) if mine else None, group=ranks.group)
     others = [one[1] for place, one in enumerate(told) if one is not None and place != ranks.rank]

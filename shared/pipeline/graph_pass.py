@@ -70,7 +70,7 @@ def _halve_tanh(graph: Graph) -> None:
     whose arithmetic takes a GPU longer than reading and writing the values."""
     for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
         x, one = node.args
-        if one != 1 or not isinstance(x, Node) or x.target is not aten.tanh.default:
+        if node.kwargs or one != 1 or not isinstance(x, Node) or x.target is not aten.tanh.default:
             continue
         with graph.inserting_before(node), node.meta["val"].fake_mode:
             doubled = _call(graph, aten.mul.Tensor, x.args[0], 2)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import _functional_collectives as functional
 
 from shared.parallel import peers
 from shared.parallel.exchange import Ranks
@@ -60,6 +61,16 @@ def between() -> tuple[bool, bool]:
 
 def test_ranks_without_gpus_leave_it_to_collectives(pool: RankPool) -> None:
     assert pool.run(between, 2) == [(True, True)] * 2
+
+
+def test_waiting_for_a_tensor_waits_for_its_copies() -> None:
+    waits: list[int] = []
+    event: Any = SimpleNamespace(wait=lambda: waits.append(1))
+    copied, tensor = peers._Copied(event), torch.zeros(2)
+    torch._C._distributed_c10d._register_work(tensor, copied)
+    assert not copied.waited
+    functional.wait_tensor(tensor)
+    assert copied.waited and waits == [1]
 
 
 def test_a_shared_buffer_is_not_filled_before_it_was_read() -> None:
