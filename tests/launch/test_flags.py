@@ -826,8 +826,15 @@ def _(ground: Ground) -> None:
     assert (config.type, config.port, config.width) == ("sd1", 7777, 96)
 
 
-# Of these the tests of parallel/ and test_matrix.py show more, on hosts with these flags.
-SHOWN_ELSEWHERE = {"pipefusion_parallel_degree", "shard_weights", "split_scheme", "ulysses_degree"}
+# Of these test_matrix.py and the tests of parallel/ and pipeline/ show more, on hosts with these flags.
+SHOWN_ELSEWHERE = {
+    "async_steps",
+    "compile_unet",
+    "pipefusion_parallel_degree",
+    "shard_weights",
+    "split_scheme",
+    "ulysses_degree",
+}
 
 
 @pytest.mark.parametrize("flag", seldom(sorted(EFFECTS), set(EFFECTS) - SHOWN_ELSEWHERE))

@@ -363,7 +363,7 @@ def compiled(name: str, degrees: dict[str, int], **options: Any) -> dict[str, An
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    # Of flux and ring, test_compiled_blocks_overlap_and_round and test_caches.py.
+    # Of flux and ring in every run, test_compiled_blocks_overlap_and_round.
     seldom(itertools.product(("flux", "sd3"), ("ulysses", "ring")), []),
 )
 def test_compiled_blocks_are_compiled_under_the_surgery(pool: RankPool, name: str, method: str) -> None:
@@ -434,7 +434,9 @@ def test_what_is_sent_in_8_bits_comes_back() -> None:
 
 
 def test_compiled_blocks_overlap_and_round(pool: RankPool) -> None:
-    for rank in pool.run(compiled, 2, "flux", {"ring": 2}, overlap=True, bits="int8"):
+    """And what a step cache measures inside of them compiles nothing more."""
+    cache = CacheSettings("teacache", threshold=0)
+    for rank in pool.run(compiled, 2, "flux", {"ring": 2}, overlap=True, bits="int8", cache=cache):
         assert rank["psnr"] > 60
         assert 1 <= rank["graphs"] < rank["blocks"] and rank["more"] == 0, rank
         assert rank["divided"] > 0

@@ -40,7 +40,7 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max())
 
 
-@pytest.mark.parametrize("name", seldom(CONTROL_TYPES, set(CONTROL_TYPES) - {"ad", "sd2"}))
+@pytest.mark.parametrize("name", seldom(CONTROL_TYPES, ("sd1", "sd3", "flux", "qwen", "hy")))
 def test_control_net(name: str) -> None:
     spec = MODELS[name]
     launch = {str(tiny_extras.control_net(name)): 0.8}
@@ -63,7 +63,7 @@ def test_control_net(name: str) -> None:
         assert np.array_equal(none, plain(name)), "scale 0 is the plain picture"
 
 
-@pytest.mark.parametrize("name", ["sdxl", "flux", "hy"])
+@pytest.mark.parametrize("name", seldom(["sdxl", "flux", "hy"], ("sdxl", "flux")))
 def test_several_control_nets(name: str) -> None:
     paths = [str(tiny_extras.control_net(name, seed)) for seed in (0, 1)]
     launch = dict(zip(paths, (0.8, 0.5), strict=True))
@@ -96,7 +96,7 @@ def test_ip_adapter(name: str) -> None:
     assert apart(made(image, 0.0), plain(name)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+@pytest.mark.parametrize("name", seldom(["sd1", "sdxl"], ("sd1",)))
 def test_ip_adapter_plus_and_bin(name: str) -> None:
     made = {}
     for suffix in (".safetensors", ".bin"):
@@ -251,7 +251,7 @@ def test_pickles_with_code_are_refused(tmp_path: Path) -> None:
         read_tensors(tmp_path / "trap.pkl", "IP-Adapter")
 
 
-@pytest.mark.parametrize("name", seldom([n for n in IP_TYPES if n != "sd3"], ("sd1", "sdxl", "flux")))
+@pytest.mark.parametrize("name", seldom([n for n in IP_TYPES if n != "sd3"], ("sd1", "flux")))
 @pytest.mark.parametrize("adapters", [1, 2])
 def test_several_ip_pictures(name: str, adapters: int, tmp_path: Path) -> None:
     """Several pictures for one adapter, and one for each of two: as plain diffusers takes them."""

@@ -98,7 +98,7 @@ def test_two_parts_make_the_whole_with_every_scheduler(scheduler: str) -> None:
     assert torch.isfinite(again).all() and distance(again, whole) < 2
 
 
-@pytest.mark.parametrize("name", PARTIAL)
+@pytest.mark.parametrize("name", seldom(PARTIAL, ("sdxl", "ad", "flux2", "qwen", "sd3")))
 def test_two_parts_make_the_whole_of_every_type(name: str) -> None:
     scheduler = {"discrete": "ddim"}.get(MODELS[name].scheduler_family, "flow_euler")
     asked: dict[str, Any] = {"scheduler": scheduler, "steps": 4}
@@ -120,7 +120,10 @@ STRENGTHS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "scheduler", "strength"), STRENGTHS)
+@pytest.mark.parametrize(
+    ("name", "scheduler", "strength"),
+    seldom(STRENGTHS, [*STRENGTHS[:5], ("sd1", "heun", 0.5), STRENGTHS[-1]]),
+)
 def test_strength_makes_what_image_to_image_of_diffusers_makes(
     name: str, scheduler: str | None, strength: float
 ) -> None:

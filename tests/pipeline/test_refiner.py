@@ -90,7 +90,11 @@ CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "given"), CASES, ids=[str(sorted(f.items())) for f, _ in CASES])
+@pytest.mark.parametrize(
+    ("fields", "given"),
+    seldom(CASES, [CASES[0], *CASES[4:6], CASES[7]]),
+    ids=[str(sorted(f.items())) for f, _ in CASES],
+)
 def test_two_pipelines_by_hand(fields: dict[str, Any], given: dict[str, Any]) -> None:
     torch.testing.assert_close(latents(engine(), **fields), by_hand(**given), rtol=1e-6, atol=1e-5)
 

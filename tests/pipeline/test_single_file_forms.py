@@ -147,7 +147,7 @@ def test_equals_the_folder(kind: str, prefix: str, tmp_path: Path) -> None:
     assert_same(loaded(tiny_single.KINDS[kind][0], file), kind)
 
 
-@pytest.mark.parametrize("kind", ["klein", "wani2v", "ltx2"])
+@pytest.mark.parametrize("kind", seldom(["klein", "wani2v", "ltx2"], ("klein",)))
 def test_in_diffusers_own_names(kind: str, tmp_path: Path) -> None:
     file = tiny_single.single(kind, tmp_path)
     tiny_single.save(tiny_single.plain(kind).transformer.state_dict(), file)
@@ -230,7 +230,11 @@ def test_scaled_float8(kind: str, spelling: str, form: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("kind", "flags"),
-    [("a14b", {"quantize_to": "int8_weight"}), ("klein", {"quantize_to": "int4"}), ("ltx2", {"lora": True})],
+    [
+        pytest.param("a14b", {"quantize_to": "int8_weight"}, marks=pytest.mark.slow),
+        ("klein", {"quantize_to": "int4"}),
+        pytest.param("ltx2", {"lora": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_flags_do_what_they_do_with_a_folder(kind: str, flags: dict[str, Any], tmp_path: Path) -> None:
     name, folder = tiny_single.KINDS[kind]
