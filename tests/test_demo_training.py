@@ -111,12 +111,10 @@ def test_steps_chosen_by_measurement_are_many_and_close_where_flow_is_predicted(
     assert 40 < psnr(made, paint(load(kind), asked, steps=kind.steps, cfg=kind.cfg)) < 70
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "host", "cache"),
-    [
-        pytest.param("transformer", "xdit", "fbcache:0.12", marks=pytest.mark.slow),
-        ("unet", "asyncdiff", "deepcache:3"),
-    ],
+    [("transformer", "xdit", "fbcache:0.12"), ("unet", "asyncdiff", "deepcache:3")],
 )
 def test_a_step_cache_that_leaves_steps_out_still_obeys(
     pool: RankPool, name: str, host: str, cache: str

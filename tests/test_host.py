@@ -39,7 +39,7 @@ DEMO_STEPS = 4  # of the shared host (conftest.demo_host), all of them exact
 PORTS = 12000 + 4000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 NUMBERS = itertools.count(random.randrange(4000))
 
-pytestmark = pytest.mark.alone
+alone = pytest.mark.alone  # tests that hold a host to a few seconds
 
 
 def free_port() -> int:
@@ -173,6 +173,7 @@ def own_traceback(log: str) -> bool:
     return any("/shared/" in part or "fake_host" in part for part in log.split("Traceback")[1:])
 
 
+@alone
 @pytest.mark.slow
 def test_a_worker_killed_in_a_generation(launch: Callable[..., Launch]) -> None:
     host = launch(2).ready()
@@ -188,6 +189,7 @@ def test_a_worker_killed_in_a_generation(launch: Callable[..., Launch]) -> None:
     assert not any(map(alive, workers))
 
 
+@alone
 def test_killed_ranks_are_started_again_and_lose_no_job(
     launch: Callable[..., Launch], tmp_path: Path
 ) -> None:
@@ -222,6 +224,7 @@ def test_killed_ranks_are_started_again_and_lose_no_job(
     assert len({answer.json()["output"] for answer in answers}) == 1
 
 
+@alone
 @pytest.mark.parametrize("victim", seldom(("rank 1", "rank 0", "the launcher"), ("rank 1",)))
 def test_who_is_stopped_while_idle_is_noticed(launch: Callable[..., Launch], victim: str) -> None:
     host = launch(2, "--collective_timeout=6").ready()
@@ -241,6 +244,7 @@ def test_who_is_stopped_while_idle_is_noticed(launch: Callable[..., Launch], vic
         assert answers[0].status_code == 500 and f"{victim} has been stopped" in answers[0].text
 
 
+@alone
 @pytest.mark.slow
 def test_a_rank_that_is_stopped_while_loading_is_noticed(launch: Callable[..., Launch]) -> None:
     host = launch(2, "--collective_timeout=6")
@@ -252,6 +256,7 @@ def test_a_rank_that_is_stopped_while_loading_is_noticed(launch: Callable[..., L
     assert "rank 1 has been stopped" in host.log.read_text()
 
 
+@alone
 def test_the_launcher_killed_leaves_no_orphans(launch: Callable[..., Launch]) -> None:
     host = launch(2).ready()
     workers = children(host.process.pid)
@@ -261,6 +266,7 @@ def test_the_launcher_killed_leaves_no_orphans(launch: Callable[..., Launch]) ->
     until(lambda: not any(map(alive, workers)), 5)
 
 
+@alone
 def test_ctrl_c_ends_all_ranks_in_time_and_without_a_traceback(launch: Callable[..., Launch]) -> None:
     host = launch(2).ready()
     workers = children(host.process.pid)
@@ -273,6 +279,7 @@ def test_ctrl_c_ends_all_ranks_in_time_and_without_a_traceback(launch: Callable[
     assert not own_traceback(host.log.read_text())
 
 
+@alone
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_first_signal_lets_the_picture_be_finished_and_keeps_what_waits(
     launch: Callable[..., Launch], tmp_path: Path, number: int
@@ -302,6 +309,7 @@ def test_a_first_signal_lets_the_picture_be_finished_and_keeps_what_waits(
         assert job["state"] == "done" and job["answer"]["output"], job
 
 
+@alone
 @pytest.mark.parametrize("again", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_grace_ends_and_a_second_signal_ends_it_sooner(
     launch: Callable[..., Launch], again: bool
@@ -323,6 +331,7 @@ def stops() -> list[Any]:
     return seldom([(state, rank) for state in states for rank in (0, 1)], [("busy", 0)])
 
 
+@alone
 @pytest.mark.parametrize(("state", "stopped"), stops())
 def test_a_rank_that_gets_a_signal_alone_ends_all_for_good(
     launch: Callable[..., Launch], monkeypatch: pytest.MonkeyPatch, state: str, stopped: int
@@ -345,6 +354,7 @@ def test_a_rank_that_gets_a_signal_alone_ends_all_for_good(
         assert answers[0].status_code == (200 if state == "busy" else 503)
 
 
+@alone
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [1, 0])
 def test_machines_stop_together(launch: Callable[..., Launch], stopped: int) -> None:
@@ -361,6 +371,7 @@ def test_machines_stop_together(launch: Callable[..., Launch], stopped: int) -> 
     assert [host.process.returncode for host in hosts] == [0, 0], hosts[0].log.read_text()
 
 
+@alone
 @pytest.mark.slow
 def test_a_rank_that_gets_two_signals_ends_all_at_once(launch: Callable[..., Launch]) -> None:
     host = launch(2, torchrun=("--max-restarts=3",)).ready()
@@ -374,6 +385,38 @@ def test_a_rank_that_gets_two_signals_ends_all_at_once(launch: Callable[..., Lau
     assert answers[0].status_code == 503 and answers[0].headers["Retry-After"]
 
 
+@alone
+def test_ctrl_c_without_torchrun_exits_130(launch: Callable[..., Launch]) -> None:
+    host = launch(0).ready()
+    assert host.post(sleep=0.01).status_code == 200
+    assert requests.get(f"{host.url}/health", timeout=5).json()["plan"]["diffusers"] is False
+    os.kill(host.process.pid, signal.SIGINT)
+    assert host.process.wait(5) == 130
+    assert "Traceback" not in host.log.read_text()
+
+
+@alone
+def test_other_ranks_let_rank_0_say_a_usage_error_first() -> None:
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "asyncdiff_host.py"), "--stride=3"],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    # torchrun ends it as soon as rank 0 has ended, and here nobody does.
+    ended, left = start(), start()
+    time.sleep(2)
+    assert ended.poll() is None
+    ended.terminate()
+    assert ended.communicate(timeout=5)[1] == "" and ended.returncode == 2
+    assert left.communicate(timeout=20)[1].startswith("[rank 1] asyncdiff_host.py: error: --stride")
+    assert left.returncode == 2
+
+
 @pytest.mark.parametrize(
     "ranks, prefix", [pytest.param("0 1", "", marks=pytest.mark.slow), ("1", "[rank 1] ")]
 )
@@ -385,15 +428,6 @@ def test_a_load_that_fails_says_why_once(
     until(lambda: host.process.poll() is not None, 40)
     lines = [line for line in host.log.read_text().splitlines() if "cannot load: " in line]
     assert len(lines) == 1 and f"ERROR {prefix}cannot load: no weights" in lines[0]
-
-
-def test_ctrl_c_without_torchrun_exits_130(launch: Callable[..., Launch]) -> None:
-    host = launch(0).ready()
-    assert host.post(sleep=0.01).status_code == 200
-    assert requests.get(f"{host.url}/health", timeout=5).json()["plan"]["diffusers"] is False
-    os.kill(host.process.pid, signal.SIGINT)
-    assert host.process.wait(5) == 130
-    assert "Traceback" not in host.log.read_text()
 
 
 def test_a_rank_that_hangs_breaks_the_host_in_time(launch: Callable[..., Launch]) -> None:
@@ -420,27 +454,6 @@ def test_a_usage_error_ends_every_rank_with_one_line(launch: Callable[..., Launc
     assert lines == ["asyncdiff_host.py: error: --stride: must be at most 2; got '3'"]
     assert host.process.returncode == 1  # torchrun's own
     assert re.search(r"exitcode *: 2", host.log.read_text())
-
-
-def test_other_ranks_let_rank_0_say_a_usage_error_first() -> None:
-    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2"}
-
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "asyncdiff_host.py"), "--stride=3"],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    # torchrun ends it as soon as rank 0 has ended, and here nobody does.
-    ended, left = start(), start()
-    time.sleep(2)
-    assert ended.poll() is None
-    ended.terminate()
-    assert ended.communicate(timeout=5)[1] == "" and ended.returncode == 2
-    assert left.communicate(timeout=20)[1].startswith("[rank 1] asyncdiff_host.py: error: --stride")
-    assert left.returncode == 2
 
 
 def test_a_port_in_use_is_a_usage_error(launch: Callable[..., Launch]) -> None:

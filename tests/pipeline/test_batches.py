@@ -159,7 +159,9 @@ APART: list[tuple[str, str, int, tuple[str, ...], Case, Case]] = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "name", "ranks", "features", "plan", "fields"), APART)
+@pytest.mark.parametrize(
+    ("backend", "name", "ranks", "features", "plan", "fields"), seldom(APART, APART[::2])
+)
 def test_others_are_drawn_one_by_one(
     pool: RankPool, backend: str, name: str, ranks: int, features: tuple[str, ...], plan: Case, fields: Case
 ) -> None:

@@ -87,7 +87,8 @@ def test_text_encoders(name: str) -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("whole_blocks", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_blocks", [False, True])
 def test_inductor_and_mode(whole_blocks: bool) -> None:
     pipe = tiny.load("pixa")
     flags = tiny.config("pixa", compile_unet=True, compile_backend="inductor", compile_mode="default")

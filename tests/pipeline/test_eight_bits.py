@@ -254,7 +254,8 @@ def test_the_second_start_finds_the_same_bytes(
     assert np.array_equal(tiny.run(second, "flux"), first)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("float8", marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", COMPUTED)
 def test_compiled_blocks_are_whole_graphs_of_the_same_picture(kind: str, small_layers_too: None) -> None:
     torch._dynamo.reset()
     compiled = {"compile_unet": True, "compile_backend": "aot_eager"}

@@ -110,6 +110,7 @@ def test_what_transformers_exports_is_found_in_the_end_of_a_file() -> None:
     assert sum(map(bool, found)) > 100 and found[-3:] == [["a"], ["b", "c"], []]
 
 
+@pytest.mark.slow
 def test_compilers_are_imported_before_the_first_region() -> None:
     code = "import sys, torch, shared.host; shared.host.import_compilers(); print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
