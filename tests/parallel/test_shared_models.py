@@ -103,7 +103,7 @@ def cut(pictures: int, rank: int, ranks: int, apart: bool) -> tuple[int, int]:
     return pictures, stop - start
 
 
-@pytest.mark.parametrize(("size", "backend", "name", "flags", "start"), seldom(CASES, (*CASES[:3], CASES[5])))
+@pytest.mark.parametrize(("size", "backend", "name", "flags", "start"), seldom(CASES, (CASES[0], CASES[5])))
 def test_every_model_lives_once(
     pool: RankPool, size: int, backend: str, name: str, flags: Flags, start: bool
 ) -> None:

@@ -136,6 +136,7 @@ def test_parts_of_blocks_for_methods_that_work_inside_them() -> None:
     assert np.abs(tiny.run(pipe, "sdxl") - plain("sdxl")).max() < 1e-5 and graph_count() > 0
 
 
+@pytest.mark.slow
 def test_with_lora_quantization_control_net_and_ip_adapter() -> None:
     from shared.pipeline.adapters import ip_arguments
     from shared.pipeline.control_nets import control_arguments
