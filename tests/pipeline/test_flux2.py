@@ -48,7 +48,7 @@ def dev(folder: Path) -> None:
 def config_of(kind: str, **flags: Any) -> HostConfig:
     if kind == "klein":
         return tiny.config("flux2", **flags)
-    folder = tiny.cached(f"flux2-{kind}", distilled if kind == "distilled" else dev)
+    folder = tiny.cached(f"flux2-published-{kind}", distilled if kind == "distilled" else dev)
     return tiny.config("flux2", **{"checkpoint": str(folder)} | flags)
 
 
