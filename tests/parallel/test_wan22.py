@@ -66,7 +66,7 @@ def exact(name: str, kind: str, cases: list[Case]) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "kind"), seldom(KINDS, [("wan", "a14b")]))
+@pytest.mark.parametrize(("name", "kind"), seldom(KINDS, KINDS[1:2]))
 def test_two_ranks_equal_the_plain_pipeline(pool: RankPool, name: str, kind: str) -> None:
     tiny_wan.wan22(kind)
     for rank in pool.run(exact, 2, name, kind, [{"ulysses": 2}, {"ring": 2}, {"cfg": 2}]):

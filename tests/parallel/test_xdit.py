@@ -193,6 +193,7 @@ def methods(name: str) -> dict[str, Case]:
             *(("flux", method) for method in methods("flux")),
             ("chroma", "ulysses"),
             ("hv15", "ulysses"),
+            ("kontext", "ring"),
             ("ltx2", "ring"),
             ("qwen", "cfg"),
             ("sd3", "cfg"),
