@@ -363,7 +363,9 @@ def test_asyncdiff_plans(pool: RankPool, size: int, flags: Flags) -> None:
 @pytest.mark.parametrize(
     ("backend", "name", "flags", "field"),
     [
-        ("asyncdiff", "sd1", {"use_cfg_parallel": True}, {"guidance_rescale": 0.7}),
+        pytest.param(
+            "asyncdiff", "sd1", {"use_cfg_parallel": True}, {"guidance_rescale": 0.7}, marks=pytest.mark.slow
+        ),
         pytest.param("asyncdiff", "sdxl", {}, {"guidance_rescale": 0.7}, marks=pytest.mark.slow),
         ("asyncdiff", "sdup", {"use_cfg_parallel": True, "async_steps": 1}, {"noise_level": 60}),
         pytest.param("distrifuser", "sdxl", {}, {"guidance_rescale": 0.7}, marks=pytest.mark.slow),

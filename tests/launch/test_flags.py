@@ -829,6 +829,7 @@ def _(ground: Ground) -> None:
 # Of these test_matrix.py and the tests of parallel/ and pipeline/ show more, on hosts with these flags.
 SHOWN_ELSEWHERE = {
     "async_steps",
+    "auto_balance",
     "compile_unet",
     "pipefusion_parallel_degree",
     "shard_weights",

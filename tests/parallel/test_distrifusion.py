@@ -440,7 +440,25 @@ def dressed(name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", seldom(["sd1", "sdxl"], ["sd1"]))
+def refused() -> None:
+    """On a rank: what tensor parallelism cannot divide."""
+    pipe, lora = tiny.load("sd1"), tiny_extras.lora("sd1")
+    pipe.load_lora_weights(str(lora.parent), weight_name=lora.name, adapter_name="one")
+    with pytest.raises(ValueError, match="LoRA; fuse it first"):
+        DistriFusion(pipe, "tensor", split_batch=False)
+    pipe.unload_lora_weights()
+    quantize(pipe.unet, weights=qint8)
+    freeze(pipe.unet)
+    with pytest.raises(ValueError, match=r"supports only plain weights; this is a Q"):
+        DistriFusion(pipe, "tensor", split_batch=False)
+
+
+def test_tensor_parallelism_refuses_what_it_cannot_divide(pool: RankPool) -> None:
+    pool.run(refused, 2)
+
+
+@pytest.mark.slow  # on hosts in every run: test_matrix.py
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
 def test_adapters_controlnets_and_quantized_weights(pool: RankPool, name: str) -> None:
     tiny.checkpoint(name)
     for rank in pool.run(dressed, 2, name):

@@ -383,7 +383,7 @@ def test_ring_that_overlaps_equals_the_plain_pipeline(pool: RankPool, name: str,
         assert min(min(row) for row in rank) >= EXACT, rank
 
 
-@pytest.mark.parametrize("method", ["ring", "ulysses"])
+@pytest.mark.parametrize("method", seldom(["ring", "ulysses"], ["ring"]))
 def test_an_exchange_in_8_bits_is_close_and_alike_on_all_ranks(pool: RankPool, method: str) -> None:
     tiny.checkpoint("flux")
     cases = [{method: 2, "bits": bits} for bits in ("int8", "float8")] + [
