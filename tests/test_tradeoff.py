@@ -155,7 +155,8 @@ def test_after_the_minutes_nothing_is_begun_and_what_is_left_is_said(
     assert "6 parts are left after 0 minutes" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("host", ["distrifuser", pytest.param("asyncdiff", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["distrifuser", "asyncdiff"])
 def test_prompts_drawn_together_are_those_drawn_one_by_one(host: str, pool: RankPool) -> None:
     scenes, launch = held_out_scenes(9)[6:], Launch(host, "--warm_up_steps=1")
     alone, at_once = (

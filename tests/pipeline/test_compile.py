@@ -13,6 +13,7 @@ from diffusers import Transformer2DModel
 from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
@@ -88,12 +89,12 @@ def test_text_encoders(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whole_blocks", [False, True])
-def test_inductor_and_mode(whole_blocks: bool) -> None:
-    pipe = tiny.load("pixa")
-    flags = tiny.config("pixa", compile_unet=True, compile_backend="inductor", compile_mode="default")
-    compile_pipeline(pipe, MODELS["pixa"], flags, whole_blocks)
-    assert np.abs(tiny.run(pipe, "pixa") - plain("pixa")).max() < 1e-3 and graph_count() > 0
+@pytest.mark.parametrize(("name", "whole_blocks"), [("qwen", True), ("pixa", True), ("pixa", False)])
+def test_inductor_and_mode(name: str, whole_blocks: bool) -> None:
+    pipe = tiny.load(name)
+    flags = tiny.config(name, compile_unet=True, compile_backend="inductor", compile_mode="default")
+    compile_pipeline(pipe, MODELS[name], flags, whole_blocks)
+    assert np.abs(tiny.run(pipe, name) - plain(name)).max() < 1e-3 and graph_count() > 0
 
 
 def test_backend_options_and_fullgraph_reach_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +222,21 @@ def test_gelu_has_no_tanh() -> None:
     graph_pass()(traced.graph)
     assert torch.ops.aten.tanh.default not in {node.target for node in traced.graph.nodes}
     torch.testing.assert_close(traced(x), gelu(x), rtol=1e-12, atol=1e-15)
+
+
+def test_inductor_makes_code_of_what_the_pass_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config, "joint_custom_post_pass", graph_pass())
+    rows, angles = torch.randn(1, 6, 3, 8), torch.rand(6, 4)
+    by = torch.polar(torch.ones_like(angles), angles)
+
+    def work(rows: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex(F.rms_norm(rows, (8,)).unflatten(-1, (-1, 2)))
+        return F.gelu(torch.view_as_real(pairs * by.unsqueeze(1)).flatten(3), approximate="tanh")
+
+    with torch.no_grad():
+        made, (code,) = run_and_get_code(torch.compile(work), rows, by)
+    torch.testing.assert_close(made, work(rows, by))
+    assert "view_as_real.default" in code and "view_as_complex.default" not in code and "tanh(" not in code
 
 
 def test_graphs_of_a_launch_compute_nothing_twice() -> None:
