@@ -46,10 +46,10 @@ def _rotate_in_reals(graph: Graph) -> None:
     """
     for node in graph.find_nodes(op="call_function", target=aten.view_as_real.default):
         (product,) = node.args
-        if product.target is not aten.mul.Tensor:
+        if product.target is not aten.mul.Tensor or not all(isinstance(x, Node) for x in product.args):
             continue
         made, by = sorted(product.args, key=lambda x: x.target is not aten.view_as_complex.default)
-        if made.target is not aten.view_as_complex.default:
+        if made.target is not aten.view_as_complex.default or not by.meta["val"].is_complex():
             continue
         (pairs,) = made.args
         value = pairs.meta["val"]

@@ -210,6 +210,18 @@ def test_complex_products_are_written_in_real_numbers(shape: tuple[int, ...]) ->
     torch.testing.assert_close(traced(pairs, by), rotate(pairs, by))
 
 
+def test_other_complex_products_stay_as_they_are() -> None:
+    pairs, by = torch.randn(3, 4, 2), torch.randn(3, 4)
+
+    def scale(pairs: torch.Tensor, by: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = torch.view_as_complex(pairs)
+        return torch.view_as_real(made * 2.0), torch.view_as_real(made * by), torch.view_as_real(made + made)
+
+    traced = make_fx(scale, tracing_mode="fake")(pairs, by)
+    graph_pass()(traced.graph)
+    assert all(map(torch.equal, traced(pairs, by), scale(pairs, by)))
+
+
 def test_gelu_has_no_tanh() -> None:
     x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
 
