@@ -69,7 +69,7 @@ def test_replayed_stages_are_those_that_python_calls(pool: RankPool, name: str) 
     tiny.checkpoint(name)
     for differences, replays in pool.run(compared, 2, name, {"pipefusion": 2}):
         assert differences == [0.0] * TO_AND_FRO, differences
-        assert replays > 10
+        assert replays >= TO_AND_FRO  # HunyuanDiT has five, the others more
 
 
 def compiled(name: str) -> tuple[list[float], int]:
