@@ -102,7 +102,6 @@ def test_a_step_of_the_student_is_the_schedulers() -> None:
         assert torch.allclose(steps.needed(k, x, there), v, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_steps_chosen_by_measurement_are_many_and_close_where_flow_is_predicted(pool: RankPool) -> None:
     kind, asked = CHECKPOINTS["transformer"], held_out_scenes(1)
     launch = Launch("asyncdiff", "--use_cfg_parallel --async_steps=auto")

@@ -197,7 +197,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float("inf") if error == 0 else 10 * np.log10(float(np.ptp(b)) ** 2 / error)
 
 
-# Types whose compiled cells run in every test run, and not in `make matrix` alone: tracing takes long.
+# Types whose cell with everything is compiled too, and whose compiled cells are recorded: tracing takes long.
 COMPILED = {"asyncdiff": ("sd1", "sdxl"), "distrifuser": (), "xdit": ()}
 # The cells that run in every test run. launch/test_flags.py shows what each flag changes, and test_xdit.py,
 # test_distrifusion.py and test_asyncdiff.py in parallel/ compare the types that are not named here.

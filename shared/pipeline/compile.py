@@ -169,6 +169,6 @@ def _overlap_collectives() -> None:
 def _pass_over_graphs() -> None:
     import torch._inductor.config as inductor
 
-    from shared.pipeline.graph_pass import graph_pass
+    from shared.pipeline.graph_pass import GraphPass
 
-    inductor.joint_custom_post_pass = graph_pass()
+    inductor.joint_custom_post_pass = GraphPass()

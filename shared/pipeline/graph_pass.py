@@ -12,12 +12,9 @@ from torch.fx import Graph, Node
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def graph_pass() -> CustomGraphPass:
-    """The pass: complex products in real numbers, a tanh that is cheap, and nothing computed twice."""
-    return _Pass()
+class GraphPass(CustomGraphPass):
+    """Complex products in real numbers, a tanh that is cheap, and nothing computed twice."""
 
-
-class _Pass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         module = graph.owning_module
         assert module is not None  # inductor's graphs have one

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import os
 import threading
@@ -362,11 +361,9 @@ def compiled(name: str, degrees: dict[str, int], **options: Any) -> dict[str, An
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "method"),
-    # Of flux and ring in every run, test_compiled_blocks_overlap_and_round.
-    seldom(itertools.product(("flux", "sd3"), ("ulysses", "ring")), []),
-)
+@pytest.mark.slow  # of flux and ring, test_compiled_blocks_overlap_and_round
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+@pytest.mark.parametrize("method", ["ulysses", "ring"])
 def test_compiled_blocks_are_compiled_under_the_surgery(pool: RankPool, name: str, method: str) -> None:
     for rank in pool.run(compiled, 2, name, {method: 2}, join=True):
         assert rank["joined"] > 0 and rank["psnr"] >= EXACT

@@ -21,7 +21,7 @@ from shared.launch.errors import UsageError
 from shared.models import MODELS
 from shared.pipeline import eight_bits
 from shared.pipeline.compile import blocks, compile_pipeline, graph_count
-from shared.pipeline.graph_pass import graph_pass
+from shared.pipeline.graph_pass import GraphPass
 from tests import tiny, tiny_extras
 from tests.seldom import seldom
 
@@ -191,7 +191,7 @@ def test_8_bits_are_made_once_of_one_input() -> None:
     with torch.no_grad():
         traced = make_fx(lambda x: [layer(x) for layer in layers])(x)
         assert largest(traced.graph) == 3
-        graph_pass()(traced.graph)
+        GraphPass()(traced.graph)
         assert largest(traced.graph) == 1
         assert all(map(torch.equal, traced(x), [layer(x) for layer in layers]))
 
@@ -205,7 +205,7 @@ def test_complex_products_are_written_in_real_numbers(shape: tuple[int, ...]) ->
         return torch.view_as_real(torch.view_as_complex(pairs) * by).flatten(3)
 
     traced = make_fx(rotate, tracing_mode="fake")(pairs, by)
-    graph_pass()(traced.graph)
+    GraphPass()(traced.graph)
     assert torch.ops.aten.view_as_complex.default not in {node.target for node in traced.graph.nodes}
     torch.testing.assert_close(traced(pairs, by), rotate(pairs, by))
 
@@ -218,7 +218,7 @@ def test_other_complex_products_stay_as_they_are() -> None:
         return torch.view_as_real(made * 2.0), torch.view_as_real(made * by), torch.view_as_real(made + made)
 
     traced = make_fx(scale, tracing_mode="fake")(pairs, by)
-    graph_pass()(traced.graph)
+    GraphPass()(traced.graph)
     assert all(map(torch.equal, traced(pairs, by), scale(pairs, by)))
 
 
@@ -231,13 +231,13 @@ def test_gelu_has_no_tanh() -> None:
     decompositions = select_decomp_table()
     traced = make_fx(gelu, decompositions, tracing_mode="fake")(x)
     assert torch.ops.aten.tanh.default in {node.target for node in traced.graph.nodes}
-    graph_pass()(traced.graph)
+    GraphPass()(traced.graph)
     assert torch.ops.aten.tanh.default not in {node.target for node in traced.graph.nodes}
     torch.testing.assert_close(traced(x), gelu(x), rtol=1e-12, atol=1e-15)
 
 
 def test_inductor_makes_code_of_what_the_pass_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config, "joint_custom_post_pass", graph_pass())
+    monkeypatch.setattr(torch._inductor.config, "joint_custom_post_pass", GraphPass())
     rows, angles = torch.randn(1, 6, 3, 8), torch.rand(6, 4)
     by = torch.polar(torch.ones_like(angles), angles)
 
@@ -254,4 +254,4 @@ def test_inductor_makes_code_of_what_the_pass_writes(monkeypatch: pytest.MonkeyP
 def test_graphs_of_a_launch_compute_nothing_twice() -> None:
     compiled("flux", compile_unet=True)
     passed = torch._inductor.config.joint_custom_post_pass
-    assert isinstance(passed, CustomGraphPass) and passed.uuid() == graph_pass().uuid()
+    assert isinstance(passed, CustomGraphPass) and passed.uuid() == GraphPass().uuid()

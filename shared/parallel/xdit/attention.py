@@ -177,15 +177,13 @@ def ring(
         mask: as torch's attention takes it; its keys are the gathered ones, rank by rank, then the common.
         group: the ranks that share the sequence.
         backend: name of xfuser's attention backend; torch's is taken with a mask.
-        overlap: keys in PARTS messages, each of as many heads, if there is no mask; not by copy engines.
+        overlap: keys in PARTS messages, each of as many heads, if there is no mask.
         bits: keys, and values that are not on their way yet, are sent in 8 bits.
 
     Returns:
         [batch, heads, the query's tokens, channels].
     """
-    # Copy engines let everything else run meanwhile, and hold two messages.
-    halves = overlap and mask is None and key.shape[1] % PARTS == 0 and PeerGather.of(group) is None
-    parts = PARTS if halves else 1
+    parts = PARTS if overlap and mask is None and key.shape[1] % PARTS == 0 else 1
     sent = [k.transpose(1, 2) for k in key.chunk(parts, 1)]
     staying = [x.transpose(1, 2) for x in values if isinstance(x, torch.Tensor)]
     gathering = Gathering([sent[0], *staying], group, bits)

@@ -98,11 +98,10 @@ class XDiT(Method):
         self._calls: list[CallsSplit] = []
         self._split: CfgSplit | None = None
         self._joins, self.joined = join, 0
-        self._copies = copies
         self._gather: PeerGather | None = None
         self.batches = cache is None or not cache.measures
         try:
-            self._install(cache)
+            self._install(cache, copies)
             if parallel_vae and degrees.world > degrees.data:
                 decoder = shared_decoder(pipeline.vae, groups.replica, decode_from)
                 self.decoder = self.held.enter_context(decoder)
@@ -110,7 +109,7 @@ class XDiT(Method):
             self.close()
             raise
 
-    def _install(self, cache: CacheSettings | None) -> None:
+    def _install(self, cache: CacheSettings | None, copies: bool) -> None:
         degrees, groups, held = self.degrees, self.groups, self.held
         nets = control_nets(self.pipeline)
         transformers = transformers_of(self.pipeline, self.tokens)
@@ -125,11 +124,11 @@ class XDiT(Method):
             apart = ("to_v",) if degrees.sequence > 1 and by == "ring" else ()
             attentions = [one for model in models for one in of_transformer(model)]
             self.joined = held.enter_context(JoinedProjections(attentions, apart)).layers
-        if self._copies and degrees.ring > 1 and degrees.ulysses == 1:
+        if copies and by == "ring":
             self._gather = PeerGather.between(groups.sequence, groups.device)
         if self._gather is not None:
             held.callback(self._gather.close)
-            self.overlap = False
+            self.overlap = False  # they hold two messages, and everything else runs meanwhile
         surgery = held.enter_context(Surgery())
         if degrees.sequence > 1:
             for model in models:

@@ -117,11 +117,11 @@ class SequenceParallel:
             self._divide_section(model, section, surgery)
         if self.plan.output is not None:
             surgery.override(model.get_submodule(self.plan.output), self._output)
+        apart = overlap or PeerGather.of(group) is not None
         for part in self.plan.blocks:
             beside = self.plan.beside
             for block in model.get_submodule(part).children():
                 early, shared = by == "ring" and part not in self.plan.fused, self._shared
-                apart = overlap or PeerGather.of(group) is not None
                 here = apart and beside is not None and beside.blocks == part
                 if here and beside is not None and self._divided.divide(block, beside, surgery):
                     shared = self._noted
